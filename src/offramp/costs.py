@@ -1,0 +1,248 @@
+"""What a generation costs: FLOPs, bytes read and seconds, by part, with nothing left out.
+
+A multiply-add counts 2 FLOPs and only matrix products count, as in `torch.utils.flop_counter`. Bytes are weights and
+cached keys and values read, plus both copies that a gathered (pruned) readout makes. Seconds are measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PARTS = ("encoder", "blocks", "fill", "readout", "pruned_readout", "select", "confidence")
+"""encoder · blocks (attention, FFN, first-visit cross keys and values) · fill (keys and values of skipped layers) ·
+readout (all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself)."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of one decoder block, in weights and widths.
+
+    Attributes:
+        weights: Weights that every token is multiplied with (all matrices except the cross-attention K/V).
+        kv_weights: Weights of the self-attention key and value projections.
+        query_width: Heads times head width of the queries.
+        kv_width: Heads times head width of the keys, and of the values.
+        cross_kv_weights: Weights of the cross-attention key and value projections; 0 without cross-attention.
+        window: Sliding attention window in tokens, or None.
+    """
+
+    weights: int
+    kv_weights: int
+    query_width: int
+    kv_width: int
+    cross_kv_weights: int = 0
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, enough to count the work of any way through it.
+
+    Attributes:
+        blocks: The L decoder blocks.
+        width: Width D of the states.
+        vocabulary: Rows V of the head.
+        element_size: Bytes per weight.
+        encoder_weights: Weights each encoder position is multiplied with.
+        encoder_attention_width: Query width summed over the encoder's layers.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    width: int
+    vocabulary: int
+    element_size: int
+    encoder_weights: int = 0
+    encoder_attention_width: int = 0
+
+    def block_flops(self, layer: int, queries: int, start: int, memory: int = 0) -> int:
+        """FLOPs of block `layer` (0-based) for `queries` tokens of one row that come after `start` cached ones."""
+        block = self.blocks[layer]
+        keys = queries + (start if block.window is None else min(start, block.window - 1))
+        attended = keys + (memory if block.cross_kv_weights else 0)
+        return queries * (2 * block.weights + 4 * block.query_width * attended)
+
+    def fill_flops(self, layer: int) -> int:
+        """FLOPs of the keys and values of one token at block `layer` (0-based)."""
+        return 2 * self.blocks[layer].kv_weights
+
+    def readout_flops(self, rows: int | None = None) -> int:
+        """FLOPs of reading one state out on `rows` kept tokens (None: all V)."""
+        return 2 * self.width * (self.vocabulary if rows is None else rows)
+
+    def encoder_flops(self, positions: int) -> int:
+        """FLOPs of the encoder for one row of `positions` outputs."""
+        return 2 * self.encoder_weights * positions + 4 * self.encoder_attention_width * positions**2
+
+    def cross_flops(self, layer: int, memory: int) -> int:
+        """FLOPs of the cross-attention keys and values of one row at a first visit of block `layer` (0-based)."""
+        return 2 * self.blocks[layer].cross_kv_weights * memory
+
+
+@dataclass
+class Part:
+    """FLOPs, bytes and seconds of one part."""
+
+    flops: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Costs:
+    """The bill of one generation.
+
+    Attributes:
+        parts: One `Part` per name in `PARTS`.
+        tokens: Generated tokens, over all rows.
+        tests: Confidence tests made, one per row and layer.
+        exit_layers: Sum of the exit layers of all tokens: the ideal depth.
+        executed_layers: Decoder blocks run, one per row and token position, prompt excluded. Above `exit_layers` where
+            a batch made rows wait or deferred positions were caught up with.
+        draft_flops: "FLOPs" as counted by the source document: d²·V per test, or d²·k on a pruned vocabulary, whose
+            first (full) projection it leaves out; no blocks, no fill. Only for comparing tables with it.
+        seconds: Wall-clock time of the whole generation.
+    """
+
+    parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
+    tokens: int = 0
+    tests: int = 0
+    exit_layers: int = 0
+    executed_layers: int = 0
+    draft_flops: int = 0
+    seconds: float = 0.0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all parts."""
+        return sum(part.flops for part in self.parts.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read by all parts."""
+        return sum(part.bytes for part in self.parts.values())
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean exit layer of the generated tokens."""
+        return self.exit_layers / max(self.tokens, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals, means per token and parts, for JSON; `per_token` divides by `tokens`."""
+        tokens = max(self.tokens, 1)
+        total = {"flops": self.flops, "bytes": self.bytes, "seconds": self.seconds}
+        parts = {name: vars(part).copy() for name, part in self.parts.items()}
+        return {
+            **total,
+            "tokens": self.tokens,
+            "tests": self.tests,
+            "mean_exit_layer": self.mean_exit_layer,
+            "executed_layers": self.executed_layers,
+            "draft_flops": self.draft_flops,
+            "parts": parts,
+            "per_token": {
+                **{key: value / tokens for key, value in total.items()},
+                "parts": {name: {key: value / tokens for key, value in part.items()} for name, part in parts.items()},
+            },
+        }
+
+
+class Ledger:
+    """Writes a `Costs` while a generation runs.
+
+    On CUDA, parts are timed with events that are read once at the end, so measuring does not synchronise.
+    """
+
+    def __init__(self, shape: ModelShape, device: torch.device) -> None:
+        self.shape, self.costs = shape, Costs()
+        self._cuda = device.type == "cuda"
+        self._running: list[str] = []
+        self._since: Any = None
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add the time of the `with` block to a part; a block inside it takes its own time out of the outer one's."""
+        self._switch()
+        self._running.append(part)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def _switch(self) -> None:
+        """Book the time since the last switch on the innermost running part."""
+        now = self._now()
+        if self._running and self._cuda:
+            self._events.append((self._running[-1], self._since, now))
+        elif self._running:
+            self.costs.parts[self._running[-1]].seconds += now - self._since
+        self._since = now
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def settle(self) -> Costs:
+        """The bill so far, with all measured times in it."""
+        if self._events:
+            torch.cuda.synchronize()
+        for part, begin, end in self._events:
+            self.costs.parts[part].seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return self.costs
+
+    def _add(self, part: str, flops: int, elements: int) -> None:
+        entry = self.costs.parts[part]
+        entry.flops += flops
+        entry.bytes += elements * self.shape.element_size
+
+    def encoder(self, rows: int, positions: int) -> None:
+        """One pass of the encoder."""
+        self._add("encoder", rows * self.shape.encoder_flops(positions), self.shape.encoder_weights)
+
+    def blocks(
+        self, lo: int, hi: int, *, rows: int, queries: int, start: int, memory: int = 0, prompt: bool = False
+    ) -> None:
+        """Blocks lo..hi-1 (0-based) for `queries` tokens of each of `rows` rows, after `start` cached tokens."""
+        self.costs.executed_layers += 0 if prompt else rows * queries * (hi - lo)
+        for layer in range(lo, hi):
+            block = self.shape.blocks[layer]
+            seen = start if block.window is None else min(start, block.window - 1)
+            cached = 2 * block.kv_width * rows * (seen + (memory if block.cross_kv_weights else 0))
+            self._add("blocks", rows * self.shape.block_flops(layer, queries, start, memory), block.weights + cached)
+
+    def cross(self, layer: int, rows: int, memory: int) -> None:
+        """First visit of a block's cross-attention."""
+        self._add("blocks", rows * self.shape.cross_flops(layer, memory), self.shape.blocks[layer].cross_kv_weights)
+
+    def fill(self, layer: int, tokens: int) -> None:
+        """Keys and values of `tokens` tokens that skipped a layer, in one product."""
+        self._add("fill", tokens * self.shape.fill_flops(layer), self.shape.blocks[layer].kv_weights)
+
+    def readout(self, states: int) -> None:
+        """A readout of `states` states on the full vocabulary, in one product."""
+        self._add("readout", states * self.shape.readout_flops(), self.shape.width * self.shape.vocabulary)
+
+    def pruned_readout(self, states: int, kept: int) -> None:
+        """A readout of each of `states` states on `kept` rows gathered for it."""
+        self._add("pruned_readout", states * self.shape.readout_flops(kept), states * kept * self.shape.width)
+
+    def gather(self, states: int, kept: int) -> None:
+        """Copying `kept` rows of the head for each of `states` states: read and written."""
+        self._add("select", 0, 2 * states * kept * self.shape.width)
+
+    def test(self, rows: int, scored: int | None, *, pruned: bool) -> None:
+        """A confidence test of `rows` rows on `scored` tokens (None: it read no logits)."""
+        self.costs.tests += rows
+        if scored is not None and (scored < self.shape.vocabulary or not pruned):
+            self.costs.draft_flops += rows * self.shape.width**2 * scored

@@ -1,0 +1,168 @@
+"""The bridge to `transformers`' `generate`: it prepares processors, stopping and inputs, we decode.
+
+`model.generate(..., custom_generate=policy.custom_generate())` ends here, and so does `LanguageModel.generate`, which
+lets `transformers` prepare everything (one source for what `top_p` or `min_new_tokens` mean) and takes over from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from offramp.costs import Costs, Ledger
+from offramp.decoding import Choosing, Step, decode
+from offramp.families import SplitModel
+from offramp.policy import ExitPolicy
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):  # type: ignore[misc]
+    """What `generate(..., return_dict_in_generate=True)` returns with a policy's `custom_generate`.
+
+    Attributes:
+        sequences: Prompt and continuation, [B, T].
+        exit_layers: Layer of each generated token, [B, N]; 0 behind a row's end.
+        confidences: Confidence of the last test of each, [B, N]; NaN where none was made.
+        costs: The bill.
+    """
+
+    sequences: Tensor | None = None
+    exit_layers: Tensor | None = None
+    confidences: Tensor | None = None
+    costs: Costs | None = None
+
+
+@dataclass
+class Prepared:
+    """What `transformers`' `generate` hands to a decoding method, with our model."""
+
+    model: SplitModel
+    ids: Tensor
+    choosing: Choosing
+    max_new_tokens: int
+    mask: Tensor | None = None
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None
+
+    def steps(self, policy: ExitPolicy | None, ledger: Ledger) -> Iterator[Step]:
+        """Decode."""
+        return decode(
+            self.model, self.ids, policy, max_new_tokens=self.max_new_tokens, choosing=self.choosing, mask=self.mask,
+            memory=self.memory, memory_mask=self.memory_mask, ledger=ledger,
+        )  # fmt: skip
+
+
+def prepare(
+    model: SplitModel,
+    ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    generator: torch.Generator | None = None,
+    **kwargs: Any,
+) -> Prepared:
+    """Take over from `transformers`' `generate`.
+
+    Returns:
+        What is needed to decode.
+
+    Raises:
+        ValueError: Beams, contrastive search, an assistant model or a filled cache: not supported.
+    """
+    if generation_config.num_beams not in (None, 1):
+        raise ValueError(
+            f"num_beams is {generation_config.num_beams}; early exit decodes one hypothesis per row: "
+            "use num_beams=1 (greedy) or do_sample=True"
+        )
+    if generation_config.penalty_alpha or generation_config.prompt_lookup_num_tokens:
+        raise ValueError("contrastive search and prompt lookup are not supported with early exits; leave them away")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("a filled past_key_values cannot be continued with early exits; pass the whole prompt instead")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
+    eos = generation_config.eos_token_id
+    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    pad = generation_config.pad_token_id
+    pad = pad if isinstance(pad, int) and pad >= 0 else ends[0] if ends else 0
+    custom = [c for c in stopping_criteria if type(c).__name__ not in ("MaxLengthCriteria", "EosTokenCriteria")]
+    choosing = Choosing(
+        processors=logits_processor if len(logits_processor) else None,
+        stopping=_any_of(custom) if custom else None,
+        sample=bool(generation_config.do_sample),
+        generator=generator,
+        eos=ends,
+        pad=pad,
+    )
+    limit = int(generation_config.max_length) - ids.shape[1]
+    positions = model.max_positions
+    if positions is not None and ids.shape[1] + limit > positions:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens and {limit} new ones are asked for, but the model's context holds "
+            f"{positions}; shorten the prompt or ask for at most {max(positions - ids.shape[1], 0)} new tokens"
+        )
+    mask = kwargs.get("attention_mask")
+    if not model.is_encoder_decoder:
+        return Prepared(model, ids, choosing, limit, mask=mask)
+    memory = kwargs["encoder_outputs"].last_hidden_state
+    return Prepared(model, ids, choosing, limit, memory=memory, memory_mask=mask)
+
+
+def _any_of(criteria: list[Any]) -> Any:
+    def stopping(ids: Tensor) -> Tensor:
+        return torch.stack([criterion(ids, None).to(ids.device) for criterion in criteria]).any(0)
+
+    return stopping
+
+
+class CustomGenerate:
+    """A decoding method for `transformers`' `generate`; see `ExitPolicy.custom_generate`.
+
+    For all supported decoder-only families and T5 (BART's works as well; Whisper's `generate` is its own).
+
+    Args:
+        policy: The exit policy.
+    """
+
+    def __init__(self, policy: ExitPolicy) -> None:
+        self.policy = policy
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        exit_streamer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | EarlyExitOutput:
+        """Called by `generate`; `exit_streamer=` receives every token as `streamer=` would.
+
+        (`transformers` keeps `streamer=` from custom methods, but does forward names they define themselves.)
+
+        Returns:
+            Sequences [B, T], or an `EarlyExitOutput` with `return_dict_in_generate=True`.
+        """
+        split = SplitModel(model)
+        ledger = Ledger(split.shape, input_ids.device)
+        prepared = prepare(split, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        steps: list[Step] = []
+        for step in prepared.steps(self.policy, ledger):
+            steps.append(step)
+            if exit_streamer is not None:
+                exit_streamer.put(step.token.cpu())
+        if exit_streamer is not None:
+            exit_streamer.end()
+        sequences = torch.cat([input_ids, *(step.token[:, None] for step in steps)], dim=1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        layers = torch.stack([step.exit_layer for step in steps], dim=1)
+        confidences = torch.stack([step.confidence for step in steps], dim=1)
+        return EarlyExitOutput(sequences, layers, confidences, ledger.settle())

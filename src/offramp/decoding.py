@@ -1,0 +1,387 @@
+"""The one generation loop: it knows token ids, no text, and yields one `Step` per generated position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from offramp.costs import Ledger
+from offramp.families import SplitModel
+from offramp.policy import ExitPolicy, Plan
+from offramp.reading import Reader
+from offramp.skipping import Defer, Propagate
+
+
+class Step(NamedTuple):
+    """One generated position of a batch.
+
+    Attributes:
+        token: Token ids, [B]; the pad id in rows that were finished before.
+        exit_layer: Layer after which each token left, 1..L, [B]; 0 in finished rows. Under "verify", the layer it was
+            drafted at if the full model agreed, else L.
+        confidence: Confidence of the last test made for the token, [B], float32; NaN where none was made.
+        active: Rows for which the token counts, bool [B].
+        prefill: Whether the token was read off the prompt's own pass.
+        flops: FLOPs spent since the previous step, over all rows.
+    """
+
+    token: Tensor
+    exit_layer: Tensor
+    confidence: Tensor
+    active: Tensor
+    prefill: bool
+    flops: int
+
+
+@dataclass
+class Choosing:
+    """How scores become tokens, and when to stop.
+
+    Attributes:
+        processors: (ids [B, T], scores float32 [B, V]) -> scores; a `LogitsProcessorList`, warpers included.
+        stopping: (ids [B, T]) -> bool [B], besides EOS and the length.
+        sample: Draw from the processed scores instead of taking the largest.
+        generator: Source of the draws; None: torch's global one.
+        eos: End-of-sequence ids; never pruned.
+        pad: What finished rows are filled with.
+    """
+
+    processors: Callable[[Tensor, Tensor], Tensor] | None = None
+    stopping: Callable[[Tensor], Tensor] | None = None
+    sample: bool = False
+    generator: torch.Generator | None = None
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+
+    def process(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Processed scores [B, V]."""
+        return scores if self.processors is None else self.processors(ids, scores)
+
+    def pick(self, processed: Tensor) -> Tensor:
+        """One token per row, [B]."""
+        if not self.sample:
+            return processed.argmax(-1)
+        return self.draw(processed.softmax(-1))
+
+    def draw(self, p: Tensor) -> Tensor:
+        """One draw per row of probabilities [B, V], [B]."""
+        return torch.multinomial(p, 1, generator=self.generator)[:, 0]
+
+    def ends(self, ids: Tensor) -> Tensor:
+        """Rows that end with the last of ids [B, T], bool [B]."""
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for eos in self.eos:
+            ended |= ids[:, -1] == eos
+        return ended if self.stopping is None else ended | self.stopping(ids)
+
+
+@dataclass
+class _Read:
+    """What one token step read: scores [B, V] and, per row, the exit layer (0: none) and the confidence."""
+
+    scores: Tensor
+    layers: list[int]
+    confidences: list[float]
+    states: Tensor | None = None  # readout inputs [B, D] of rows that left on a pruned vocabulary
+    processed: Tensor = field(default_factory=lambda: torch.empty(0))
+    token: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@torch.no_grad()
+def decode(
+    model: SplitModel,
+    ids: Tensor,
+    policy: ExitPolicy | None,
+    *,
+    max_new_tokens: int,
+    choosing: Choosing | None = None,
+    mask: Tensor | None = None,
+    memory: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    ledger: Ledger | None = None,
+) -> Iterator[Step]:
+    """Generate, leaving the network where the policy says so.
+
+    A prompt runs at full depth (a static policy: at its own depth) and its token is marked `prefill`; the single start
+    token of an encoder-decoder is an ordinary step. Rows stop at EOS, by `choosing.stopping` or at the length limit.
+
+    Args:
+        model: The model.
+        ids: Prompt, or decoder start tokens, [B, T].
+        policy: The exit policy; None: the full model.
+        max_new_tokens: Most tokens generated per row.
+        choosing: Processors, sampling and stopping; None: plain greedy without EOS.
+        mask: 1 for tokens, 0 for left padding, [B, T]; None without padding.
+        memory: Encoder output, [B, X, D], for encoder-decoders.
+        memory_mask: Mask of the encoder's input, [B, X].
+        ledger: Where costs are written down.
+
+    Yields:
+        One `Step` per position. Nothing unverified is yielded under "verify".
+
+    Raises:
+        ValueError: The policy does not fit the model.
+    """
+    plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary)
+    ledger = ledger or Ledger(model.shape, ids.device)
+    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger)
+    read = generation.first(mask, memory, memory_mask)
+    while True:
+        yield from generation.verified(read) if generation.verifying else generation.settled(read)
+        if generation.done:
+            return
+        read = generation.read()
+
+
+class _Generation:
+    """The state of one batch between steps."""
+
+    def __init__(
+        self, model: SplitModel, ids: Tensor, plan: Plan, choosing: Choosing, max_new_tokens: int, ledger: Ledger
+    ) -> None:
+        self.model, self.plan, self.choosing, self.ledger = model, plan, choosing, ledger
+        self.limit, self.prompt = max_new_tokens, ids.shape[1]
+        self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), choosing.pad)], dim=1)
+        self.length = ids.shape[1]  # tokens known, drafts included
+        self.live = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.rows = list(range(len(ids)))  # live rows
+        self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger)
+        self.protected = torch.tensor(sorted(set(choosing.eos)), dtype=torch.long, device=ids.device)
+        self.verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
+        self.drafts: list[_Read] = []
+        self.billed = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether no row needs another token."""
+        return not self.rows or (self.length - self.prompt >= self.limit and not self.drafts)
+
+    # ------------------------------------------------------------ reading one position
+
+    def first(self, mask: Tensor | None, memory: Tensor | None, memory_mask: Tensor | None) -> _Read:
+        """The prompt's pass, or the start token's step."""
+        ids = self.buffer[:, : self.length]
+        state = self.model.start(ids, mask, memory=memory, memory_mask=memory_mask)
+        self.context = state.context
+        self.prefill = not self.model.is_encoder_decoder or self.length > 1
+        self.way.begin(state, self.rows, prompt=self.prefill)
+        return self._full_depth() if self.prefill else self._with_tests()
+
+    def read(self) -> _Read:
+        """One step from the last known token."""
+        self.prefill = False
+        ids = self.buffer[:, self.length - 1 : self.length]
+        self.way.begin(self.model.start(ids, context=self.context), self.rows)
+        return self._with_tests()
+
+    def _full_depth(self) -> _Read:
+        batch = len(self.buffer)
+        read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
+        self._finish(read)
+        return read
+
+    def _with_tests(self) -> _Read:
+        plan, way, batch = self.plan, self.way, len(self.buffer)
+        read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
+        reader = Reader(self.model, plan, self.ledger, self.protected)
+        exits = tuple(plan.thresholds)
+        for layer in plan.stops:
+            way.advance(layer)
+            if layer in plan.candidates:
+                reader.capture(layer, way.hidden)
+            if layer not in plan.thresholds:
+                continue
+            exit = reader.at(layer, way.hidden)
+            with self.ledger.time("confidence"):
+                assert plan.measure is not None
+                confidences: list[float] = plan.measure(exit).clamp(-1, 1).tolist()
+            self.ledger.test(
+                len(way.rows), exit.logits.shape[1] if exit.is_read else None, pruned=plan.pruning is not None
+            )
+            for row, confidence in zip(way.rows, confidences, strict=True):
+                read.confidences[row] = confidence
+            tau = plan.threshold(layer, self.length - self.prompt, self.limit)
+            gone = [i for i, confidence in enumerate(confidences) if confidence > tau]
+            if self.plan.policy.batch == "all" and len(gone) < len(confidences):
+                gone = []
+            if gone:
+                kept = [i for i in range(len(confidences)) if i not in set(gone)]
+                self._put(read, [way.rows[i] for i in gone], exit.emission(gone), layer)
+                if exit.kept:
+                    self._remember(read, [way.rows[i] for i in gone], exit.input[gone])
+                way.leave(gone, kept)
+                if not kept:
+                    return read
+                reader.select(kept)
+                confidences = [confidences[i] for i in kept]
+                exit = exit.selected(kept)
+            later = [e for e in exits if e > layer]
+            reader.after(exit, confidences, later[0] if later else None)
+        self._finish(read, reader)
+        return read
+
+    def _finish(self, read: _Read, reader: Reader | None = None) -> None:
+        """Take the rows still in to the last layer and read them out there."""
+        way, plan = self.way, self.plan
+        way.advance(plan.last)
+        if self.verifying and not self.prefill:  # `_check` reads these rows together with the drafts
+            for row in way.rows:
+                read.layers[row] = plan.last
+            return
+        if reader is not None and plan.policy.decode_from == "contrastive" and plan.policy.contrast.full:
+            reader.kept = None
+            scores = reader.at(plan.last, way.hidden).emission(list(range(len(way.rows))))
+        else:
+            with self.ledger.time("readout"):
+                scores = self.model.readout(way.hidden).float()
+            self.ledger.readout(len(scores))
+        self._put(read, way.rows, scores, plan.last)
+
+    def _scores(self) -> Tensor:
+        return torch.empty(0, self.plan.vocabulary, device=self.buffer.device)
+
+    def _put(self, read: _Read, rows: list[int], scores: Tensor, layer: int) -> None:
+        """Enter the scores [len(rows), V] of rows that leave after `layer`."""
+        for row in rows:
+            read.layers[row] = layer
+        if len(rows) == len(self.buffer):
+            read.scores = scores
+        else:
+            if not len(read.scores):
+                read.scores = scores.new_zeros(len(self.buffer), scores.shape[1])
+            read.scores[rows] = scores
+
+    def _remember(self, read: _Read, rows: list[int], inputs: Tensor) -> None:
+        """Keep the readout inputs of rows that leave on a pruned vocabulary."""
+        if read.states is None:
+            read.states = inputs.new_zeros(len(self.buffer), inputs.shape[1])
+        read.states[rows] = inputs
+
+    # ------------------------------------------------------------ choosing tokens
+
+    def _process(self, read: _Read) -> None:
+        """Processed scores of a read, and its tokens.
+
+        Where the processors left no kept token (they forbade all, or demand one that was pruned), the full vocabulary
+        is read at the same exit.
+        """
+        ids = self.buffer[:, : self.length]
+        read.processed = self.choosing.process(ids, read.scores)
+        if read.states is not None and self.choosing.processors is not None:
+            empty = (read.processed.amax(-1) == -torch.inf) & self.live
+            if bool(empty.any()):
+                with self.ledger.time("readout"):
+                    full = self.model.project(read.states).float()
+                self.ledger.readout(len(full))
+                read.processed = self.choosing.process(ids, torch.where(empty[:, None], full, read.scores))
+        read.token = self.choosing.pick(read.processed)
+
+    def _append(self, token: Tensor) -> None:
+        self.buffer[:, self.length] = token
+        self.length += 1
+
+    def _step(self, token: Tensor, layers: list[int], confidences: list[float]) -> Step:
+        """Append the tokens of one position, which count, and update which rows go on."""
+        device, active = self.buffer.device, self.live
+        token = torch.where(active, token, self.choosing.pad)
+        self._append(token)
+        rows = self.rows
+        self.live = active & ~self.choosing.ends(self.buffer[:, : self.length])
+        self.rows = [row for row, live in enumerate(self.live.tolist()) if live]
+        costs = self.ledger.costs
+        costs.tokens += len(rows)
+        costs.exit_layers += sum(layers[row] for row in rows)
+        spent, self.billed = costs.flops - self.billed, costs.flops
+        counted = set(rows)
+        exit_layer = torch.tensor([layer if row in counted else 0 for row, layer in enumerate(layers)], device=device)
+        return Step(token, exit_layer, torch.tensor(confidences, device=device), active, self.prefill, spent)
+
+    def settled(self, read: _Read) -> Iterator[Step]:
+        """The step of a read whose tokens stand."""
+        self._process(read)
+        yield self._step(read.token, read.layers, read.confidences)
+
+    # ------------------------------------------------------------ verifying drafts
+
+    def verified(self, read: _Read) -> Iterator[Step]:
+        """The steps that a read makes certain: none while its tokens are only drafted, several after a deep pass."""
+        if self.prefill:
+            yield from self.settled(read)
+            return
+        deep = bool(self.way.rows)
+        if len(read.scores):
+            self._process(read)
+        else:  # every row went to full depth: no drafts
+            read.token = torch.zeros_like(self.buffer[:, 0])
+        self._append(torch.where(self.live, read.token, self.choosing.pad))
+        self.drafts.append(read)
+        if not deep:
+            ended = (self.choosing.ends(self.buffer[:, : self.length]) & self.live).any()
+            full = len(self.drafts) >= self.plan.policy.draft_length or self.length - self.prompt >= self.limit
+            if not full and not bool(ended):
+                return
+        yield from self._check(deep)
+
+    def _check(self, deep: bool) -> Iterator[Step]:
+        """Compare drafts with the full model (Leviathan et al., arXiv 2211.17192, for sampling); take back the rest.
+
+        In lock-step: the first position at which any live row disagrees is corrected, and everything behind it, in all
+        rows, is taken back. Dropping a row's later drafts for another row's sake does not depend on what they are, so
+        each row's distribution stays that of the full model.
+
+        Yields:
+            The steps up to and including the first correction.
+        """
+        way = self.way
+        assert isinstance(way, Defer)
+        if not deep:
+            way.flush()
+        state = way.state
+        with self.ledger.time("readout"):
+            logits = self.model.readout(state.hidden).float()  # [B, n, V]
+        self.ledger.readout(logits.shape[0] * logits.shape[1])
+        drafts, self.drafts = self.drafts, []
+        self.length -= len(drafts)
+        for index, draft in enumerate(drafts):
+            target = self.choosing.process(self.buffer[:, : self.length], logits[:, index])
+            drafted = torch.tensor([layer < self.plan.num_layers for layer in draft.layers], device=state.hidden.device)
+            token, agreed = self._judge(draft, target, drafted)
+            layers = [
+                layer if same else self.plan.num_layers
+                for layer, same in zip(draft.layers, agreed.tolist(), strict=True)
+            ]
+            wrong = bool((~agreed & self.live).any())
+            yield self._step(token, layers, draft.confidences)
+            if not self.rows:
+                return
+            if wrong:
+                self.context.crop(state.frame.start + index + 1)
+                return
+
+    def _judge(self, draft: _Read, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge one position's drafts by the full model's processed scores [B, V].
+
+        Returns:
+            The tokens to emit, [B], and whether each agrees with its draft, bool [B]; a row that was not `drafted` (it
+            went to full depth itself) agrees by definition.
+        """
+        if not self.choosing.sample:
+            token = target.argmax(-1)
+            return token, (token == draft.token) | ~drafted
+        if not len(draft.processed):
+            return self.choosing.pick(target), ~drafted
+        p, q = target.softmax(-1), draft.processed.softmax(-1)
+        at = draft.token[:, None]
+        chance = (p.gather(1, at) / q.gather(1, at))[:, 0]
+        device = p.device
+        accepted = torch.rand(len(p), generator=self.choosing.generator, device=device) < chance
+        rest = torch.where(drafted[:, None], (p - q).clamp(min=0), p)
+        # A residual of zero mass means p = q, where every draft is accepted; any distribution does for the unused draw.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        token = torch.where(accepted & drafted, draft.token, self.choosing.draw(rest))
+        return token, accepted | ~drafted

@@ -1,0 +1,577 @@
+"""Any supported model as start / run(lo, hi) / fill / readout: the only door to the internals of `transformers`.
+
+Layers count from 1 in all public signatures of this project: "after layer l" means that blocks 0..l-1 of the module
+list ran. `run(state, lo, hi)` takes a state after `lo` layers to one after `hi`.
+
+Everything family-specific stands in the `FAMILIES` table and the few functions above it. `tests/test_families.py` runs
+the same contract over every row of the table; an architecture without a row is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_bidirectional_mask,
+)
+
+from offramp.cache import LayerCache, Rows
+from offramp.costs import BlockShape, ModelShape
+
+CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
+
+
+class UnsupportedModelError(ValueError):
+    """The architecture has no tested family here; the message names those that have."""
+
+
+class HeadRows(NamedTuple):
+    """Rows of the head gathered for some tokens: `weight` [A, K, D] and, if the head has one, `bias` [A, K]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def select(self, index: Any) -> HeadRows:
+        """The rows of some batch rows only."""
+        return HeadRows(self.weight[index], None if self.bias is None else self.bias[index])
+
+
+@dataclass
+class Context:
+    """What one batch has computed so far; every state of the batch points to it.
+
+    Attributes:
+        cache: Self-attention keys and values, one `LayerCache` per block.
+        past: What the blocks receive: `cache`, or a pair of self- and cross-attention caches.
+        positions: Position of every slot handed out so far, [B, T]; padding has position 0.
+        padding: 1 for tokens, 0 for padding, [B, T]; None without padding.
+        memory: Encoder output [B, X, D], or None.
+        memory_mask: 1 for tokens of the encoder's input, [B, X]; None without padding.
+        crossed: Blocks whose cross-attention keys and values are computed, in the order of their first visit.
+    """
+
+    cache: Cache
+    past: Cache
+    positions: Tensor
+    padding: Tensor | None
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None
+    crossed: list[int] = field(default_factory=list)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots handed out."""
+        return int(self.positions.shape[1])
+
+    def crop(self, slots: int) -> None:
+        """Take everything behind the first `slots` slots back, at every layer."""
+        self.positions = self.positions[:, :slots]
+        self.padding = None if self.padding is None else self.padding[:, :slots]
+        for layer in self.cache.layers:
+            layer.length = min(layer.length, slots)
+
+
+@dataclass
+class Frame:
+    """Where some states sit: `queries` slots from `start` on, for `rows` of the batch. Memoises masks and rotations."""
+
+    rows: Rows
+    start: int
+    queries: int
+    memo: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """Residual states `hidden` [A, n, D] after `depth` layers, for the rows and slots of `frame`."""
+
+    context: Context
+    frame: Frame
+    hidden: Tensor
+    depth: int
+
+    def select(self, keep: Any, rows: Rows) -> State:
+        """The states `keep` (an index into the first axis), which are those of batch rows `rows`."""
+        return replace(self, hidden=self.hidden[keep], frame=Frame(rows, self.frame.start, self.frame.queries))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """N tokens that skip a block: frozen states `hidden` [N, D] at `rows` [N] and `slots` [N], all below `stop`."""
+
+    hidden: Tensor
+    rows: Tensor
+    slots: Tensor
+    stop: int
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- keys and values of a skipped block
+
+
+def _split_heads(x: Tensor, width: int) -> Tensor:
+    """[N, n, H * width] -> [N, H, n, width]."""
+    return x.view(*x.shape[:-1], -1, width).transpose(1, 2)
+
+
+def _rotary_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of a decoder-only block, [N, n, D] -> two of [N, H, n, D_head]."""
+    attention, x = layer.self_attn, hidden
+    if hasattr(layer, "input_layernorm"):  # OLMo 2 normalises after attention instead
+        x = layer.input_layernorm(hidden)
+    if hasattr(attention, "qkv_proj"):  # Phi-3
+        width = attention.num_key_value_heads * attention.head_dim
+        both = F.linear(x, attention.qkv_proj.weight[-2 * width :])
+        keys, values = both[..., :width], both[..., width:]
+    else:
+        keys, values = attention.k_proj(x), attention.v_proj(x)
+    norm = getattr(attention, "k_norm", None)  # over a head (Qwen3, Gemma 3) or over all heads (OLMo 2)
+    if norm is not None and norm.weight.shape[0] == keys.shape[-1]:
+        keys, norm = norm(keys), None
+    keys, values = _split_heads(keys, attention.head_dim), _split_heads(values, attention.head_dim)
+    if norm is not None:
+        keys = norm(keys)
+    if getattr(attention, "use_rope", True):  # SmolLM3 leaves every fourth layer without
+        keys = sys.modules[type(attention).__module__].apply_rotary_pos_emb(keys, keys, *rope)[1]
+    return keys, values
+
+
+def _t5_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
+    sub = layer.layer[0]
+    x, width = sub.layer_norm(hidden), sub.SelfAttention.key_value_proj_dim
+    return _split_heads(sub.SelfAttention.k(x), width), _split_heads(sub.SelfAttention.v(x), width)
+
+
+def _bart_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
+    return _projected(layer.self_attn, hidden)
+
+
+def _whisper_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
+    return _projected(layer.self_attn, layer.self_attn_layer_norm(hidden))
+
+
+def _projected(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _split_heads(attention.k_proj(x), attention.head_dim), _split_heads(attention.v_proj(x), attention.head_dim)
+
+
+def _t5_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
+    attention = layer.layer[1].EncDecAttention
+    width = attention.key_value_proj_dim
+    return _split_heads(attention.k(memory), width), _split_heads(attention.v(memory), width)
+
+
+def _bart_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
+    return _projected(layer.encoder_attn, memory)
+
+
+# ---------------------------------------------------------------- before the first block
+
+
+def _embed_plain(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    embedded: Tensor = decoder.embed_tokens(ids)
+    return embedded
+
+
+def _embed_bart(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    embedded = decoder.embed_tokens(ids)
+    return decoder.layernorm_embedding(embedded + decoder.embed_positions(ids, 0, position_ids=positions[0]))  # type: ignore[no-any-return]
+
+
+def _embed_whisper(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return decoder.embed_tokens(ids) + decoder.embed_positions(ids, position_ids=positions)  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------- the families
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between architectures, by attribute paths and functions.
+
+    Attributes:
+        decoder: Path from the model to its decoder.
+        layers: Name of the block list in the decoder.
+        norm: Name of the final norm in the decoder; None where there is none (BART).
+        head: Path from the model to the head.
+        keys_values: (block, states [N, n, D], rotation) -> keys and values [N, H, n, D_head].
+        embed: (decoder, ids [A, n], positions [A, n]) -> states entering the first block.
+        cross: (block, memory) -> cross-attention keys and values; None for a decoder-only model.
+    """
+
+    decoder: str = "model"
+    layers: str = "layers"
+    norm: str | None = "norm"
+    head: str = "lm_head"
+    keys_values: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor]] = _rotary_keys_values
+    embed: Callable[[Any, Tensor, Tensor], Tensor] = _embed_plain
+    cross: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+_T5 = Family("decoder", "block", "final_layer_norm", "lm_head", _t5_keys_values, _embed_plain, _t5_cross)
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma3_text": Family(),
+    "phi3": Family(),
+    "olmo2": Family(),
+    "smollm3": Family(),
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": Family("model.decoder", "layers", None, "lm_head", _bart_keys_values, _embed_bart, _bart_cross),
+    "whisper": Family(
+        "model.decoder", "layers", "layer_norm", "proj_out", _whisper_keys_values, _embed_whisper, _bart_cross
+    ),
+}
+"""Supported values of `config.model_type`."""
+
+
+class SplitModel:
+    """A Hugging Face model that can stop after any layer, be resumed there, and be read out there.
+
+    Args:
+        model: A `...ForCausalLM` or `...ForConditionalGeneration` of a supported family; left as it is.
+
+    Raises:
+        UnsupportedModelError: No family of that name, or layers of a kind that cannot be run apart.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        name = config.model_type
+        if name not in FAMILIES:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} (model type {name!r}) is not supported; supported are {', '.join(FAMILIES)}"
+            )
+        self.model, self.family, self.name = model, FAMILIES[name], name
+        try:
+            self.decoder: Any = model.get_submodule(self.family.decoder)
+            self.head: Any = model.get_submodule(self.family.head)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no language-modelling head to read out with; load the model of type "
+                f"{name!r} with its ...ForCausalLM or ...ForConditionalGeneration class"
+            ) from error
+        self.blocks: list[Any] = list(getattr(self.decoder, self.family.layers))
+        self.num_layers = len(self.blocks)
+        self.is_encoder_decoder = self.family.cross is not None
+        self.config: Any = self.decoder.config
+        self.types, self.windows = self._layer_types()
+        self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.scale = config.d_model**-0.5 if name == "t5" and config.scale_decoder_outputs else None
+        self.norm: Any = getattr(self.decoder, self.family.norm) if self.family.norm else nn.Identity()
+        rotary = getattr(self.decoder, "rotary_emb", None)
+        self.rotary: Any = rotary
+        self.rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self.shape = self._shape()
+
+    def _layer_types(self) -> tuple[list[str], list[int | None]]:
+        """Attention type and sliding window of every block."""
+        if self.is_encoder_decoder:
+            return ["full_attention"] * self.num_layers, [None] * self.num_layers
+        types, options = get_layer_types_and_kwargs(self.config)
+        strange = sorted(set(types) - {"full_attention", "sliding_attention"})
+        if strange or getattr(self.config, "use_bidirectional_attention", False):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has layers of type {', '.join(strange) or 'bidirectional attention'}, "
+                "whose cache cannot be filled later; full and sliding-window causal attention are supported"
+            )
+        return list(types), [option.get("sliding_window") for option in options]
+
+    # ------------------------------------------------------------ start
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the decoder has positions for, in tokens; None if unlimited (T5)."""
+        names = ("max_target_positions", "max_position_embeddings")
+        return next((int(v) for name in names if (v := getattr(self.config, name, None))), None)
+
+    def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encoder output [B, X, D] for token ids [B, X], or for Whisper's features [B, mel, frames]."""
+        encoder: Any = self.model.get_encoder()
+        output = encoder(inputs) if self.name == "whisper" else encoder(input_ids=inputs, attention_mask=mask)
+        memory: Tensor = output.last_hidden_state
+        return memory
+
+    def start(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        context: Context | None = None,
+    ) -> State:
+        """The state that enters the first block for the next tokens of every row.
+
+        Args:
+            ids: Token ids, [B, n].
+            mask: 1 for tokens, 0 for (left) padding, [B, n]; only for the first tokens of a batch.
+            memory: Encoder output, [B, X, D]; encoder-decoders only, first tokens only.
+            memory_mask: Mask of the encoder's input, [B, X].
+            context: That of the batch; None begins a new batch.
+
+        Returns:
+            A state of depth 0.
+        """
+        batch, queries = ids.shape
+        if context is None:
+            context = self._new_context(batch, memory, memory_mask)
+            if mask is not None and not bool(mask.all()):
+                context.padding = mask.bool()
+                context.positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            else:
+                context.positions = torch.arange(queries, device=ids.device).expand(batch, queries)
+            start = 0
+        else:
+            start = context.slots
+            after = torch.arange(1, queries + 1, device=ids.device) + context.positions[:, -1:]
+            context.positions = torch.cat([context.positions, after], dim=1)
+            if context.padding is not None:
+                context.padding = F.pad(context.padding, (0, queries), value=True)
+        hidden = self.family.embed(self.decoder, ids, context.positions[:, start:])
+        return State(context, Frame(slice(0, batch), start, queries), hidden, 0)
+
+    def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
+        cache = Cache(layers=[LayerCache(batch, window) for window in self.windows])
+        past: Cache = cache
+        if self.is_encoder_decoder:
+            past = EncoderDecoderCache(cache, Cache(layers=[LayerCache(batch) for _ in self.blocks]))
+            if memory_mask is not None and bool(memory_mask.all()):
+                memory_mask = None
+        return Context(cache, past, torch.empty(0), None, memory, memory_mask)
+
+    # ------------------------------------------------------------ run
+
+    def run(self, state: State, lo: int, hi: int) -> State:
+        """Take a state after `lo` layers to one after `hi`; keys and values go into the context's cache.
+
+        All slots before the state's must already be present, for its rows, in the cache of each of these layers.
+
+        Returns:
+            The state after `hi` layers.
+
+        Raises:
+            ValueError: The state is not after `lo` layers, or there are fewer than `hi`.
+        """
+        if state.depth != lo or not lo <= hi <= self.num_layers:
+            raise ValueError(
+                f"cannot run layers {lo + 1}..{hi} of {self.num_layers} on a state after {state.depth} layers"
+            )
+        hidden = state.hidden
+        for index in range(lo, hi):
+            hidden = self._block(index, hidden, state.frame, state.context)
+        return replace(state, hidden=hidden, depth=hi)
+
+    def _block(self, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
+        cache: Any = context.cache.layers[index]
+        cache.rows, cache.length = frame.rows, frame.start
+        kind = self.types[index]
+        block, mask = self.blocks[index], self._mask(kind, index, hidden, frame, context)
+        if self.family.cross is None:
+            return block(  # type: ignore[no-any-return]
+                hidden,
+                attention_mask=mask,
+                position_ids=context.positions[frame.rows, frame.start : frame.start + frame.queries],
+                past_key_values=context.past,
+                position_embeddings=self._rope(kind, hidden, frame, context),
+            )
+        self._prepare_cross(index, frame, context)
+        arguments = {
+            "attention_mask": mask,
+            "encoder_hidden_states": context.memory,
+            "encoder_attention_mask": self._cross_mask(hidden, frame, context),
+            "past_key_values": context.past,
+        }
+        if self.name in ("t5", "mt5"):
+            return block(hidden, position_bias=self._bias(frame), **arguments)[0]  # type: ignore[no-any-return]
+        return block(hidden, **arguments)  # type: ignore[no-any-return]
+
+    def _prepare_cross(self, index: int, frame: Frame, context: Context) -> None:
+        """Cross-attention keys and values, for all rows, at the first visit of a block."""
+        past: Any = context.past
+        cache = past.cross_attention_cache.layers[index]
+        if index not in context.crossed:
+            assert self.family.cross is not None
+            assert context.memory is not None
+            cache.update(*self.family.cross(self.blocks[index], context.memory))
+            past.is_updated[index] = True
+            context.crossed.append(index)
+        cache.rows = frame.rows
+
+    def _mask(self, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
+        if ("mask", kind) not in frame.memo:
+            padding = context.padding
+            if padding is not None:
+                padding = padding[frame.rows, : frame.start + frame.queries]
+            build: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+            frame.memo["mask", kind] = build(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=padding,
+                past_key_values=context.cache,
+                position_ids=context.positions[frame.rows, frame.start : frame.start + frame.queries],
+                layer_idx=index,
+            )
+        return frame.memo["mask", kind]
+
+    def _cross_mask(self, hidden: Tensor, frame: Frame, context: Context) -> Any:
+        if context.memory_mask is None or self.name == "whisper":  # Whisper attends to all of its padded input
+            return None
+        if ("mask", "cross") not in frame.memo:
+            frame.memo["mask", "cross"] = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=context.memory_mask[frame.rows],
+                encoder_hidden_states=context.memory,
+            )
+        return frame.memo["mask", "cross"]
+
+    def _rope(self, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
+        key = ("rope", kind if self.rotary_by_type else "")
+        if key not in frame.memo:
+            positions = context.positions[frame.rows, frame.start : frame.start + frame.queries]
+            frame.memo[key] = self._rotation(kind, hidden, positions)
+        return frame.memo[key]
+
+    def _rotation(self, kind: str, hidden: Tensor, positions: Tensor) -> Any:
+        if self.rotary is None:
+            return None
+        return self.rotary(hidden, positions, *([kind] if self.rotary_by_type else []))
+
+    def _bias(self, frame: Frame) -> Tensor:
+        """T5's relative position bias, which the first block owns and all blocks share, [1, H, n, T]."""
+        if ("bias", "") not in frame.memo:
+            attention = self.blocks[0].layer[0].SelfAttention
+            frame.memo["bias", ""] = attention.compute_bias(
+                frame.queries, frame.start + frame.queries, device=self.device, past_seen_tokens=frame.start
+            )
+        return frame.memo["bias", ""]  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------ fill
+
+    def fill(self, context: Context, layer: int, skipped: Skipped) -> None:
+        """Write keys and values of tokens that skip a block: its input norm, projections, key norm and rotation only.
+
+        The cache entry equals that of running the whole block on the same states and discarding its output.
+
+        Args:
+            context: That of the batch.
+            layer: The skipped block, counted from 0.
+            skipped: The tokens and the states they are frozen in.
+        """
+        x, kind = skipped.hidden[:, None], self.types[layer]  # [N, 1, D]
+        if kind not in skipped.memo:
+            positions = context.positions[skipped.rows, skipped.slots][:, None]
+            skipped.memo[kind] = self._rotation(kind, x, positions)
+        keys, values = self.family.keys_values(self.blocks[layer], x, skipped.memo[kind])  # [N, H, 1, D_head]
+        cache: Any = context.cache.layers[layer]
+        cache.write(skipped.rows, skipped.slots, keys[:, :, 0], values[:, :, 0], stop=skipped.stop)
+
+    # ------------------------------------------------------------ readout
+
+    def readout_input(self, hidden: Tensor) -> Tensor:
+        """What the head multiplies: the final norm, recomputed on this state, and T5's scale. Any shape [..., D]."""
+        x: Tensor = self.norm(hidden)
+        return x if self.scale is None else x * self.scale
+
+    def project(self, x: Tensor, rows: HeadRows | None = None) -> Tensor:
+        """Logits of readout inputs: all V of them, or only those of gathered head rows.
+
+        Args:
+            x: Readout inputs, [..., D]; [A, D] with `rows`.
+            rows: From `gather`; None for the full head.
+
+        Returns:
+            Logits [..., V], or [A, K], soft-capped and biased as the model does it, in the model's dtype.
+        """
+        if rows is None:
+            logits: Tensor = self.head(x)
+            if self.name == "bart":
+                logits = logits + self.model.final_logits_bias
+        elif len(x) == 1:
+            logits = F.linear(x, rows.weight[0])
+        else:
+            logits = torch.bmm(rows.weight, x[:, :, None])[:, :, 0]
+        if rows is not None and rows.bias is not None:
+            logits = logits + rows.bias
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+    def gather(self, ids: Tensor) -> HeadRows:
+        """Copy the head's rows of token ids [A, K]."""
+        bias = self.head.bias
+        if self.name == "bart":
+            bias = self.model.final_logits_bias[0]
+        return HeadRows(self.head.weight[ids], None if bias is None else bias[ids])
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of residual states [..., D] of any layer, as the model computes them after the last."""
+        return self.project(self.readout_input(hidden))
+
+    # ------------------------------------------------------------ sizes
+
+    def _shape(self) -> ModelShape:
+        head = self.head.weight
+        encoder_weights, encoder_width = 0, 0
+        if self.is_encoder_decoder:
+            encoder: Any = self.model.get_encoder()
+            encoder_weights = _linear_weights(encoder)
+            encoder_width = sum(_out(m.q if hasattr(m, "q") else m.q_proj) for m in _attentions(encoder))
+            if self.name == "whisper":  # its first convolution runs at twice the rate of the encoder's output
+                encoder_weights += 2 * encoder.conv1.weight.numel() + encoder.conv2.weight.numel()
+        blocks = tuple(self._block_shape(i) for i in range(self.num_layers))
+        return ModelShape(blocks, head.shape[1], head.shape[0], head.element_size(), encoder_weights, encoder_width)
+
+    def _block_shape(self, index: int) -> BlockShape:
+        block = self.blocks[index]
+        attention, *cross = _attentions(block)
+        total = _linear_weights(block)
+        if hasattr(attention, "qkv_proj"):
+            kv_width = attention.num_key_value_heads * attention.head_dim
+            query_width = _out(attention.qkv_proj) - 2 * kv_width
+            kv_weights = 2 * kv_width * attention.qkv_proj.weight.shape[1]
+        else:
+            query, key, value = _projections(attention)
+            query_width, kv_width = _out(query), _out(key)
+            kv_weights = key.weight.numel() + value.weight.numel()
+        cross_kv = sum(p.weight.numel() for c in cross for p in _projections(c)[1:])
+        return BlockShape(total - cross_kv, kv_weights, query_width, kv_width, cross_kv, self.windows[index])
+
+
+def _out(linear: Any) -> int:
+    return int(linear.weight.shape[0])
+
+
+def _projections(attention: Any) -> tuple[Any, Any, Any]:
+    """Query, key and value projections of an attention module."""
+    if hasattr(attention, "q_proj"):
+        return attention.q_proj, attention.k_proj, attention.v_proj
+    return attention.q, attention.k, attention.v
+
+
+def _attentions(module: nn.Module) -> list[Any]:
+    """The attention modules inside a module, in order: self before cross."""
+    return [m for m in module.modules() if any(hasattr(m, name) for name in ("q_proj", "qkv_proj", "q"))]
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -1,0 +1,260 @@
+"""A loaded model, its tokenizer, and generation with early exits: text in, text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+
+from offramp.costs import Costs, Ledger
+from offramp.custom_generate import Prepared, prepare
+from offramp.decoding import Step
+from offramp.families import SplitModel
+from offramp.policy import ExitPolicy
+
+Prompt = str | Sequence[dict[str, str]]
+"""A text, or the messages of a chat ({"role": …, "content": …}), to which the tokenizer's chat template is applied."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `LanguageModel.generate` returns.
+
+    Attributes:
+        sequences: Prompt and continuation, LongTensor [B, T]; left-padded prompts, rows padded behind their end. For an
+            encoder-decoder, the decoder's sequence.
+        texts: The continuations, special tokens left out.
+        exit_layers: One list per row, one layer in 1..L per generated token.
+        confidences: Likewise, the confidence of the last test of each token; NaN where none was made.
+        tokens: Likewise, the token ids.
+        costs: FLOPs, bytes and seconds by part, over the whole batch.
+        num_layers: L.
+    """
+
+    sequences: Tensor
+    texts: list[str]
+    exit_layers: list[list[int]]
+    confidences: list[list[float]]
+    tokens: list[list[int]]
+    costs: Costs
+    num_layers: int
+
+
+class LanguageModel:
+    """A Hugging Face model with early exits; made by `offramp.load`.
+
+    Args:
+        model: The untouched Hugging Face model.
+        tokenizer: Its tokenizer; None if only token ids will be used.
+
+    Raises:
+        UnsupportedModelError: The architecture is not supported.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.split = SplitModel(model)
+
+    @property
+    def num_layers(self) -> int:
+        """Depth L of the decoder."""
+        return self.split.num_layers
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the rows of the head."""
+        return self.split.shape.vocabulary
+
+    def generate(self, prompts: Any, *, policy: ExitPolicy | None = None, **options: Any) -> Generation:
+        """Continue prompts, leaving the network where the policy says so.
+
+        Args:
+            prompts: Texts, chats (lists of messages), or token ids [B, T]; also a single text, or the inputs a
+                tokenizer or a speech processor made (a mapping with `input_ids` or `input_features`).
+            policy: The exit policy; None: the full model.
+            **options: See `stream`.
+
+        Returns:
+            Sequences, texts, exit layers and costs.
+
+        Raises:
+            ValueError: Empty or too long prompts, options out of range, or a policy that does not fit the model.
+        """
+        began = time.perf_counter()
+        prepared, ledger = self._prepare(prompts, **options)
+        steps = list(prepared.steps(policy, ledger))
+        if prepared.ids.is_cuda:
+            torch.cuda.synchronize()
+        ledger.costs.seconds = time.perf_counter() - began
+        return self._collect(prepared.ids, steps, ledger.settle())
+
+    def stream(self, prompts: Any, *, policy: ExitPolicy | None = None, **options: Any) -> Iterator[Step]:
+        """Generate and yield one `Step` per position as soon as it is certain.
+
+        Args:
+            prompts: As for `generate`.
+            policy: As for `generate`.
+            **options: max_new_tokens (default 64), min_new_tokens, do_sample (set by itself when temperature, top_k or
+                top_p is given), temperature, top_k, top_p, repetition_penalty, seed, stop_strings (text or list), chat
+                (apply the chat template to texts as a user's message; default False), and any other option of
+                `transformers`' `GenerationConfig` that does not need beams.
+
+        Returns:
+            An iterator of steps.
+
+        Raises:
+            ValueError: As for `generate`.
+        """
+        prepared, ledger = self._prepare(prompts, **options)
+        return prepared.steps(policy, ledger)
+
+    # ------------------------------------------------------------ inputs
+
+    def encode(self, prompts: Any, *, chat: bool = False) -> dict[str, Tensor]:
+        """Token ids and mask of prompts, left-padded for a decoder-only model, on the model's device.
+
+        Returns:
+            `input_ids` and `attention_mask`, [B, T] both; a mapping of tensors is passed through.
+
+        Raises:
+            ValueError: No prompt, an empty prompt, or no tokenizer for a text.
+        """
+        if isinstance(prompts, Tensor):
+            prompts = {"input_ids": prompts if prompts.ndim > 1 else prompts[None]}
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, list | tuple):
+            inputs = {key: value.to(self.split.device) for key, value in dict(prompts).items()}
+            if not any(value.numel() for value in inputs.values()):
+                raise ValueError("the prompt is empty; give at least one token")
+            return inputs
+        if not prompts:
+            raise ValueError("the batch is empty; give at least one prompt")
+        if isinstance(prompts[0], dict):
+            prompts = [prompts]
+        texts = [self._text(prompt, index, chat) for index, prompt in enumerate(prompts)]
+        side, pad = self.tokenizer.padding_side, self.tokenizer.pad_token
+        try:  # the tokenizer is the user's: leave it as it was
+            self.tokenizer.padding_side = "right" if self.split.is_encoder_decoder else "left"
+            if pad is None and len(texts) > 1:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            templated = [chat or not isinstance(prompt, str) for prompt in prompts]
+            batch = self.tokenizer(
+                texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not any(templated)
+            )
+        finally:
+            self.tokenizer.padding_side, self.tokenizer.pad_token = side, pad
+        if not batch["input_ids"].shape[1]:
+            raise ValueError("the prompt has no tokens; give at least one")
+        return {name: batch[name].to(self.split.device) for name in ("input_ids", "attention_mask")}
+
+    def _text(self, prompt: Prompt, index: int, chat: bool) -> str:
+        """The text of one prompt, chat template applied."""
+        if self.tokenizer is None:
+            raise ValueError("the model was loaded without a tokenizer; give token ids [B, T] instead of text")
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError(f"prompt {index + 1} is empty; give at least one word")
+            if not chat:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        if not self.has_chat_template:
+            raise ValueError("the tokenizer has no chat template; give plain texts")
+        text: str = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was made for chats."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    def _prepare(
+        self,
+        prompts: Any,
+        *,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        stop_strings: str | list[str] | None = None,
+        chat: bool = False,
+        **options: Any,
+    ) -> tuple[Prepared, Ledger]:
+        """Let `transformers` prepare a generation, and take over; a timed encoder pass included."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
+        if any(options.get(name) is not None for name in ("temperature", "top_k", "top_p")):
+            options.setdefault("do_sample", True)
+        options.setdefault("do_sample", False)
+        options.setdefault("num_beams", 1)
+        inputs = self.encode(prompts, chat=chat)
+        self._check_length(inputs, max_new_tokens)
+        ledger = Ledger(self.split.shape, self.split.device)
+        if self.split.is_encoder_decoder:
+            inputs = self._with_memory(inputs, ledger)
+        if stop_strings is not None:
+            options["stopping_criteria"] = StoppingCriteriaList(
+                [*options.get("stopping_criteria", []), StopStringCriteria(self.tokenizer, stop_strings)]
+            )
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(self.split.device).manual_seed(seed)
+
+        def take_over(model: Any, input_ids: Tensor, **kwargs: Any) -> Prepared:
+            return prepare(self.split, input_ids, generator=generator, **kwargs)
+
+        if options.get("pad_token_id") is None and self.model.generation_config.pad_token_id is None:
+            eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+            options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos  # as generate does, without its notice
+        prepared: Prepared = GenerationMixin.generate(
+            self.model, **inputs, max_new_tokens=max_new_tokens, custom_generate=take_over, **options
+        )
+        return prepared, ledger
+
+    def _check_length(self, inputs: dict[str, Tensor], max_new_tokens: int) -> None:
+        """Refuse prompts that do not fit the model's context."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        new = 0 if self.split.is_encoder_decoder else max_new_tokens
+        if limit is not None and length + new > limit:
+            ask = f" and {new} new ones are asked for" if new else ""
+            raise ValueError(
+                f"the longest prompt has {length} tokens{ask}, but the model's context holds {limit}; "
+                f"shorten the prompt{' or lower max_new_tokens' if length < limit and new else ''}"
+            )
+
+    def _with_memory(self, inputs: dict[str, Tensor], ledger: Ledger) -> dict[str, Any]:
+        """Run the encoder, timed, so that `generate` finds its output."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        source = inputs.get("input_features", inputs.get("input_ids"))
+        assert source is not None
+        with torch.no_grad(), ledger.time("encoder"):
+            memory = self.split.encode(source, inputs.get("attention_mask"))
+        ledger.encoder(*memory.shape[:2])
+        return {**inputs, "encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
+
+    # ------------------------------------------------------------ outputs
+
+    def _collect(self, ids: Tensor, steps: list[Step], costs: Costs) -> Generation:
+        sequences = torch.cat([ids, *(step.token[:, None] for step in steps)], dim=1)
+        tokens: list[list[int]] = [[] for _ in ids]
+        layers: list[list[int]] = [[] for _ in ids]
+        confidences: list[list[float]] = [[] for _ in ids]
+        for step in steps:
+            lists = (step.active.tolist(), step.token.tolist(), step.exit_layer.tolist(), step.confidence.tolist())
+            for row, (active, token, layer, confidence) in enumerate(zip(*lists, strict=True)):
+                if active:
+                    tokens[row].append(token)
+                    layers[row].append(layer)
+                    confidences[row].append(confidence)
+        return Generation(sequences, self.decode(tokens), layers, confidences, tokens, costs, self.num_layers)
+
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        """Texts of token ids, special tokens left out; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return [""] * len(tokens)
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]

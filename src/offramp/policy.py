@@ -1,0 +1,310 @@
+"""When to leave the network: an `ExitPolicy` is the whole rule, frozen and saved as JSON.
+
+`ExitPolicy.resolve` checks it against a model's depth and vocabulary, once, and gives the `Plan` that decoding follows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, Contrastive
+from offramp.files import write_json
+from offramp.vocabulary import KINDS, Pruning
+
+SKIPPED = ("propagate", "defer", "verify")
+
+
+def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """When a token leaves the network, on which vocabulary it is judged, and what happens to the layers it skips.
+
+    Attributes:
+        confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "contrastive", "jsd",
+            "static" (always leaves after `min_layer`), or a callable (see `offramp.confidence.Confidence`).
+        threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
+            measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
+        min_layer: Exits are tested after layers min_layer .. L-1. None: half the depth.
+        vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive".
+        vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
+        skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
+            "defer": the state waits and goes through the deep layers with the next token that goes deep (exact cache).
+            "verify": as "defer", and the deep pass checks the tokens; output equals the full model's. Under "defer" and
+            "verify" the rows of a batch advance in lock-step, and a step saves depth only if every row leaves.
+        exit_layers: Test only after these layers (each in min_layer .. L-1); None: after all of them.
+        decode_from: "logits", or "contrastive": the emitted token comes from the contrastive scores.
+        contrast: Options of the contrastive measures.
+        vocabulary_floor: Smallest size the decaying and adaptive rules reach; None: ⌈V / 128⌉.
+        vocabulary_start: k_1 of the decaying rule; None: V. (35000 with floor 250 in the source documents.)
+        vocabulary_shrink: Strength s of the adaptive rule, in (0, 1].
+        vocabulary_recursive: Let the decaying rule start from the previous layer's size.
+        decay: None, or lower the threshold along the output: "multiplicative" 0.9τ + 0.1τ·exp(-θt/N) (the code of CALM
+            and FREE) or "additive" 0.9τ + 0.1·exp(-θt/N) clipped to [0, 1] (the CALM paper).
+        decay_rate: θ.
+        draft_length: Under "verify", most tokens drafted before a deep pass.
+        batch: "rows": each row of a batch leaves at its own layer. "all": no row leaves before all would.
+    """
+
+    confidence: str | Confidence = "softmax"
+    threshold: float | tuple[float, ...] | None = 0.9
+    min_layer: int | None = None
+    vocabulary: str | None = None
+    vocabulary_size: int | None = None
+    skipped: str = "propagate"
+    exit_layers: tuple[int, ...] | None = None
+    decode_from: str = "logits"
+    contrast: Contrast = field(default_factory=Contrast)
+    vocabulary_floor: int | None = None
+    vocabulary_start: int | None = None
+    vocabulary_shrink: float = 0.9
+    vocabulary_recursive: bool = False
+    decay: str | None = None
+    decay_rate: float = 4.0
+    draft_length: int = 8
+    batch: str = "rows"
+
+    def __post_init__(self) -> None:
+        if not callable(self.confidence):
+            _choice("confidence", self.confidence, (*MEASURES, "static"))
+        _choice("skipped", self.skipped, SKIPPED)
+        _choice("decode_from", self.decode_from, ("logits", "contrastive"))
+        _choice("decay", self.decay, (None, "multiplicative", "additive"))
+        _choice("batch", self.batch, ("rows", "all"))
+        for name in ("threshold", "exit_layers"):  # JSON has no tuples
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_layers()
+        self._check_thresholds()
+        self._check_vocabulary()
+        if self.draft_length < 1:
+            raise ValueError(f"draft_length is {self.draft_length}; at least one token must be drafted")
+        if self.decode_from == "contrastive" and self.confidence not in ("contrastive", "jsd"):
+            raise ValueError(
+                f"decode_from='contrastive' needs confidence 'contrastive' or 'jsd', but it is {self.confidence!r}"
+            )
+
+    def _check_layers(self) -> None:
+        if self.confidence == "static" and self.min_layer is None:
+            raise ValueError("a static policy always leaves after min_layer: give it, e.g. min_layer=20")
+        if self.min_layer is not None and self.min_layer < 1:
+            raise ValueError(f"min_layer is {self.min_layer}; layers count from 1")
+
+    def _check_vocabulary(self) -> None:
+        _choice("vocabulary", self.vocabulary, (None, *KINDS))
+        if self.vocabulary_size is not None and self.vocabulary_size < 2:
+            raise ValueError(f"vocabulary_size is {self.vocabulary_size}; at least 2 tokens must be kept")
+        if self.vocabulary_size is not None and self.vocabulary is None:
+            raise ValueError(
+                f"vocabulary_size is {self.vocabulary_size} but vocabulary is None; choose one of {', '.join(KINDS)}"
+            )
+        for name in ("vocabulary_floor", "vocabulary_start"):
+            if (value := getattr(self, name)) is not None and value < 2:
+                raise ValueError(f"{name} is {value}; at least 2 tokens must be kept")
+        if not 0 < self.vocabulary_shrink <= 1:
+            raise ValueError(f"vocabulary_shrink is {self.vocabulary_shrink}; allowed are values in (0, 1]")
+
+    def _check_thresholds(self) -> None:
+        if self.threshold is None or self.confidence == "static":
+            return
+        low, high = RANGES.get(self.confidence, (-math.inf, math.inf)) if isinstance(self.confidence, str) else (-1, 1)
+        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        for value in values:
+            if not (low <= value <= high or value == -math.inf):
+                raise ValueError(
+                    f"threshold is {value}; the values of confidence {self.confidence!r} lie in [{low:g}, {high:g}] "
+                    f"({high:g} or None: never leave early; -inf: always)"
+                )
+
+    # ------------------------------------------------------------ files
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as JSON values.
+
+        Returns:
+            All fields and a `schema`; an infinite threshold as a string.
+
+        Raises:
+            ValueError: The confidence is a callable, which has no name to save.
+        """
+        if not isinstance(self.confidence, str):
+            raise ValueError(
+                f"a policy with the callable confidence {self.confidence!r} cannot be saved; use a named one"
+            )
+        values = asdict(self)
+        if isinstance(self.threshold, float) and math.isinf(self.threshold):
+            values["threshold"] = str(self.threshold)
+        return {"schema": "offramp/policy/1", **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExitPolicy:
+        """The inverse of `to_dict`.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: A key is unknown or a value is not allowed.
+        """
+        known = {f.name for f in fields(cls)}
+        given = {key: value for key, value in values.items() if key != "schema"}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"unknown policy fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if isinstance(given.get("threshold"), str):
+            given["threshold"] = float(given["threshold"])
+        if isinstance(given.get("contrast"), Mapping):
+            given["contrast"] = Contrast(**given["contrast"])
+        return cls(**given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as a JSON file.
+
+        Raises:
+            ValueError: The confidence is a callable.
+        """
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExitPolicy:
+        """Read a policy that `save` wrote.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: The file is not a policy.
+            FileNotFoundError: There is no such file.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a policy file ({error}); write one with ExitPolicy.save") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a JSON {type(values).__name__}, not the object that ExitPolicy.save writes")
+        return cls.from_dict(values)
+
+    # ------------------------------------------------------------ use
+
+    def custom_generate(self) -> Callable[..., Any]:
+        """A decoding method for `model.generate(**inputs, custom_generate=policy.custom_generate())`."""
+        from offramp.custom_generate import CustomGenerate
+
+        return CustomGenerate(self)
+
+    def resolve(self, num_layers: int, vocabulary: int) -> Plan:
+        """The policy for a model of L layers and V tokens.
+
+        Returns:
+            What decoding follows, with all defaults filled in.
+
+        Raises:
+            ValueError: A layer is outside 1..L-1, the vocabulary size above V, or the thresholds do not fit the exits.
+        """
+        if self.threshold is None and self.confidence != "static" and self.min_layer is None:
+            return Plan(self, num_layers, vocabulary, num_layers, {}, None, None, (), num_layers)
+        if num_layers < 2:
+            raise ValueError(f"a model of {num_layers} layer has no earlier layer to exit from")
+        first = self.min_layer if self.min_layer is not None else max(1, num_layers // 2)
+        last = num_layers - 1
+        if not 1 <= first <= last:
+            raise ValueError(f"min_layer is {first}; a model of {num_layers} layers can exit after layers 1..{last}")
+        if self.vocabulary_size is not None and self.vocabulary_size > vocabulary:
+            raise ValueError(f"vocabulary_size is {self.vocabulary_size}; the model has {vocabulary} tokens")
+        if self.confidence == "static":
+            return Plan(self, num_layers, vocabulary, first, {}, None, None, (), first)
+        exits = self.exit_layers if self.exit_layers is not None else tuple(range(first, num_layers))
+        if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
+            raise ValueError(
+                f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "
+                f"but one); layer {num_layers} is always an exit, leave it out"
+            )
+        measure = self.confidence if callable(self.confidence) else MEASURES[self.confidence](self.contrast)
+        pruning = None
+        if self.vocabulary is not None:
+            pruning = Pruning(
+                self.vocabulary, vocabulary, num_layers, exits[0], self.vocabulary_size, self.vocabulary_floor,
+                self.vocabulary_start, self.vocabulary_shrink, self.vocabulary_recursive,
+            )  # fmt: skip
+        plan = Plan(self, num_layers, vocabulary, num_layers, self._per_exit(exits), measure, pruning, (), exits[0])
+        return plan.with_candidates()
+
+    def _per_exit(self, exits: tuple[int, ...]) -> dict[int, float]:
+        """Thresholds by exit layer; no exits at all if none can ever be passed."""
+        if self.threshold is None:
+            return {}
+        if not isinstance(self.threshold, tuple):
+            return dict.fromkeys(exits, float(self.threshold))
+        if len(self.threshold) != len(exits):
+            raise ValueError(
+                f"threshold has {len(self.threshold)} values for {len(exits)} exits (after layers {exits[0]}.."
+                f"{exits[-1]}); give one number, or one per exit"
+            )
+        return dict(zip(exits, map(float, self.threshold), strict=True))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An `ExitPolicy` for one model.
+
+    Attributes:
+        policy: The policy.
+        num_layers: L.
+        vocabulary: V.
+        last: The deepest layer a token may need: L, or the exit of a static policy.
+        thresholds: Threshold by exit layer, ascending; empty if no test is ever made.
+        measure: The confidence measure; None if no test is made.
+        pruning: Sizes of the pruned vocabulary; None without pruning.
+        candidates: Earlier layers a contrastive measure may look at, whatever the exit.
+        min_layer: The first exit.
+    """
+
+    policy: ExitPolicy
+    num_layers: int
+    vocabulary: int
+    last: int
+    thresholds: Mapping[int, float]
+    measure: Confidence | None
+    pruning: Pruning | None
+    candidates: tuple[int, ...]
+    min_layer: int
+
+    def with_candidates(self) -> Plan:
+        """This plan with the layers its measure looks back at."""
+        options = self.policy.contrast
+        if not isinstance(self.measure, Contrastive):
+            return self
+        exits = [*self.thresholds, *([self.num_layers] if options.full else [])]
+        if not self.measure.discounted:
+            layers = {options.amateur or exit // 2 for exit in exits}
+        elif options.candidates == "all":
+            layers = set(range(2, max(exits, default=0), options.stride or 1))
+        else:
+            layers = set(options.below(self.min_layer))
+        if options.amateur is not None and not 1 <= options.amateur < self.num_layers:
+            raise ValueError(f"contrast amateur is {options.amateur}; earlier layers are 1..{self.num_layers - 1}")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Plan(**{**values, "candidates": tuple(sorted(layer for layer in layers if layer >= 1))})
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Layers after which something is read: exits and candidates, ascending."""
+        return tuple(sorted({*self.thresholds, *(c for c in self.candidates if c < self.last)}))
+
+    def threshold(self, layer: int, position: int, max_new_tokens: int) -> float:
+        """τ(l, t) for the token at `position` (from 0) of at most `max_new_tokens` (see `ExitPolicy.decay`)."""
+        tau = self.thresholds[layer]
+        if self.policy.decay is None or math.isinf(tau):
+            return tau
+        fade = math.exp(-self.policy.decay_rate * position / max_new_tokens)
+        if self.policy.decay == "multiplicative":
+            return 0.9 * tau + 0.1 * tau * fade
+        return min(1.0, max(0.0, 0.9 * tau + 0.1 * fade))

@@ -1,0 +1,162 @@
+"""Readouts of one token at growing depth, computed when a measure asks for them and reused by later tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offramp.costs import Ledger
+from offramp.families import SplitModel
+from offramp.policy import Plan
+from offramp.vocabulary import Kept
+
+
+class Reader:
+    """Reads one token step of A rows; `select` drops the rows that have left.
+
+    Args:
+        model: The model.
+        plan: Where to look.
+        ledger: Where the work is written down.
+        protected: Ids that pruning never drops, [P].
+    """
+
+    def __init__(self, model: SplitModel, plan: Plan, ledger: Ledger, protected: Tensor) -> None:
+        self.model, self.plan, self.ledger, self.protected = model, plan, ledger, protected
+        self.kept: Kept | None = None
+        self.previous: Tensor | None = None
+        self.inputs: dict[int, Tensor] = {}  # readout inputs of candidate layers, [A, D] each
+        self.earlier: dict[int, Tensor] = {}  # logits of candidate layers on the current columns, [A, K or V] each
+
+    def capture(self, layer: int, hidden: Tensor) -> None:
+        """Keep the readout input of a candidate layer."""
+        with self.ledger.time("confidence"):
+            self.inputs[layer] = self.model.readout_input(hidden)
+
+    def at(self, layer: int, hidden: Tensor) -> Exit:
+        """The reading after `layer`, for states [A, D]."""
+        return Exit(self, layer, hidden)
+
+    def after(self, exit: Exit, confidences: list[float], next_layer: int | None) -> None:
+        """Prepare the test at `next_layer` (None: there is none): remember the state, and which tokens to score."""
+        self.previous = exit.hidden
+        pruning = self.plan.pruning
+        if pruning is None or next_layer is None or not exit.is_read:
+            return
+        have = self.kept.sizes if self.kept is not None else [pruning.first_size()] * len(confidences)
+        sizes = [pruning.next_size(next_layer, size, c) for size, c in zip(have, confidences, strict=True)]
+        if self.kept is not None and sizes == have:
+            return
+        with self.ledger.time("select"):
+            if self.kept is None:
+                self.kept = Kept.best(exit.logits, sizes, self.protected)
+            else:
+                self.kept = self.kept.shrunk(exit.logits, sizes)
+                self.ledger.gather(*self.kept.ids.shape)
+        self.earlier.clear()
+
+    def select(self, index: list[int]) -> None:
+        """Keep some of the A rows."""
+        self.kept = None if self.kept is None else self.kept.select(index)
+        self.previous = None if self.previous is None else self.previous[index]
+        self.inputs = {layer: x[index] for layer, x in self.inputs.items()}
+        self.earlier = {layer: z[index] for layer, z in self.earlier.items()}
+
+    def project(self, x: Tensor, *, full: bool = False) -> Tensor:
+        """Logits in float32 of readout inputs [A, D], on the kept tokens if there are any."""
+        ledger = self.ledger
+        if full or self.kept is None:
+            with ledger.time("readout"):
+                ledger.readout(len(x))
+                return self.model.project(x).float()
+        if self.kept.rows is None:
+            with ledger.time("select"):
+                self.kept.gather(self.model)
+                ledger.gather(*self.kept.ids.shape)
+        with ledger.time("pruned_readout"):
+            ledger.pruned_readout(*self.kept.ids.shape)
+            return self.kept.mask(self.model.project(x, self.kept.rows))
+
+
+class Exit:
+    """One exit of one token step: what a confidence measure sees (see `offramp.confidence.Reading`)."""
+
+    def __init__(self, reader: Reader, layer: int, hidden: Tensor) -> None:
+        self.reader, self.layer, self.hidden = reader, layer, hidden
+        self.num_layers = reader.plan.num_layers
+        self.candidates = tuple(c for c in reader.plan.candidates if c < layer)
+        self.previous = reader.previous
+        self.columns = reader.kept
+        self._logits: Tensor | None = None
+        self._input: Tensor | None = None
+
+    @property
+    def input(self) -> Tensor:
+        """The readout input, [A, D]."""
+        if self._input is None:
+            with self.reader.ledger.time("readout"):
+                self._input = self.reader.model.readout_input(self.hidden)
+        return self._input
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits in float32, [A, V], or [A, K] with the kept tokens of pruning."""
+        if self._logits is None:
+            self._logits = self.reader.project(self.input)
+        return self._logits
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any measure asked for logits."""
+        return self._logits is not None
+
+    @property
+    def kept(self) -> bool:
+        """Whether `logits` are those of a pruned set."""
+        return self.columns is not None
+
+    def plausible(self) -> Tensor | None:
+        """Which columns survive pruning, bool [A, K or V]; None without pruning."""
+        pruning = self.reader.plan.pruning
+        if pruning is None:
+            return None
+        if self.columns is not None:
+            return self.columns.scored
+        best = self.logits.topk(pruning.first_size(), dim=-1).indices
+        return torch.zeros_like(self.logits, dtype=torch.bool).scatter(1, best, value=True)
+
+    def earlier(self, layer: int, columns: Tensor | None = None) -> Tensor:
+        """Logits of candidate `layer`, [A, K or V], or on some columns only, [A, M]."""
+        reader = self.reader
+        if layer in reader.earlier:
+            logits = reader.earlier[layer]
+            return logits if columns is None else logits.gather(1, columns)
+        x = reader.inputs[layer]
+        if columns is None:
+            reader.earlier[layer] = reader.project(x)
+            return reader.earlier[layer]
+        ids = columns if self.columns is None else self.columns.ids.gather(1, columns)
+        with reader.ledger.time("pruned_readout"):
+            reader.ledger.pruned_readout(*columns.shape)
+            return reader.model.project(x, reader.model.gather(ids)).float()
+
+    def selected(self, index: list[int]) -> Exit:
+        """The rows that stay, after `Reader.select` has dropped the others."""
+        exit = Exit(self.reader, self.layer, self.hidden[index])
+        exit._logits = None if self._logits is None else self._logits[index]
+        return exit
+
+    def emission(self, index: list[int]) -> Tensor:
+        """Scores over all V tokens, float32, of the rows that leave here, [len(index), V]."""
+        scores = self.logits
+        plan = self.reader.plan
+        if plan.policy.decode_from == "contrastive":
+            with self.reader.ledger.time("confidence"):
+                scores = plan.measure.scores(self).log()  # type: ignore[union-attr]
+        if len(index) < len(scores):
+            scores = scores[index]
+        if self.columns is None:
+            return scores
+        columns = self.columns if len(index) == len(self.hidden) else self.columns.select(index)
+        with self.reader.ledger.time("select"):
+            return columns.scatter(scores, plan.vocabulary)

@@ -1,0 +1,137 @@
+"""Pruned readouts: after the first test of a token, only K kept tokens are scored.
+
+The rule of "Early Exit LLMs" and of "Dynamic Vocabulary Pruning" (arXiv 2410.18952), with two corrections: kept ids
+stay in rank order (the reference code slices an id-sorted set, which drops the best token), and the adaptive size
+shrinks from the current size (theirs, relative to V, never binds).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from offramp.families import HeadRows, SplitModel
+
+KINDS = ("fixed", "decaying", "adaptive")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How many tokens each test keeps.
+
+    Attributes:
+        kind: "fixed" keeps the first size; "decaying" follows `decayed`; "adaptive" shrinks by the last confidence.
+        vocabulary: V.
+        num_layers: L.
+        first_layer: The first tested layer, which still reads all V.
+        size: Kept tokens after the first test; None: `decayed(first_layer)`.
+        floor: k*, the smallest size the rules reach; None: ⌈V / 128⌉.
+        start: k_1 of the decay function; None: V. The source documents used 35000 with floor 250.
+        shrink: s of the adaptive rule.
+        recursive: Decay from the previous layer's size instead of from `start`.
+    """
+
+    kind: str
+    vocabulary: int
+    num_layers: int
+    first_layer: int
+    size: int | None = None
+    floor: int | None = None
+    start: int | None = None
+    shrink: float = 0.9
+    recursive: bool = False
+
+    @property
+    def smallest(self) -> int:
+        """k*, clamped to V."""
+        return min(self.vocabulary, self.floor or -(-self.vocabulary // 128))
+
+    def decayed(self, layer: int, start: int | None = None) -> int:
+        """f(l) = max(k*, ⌊k_1 / (1 + (k_1 - k*)/k* · l/L)⌋), clamped to V."""
+        first, least = start or self.start or self.vocabulary, self.smallest
+        size = math.floor(first / (1 + (first - least) / least * layer / self.num_layers))
+        return min(self.vocabulary, max(least, size))
+
+    def first_size(self) -> int:
+        """Tokens kept after the first test."""
+        return self.size or self.decayed(self.first_layer)
+
+    def next_size(self, layer: int, previous: int, confidence: float) -> int:
+        """Tokens scored at `layer`, given the last test's size and confidence; never more than `previous`."""
+        if self.kind == "fixed":
+            return previous
+        if self.kind == "adaptive":
+            sure = min(max(confidence, 0.0), 1.0) if confidence == confidence else 0.0
+            least, size = self.smallest, math.ceil(previous * (1 - self.shrink * sure))
+        elif self.recursive:
+            least, size = self.smallest, self.decayed(layer, previous)
+        else:
+            least = min(self.smallest, self.first_size())
+            size = math.floor(self.first_size() * self.decayed(layer) / self.decayed(self.first_layer))
+        return min(previous, max(least, size))
+
+
+class Kept:
+    """The kept tokens of A rows within one token step, best first, and the head's rows for them.
+
+    Protected ids (end of sequence) stand behind the ranked ones; where they are ranked as well, the copy behind is
+    masked, so nothing is counted twice. Rows of a batch may keep different numbers of ids: the shorter ones are masked.
+
+    Args:
+        ids: Ranked ids, [A, K].
+        sizes: How many of them each row keeps, A numbers, the largest K.
+        protected: Ids that are always scored, [P].
+        rows: The head's rows of all K + P ids, if already gathered.
+    """
+
+    def __init__(self, ids: Tensor, sizes: list[int], protected: Tensor, rows: HeadRows | None = None) -> None:
+        self.ranked, self.sizes, self.protected, self.rows = ids, sizes, protected, rows
+        self.ids = torch.cat([ids, protected.expand(len(ids), -1)], dim=1)  # [A, K + P]
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if min(sizes) < max(sizes):
+            lengths = torch.tensor(sizes, device=ids.device)[:, None]
+            kept = torch.arange(ids.shape[1], device=ids.device) < lengths
+        repeated = ((ids[:, :, None] == protected) & kept[:, :, None]).any(1)  # [A, P]
+        self.scored = torch.cat([kept, ~repeated], dim=1)  # [A, K + P]
+
+    @classmethod
+    def best(cls, logits: Tensor, sizes: list[int], protected: Tensor) -> Kept:
+        """The `sizes[a]` best ids of each row of logits [A, V]."""
+        return cls(logits.topk(max(sizes), dim=-1).indices, sizes, protected)
+
+    def gather(self, model: SplitModel) -> HeadRows:
+        """The head's rows [A, K + P, D], copied once and reused by later tests of the token."""
+        if self.rows is None:
+            self.rows = model.gather(self.ids)
+        return self.rows
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [A, K + P] in float32, with -inf at ids that are not kept or stand there twice."""
+        return logits.float().masked_fill(~self.scored, -torch.inf)
+
+    def shrunk(self, logits: Tensor, sizes: list[int]) -> Kept:
+        """The `sizes[a]` best ids of each row in the order of logits [A, K + P]; copies only the kept head rows."""
+        order = logits[:, : self.ranked.shape[1]].topk(max(sizes), dim=-1).indices  # [A, K']
+        rows = self.rows
+        if rows is not None:
+            behind = torch.arange(self.ranked.shape[1], self.ids.shape[1], device=order.device)
+            columns = torch.cat([order, behind.expand(len(order), -1)], dim=1)
+            weight = rows.weight[0][columns] if len(order) == 1 else rows.weight.take_along_dim(columns[:, :, None], 1)
+            rows = type(rows)(weight, None if rows.bias is None else rows.bias.gather(1, columns))
+        return Kept(self.ranked.gather(1, order), sizes, self.protected, rows)
+
+    def select(self, index: list[int]) -> Kept:
+        """Some of the batch rows."""
+        rows = None if self.rows is None else self.rows.select(index)
+        return Kept(self.ranked[index], [self.sizes[i] for i in index], self.protected, rows)
+
+    def scatter(self, logits: Tensor, vocabulary: int) -> Tensor:
+        """Logits [A, K + P] at their places among all V tokens, -inf elsewhere, [A, V]."""
+        scores = logits.new_full((len(logits), vocabulary), -torch.inf)
+        # A masked duplicate must not overwrite the ranked one: the larger value of the two wins.
+        return scores.scatter_reduce(1, self.ids, logits, "amax")
