@@ -440,7 +440,7 @@ class SplitModel:
                 config=self.config,
                 inputs_embeds=hidden,
                 attention_mask=context.memory_mask[frame.rows],
-                encoder_hidden_states=context.memory,
+                encoder_hidden_states=context.memory[: len(hidden)],  # type: ignore[index] # only its shape is used
             )
         return frame.memo["mask", "cross"]
 

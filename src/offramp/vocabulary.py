@@ -84,7 +84,7 @@ class Kept:
 
     Args:
         ids: Ranked ids, [A, K].
-        sizes: How many of them each row keeps, A numbers, the largest K.
+        sizes: How many of them each row keeps, A numbers up to K.
         protected: Ids that are always scored, [P].
         rows: The head's rows of all K + P ids, if already gathered.
     """
@@ -93,7 +93,7 @@ class Kept:
         self.ranked, self.sizes, self.protected, self.rows = ids, sizes, protected, rows
         self.ids = torch.cat([ids, protected.expand(len(ids), -1)], dim=1)  # [A, K + P]
         kept = torch.ones_like(ids, dtype=torch.bool)
-        if min(sizes) < max(sizes):
+        if min(sizes) < ids.shape[1]:
             lengths = torch.tensor(sizes, device=ids.device)[:, None]
             kept = torch.arange(ids.shape[1], device=ids.device) < lengths
         repeated = ((ids[:, :, None] == protected) & kept[:, :, None]).any(1)  # [A, P]

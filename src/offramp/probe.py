@@ -1,0 +1,433 @@
+"""Is a model worth early exits? What its layers would say, when they settle, and from where on leaving pays.
+
+The full model writes; then every layer is read out at each of those positions, in one pass, and compared with the last.
+All of it describes the model as it is: keys and values are those of the full model, as if earlier tokens had not left
+early, so real exits do a little worse.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from offramp.costs import ModelShape
+from offramp.families import SplitModel
+from offramp.files import replace_file, write_json
+from offramp.prompts import bundled_prompts
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel, Prompt
+
+SCHEMA = "offramp/probe/1"
+QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+COVERAGE = 0.995
+"""Share of the final tokens that a pruned vocabulary should hold."""
+TOLERANCE = 0.1
+"""A layer's confidence is believed if it is off by less than this."""
+ROWS = 8
+"""Prompts decoded together."""
+WINDOW = 512
+"""Longest piece of a given text, in tokens."""
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer would have said, over all positions.
+
+    Attributes:
+        layer: 1..L.
+        agreement: Share of positions whose most probable token is already the final one.
+        max_probability: Mean of the largest probability: how sure the layer is.
+        gap: Mean difference of the two largest probabilities, the usual exit confidence.
+        overconfidence: `max_probability` - `agreement`; says nothing at layer L, which agrees with itself.
+        rank: Tokens scoring above the final one (0: none), as quantiles p5 .. p99; box p25 to p75, whiskers p5 to p95.
+        coverage_size: Smallest number of best tokens that holds the final one in 99.5 % of the positions.
+        settled: Share of positions whose saturation layer is this one or an earlier one.
+        break_even: Were this the first tested layer: the break-even layer with all V tokens scored; None at layer L.
+        break_even_pruned: Likewise, with `coverage_size` tokens scored after the first test.
+    """
+
+    layer: int
+    agreement: float
+    max_probability: float
+    gap: float
+    overconfidence: float
+    rank: dict[str, float]
+    coverage_size: int
+    settled: float
+    break_even: float | None
+    break_even_pruned: float | None
+
+
+@dataclass(frozen=True)
+class Depths:
+    """Layers, one per position: `mean`, `quantiles` p5 .. p99, and `counts`, how many of them are 1, 2, .. L."""
+
+    mean: float
+    quantiles: dict[str, float]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The suitability of a model for early exits; made by `probe`.
+
+    Attributes:
+        model: Its name.
+        source: What it was probed on: "bundled prompts", "prompts" or "texts".
+        examples: Prompts, or windows of text.
+        tokens: Positions looked at.
+        num_layers: L.
+        vocabulary: V.
+        min_layer: Exits are thought to be tested after layers min_layer .. L-1.
+        layers: One report per layer 1..L.
+        saturation: From this layer on, every layer's choice is the final token.
+        oracle: First layer from `min_layer` on whose choice is the final token, even if a later one wavers.
+        suggested_min_layer: From this layer on, no layer's mean confidence is off by 0.1; None if there is none before L.
+        suggested_vocabulary_size: `coverage_size` at `min_layer`, where a pruned vocabulary would be chosen.
+        head_ratio: H: FLOPs of a full readout over those of a block.
+        fill_ratio: φ: FLOPs of the keys and values of a skipped block over those of a block.
+        break_even: Mean exit layer up to which testing all V tokens after layers min_layer, .. saves FLOPs.
+        break_even_pruned: Likewise, with `suggested_vocabulary_size` tokens after the first test.
+        ceiling: FLOPs of the full model over those of leaving at the oracle layer, without any test: no exit rule that
+            keeps the tokens saves more.
+        flops: FLOPs over those of the full model when every token leaves at its saturation layer (`min_layer` at the
+            earliest): "untested", "tested" (all V tokens at each test) and "pruned".
+        suitable: Whether the better of "tested" and "pruned" is below 1.
+        verdict: That in words, with the reason and the remedies.
+    """
+
+    model: str
+    source: str
+    examples: int
+    tokens: int
+    num_layers: int
+    vocabulary: int
+    min_layer: int
+    layers: tuple[LayerReport, ...]
+    saturation: Depths
+    oracle: Depths
+    suggested_min_layer: int | None
+    suggested_vocabulary_size: int
+    head_ratio: float
+    fill_ratio: float
+    break_even: float
+    break_even_pruned: float
+    ceiling: float
+    flops: dict[str, float]
+    suitable: bool
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON; numbers that are not finite become None."""
+        finite: dict[str, Any] = _finite({"schema": SCHEMA, **asdict(self)})
+        return finite
+
+    def table(self) -> str:
+        """The probe as plain text: a row per layer (of deep models every second or third) and what follows from it."""
+        return "\n".join([*_table_rows(self), "", *_summary(self)])
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write probe.json, probe.txt and, if matplotlib is installed, the pictures as SVG and PNG.
+
+        Args:
+            folder: Where to; made if missing. Files of an earlier probe are replaced.
+
+        Returns:
+            The files.
+        """
+        from offramp.report import plots
+
+        folder = Path(folder)
+        write_json(folder / "probe.json", self.to_dict())
+        text = self.table() + "\n"
+        replace_file(folder / "probe.txt", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        pictures = plots.save_probe(self, folder) if plots.available() else []
+        return [folder / "probe.json", folder / "probe.txt", *pictures]
+
+
+def _finite(value: Any) -> Any:
+    """A copy of nested dicts and sequences with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------- what leaving costs
+
+
+def exit_flops(shape: ModelShape, layer: int, first: int | None, kept: int | None = None) -> int:
+    """FLOPs of one token that leaves after `layer`: blocks, readouts, and keys and values of the skipped blocks.
+
+    Weights only, as for a short context. The logits of the last test are those the token is taken from. A token that
+    reaches layer L has failed all tests and is read out once more, in full.
+
+    Args:
+        shape: The model.
+        layer: Exit layer, 1..L.
+        first: First tested layer; every layer from it on is tested. None: no tests, one readout where it leaves.
+        kept: Tokens scored by the tests after the first; None: all V. Copying their head rows is bytes, not FLOPs.
+
+    Returns:
+        FLOPs, with a multiply-add counted as 2.
+    """
+    depth = len(shape.blocks)
+    passed = sum(2 * block.weights for block in shape.blocks[:layer])
+    filled = sum(shape.fill_flops(index) for index in range(layer, depth))
+    full, later = shape.readout_flops(), 0
+    if first is not None and layer >= first:
+        later = min(layer, depth - 1) - first  # tests after the first
+        full = full * 2 if layer == depth else full
+    return passed + filled + full + later * shape.readout_flops(kept)
+
+
+def ratios(shape: ModelShape) -> tuple[float, float]:
+    """H = readout / block and φ = fill / block, in FLOPs of the mean block."""
+    depth = len(shape.blocks)
+    block = sum(2 * block.weights for block in shape.blocks) / depth
+    return shape.readout_flops() / block, sum(shape.fill_flops(index) for index in range(depth)) / depth / block
+
+
+def break_even(shape: ModelShape, first: int, kept: int | None = None) -> float:
+    """The exit layer l* at which a token costs as much as in the full model; leaving before it saves FLOPs.
+
+    With H = readout / block, φ = fill / block and every layer from m on tested, a token that leaves after l costs
+    l + H(l - m + 1) + φ(L - l) blocks against L + H, its last test being its readout, so
+
+        l* = (L(1 - φ) + H·m) / (1 + H - φ).
+
+    With a fixed pruned vocabulary the first test scores V tokens and the l - m later ones K: the first test takes the
+    place of the full model's readout and the formula keeps its shape, with H_K = H·K/V in place of H. A token that
+    never leaves then pays one more full readout than the straight line through the exits says (H - H_K), so means have
+    to be compared by `exit_flops`; without pruning the line holds at L as well, and the mean exit layer decides.
+
+    Args:
+        shape: The model, its blocks alike.
+        first: m, the first tested layer, 1..L-1.
+        kept: K; None: V.
+
+    Returns:
+        l*, between m and L; not a whole number in general.
+    """
+    head, fill = ratios(shape)
+    tested = head * (1 if kept is None else kept / shape.vocabulary)
+    depth = len(shape.blocks)
+    return (depth * (1 - fill) + tested * first) / (1 + tested - fill)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Readings(NamedTuple):
+    """Every layer's readout at N positions: `rank` of the final token, `peak` and `gap` of the probabilities, [L, N]."""
+
+    rank: Tensor
+    peak: Tensor
+    gap: Tensor
+
+
+def probe(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt] | Tensor | Mapping[str, Tensor] | None = None,
+    *,
+    max_new_tokens: int = 32,
+    chat: bool | None = None,
+    texts: Sequence[str] | None = None,
+    min_layer: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Look at what every layer of a model would have said, and what leaving there would save.
+
+    The "final token" of a position is the most probable one of the full model there, before any logits processor. With
+    prompts, the positions are those of the tokens that the full model generates, greedily; with texts, all of theirs.
+
+    Args:
+        lm: The model.
+        prompts: Texts or chats, token ids [B, T], or the inputs a tokenizer or speech processor made; None: the bundled
+            prompts.
+        max_new_tokens: Most tokens generated per prompt.
+        chat: Whether texts are put into the chat template; None: if the tokenizer has one.
+        texts: Plain texts to look at instead of generating, in windows of 512 tokens; decoder-only models.
+        min_layer: First layer that exits are thought to be tested after; None: half the depth, as in `ExitPolicy`.
+        progress: Called with the prompts (or windows) done and their number.
+
+    Returns:
+        The probe.
+
+    Raises:
+        ValueError: No or empty prompts, both prompts and texts, texts for an encoder-decoder, `min_layer` out of range,
+            or a model with a single layer.
+    """
+    depth = lm.num_layers
+    if depth < 2:
+        raise ValueError(f"a model of {depth} layer has no earlier layer to exit from")
+    if min_layer is not None and not 1 <= min_layer < depth:
+        raise ValueError(f"min_layer is {min_layer}; a model of {depth} layers can exit after layers 1..{depth - 1}")
+    if texts is not None:
+        if prompts is not None:
+            raise ValueError("both prompts and texts are given; give one of them")
+        batches, source = _windows(lm, texts), "texts"
+    else:
+        source = "bundled prompts" if prompts is None else "prompts"
+        chat = lm.has_chat_template if chat is None else chat
+        batches = _prompt_batches(lm, bundled_prompts() if prompts is None else prompts, chat)
+    total, parts, done = sum(_rows(batch) for batch in batches), [], 0
+    with torch.no_grad():
+        for batch in batches:
+            states = _text_states(lm, batch) if texts is not None else _answer_states(lm, batch, max_new_tokens)
+            parts.append(read_layers(lm.split, states))
+            done += _rows(batch)
+            if progress is not None:
+                progress(done, total)
+    readings = Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
+    first = max(1, depth // 2) if min_layer is None else min_layer
+    return summarise(readings, lm.split.shape, first, model=_name(lm), source=source, examples=total)
+
+
+def _name(lm: LanguageModel) -> str:
+    """Hub id or folder name of a model; its class where it has neither."""
+    name = getattr(lm.model.config, "_name_or_path", "") or type(lm.model).__name__
+    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _prompt_batches(lm: LanguageModel, prompts: Any, chat: bool) -> list[dict[str, Tensor]]:
+    """Model inputs of a few prompts each."""
+    if isinstance(prompts, Tensor | Mapping):
+        inputs = lm.encode(prompts)
+        splits = {name: value.split(ROWS) for name, value in inputs.items()}
+        return [dict(zip(splits, values, strict=True)) for values in zip(*splits.values(), strict=True)]
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
+        prompts = [prompts]
+    if not prompts:
+        raise ValueError("there are no prompts; give at least one, or None for the bundled ones")
+    return [lm.encode(list(prompts[at : at + ROWS]), chat=chat) for at in range(0, len(prompts), ROWS)]
+
+
+def _windows(lm: LanguageModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Token ids of texts in pieces, a start token in front of each where the tokenizer puts one before a text."""
+    if lm.split.is_encoder_decoder:
+        raise ValueError("texts are for decoder-only models; give an encoder-decoder prompts to answer instead")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not texts:
+        raise ValueError("there are no texts; give at least one")
+    longest, windows = min(WINDOW, lm.split.max_positions or WINDOW), []
+    for text in texts:
+        ids = lm.encode([text])["input_ids"]  # [1, T]
+        start = int(ids.shape[1] > 1 and int(ids[0, 0]) == lm.tokenizer.bos_token_id)
+        pieces = ids[:, start:].split(longest - start, dim=1)
+        windows += [{"input_ids": torch.cat([ids[:, :start], piece], dim=1)} for piece in pieces]
+    return windows
+
+
+def _text_states(lm: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
+    ids = batch["input_ids"]
+    return _states(lm.split, torch.ones_like(ids, dtype=torch.bool), ids)
+
+
+def _answer_states(lm: LanguageModel, batch: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+    """Let the full model answer, then go over its answer."""
+    answer = lm.generate(dict(batch), max_new_tokens=max_new_tokens, do_sample=False)
+    lengths = torch.tensor([len(tokens) for tokens in answer.tokens], device=lm.split.device)[:, None]
+    ids = answer.sequences[:, :-1]  # the last token is only an output
+    begin = answer.sequences.shape[1] - int(lengths.max())
+    slots = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # slot of the token that a position gives
+    where = (slots >= begin) & (slots < begin + lengths)  # [B, T]
+    mask = batch.get("attention_mask")
+    if lm.split.is_encoder_decoder:
+        memory = lm.split.encode(batch.get("input_features", batch.get("input_ids")), mask)  # type: ignore[arg-type]
+        return _states(lm.split, where, ids, memory=memory, memory_mask=mask)
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
+    return _states(lm.split, where, ids, mask)
+
+
+def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None = None, **memory: Any) -> Tensor:
+    """States after layers 1..L at the positions `where` [B, T], [L, N, D]."""
+    state, kept = split.start(ids, mask, **memory), []
+    for layer in range(split.num_layers):
+        state = split.run(state, layer, layer + 1)
+        kept.append(state.hidden[where])
+    return torch.stack(kept)
+
+
+def read_layers(split: SplitModel, states: Tensor) -> Readings:
+    """Read states of all layers [L, N, D] out, a few positions at a time."""
+    parts = []
+    for chunk in states.split(max(16, (1 << 22) // split.shape.vocabulary), dim=1):
+        final, layers = None, []
+        for hidden in chunk.flip(0):  # from layer L, which decides on the final tokens, down
+            logits = split.readout(hidden).float()  # [n, V]
+            final = logits.argmax(-1, keepdim=True) if final is None else final
+            top = logits.topk(2, dim=-1).values
+            scratch = torch.gt(logits, logits.gather(-1, final), out=torch.empty_like(logits))
+            rank = scratch.sum(-1)  # 0s and 1s: exact in float32 up to 2^24
+            mass = torch.sub(logits, top[:, :1], out=scratch).exp_().sum(-1)
+            layers.append((rank, 1 / mass, (1 - (top[:, 1] - top[:, 0]).exp()) / mass))
+        parts.append([torch.stack(column).flip(0).cpu() for column in zip(*layers, strict=True)])
+    return Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
+
+
+# ---------------------------------------------------------------- summarising
+
+
+def summarise(
+    readings: Readings, shape: ModelShape, min_layer: int, *, model: str, source: str, examples: int
+) -> Probe:
+    """Make a probe of readings; no model is run."""
+    agree = readings.rank == 0  # [L, N]
+    depth, tokens = agree.shape
+    numbers = torch.arange(1, depth + 1)[:, None]
+    saturation = depth + 1 - agree.flip(0).long().cumprod(0).sum(0)  # [N]
+    oracle = torch.where(agree & (numbers >= min_layer), numbers, depth).amin(0)  # [N]
+    layers = tuple(_layer_report(readings, shape, layer, saturation) for layer in range(1, depth + 1))
+    kept = layers[min_layer - 1].coverage_size
+    head, fill = ratios(shape)
+    full = exit_flops(shape, depth, None)
+
+    def share(exits: Tensor, first: int | None, kept: int | None = None) -> float:
+        return sum(exit_flops(shape, layer, first, kept) for layer in exits.tolist()) / tokens / full
+
+    leave = saturation.clamp(min=min_layer)
+    flops = {
+        "untested": share(leave, None),
+        "tested": share(leave, min_layer),
+        "pruned": share(leave, min_layer, kept),
+    }
+    values: dict[str, Any] = {
+        "model": model,
+        "source": source,
+        "examples": examples,
+        "tokens": tokens,
+        "num_layers": depth,
+        "vocabulary": shape.vocabulary,
+        "min_layer": min_layer,
+        "layers": layers,
+        "saturation": _depths(saturation, depth),
+        "oracle": _depths(oracle, depth),
+        "suggested_min_layer": _believable_from(layers),
+        "suggested_vocabulary_size": kept,
+        "head_ratio": head,
+        "fill_ratio": fill,
+        "break_even": break_even(shape, min_layer),
+        "break_even_pruned": break_even(shape, min_layer, kept),
+        "ceiling": 1 / share(oracle, None),
+        "flops": flops,
+        "suitable": min(flops["tested"], flops["pruned"]) < 1,
+    }
+    return Probe(**values, verdict=_verdict(**values))

@@ -1,0 +1,12 @@
+"""Settings for all tests: few threads, since tests run side by side, and one profile for property tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("offramp", deadline=None, derandomize=True, max_examples=50, print_blob=False)
+settings.load_profile("offramp")

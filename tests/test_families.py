@@ -1,0 +1,288 @@
+"""The contract that every family keeps, against `transformers` on tiny random models."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
+
+from offramp import ExitPolicy, LanguageModel, SplitModel, UnsupportedModelError
+from offramp.costs import Ledger
+from offramp.families import FAMILIES as SUPPORTED
+from offramp.families import Skipped
+from offramp.skipping import Defer, Propagate
+from tiny import (
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    FAMILIES,
+    LAYERS,
+    VOCABULARY,
+    batch_cases,
+    greedy,
+    inputs_for,
+    tiny,
+    truncated,
+)
+
+NEW = 12
+NEVER = {
+    "no tests": ExitPolicy(threshold=None),
+    "propagate": ExitPolicy(threshold=1.0, min_layer=1),
+    "defer": ExitPolicy(threshold=1.0, min_layer=1, skipped="defer"),
+    "verify": ExitPolicy(threshold=1.0, min_layer=1, skipped="verify"),
+    "pruned": ExitPolicy(threshold=1.0, min_layer=1, vocabulary="adaptive", vocabulary_size=9),
+}
+
+
+def start(split, name, inputs, ids=None):
+    """A state of the decoder, and the logits `transformers` gives for the same tokens."""
+    with torch.no_grad():
+        if name in DECODER_ONLY:
+            mask = inputs["attention_mask"]
+            return split.start(inputs["input_ids"], mask), split.model(**inputs).logits, mask
+        if ids is None:
+            ids = torch.randint(3, VOCABULARY, (len(next(iter(inputs.values()))), 6), generator=torch.manual_seed(1))
+        source = inputs.get("input_ids", inputs.get("input_features"))
+        memory = split.encode(source, inputs.get("attention_mask"))
+        state = split.start(ids, memory=memory, memory_mask=inputs.get("attention_mask"))
+        return state, split.model(**inputs, decoder_input_ids=ids).logits, torch.ones_like(ids)
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize(("batch", "padded"), batch_cases())
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@torch.no_grad()
+def test_split_run_equals_full_run(name, cut, batch, padded):
+    split = SplitModel(tiny(name))
+    state, logits, mask = start(split, name, inputs_for(name, batch, padded=padded))
+    state = split.run(split.run(state, 0, cut), cut, LAYERS)
+    got = split.readout(state.hidden)
+    real = mask.bool()
+    torch.testing.assert_close(got[real], logits[real], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_token_by_token_equals_full_run(name):
+    split, inputs = SplitModel(tiny(name)), inputs_for(name, 3, padded=True)
+    ids = inputs["input_ids"] if name in DECODER_ONLY else torch.randint(3, VOCABULARY, (3, 6))
+    whole, logits, _ = start(split, name, inputs, ids)
+    if name in DECODER_ONLY:
+        state = split.start(ids[:, :4], inputs["attention_mask"][:, :4])
+    else:
+        state = split.start(ids[:, :4], memory=whole.context.memory, memory_mask=inputs.get("attention_mask"))
+    state = split.run(state, 0, LAYERS)
+    for t in range(4, ids.shape[1]):
+        state = split.run(split.start(ids[:, t : t + 1], context=state.context), 0, LAYERS)
+        torch.testing.assert_close(split.readout(state.hidden)[:, 0], logits[:, t], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", NEVER)
+@pytest.mark.parametrize(("batch", "padded"), batch_cases())
+def test_never_exit_equals_transformers_greedy(name, batch, padded, mode):
+    model, inputs = tiny(name), inputs_for(name, batch, padded=padded)
+    out = LanguageModel(model).generate(inputs, policy=NEVER[mode], max_new_tokens=NEW)
+    assert out.sequences.tolist() == greedy(model, inputs, NEW).tolist()
+    assert {layer for row in out.exit_layers for layer in row} == {LAYERS}
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "padded"), batch_cases())
+def test_static_exit_equals_truncated_model(name, batch, padded, layer):
+    inputs = inputs_for(name, batch, padded=padded)
+    policy = ExitPolicy(confidence="static", min_layer=layer)
+    out = LanguageModel(tiny(name)).generate(inputs, policy=policy, max_new_tokens=NEW)
+    assert out.sequences.tolist() == greedy(truncated(tiny(name), layer), inputs, NEW).tolist()
+    assert {exit for row in out.exit_layers for exit in row} == {layer}
+
+
+@pytest.mark.parametrize("skipped", ["propagate", "defer"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_always_exit_equals_truncated_model_after_the_prompt(name, layer, skipped):
+    """Layers up to l never look at deeper ones, so whatever happens there, tokens are those of the l-layer model."""
+    inputs, policy = inputs_for(name), ExitPolicy(threshold=float("-inf"), min_layer=layer, skipped=skipped)
+    out = LanguageModel(tiny(name)).generate(inputs, policy=policy, max_new_tokens=NEW)
+    small = truncated(tiny(name), layer)
+    if name in DECODER_ONLY:  # the prompt and its token are the full model's
+        first = out.sequences[:, : inputs["input_ids"].shape[1] + 1]
+        expected = greedy(small, {"input_ids": first, "attention_mask": torch.ones_like(first)}, NEW - 1)
+        assert out.exit_layers[0] == [LAYERS] + [layer] * (len(out.exit_layers[0]) - 1)
+    else:
+        expected = greedy(small, inputs, NEW)
+        assert set(out.exit_layers[0]) == {layer}
+    assert out.sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, float("-inf")])
+@pytest.mark.parametrize(("batch", "padded"), batch_cases())
+def test_verify_equals_transformers_greedy(name, batch, padded, threshold):
+    inputs = inputs_for(name, batch, padded=padded)
+    policy = ExitPolicy(threshold=threshold, min_layer=2, skipped="verify", draft_length=3)
+    out = LanguageModel(tiny(name)).generate(inputs, policy=policy, max_new_tokens=NEW)
+    assert out.sequences.tolist() == greedy(tiny(name), inputs, NEW).tolist()
+
+
+@torch.no_grad()
+def test_fill_equals_running_the_block_and_discarding_its_output(name):
+    split, inputs = SplitModel(tiny(name)), inputs_for(name, 3, padded=True)
+    state, _, _ = start(split, name, inputs)
+    state = split.run(state, 0, 2)
+    context, frame = state.context, state.frame
+    filled, _, _ = start(split, name, inputs)
+    filled = split.run(filled, 0, 2)
+    rows, slots = torch.meshgrid(torch.arange(3), torch.arange(frame.queries), indexing="ij")
+    skipped = Skipped(filled.hidden.flatten(0, 1), rows.flatten(), slots.flatten(), frame.queries)
+    for layer in (2, 3):
+        split._block(layer, state.hidden, frame, context)
+        split.fill(filled.context, layer, skipped)
+        ran, wrote = context.cache.layers[layer], filled.context.cache.layers[layer]
+        wrote.length = ran.length
+        torch.testing.assert_close(wrote.keys, ran.keys, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(wrote.values, ran.values, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_deferred_positions_get_the_full_models_states(name):
+    """Positions stop at depths 4, 2, 1 (never deepening), then go through the rest together."""
+    split, inputs = SplitModel(tiny(name)), inputs_for(name, 2, padded=True)
+    ids = inputs["input_ids"] if name in DECODER_ONLY else torch.randint(3, VOCABULARY, (2, 6))
+    whole, logits, mask = start(split, name, inputs, ids)
+    way = Defer(split, Ledger(split.shape, split.device))
+    if name in DECODER_ONLY:
+        state = split.start(ids[:, :3], inputs["attention_mask"][:, :3])
+    else:
+        state = split.start(ids[:, :3], memory=whole.context.memory, memory_mask=inputs.get("attention_mask"))
+    way.begin(state, [0, 1], prompt=True)
+    way.advance(4)
+    for t, depth in ((3, 2), (4, 2), (5, 1)):
+        way.begin(split.start(ids[:, t : t + 1], context=state.context), [0, 1])
+        way.advance(depth)
+        way.leave([0, 1], [])
+    lengths = [layer.length for layer in state.context.cache.layers]
+    assert lengths == [6, 5, 3, 3]
+    way.flush()
+    assert [layer.length for layer in state.context.cache.layers] == [6] * 4
+    got = split.readout(way.state.hidden)  # positions 3, 4, 5
+    torch.testing.assert_close(got, logits[:, 3:6], atol=3e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_skipped_layers_hold_what_the_next_token_needs(name):
+    """After an exit, a deeper token finds keys and values of every earlier position at every layer."""
+    split, inputs = SplitModel(tiny(name)), inputs_for(name, 3, padded=True)
+    state, _, _ = start(split, name, inputs)
+    way = Propagate(split, Ledger(split.shape, split.device))
+    way.begin(state, [0, 1, 2], prompt=True)
+    way.advance(LAYERS)
+    slots = state.context.slots
+    token = torch.tensor([[5], [6], [7]])
+    way.begin(split.start(token, context=state.context), [0, 1, 2])
+    way.advance(1)
+    frozen = way.hidden.clone()
+    way.leave([0, 2], [1])
+    way.advance(2)
+    frozen[1] = way.hidden[0]
+    way.leave([0], [])
+    assert [layer.length for layer in state.context.cache.layers] == [slots + 1, slots + 1, slots, slots]
+    way.begin(split.start(token, context=state.context), [0, 1, 2])
+    way.advance(LAYERS)
+    assert [layer.length for layer in state.context.cache.layers] == [slots + 2] * 4
+    # Reference: the same blocks, run on the frozen states with their output thrown away.
+    other, _, _ = start(split, name, inputs)
+    split.run(other, 0, LAYERS)
+    exits = split.start(token, context=other.context)
+    for layer in range(LAYERS):
+        depth = torch.tensor([1, 2, 1])
+        hidden = (
+            exits.hidden if layer == 0 else torch.where((layer >= depth)[:, None, None], frozen[:, None], exits.hidden)
+        )
+        ran = split._block(layer, hidden, exits.frame, other.context)
+        exits = type(exits)(exits.context, exits.frame, ran, layer + 1)
+    last = split.run(split.start(token, context=other.context), 0, LAYERS)
+    torch.testing.assert_close(way.state.hidden, last.hidden, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [None, "fixed", "adaptive"])
+def test_row_of_a_batch_equals_its_own_run(name, kind):
+    policy = ExitPolicy(threshold=0.15, min_layer=1, vocabulary=kind, vocabulary_size=kind and 20)
+    inputs = inputs_for(name, 4, padded=True)
+    model = LanguageModel(tiny(name))
+    together = model.generate(inputs, policy=policy, max_new_tokens=NEW)
+    for row in range(4):
+        alone = {key: value[row : row + 1] for key, value in inputs.items()}
+        if name in DECODER_ONLY:
+            alone = {key: value[:, row:] for key, value in alone.items()}
+        out = model.generate(alone, policy=policy, max_new_tokens=NEW)
+        assert out.tokens[0] == together.tokens[row]
+        assert out.exit_layers[0] == together.exit_layers[row]
+
+
+@pytest.mark.parametrize("name", [*DECODER_ONLY, "t5", "t5-v1.1", "mt5", "bart"])
+@pytest.mark.parametrize(("batch", "padded"), batch_cases())
+def test_custom_generate(name, batch, padded):
+    model, inputs = tiny(name), inputs_for(name, batch, padded=padded)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    never = model.generate(**inputs, **options, custom_generate=ExitPolicy(threshold=1.0).custom_generate())
+    assert never.tolist() == greedy(model, inputs, NEW).tolist()
+    policy = ExitPolicy(threshold=0.15, min_layer=1)
+    got = model.generate(**inputs, **options, custom_generate=policy.custom_generate())
+    assert got.tolist() == LanguageModel(model).generate(inputs, policy=policy, max_new_tokens=NEW).sequences.tolist()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "decaying", "adaptive"])
+def test_keeping_all_tokens_equals_no_pruning(name, kind):
+    plain = ExitPolicy(threshold=0.2, min_layer=1)
+    pruned = ExitPolicy(
+        threshold=0.2, min_layer=1, vocabulary=kind, vocabulary_size=VOCABULARY, vocabulary_floor=VOCABULARY
+    )
+    model, inputs = LanguageModel(tiny(name)), inputs_for(name, 2)
+    a, b = (model.generate(inputs, policy=policy, max_new_tokens=NEW) for policy in (plain, pruned))
+    assert a.tokens == b.tokens
+    assert a.exit_layers == b.exit_layers
+
+
+def test_every_supported_type_is_tested():
+    assert {tiny(name).config.model_type for name in FAMILIES} == set(SUPPORTED)
+    assert set(DECODER_ONLY) | set(ENCODER_DECODER) == set(FAMILIES)
+
+
+def test_t5_scales_its_readout_and_later_t5_does_not():
+    assert SplitModel(tiny("t5")).scale is not None
+    assert SplitModel(tiny("t5-v1.1")).scale is None
+    assert SplitModel(tiny("mt5")).scale is None
+
+
+def test_unsupported_model_names_the_supported_ones():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50))
+    with pytest.raises(UnsupportedModelError, match="gpt2.*supported are llama, mistral.*whisper"):
+        SplitModel(model)
+
+
+def test_a_model_without_a_head_is_refused():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    with pytest.raises(UnsupportedModelError, match="no language-modelling head"):
+        SplitModel(LlamaModel(LlamaConfig(vocab_size=50, **sizes)))
+
+
+@torch.no_grad()
+def test_a_state_runs_only_from_where_it_is():
+    split = SplitModel(tiny("llama"))
+    state = split.run(split.start(torch.tensor([[5, 6]])), 0, 2)
+    with pytest.raises(ValueError, match="layers 2..3 of 4 on a state after 2 layers"):
+        split.run(state, 1, 3)
+    with pytest.raises(ValueError, match="layers 3..9 of 4"):
+        split.run(state, 2, 9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart"])
+def test_bfloat16_runs_and_verifies(name):
+    """In bfloat16 near-ties may flip between chunked and single-token products; on these models none does."""
+    model = copy.deepcopy(tiny(name)).to(torch.bfloat16)
+    inputs = inputs_for(name, 2, padded=True)
+    out = LanguageModel(model).generate(inputs, policy=ExitPolicy(threshold=0.2, min_layer=2), max_new_tokens=NEW)
+    assert all(1 <= layer <= LAYERS for row in out.exit_layers for layer in row)
+    full = LanguageModel(model).generate(inputs, max_new_tokens=NEW)
+    assert full.sequences.tolist() == greedy(model, inputs, NEW).tolist()

@@ -1,0 +1,160 @@
+"""Tiny random models of every supported family, and what `transformers` makes of them."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import transformers as hf
+from transformers import GenerationMixin
+
+VOCABULARY = 97
+LAYERS = 4
+
+
+def _decoder(config: str, model: str, **options) -> Callable:
+    def make():
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        return getattr(hf, model)(getattr(hf, config)(**{**sizes, **options}))
+
+    return make
+
+
+def _t5(config: str, model: str, **options) -> Callable:
+    def make():
+        sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 5, "num_heads": 4}
+        sizes |= {"num_decoder_layers": LAYERS, "decoder_start_token_id": 0, "initializer_factor": 0.6}
+        return getattr(hf, model)(getattr(hf, config)(**{**sizes, **options}))
+
+    return make
+
+
+_SPEECH_AND_TEXT = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "init_std": 0.3,
+}
+
+
+def _bart():
+    model = hf.BartForConditionalGeneration(hf.BartConfig(**_SPEECH_AND_TEXT, max_position_embeddings=64))
+    model.final_logits_bias.normal_()
+    return model
+
+
+def _whisper():
+    config = hf.WhisperConfig(
+        **_SPEECH_AND_TEXT, max_source_positions=20, max_target_positions=64, num_mel_bins=8, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return hf.WhisperForConditionalGeneration(config)
+
+
+_GEMMA = {
+    "head_dim": 8,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 4.0,
+    "query_pre_attn_scalar": 8,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+MAKERS: dict[str, Callable] = {
+    "llama": _decoder("LlamaConfig", "LlamaForCausalLM"),
+    "llama-tied": _decoder("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True),
+    "llama-3": _decoder("LlamaConfig", "LlamaForCausalLM", rope_parameters=_LLAMA3_ROPE, attention_bias=True),
+    "mistral": _decoder("MistralConfig", "MistralForCausalLM", sliding_window=5),
+    "qwen2": _decoder("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": _decoder("Qwen3Config", "Qwen3ForCausalLM", head_dim=8),
+    "gemma3": _decoder("Gemma3TextConfig", "Gemma3ForCausalLM", **_GEMMA),
+    "phi3": _decoder("Phi3Config", "Phi3ForCausalLM", sliding_window=None),
+    "olmo2": _decoder("Olmo2Config", "Olmo2ForCausalLM"),
+    "smollm3": _decoder("SmolLM3Config", "SmolLM3ForCausalLM", no_rope_layer_interval=2),
+    "t5": _t5("T5Config", "T5ForConditionalGeneration"),
+    "t5-v1.1": _t5("T5Config", "T5ForConditionalGeneration", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": _t5("MT5Config", "MT5ForConditionalGeneration", feed_forward_proj="gated-gelu"),
+    "bart": _bart,
+    "whisper": _whisper,
+}
+FAMILIES = tuple(MAKERS)
+DECODER_ONLY = FAMILIES[: FAMILIES.index("t5")]
+ENCODER_DECODER = FAMILIES[FAMILIES.index("t5") :]
+
+
+@cache
+def tiny(name: str):
+    """The model of that name; do not change it, tests share it."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = MAKERS[name]().eval()
+    model.generation_config.max_length = None
+    return model
+
+
+def truncated(model, layers: int):
+    """A copy of a model whose decoder has only its first blocks: the reference for a static exit."""
+    model = copy.deepcopy(model)
+    config = model.config
+    if config.model_type in ("t5", "mt5"):
+        model.decoder.block = model.decoder.block[:layers]
+        model.decoder.config.num_layers = layers
+    elif config.is_encoder_decoder:
+        model.model.decoder.layers = model.model.decoder.layers[:layers]
+        config.decoder_layers = layers
+    else:
+        model.model.layers = model.model.layers[:layers]
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return model
+
+
+def inputs_for(name: str, batch: int = 1, *, padded: bool = False, length: int = 9, seed: int = 0):
+    """Inputs of a batch; `padded` pads all rows but the first, on the side the family pads on."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "whisper":
+        return {"input_features": torch.randn(batch, 8, 40, generator=generator)}
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(1, batch):
+            cut = slice(0, row) if name in DECODER_ONLY else slice(length - row, length)
+            mask[row, cut] = 0
+        pad = tiny(name).config.pad_token_id
+        ids = torch.where(mask.bool(), ids, pad)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy(model, inputs, max_new_tokens: int = 12, **options):
+    """What `transformers` generates greedily."""
+    options = {"do_sample": False, "num_beams": 1, **options}
+    return GenerationMixin.generate(model, **inputs, max_new_tokens=max_new_tokens, **options)
+
+
+def batch_cases():
+    """(batch, padded): one row, four rows, four rows of which three are padded."""
+    return [(1, False), (4, False), (4, True)]
