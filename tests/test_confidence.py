@@ -383,7 +383,9 @@ def scores_by_hand(row, earlier, options, discounted, layer=LAYER, mask=None):
 
 
 CONTRASTS = [
-    pytest.param(Contrastive(replace(options, **more), discounted), id=" ".join([kind, label, *map(str, more.values())]))
+    pytest.param(
+        Contrastive(replace(options, **more), discounted), id=" ".join([kind, label, *map(str, more.values())])
+    )
     for kind, discounted in (("contrastive", False), ("jsd", True))
     for label, options in OPTIONS.items()
     for more in ({}, {"alpha": 0.01}, {"alpha": 0.9})

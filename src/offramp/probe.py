@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from offramp.break_even import break_even, exit_flops, ratios
 from offramp.costs import ModelShape
 from offramp.families import SplitModel
 from offramp.files import replace_file, write_json
@@ -163,68 +165,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---------------------------------------------------------------- what leaving costs
-
-
-def exit_flops(shape: ModelShape, layer: int, first: int | None, kept: int | None = None) -> int:
-    """FLOPs of one token that leaves after `layer`: blocks, readouts, and keys and values of the skipped blocks.
-
-    Weights only, as for a short context. The logits of the last test are those the token is taken from. A token that
-    reaches layer L has failed all tests and is read out once more, in full.
-
-    Args:
-        shape: The model.
-        layer: Exit layer, 1..L.
-        first: First tested layer; every layer from it on is tested. None: no tests, one readout where it leaves.
-        kept: Tokens scored by the tests after the first; None: all V. Copying their head rows is bytes, not FLOPs.
-
-    Returns:
-        FLOPs, with a multiply-add counted as 2.
-    """
-    depth = len(shape.blocks)
-    passed = sum(2 * block.weights for block in shape.blocks[:layer])
-    filled = sum(shape.fill_flops(index) for index in range(layer, depth))
-    full, later = shape.readout_flops(), 0
-    if first is not None and layer >= first:
-        later = min(layer, depth - 1) - first  # tests after the first
-        full = full * 2 if layer == depth else full
-    return passed + filled + full + later * shape.readout_flops(kept)
-
-
-def ratios(shape: ModelShape) -> tuple[float, float]:
-    """H = readout / block and φ = fill / block, in FLOPs of the mean block."""
-    depth = len(shape.blocks)
-    block = sum(2 * block.weights for block in shape.blocks) / depth
-    return shape.readout_flops() / block, sum(shape.fill_flops(index) for index in range(depth)) / depth / block
-
-
-def break_even(shape: ModelShape, first: int, kept: int | None = None) -> float:
-    """The exit layer l* at which a token costs as much as in the full model; leaving before it saves FLOPs.
-
-    With H = readout / block, φ = fill / block and every layer from m on tested, a token that leaves after l costs
-    l + H(l - m + 1) + φ(L - l) blocks against L + H, its last test being its readout, so
-
-        l* = (L(1 - φ) + H·m) / (1 + H - φ).
-
-    With a fixed pruned vocabulary the first test scores V tokens and the l - m later ones K: the first test takes the
-    place of the full model's readout and the formula keeps its shape, with H_K = H·K/V in place of H. A token that
-    never leaves then pays one more full readout than the straight line through the exits says (H - H_K), so means have
-    to be compared by `exit_flops`; without pruning the line holds at L as well, and the mean exit layer decides.
-
-    Args:
-        shape: The model, its blocks alike.
-        first: m, the first tested layer, 1..L-1.
-        kept: K; None: V.
-
-    Returns:
-        l*, between m and L; not a whole number in general.
-    """
-    head, fill = ratios(shape)
-    tested = head * (1 if kept is None else kept / shape.vocabulary)
-    depth = len(shape.blocks)
-    return (depth * (1 - fill) + tested * first) / (1 + tested - fill)
 
 
 # ---------------------------------------------------------------- reading
@@ -400,34 +340,167 @@ def summarise(
     head, fill = ratios(shape)
     full = exit_flops(shape, depth, None)
 
-    def share(exits: Tensor, first: int | None, kept: int | None = None) -> float:
-        return sum(exit_flops(shape, layer, first, kept) for layer in exits.tolist()) / tokens / full
+    def share(counts: Sequence[int], first: int | None, kept: int | None = None) -> float:
+        spent = sum(n * exit_flops(shape, layer, first, kept) for layer, n in enumerate(counts, 1))
+        return spent / tokens / full
 
-    leave = saturation.clamp(min=min_layer)
+    sober, best = _depths(saturation, depth), _depths(oracle, depth)
+    leave = _depths(saturation.clamp(min=min_layer), depth).counts
     flops = {
         "untested": share(leave, None),
         "tested": share(leave, min_layer),
         "pruned": share(leave, min_layer, kept),
     }
-    values: dict[str, Any] = {
-        "model": model,
-        "source": source,
-        "examples": examples,
-        "tokens": tokens,
-        "num_layers": depth,
-        "vocabulary": shape.vocabulary,
-        "min_layer": min_layer,
-        "layers": layers,
-        "saturation": _depths(saturation, depth),
-        "oracle": _depths(oracle, depth),
-        "suggested_min_layer": _believable_from(layers),
-        "suggested_vocabulary_size": kept,
-        "head_ratio": head,
-        "fill_ratio": fill,
-        "break_even": break_even(shape, min_layer),
-        "break_even_pruned": break_even(shape, min_layer, kept),
-        "ceiling": 1 / share(oracle, None),
-        "flops": flops,
-        "suitable": min(flops["tested"], flops["pruned"]) < 1,
+    suitable = min(flops["tested"], flops["pruned"]) < 1
+    return Probe(
+        model=model,
+        source=source,
+        examples=examples,
+        tokens=tokens,
+        num_layers=depth,
+        vocabulary=shape.vocabulary,
+        min_layer=min_layer,
+        layers=layers,
+        saturation=sober,
+        oracle=best,
+        suggested_min_layer=_believable_from(layers),
+        suggested_vocabulary_size=kept,
+        head_ratio=head,
+        fill_ratio=fill,
+        break_even=break_even(shape, min_layer),
+        break_even_pruned=break_even(shape, min_layer, kept),
+        ceiling=1 / share(best.counts, None),
+        flops=flops,
+        suitable=suitable,
+        verdict=_verdict(flops, head, sober, min_layer, depth),
+    )
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    ordered = values.double().sort().values  # torch.quantile refuses more than 16 million values
+    places = torch.tensor(list(QUANTILES.values()), dtype=torch.double) * (len(ordered) - 1)
+    low, high = ordered[places.floor().long()], ordered[places.ceil().long()]
+    return dict(zip(QUANTILES, torch.lerp(low, high, places.frac()).tolist(), strict=True))
+
+
+def _depths(layers: Tensor, depth: int) -> Depths:
+    counts = torch.bincount(layers, minlength=depth + 1)[1:]
+    return Depths(layers.double().mean().item(), _quantiles(layers), tuple(counts.tolist()))
+
+
+def _layer_report(readings: Readings, shape: ModelShape, layer: int, saturation: Tensor) -> LayerReport:
+    rank, peak, gap = (column[layer - 1].double() for column in readings)  # [N]
+    covered = rank.sort().values[math.ceil(COVERAGE * len(rank)) - 1]
+    size, early = int(covered) + 1, layer < len(readings.rank)
+    agreement, sure = (rank == 0).double().mean().item(), peak.mean().item()
+    return LayerReport(
+        layer=layer,
+        agreement=agreement,
+        max_probability=sure,
+        gap=gap.mean().item(),
+        overconfidence=sure - agreement,
+        rank=_quantiles(rank),
+        coverage_size=size,
+        settled=(saturation <= layer).double().mean().item(),
+        break_even=break_even(shape, layer) if early else None,
+        break_even_pruned=break_even(shape, layer, size) if early else None,
+    )
+
+
+def _believable_from(layers: Sequence[LayerReport]) -> int | None:
+    """First layer from which on, up to L-1, the mean confidence is off by less than the tolerance."""
+    found = None
+    for report in reversed(layers[:-1]):
+        if abs(report.overconfidence) >= TOLERANCE:
+            break
+        found = report.layer
+    return found
+
+
+# ---------------------------------------------------------------- in words
+
+
+def _verdict(flops: Mapping[str, float], head: float, saturation: Depths, min_layer: int, depth: int) -> str:
+    tests = f"after each of layers {min_layer}..{depth - 1}" if min_layer < depth - 1 else f"after layer {min_layer}"
+    setting = (
+        f"if every token left where its choice is settled (after {saturation.mean:.1f} of {depth} layers on average), "
+        f"with a test {tests},"
+    )
+    tested, pruned = flops["tested"], flops["pruned"]
+    if tested < 1:
+        also = f", {pruned:.0%} with a pruned vocabulary" if pruned < tested - 0.005 else ""
+        return f"Suitable: {setting} it would cost {tested:.0%} of the full model's FLOPs{also}."
+    if pruned < 1:
+        return (
+            f"Suitable with a pruned vocabulary: {setting} it would cost {pruned:.0%} of the full model's FLOPs with it, "
+            f"but {tested:.0%} without, as one readout of the whole vocabulary costs as much as {head:.1f} layers."
+        )
+    reasons = []
+    if saturation.mean > 0.75 * depth:
+        reasons.append("the final token is settled late")
+    if flops["untested"] < 0.95:
+        reasons.append(f"the tests eat the gain (one readout of the whole vocabulary costs as much as {head:.1f} layers)")
+    elif head >= 1:
+        reasons.append(f"one readout of the whole vocabulary costs as much as {head:.1f} layers")
+    cheaper = " (pruned)" if pruned < tested else ""
+    return (
+        f"Not suitable as is: {setting} it would cost {min(tested, pruned):.0%} of the full model's FLOPs{cheaper}; "
+        f"{' and '.join(reasons) or 'the tests cost more than the skipped layers save'}. Remedies: train the exits, test "
+        "fewer of them, prune the vocabulary, or let the deep layers verify the tokens (skipped=\"verify\"), which keeps "
+        "the output exact."
+    )
+
+
+def _table_rows(probe: Probe) -> list[str]:
+    head = [
+        "layer  same token  confidence     gap  over-   rank of the final token         K for  settled",
+        "                   (max prob)          conf.   median       p90       p99      99.5%   so far",
+    ]
+    step = -(-probe.num_layers // 20)
+    rows = []
+    for r in probe.layers:
+        if r.layer not in (1, probe.min_layer) and (probe.num_layers - r.layer) % step:
+            continue
+        over = "     " if r.layer == probe.num_layers else f"{r.overconfidence:+5.2f}"
+        ranks = "".join(f"{r.rank[name]:10.0f}" for name in ("p50", "p90", "p99"))
+        mark = ">" if r.layer == probe.min_layer else " "
+        rows.append(
+            f"{mark}{r.layer:4d}  {r.agreement:10.2f}  {r.max_probability:10.2f}  {r.gap:6.2f}  {over}"
+            f"{ranks[1:]} {r.coverage_size:10d}  {r.settled:7.2f}"
+        )
+    where = f"{probe.model}: {probe.num_layers} layers, {probe.vocabulary} tokens in the vocabulary"
+    seen = f"{probe.tokens} positions of {probe.examples} {_SOURCES[probe.source]}; the final token is the last layer's"
+    return [where, seen, "", *head, *rows]
+
+
+_SOURCES = {"bundled prompts": "bundled prompts", "prompts": "prompts", "texts": "windows of text"}
+
+
+def _summary(probe: Probe) -> list[str]:
+    last, first = probe.num_layers, probe.min_layer
+    size, share = probe.suggested_vocabulary_size, probe.suggested_vocabulary_size / probe.vocabulary
+    believed = probe.suggested_min_layer
+    if believed is None:
+        minimum = f"none: even layer {last - 1} is off by {abs(probe.layers[-2].overconfidence):.2f}"
+    else:
+        minimum = f"{believed}, from where on no layer's mean confidence is off by {TOLERANCE} or more"
+    lines = {
+        "saturation layer": f"{_spread(probe.saturation)}; all later layers choose the final token",
+        "oracle exit layer": f"{_spread(probe.oracle)}; the first from layer {first} on that chooses it",
+        "break-even layer": f"{probe.break_even:.1f} with every test on all {probe.vocabulary} tokens, "
+        f"{probe.break_even_pruned:.1f} with {size} after the first",
+        "cost of a test": f"{probe.head_ratio:.2f} layers; a skipped layer still costs {probe.fill_ratio:.1%} of one",
+        "FLOPs at saturation": f"{probe.flops['tested']:.0%} of the full model's; {probe.flops['pruned']:.0%} pruned; "
+        f"{probe.flops['untested']:.0%} if the tests were free",
+        "speed-up at most": f"{probe.ceiling:.2f}x, with an oracle in place of tests",
+        "suggested min_layer": minimum,
+        "suggested vocabulary": f"{size} tokens ({share:.0%}), which hold {COVERAGE:.1%} of the final tokens at layer {first}",
     }
-    return Probe(**values, verdict=_verdict(**values))
+    width = max(map(len, lines))
+    listed = [f"{name:{width}}  {text}" for name, text in lines.items()]
+    tests = f"layers {first}..{last - 1}" if first < last - 1 else f"layer {first}"
+    return [f"Exits are thought to be tested after {tests} (>).", *listed, "", *textwrap.wrap(probe.verdict, 100)]
+
+
+def _spread(depths: Depths) -> str:
+    return f"mean {depths.mean:.1f}, half of them in {depths.quantiles['p25']:.0f}..{depths.quantiles['p75']:.0f}"

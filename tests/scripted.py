@@ -1,0 +1,75 @@
+"""A stub of `SplitModel` with prepared logits: control flow can be written down and is recorded."""
+
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+
+from offramp.cache import LayerCache
+from offramp.costs import BlockShape, ModelShape
+from offramp.families import Context, Frame, State
+
+
+class ScriptedModel:
+    """Reads `script[t][l - 1]` after layer l of the step that predicts output token t; the last step repeats.
+
+    A state is the pair (row, t, layers run); `calls` lists what ran as (layer, rows, output positions), and `filled`
+    what was filled as (layer, output positions).
+    """
+
+    is_encoder_decoder = False
+
+    def __init__(self, script) -> None:
+        self.script = torch.as_tensor(script, dtype=torch.float32)  # [T, L, V], or [B, T, L, V]
+        if self.script.ndim == 3:
+            self.script = self.script[None]
+        _, _, self.num_layers, vocabulary = self.script.shape
+        self.shape = ModelShape((BlockShape(1, 1, 1, 1),) * self.num_layers, 1, vocabulary, 4)
+        self.head = torch.eye(vocabulary)
+        self.calls: list[tuple[int, list[int], list[int]]] = []
+        self.filled: list[tuple[int, list[int]]] = []
+
+    def start(self, ids, mask=None, *, memory=None, memory_mask=None, context=None):
+        batch, queries = ids.shape
+        if context is None:
+            self.prompt = queries
+            cache = SimpleNamespace(layers=[LayerCache(batch) for _ in range(self.num_layers)])
+            context = Context(cache, cache, torch.arange(queries).expand(batch, queries), None)
+            begin = 0
+        else:
+            begin = context.slots
+            context.positions = torch.cat([context.positions, context.positions[:, -1:] + 1], dim=1)
+        rows = torch.arange(batch)[:, None].expand(batch, queries)
+        slots = torch.arange(begin, begin + queries).expand(batch, queries)
+        hidden = torch.stack([rows, slots, torch.zeros_like(rows)], dim=-1).float()
+        return State(context, Frame(slice(0, batch), begin, queries), hidden, 0)
+
+    def run(self, state, lo, hi):
+        assert state.depth == lo
+        hidden = state.hidden
+        for layer in range(lo, hi):
+            cache = state.context.cache.layers[layer]
+            cache.length = state.frame.start + state.frame.queries
+            hidden = hidden + torch.tensor([0.0, 0.0, 1.0])
+            positions = [int(slot) - self.prompt + 1 for slot in hidden[0, :, 1]]
+            self.calls.append((layer + 1, [int(row) for row in hidden[:, 0, 0]], positions))
+        return State(state.context, state.frame, hidden, hi)
+
+    def fill(self, context, layer, skipped):
+        self.filled.append((layer + 1, [int(slot) - self.prompt + 1 for slot in skipped.slots]))
+
+    def readout_input(self, hidden):
+        row, slot, depth = (x.long() for x in hidden.unbind(-1))
+        step = (slot - self.prompt + 1).clamp(0, self.script.shape[1] - 1)
+        return self.script[row.clamp(max=len(self.script) - 1), step, depth - 1]
+
+    def project(self, x, rows=None):
+        return x if rows is None else torch.bmm(rows.weight, x[:, :, None])[:, :, 0]
+
+    def readout(self, hidden):
+        return self.project(self.readout_input(hidden))
+
+    def gather(self, ids):
+        from offramp.families import HeadRows
+
+        return HeadRows(F.one_hot(ids, len(self.head)).float(), None)

@@ -1,0 +1,124 @@
+"""The ledger against torch's own counter, and against hand-made sums."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from offramp import ExitPolicy, LanguageModel
+from offramp.costs import PARTS, Ledger
+from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, inputs_for, tiny
+
+POLICIES = {
+    "full": None,
+    "static": ExitPolicy("static", min_layer=2),
+    "softmax": ExitPolicy(threshold=0.15, min_layer=1),
+    "fixed": ExitPolicy(threshold=0.15, min_layer=1, vocabulary="fixed", vocabulary_size=20),
+    "adaptive": ExitPolicy(threshold=0.15, min_layer=1, vocabulary="adaptive", vocabulary_size=40),
+    "state": ExitPolicy("state", threshold=0.7, min_layer=1),
+    "contrastive": ExitPolicy("contrastive", threshold=0.2, min_layer=2),
+    "jsd": ExitPolicy("jsd", threshold=0.2, min_layer=3),
+    "defer": ExitPolicy(threshold=0.15, min_layer=1, skipped="defer"),
+    "verify": ExitPolicy(threshold=0.15, min_layer=1, skipped="verify"),
+}
+
+
+def eager(name):
+    """The tiny model with attention that the counter sees (it counts nothing for the fused kernel on CPU)."""
+    model = copy.deepcopy(tiny(name))
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [*((name, policy) for name in ("llama", "t5") for policy in POLICIES), *((name, "softmax") for name in FAMILIES)],
+)
+def test_flops_equal_the_counters(name, policy, batch):
+    lm = LanguageModel(eager(name))
+    inputs = inputs_for(name, batch, padded=True)
+    with FlopCounterMode(display=False) as counter:
+        out = lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=6)
+    # The rotation's angles are a product, too: 1 multiply-add per token and angle, which the ledger leaves out.
+    slack = 0.005 if name in DECODER_ONLY else 1e-9
+    assert out.costs.flops == pytest.approx(counter.get_total_flops(), rel=slack)
+
+
+def test_parts_of_a_static_run_by_hand():
+    lm = LanguageModel(tiny("llama"))
+    out = lm.generate(
+        inputs_for("llama"), policy=ExitPolicy("static", min_layer=2), max_new_tokens=5, eos_token_id=None
+    )
+    d, f, kv, prompt, new = 32, 48, 16, 9, 5
+    weights = 2 * d * d + 2 * d * kv + 3 * d * f
+    passes = [(prompt, prompt)] + [(1, prompt + t) for t in range(1, new)]  # (queries, keys)
+    blocks = 2 * sum(n * (2 * weights + 4 * d * keys) for n, keys in passes)
+    assert out.costs.parts["blocks"].flops == blocks
+    assert out.costs.parts["readout"].flops == new * 2 * d * VOCABULARY
+    cached = sum(2 * kv * (keys - n) for n, keys in passes)
+    assert out.costs.parts["blocks"].bytes == 4 * 2 * (new * weights + cached)
+    assert out.costs.parts["readout"].bytes == 4 * new * d * VOCABULARY
+    assert out.costs.flops == blocks + new * 2 * d * VOCABULARY
+    assert (out.costs.tokens, out.costs.tests, out.costs.mean_exit_layer) == (new, 0, 2)
+    assert out.costs.executed_layers == 2 * (new - 1)
+
+
+def test_draft_flops_follow_the_source_documents_rule():
+    """d² · V per test; with pruning d² · k from the second test on."""
+    lm, inputs = LanguageModel(tiny("llama")), inputs_for("llama")
+    plain = ExitPolicy(threshold=1.0, min_layer=1)
+    out = lm.generate(inputs, policy=plain, max_new_tokens=5, eos_token_id=None)
+    assert out.costs.tests == 4 * 3  # four tokens after the prompt's, three exits
+    assert out.costs.draft_flops == 12 * 32**2 * VOCABULARY
+    fixed = ExitPolicy(threshold=1.0, min_layer=1, vocabulary="fixed", vocabulary_size=10)
+    out = lm.generate(inputs, policy=fixed, max_new_tokens=5, eos_token_id=None)
+    assert out.costs.draft_flops == 4 * 2 * 32**2 * 10
+    state = ExitPolicy("state", threshold=1.0, min_layer=1)
+    assert lm.generate(inputs, policy=state, max_new_tokens=5, eos_token_id=None).costs.draft_flops == 0
+
+
+def test_steps_and_parts_add_up():
+    lm, inputs = LanguageModel(tiny("t5")), inputs_for("t5", 2, padded=True)
+    policy = ExitPolicy(threshold=0.15, min_layer=1, vocabulary="fixed", vocabulary_size=20)
+    out = lm.generate(inputs, policy=policy, max_new_tokens=8)
+    spent = sum(step.flops for step in lm.stream(inputs, policy=policy, max_new_tokens=8))
+    assert spent == out.costs.flops
+    d = out.costs.to_dict()
+    assert d["flops"] == sum(part["flops"] for part in d["parts"].values())
+    assert set(d["parts"]) == set(PARTS)
+    assert d["per_token"]["flops"] * d["tokens"] == pytest.approx(d["flops"])
+    assert all(out.costs.parts[part].flops > 0 for part in ("encoder", "blocks", "readout", "pruned_readout"))
+    assert all(out.costs.parts[part].seconds > 0 for part in ("encoder", "blocks", "readout", "select", "confidence"))
+    assert sum(part.seconds for part in out.costs.parts.values()) <= out.costs.seconds
+
+
+def test_propagated_layers_cost_their_fill():
+    lm = LanguageModel(tiny("llama"))
+    policy = ExitPolicy(threshold=0.15, min_layer=1)
+    out = lm.generate(inputs_for("llama"), policy=policy, max_new_tokens=12, eos_token_id=None)
+    exits = out.exit_layers[0]
+    assert min(exits) < LAYERS
+    # A layer fills what earlier tokens skipped when a later token visits it.
+    due, visited = 0, 0
+    for layer in range(1, LAYERS + 1):
+        owed = 0
+        for exit in exits[1:]:
+            if exit >= layer:
+                due, owed = due + owed, 0
+            else:
+                owed += 1
+    visited = sum(exits[1:])
+    assert out.costs.parts["fill"].flops == due * 2 * (2 * 32 * 16)
+    assert out.costs.executed_layers == visited
+
+
+def test_nested_times_are_exclusive(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr("offramp.costs.time.perf_counter", lambda: next(clock))
+    ledger = Ledger(LanguageModel(tiny("llama")).split.shape, torch.device("cpu"))
+    with ledger.time("confidence"), ledger.time("readout"):
+        pass
+    assert ledger.costs.parts["readout"].seconds == 2.0
+    assert ledger.costs.parts["confidence"].seconds == 1.0 + 4.0
