@@ -122,3 +122,11 @@ def test_nested_times_are_exclusive(monkeypatch):
         pass
     assert ledger.costs.parts["readout"].seconds == 2.0
     assert ledger.costs.parts["confidence"].seconds == 1.0 + 4.0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+def test_the_full_models_flops_in_advance(name):
+    lm = LanguageModel(tiny(name))
+    stream = lm.stream(inputs_for(name, 2), max_new_tokens=7, min_new_tokens=7)
+    count = len(list(stream))
+    assert stream.costs.flops == stream.full_flops(count)

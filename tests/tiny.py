@@ -6,6 +6,10 @@ from functools import cache
 
 import torch
 import transformers as hf
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import GenerationMixin
 
 VOCABULARY = 97
@@ -158,3 +162,31 @@ def greedy(model, inputs, max_new_tokens: int = 12, **options):
 def batch_cases():
     """(batch, padded): one row, four rows, four rows of which three are padded."""
     return [(1, False), (4, False), (4, True)]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def tokenizer(*, chat: bool = True):
+    """A tokenizer of single words for the tiny decoder-only models: ids 0 <pad>, 1 <s>, 2 </s>, 3 <unk>, then words."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "the", "sky", "is", "blue", "why", "?", "."]
+    words += [f"w{i}" for i in range(len(words), VOCABULARY)]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def character_tokenizer():
+    """A tokenizer of single characters for the tiny models; the stopping rules for texts need to spell."""
+    characters = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 32 + VOCABULARY - 4))]
+    core = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = Split(Regex("."), "isolated"), Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, **names)

@@ -95,7 +95,8 @@ class Script:
     Attributes:
         depths: One layer per tested token, in order; used again from the start when they run out. Below the first exit
             means there; L, or any layer that is not an exit, means the next exit, or full depth.
-        unsure: The confidence reported before that layer. The adaptive size rule shrinks by it, so it mimics a real one.
+        unsure: The confidence reported before that layer. The adaptive size rule shrinks by it, so it mimics a
+            real one.
     """
 
     depths: tuple[int, ...]
@@ -107,7 +108,10 @@ class Script:
         self._token = -1
 
     def answer(self, reading: Reading) -> Tensor:
-        """1 from the prescribed layer on, `unsure` before it, [1].
+        """The confidence to report at this test.
+
+        Returns:
+            1 from the prescribed layer on, `unsure` before it, [1].
 
         Raises:
             ValueError: The batch has several rows.
@@ -186,7 +190,10 @@ def scripted_arms(
 
 
 def random_t5(size: str = "t5-large", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
-    """A T5 of a checkpoint's shape with random weights and no tokenizer; "t5-large" has 738 million of them.
+    """A T5 of a checkpoint's shape with random weights.
+
+    Returns:
+        The model, without a tokenizer: prompts must be token ids. "t5-large" has 738 million weights.
 
     Raises:
         ValueError: There is no such size.
@@ -420,18 +427,7 @@ def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
 
 
 def _speed_table(arms: list[ArmResult]) -> str:
-    head = [
-        "arm",
-        "tokens/s",
-        "× generate (quartiles)",
-        "exit",
-        "same",
-        "identical",
-        "prefix",
-        "tests",
-        "FLOPs ×",
-        "bytes ×",
-    ]
+    head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|FLOPs ×|bytes ×".split("|")
     return _markdown(head, [
         [
             arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
@@ -532,7 +528,8 @@ def run_bench(
     if not batches:
         raise ValueError("there are no prompts; give at least one")
     runs = {arm: _Runs() for arm in arms}
-    shuffle, order = random.Random(seed), []
+    shuffle = random.Random(seed)
+    order: list[list[list[str]]] = []
     done, total = 0, (warmup + repeats * len(batches)) * len(arms)
     for turn in range(-warmup, repeats):
         if turn >= 0:

@@ -1,4 +1,4 @@
-"""Where leaving early begins to pay: FLOPs of a token by exit layer, and the layer at which they equal the full model's."""
+"""Where leaving early pays: FLOPs of a token by exit layer, and the layer at which they equal the full model's."""
 
 from __future__ import annotations
 

@@ -83,6 +83,14 @@ class ModelShape:
         """FLOPs of the cross-attention keys and values of one row at a first visit of block `layer` (0-based)."""
         return 2 * self.blocks[layer].cross_kv_weights * memory
 
+    def generation_flops(self, prompt: int, new: int, memory: int = 0) -> int:
+        """FLOPs of the full model for one row: encoder, prompt and `new` generated tokens."""
+        passes = [(prompt, 0), *((1, prompt + t) for t in range(new - 1))]
+        layers = range(len(self.blocks))
+        blocks = sum(self.block_flops(layer, n, start, memory) for n, start in passes for layer in layers)
+        cross = sum(self.cross_flops(layer, memory) for layer in layers)
+        return self.encoder_flops(memory) + cross + blocks + new * self.readout_flops()
+
 
 @dataclass
 class Part:

@@ -45,6 +45,33 @@ class Generation:
     num_layers: int
 
 
+class Stream(Iterator[Step]):
+    """Steps as they become certain, and what they cost so far.
+
+    Args:
+        prepared: The generation.
+        steps: Its steps.
+        ledger: Where its costs are written.
+    """
+
+    def __init__(self, prepared: Prepared, steps: Iterator[Step], ledger: Ledger) -> None:
+        self._prepared, self._steps, self._ledger = prepared, steps, ledger
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    @property
+    def costs(self) -> Costs:
+        """The bill so far."""
+        return self._ledger.settle()
+
+    def full_flops(self, tokens: int) -> int:
+        """FLOPs the full model spends on the same prompts and `tokens` new tokens in each row."""
+        batch, prompt = self._prepared.ids.shape
+        memory = 0 if self._prepared.memory is None else self._prepared.memory.shape[1]
+        return batch * self._prepared.model.shape.generation_flops(prompt, tokens, memory)
+
+
 class LanguageModel:
     """A Hugging Face model with early exits; made by `offramp.load`.
 
@@ -93,7 +120,7 @@ class LanguageModel:
         ledger.costs.seconds = time.perf_counter() - began
         return self._collect(prepared.ids, steps, ledger.settle())
 
-    def stream(self, prompts: Any, *, policy: ExitPolicy | None = None, **options: Any) -> Iterator[Step]:
+    def stream(self, prompts: Any, *, policy: ExitPolicy | None = None, **options: Any) -> Stream:
         """Generate and yield one `Step` per position as soon as it is certain.
 
         Args:
@@ -105,13 +132,13 @@ class LanguageModel:
                 `transformers`' `GenerationConfig` that does not need beams.
 
         Returns:
-            An iterator of steps.
+            An iterator of steps, which also has the bill.
 
         Raises:
             ValueError: As for `generate`.
         """
         prepared, ledger = self._prepare(prompts, **options)
-        return prepared.steps(policy, ledger)
+        return Stream(prepared, prepared.steps(policy, ledger), ledger)
 
     # ------------------------------------------------------------ inputs
 

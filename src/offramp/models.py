@@ -88,7 +88,6 @@ def load(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
-    exits: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
 
@@ -103,19 +102,15 @@ def load(
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, or the torch dtype of that name.
         device: Where to put the model; None is the CPU.
-        exits: Saved exits to attach.
 
     Returns:
         The model with its tokenizer, which is None for a local folder without one: prompts must then be token ids.
 
     Raises:
         ValueError: The dtype or the device is not one of those available.
-        NotImplementedError: `exits` was given.
         ModelError: There is no such model, or it is damaged, incomplete or not a language model.
     """
-    if exits is not None:
-        raise NotImplementedError("loading saved exits is not available yet; leave `exits` away")
-    torch_dtype, torch_device = _torch_dtype(dtype), _torch_device(device)
+    torch_dtype, torch_device = named_dtype(dtype), _torch_device(device)
     source, local = _resolve(name)
     model, tokenizer = _from_pretrained(source, torch_dtype, local=local)
     from offramp.language_model import LanguageModel
@@ -165,7 +160,8 @@ def packaged_folder(name: str) -> Path:
 # Arguments
 
 
-def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A supported dtype by name, or itself."""
     import torch
 
     name = str(dtype).removeprefix("torch.")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,7 +94,7 @@ class Probe:
         layers: One report per layer 1..L.
         saturation: From this layer on, every layer's choice is the final token.
         oracle: First layer from `min_layer` on whose choice is the final token, even if a later one wavers.
-        suggested_min_layer: From this layer on, no layer's mean confidence is off by 0.1; None if there is none before L.
+        suggested_min_layer: From this layer on, no mean confidence is off by 0.1 or more; None: no such layer before L.
         suggested_vocabulary_size: `coverage_size` at `min_layer`, where a pruned vocabulary would be chosen.
         head_ratio: H: FLOPs of a full readout over those of a block.
         fill_ratio: φ: FLOPs of the keys and values of a skipped block over those of a block.
@@ -130,6 +129,11 @@ class Probe:
     suitable: bool
     verdict: str
 
+    @property
+    def source_noun(self) -> str:
+        """What `examples` counts."""
+        return "windows of text" if self.source == "texts" else self.source
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON; numbers that are not finite become None."""
         finite: dict[str, Any] = _finite({"schema": SCHEMA, **asdict(self)})
@@ -137,7 +141,9 @@ class Probe:
 
     def table(self) -> str:
         """The probe as plain text: a row per layer (of deep models every second or third) and what follows from it."""
-        return "\n".join([*_table_rows(self), "", *_summary(self)])
+        from offramp.report import text
+
+        return text.probe_table(self)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write probe.json, probe.txt and, if matplotlib is installed, the pictures as SVG and PNG.
@@ -171,7 +177,7 @@ def _finite(value: Any) -> Any:
 
 
 class Readings(NamedTuple):
-    """Every layer's readout at N positions: `rank` of the final token, `peak` and `gap` of the probabilities, [L, N]."""
+    """Readouts of all layers at N positions, [L, N]: `rank` of the final token, `peak` and `gap` of the probabilities."""
 
     rank: Tensor
     peak: Tensor
@@ -250,7 +256,7 @@ def _prompt_batches(lm: LanguageModel, prompts: Any, chat: bool) -> list[dict[st
     """Model inputs of a few prompts each."""
     if isinstance(prompts, Tensor | Mapping):
         inputs = lm.encode(prompts)
-        splits = {name: value.split(ROWS) for name, value in inputs.items()}
+        splits = {name: torch.split(value, ROWS) for name, value in inputs.items()}
         return [dict(zip(splits, values, strict=True)) for values in zip(*splits.values(), strict=True)]
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
         prompts = [prompts]
@@ -270,7 +276,7 @@ def _windows(lm: LanguageModel, texts: Sequence[str]) -> list[dict[str, Tensor]]
     for text in texts:
         ids = lm.encode([text])["input_ids"]  # [1, T]
         start = int(ids.shape[1] > 1 and int(ids[0, 0]) == lm.tokenizer.bos_token_id)
-        pieces = ids[:, start:].split(longest - start, dim=1)
+        pieces = torch.split(ids[:, start:], longest - start, dim=1)
         windows += [{"input_ids": torch.cat([ids[:, :start], piece], dim=1)} for piece in pieces]
     return windows
 
@@ -309,7 +315,7 @@ def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None =
 def read_layers(split: SplitModel, states: Tensor) -> Readings:
     """Read states of all layers [L, N, D] out, a few positions at a time."""
     parts = []
-    for chunk in states.split(max(16, (1 << 22) // split.shape.vocabulary), dim=1):
+    for chunk in torch.split(states, max(16, (1 << 22) // split.shape.vocabulary), dim=1):
         final, layers = None, []
         for hidden in chunk.flip(0):  # from layer L, which decides on the final tokens, down
             logits = split.readout(hidden).float()  # [n, V]
@@ -432,75 +438,22 @@ def _verdict(flops: Mapping[str, float], head: float, saturation: Depths, min_la
         return f"Suitable: {setting} it would cost {tested:.0%} of the full model's FLOPs{also}."
     if pruned < 1:
         return (
-            f"Suitable with a pruned vocabulary: {setting} it would cost {pruned:.0%} of the full model's FLOPs with it, "
-            f"but {tested:.0%} without, as one readout of the whole vocabulary costs as much as {head:.1f} layers."
+            f"Suitable with a pruned vocabulary: {setting} it would cost {pruned:.0%} of the full model's FLOPs, but "
+            f"{tested:.0%} without, as one readout of the whole vocabulary costs as much as {head:.1f} layers."
         )
     reasons = []
     if saturation.mean > 0.75 * depth:
         reasons.append("the final token is settled late")
     if flops["untested"] < 0.95:
-        reasons.append(f"the tests eat the gain (one readout of the whole vocabulary costs as much as {head:.1f} layers)")
+        reasons.append(
+            f"the tests eat the gain (one readout of the whole vocabulary costs as much as {head:.1f} layers)"
+        )
     elif head >= 1:
         reasons.append(f"one readout of the whole vocabulary costs as much as {head:.1f} layers")
     cheaper = " (pruned)" if pruned < tested else ""
     return (
         f"Not suitable as is: {setting} it would cost {min(tested, pruned):.0%} of the full model's FLOPs{cheaper}; "
-        f"{' and '.join(reasons) or 'the tests cost more than the skipped layers save'}. Remedies: train the exits, test "
-        "fewer of them, prune the vocabulary, or let the deep layers verify the tokens (skipped=\"verify\"), which keeps "
+        f"{' and '.join(reasons) or 'the tests cost more than the skipped layers save'}. Remedies: train the exits, "
+        'test fewer of them, prune the vocabulary, or let the deep layers verify the tokens (skipped="verify"), which keeps '
         "the output exact."
     )
-
-
-def _table_rows(probe: Probe) -> list[str]:
-    head = [
-        "layer  same token  confidence     gap  over-   rank of the final token         K for  settled",
-        "                   (max prob)          conf.   median       p90       p99      99.5%   so far",
-    ]
-    step = -(-probe.num_layers // 20)
-    rows = []
-    for r in probe.layers:
-        if r.layer not in (1, probe.min_layer) and (probe.num_layers - r.layer) % step:
-            continue
-        over = "     " if r.layer == probe.num_layers else f"{r.overconfidence:+5.2f}"
-        ranks = "".join(f"{r.rank[name]:10.0f}" for name in ("p50", "p90", "p99"))
-        mark = ">" if r.layer == probe.min_layer else " "
-        rows.append(
-            f"{mark}{r.layer:4d}  {r.agreement:10.2f}  {r.max_probability:10.2f}  {r.gap:6.2f}  {over}"
-            f"{ranks[1:]} {r.coverage_size:10d}  {r.settled:7.2f}"
-        )
-    where = f"{probe.model}: {probe.num_layers} layers, {probe.vocabulary} tokens in the vocabulary"
-    seen = f"{probe.tokens} positions of {probe.examples} {_SOURCES[probe.source]}; the final token is the last layer's"
-    return [where, seen, "", *head, *rows]
-
-
-_SOURCES = {"bundled prompts": "bundled prompts", "prompts": "prompts", "texts": "windows of text"}
-
-
-def _summary(probe: Probe) -> list[str]:
-    last, first = probe.num_layers, probe.min_layer
-    size, share = probe.suggested_vocabulary_size, probe.suggested_vocabulary_size / probe.vocabulary
-    believed = probe.suggested_min_layer
-    if believed is None:
-        minimum = f"none: even layer {last - 1} is off by {abs(probe.layers[-2].overconfidence):.2f}"
-    else:
-        minimum = f"{believed}, from where on no layer's mean confidence is off by {TOLERANCE} or more"
-    lines = {
-        "saturation layer": f"{_spread(probe.saturation)}; all later layers choose the final token",
-        "oracle exit layer": f"{_spread(probe.oracle)}; the first from layer {first} on that chooses it",
-        "break-even layer": f"{probe.break_even:.1f} with every test on all {probe.vocabulary} tokens, "
-        f"{probe.break_even_pruned:.1f} with {size} after the first",
-        "cost of a test": f"{probe.head_ratio:.2f} layers; a skipped layer still costs {probe.fill_ratio:.1%} of one",
-        "FLOPs at saturation": f"{probe.flops['tested']:.0%} of the full model's; {probe.flops['pruned']:.0%} pruned; "
-        f"{probe.flops['untested']:.0%} if the tests were free",
-        "speed-up at most": f"{probe.ceiling:.2f}x, with an oracle in place of tests",
-        "suggested min_layer": minimum,
-        "suggested vocabulary": f"{size} tokens ({share:.0%}), which hold {COVERAGE:.1%} of the final tokens at layer {first}",
-    }
-    width = max(map(len, lines))
-    listed = [f"{name:{width}}  {text}" for name, text in lines.items()]
-    tests = f"layers {first}..{last - 1}" if first < last - 1 else f"layer {first}"
-    return [f"Exits are thought to be tested after {tests} (>).", *listed, "", *textwrap.wrap(probe.verdict, 100)]
-
-
-def _spread(depths: Depths) -> str:
-    return f"mean {depths.mean:.1f}, half of them in {depths.quantiles['p25']:.0f}..{depths.quantiles['p75']:.0f}"

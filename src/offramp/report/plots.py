@@ -1,6 +1,7 @@
 """Pictures of a probe. Each says in its title what it shows, and in its footnote what of.
 
-Figures are made without pyplot, so no window system and no global state is touched; the same probe gives the same bytes.
+Figures are made without pyplot, so no window system and no global state is touched, so that the same probe gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ def available() -> bool:
 def require_matplotlib() -> Any:
     """The module matplotlib.
 
+    Returns:
+        The package, `figure` and `ticker` loaded.
+
     Raises:
         ModuleNotFoundError: It is not installed; the message says how to.
     """
     try:
         import matplotlib
         import matplotlib.figure
-        import matplotlib.ticker
+        import matplotlib.ticker  # noqa: F401 - submodules of what is returned
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib; install it with: pip install 'offramp[report]'") from error
     return matplotlib
@@ -106,24 +110,30 @@ def rank_figure(probe: Probe) -> Any:
     axes.yaxis.set_major_formatter(require_matplotlib().ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.minorticks_off()
     axes.set_ylabel("place of the final token among the layer's choices\n(1 = its first choice)")
-    kept = f"{size:,} of {probe.vocabulary:,} tokens hold the final one in 99.5 % of cases at layer {probe.min_layer}"
-    labels = ["half of the positions (bar: median; whiskers: 90 % of them)", "99th percentile", kept]
+    labels = [
+        "half of the positions (bar: median; whiskers: 5th to 95th percentile)",
+        "99th percentile",
+        f"the best {size:,} of {probe.vocabulary:,} hold 99.5% of the final tokens at layer {probe.min_layer}",
+    ]
     _legend(axes, [drawn["boxes"][0], p99[0], line], labels)
     return figure
 
 
 def _rank_title(probe: Probe) -> str:
-    first = next(r.layer for r in probe.layers if r.rank["p50"] == 0)
-    return f"Half of the final tokens are the first choice only from layer {first} of {probe.num_layers} on"
+    first = probe.num_layers
+    while first > 1 and probe.layers[first - 2].rank["p50"] == 0:
+        first -= 1
+    return f"The final token is the first choice half of the time only from layer {first} of {probe.num_layers} on"
 
 
 def confidence_figure(probe: Probe) -> Any:
     """How sure each layer is and how often it is right, with the difference shaded."""
-    off = max(probe.layers[:-1], key=lambda r: r.overconfidence)
+    off = max(probe.layers[probe.min_layer - 1 : -1], key=lambda r: r.overconfidence)
     if off.overconfidence >= 0.1:
-        title = f"Early layers are too sure: layer {off.layer} says {off.max_probability:.0%} and is right {off.agreement:.0%}"
+        sure, right = f"{off.max_probability:.0%}", f"{off.agreement:.0%}"
+        title = f"Early layers are too sure: layer {off.layer} is {sure} sure and {right} right"
     else:
-        title = "No early layer is surer than it is right"
+        title = f"From layer {probe.min_layer} on, layers are about as sure as they are right, or less"
     figure, axes = _axes(probe, title)
     early = probe.layers[:-1]
     x = [r.layer for r in early]
@@ -134,7 +144,7 @@ def confidence_figure(probe: Probe) -> Any:
     shade = axes.fill_between(x, right, sure, where=over, interpolate=True, color=ORANGE, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0))
-    axes.set_ylabel("share of positions; mean probability")
+    axes.set_ylabel("mean over the positions")
     labels = ["right: chooses the final token", "sure: mean probability of its choice", "too sure (overconfidence)"]
     _legend(axes, [a, b, shade], labels)
     return figure
@@ -142,19 +152,61 @@ def confidence_figure(probe: Probe) -> Any:
 
 def exit_figure(probe: Probe) -> Any:
     """Where tokens could leave, and up to where leaving saves FLOPs."""
-    figure, axes = _axes(probe, f"Choices settle after {probe.saturation.mean:.1f} of {probe.num_layers} layers on average")
+    depth, mean = probe.num_layers, probe.saturation.mean
+    figure, axes = _axes(probe, f"The final token is settled after {mean:.1f} of {depth} layers on average")
+    sober = [n / probe.tokens for n in probe.saturation.counts]
+    best = [n / probe.tokens for n in probe.oracle.counts]
+    x = range(1, depth + 1)
+    bars = axes.bar([v - 0.2 for v in x], sober, 0.4, color=BLUE)
+    oracle = axes.bar([v + 0.2 for v in x], best, 0.4, color=GREEN, alpha=0.55)
+    center = axes.axvline(mean, color=BLUE, linewidth=1.2)
+    full = axes.axvline(probe.break_even, color=ORANGE, linestyle="--", linewidth=1.8)
+    axes.axvspan(0, probe.break_even, color=ORANGE, alpha=0.06, linewidth=0)
+    axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("share of positions")
+    axes.set_ylim(0, max(*sober, *best) * 1.15)
+    labels = [
+        "saturation layer: from here on every layer chooses the final token",
+        f"oracle exit: first layer from {probe.min_layer} on that chooses it",
+        f"mean saturation layer, {mean:.1f}",
+        f"break-even, {probe.break_even:.1f}: exits to the left of it (on average) save FLOPs",
+    ]
+    handles, pruned = [bars, oracle, center, full], f"with {probe.suggested_vocabulary_size:,} tokens kept"
+    if probe.break_even_pruned - probe.break_even < depth / 100:  # one line would hide the other
+        labels[-1] += f"; {pruned}, {probe.break_even_pruned:.1f}"
+    else:
+        handles.append(axes.axvline(probe.break_even_pruned, color=ORANGE, linestyle=":", linewidth=2.2))
+        labels.append(f"break-even {pruned} after the first test, {probe.break_even_pruned:.1f}")
+    _legend(axes, handles, labels)
     return figure
 
 
 def _axes(probe: Probe, title: str) -> tuple[Any, Any]:
-    """A figure with one pair of axes: layers along x, the title and the footnote."""
-    figure = require_matplotlib().figure.Figure(figsize=(9, 5.2), layout="constrained")
-    return figure, None
+    """A figure with one pair of axes: layers along x, the title above and the footnote below."""
+    figure = require_matplotlib().figure.Figure(figsize=(9, 5.6), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    axes = figure.add_subplot()
+    depth = probe.num_layers
+    step = 1 if depth <= 16 else 2 if depth <= 32 else 4
+    axes.set_xticks(sorted({1, *range(depth, step // 2 + 1, -step)}))
+    axes.set_xlim(0.3, depth + 0.7)
+    axes.set_xlabel(f"layer (layer {depth} is the full model)")
+    figure.supxlabel(
+        f"{probe.model} · {probe.examples} {probe.source_noun}, {probe.tokens:,} positions · exits tested after layers "
+        f"{probe.min_layer} to {depth - 1}",
+        x=0.01, ha="left", fontsize=8, color=GREY,
+    )  # fmt: skip
+    return figure, axes
 
 
 def _legend(axes: Any, handles: list[Any], labels: list[str]) -> None:
-    pass
+    """A legend between the title and the axes, where it hides nothing."""
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9)
 
 
-PICTURES: dict[str, Callable[[Probe], Any]] = {"rank": rank_figure, "confidence": confidence_figure, "exits": exit_figure}
+PICTURES: dict[str, Callable[[Probe], Any]] = {
+    "rank": rank_figure,
+    "confidence": confidence_figure,
+    "exits": exit_figure,
+}
 """By the name that the file gets: probe-NAME.svg."""

@@ -1,0 +1,51 @@
+"""The command line: `offramp probe`, `offramp generate`, `offramp bench`. Parsing and printing, nothing else.
+
+Results go to standard output, everything about them (progress, notes, errors) to standard error. Exit status: 0 done,
+1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from offramp.cli.bench import bench
+from offramp.cli.generate import generate
+from offramp.cli.probe import probe
+
+app = typer.Typer(
+    name="offramp",
+    help="Early-exit language models: easy tokens leave the network early.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(probe)
+app.command()(generate)
+app.command()(bench)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Early-exit language models: easy tokens leave the network early."""
+
+
+def main() -> None:
+    """Run the command line; errors are one line without a traceback, unless `--debug` stands anywhere."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, one line and status 1
+        if debug:
+            traceback.print_exc()
+        else:
+            text = " ".join(str(error).split()) or type(error).__name__
+            sys.stderr.write(f"offramp: error: {text} (--debug shows where)\n")
+        sys.exit(1)

@@ -1,0 +1,146 @@
+"""`offramp generate`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+
+if TYPE_CHECKING:
+    from offramp.decoding import Step
+    from offramp.language_model import LanguageModel
+    from offramp.policy import ExitPolicy
+
+
+def generate(
+    model: o.Model,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue; without one, standard input.")
+    ] = None,
+    confidence: o.Confidence = None,
+    threshold: o.Threshold = None,
+    min_layer: o.MinLayer = None,
+    vocabulary: o.Vocabulary = None,
+    vocabulary_size: o.VocabularySize = None,
+    skipped: o.Skipped = None,
+    policy: o.PolicyFile = None,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    max_new_tokens: o.MaxNewTokens = 64,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens generated per prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; default: greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k best tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes a sample repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop behind this text; may be given several times.")] = None,
+    chat: o.Chat = None,
+    show_exits: Annotated[bool, typer.Option("--show-exits", help="Colour each token by its exit layer.")] = False,
+    json: o.JsonPath = None,
+) -> None:
+    """Continue prompts, token by token, each leaving the network where the policy says.
+
+    Without any exit option the full model answers; --skipped verify gives the same text with exits.
+    """
+    import offramp
+
+    exits = o.policy_from(
+        policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
+        vocabulary_size=vocabulary_size, skipped=skipped,
+    )  # fmt: skip
+    texts = prompts or [_standard_input()]
+    lm = offramp.load(model, dtype=dtype, device=device)
+    _explain(lm, exits)
+    settings = {
+        "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop_strings": stop,
+    }  # fmt: skip
+    given = {name: value for name, value in settings.items() if value is not None}
+    in_template = lm.has_chat_template if chat is None else chat
+    results = [
+        _one(lm, text, exits, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
+    ]
+    o.write_result(
+        {
+            "schema": "offramp/generate/1", "model": model, "dtype": dtype, "num_layers": lm.num_layers,
+            "policy": None if exits is None else exits.to_dict(), "options": {**given, "chat": in_template},
+            "generations": results,
+        },
+        json,
+    )  # fmt: skip
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        o.note("reading the prompt from standard input, end it with Ctrl-D")
+    return sys.stdin.read().strip()
+
+
+def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
+    """Say before decoding where exits begin to pay."""
+    from offramp.break_even import break_even, ratios
+
+    if policy is None:
+        o.note(f"full depth, {lm.num_layers} layers; exits: see --confidence, --threshold, --min-layer, --skipped")
+        return
+    plan = policy.resolve(lm.num_layers, lm.vocabulary)
+    if not plan.thresholds:
+        return
+    shape, head = lm.split.shape, ratios(lm.split.shape)[0]
+    kept = None if plan.pruning is None else plan.pruning.first_size()
+    pays = break_even(shape, plan.min_layer, kept)
+    tests = "all tokens" if kept is None else f"{kept} kept tokens"
+    o.note(
+        f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested from layer "
+        f"{plan.min_layer} on {tests}, a token saves FLOPs by leaving before layer {pays:.1f}"
+    )
+
+
+def _one(
+    lm: LanguageModel, prompt: str, policy: ExitPolicy | None, options: dict[str, Any], show_exits: bool, *, quiet: bool
+) -> dict[str, Any]:
+    """Stream one generation and return it for JSON."""
+    from rich.console import Console
+
+    from offramp.cli.show import Painter
+
+    console = Console(quiet=quiet, soft_wrap=True)
+    first = lm.num_layers if policy is None else policy.resolve(lm.num_layers, lm.vocabulary).min_layer
+    painter = Painter(console, lm.tokenizer, lm.num_layers, first, show_exits=show_exits)
+    if show_exits:
+        painter.legend()
+    began = time.perf_counter()
+    stream = lm.stream([prompt], policy=policy, **options)
+    steps: list[Step] = []
+    for step in stream:
+        steps.append(step)
+        painter.put(int(step.token), int(step.exit_layer))
+    painter.end()
+    costs = stream.costs
+    costs.seconds = time.perf_counter() - began
+    full = stream.full_flops(len(steps))
+    o.note(
+        f"{costs.tokens} tokens · mean exit layer {costs.mean_exit_layer:.1f} of {lm.num_layers} · "
+        f"{costs.flops / full:.2f} of the full model's FLOPs · {costs.tokens / costs.seconds:.1f} tokens/s"
+    )
+    return {
+        "prompt": prompt,
+        "text": painter.written,
+        "tokens": [
+            {
+                "id": int(step.token),
+                "text": lm.tokenizer.decode([int(step.token)]),
+                "exit_layer": int(step.exit_layer),
+                "confidence": None if math.isnan(float(step.confidence)) else float(step.confidence),
+                "flops": step.flops,
+            }
+            for step in steps
+        ],
+        "costs": {**costs.to_dict(), "full_model_flops": full},
+    }

@@ -1,0 +1,109 @@
+"""Options that several commands share, and the exit policy made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from offramp.policy import ExitPolicy
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder or hub id.")]
+Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32 or bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="Where to run, for example cuda; default: cpu.")]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="PATH", help="Write everything as one JSON object; - is standard output."),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Put prompts into the model's chat template; default: if it has one."),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens generated per prompt.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="Text file with one prompt per line; default: bundled ones."),
+]
+Confidence = Annotated[
+    str | None,
+    typer.Option(help="softmax, max, entropy, state, contrastive, jsd, or static (always leave after --min-layer)."),
+]
+Threshold = Annotated[float | None, typer.Option(help="Leave when the confidence is above this; 1: never.")]
+MinLayer = Annotated[
+    int | None, typer.Option(help="First layer after which a token may leave; default: half the depth.")
+]
+Vocabulary = Annotated[
+    str | None, typer.Option(help="Prune the readout: fixed, decaying or adaptive; default: all tokens.")
+]
+VocabularySize = Annotated[int | None, typer.Option(help="Tokens kept after the first test.")]
+Skipped = Annotated[
+    str | None,
+    typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", metavar="FILE", help="Policy saved as JSON; the options above override it.")
+]
+
+
+def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
+    """The policy of a file and of options that are not None; None if there is neither."""
+    from offramp.policy import ExitPolicy
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if file is None and not given:
+        return None
+    base = ExitPolicy.load(file).to_dict() if file is not None else {}
+    return ExitPolicy.from_dict({**base, **given})
+
+
+def prompts_from(file: Path | None, count: int | None = None) -> list[str]:
+    """Prompts of a file, one per line, or the bundled ones; the first `count` of them."""
+    from offramp.prompts import bundled_prompts
+
+    if file is None:
+        return bundled_prompts()[:count]
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts; write one per line")
+    return prompts[:count]
+
+
+def write_result(values: dict[str, Any], path: Path | None) -> None:
+    """Write a command's JSON where `--json` says."""
+    import json
+
+    from offramp.files import write_json
+
+    if path is None:
+        return
+    if str(path) == "-":
+        sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        write_json(path, values)
+        note(f"wrote {path}")
+
+
+def note(text: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Any]:
+    """A progress bar on standard error, as a callback (done, total[, what is next])."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=label, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+
+        def update(done: int, total: int, what: str = "") -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what, refresh=False)
+            bar.refresh()
+
+        yield update

@@ -1,0 +1,48 @@
+"""`offramp probe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.cli import options as o
+
+
+def probe(
+    model: o.Model,
+    prompts: o.PromptFile = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Look at this text instead of at answers; may be given several times."),
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
+    max_new_tokens: o.MaxNewTokens = 32,
+    min_layer: o.MinLayer = None,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    chat: o.Chat = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where pictures go; default: runs/probe-MODEL.")
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
+    import offramp
+
+    if text is not None and prompts is not None:
+        raise typer.BadParameter("give --prompts or --text, not both")
+    texts = None if text is None else [path.read_text(encoding="utf-8") for path in text]
+    given = o.prompts_from(prompts, count) if texts is None and (prompts or count) else None
+    lm = offramp.load(model, dtype=dtype, device=device)
+    with o.progress("probing") as progress:
+        result = offramp.probe(
+            lm, given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
+        )
+    if str(json) != "-":
+        typer.echo(result.table())
+    folder = out or Path("runs") / f"probe-{Path(model).name}"
+    for path in result.save(folder):
+        o.note(f"wrote {path}")
+    o.write_result(result.to_dict(), json)

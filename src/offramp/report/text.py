@@ -1,0 +1,64 @@
+"""Results as plain text, for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+
+from offramp.probe import COVERAGE, TOLERANCE, Depths, Probe
+
+
+def probe_table(probe: Probe) -> str:
+    """A row per layer (of deep models every second or third), what follows from it, and the verdict."""
+    return "\n".join([*_rows(probe), "", *_summary(probe)])
+
+
+def _rows(probe: Probe) -> list[str]:
+    head = [
+        "layer  same token  confidence     gap  over-   rank of the final token         K for  settled",
+        "                   (max prob)          conf.   median       p90       p99      99.5%   so far",
+    ]
+    step = -(-probe.num_layers // 20)
+    rows = []
+    for r in probe.layers:
+        if r.layer not in (1, probe.min_layer) and (probe.num_layers - r.layer) % step:
+            continue
+        over = "     " if r.layer == probe.num_layers else f"{r.overconfidence:+5.2f}"
+        ranks = "".join(f"{r.rank[name]:10.0f}" for name in ("p50", "p90", "p99"))
+        mark = ">" if r.layer == probe.min_layer else " "
+        rows.append(
+            f"{mark}{r.layer:4d}  {r.agreement:10.2f}  {r.max_probability:10.2f}  {r.gap:6.2f}  {over}"
+            f"{ranks[1:]} {r.coverage_size:10d}  {r.settled:7.2f}"
+        )
+    where = f"{probe.model}: {probe.num_layers} layers, {probe.vocabulary} tokens in the vocabulary"
+    seen = f"{probe.tokens} positions of {probe.examples} {probe.source_noun}; the final token is the last layer's"
+    return [where, seen, "", *head, *rows]
+
+
+def _summary(probe: Probe) -> list[str]:
+    last, first = probe.num_layers, probe.min_layer
+    size, share = probe.suggested_vocabulary_size, probe.suggested_vocabulary_size / probe.vocabulary
+    believed = probe.suggested_min_layer
+    if believed is None:
+        minimum = f"none: even layer {last - 1} is off by {abs(probe.layers[-2].overconfidence):.2f}"
+    else:
+        minimum = f"{believed}, from where on no layer's mean confidence is off by {TOLERANCE} or more"
+    lines = {
+        "saturation layer": f"{_spread(probe.saturation)}; all later layers choose the final token",
+        "oracle exit layer": f"{_spread(probe.oracle)}; the first from layer {first} on that chooses it",
+        "break-even layer": f"{probe.break_even:.1f} with every test on all {probe.vocabulary} tokens, "
+        f"{probe.break_even_pruned:.1f} with {size} after the first",
+        "cost of a test": f"{probe.head_ratio:.2f} layers; a skipped layer still costs {probe.fill_ratio:.1%} of one",
+        "FLOPs at saturation": f"{probe.flops['tested']:.0%} of the full model's; {probe.flops['pruned']:.0%} pruned; "
+        f"{probe.flops['untested']:.0%} if the tests were free",
+        "speed-up at most": f"{probe.ceiling:.2f}x, with an oracle in place of tests",
+        "suggested min_layer": minimum,
+        "suggested vocabulary": f"{size} tokens ({share:.0%}), which hold {COVERAGE:.1%} of the final ones at layer {first}",
+    }
+    width = max(map(len, lines))
+    listed = [f"{name:{width}}  {text}" for name, text in lines.items()]
+    tests = f"layers {first}..{last - 1}" if first < last - 1 else f"layer {first}"
+    return [f"Exits are thought to be tested after {tests} (>).", *listed, "", *textwrap.wrap(probe.verdict, 100)]
+
+
+def _spread(depths: Depths) -> str:
+    return f"mean {depths.mean:.1f}, half of them in {depths.quantiles['p25']:.0f}..{depths.quantiles['p75']:.0f}"

@@ -1,0 +1,350 @@
+"""The benchmark's structure and counts on tiny random models; no test looks at how long anything took."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from offramp import ExitPolicy, LanguageModel
+from offramp.bench import (
+    FULL,
+    REFERENCE,
+    Script,
+    Scripted,
+    Spread,
+    default_arms,
+    random_prompts,
+    random_t5,
+    run_bench,
+    scripted_arms,
+    scripted_depths,
+)
+
+LAYERS, TOKENS, REPEATS = 6, 7, 2
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LanguageModel(LlamaForCausalLM(config).eval())
+
+
+@pytest.fixture(scope="module")
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return LanguageModel(T5ForConditionalGeneration(config).eval())
+
+
+@pytest.fixture(scope="module")
+def bench(llama):
+    """All default arms on three prompts, two at a time, with a threshold that some random tokens pass."""
+    arms = default_arms(llama, threshold=0.05, min_layer=2)
+    calls = []
+    result = run_bench(
+        llama, random_prompts(llama, 3, length=5), arms, max_new_tokens=TOKENS, repeats=REPEATS, batch_size=2,
+        name="tiny", progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    return arms, result, calls
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def scripted(request):
+    """(model, arms, result, layers the script asks for)."""
+    lm = request.getfixturevalue(request.param)
+    arms = scripted_arms(lm, tokens=TOKENS, mean=4, min_layer=2, seed=3)
+    result = run_bench(lm, random_prompts(lm, 2, length=5), arms, max_new_tokens=TOKENS, repeats=REPEATS, warmup=0)
+    depths = list(arms["softmax"].confidence.script.depths)
+    # A decoder-only prompt runs at full depth, and its token is not tested.
+    return lm, arms, result, depths if lm.split.is_encoder_decoder else [LAYERS, *depths[:-1]]
+
+
+# Arms and rounds
+
+
+def test_every_kind_of_arm_is_there(llama):
+    arms = default_arms(llama)
+    assert list(arms)[:2] == [REFERENCE, FULL]
+    assert [name for name in arms if name.startswith("static")] == ["static 3", "static 4"]
+    assert {policy.vocabulary for policy in arms.values() if policy} == {None, "fixed", "decaying", "adaptive"}
+    assert {policy.skipped for policy in arms.values() if policy} == {"propagate", "defer", "verify"}
+    assert {p.confidence for p in arms.values() if p} == {"static", "softmax", "contrastive", "jsd"}
+
+
+def test_results_stand_in_the_order_of_the_arms(bench):
+    arms, result, _ = bench
+    assert [arm.name for arm in result.arms] == list(arms)
+
+
+def test_the_full_models_run_even_if_not_asked_for(llama):
+    result = run_bench(
+        llama, random_prompts(llama, 1), {"half": ExitPolicy("static", min_layer=3)}, max_new_tokens=2, repeats=1
+    )
+    assert [arm.name for arm in result.arms] == [REFERENCE, FULL, "half"]
+
+
+def test_each_batch_of_each_round_meets_each_arm_once(bench):
+    arms, result, _ = bench
+    assert [len(round_) for round_ in result.order] == [2] * REPEATS  # three prompts, two at a time
+    ran = [tuple(batch) for round_ in result.order for batch in round_]
+    assert all(sorted(batch) == sorted(arms) for batch in ran)
+    assert len(set(ran)) > 1
+
+
+def test_progress_counts_every_generation(bench):
+    arms, _, calls = bench
+    total = (1 + REPEATS * 2) * len(arms)
+    assert [done for done, _, _ in calls] == list(range(total + 1))
+    assert {call[1] for call in calls} == {total}
+    assert sum(label.startswith("warm-up") for _, _, label in calls) == len(arms)
+
+
+# What an arm reports
+
+
+def test_speeds_are_positive_and_refer_to_generate(bench):
+    _, result, _ = bench
+    for arm in result.arms:
+        assert len(arm.seconds) == REPEATS
+        assert 0 < arm.ratio.low <= arm.ratio.median <= arm.ratio.high
+        assert arm.tokens_per_second.median > 0
+    assert result.arm(REFERENCE).ratio == Spread(1, 1, 1)
+
+
+@pytest.mark.parametrize("name", [FULL, "verify + fixed"])
+def test_exact_arms_agree_with_transformers(bench, name):
+    _, result, _ = bench
+    arm = result.arm(name)
+    assert (arm.agreement, arm.identical, arm.common_prefix) == (1, 1, TOKENS)
+    assert result.notes == []
+
+
+def test_all_arms_generate_the_same_number_of_tokens(bench):
+    _, result, _ = bench
+    for arm in result.arms:
+        assert [len(row) for row in arm.exit_layers] == [TOKENS] * 3, arm.name
+
+
+def test_static_arms_leave_where_they_should(bench):
+    _, result, _ = bench
+    for layer in (3, 4):
+        arm = result.arm(f"static {layer}")
+        assert {layer for row in arm.exit_layers for layer in row} == {layer}
+        assert arm.tests == 0
+        assert arm.flops_ratio < 1
+
+
+def test_counts_of_the_full_model(bench):
+    _, result, _ = bench
+    full, reference = result.arm(FULL), result.arm(REFERENCE)
+    assert full.mean_exit_layer == reference.mean_exit_layer == LAYERS
+    assert (full.flops, full.bytes, full.tests) == (reference.flops, reference.bytes, 0)
+    assert full.flops_ratio == full.bytes_ratio == 1
+    assert reference.shares == {}
+
+
+def test_a_tested_arm_pays_for_its_tests(bench):
+    _, result, _ = bench
+    arm = result.arm("softmax")
+    assert arm.tests > 0
+    assert arm.draft_flops == arm.tests * 32**2 * 300
+    assert arm.confidence_flops > result.arm(FULL).confidence_flops
+
+
+def test_shares_of_time_sum_to_one(bench):
+    _, result, _ = bench
+    for arm in result.arms:
+        if arm.name != REFERENCE:
+            assert sum(arm.shares.values()) == pytest.approx(1)
+            assert min(arm.shares.values()) >= 0
+
+
+def test_a_mismatch_with_transformers_is_noted_not_raised(bench):
+    _, result, _ = bench
+    arms = [replace(arm, agreement=0.75) if arm.name == FULL else arm for arm in result.arms]
+    (note,) = replace(result, arms=arms).notes
+    assert "25.0%" in note
+    assert "bug" in note
+    assert note in replace(result, arms=arms).table()
+
+
+def test_agreement_counts_positions_and_prefixes(llama, monkeypatch):
+    """Against hand-made outputs: the reference says 0 1 2 3 and 4 5 6 7; ours differs at the second token of one."""
+    outputs = iter([[0, 9, 2, 3], [4, 5, 6, 7]])
+
+    def generate(*_, **__):
+        costs = real(random_prompts(llama, 1, length=3), max_new_tokens=4).costs
+        return replace(template, tokens=[next(outputs)], costs=costs)
+
+    real = llama.generate
+    template = real(random_prompts(llama, 1, length=3), max_new_tokens=4)
+    references = iter([torch.tensor([[8, 0, 1, 2, 3]]), torch.tensor([[8, 4, 5, 6, 7]])])
+    monkeypatch.setattr(llama, "generate", generate)
+    monkeypatch.setattr(llama.model, "generate", lambda **_: next(references))
+    result = run_bench(llama, random_prompts(llama, 2, length=1), {}, max_new_tokens=4, repeats=1, warmup=0)
+    arm = result.arm(FULL)
+    assert (arm.agreement, arm.identical, arm.common_prefix) == (7 / 8, 1 / 2, (1 + 4) / 2)
+
+
+def test_quartiles():
+    assert Spread.of([3.0]) == Spread(3, 3, 3)
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3, 2, 4)
+    assert str(Spread(1, 0.5, 1.25)) == "1.00 (0.50–1.25)"
+
+
+# Scripts
+
+
+def test_scripted_tokens_leave_where_the_script_says(scripted):
+    _, arms, result, expected = scripted
+    assert len(set(expected)) > 2
+    for name, policy in arms.items():
+        if policy is not None and policy.confidence != "static":
+            assert result.arm(name).exit_layers == [expected, expected], name
+
+
+def test_pruning_saves_flops_and_bytes_and_no_tests(scripted):
+    _, _, result, _ = scripted
+    plain = result.arm("softmax")
+    for kind in ("fixed", "decaying", "adaptive"):
+        pruned = result.arm(f"softmax + {kind}")
+        assert pruned.flops < plain.flops
+        assert pruned.confidence_flops < plain.confidence_flops
+        assert pruned.draft_flops < plain.draft_flops
+        assert pruned.tests == plain.tests
+    assert result.arm("softmax + adaptive").flops < result.arm("softmax + fixed").flops
+
+
+def test_every_pruned_arm_is_set_against_its_unpruned_twin(scripted):
+    _, _, result, _ = scripted
+    pairs = {(saving.pruned, saving.unpruned): saving for saving in result.savings}
+    softmax = [(f"softmax + {kind}", "softmax") for kind in ("fixed", "decaying", "adaptive")]
+    assert set(pairs) == {*softmax, ("jsd + adaptive", "jsd")}
+    for saving in pairs.values():
+        assert saving.tests == 1
+        assert saving.flops > 1
+        # The source's count leaves the first, full readout out, so it promises more than there is.
+        assert saving.draft_flops > saving.flops
+        assert saving.seconds.median > 0
+
+
+def test_savings_need_policies_that_differ_in_pruning_alone(bench):
+    _, result, _ = bench
+    pairs = {(saving.pruned, saving.unpruned) for saving in result.savings}
+    assert ("softmax + fixed", "softmax") in pairs
+    assert not {("defer + fixed", "softmax"), ("jsd + adaptive", "softmax")} & pairs
+
+
+def test_scripted_measures_do_the_real_work(t5):
+    """A script that never lets a token leave costs what a threshold that is never passed costs."""
+    prompt = random_prompts(t5, 1, length=4)
+    script = Script((LAYERS,))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3}
+    paid = t5.generate(prompt, policy=ExitPolicy(Scripted(script), 0.5, min_layer=2), **options).costs
+    real = t5.generate(prompt, policy=ExitPolicy(threshold=1.0, min_layer=2), **options).costs
+    assert (paid.flops, paid.bytes, paid.tests) == (real.flops, real.bytes, real.tests)
+
+
+def test_depths_are_drawn_once_and_clipped():
+    depths = scripted_depths(200, mean=5, spread=3, low=3, high=8, seed=1)
+    assert depths == scripted_depths(200, mean=5, spread=3, low=3, high=8, seed=1)
+    assert (min(depths), max(depths)) == (3, 8)
+    assert sum(depths) / 200 == pytest.approx(5.2, abs=0.4)
+
+
+def test_a_script_plays_for_one_sequence(llama):
+    arms = scripted_arms(llama, tokens=3)
+    with pytest.raises(ValueError, match="batch_size is 2, but arm 'softmax' is scripted"):
+        run_bench(llama, random_prompts(llama, 2), arms, batch_size=2)
+    with pytest.raises(ValueError, match="the batch has 2 rows"):
+        llama.generate(random_prompts(llama, 2, length=3), policy=arms["softmax"], max_new_tokens=2)
+
+
+# Random T5
+
+
+def test_a_random_t5_has_the_shape_of_the_checkpoint():
+    state = torch.get_rng_state()
+    lm = random_t5("t5-small")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (lm.num_layers, lm.vocabulary, lm.tokenizer) == (6, 32128, None)
+    assert sum(p.numel() for p in lm.model.parameters()) == 60_506_624  # that of the published t5-small
+    assert not lm.model.training
+
+
+def test_an_unknown_size_names_the_known_ones():
+    with pytest.raises(ValueError, match="'t5-huge'; allowed are t5-small, t5-base, t5-large"):
+        random_t5("t5-huge")
+
+
+# What is written
+
+
+def test_json_has_everything_and_no_nan(bench, scripted):
+    for arms, result in (bench[:2], scripted[1:3]):
+        values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert values["schema"] == "offramp/bench/1"
+        assert [arm["name"] for arm in values["arms"]] == list(arms)
+        conditions = values["conditions"]
+        assert {"dtype", "threads", "torch", "transformers", "seed", "repeats", "prompts"} <= set(conditions)
+        assert "/" not in json.dumps(conditions)  # no path
+    assert values["arms"][3]["policy"]["script"] == list(arms["softmax"].confidence.script.depths)
+
+
+def test_infinite_thresholds_are_written_as_text(llama):
+    arms = {"first": ExitPolicy(threshold=float("-inf")), "each": ExitPolicy(threshold=(0.5, float("-inf"), 1.0))}
+    result = run_bench(llama, random_prompts(llama, 1), arms, max_new_tokens=2, repeats=1, warmup=0)
+    first, each = json.loads(json.dumps(result.to_dict(), allow_nan=False))["arms"][2:]
+    assert first["policy"]["threshold"] == "-inf"
+    assert each["policy"]["threshold"] == [0.5, "-inf", 1.0]
+
+
+def test_the_table_mentions_every_arm_and_is_aligned(bench):
+    arms, result, _ = bench
+    table = result.table()
+    for arm in arms:
+        assert re.search(rf"^\| {re.escape(arm)} +\|", table, re.MULTILINE), arm
+    for block in table.split("\n\n")[:3]:
+        lines = block.splitlines()
+        assert len({len(line) for line in lines}) == 1
+        assert len({line.count("|") for line in lines}) == 1
+        assert set(lines[1]) <= set("|-: ")
+    assert "model tiny" in table
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, "repeats is 0; it must be at least 1"),
+        ({"warmup": -1}, "warmup is -1; it must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_counts_are_checked(llama, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_bench(llama, random_prompts(llama, 1), {}, **options)
+
+
+def test_policies_are_checked_before_anything_runs(llama):
+    with pytest.raises(ValueError, match="min_layer is 9"):
+        run_bench(llama, random_prompts(llama, 1), {"deep": ExitPolicy("static", min_layer=9)}, progress=pytest.fail)
+
+
+def test_no_prompts(llama):
+    with pytest.raises(ValueError, match="no prompts"):
+        run_bench(llama, [], {})

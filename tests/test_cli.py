@@ -1,0 +1,142 @@
+"""The commands, run in this process on a tiny saved model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from offramp import ExitPolicy, cli
+from tiny import LAYERS, tiny, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def offramp(*arguments, text=None):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=text)
+
+
+def test_generate_streams_and_writes_json(folder, tmp_path):
+    path = tmp_path / "out.json"
+    run = offramp(
+        "generate", folder, "why is the sky", "the sky", "--no-chat", "--threshold", 0.2, "--min-layer", 1,
+        "--vocabulary", "fixed", "--vocabulary-size", 20, "--max-new-tokens", 6, "--json", path,
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    result = json.loads(path.read_text())
+    assert result["schema"] == "offramp/generate/1"
+    assert result["policy"]["vocabulary_size"] == 20
+    assert [g["prompt"] for g in result["generations"]] == ["why is the sky", "the sky"]
+    for generation in result["generations"]:
+        assert generation["text"] in run.stdout
+        layers = [token["exit_layer"] for token in generation["tokens"]]
+        assert all(1 <= layer <= LAYERS for layer in layers)
+        assert generation["tokens"][0]["confidence"] is None
+        assert generation["costs"]["flops"] == sum(token["flops"] for token in generation["tokens"])
+    assert "mean exit layer" in run.stderr
+    assert "leaving before layer" in run.stderr
+
+
+def test_json_on_standard_output_is_all_there_is(folder):
+    run = offramp("generate", folder, "the sky", "--max-new-tokens", 3, "--json", "-")
+    assert json.loads(run.stdout)["policy"] is None
+    assert "full depth" in run.stderr
+
+
+def test_the_prompt_may_come_from_standard_input(folder):
+    run = offramp("generate", folder, "--no-chat", "--max-new-tokens", 3, "--json", "-", text="why is\n")
+    assert json.loads(run.stdout)["generations"][0]["prompt"] == "why is"
+
+
+def test_show_exits_names_the_layer_of_each_token(folder):
+    run = offramp("generate", folder, "the sky", "--no-chat", "--max-new-tokens", 5, "--threshold", 0.2, "--show-exits")
+    assert f"of {LAYERS}]" in run.stdout  # the legend
+    assert run.stdout.count("/") >= 4
+
+
+def test_a_saved_policy_and_options_over_it(folder, tmp_path):
+    path = tmp_path / "policy.json"
+    ExitPolicy("max", threshold=0.3, min_layer=2, skipped="verify").save(path)
+    run = offramp("generate", folder, "the", "--policy", path, "--min-layer", 3, "--max-new-tokens", 2, "--json", "-")
+    policy = json.loads(run.stdout)["policy"]
+    assert (policy["confidence"], policy["min_layer"], policy["skipped"]) == ("max", 3, "verify")
+
+
+def test_probe_prints_a_table_and_draws(folder, tmp_path):
+    out, path, prompts = tmp_path / "run", tmp_path / "probe.json", tmp_path / "prompts.txt"
+    prompts.write_text("why is the sky\n\nthe sky is blue .\n")
+    run = offramp("probe", folder, "--prompts", prompts, "--max-new-tokens", 4, "--out", out, "--json", path)
+    assert run.exit_code == 0, run.output
+    assert json.loads(path.read_text())["schema"] == "offramp/probe/1"
+    assert len(list(out.glob("*.svg"))) >= 3
+    assert len(list(out.glob("*.png"))) >= 3
+    assert "8 positions of 2 prompts" in run.stdout
+
+
+def test_bench_compares_every_arm(folder, tmp_path):
+    path, prompts = tmp_path / "bench.json", tmp_path / "prompts.txt"
+    prompts.write_text("why is the sky\n")
+    run = offramp(
+        "bench", folder, "--prompts", prompts, "--max-new-tokens", 3, "--repeats", 1, "--min-layer", 2, "--json", path
+    )
+    assert run.exit_code == 0, run.output
+    result = json.loads(path.read_text())
+    assert result["schema"] == "offramp/bench/1"
+    for arm in ("transformers generate", "softmax + adaptive", "jsd", "verify"):
+        assert arm in run.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "x", "y", "--no-such-option"],
+        ["generate", "x", "--threshold", "high"],
+        ["bench"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_is_status_2(arguments):
+    assert offramp(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "./no-such-folder", "hello"], "no-such-folder"),
+        (["generate", "FOLDER", "the", "--dtype", "float8"], "float32"),
+        (["generate", "FOLDER", "the", "--threshold", "1.5"], "threshold is 1.5"),
+        (["generate", "FOLDER", "the", "--min-layer", "9"], "layers 1..3"),
+        (["generate", "FOLDER", "the", "--confidence", "hunch"], "'softmax'"),
+        (["generate", "FOLDER", " "], "empty"),
+        (["generate", "FOLDER", "the", "--policy", "no-such-file.json"], "no-such-file.json"),
+    ],
+)
+def test_failures_are_one_line_and_status_1(folder, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["offramp", *(folder if a == "FOLDER" else a for a in arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 1
+    assert error.splitlines()[-1].startswith("offramp: error: ")
+    assert message in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["offramp", "generate", "./no-such-folder", "hello", "--debug"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_importing_offramp_and_its_help_do_not_import_torch():
+    code = "import sys, offramp, offramp.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,94 @@
+"""Policies inside `transformers`' own `generate`."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from offramp import ExitPolicy, LanguageModel
+from offramp.custom_generate import EarlyExitOutput
+from tiny import LAYERS, greedy, inputs_for, tiny
+
+POLICY = ExitPolicy(threshold=0.2, min_layer=1)
+
+
+def test_a_dict_has_exits_and_costs():
+    model, inputs = tiny("llama"), inputs_for("llama", 2, padded=True)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=9,
+        do_sample=False,
+        custom_generate=POLICY.custom_generate(),
+        return_dict_in_generate=True,
+    )
+    expected = LanguageModel(model).generate(inputs, policy=POLICY, max_new_tokens=9)
+    assert isinstance(out, EarlyExitOutput)
+    assert out.sequences.tolist() == expected.sequences.tolist()
+    assert [[x for x in row if x] for row in out.exit_layers.tolist()] == expected.exit_layers
+    assert out.costs.flops == expected.costs.flops
+
+
+def test_generation_options_are_transformers_own():
+    model, inputs = tiny("llama"), inputs_for("llama", 2)
+    options = {"max_new_tokens": 9, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
+    never = ExitPolicy(threshold=1.0, skipped="verify").custom_generate()
+    got = model.generate(**inputs, **options, do_sample=False, custom_generate=never)
+    assert got.tolist() == greedy(model, inputs, 9, repetition_penalty=1.4, no_repeat_ngram_size=2).tolist()
+
+
+def test_a_streamer_gets_every_token():
+    class Collect:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer = Collect()
+    inputs = inputs_for("llama")
+    out = tiny("llama").generate(
+        **inputs, max_new_tokens=5, do_sample=False, custom_generate=POLICY.custom_generate(), exit_streamer=streamer
+    )
+    assert streamer.tokens == out[0, inputs["input_ids"].shape[1] :].tolist()
+    assert streamer.ended
+
+
+def test_several_samples_per_prompt():
+    inputs = inputs_for("llama")
+    torch.manual_seed(3)
+    out = tiny("llama").generate(
+        **inputs, max_new_tokens=5, do_sample=True, num_return_sequences=3, custom_generate=POLICY.custom_generate()
+    )
+    assert out.shape[0] == 3
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 3, "do_sample": True}])
+def test_beams_are_refused(options):
+    with pytest.raises(ValueError, match="num_beams is .*one hypothesis per row"):
+        tiny("llama").generate(
+            **inputs_for("llama"), max_new_tokens=3, **options, custom_generate=POLICY.custom_generate()
+        )
+
+
+def test_a_filled_cache_is_refused():
+    model, inputs = tiny("llama"), inputs_for("llama")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match="filled past_key_values cannot be continued"):
+        model.generate(**inputs, max_new_tokens=3, past_key_values=cache, custom_generate=POLICY.custom_generate())
+
+
+def test_embeddings_instead_of_ids_are_refused():
+    model, inputs = tiny("llama"), inputs_for("llama")
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with pytest.raises(ValueError, match="inputs_embeds are not supported"):
+        model.generate(inputs_embeds=embedded, max_new_tokens=3, custom_generate=POLICY.custom_generate())
+
+
+def test_a_policy_that_does_not_fit_is_refused():
+    never = ExitPolicy(min_layer=LAYERS).custom_generate()
+    with pytest.raises(ValueError, match=f"min_layer is {LAYERS}"):
+        tiny("llama").generate(**inputs_for("llama"), max_new_tokens=3, custom_generate=never)
