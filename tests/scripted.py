@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from offramp.cache import LayerCache
 from offramp.costs import BlockShape, ModelShape
-from offramp.families import Context, Frame, State
+from offramp.state import Context, Frame, HeadRows, State
 
 
 class ScriptedModel:
@@ -70,6 +70,4 @@ class ScriptedModel:
         return self.project(self.readout_input(hidden))
 
     def gather(self, ids):
-        from offramp.families import HeadRows
-
         return HeadRows(F.one_hot(ids, len(self.head)).float(), None)

@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 from offramp import ExitPolicy, LanguageModel, SplitModel, UnsupportedModelError
 from offramp.costs import Ledger
 from offramp.families import FAMILIES as SUPPORTED
-from offramp.families import Skipped
 from offramp.skipping import Defer, Propagate
+from offramp.state import Skipped
 from tiny import (
     DECODER_ONLY,
     ENCODER_DECODER,

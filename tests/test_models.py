@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
 from offramp import language_model
-from offramp.models import PACKAGED, ModelError, Packaged, load, packaged_folder
+from offramp.models import load
+from offramp.packaged import PACKAGED, ModelError, Packaged, packaged_folder
 
 WEIGHTS = b"stands for a GGUF file"
 TOY = Packaged(
@@ -297,7 +298,7 @@ def convert(tiny, monkeypatch):
         calls.append(weights)
         shutil.copytree(tiny, out, dirs_exist_ok=True)
 
-    monkeypatch.setattr("offramp.models._convert", copy_tiny)
+    monkeypatch.setattr("offramp.packaged._convert", copy_tiny)
     return calls
 
 
@@ -393,7 +394,7 @@ def test_a_conversion_that_fails_midway_leaves_nothing(package, convert, monkeyp
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("offramp.models._convert", fail)
+        patch.setattr("offramp.packaged._convert", fail)
         with pytest.raises(raised, match="No space left.*OFFRAMP_CACHE" if raised is ModelError else None):
             packaged_folder("toy")
     assert kept() == []
@@ -433,7 +434,7 @@ def test_a_damaged_copy_is_made_again(package, convert, damage, capfd):
 CHILD = """
 import shutil, sys, time
 from pathlib import Path
-from offramp import models
+from offramp import packaged
 
 tiny, log, pause = sys.argv[1:]
 
@@ -445,9 +446,9 @@ def convert(weights, out):
     time.sleep(float(pause))
     shutil.copytree(tiny, out, dirs_exist_ok=True)
 
-models.PACKAGED["toy"] = models.Packaged(*TOY)
-models._convert = convert
-models.packaged_folder("toy")
+packaged.PACKAGED["toy"] = packaged.Packaged(*TOY)
+packaged._convert = convert
+packaged.packaged_folder("toy")
 """
 
 

@@ -294,7 +294,6 @@ def test_unknown_names_are_refused_with_the_known_ones(options, allowed):
         ({"decode_from": "contrastive", "confidence": "max"}, ["max", "contrastive", "jsd"]),
         ({"decode_from": "contrastive", "confidence": my_measure}, ["contrastive", "jsd"]),
     ],
-    ids=str,
 )
 def test_other_values_that_make_no_sense_are_refused(options, words):
     refused(*words, **options)

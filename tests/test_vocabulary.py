@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.confidence import gap_of
-from offramp.families import HeadRows
 from offramp.policy import ExitPolicy
+from offramp.state import HeadRows
 from offramp.vocabulary import KINDS, Kept, Pruning
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=80, database=None)

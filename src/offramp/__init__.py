@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from offramp.families import UnsupportedModelError as UnsupportedModelError
     from offramp.language_model import Generation as Generation
     from offramp.language_model import LanguageModel as LanguageModel
-    from offramp.models import ModelError as ModelError
     from offramp.models import load as load
+    from offramp.packaged import ModelError as ModelError
     from offramp.policy import ExitPolicy as ExitPolicy
     from offramp.probe import Probe as Probe
     from offramp.probe import probe as probe
@@ -31,7 +31,7 @@ _HOMES = {
     "load": "models",
     "LanguageModel": "language_model",
     "Generation": "language_model",
-    "ModelError": "models",
+    "ModelError": "packaged",
     "UnsupportedModelError": "families",
     # when to leave
     "ExitPolicy": "policy",

@@ -99,7 +99,7 @@ def state_saturation(reading: Reading) -> Tensor:
     """
     if reading.previous is None:
         return torch.full((len(reading.hidden),), torch.nan, device=reading.hidden.device)
-    return torch.cosine_similarity(reading.hidden.float(), reading.previous.float(), dim=-1)
+    return torch.cosine_similarity(reading.hidden.float(), reading.previous.float(), dim=-1).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ class Contrast:
     full: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "alpha_decay", "amateur", "stride"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, float | int):
+                raise ValueError(f"contrast {name} is {value!r}; it must be a number")
         choices = {
             "score": ("mass", "text", "head"),
             "alpha_schedule": (None, "hyperbolic"),
@@ -180,7 +184,7 @@ class Contrastive:
     def __call__(self, reading: Reading) -> Tensor:
         """Difference of the two largest scores, [A]."""
         top = self.scores(reading).topk(2, dim=-1).values
-        return top[:, 0] - top[:, 1]
+        return (top[:, 0] - top[:, 1]).clamp(max=1)
 
     def scores(self, reading: Reading) -> Tensor:
         """Contrastive scores on the columns of the reading's logits, [A, K or V]; with "mass" they sum to 1."""
@@ -196,7 +200,7 @@ class Contrastive:
         r = ratio.softmax(-1)
         mass = torch.where(inside, p.gather(1, columns), 0).sum(-1, keepdim=True)
         head = r if self.options.score == "text" else mass * r
-        outside = torch.zeros_like(p) if self.options.score == "head" else p
+        outside = p * 0 if self.options.score == "head" else p  # a product, so that NaN stays NaN
         return outside.scatter(1, columns, torch.where(inside, head, outside.gather(1, columns)))
 
     def _candidates(self, reading: Reading) -> tuple[int, ...]:

@@ -20,9 +20,17 @@ from offramp.vocabulary import KINDS, Pruning
 SKIPPED = ("propagate", "defer", "verify")
 
 
+_SCHEMA = "offramp/policy/1"
+_WHOLE = ("min_layer", "vocabulary_size", "vocabulary_floor", "vocabulary_start", "draft_length")
+
+
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class ExitPolicy:
         exit_layers: Test only after these layers (each in min_layer .. L-1); None: after all of them.
         decode_from: "logits", or "contrastive": the emitted token comes from the contrastive scores.
         contrast: Options of the contrastive measures.
-        vocabulary_floor: Smallest size the decaying and adaptive rules reach; None: ⌈V / 128⌉.
+        vocabulary_floor: Smallest size the decaying and adaptive rules reach; None: ⌈V / 128⌉, at least 2.
         vocabulary_start: k_1 of the decaying rule; None: V. (35000 with floor 250 in the source documents.)
         vocabulary_shrink: Strength s of the adaptive rule, in (0, 1].
         vocabulary_recursive: Let the decaying rule start from the previous layer's size.
@@ -83,6 +91,7 @@ class ExitPolicy:
         for name in ("threshold", "exit_layers"):  # JSON has no tuples
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        self._check_types()
         self._check_layers()
         self._check_thresholds()
         self._check_vocabulary()
@@ -92,6 +101,25 @@ class ExitPolicy:
             raise ValueError(
                 f"decode_from='contrastive' needs confidence 'contrastive' or 'jsd', but it is {self.confidence!r}"
             )
+
+    def _check_types(self) -> None:
+        """Files come from anywhere: a number in quotes must be called so, here and not in the middle of decoding."""
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if (value is None and name != "draft_length") or (isinstance(value, int) and not isinstance(value, bool)):
+                continue
+            raise ValueError(f"{name} is {value!r}; it must be a whole number")
+        for name in ("vocabulary_shrink", "decay_rate"):
+            if not _is_number(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if self.threshold is not None and not all(map(_is_number, values)):
+            raise ValueError(f"threshold is {self.threshold!r}; it must be a number, one number per exit, or None")
+        layers = self.exit_layers
+        if layers is not None and not (isinstance(layers, tuple) and all(isinstance(layer, int) for layer in layers)):
+            raise ValueError(f"exit_layers is {layers!r}; it must be ascending layer numbers, or None for all")
+        if not isinstance(self.contrast, Contrast):
+            raise ValueError(f"contrast is {self.contrast!r}; it must be a Contrast")
 
     def _check_layers(self) -> None:
         if self.confidence == "static" and self.min_layer is None:
@@ -141,9 +169,11 @@ class ExitPolicy:
                 f"a policy with the callable confidence {self.confidence!r} cannot be saved; use a named one"
             )
         values = asdict(self)
-        if isinstance(self.threshold, float) and math.isinf(self.threshold):
+        if isinstance(self.threshold, tuple):
+            values["threshold"] = [str(t) if math.isinf(t) else t for t in self.threshold]
+        elif self.threshold is not None and math.isinf(self.threshold):
             values["threshold"] = str(self.threshold)
-        return {"schema": "offramp/policy/1", **values}
+        return {"schema": _SCHEMA, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitPolicy:
@@ -155,14 +185,16 @@ class ExitPolicy:
         Raises:
             ValueError: A key is unknown or a value is not allowed.
         """
-        known = {f.name for f in fields(cls)}
-        given = {key: value for key, value in values.items() if key != "schema"}
-        if unknown := sorted(set(given) - known):
-            raise ValueError(f"unknown policy fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        if isinstance(given.get("threshold"), str):
-            given["threshold"] = float(given["threshold"])
+        if (schema := values.get("schema", _SCHEMA)) != _SCHEMA:
+            raise ValueError(f"the schema is {schema!r}, not {_SCHEMA!r}: this is no policy, or one of another version")
+        given = _known(cls, {key: value for key, value in values.items() if key != "schema"})
+        threshold = given.get("threshold")
+        if isinstance(threshold, list):
+            given["threshold"] = tuple(-math.inf if t == "-inf" else t for t in threshold)
+        elif threshold == "-inf":
+            given["threshold"] = -math.inf
         if isinstance(given.get("contrast"), Mapping):
-            given["contrast"] = Contrast(**given["contrast"])
+            given["contrast"] = Contrast(**_known(Contrast, given["contrast"]))
         return cls(**given)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -209,7 +241,7 @@ class ExitPolicy:
         Raises:
             ValueError: A layer is outside 1..L-1, the vocabulary size above V, or the thresholds do not fit the exits.
         """
-        if self.threshold is None and self.confidence != "static" and self.min_layer is None:
+        if num_layers < 2 and self == ExitPolicy(threshold=None):
             return Plan(self, num_layers, vocabulary, num_layers, {}, None, None, (), num_layers)
         if num_layers < 2:
             raise ValueError(f"a model of {num_layers} layer has no earlier layer to exit from")
@@ -249,6 +281,14 @@ class ExitPolicy:
                 f"{exits[-1]}); give one number, or one per exit"
             )
         return dict(zip(exits, map(float, self.threshold), strict=True))
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, all of them fields of `cls`."""
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown policy fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return dict(values)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _finite(value: Any) -> Any:
 
 
 class Readings(NamedTuple):
-    """Readouts of all layers at N positions, [L, N]: `rank` of the final token, `peak` and `gap` of the probabilities."""
+    """All layers at N positions, [L, N]: rank of the final token, largest probability, its gap to the second."""
 
     rank: Tensor
     peak: Tensor
@@ -454,6 +454,6 @@ def _verdict(flops: Mapping[str, float], head: float, saturation: Depths, min_la
     return (
         f"Not suitable as is: {setting} it would cost {min(tested, pruned):.0%} of the full model's FLOPs{cheaper}; "
         f"{' and '.join(reasons) or 'the tests cost more than the skipped layers save'}. Remedies: train the exits, "
-        'test fewer of them, prune the vocabulary, or let the deep layers verify the tokens (skipped="verify"), which keeps '
-        "the output exact."
+        "test fewer of them, prune the vocabulary, or let the deep layers verify the tokens, which keeps the output "
+        'exact (skipped="verify").'
     )

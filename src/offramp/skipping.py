@@ -15,7 +15,8 @@ from torch import Tensor
 
 from offramp.cache import as_rows
 from offramp.costs import Ledger
-from offramp.families import Frame, Skipped, SplitModel, State
+from offramp.families import SplitModel
+from offramp.state import Frame, Skipped, State
 
 
 class Propagate:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from offramp.families import HeadRows, SplitModel
+    from offramp.families import SplitModel
+    from offramp.state import HeadRows
 
 KINDS = ("fixed", "decaying", "adaptive")
 
@@ -30,7 +31,7 @@ class Pruning:
         num_layers: L.
         first_layer: The first tested layer, which still reads all V.
         size: Kept tokens after the first test; None: `decayed(first_layer)`.
-        floor: k*, the smallest size the rules reach; None: ⌈V / 128⌉.
+        floor: k*, the smallest size the rules reach; None: ⌈V / 128⌉, but at least 2.
         start: k_1 of the decay function; None: V. The source documents used 35000 with floor 250.
         shrink: s of the adaptive rule.
         recursive: Decay from the previous layer's size instead of from `start`.
@@ -49,12 +50,13 @@ class Pruning:
     @property
     def smallest(self) -> int:
         """k*, clamped to V."""
-        return min(self.vocabulary, self.floor or -(-self.vocabulary // 128))
+        return min(self.vocabulary, self.floor or max(2, -(-self.vocabulary // 128)))
 
     def decayed(self, layer: int, start: int | None = None) -> int:
         """f(l) = max(k*, ⌊k_1 / (1 + (k_1 - k*)/k* · l/L)⌋), clamped to V."""
         first, least = start or self.start or self.vocabulary, self.smallest
-        size = math.floor(first / (1 + (first - least) / least * layer / self.num_layers))
+        # The same fraction in whole numbers: floats would round a whole quotient down by one.
+        size = first * least * self.num_layers // (least * self.num_layers + (first - least) * layer)
         return min(self.vocabulary, max(least, size))
 
     def first_size(self) -> int:

@@ -1,7 +1,7 @@
 """Pictures of a probe. Each says in its title what it shows, and in its footnote what of.
 
-Figures are made without pyplot, so no window system and no global state is touched, so that the same probe gives
-the same bytes.
+Figures are made without pyplot, so no window system is needed and nothing global is left changed. The same probe
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def require_matplotlib() -> Any:
     """
     try:
         import matplotlib
-        import matplotlib.figure
-        import matplotlib.ticker  # noqa: F401 - submodules of what is returned
+        import matplotlib.figure  # noqa: F401 - submodules of what is returned
+        import matplotlib.ticker  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib; install it with: pip install 'offramp[report]'") from error
     return matplotlib
@@ -86,23 +86,18 @@ def _write(figure: Any, path: Path, **options: Any) -> None:
 def rank_figure(probe: Probe) -> Any:
     """Box plot of the final token's rank by layer, on a logarithmic axis, and the suggested pruned vocabulary."""
     figure, axes = _axes(probe, _rank_title(probe))
-    boxes = [
-        {
-            "med": r.rank["p50"] + 1,
-            "q1": r.rank["p25"] + 1,
-            "q3": r.rank["p75"] + 1,
-            "whislo": r.rank["p5"] + 1,
-            "whishi": r.rank["p95"] + 1,
-        }
-        for r in probe.layers
-    ]
-    fill = {"facecolor": BLUE + "40", "edgecolor": BLUE}
-    drawn = axes.bxp(
-        boxes, positions=[r.layer for r in probe.layers], widths=0.6, showfliers=False, patch_artist=True,
-        boxprops=fill, medianprops={"color": BLUE, "linewidth": 2.5}, whiskerprops={"color": BLUE},
-        capprops={"color": BLUE}, manage_ticks=False,
-    )  # fmt: skip
-    p99 = axes.plot([r.layer for r in probe.layers], [r.rank["p99"] + 1 for r in probe.layers], ".", color=GREY)
+    x = [r.layer for r in probe.layers]
+    low, q1, median, q3, high, p99 = (
+        [r.rank[name] + 1 for r in probe.layers] for name in ("p5", "p25", "p50", "p75", "p95", "p99")
+    )
+    # Not axes.bxp: it walks through all settings and thereby chooses a window system.
+    axes.vlines(x, low, high, color=BLUE, linewidth=1)
+    for caps in (low, high):
+        axes.hlines(caps, [v - 0.15 for v in x], [v + 0.15 for v in x], color=BLUE, linewidth=1)
+    heights = [top - bottom for bottom, top in zip(q1, q3, strict=True)]
+    boxes = axes.bar(x, heights, 0.6, bottom=q1, facecolor="#bfdbec", edgecolor=BLUE, zorder=2)
+    axes.hlines(median, [v - 0.3 for v in x], [v + 0.3 for v in x], color=BLUE, linewidth=2.5, zorder=3)
+    (dots,) = axes.plot(x, p99, ".", color=GREY)
     size = probe.suggested_vocabulary_size
     line = axes.axhline(size, color=ORANGE, linestyle="--")
     axes.set_yscale("log")
@@ -115,7 +110,7 @@ def rank_figure(probe: Probe) -> Any:
         "99th percentile",
         f"the best {size:,} of {probe.vocabulary:,} hold 99.5% of the final tokens at layer {probe.min_layer}",
     ]
-    _legend(axes, [drawn["boxes"][0], p99[0], line], labels)
+    _legend(axes, [boxes, dots, line], labels)
     return figure
 
 
@@ -130,8 +125,8 @@ def confidence_figure(probe: Probe) -> Any:
     """How sure each layer is and how often it is right, with the difference shaded."""
     off = max(probe.layers[probe.min_layer - 1 : -1], key=lambda r: r.overconfidence)
     if off.overconfidence >= 0.1:
-        sure, right = f"{off.max_probability:.0%}", f"{off.agreement:.0%}"
-        title = f"Early layers are too sure: layer {off.layer} is {sure} sure and {right} right"
+        says, is_so = f"{off.max_probability:.0%} sure", f"{off.agreement:.0%} right"
+        title = f"Early layers are too sure: layer {off.layer} is {says} and {is_so}"
     else:
         title = f"From layer {probe.min_layer} on, layers are about as sure as they are right, or less"
     figure, axes = _axes(probe, title)
@@ -152,8 +147,10 @@ def confidence_figure(probe: Probe) -> Any:
 
 def exit_figure(probe: Probe) -> Any:
     """Where tokens could leave, and up to where leaving saves FLOPs."""
-    depth, mean = probe.num_layers, probe.saturation.mean
-    figure, axes = _axes(probe, f"The final token is settled after {mean:.1f} of {depth} layers on average")
+    depth, mean, pays = probe.num_layers, probe.saturation.mean, max(probe.break_even, probe.break_even_pruned)
+    figure, axes = _axes(
+        probe, f"Tokens settle after {mean:.1f} of {depth} layers on average; leaving pays up to layer {pays:.1f}"
+    )
     sober = [n / probe.tokens for n in probe.saturation.counts]
     best = [n / probe.tokens for n in probe.oracle.counts]
     x = range(1, depth + 1)
@@ -188,7 +185,7 @@ def _axes(probe: Probe, title: str) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     depth = probe.num_layers
     step = 1 if depth <= 16 else 2 if depth <= 32 else 4
-    axes.set_xticks(sorted({1, *range(depth, step // 2 + 1, -step)}))
+    axes.set_xticks(sorted({1, *range(depth, step // 2, -step)}))
     axes.set_xlim(0.3, depth + 0.7)
     axes.set_xlabel(f"layer (layer {depth} is the full model)")
     figure.supxlabel(

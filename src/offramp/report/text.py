@@ -52,7 +52,7 @@ def _summary(probe: Probe) -> list[str]:
         f"{probe.flops['untested']:.0%} if the tests were free",
         "speed-up at most": f"{probe.ceiling:.2f}x, with an oracle in place of tests",
         "suggested min_layer": minimum,
-        "suggested vocabulary": f"{size} tokens ({share:.0%}), which hold {COVERAGE:.1%} of the final ones at layer {first}",
+        "suggested vocabulary": f"{size} tokens ({share:.0%}), with {COVERAGE:.1%} of the final ones at layer {first}",
     }
     width = max(map(len, lines))
     listed = [f"{name:{width}}  {text}" for name, text in lines.items()]

@@ -1,0 +1,91 @@
+"""Where a batch stands between blocks: its states, its slots in the caches, and what is memoised for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from offramp.cache import Rows
+
+
+class HeadRows(NamedTuple):
+    """Rows of the head gathered for some tokens: `weight` [A, K, D] and, if the head has one, `bias` [A, K]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def select(self, index: Any) -> HeadRows:
+        """The rows of some batch rows only."""
+        return HeadRows(self.weight[index], None if self.bias is None else self.bias[index])
+
+
+@dataclass
+class Context:
+    """What one batch has computed so far; every state of the batch points to it.
+
+    Attributes:
+        cache: Self-attention keys and values: a `transformers` cache with one `LayerCache` per block.
+        past: What the blocks receive: `cache`, or a pair of self- and cross-attention caches.
+        positions: Position of every slot handed out so far, [B, T]; padding has position 0.
+        padding: 1 for tokens, 0 for padding, [B, T]; None without padding.
+        memory: Encoder output [B, X, D], or None.
+        memory_mask: 1 for tokens of the encoder's input, [B, X]; None without padding.
+        crossed: Blocks whose cross-attention keys and values are computed, in the order of their first visit.
+    """
+
+    cache: Any
+    past: Any
+    positions: Tensor
+    padding: Tensor | None
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None
+    crossed: list[int] = field(default_factory=list)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots handed out."""
+        return int(self.positions.shape[1])
+
+    def crop(self, slots: int) -> None:
+        """Take everything behind the first `slots` slots back, at every layer."""
+        self.positions = self.positions[:, :slots]
+        self.padding = None if self.padding is None else self.padding[:, :slots]
+        for layer in self.cache.layers:
+            layer.length = min(layer.length, slots)
+
+
+@dataclass
+class Frame:
+    """Where some states sit: `queries` slots from `start` on, for `rows` of the batch. Memoises masks and rotations."""
+
+    rows: Rows
+    start: int
+    queries: int
+    memo: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """Residual states `hidden` [A, n, D] after `depth` layers, for the rows and slots of `frame`."""
+
+    context: Context
+    frame: Frame
+    hidden: Tensor
+    depth: int
+
+    def select(self, keep: Any, rows: Rows) -> State:
+        """The states `keep` (an index into the first axis), which are those of batch rows `rows`."""
+        return replace(self, hidden=self.hidden[keep], frame=Frame(rows, self.frame.start, self.frame.queries))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """N tokens that skip a block: frozen states `hidden` [N, D] at `rows` [N] and `slots` [N], all below `stop`."""
+
+    hidden: Tensor
+    rows: Tensor
+    slots: Tensor
+    stop: int
+    memo: dict[str, Any] = field(default_factory=dict)
