@@ -9,19 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.bench import (
-    FULL,
-    REFERENCE,
-    Script,
-    Scripted,
-    Spread,
-    default_arms,
-    random_prompts,
-    random_t5,
-    run_bench,
-    scripted_arms,
-    scripted_depths,
-)
+from offramp.bench import default_arms, run_bench
+from offramp.bench_results import FULL, REFERENCE, Spread
+from offramp.scripted import Script, Scripted, random_prompts, random_t5, scripted_arms, scripted_depths
 
 LAYERS, TOKENS, REPEATS = 6, 7, 2
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from offramp.break_even import break_even, exit_flops, ratios
 from offramp.costs import BlockShape, ModelShape
 from offramp.language_model import LanguageModel
-from offramp.probe import Readings, probe, read_layers, summarise
+from offramp.layerwise import Readings, read_layers
+from offramp.probe import probe, summarise
 from offramp.prompts import bundled_prompts
 
 WORDS = ["<bos>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -145,7 +146,7 @@ def test_token_ids_and_texts_give_the_same(llama):
 
 
 def test_plain_texts_are_read_in_windows(llama, monkeypatch):
-    monkeypatch.setattr("offramp.probe.WINDOW", 4)
+    monkeypatch.setattr("offramp.layerwise.WINDOW", 4)
     seen = []
     found = probe(llama, texts=["a b c d e f", "g h"], progress=lambda done, total: seen.append((done, total)))
     logits = []
@@ -158,7 +159,7 @@ def test_plain_texts_are_read_in_windows(llama, monkeypatch):
 
 
 def test_every_window_begins_with_the_start_token(llama, monkeypatch):
-    monkeypatch.setattr("offramp.probe.WINDOW", 4)
+    monkeypatch.setattr("offramp.layerwise.WINDOW", 4)
     found = probe(llama, texts=["<bos> a b c d e f"])
     assert (found.examples, found.tokens) == (2, 8)
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from offramp.models import load as load
     from offramp.packaged import ModelError as ModelError
     from offramp.policy import ExitPolicy as ExitPolicy
-    from offramp.probe import Probe as Probe
-    from offramp.probe import probe as probe
 
 __version__ = "0.1.0"
 
@@ -40,9 +38,6 @@ _HOMES = {
     "SplitModel": "families",
     "Step": "decoding",
     "Costs": "costs",
-    # is a model worth it
-    "probe": "probe",
-    "Probe": "probe",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the table above is the list
 

@@ -250,8 +250,13 @@ class Contrastive:
 
 def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
     """½ KL(a ‖ μ) + ½ KL(b ‖ μ), μ = (a + b)/2, in nats, summed over the last axis; 0 · log 0 = 0."""
-    log_mean = ((a + b) / 2).clamp(min=torch.finfo(a.dtype).tiny).log()
-    return (torch.xlogy(a, a) - a * log_mean + torch.xlogy(b, b) - b * log_mean).sum(-1) / 2
+    tiny = torch.finfo(a.dtype).tiny  # a clamped logarithm: `xlogy` takes five times as long on CPU
+
+    def log(x: Tensor) -> Tensor:
+        return x.clamp(min=tiny).log()
+
+    log_mean = log((a + b) / 2)
+    return (a * (log(a) - log_mean) + b * (log(b) - log_mean)).sum(-1) / 2
 
 
 MEASURES: dict[str, Callable[[Contrast], Confidence]] = {

@@ -12,16 +12,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from offramp.break_even import break_even, exit_flops, ratios
 from offramp.costs import ModelShape
-from offramp.families import SplitModel
 from offramp.files import replace_file, write_json
+from offramp.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
 from offramp.prompts import bundled_prompts
+from offramp.vocabulary import Pruning
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel, Prompt
@@ -32,10 +33,6 @@ COVERAGE = 0.995
 """Share of the final tokens that a pruned vocabulary should hold."""
 TOLERANCE = 0.1
 """A layer's confidence is believed if it is off by less than this."""
-ROWS = 8
-"""Prompts decoded together."""
-WINDOW = 512
-"""Longest piece of a given text, in tokens."""
 
 
 # ---------------------------------------------------------------- what is reported
@@ -100,6 +97,9 @@ class Probe:
         fill_ratio: φ: FLOPs of the keys and values of a skipped block over those of a block.
         break_even: Mean exit layer up to which testing all V tokens after layers min_layer, .. saves FLOPs.
         break_even_pruned: Likewise, with `suggested_vocabulary_size` tokens after the first test.
+        default_vocabulary_size: Tokens that a policy keeps at `min_layer` unless it is told otherwise.
+        default_coverage: Share of the final tokens among them at that layer.
+        break_even_default: Break-even with that many.
         ceiling: FLOPs of the full model over those of leaving at the oracle layer, without any test: no exit rule that
             keeps the tokens saves more.
         flops: FLOPs over those of the full model when every token leaves at its saturation layer (`min_layer` at the
@@ -124,6 +124,9 @@ class Probe:
     fill_ratio: float
     break_even: float
     break_even_pruned: float
+    default_vocabulary_size: int
+    default_coverage: float
+    break_even_default: float
     ceiling: float
     flops: dict[str, float]
     suitable: bool
@@ -176,14 +179,6 @@ def _finite(value: Any) -> Any:
 # ---------------------------------------------------------------- reading
 
 
-class Readings(NamedTuple):
-    """All layers at N positions, [L, N]: rank of the final token, largest probability, its gap to the second."""
-
-    rank: Tensor
-    peak: Tensor
-    gap: Tensor
-
-
 def probe(
     lm: LanguageModel,
     prompts: Sequence[Prompt] | Tensor | Mapping[str, Tensor] | None = None,
@@ -224,17 +219,17 @@ def probe(
     if texts is not None:
         if prompts is not None:
             raise ValueError("both prompts and texts are given; give one of them")
-        batches, source = _windows(lm, texts), "texts"
+        batches, source = windows_of(lm, texts), "texts"
     else:
         source = "bundled prompts" if prompts is None else "prompts"
         chat = lm.has_chat_template if chat is None else chat
-        batches = _prompt_batches(lm, bundled_prompts() if prompts is None else prompts, chat)
-    total, parts, done = sum(_rows(batch) for batch in batches), [], 0
+        batches = prompt_batches(lm, bundled_prompts() if prompts is None else prompts, chat)
+    total, parts, done = sum(rows_in(batch) for batch in batches), [], 0
     with torch.no_grad():
         for batch in batches:
-            states = _text_states(lm, batch) if texts is not None else _answer_states(lm, batch, max_new_tokens)
+            states = text_states(lm, batch) if texts is not None else answer_states(lm, batch, max_new_tokens)
             parts.append(read_layers(lm.split, states))
-            done += _rows(batch)
+            done += rows_in(batch)
             if progress is not None:
                 progress(done, total)
     readings = Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
@@ -246,87 +241,6 @@ def _name(lm: LanguageModel) -> str:
     """Hub id or folder name of a model; its class where it has neither."""
     name = getattr(lm.model.config, "_name_or_path", "") or type(lm.model).__name__
     return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
-
-
-def _rows(batch: Mapping[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _prompt_batches(lm: LanguageModel, prompts: Any, chat: bool) -> list[dict[str, Tensor]]:
-    """Model inputs of a few prompts each."""
-    if isinstance(prompts, Tensor | Mapping):
-        inputs = lm.encode(prompts)
-        splits = {name: torch.split(value, ROWS) for name, value in inputs.items()}
-        return [dict(zip(splits, values, strict=True)) for values in zip(*splits.values(), strict=True)]
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
-        prompts = [prompts]
-    if not prompts:
-        raise ValueError("there are no prompts; give at least one, or None for the bundled ones")
-    return [lm.encode(list(prompts[at : at + ROWS]), chat=chat) for at in range(0, len(prompts), ROWS)]
-
-
-def _windows(lm: LanguageModel, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Token ids of texts in pieces, a start token in front of each where the tokenizer puts one before a text."""
-    if lm.split.is_encoder_decoder:
-        raise ValueError("texts are for decoder-only models; give an encoder-decoder prompts to answer instead")
-    texts = [texts] if isinstance(texts, str) else texts
-    if not texts:
-        raise ValueError("there are no texts; give at least one")
-    longest, windows = min(WINDOW, lm.split.max_positions or WINDOW), []
-    for text in texts:
-        ids = lm.encode([text])["input_ids"]  # [1, T]
-        start = int(ids.shape[1] > 1 and int(ids[0, 0]) == lm.tokenizer.bos_token_id)
-        pieces = torch.split(ids[:, start:], longest - start, dim=1)
-        windows += [{"input_ids": torch.cat([ids[:, :start], piece], dim=1)} for piece in pieces]
-    return windows
-
-
-def _text_states(lm: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    ids = batch["input_ids"]
-    return _states(lm.split, torch.ones_like(ids, dtype=torch.bool), ids)
-
-
-def _answer_states(lm: LanguageModel, batch: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
-    """Let the full model answer, then go over its answer."""
-    answer = lm.generate(dict(batch), max_new_tokens=max_new_tokens, do_sample=False)
-    lengths = torch.tensor([len(tokens) for tokens in answer.tokens], device=lm.split.device)[:, None]
-    ids = answer.sequences[:, :-1]  # the last token is only an output
-    begin = answer.sequences.shape[1] - int(lengths.max())
-    slots = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # slot of the token that a position gives
-    where = (slots >= begin) & (slots < begin + lengths)  # [B, T]
-    mask = batch.get("attention_mask")
-    if lm.split.is_encoder_decoder:
-        memory = lm.split.encode(batch.get("input_features", batch.get("input_ids")), mask)  # type: ignore[arg-type]
-        return _states(lm.split, where, ids, memory=memory, memory_mask=mask)
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
-    return _states(lm.split, where, ids, mask)
-
-
-def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None = None, **memory: Any) -> Tensor:
-    """States after layers 1..L at the positions `where` [B, T], [L, N, D]."""
-    state, kept = split.start(ids, mask, **memory), []
-    for layer in range(split.num_layers):
-        state = split.run(state, layer, layer + 1)
-        kept.append(state.hidden[where])
-    return torch.stack(kept)
-
-
-def read_layers(split: SplitModel, states: Tensor) -> Readings:
-    """Read states of all layers [L, N, D] out, a few positions at a time."""
-    parts = []
-    for chunk in torch.split(states, max(16, (1 << 22) // split.shape.vocabulary), dim=1):
-        final, layers = None, []
-        for hidden in chunk.flip(0):  # from layer L, which decides on the final tokens, down
-            logits = split.readout(hidden).float()  # [n, V]
-            final = logits.argmax(-1, keepdim=True) if final is None else final
-            top = logits.topk(2, dim=-1).values
-            scratch = torch.gt(logits, logits.gather(-1, final), out=torch.empty_like(logits))
-            rank = scratch.sum(-1)  # 0s and 1s: exact in float32 up to 2^24
-            mass = torch.sub(logits, top[:, :1], out=scratch).exp_().sum(-1)
-            layers.append((rank, 1 / mass, (1 - (top[:, 1] - top[:, 0]).exp()) / mass))
-        parts.append([torch.stack(column).flip(0).cpu() for column in zip(*layers, strict=True)])
-    return Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
 
 
 # ---------------------------------------------------------------- summarising
@@ -343,6 +257,7 @@ def summarise(
     oracle = torch.where(agree & (numbers >= min_layer), numbers, depth).amin(0)  # [N]
     layers = tuple(_layer_report(readings, shape, layer, saturation) for layer in range(1, depth + 1))
     kept = layers[min_layer - 1].coverage_size
+    usual = Pruning("fixed", shape.vocabulary, depth, min_layer).first_size()
     head, fill = ratios(shape)
     full = exit_flops(shape, depth, None)
 
@@ -375,6 +290,9 @@ def summarise(
         fill_ratio=fill,
         break_even=break_even(shape, min_layer),
         break_even_pruned=break_even(shape, min_layer, kept),
+        default_vocabulary_size=usual,
+        default_coverage=(readings.rank[min_layer - 1] < usual).double().mean().item(),
+        break_even_default=break_even(shape, min_layer, usual),
         ceiling=1 / share(best.counts, None),
         flops=flops,
         suitable=suitable,

@@ -136,9 +136,12 @@ class Exit:
             reader.earlier[layer] = reader.project(x)
             return reader.earlier[layer]
         ids = columns if self.columns is None else self.columns.ids.gather(1, columns)
+        with reader.ledger.time("select"):
+            rows = reader.model.gather(ids)
+            reader.ledger.gather(*ids.shape)
         with reader.ledger.time("pruned_readout"):
-            reader.ledger.pruned_readout(*columns.shape)
-            return reader.model.project(x, reader.model.gather(ids)).float()
+            reader.ledger.pruned_readout(*ids.shape)
+            return reader.model.project(x, rows).float()
 
     def selected(self, index: list[int]) -> Exit:
         """The rows that stay, after `Reader.select` has dropped the others."""

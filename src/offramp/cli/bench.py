@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,12 +30,15 @@ def bench(
     dtype: o.Dtype = "float32",
     device: o.Device = None,
     seed: Annotated[int, typer.Option(help="Of the order of the arms and of random models.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw the table there.")] = None,
     json: o.JsonPath = None,
 ) -> None:
     """Time every way to exit next to `transformers` generate: same prompts, in turns, one run."""
     import offramp
-    from offramp.bench import default_arms, random_prompts, random_t5, run_bench, scripted_arms
+    from offramp.bench import default_arms, run_bench
     from offramp.models import named_dtype
+    from offramp.report.plots import save_bench
+    from offramp.scripted import random_prompts, random_t5, scripted_arms
 
     if (model is None) == (random is None):
         raise typer.BadParameter("give a MODEL or --random SHAPE, one of them")
@@ -55,4 +59,7 @@ def bench(
         )  # fmt: skip
     if str(json) != "-":
         typer.echo(result.table())
+    if out is not None:
+        for path in save_bench(result, out):
+            o.note(f"wrote {path}")
     o.write_result(result.to_dict(), json)

@@ -30,6 +30,7 @@ def probe(
 ) -> None:
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
+    from offramp.probe import probe as look
 
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
@@ -37,7 +38,7 @@ def probe(
     given = o.prompts_from(prompts, count) if texts is None and (prompts or count) else None
     lm = offramp.load(model, dtype=dtype, device=device)
     with o.progress("probing") as progress:
-        result = offramp.probe(
+        result = look(
             lm, given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
         )
     if str(json) != "-":

@@ -1,4 +1,4 @@
-"""Pictures of a probe. Each says in its title what it shows, and in its footnote what of.
+"""Pictures of a probe and of a bench. Each says in its title what it shows, and in its footnote what of.
 
 Figures are made without pyplot, so no window system is needed and nothing global is left changed. The same probe
 gives the same bytes.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.files import replace_file
 
 if TYPE_CHECKING:
+    from offramp.bench_results import Bench
     from offramp.probe import Probe
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
@@ -66,14 +67,35 @@ def save_probe(probe: Probe, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    return _save({f"probe-{name}": lambda draw=draw: draw(probe) for name, draw in PICTURES.items()}, folder)
+
+
+def save_bench(bench: Bench, folder: Path) -> list[Path]:
+    """Draw the picture of a bench as SVG and PNG.
+
+    Args:
+        bench: The bench.
+        folder: Where to; made if missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    return _save({"bench": lambda: bench_figure(bench)}, folder)
+
+
+def _save(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
+    """Draw, and write each figure as SVG and PNG under its name."""
     matplotlib, paths = require_matplotlib(), []
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own style would make other pictures of the same probe
+        matplotlib.rcdefaults()  # the user's own style would make other pictures of the same figures
         matplotlib.rcParams.update(STYLE)
-        for name, draw in PICTURES.items():
-            figure = draw(probe)
+        for name, draw in drawings.items():
+            figure = draw()
             for suffix, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
-                path = folder / f"probe-{name}.{suffix}"
+                path = folder / f"{name}.{suffix}"
                 _write(figure, path, format=suffix, **options)
                 paths.append(path)
     return paths
@@ -147,7 +169,7 @@ def confidence_figure(probe: Probe) -> Any:
 
 def exit_figure(probe: Probe) -> Any:
     """Where tokens could leave, and up to where leaving saves FLOPs."""
-    depth, mean, pays = probe.num_layers, probe.saturation.mean, max(probe.break_even, probe.break_even_pruned)
+    depth, mean, pays = probe.num_layers, probe.saturation.mean, probe.break_even
     figure, axes = _axes(
         probe, f"Tokens settle after {mean:.1f} of {depth} layers on average; leaving pays up to layer {pays:.1f}"
     )
@@ -168,13 +190,45 @@ def exit_figure(probe: Probe) -> Any:
         f"mean saturation layer, {mean:.1f}",
         f"break-even, {probe.break_even:.1f}: exits to the left of it (on average) save FLOPs",
     ]
-    handles, pruned = [bars, oracle, center, full], f"with {probe.suggested_vocabulary_size:,} tokens kept"
-    if probe.break_even_pruned - probe.break_even < depth / 100:  # one line would hide the other
-        labels[-1] += f"; {pruned}, {probe.break_even_pruned:.1f}"
+    handles, pruned = [bars, oracle, center, full], f"with {probe.default_vocabulary_size:,} tokens kept"
+    if probe.break_even_default - probe.break_even < depth / 100:  # one line would hide the other
+        labels[-1] += f"; {pruned}, {probe.break_even_default:.1f}"
     else:
-        handles.append(axes.axvline(probe.break_even_pruned, color=ORANGE, linestyle=":", linewidth=2.2))
-        labels.append(f"break-even {pruned} after the first test, {probe.break_even_pruned:.1f}")
+        handles.append(axes.axvline(probe.break_even_default, color=ORANGE, linestyle=":", linewidth=2.2))
+        labels.append(f"break-even {pruned} after the first test, {probe.break_even_default:.1f}")
     _legend(axes, handles, labels)
+    return figure
+
+
+def bench_figure(bench: Bench) -> Any:
+    """Speed and FLOPs of every arm beside the full model."""
+    arms = bench.arms[::-1]
+    figure = require_matplotlib().figure.Figure(figsize=(9, 1.9 + 0.36 * len(arms)), layout="constrained")
+    conditions = bench.conditions
+    figure.suptitle(
+        f"{conditions['model']} in {conditions['dtype']}: speed and compute beside transformers' generate",
+        x=0.01, ha="left", fontsize=13, fontweight="bold",
+    )  # fmt: skip
+    axes = figure.add_subplot()
+    places = range(len(arms))
+    ratios = [arm.ratio.median for arm in arms]
+    spread = [[arm.ratio.median - arm.ratio.low for arm in arms], [arm.ratio.high - arm.ratio.median for arm in arms]]
+    bars = axes.barh(places, ratios, 0.6, color=[GREY if arm.policy is None else BLUE for arm in arms], alpha=0.85)
+    axes.errorbar(ratios, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    flops = axes.scatter([arm.flops_ratio for arm in arms], places, marker="D", color=ORANGE, zorder=3)
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.set_yticks(places, [f"{arm.name}  ({arm.agreement:.0%} same)" for arm in arms])
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.set_xlim(0)
+    axes.set_xlabel("full model = 1")
+    labels = ["tokens per second, ratio within the same round (bar: median, whisker: quartiles); right of 1 is faster"]
+    _legend(axes, [bars, flops], [*labels, "FLOPs; left of 1 is less work"])
+    figure.supxlabel(
+        f"same: positions with the full model's token · {conditions['prompts']} prompts, {conditions['new_tokens']} tokens, "
+        f"{conditions['repeats']} rounds, {conditions['threads']} threads",
+        x=0.01, ha="left", fontsize=8, color=GREY,
+    )  # fmt: skip
     return figure
 
 

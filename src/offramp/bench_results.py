@@ -1,0 +1,267 @@
+"""What a bench found: every arm beside the full model, as numbers, JSON and Markdown tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from offramp.costs import PARTS
+from offramp.policy import ExitPolicy
+
+REFERENCE = "transformers generate"
+"""The arm all ratios refer to: the model's own `generate`."""
+FULL = "full depth (offramp)"
+"""The arm that shows what our loop costs: all layers, no test."""
+CONFIDENCE_PARTS = ("readout", "pruned_readout", "select", "confidence")
+"""Parts of a generation that reading out and judging belong to, the readout of the emitted token included."""
+Arms = Mapping[str, ExitPolicy | None]
+"""Policies by the name of their row; None: the full model."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of one number per round."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of at least one value; quartiles interpolate between the values."""
+        values = list(values)
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What one arm did. Counts are of the first round (greedy rounds repeat each other), seconds of all.
+
+    Attributes:
+        name: Its name.
+        policy: Its policy; None: the full model.
+        seconds: Wall-clock time of each round, all prompts.
+        tokens_per_second: Over whole generations, prompt and encoder included.
+        ratio: Tokens per second over those of `REFERENCE` in the same round.
+        mean_exit_layer: Mean layer after which the tokens left.
+        exit_layers: That layer of every token, per prompt.
+        agreement: Share of positions with the reference's token. After a first difference the two continue different
+            texts, so this is a lower bound of how often the arm would have followed the full model.
+        identical: Share of prompts with the very same output.
+        common_prefix: Mean number of tokens before the first difference.
+        tests: Confidence tests per token.
+        flops: FLOPs per token, prompt and encoder included.
+        bytes: Bytes read per token, likewise.
+        flops_ratio: FLOPs over those of the full model.
+        bytes_ratio: Bytes over those of the full model.
+        draft_flops: "FLOPs" per token as the source document counts them (see `Costs`).
+        confidence_flops: FLOPs per token of `CONFIDENCE_PARTS`.
+        confidence_seconds: Seconds of `CONFIDENCE_PARTS` in each round; empty for the reference.
+        shares: Share of the time by part, and "other" (preparation, processors, bookkeeping); empty for the reference,
+            whose inside is not timed and whose counts are those of `FULL`, which makes the same products.
+    """
+
+    name: str
+    policy: ExitPolicy | None
+    seconds: tuple[float, ...]
+    tokens_per_second: Spread
+    ratio: Spread
+    mean_exit_layer: float
+    exit_layers: list[list[int]]
+    agreement: float
+    identical: float
+    common_prefix: float
+    tests: float
+    flops: float
+    bytes: float
+    flops_ratio: float
+    bytes_ratio: float
+    draft_flops: float
+    confidence_flops: float
+    confidence_seconds: tuple[float, ...]
+    shares: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        values = {**vars(self), "policy": _policy_values(self.policy)}
+        for name in ("tokens_per_second", "ratio"):
+            values[name] = asdict(values[name])
+        return values
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What pruning made of the confidence part of an arm (readout, selection and the measure itself).
+
+    All are unpruned over pruned, per token: above 1 is a saving. Arms whose tokens left at different layers made
+    different numbers of tests; only under a script are these equal.
+
+    Attributes:
+        pruned: Name of the arm that prunes.
+        unpruned: Name of the arm that is the same in all else.
+        tests: Tests made.
+        seconds: Measured seconds, in the same round.
+        flops: FLOPs, first (full) readout included.
+        draft_flops: "FLOPs" by the source document's count, first readout left out.
+        whole: Measured seconds of the whole generation, in the same round.
+    """
+
+    pruned: str
+    unpruned: str
+    tests: float
+    seconds: Spread
+    flops: float
+    draft_flops: float
+    whole: Spread
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The outcome of `run_bench`.
+
+    Attributes:
+        conditions: What was held fixed, and versions.
+        arms: Results, the two full models first.
+        order: order[round][batch]: names in the order in which they ran.
+    """
+
+    conditions: dict[str, Any]
+    arms: list[ArmResult]
+    order: list[list[list[str]]]
+
+    def arm(self, name: str) -> ArmResult:
+        """The result of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def savings(self) -> list[Saving]:
+        """Every pruned arm beside its unpruned twin, where both ran."""
+        pairs = [(a, b) for a in self.arms for b in self.arms if a is not b and _is_pruned_twin(a.policy, b.policy)]
+        return [_saving(pruned, unpruned) for pruned, unpruned in pairs]
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before reading the numbers: arms that should give the full model's output and do not."""
+        dtype = self.conditions["dtype"]
+        cause = "unless scores tie, that is a bug" if dtype == "float32" else "rounding can do that"
+        exact = [arm for arm in self.arms if arm.policy is None or arm.policy.skipped == "verify"]
+        return [
+            f"{arm.name} differs from {REFERENCE} at {1 - arm.agreement:.1%} of the positions; in {dtype}, {cause}"
+            for arm in exact
+            if arm.agreement < 1
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, without NaN and infinities."""
+        return {
+            "schema": "offramp/bench/1",
+            "conditions": self.conditions,
+            "arms": [arm.to_dict() for arm in self.arms],
+            "savings": [asdict(saving) for saving in self.savings],
+            "order": self.order,
+            "notes": self.notes,
+        }
+
+    def table(self) -> str:
+        """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
+        conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
+        blocks = [_speed_table(self.arms), _time_table(self.arms)]
+        if self.savings:
+            blocks.append(_saving_table(self.savings))
+        return "\n\n".join([*blocks, f"Conditions: {conditions}.", *(f"Note: {note}." for note in self.notes)])
+
+
+def script_of(policy: ExitPolicy) -> Any:
+    """The `offramp.scripted.Script` of a policy whose exits are prescribed; None for others."""
+    return getattr(policy.confidence, "script", None)
+
+
+def _policy_values(policy: ExitPolicy | None) -> dict[str, Any] | None:
+    """A policy as JSON values; a callable confidence by its name."""
+    if policy is None:
+        return None
+    measure = policy.confidence
+    if isinstance(measure, str):
+        values = policy.to_dict()
+    else:
+        values = replace(policy, confidence="softmax").to_dict()
+        values["confidence"] = getattr(measure, "__name__", type(measure).__name__)
+        if script := script_of(policy):
+            values["script"] = script.depths
+    if isinstance(policy.threshold, tuple):
+        values["threshold"] = [str(tau) if abs(tau) == float("inf") else tau for tau in policy.threshold]
+    return values
+
+
+def _is_pruned_twin(pruned: ExitPolicy | None, unpruned: ExitPolicy | None) -> bool:
+    if pruned is None or unpruned is None or pruned.vocabulary is None or unpruned.vocabulary is not None:
+        return False
+    sizes: dict[str, Any] = {"vocabulary_size": None, "vocabulary_floor": None, "vocabulary_start": None}
+    sizes |= {"vocabulary_shrink": unpruned.vocabulary_shrink, "vocabulary_recursive": unpruned.vocabulary_recursive}
+    return replace(pruned, vocabulary=None, **sizes) == replace(unpruned, **sizes)
+
+
+def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
+    def over(name: str) -> float:
+        divisor = getattr(pruned, name)
+        return float(getattr(unpruned, name) / divisor) if divisor else 1.0
+
+    pairs = zip(unpruned.confidence_seconds, pruned.confidence_seconds, strict=True)
+    return Saving(
+        pruned=pruned.name,
+        unpruned=unpruned.name,
+        tests=over("tests"),
+        seconds=Spread.of(a / b for a, b in pairs),
+        flops=over("confidence_flops"),
+        draft_flops=over("draft_flops"),
+        whole=Spread.of(a / b for a, b in zip(unpruned.seconds, pruned.seconds, strict=True)),
+    )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _speed_table(arms: list[ArmResult]) -> str:
+    head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|FLOPs ×|bytes ×".split("|")
+    return _markdown(head, [
+        [
+            arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
+            f"{arm.agreement:.0%}", f"{arm.identical:.0%}", f"{arm.common_prefix:.1f}", f"{arm.tests:.1f}",
+            f"{arm.flops_ratio:.2f}", f"{arm.bytes_ratio:.2f}",
+        ]
+        for arm in arms
+    ])  # fmt: skip
+
+
+def _time_table(arms: list[ArmResult]) -> str:
+    parts = [p for p in (*PARTS, "other") if any(arm.shares.get(p, 0) > 0 for arm in arms)]
+    rows = [[arm.name, *(f"{arm.shares[part]:.0%}" for part in parts)] for arm in arms if arm.shares]
+    return _markdown(["share of time", *(part.replace("_", " ") for part in parts)], rows)
+
+
+def _saving_table(savings: list[Saving]) -> str:
+    head = ["pruning saves (×)", "over", "tests", "confidence seconds", "its FLOPs", "source's count", "all seconds"]
+    return _markdown(head, [
+        [
+            s.pruned, s.unpruned, f"{s.tests:.2f}", str(s.seconds), f"{s.flops:.1f}", f"{s.draft_flops:.1f}",
+            str(s.whole),
+        ]
+        for s in savings
+    ])  # fmt: skip
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+    title = [head[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(head[1:], widths[1:], strict=True))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [title, rule, *lines])

