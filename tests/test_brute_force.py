@@ -97,7 +97,7 @@ def divergence(a, b):
     mean = (a + b) / 2
 
     def kl(x):
-        return sum(float(p) * math.log(float(p) / float(m)) for p, m in zip(x, mean, strict=True) if p > 0)
+        return float(torch.where(x > 0, x * (x.clamp(min=1e-300) / mean.clamp(min=1e-300)).log(), 0).sum())
 
     return kl(a) / 2 + kl(b) / 2
 
@@ -346,9 +346,12 @@ def test_rows_leave_at_their_own_layers(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_row(name):
-    policy = ExitPolicy(threshold=thresholds(name)[1], min_layer=1)
-    rows, _ = compare(lively(name), batch_of(name, 1, length=5, seed=1), policy, new=16, eos_token_id=NO_END)
-    assert len(layers_of(rows)) >= 2
+    layers = set()
+    for tau in (0.05, *thresholds(name)[:2]):
+        policy = ExitPolicy(threshold=tau, min_layer=1)
+        rows, _ = compare(lively(name), batch_of(name, 1, length=5, seed=1), policy, new=16, eos_token_id=NO_END)
+        layers |= layers_of(rows)
+    assert len(layers) >= 2
 
 
 @pytest.mark.parametrize("skipped", ["defer", "verify"])
@@ -377,7 +380,7 @@ def test_many_tokens_behind_a_sliding_window(name, skipped):
     assert max(len(row.tokens) for row in rows) == 40
 
 
-@pytest.mark.parametrize("skipped", ["propagate", "defer", "verify"])
+@pytest.mark.parametrize("skipped", ["propagate", "defer"])
 @pytest.mark.parametrize("kind", [None, "fixed", "decaying", "adaptive"])
 @pytest.mark.parametrize(
     ("measure", "tau"),
@@ -386,7 +389,7 @@ def test_many_tokens_behind_a_sliding_window(name, skipped):
 def test_measures_and_pruning(measure, tau, kind, skipped):
     policy = ExitPolicy(confidence=measure, threshold=tau, min_layer=3, vocabulary=kind, skipped=skipped)
     rows, sizes = compare(deep(), batch_of("llama"), policy)
-    assert skipped == "verify" or len(layers_of(rows)) >= 2
+    assert len(layers_of(rows)) >= 2
     if kind is not None and measure != "state":  # which reads no logits, so nothing is pruned
         assert min(sizes) < VOCABULARY
 
@@ -415,7 +418,7 @@ def test_contrast(measure, options):
                 confidence=measure, threshold=0.3, min_layer=4, vocabulary=kind, decode_from=source,
                 contrast=Contrast(**options),
             )  # fmt: skip
-            rows, _ = compare(deep(), batch_of("llama"), policy, new=6)
+            rows, _ = compare(deep(), batch_of("llama", 2), policy, new=6)
             layers |= layers_of(rows)
     assert len(layers) >= 3
 

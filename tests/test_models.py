@@ -42,6 +42,7 @@ class Loaded(NamedTuple):
 
     model: torch.nn.Module
     tokenizer: object
+    name: str = ""
 
 
 @pytest.fixture

@@ -8,9 +8,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from offramp.bench import run_bench
 from offramp.costs import BlockShape, ModelShape
-from offramp.probe import Readings, summarise
+from offramp.language_model import LanguageModel
+from offramp.layerwise import Readings
+from offramp.policy import ExitPolicy
+from offramp.probe import summarise
 from offramp.report import plots
+from tiny import inputs_for, tiny
 
 mpl = pytest.importorskip("matplotlib")
 imread = pytest.importorskip("matplotlib.image").imread
@@ -105,12 +110,12 @@ def test_bars_and_lines_are_those_of_the_probe():
     heights = [[bar.get_height() * probe.tokens for bar in bars] for bars in axes.containers]
     assert heights == [pytest.approx(probe.saturation.counts), pytest.approx(probe.oracle.counts)]
     lines = [line.get_xdata()[0] for line in axes.lines]
-    assert lines == pytest.approx([probe.saturation.mean, probe.break_even, probe.break_even_pruned])
+    assert lines == pytest.approx([probe.saturation.mean, probe.break_even, probe.break_even_default])
 
 
 def test_break_even_lines_that_coincide_are_drawn_once():
     probe = _probe()
-    probe = dataclasses.replace(probe, break_even_pruned=probe.break_even)
+    probe = dataclasses.replace(probe, break_even_default=probe.break_even)
     assert len(plots.exit_figure(probe).axes[0].lines) == 2
 
 
@@ -133,3 +138,17 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
 def test_without_matplotlib_numbers_are_saved_all_the_same(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert [path.name for path in _probe().save(tmp_path)] == ["probe.json", "probe.txt"]
+
+
+def test_a_bench_is_drawn_with_every_arm(tmp_path):
+    lm = LanguageModel(tiny("llama"))
+    arms = {"softmax": ExitPolicy(threshold=0.2, min_layer=1), "static 2": ExitPolicy("static", min_layer=2)}
+    bench = run_bench(lm, inputs_for("llama")["input_ids"], arms, max_new_tokens=3, repeats=2)
+    paths = plots.save_bench(bench, tmp_path)
+    assert sorted(path.name for path in paths) == ["bench.png", "bench.svg"]
+    assert all(path.stat().st_size > 5000 for path in paths)
+    axes = plots.bench_figure(bench).axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert [label.split("  ")[0] for label in labels] == [arm.name for arm in bench.arms[::-1]]
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([arm.ratio.median for arm in bench.arms[::-1]])

@@ -108,7 +108,7 @@ def run_bench(
         batch_size: Prompts generated together.
         chat: Apply the chat template to texts.
         seed: Of the order of the arms.
-        name: What the conditions call the model; None: its class.
+        name: What the conditions call the model; None: its own name.
         progress: Called before every generation.
 
     Returns:
@@ -253,7 +253,7 @@ def _conditions(
     device, shape = lm.split.device, lm.split.shape
     lengths = [batch["input_ids"].shape[1] for batch in batches]
     return {
-        "model": name or type(lm.model).__name__,
+        "model": name or lm.name,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "layers": lm.num_layers,
         "width": shape.width,

@@ -78,13 +78,14 @@ class LanguageModel:
     Args:
         model: The untouched Hugging Face model.
         tokenizer: Its tokenizer; None if only token ids will be used.
+        name: What reports call it; None: its class.
 
     Raises:
         UnsupportedModelError: The architecture is not supported.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
         self.split = SplitModel(model)
 
     @property

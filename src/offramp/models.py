@@ -53,7 +53,8 @@ def load(
     model, tokenizer = _from_pretrained(source, torch_dtype, local=local)
     from offramp.language_model import LanguageModel
 
-    return LanguageModel(model.to(torch_device), tokenizer)
+    title = str(name) if name in PACKAGED or not local else Path(name).expanduser().resolve().name
+    return LanguageModel(model.to(torch_device), tokenizer, name=title)
 
 
 # Arguments

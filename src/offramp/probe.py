@@ -234,13 +234,7 @@ def probe(
                 progress(done, total)
     readings = Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
     first = max(1, depth // 2) if min_layer is None else min_layer
-    return summarise(readings, lm.split.shape, first, model=_name(lm), source=source, examples=total)
-
-
-def _name(lm: LanguageModel) -> str:
-    """Hub id or folder name of a model; its class where it has neither."""
-    name = getattr(lm.model.config, "_name_or_path", "") or type(lm.model).__name__
-    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+    return summarise(readings, lm.split.shape, first, model=lm.name, source=source, examples=total)
 
 
 # ---------------------------------------------------------------- summarising

@@ -99,7 +99,7 @@ def progress(label: str) -> Iterator[Any]:
     """A progress bar on standard error, as a callback (done, total[, what is next])."""
     from tqdm.auto import tqdm
 
-    with tqdm(desc=label, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(desc=label, file=sys.stderr, dynamic_ncols=True, leave=False, disable=None) as bar:
 
         def update(done: int, total: int, what: str = "") -> None:
             bar.total, bar.n = total, done

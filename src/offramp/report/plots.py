@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def save_probe(probe: Probe, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    return _save({f"probe-{name}": lambda draw=draw: draw(probe) for name, draw in PICTURES.items()}, folder)
+    return _save({f"probe-{name}": partial(draw, probe) for name, draw in PICTURES.items()}, folder)
 
 
 def save_bench(bench: Bench, folder: Path) -> list[Path]:
@@ -83,7 +84,7 @@ def save_bench(bench: Bench, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    return _save({"bench": lambda: bench_figure(bench)}, folder)
+    return _save({"bench": partial(bench_figure, bench)}, folder)
 
 
 def _save(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
@@ -221,12 +222,12 @@ def bench_figure(bench: Bench) -> Any:
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlim(0)
-    axes.set_xlabel("full model = 1")
-    labels = ["tokens per second, ratio within the same round (bar: median, whisker: quartiles); right of 1 is faster"]
-    _legend(axes, [bars, flops], [*labels, "FLOPs; left of 1 is less work"])
+    axes.set_xlabel("full model = 1   (a bar right of 1 is faster, a diamond left of 1 is less work)")
+    labels = ["tokens per second: median of the rounds, and quartiles", "FLOPs per token"]
+    axes.legend([bars, flops], labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
     figure.supxlabel(
-        f"same: positions with the full model's token · {conditions['prompts']} prompts, {conditions['new_tokens']} tokens, "
-        f"{conditions['repeats']} rounds, {conditions['threads']} threads",
+        f"same: positions with the full model's token · {conditions['prompts']} prompts, "
+        f"{conditions['new_tokens']} tokens, {conditions['repeats']} rounds, {conditions['threads']} threads",
         x=0.01, ha="left", fontsize=8, color=GREY,
     )  # fmt: skip
     return figure
