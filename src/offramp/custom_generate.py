@@ -73,20 +73,10 @@ def prepare(
         What is needed to decode.
 
     Raises:
-        ValueError: Beams, contrastive search, an assistant model or a filled cache: not supported.
+        ValueError: Something asked for is not supported: beams, another decoding method, scores or states of every
+            step, a filled cache, embeddings instead of ids, or more tokens than the model has positions for.
     """
-    if generation_config.num_beams not in (None, 1):
-        raise ValueError(
-            f"num_beams is {generation_config.num_beams}; early exit decodes one hypothesis per row: "
-            "use num_beams=1 (greedy) or do_sample=True"
-        )
-    if generation_config.penalty_alpha or generation_config.prompt_lookup_num_tokens:
-        raise ValueError("contrastive search and prompt lookup are not supported with early exits; leave them away")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("a filled past_key_values cannot be continued with early exits; pass the whole prompt instead")
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
+    _refuse(generation_config, kwargs)
     eos = generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     pad = generation_config.pad_token_id
@@ -112,6 +102,30 @@ def prepare(
         return Prepared(model, ids, choosing, limit, mask=mask)
     memory = kwargs["encoder_outputs"].last_hidden_state
     return Prepared(model, ids, choosing, limit, memory=memory, memory_mask=mask)
+
+
+_UNSUPPORTED = (
+    "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale", "constraints", "force_words_ids",
+    "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+
+
+def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Say so if something is asked for that decoding with exits does not do."""
+    if config.num_beams not in (None, 1):
+        raise ValueError(
+            f"num_beams is {config.num_beams}; early exit decodes one hypothesis per row: "
+            "use num_beams=1 (greedy) or do_sample=True"
+        )
+    for name in _UNSUPPORTED:
+        value = getattr(config, name, None)
+        if value and not (name == "guidance_scale" and value == 1):
+            raise ValueError(f"{name} is {value}; this is not supported with early exits, leave it away")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("a filled past_key_values cannot be continued with early exits; pass the whole prompt instead")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
 
 
 def _any_of(criteria: list[Any]) -> Any:

@@ -150,7 +150,7 @@ class LanguageModel:
             `input_ids` and `attention_mask`, [B, T] both; a mapping of tensors is passed through.
 
         Raises:
-            ValueError: No prompt, an empty prompt, or no tokenizer for a text.
+            ValueError: No prompt, an empty prompt, texts and chats in one batch, or no tokenizer for a text.
         """
         if isinstance(prompts, Tensor):
             prompts = {"input_ids": prompts if prompts.ndim > 1 else prompts[None]}
@@ -165,16 +165,16 @@ class LanguageModel:
             raise ValueError("the batch is empty; give at least one prompt")
         if isinstance(prompts[0], dict):
             prompts = [prompts]
+        if not chat and len({isinstance(prompt, str) for prompt in prompts}) > 1:
+            raise ValueError("the batch mixes texts and chats; give one kind, or chat=True to make texts chats")
         texts = [self._text(prompt, index, chat) for index, prompt in enumerate(prompts)]
         side, pad = self.tokenizer.padding_side, self.tokenizer.pad_token
         try:  # the tokenizer is the user's: leave it as it was
             self.tokenizer.padding_side = "right" if self.split.is_encoder_decoder else "left"
             if pad is None and len(texts) > 1:
                 self.tokenizer.pad_token = self.tokenizer.eos_token
-            templated = [chat or not isinstance(prompt, str) for prompt in prompts]
-            batch = self.tokenizer(
-                texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not any(templated)
-            )
+            templated = chat or not isinstance(prompts[0], str)  # a template brings its own special tokens
+            batch = self.tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not templated)
         finally:
             self.tokenizer.padding_side, self.tokenizer.pad_token = side, pad
         if not batch["input_ids"].shape[1]:

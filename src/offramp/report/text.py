@@ -46,8 +46,8 @@ def _summary(probe: Probe) -> list[str]:
         "saturation layer": f"{_spread(probe.saturation)}; all later layers choose the final token",
         "oracle exit layer": f"{_spread(probe.oracle)}; the first from layer {first} on that chooses it",
         "break-even layer": f"{probe.break_even:.1f} with every test on all {probe.vocabulary} tokens",
-        "  pruned": f"{probe.break_even_default:.1f} with {probe.default_vocabulary_size} kept (the default), which hold "
-        f"{probe.default_coverage:.0%} of the final tokens; {probe.break_even_pruned:.1f} with {size}",
+        "  pruned": f"{probe.break_even_default:.1f} with {probe.default_vocabulary_size} kept (default), with "
+        f"{probe.default_coverage:.0%} of the final tokens; {probe.break_even_pruned:.1f} with {size} ({COVERAGE:.1%})",
         "cost of a test": f"{probe.head_ratio:.2f} layers; a skipped layer still costs {probe.fill_ratio:.1%} of one",
         "FLOPs at saturation": f"{probe.flops['tested']:.0%} of the full model's; {probe.flops['pruned']:.0%} pruned; "
         f"{probe.flops['untested']:.0%} if the tests were free",
