@@ -18,6 +18,7 @@ class ScriptedModel:
     """
 
     is_encoder_decoder = False
+    head_is_plain = True
 
     def __init__(self, script) -> None:
         self.script = torch.as_tensor(script, dtype=torch.float32)  # [T, L, V], or [B, T, L, V]

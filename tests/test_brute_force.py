@@ -198,7 +198,7 @@ class Pruned:
             return  # the cosine of states reads no logits, so there is nothing to rank
         first = self.exits[0]
         if self.ranked is None:
-            self.ranked = list(range(VOCABULARY))
+            self.ranked = [v for v in range(VOCABULARY) if v not in self.eos]  # protected ids are never ranked
             self.sizes.append(self.policy.vocabulary_size or decayed(self.policy, first, self.layers))
         self.sizes.append(next_size(self.policy, later[0], first, self.layers, self.sizes[-1], last))
         self.ranked = sorted(self.ranked, key=lambda v: -float(z[layer - 1, v]))[: self.sizes[-1]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.custom_generate import EarlyExitOutput
@@ -41,7 +41,7 @@ def test_a_streamer_gets_every_token():
             self.tokens, self.ended = [], False
 
         def put(self, value):
-            self.tokens += value.tolist()
+            self.tokens += value.flatten().tolist()
 
         def end(self):
             self.ended = True
@@ -51,7 +51,7 @@ def test_a_streamer_gets_every_token():
     out = tiny("llama").generate(
         **inputs, max_new_tokens=5, do_sample=False, custom_generate=POLICY.custom_generate(), exit_streamer=streamer
     )
-    assert streamer.tokens == out[0, inputs["input_ids"].shape[1] :].tolist()
+    assert streamer.tokens == out[0].tolist()
     assert streamer.ended
 
 
@@ -92,3 +92,36 @@ def test_a_policy_that_does_not_fit_is_refused():
     never = ExitPolicy(min_layer=LAYERS).custom_generate()
     with pytest.raises(ValueError, match=f"min_layer is {LAYERS}"):
         tiny("llama").generate(**inputs_for("llama"), max_new_tokens=3, custom_generate=never)
+
+
+def test_the_users_stopping_criteria_count():
+    model, inputs = tiny("llama"), inputs_for("llama")
+    free = greedy(model, inputs, 20)
+    for criterion in (MaxLengthCriteria(13), EosTokenCriteria(int(free[0, 12]))):
+        options = {"max_new_tokens": 20, "do_sample": False, "stopping_criteria": StoppingCriteriaList([criterion])}
+        expected = model.generate(**inputs, **options)
+        assert expected.shape[1] <= 13
+        for skipped in ("propagate", "verify"):
+            never = ExitPolicy(threshold=1.0, min_layer=1, skipped=skipped).custom_generate()
+            assert model.generate(**inputs, **options, custom_generate=never).tolist() == expected.tolist()
+
+
+def test_stopping_criteria_never_see_a_draft():
+    model, inputs, seen = tiny("llama"), inputs_for("llama"), []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(input_ids[0].tolist())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    policy = ExitPolicy(threshold=0.05, min_layer=1, skipped="verify")
+    options = {"max_new_tokens": 12, "do_sample": False, "stopping_criteria": StoppingCriteriaList([Watch()])}
+    out = model.generate(**inputs, **options, custom_generate=policy.custom_generate())
+    assert seen == [out[0, :end].tolist() for end in range(10, out.shape[1] + 1)]
+
+
+def test_right_padding_is_refused():
+    inputs = inputs_for("llama", 2)
+    inputs["attention_mask"][1, -2:] = 0
+    with pytest.raises(ValueError, match="padded on the right; pad decoder-only models on the left"):
+        LanguageModel(tiny("llama")).generate(inputs, max_new_tokens=3)

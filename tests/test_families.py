@@ -286,3 +286,63 @@ def test_bfloat16_runs_and_verifies(name):
     assert all(1 <= layer <= LAYERS for row in out.exit_layers for layer in row)
     full = LanguageModel(model).generate(inputs, max_new_tokens=NEW)
     assert full.sequences.tolist() == greedy(model, inputs, NEW).tolist()
+
+
+class Doubled(torch.nn.Module):
+    """Stands for an adapter or a quantised layer: computes something else than its weight says."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+@torch.no_grad()
+def test_layers_that_are_more_than_their_weight():
+    model = copy.deepcopy(tiny("phi3"))
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj = Doubled(layer.self_attn.qkv_proj)
+    split = SplitModel(model)
+    state = split.run(split.start(torch.tensor([[5]])), 0, 1)
+    block = model.model.layers[1]
+    rope = model.model.rotary_emb(state.hidden, torch.tensor([[0]]))
+    keys, values = split.family.keys_values(block, state.hidden, rope)
+    split.run(state, 1, 2)
+    cache = state.context.cache.layers[1]
+    torch.testing.assert_close(keys, cache.keys)
+    torch.testing.assert_close(values, cache.values)
+
+
+def test_pruning_needs_a_head_with_rows():
+    model = copy.deepcopy(tiny("llama"))
+    model.lm_head = Doubled(model.lm_head)
+    lm, inputs = LanguageModel(model), inputs_for("llama")
+    with pytest.raises(
+        ValueError, match="single rows of the head, a Doubled, cannot be read"
+    ):
+        lm.generate(inputs, policy=ExitPolicy(vocabulary="fixed"), max_new_tokens=3)
+    for policy in (ExitPolicy(threshold=1.0), ExitPolicy("contrastive", 1.0, 2), ExitPolicy("jsd", 1.0, 3)):
+        out = lm.generate(inputs, policy=policy, max_new_tokens=NEW)
+        assert out.sequences.tolist() == greedy(model, inputs, NEW).tolist()
+
+
+def test_a_resized_head_is_noticed():
+    model = copy.deepcopy(tiny("llama"))
+    lm = LanguageModel(model)
+    with torch.no_grad():
+        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+        model.lm_head.weight[VOCABULARY:] = 9 * model.lm_head.weight[:8]
+    assert lm.vocabulary == VOCABULARY + 8
+    inputs = inputs_for("llama")
+    out = lm.generate(inputs, policy=ExitPolicy(threshold=1.0, min_layer=1), max_new_tokens=NEW)
+    assert out.sequences.tolist() == greedy(model, inputs, NEW).tolist()
+
+
+def test_a_model_that_is_not_whole_on_one_device_is_refused():
+    with torch.device("meta"):
+        model = type(tiny("llama"))(tiny("llama").config)
+    with pytest.raises(UnsupportedModelError, match="lies on meta; load it whole on one device"):
+        SplitModel(model)

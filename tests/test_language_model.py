@@ -107,6 +107,8 @@ def test_without_exits_nothing_is_tested(lm):
         (torch.empty(1, 0, dtype=torch.long), {}, "the prompt is empty"),
         ({}, {}, "the prompt is empty"),
         (["the sky", [{"role": "user", "content": "why ?"}]], {}, "mixes texts and chats"),
+        (["the sky", 5], {}, "a prompt is 5; give texts, chats, or token ids"),
+        ("the sky", {"streamer": object()}, r"streamer is not supported here; iterate over stream"),
         ("the sky", {"output_scores": True}, "output_scores is True; this is not supported with early exits"),
         ("the sky", {"guidance_scale": 1.5}, "guidance_scale is 1.5; this is not supported with early exits"),
         ("the sky", {"max_new_tokens": 0}, "max_new_tokens is 0; ask for at least one"),
@@ -129,6 +131,8 @@ def test_bad_input_is_named_with_what_is_allowed(lm, prompts, options, message):
 def test_text_needs_a_tokenizer():
     with pytest.raises(ValueError, match="without a tokenizer; give token ids"):
         LanguageModel(tiny("llama")).generate("the sky")
+    with pytest.raises(ValueError, match="without a tokenizer, which stop_strings need"):
+        LanguageModel(tiny("llama")).generate(torch.tensor([[5]]), stop_strings="x")
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper"])

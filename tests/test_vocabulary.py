@@ -235,7 +235,10 @@ def test_repeated_shrinking_equals_ranking_plain_lists(seed, first, parts, prote
     """Every row: the best ids by the logits just given, among those still there; each protected id once; no others."""
     logits, sizes = random_logits(seed), first
     kept = Kept.best(logits, sizes, torch.tensor(protected, dtype=torch.long))
-    ranked = [best_ids(row, size) for row, size in zip(logits.tolist(), sizes, strict=True)]
+    free = logits.clone()
+    free[:, protected] = -math.inf  # protected ids are not ranked
+    sizes = [min(size, VOCABULARY - len(protected)) for size in sizes]
+    ranked = [best_ids(row, size) for row, size in zip(free.tolist(), sizes, strict=True)]
     for step, part in enumerate([None, *parts]):
         if part is not None:
             sizes = [max(1, math.ceil(size * x)) for size, x in zip(sizes, part, strict=True)]
@@ -245,7 +248,7 @@ def test_repeated_shrinking_equals_ranking_plain_lists(seed, first, parts, prote
                 for ids, row, size in zip(ranked, logits.tolist(), sizes, strict=True)
             ]
         logits = random_logits(seed + step + 1)
-        expected = [ids + [p for p in sorted(protected) if p not in ids] for ids in ranked]
+        expected = [ids + sorted(protected) for ids in ranked]
         got = scored_ids(kept)
         assert [ids[: len(r)] for ids, r in zip(got, ranked, strict=True)] == ranked
         assert [sorted(ids) for ids in got] == [sorted(ids) for ids in expected]
@@ -271,10 +274,10 @@ def test_rows_of_a_batch_keep_what_they_keep_alone(seed, sizes, part):
         torch.testing.assert_close(gap_of(read(alone, newer[[a]]))[0], gap_of(read(batch, newer))[a])
 
 
-def test_a_protected_id_that_falls_out_of_the_ranking_is_still_scored():
+def test_a_protected_id_is_scored_whatever_its_rank():
     protected = torch.tensor([7])
-    kept = Kept.best(torch.arange(10.0)[None], [5], protected)  # 9 8 7 6 5, so 7 is ranked as well
-    assert sorted(scored_ids(kept)[0]) == [5, 6, 7, 8, 9]
+    kept = Kept.best(torch.arange(10.0)[None], [5], protected)  # 9 8 6 5 4 are ranked, 7 is not
+    assert scored_ids(kept)[0] == [9, 8, 6, 5, 4, 7]
     logits = torch.zeros(1, 10)
     logits[0, [5, 6]] = torch.tensor([2.0, 1.0])
     logits[0, 7] = -4.0
@@ -285,7 +288,7 @@ def test_a_protected_id_that_falls_out_of_the_ranking_is_still_scored():
 
 def test_a_protected_id_is_counted_once_in_every_probability():
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0]])
-    kept = Kept.best(logits, [3], torch.tensor([0, 1]))
+    kept = Kept.best(logits, [1], torch.tensor([0, 1]))
     z = read(kept, logits)
     assert sorted(scored_ids(kept)[0]) == [0, 1, 2]
     powers = [math.exp(x) for x in (2, 1, 0.5)]

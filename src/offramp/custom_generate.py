@@ -81,10 +81,9 @@ def prepare(
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     pad = generation_config.pad_token_id
     pad = pad if isinstance(pad, int) and pad >= 0 else ends[0] if ends else 0
-    custom = [c for c in stopping_criteria if type(c).__name__ not in ("MaxLengthCriteria", "EosTokenCriteria")]
     choosing = Choosing(
         processors=logits_processor if len(logits_processor) else None,
-        stopping=_any_of(custom) if custom else None,
+        stopping=lambda so_far: stopping_criteria(so_far, None),
         sample=bool(generation_config.do_sample),
         generator=generator,
         eos=ends,
@@ -98,6 +97,8 @@ def prepare(
             f"{positions}; shorten the prompt or ask for at most {max(positions - ids.shape[1], 0)} new tokens"
         )
     mask = kwargs.get("attention_mask")
+    if mask is not None and not model.is_encoder_decoder and not bool(mask[:, -1].all()):
+        raise ValueError("a prompt is padded on the right; pad decoder-only models on the left (padding_side='left')")
     if not model.is_encoder_decoder:
         return Prepared(model, ids, choosing, limit, mask=mask)
     memory = kwargs["encoder_outputs"].last_hidden_state
@@ -106,7 +107,7 @@ def prepare(
 
 _UNSUPPORTED = (
     "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale", "constraints", "force_words_ids",
-    "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+    "assistant_early_exit", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 
 
@@ -126,13 +127,6 @@ def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         raise ValueError("a filled past_key_values cannot be continued with early exits; pass the whole prompt instead")
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
-
-
-def _any_of(criteria: list[Any]) -> Any:
-    def stopping(ids: Tensor) -> Tensor:
-        return torch.stack([criterion(ids, None).to(ids.device) for criterion in criteria]).any(0)
-
-    return stopping
 
 
 class CustomGenerate:
@@ -157,7 +151,7 @@ class CustomGenerate:
         exit_streamer: Any = None,
         **kwargs: Any,
     ) -> Tensor | EarlyExitOutput:
-        """Called by `generate`; `exit_streamer=` receives every token as `streamer=` would.
+        """Called by `generate`; `exit_streamer=` receives the prompt and every token as `streamer=` would.
 
         (`transformers` keeps `streamer=` from custom methods, but does forward names they define themselves.)
 
@@ -168,6 +162,8 @@ class CustomGenerate:
         ledger = Ledger(split.shape, input_ids.device)
         prepared = prepare(split, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         steps: list[Step] = []
+        if exit_streamer is not None:
+            exit_streamer.put(input_ids.cpu())
         for step in prepared.steps(self.policy, ledger):
             steps.append(step)
             if exit_streamer is not None:

@@ -44,7 +44,7 @@ class Choosing:
 
     Attributes:
         processors: (ids [B, T], scores float32 [B, V]) -> scores; a `LogitsProcessorList`, warpers included.
-        stopping: (ids [B, T]) -> bool [B], besides EOS and the length.
+        stopping: (ids [B, T]) -> bool [B], besides EOS and the length; only asked about tokens that stand.
         sample: Draw from the processed scores instead of taking the largest.
         generator: Source of the draws; None: torch's global one.
         eos: End-of-sequence ids; never pruned.
@@ -72,11 +72,16 @@ class Choosing:
         """One draw per row of probabilities [B, V], [B]."""
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
-    def ends(self, ids: Tensor) -> Tensor:
-        """Rows that end with the last of ids [B, T], bool [B]."""
+    def is_eos(self, ids: Tensor) -> Tensor:
+        """Rows whose last of ids [B, T] ends a sequence, bool [B]."""
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for eos in self.eos:
             ended |= ids[:, -1] == eos
+        return ended
+
+    def ends(self, ids: Tensor) -> Tensor:
+        """Rows that end with the last of ids [B, T], for any reason, bool [B]."""
+        ended = self.is_eos(ids)
         return ended if self.stopping is None else ended | self.stopping(ids)
 
 
@@ -145,6 +150,12 @@ class _Generation:
         self, model: SplitModel, ids: Tensor, plan: Plan, choosing: Choosing, max_new_tokens: int, ledger: Ledger
     ) -> None:
         self.model, self.plan, self.choosing, self.ledger = model, plan, choosing, ledger
+        if plan.pruning is not None and not model.head_is_plain:
+            kind = type(model.head).__name__
+            raise ValueError(
+                f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
+                "use vocabulary=None, or merge adapters and dequantise first"
+            )
         self.limit, self.prompt = max_new_tokens, ids.shape[1]
         self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), choosing.pad)], dim=1)
         self.length = ids.shape[1]  # tokens known, drafts included
@@ -197,12 +208,7 @@ class _Generation:
             if layer not in plan.thresholds:
                 continue
             exit = reader.at(layer, way.hidden)
-            with self.ledger.time("confidence"):
-                assert plan.measure is not None
-                confidences: list[float] = plan.measure(exit).clamp(-1, 1).tolist()
-            self.ledger.test(
-                len(way.rows), exit.logits.shape[1] if exit.is_read else None, pruned=plan.pruning is not None
-            )
+            confidences = exit.confidence()
             for row, confidence in zip(way.rows, confidences, strict=True):
                 read.confidences[row] = confidence
             tau = plan.threshold(layer, self.length - self.prompt, self.limit)
@@ -299,7 +305,8 @@ class _Generation:
         spent, self.billed = costs.flops - self.billed, costs.flops
         counted = set(rows)
         exit_layer = torch.tensor([layer if row in counted else 0 for row, layer in enumerate(layers)], device=device)
-        return Step(token, exit_layer, torch.tensor(confidences, device=device), active, self.prefill, spent)
+        confidence = torch.tensor(confidences, dtype=torch.float32, device=device)
+        return Step(token, exit_layer, confidence, active, self.prefill, spent)
 
     def settled(self, read: _Read) -> Iterator[Step]:
         """The step of a read whose tokens stand."""
@@ -321,7 +328,7 @@ class _Generation:
         self._append(torch.where(self.live, read.token, self.choosing.pad))
         self.drafts.append(read)
         if not deep:
-            ended = (self.choosing.ends(self.buffer[:, : self.length]) & self.live).any()
+            ended = (self.choosing.is_eos(self.buffer[:, : self.length]) & self.live).any()
             full = len(self.drafts) >= self.plan.policy.draft_length or self.length - self.prompt >= self.limit
             if not full and not bool(ended):
                 return

@@ -50,8 +50,9 @@ def _rotary_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor])
     if hasattr(layer, "input_layernorm"):  # OLMo 2 normalises after attention instead
         x = layer.input_layernorm(hidden)
     if hasattr(attention, "qkv_proj"):  # Phi-3
-        width = attention.num_key_value_heads * attention.head_dim
-        both = F.linear(x, attention.qkv_proj.weight[-2 * width :])
+        width, fused = attention.num_key_value_heads * attention.head_dim, attention.qkv_proj
+        plain = type(fused) is nn.Linear  # an adapter or a quantised layer is more than its weight
+        both = F.linear(x, fused.weight[-2 * width :]) if plain else fused(x)[..., -2 * width :]
         keys, values = both[..., :width], both[..., width:]
     else:
         keys, values = attention.k_proj(x), attention.v_proj(x)
@@ -186,6 +187,11 @@ class SplitModel:
         self.blocks: list[Any] = list(getattr(self.decoder, self.family.layers))
         self.num_layers = len(self.blocks)
         self.is_encoder_decoder = self.family.cross is not None
+        places = {p.device for p in model.parameters()}
+        if len(places) > 1 or torch.device("meta") in places:
+            raise UnsupportedModelError(
+                f"the model lies on {', '.join(sorted(map(str, places)))}; load it whole on one device, not offloaded"
+            )
         self.config: Any = self.decoder.config
         self.types, self.windows = self._layer_types()
         self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)
@@ -216,6 +222,17 @@ class SplitModel:
         """Where the model's inputs go."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def head_is_plain(self) -> bool:
+        """Whether the head is an ordinary linear layer, so that single rows of it can be read out."""
+        return type(self.head) is nn.Linear
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model still has the head that this object was made with."""
+        head: Any = self.model.get_submodule(self.family.head)
+        return head is self.head and head.weight.shape[0] == self.shape.vocabulary
 
     @property
     def max_positions(self) -> int | None:

@@ -86,7 +86,14 @@ class LanguageModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
-        self.split = SplitModel(model)
+        self._split = SplitModel(model)
+
+    @property
+    def split(self) -> SplitModel:
+        """The model, layer by layer; made anew if its head was exchanged or resized."""
+        if not self._split.is_current:
+            self._split = SplitModel(self.model)
+        return self._split
 
     @property
     def num_layers(self) -> int:
@@ -161,13 +168,7 @@ class LanguageModel:
             if not any(value.numel() for value in inputs.values()):
                 raise ValueError("the prompt is empty; give at least one token")
             return inputs
-        if not prompts:
-            raise ValueError("the batch is empty; give at least one prompt")
-        if isinstance(prompts[0], dict):
-            prompts = [prompts]
-        if not chat and len({isinstance(prompt, str) for prompt in prompts}) > 1:
-            raise ValueError("the batch mixes texts and chats; give one kind, or chat=True to make texts chats")
-        texts = [self._text(prompt, index, chat) for index, prompt in enumerate(prompts)]
+        texts = self._texts(prompts, chat)
         side, pad = self.tokenizer.padding_side, self.tokenizer.pad_token
         try:  # the tokenizer is the user's: leave it as it was
             self.tokenizer.padding_side = "right" if self.split.is_encoder_decoder else "left"
@@ -180,6 +181,18 @@ class LanguageModel:
         if not batch["input_ids"].shape[1]:
             raise ValueError("the prompt has no tokens; give at least one")
         return {name: batch[name].to(self.split.device) for name in ("input_ids", "attention_mask")}
+
+    def _texts(self, prompts: Sequence[Any], chat: bool) -> list[str]:
+        """The texts of a batch of one kind, chat template applied."""
+        if not prompts:
+            raise ValueError("the batch is empty; give at least one prompt")
+        if strange := [p for p in prompts if not isinstance(p, str | dict | list | tuple)]:
+            raise ValueError(f"a prompt is {strange[0]!r}; give texts, chats, or token ids as one tensor [B, T]")
+        if isinstance(prompts[0], dict):
+            prompts = [prompts]
+        if not chat and len({isinstance(prompt, str) for prompt in prompts}) > 1:
+            raise ValueError("the batch mixes texts and chats; give one kind, or chat=True to make texts chats")
+        return [self._text(prompt, index, chat) for index, prompt in enumerate(prompts)]
 
     def _text(self, prompt: Prompt, index: int, chat: bool) -> str:
         """The text of one prompt, chat template applied."""
@@ -223,6 +236,10 @@ class LanguageModel:
         ledger = Ledger(self.split.shape, self.split.device)
         if self.split.is_encoder_decoder:
             inputs = self._with_memory(inputs, ledger)
+        if options.pop("streamer", None) is not None:
+            raise ValueError("streamer is not supported here; iterate over stream(...) instead")
+        if stop_strings is not None and self.tokenizer is None:
+            raise ValueError("the model was loaded without a tokenizer, which stop_strings need")
         if stop_strings is not None:
             options["stopping_criteria"] = StoppingCriteriaList(
                 [*options.get("stopping_criteria", []), StopStringCriteria(self.tokenizer, stop_strings)]

@@ -47,7 +47,9 @@ class ExitPolicy:
         vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
         skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
             "defer": the state waits and goes through the deep layers with the next token that goes deep (exact cache).
-            "verify": as "defer", and the deep pass checks the tokens; output equals the full model's. Under "defer" and
+            "verify": as "defer", and the deep pass checks the tokens; output equals the full model's (up to rounding:
+            in low precision, ties of a chunk's and a single token's products may fall differently). Logits processors
+            must depend on nothing but the ids and scores they are given. Under "defer" and
             "verify" the rows of a batch advance in lock-step, and a step saves depth only if every row leaves.
         exit_layers: Test only after these layers (each in min_layer .. L-1); None: after all of them.
         decode_from: "logits", or "contrastive": the emitted token comes from the contrastive scores.

@@ -41,7 +41,7 @@ class Reader:
         """Prepare the test at `next_layer` (None: there is none): remember the state, and which tokens to score."""
         self.previous = exit.hidden
         pruning = self.plan.pruning
-        if pruning is None or next_layer is None or not exit.is_read:
+        if pruning is None or next_layer is None or not exit.judged:
             return
         have = self.kept.sizes if self.kept is not None else [pruning.first_size()] * len(confidences)
         sizes = [pruning.next_size(next_layer, size, c) for size, c in zip(have, confidences, strict=True)]
@@ -57,10 +57,11 @@ class Reader:
 
     def select(self, index: list[int]) -> None:
         """Keep some of the A rows."""
+        rows = torch.tensor(index, device=self.protected.device)
         self.kept = None if self.kept is None else self.kept.select(index)
-        self.previous = None if self.previous is None else self.previous[index]
-        self.inputs = {layer: x[index] for layer, x in self.inputs.items()}
-        self.earlier = {layer: z[index] for layer, z in self.earlier.items()}
+        self.previous = None if self.previous is None else self.previous[rows]
+        self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
+        self.earlier = {layer: z[rows] for layer, z in self.earlier.items()}
 
     def project(self, x: Tensor, *, full: bool = False) -> Tensor:
         """Logits in float32 of readout inputs [A, D], on the kept tokens if there are any."""
@@ -87,6 +88,7 @@ class Exit:
         self.candidates = tuple(c for c in reader.plan.candidates if c < layer)
         self.previous = reader.previous
         self.columns = reader.kept
+        self.judged = False  # whether the measure read the logits
         self._logits: Tensor | None = None
         self._input: Tensor | None = None
 
@@ -105,10 +107,16 @@ class Exit:
             self._logits = self.reader.project(self.input)
         return self._logits
 
-    @property
-    def is_read(self) -> bool:
-        """Whether any measure asked for logits."""
-        return self._logits is not None
+    def confidence(self) -> list[float]:
+        """The measure's values of the A rows, at most 1, moved to the host: the one synchronisation of a test."""
+        measure = self.reader.plan.measure
+        assert measure is not None
+        with self.reader.ledger.time("confidence"):
+            values: list[float] = measure(self).clamp(-1, 1).tolist()
+        self.judged = self._logits is not None
+        pruned = self.reader.plan.pruning is not None
+        self.reader.ledger.test(len(values), self.logits.shape[1] if self.judged else None, pruned=pruned)
+        return values
 
     @property
     def kept(self) -> bool:
@@ -122,8 +130,8 @@ class Exit:
             return None
         if self.columns is not None:
             return self.columns.scored
-        best = self.logits.topk(pruning.first_size(), dim=-1).indices
-        return torch.zeros_like(self.logits, dtype=torch.bool).scatter(1, best, value=True)
+        kept = Kept.best(self.logits, [pruning.first_size()] * len(self.logits), self.reader.protected)
+        return torch.zeros_like(self.logits, dtype=torch.bool).scatter(1, kept.ids, value=True)
 
     def earlier(self, layer: int, columns: Tensor | None = None) -> Tensor:
         """Logits of candidate `layer`, [A, K or V], or on some columns only, [A, M]."""
@@ -135,6 +143,8 @@ class Exit:
         if columns is None:
             reader.earlier[layer] = reader.project(x)
             return reader.earlier[layer]
+        if not reader.model.head_is_plain:
+            return self.earlier(layer).gather(1, columns)
         ids = columns if self.columns is None else self.columns.ids.gather(1, columns)
         with reader.ledger.time("select"):
             rows = reader.model.gather(ids)
@@ -147,12 +157,18 @@ class Exit:
         """The rows that stay, after `Reader.select` has dropped the others."""
         exit = Exit(self.reader, self.layer, self.hidden[index])
         exit._logits = None if self._logits is None else self._logits[index]
+        exit.judged = self.judged
         return exit
 
     def emission(self, index: list[int]) -> Tensor:
         """Scores over all V tokens, float32, of the rows that leave here, [len(index), V]."""
-        scores = self.logits
         plan = self.reader.plan
+        plain = plan.policy.decode_from == "logits"
+        if (
+            plain and self._logits is None and self.columns is None
+        ):  # the measure needed none: read the leaving rows only
+            return self.reader.project(self.input if len(index) == len(self.hidden) else self.input[index])
+        scores = self.logits
         if plan.policy.decode_from == "contrastive":
             with self.reader.ledger.time("confidence"):
                 scores = plan.measure.scores(self).log()  # type: ignore[union-attr]

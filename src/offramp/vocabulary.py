@@ -81,11 +81,11 @@ class Pruning:
 class Kept:
     """The kept tokens of A rows within one token step, best first, and the head's rows for them.
 
-    Protected ids (end of sequence) stand behind the ranked ones; where they are ranked as well, the copy behind is
-    masked, so nothing is counted twice. Rows of a batch may keep different numbers of ids: the shorter ones are masked.
+    Protected ids (end of sequence) stand behind the ranked ones: they are not ranked, not counted in K and never lost.
+    Rows of a batch may keep different numbers of ids: the shorter ones are masked.
 
     Args:
-        ids: Ranked ids, [A, K].
+        ids: Ranked ids, [A, K], none of them protected.
         sizes: How many of them each row keeps, A numbers up to K.
         protected: Ids that are always scored, [P].
         rows: The head's rows of all K + P ids, if already gathered.
@@ -94,17 +94,20 @@ class Kept:
     def __init__(self, ids: Tensor, sizes: list[int], protected: Tensor, rows: HeadRows | None = None) -> None:
         self.ranked, self.sizes, self.protected, self.rows = ids, sizes, protected, rows
         self.ids = torch.cat([ids, protected.expand(len(ids), -1)], dim=1)  # [A, K + P]
-        kept = torch.ones_like(ids, dtype=torch.bool)
-        if min(sizes) < ids.shape[1]:
+        self.scored = torch.ones_like(self.ids, dtype=torch.bool)  # [A, K + P]
+        self.ragged = min(sizes) < ids.shape[1]
+        if self.ragged:
             lengths = torch.tensor(sizes, device=ids.device)[:, None]
-            kept = torch.arange(ids.shape[1], device=ids.device) < lengths
-        repeated = ((ids[:, :, None] == protected) & kept[:, :, None]).any(1)  # [A, P]
-        self.scored = torch.cat([kept, ~repeated], dim=1)  # [A, K + P]
+            places = torch.arange(self.ids.shape[1], device=ids.device)
+            self.scored = (places < lengths) | (places >= ids.shape[1])
 
     @classmethod
     def best(cls, logits: Tensor, sizes: list[int], protected: Tensor) -> Kept:
-        """The `sizes[a]` best ids of each row of logits [A, V]."""
-        return cls(logits.topk(max(sizes), dim=-1).indices, sizes, protected)
+        """The `sizes[a]` best unprotected ids of each row of logits [A, V], or all that there are."""
+        others = logits.shape[1] - len(protected)
+        sizes = [min(size, others) for size in sizes]
+        ranked = logits.index_fill(1, protected, -torch.inf).topk(max(sizes), dim=-1).indices
+        return cls(ranked, sizes, protected)
 
     def gather(self, model: SplitModel) -> HeadRows:
         """The head's rows [A, K + P, D], copied once and reused by later tests of the token."""
@@ -113,11 +116,12 @@ class Kept:
         return self.rows
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Logits [A, K + P] in float32, with -inf at ids that are not kept or stand there twice."""
-        return logits.float().masked_fill(~self.scored, -torch.inf)
+        """Logits [A, K + P] in float32, with -inf where a row keeps fewer ids than the largest row."""
+        return logits.float().masked_fill(~self.scored, -torch.inf) if self.ragged else logits.float()
 
     def shrunk(self, logits: Tensor, sizes: list[int]) -> Kept:
         """The `sizes[a]` best ids of each row in the order of logits [A, K + P]; copies only the kept head rows."""
+        sizes = [min(pair) for pair in zip(sizes, self.sizes, strict=True)]
         order = logits[:, : self.ranked.shape[1]].topk(max(sizes), dim=-1).indices  # [A, K']
         rows = self.rows
         if rows is not None:
@@ -129,11 +133,10 @@ class Kept:
 
     def select(self, index: list[int]) -> Kept:
         """Some of the batch rows."""
-        rows = None if self.rows is None else self.rows.select(index)
-        return Kept(self.ranked[index], [self.sizes[i] for i in index], self.protected, rows)
+        rows = torch.tensor(index, device=self.ranked.device)
+        gathered = None if self.rows is None else self.rows.select(rows)
+        return Kept(self.ranked[rows], [self.sizes[i] for i in index], self.protected, gathered)
 
     def scatter(self, logits: Tensor, vocabulary: int) -> Tensor:
         """Logits [A, K + P] at their places among all V tokens, -inf elsewhere, [A, V]."""
-        scores = logits.new_full((len(logits), vocabulary), -torch.inf)
-        # A masked duplicate must not overwrite the ranked one: the larger value of the two wins.
-        return scores.scatter_reduce(1, self.ids, logits, "amax")
+        return logits.new_full((len(logits), vocabulary), -torch.inf).scatter(1, self.ids, logits)
