@@ -175,6 +175,15 @@ def test_verify_is_lossless_with_processors(name, kind, draft_length):
     assert out.sequences.tolist() == greedy(tiny(name), inputs, 16, **options).tolist()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+def test_a_static_exit_that_is_verified_drafts_every_token(name):
+    inputs = inputs_for(name, 2, padded=True)
+    policy = ExitPolicy("static", min_layer=2, skipped="verify", draft_length=3)
+    out = LanguageModel(tiny(name)).generate(inputs, policy=policy, max_new_tokens=12)
+    assert out.sequences.tolist() == greedy(tiny(name), inputs, 12).tolist()
+    assert {layer for row in out.exit_layers for layer in row} <= {2, LAYERS}
+
+
 def total_variation_bound(n, cells, failure):
     """Distance an empirical distribution of n draws exceeds with probability at most `failure` (Weissman, 2003)."""
     return math.sqrt(2 / n * (cells * math.log(2) - math.log(failure))) / 2

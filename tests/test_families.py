@@ -320,9 +320,7 @@ def test_pruning_needs_a_head_with_rows():
     model = copy.deepcopy(tiny("llama"))
     model.lm_head = Doubled(model.lm_head)
     lm, inputs = LanguageModel(model), inputs_for("llama")
-    with pytest.raises(
-        ValueError, match="single rows of the head, a Doubled, cannot be read"
-    ):
+    with pytest.raises(ValueError, match="single rows of the head, a Doubled, cannot be read"):
         lm.generate(inputs, policy=ExitPolicy(vocabulary="fixed"), max_new_tokens=3)
     for policy in (ExitPolicy(threshold=1.0), ExitPolicy("contrastive", 1.0, 2), ExitPolicy("jsd", 1.0, 3)):
         out = lm.generate(inputs, policy=policy, max_new_tokens=NEW)

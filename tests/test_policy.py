@@ -439,3 +439,13 @@ def test_a_policy_is_checked_again_when_it_is_changed():
     with pytest.raises(ValueError, match=r"1\.5"):
         dataclasses.replace(ExitPolicy(), threshold=1.5)
     assert dataclasses.replace(ExitPolicy(), threshold=0.5) == ExitPolicy(threshold=0.5)
+
+
+def test_chosen_exits_set_the_first_layer():
+    plan = ExitPolicy(exit_layers=(3, 6)).resolve(30, 1000)
+    assert (plan.min_layer, tuple(plan.thresholds)) == (3, (3, 6))
+
+
+def test_verify_and_contrast_at_full_depth_contradict_each_other():
+    with pytest.raises(ValueError, match="full model's own logits; leave contrast full away"):
+        ExitPolicy("jsd", skipped="verify", contrast=Contrast(full=True))

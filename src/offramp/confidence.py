@@ -102,6 +102,11 @@ def state_saturation(reading: Reading) -> Tensor:
     return torch.cosine_similarity(reading.hidden.float(), reading.previous.float(), dim=-1).clamp(-1, 1)
 
 
+def certain(reading: Reading) -> Tensor:
+    """1 for every row, [A]: always leave."""
+    return torch.ones(len(reading.hidden), device=reading.hidden.device)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """Options of the contrastive measures ("Early Exit LLMs", section on contrastive decoding; ACD, arXiv 2305.01628).

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, Contrastive
+from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, Contrastive, certain
 from offramp.files import write_json
 from offramp.vocabulary import KINDS, Pruning
 
@@ -39,10 +39,11 @@ class ExitPolicy:
 
     Attributes:
         confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "contrastive", "jsd",
-            "static" (always leaves after `min_layer`), or a callable (see `offramp.confidence.Confidence`).
+            "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a callable (see
+            `offramp.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
-        min_layer: Exits are tested after layers min_layer .. L-1. None: half the depth.
+        min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth.
         vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive".
         vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
         skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
@@ -102,6 +103,10 @@ class ExitPolicy:
         if self.decode_from == "contrastive" and self.confidence not in ("contrastive", "jsd"):
             raise ValueError(
                 f"decode_from='contrastive' needs confidence 'contrastive' or 'jsd', but it is {self.confidence!r}"
+            )
+        if self.skipped == "verify" and self.contrast.full:
+            raise ValueError(
+                "skipped='verify' checks tokens against the full model's own logits; leave contrast full away"
             )
 
     def _check_types(self) -> None:
@@ -247,14 +252,16 @@ class ExitPolicy:
             return Plan(self, num_layers, vocabulary, num_layers, {}, None, None, (), num_layers)
         if num_layers < 2:
             raise ValueError(f"a model of {num_layers} layer has no earlier layer to exit from")
-        first = self.min_layer if self.min_layer is not None else max(1, num_layers // 2)
+        first = self.min_layer or (self.exit_layers[0] if self.exit_layers else max(1, num_layers // 2))
         last = num_layers - 1
         if not 1 <= first <= last:
             raise ValueError(f"min_layer is {first}; a model of {num_layers} layers can exit after layers 1..{last}")
         if self.vocabulary_size is not None and self.vocabulary_size > vocabulary:
             raise ValueError(f"vocabulary_size is {self.vocabulary_size}; the model has {vocabulary} tokens")
-        if self.confidence == "static":
+        if self.confidence == "static" and self.skipped != "verify":
             return Plan(self, num_layers, vocabulary, first, {}, None, None, (), first)
+        if self.confidence == "static":
+            return Plan(self, num_layers, vocabulary, num_layers, {first: -math.inf}, certain, None, (), first)
         exits = self.exit_layers if self.exit_layers is not None else tuple(range(first, num_layers))
         if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
             raise ValueError(
