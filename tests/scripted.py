@@ -19,6 +19,7 @@ class ScriptedModel:
 
     is_encoder_decoder = False
     head_is_plain = True
+    exit_layers = ()
 
     def __init__(self, script) -> None:
         self.script = torch.as_tensor(script, dtype=torch.float32)  # [T, L, V], or [B, T, L, V]
@@ -59,7 +60,7 @@ class ScriptedModel:
     def fill(self, context, layer, skipped):
         self.filled.append((layer + 1, [int(slot) - self.prompt + 1 for slot in skipped.slots]))
 
-    def readout_input(self, hidden):
+    def readout_input(self, hidden, layer=None):
         row, slot, depth = (x.long() for x in hidden.unbind(-1))
         step = (slot - self.prompt + 1).clamp(0, self.script.shape[1] - 1)
         return self.script[row.clamp(max=len(self.script) - 1), step, depth - 1]
@@ -67,8 +68,8 @@ class ScriptedModel:
     def project(self, x, rows=None):
         return x if rows is None else torch.bmm(rows.weight, x[:, :, None])[:, :, 0]
 
-    def readout(self, hidden):
-        return self.project(self.readout_input(hidden))
+    def readout(self, hidden, layer=None):
+        return self.project(self.readout_input(hidden, layer))
 
     def gather(self, ids):
         return HeadRows(F.one_hot(ids, len(self.head)).float(), None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from offramp import ExitPolicy, LanguageModel
+from offramp import ExitPolicy, Exits, LanguageModel
 from offramp.costs import PARTS, Ledger
 from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, inputs_for, tiny
 
@@ -44,6 +44,25 @@ def test_flops_equal_the_counters(name, policy, batch):
     # The rotation's angles are a product, too: 1 multiply-add per token and angle, which the ledger leaves out.
     slack = 0.005 if name in DECODER_ONLY else 1e-9
     assert out.costs.flops == pytest.approx(counter.get_total_flops(), rel=slack)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_flops_with_lenses_equal_the_counters(name, policy, rank):
+    lm, inputs = LanguageModel(eager(name)), inputs_for(name, 3, padded=True)
+    before = lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=6).costs
+    lm.attach_exits(Exits.fresh(lm.split, (1, 2, 3), rank))  # they change nothing but the costs
+    with FlopCounterMode(display=False) as counter:
+        after = lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=6).costs
+    assert after.flops == pytest.approx(counter.get_total_flops(), rel=0.005 if name == "llama" else 1e-9)
+    lens = 32 * 32 if rank is None else 2 * 32 * rank
+    more = after.parts["readout"].flops - before.parts["readout"].flops
+    assert after.flops - before.flops == more
+    assert more % (2 * lens) == 0
+    assert (more > 0) == (policy != "full")
+    bytes_more = after.parts["readout"].bytes - before.parts["readout"].bytes
+    assert 0 < bytes_more <= 4 * lens * (more // (2 * lens)) if more else bytes_more == 0
 
 
 def test_parts_of_a_static_run_by_hand():

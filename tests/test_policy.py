@@ -58,16 +58,18 @@ def policies(draw):
         several = st.lists(one_threshold, min_size=len(exit_layers), max_size=len(exit_layers)).map(tuple)
     vocabulary = draw(st.sampled_from([None, "fixed", "decaying", "adaptive"]))
     contrastive = confidence in {"contrastive", "jsd"}
+    contrast = draw(contrasts) if contrastive else Contrast()
+    skipped = ["propagate", "defer", *([] if contrast.full else ["verify"])]  # which are refused together
     return ExitPolicy(
         confidence=confidence,
         threshold=draw(st.none() | one_threshold | several),
         min_layer=min_layer,
         vocabulary=vocabulary,
         vocabulary_size=draw(st.none() | st.integers(2, 10**6)) if vocabulary else None,
-        skipped=draw(st.sampled_from(["propagate", "defer", "verify"])),
+        skipped=draw(st.sampled_from(skipped)),
         exit_layers=exit_layers,
         decode_from=draw(st.sampled_from(["logits", "contrastive"])) if contrastive else "logits",
-        contrast=draw(contrasts) if contrastive else Contrast(),
+        contrast=contrast,
         vocabulary_floor=draw(st.none() | st.integers(2, 10**6)) if vocabulary else None,
         vocabulary_start=draw(st.none() | st.integers(2, 10**6)) if vocabulary else None,
         vocabulary_shrink=draw(st.floats(0.01, 1)) if vocabulary else 0.9,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offramp.confidence import Contrast as Contrast
     from offramp.costs import Costs as Costs
     from offramp.decoding import Step as Step
+    from offramp.exits import Exits as Exits
     from offramp.families import SplitModel as SplitModel
     from offramp.families import UnsupportedModelError as UnsupportedModelError
     from offramp.language_model import Generation as Generation
@@ -29,6 +30,7 @@ _HOMES = {
     "load": "models",
     "LanguageModel": "language_model",
     "Generation": "language_model",
+    "Exits": "exits",
     "ModelError": "packaged",
     "UnsupportedModelError": "families",
     # when to leave

@@ -33,20 +33,21 @@ Progress = Callable[[int, int, str], None]
 def default_arms(
     lm: LanguageModel, *, threshold: float = 0.9, min_layer: int | None = None
 ) -> dict[str, ExitPolicy | None]:
-    """The two full models, static exits, and each way of testing.
+    """The two full models, static exits (trained ones where the model has any), and each way of testing.
 
     One threshold serves all measures although they do not compare: read exit layer and agreement next to the speed.
 
     Args:
         lm: The model.
         threshold: Of all tests.
-        min_layer: First layer tested; None: half the depth.
+        min_layer: First layer tested; None: half the depth, or at the model's trained exits.
 
     Returns:
         Policies by name. "defer + fixed" and "verify + fixed" are "softmax + fixed" with exact keys and values.
     """
-    depth = lm.num_layers
-    statics = sorted(layer for layer in {depth // 2, 3 * depth // 4, depth - 2} if 1 <= layer < depth)
+    depth, trained = lm.num_layers, lm.split.exit_layers
+    places = {trained[len(trained) * i // 4] for i in (1, 2, 3)} if trained else {depth // 2, 3 * depth // 4, depth - 2}
+    statics = sorted(layer for layer in places if 1 <= layer < depth)
     softmax = ExitPolicy(threshold=threshold, min_layer=min_layer)
     fixed = replace(softmax, vocabulary="fixed")
     jsd = replace(softmax, confidence="jsd")
@@ -154,7 +155,7 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     for arm, policy in arms.items():
         if policy is not None:
-            policy.resolve(lm.num_layers, lm.vocabulary)
+            policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
             if script_of(policy) is not None and counts["batch_size"] > 1:
                 raise ValueError(f"batch_size is {counts['batch_size']}, but arm {arm!r} is scripted: use batch_size=1")
 
@@ -258,6 +259,7 @@ def _conditions(
         "layers": lm.num_layers,
         "width": shape.width,
         "vocabulary": shape.vocabulary,
+        **({"trained_exits": list(lm.split.exit_layers)} if lm.split.exit_layers else {}),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "attention": str(lm.split.config._attn_implementation),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -16,7 +16,7 @@ import torch
 
 PARTS = ("encoder", "blocks", "fill", "readout", "pruned_readout", "select", "confidence")
 """encoder · blocks (attention, FFN, first-visit cross keys and values) · fill (keys and values of skipped layers) ·
-readout (all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself)."""
+readout (lenses; all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class ModelShape:
         element_size: Bytes per weight.
         encoder_weights: Weights each encoder position is multiplied with.
         encoder_attention_width: Query width summed over the encoder's layers.
+        lenses: Weights of the lens after each of layers 1..L, 0 where there is none; empty without trained exits.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -59,6 +60,7 @@ class ModelShape:
     element_size: int
     encoder_weights: int = 0
     encoder_attention_width: int = 0
+    lenses: tuple[int, ...] = ()
 
     def block_flops(self, layer: int, queries: int, start: int, memory: int = 0) -> int:
         """FLOPs of block `layer` (0-based) for `queries` tokens of one row that come after `start` cached ones."""
@@ -74,6 +76,10 @@ class ModelShape:
     def readout_flops(self, rows: int | None = None) -> int:
         """FLOPs of reading one state out on `rows` kept tokens (None: all V)."""
         return 2 * self.width * (self.vocabulary if rows is None else rows)
+
+    def lens_weights(self, layer: int) -> int:
+        """Weights of the lens after `layer`, 1..L; 0 where there is none."""
+        return self.lenses[layer - 1] if self.lenses else 0
 
     def encoder_flops(self, positions: int) -> int:
         """FLOPs of the encoder for one row of `positions` outputs."""
@@ -236,6 +242,11 @@ class Ledger:
     def fill(self, layer: int, tokens: int) -> None:
         """Keys and values of `tokens` tokens that skipped a layer, in one product."""
         self._add("fill", tokens * self.shape.fill_flops(layer), self.shape.blocks[layer].kv_weights)
+
+    def lens(self, layer: int, states: int) -> None:
+        """The lens after `layer`, if there is one, on `states` states."""
+        weights = self.shape.lens_weights(layer)
+        self._add("readout", states * 2 * weights, weights)
 
     def readout(self, states: int) -> None:
         """A readout of `states` states on the full vocabulary, in one product."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from offramp.costs import Costs, Ledger
 from offramp.decoding import Choosing, Step, decode
 from offramp.families import SplitModel
 from offramp.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    from offramp.exits import Exits
 
 
 @dataclass
@@ -136,10 +139,11 @@ class CustomGenerate:
 
     Args:
         policy: The exit policy.
+        exits: Exits trained for the model.
     """
 
-    def __init__(self, policy: ExitPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: ExitPolicy, exits: Exits | None = None) -> None:
+        self.policy, self.exits = policy, exits
 
     def __call__(
         self,
@@ -159,6 +163,7 @@ class CustomGenerate:
             Sequences [B, T], or an `EarlyExitOutput` with `return_dict_in_generate=True`.
         """
         split = SplitModel(model)
+        split.exits = self.exits
         ledger = Ledger(split.shape, input_ids.device)
         prepared = prepare(split, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         steps: list[Step] = []

@@ -132,7 +132,7 @@ def decode(
     Raises:
         ValueError: The policy does not fit the model.
     """
-    plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary)
+    plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary, model.exit_layers)
     ledger = ledger or Ledger(model.shape, ids.device)
     generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger)
     read = generation.first(mask, memory, memory_mask)
@@ -244,7 +244,8 @@ class _Generation:
             scores = reader.at(plan.last, way.hidden).emission(list(range(len(way.rows))))
         else:
             with self.ledger.time("readout"):
-                scores = self.model.readout(way.hidden).float()
+                scores = self.model.readout(way.hidden, plan.last).float()
+            self.ledger.lens(plan.last, len(scores))
             self.ledger.readout(len(scores))
         self._put(read, way.rows, scores, plan.last)
 

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from transformers.masking_utils import (
 from offramp.cache import LayerCache
 from offramp.costs import BlockShape, ModelShape
 from offramp.state import Context, Frame, HeadRows, Skipped, State
+
+if TYPE_CHECKING:
+    from offramp.exits import Exits
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
 
@@ -201,6 +204,7 @@ class SplitModel:
         self.rotary: Any = rotary
         self.rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         self.shape = self._shape()
+        self._exits: Exits | None = None
 
     def _layer_types(self) -> tuple[list[str], list[int | None]]:
         """Attention type and sliding window of every block."""
@@ -424,8 +428,39 @@ class SplitModel:
 
     # ------------------------------------------------------------ readout
 
-    def readout_input(self, hidden: Tensor) -> Tensor:
-        """What the head multiplies: the final norm, recomputed on this state, and T5's scale. Any shape [..., D]."""
+    @property
+    def exits(self) -> Exits | None:
+        """The trained exits, in the model's number format and place; what was set, if it is that already."""
+        return self._exits
+
+    @exits.setter
+    def exits(self, exits: Exits | None) -> None:
+        width, layers = self.shape.width, range(1, self.num_layers + 1)
+        if exits is not None and (exits.num_layers, exits.width) != (self.num_layers, width):
+            raise ValueError(
+                f"the exits are for {exits.num_layers} layers of width {exits.width}, but the model has "
+                f"{self.num_layers} of width {width}; attach exits that were made for it"
+            )
+        self._exits = None if exits is None else exits.placed(self.model.dtype, self.device)
+        self.shape = replace(self.shape, lenses=() if exits is None else tuple(map(exits.weights, layers)))
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers with a trained exit, ascending; none without."""
+        return () if self._exits is None else self._exits.layers
+
+    def readout_input(self, hidden: Tensor, layer: int | None = None) -> Tensor:
+        """What the head multiplies: the final norm, recomputed on this state, and T5's scale. Any shape [..., D].
+
+        Args:
+            hidden: Residual states, [..., D].
+            layer: The layer they are after: its lens comes first, if it has one. None: no lens.
+
+        Returns:
+            Readout inputs, [..., D].
+        """
+        if layer is not None and self._exits is not None:
+            hidden = self._exits.adapt(layer, hidden)
         x: Tensor = self.norm(hidden)
         return x if self.scale is None else x * self.scale
 
@@ -460,9 +495,17 @@ class SplitModel:
             bias = self.model.final_logits_bias[0]
         return HeadRows(self.head.weight[ids], None if bias is None else bias[ids])
 
-    def readout(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of residual states [..., D] of any layer, as the model computes them after the last."""
-        return self.project(self.readout_input(hidden))
+    def readout(self, hidden: Tensor, layer: int | None = None) -> Tensor:
+        """Logits [..., V] of residual states [..., D], as the model computes them after the last layer.
+
+        Args:
+            hidden: Residual states, [..., D].
+            layer: As for `readout_input`.
+
+        Returns:
+            Logits, [..., V].
+        """
+        return self.project(self.readout_input(hidden, layer))
 
     # ------------------------------------------------------------ sizes
 

@@ -1,9 +1,10 @@
-"""Writing files so that an interrupted write leaves the old file, or none."""
+"""Writing files and folders so that an interrupted write leaves the old one, or none."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +32,24 @@ def write_json(path: Path, values: Any) -> None:
     """Write one JSON document, atomically; NaN is refused, as JSON has none."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then put it in the place of `path`; on any failure undo it.
+
+    Whether what is there may go is for the caller to know. A process killed between the two renames leaves the old
+    folder beside `path`, in a hidden folder named after it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    new, old = work / "new", work / "old"
+    try:
+        new.mkdir()
+        write(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(work, ignore_errors=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList,
 from offramp.costs import Costs, Ledger
 from offramp.custom_generate import Prepared, prepare
 from offramp.decoding import Step
+from offramp.exits import Exits, fingerprint
 from offramp.families import SplitModel
 from offramp.policy import ExitPolicy
 
@@ -87,13 +89,48 @@ class LanguageModel:
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
         self._split = SplitModel(model)
+        self._exits: Exits | None = None
 
     @property
     def split(self) -> SplitModel:
         """The model, layer by layer; made anew if its head was exchanged or resized."""
         if not self._split.is_current:
             self._split = SplitModel(self.model)
+            self._split.exits = self._exits
         return self._split
+
+    @property
+    def exits(self) -> Exits | None:
+        """The trained exits as they were attached, in float32; None: every layer reads out with norm and head alone."""
+        return self._exits
+
+    def attach_exits(self, exits: Exits | None) -> None:
+        """Read out through trained exits from now on; None: without any.
+
+        A policy that names neither `min_layer` nor `exit_layers` then tests at their layers. A model that is not in
+        float32 works with a copy: attach them again after training them further.
+
+        Raises:
+            ValueError: They are for another number of layers or another width. (Whether they were made for these very
+                weights is checked by `offramp.load`.)
+        """
+        self.split.exits = exits
+        self._exits = exits
+
+    def save_exits(self, path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> None:
+        """Write the attached exits to a folder for `offramp.load(name, exits=path)`, as exits for this model as it is.
+
+        Args:
+            path: A new or empty folder, or one with nothing but exits, which are replaced.
+            settings: How they were trained, as JSON values; None: those they have.
+
+        Raises:
+            ValueError: No exits are attached.
+            FileExistsError: There is something else of that name; it is left alone.
+        """
+        if self._exits is None:
+            raise ValueError("the model has no trained exits to save; train some and attach them with attach_exits")
+        self._exits.save(path, settings=settings, model=self.name, fingerprint=fingerprint(self.model))
 
     @property
     def num_layers(self) -> int:

@@ -94,12 +94,12 @@ def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None =
 
 
 def read_layers(split: SplitModel, states: Tensor) -> Readings:
-    """Read states of all layers [L, N, D] out, a few positions at a time."""
+    """Read states of all layers [L, N, D] out, through their lenses, a few positions at a time."""
     parts = []
     for chunk in torch.split(states, max(16, (1 << 22) // split.shape.vocabulary), dim=1):
         final, layers = None, []
-        for hidden in chunk.flip(0):  # from layer L, which decides on the final tokens, down
-            logits = split.readout(hidden).float()  # [n, V]
+        for layer in range(len(chunk), 0, -1):  # from layer L, which decides on the final tokens, down
+            logits = split.readout(chunk[layer - 1], layer).float()  # [n, V]
             final = logits.argmax(-1, keepdim=True) if final is None else final
             top = logits.topk(2, dim=-1).values
             scratch = torch.gt(logits, logits.gather(-1, final), out=torch.empty_like(logits))

@@ -26,6 +26,7 @@ def load(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
+    exits: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
 
@@ -40,21 +41,30 @@ def load(
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, or the torch dtype of that name.
         device: Where to put the model; None is the CPU.
+        exits: Folder with exits trained for this model, as `LanguageModel.save_exits` writes it.
 
     Returns:
         The model with its tokenizer, which is None for a local folder without one: prompts must then be token ids.
 
     Raises:
         ValueError: The dtype or the device is not one of those available.
-        ModelError: There is no such model, or it is damaged, incomplete or not a language model.
+        ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
+            damaged or were made for another model.
     """
     torch_dtype, torch_device = named_dtype(dtype), _torch_device(device)
     source, local = _resolve(name)
+    from offramp.exits import Exits
+
+    trained = None if exits is None else Exits.load(exits)  # before the model, which takes longer
     model, tokenizer = _from_pretrained(source, torch_dtype, local=local)
     from offramp.language_model import LanguageModel
 
     title = str(name) if name in PACKAGED or not local else Path(name).expanduser().resolve().name
-    return LanguageModel(model.to(torch_device), tokenizer, name=title)
+    lm = LanguageModel(model.to(torch_device), tokenizer, name=title)
+    if trained is not None and exits is not None:
+        trained.require(lm.split, title, exits)
+        lm.attach_exits(trained)
+    return lm
 
 
 # Arguments

@@ -9,13 +9,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, Contrastive, certain
 from offramp.files import write_json
 from offramp.vocabulary import KINDS, Pruning
+
+if TYPE_CHECKING:
+    from offramp.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
 
@@ -43,7 +46,8 @@ class ExitPolicy:
             `offramp.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
-        min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth.
+        min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
+            (see there for models with trained exits).
         vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive".
         vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
         skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
@@ -52,7 +56,8 @@ class ExitPolicy:
             in low precision, ties of a chunk's and a single token's products may fall differently). Logits processors
             must depend on nothing but the ids and scores they are given. Under "defer" and
             "verify" the rows of a batch advance in lock-step, and a step saves depth only if every row leaves.
-        exit_layers: Test only after these layers (each in min_layer .. L-1); None: after all of them.
+        exit_layers: Test only after these layers (each in min_layer .. L-1); None: after all of them, or, if the model
+            has trained exits and `min_layer` is None too, after those.
         decode_from: "logits", or "contrastive": the emitted token comes from the contrastive scores.
         contrast: Options of the contrastive measures.
         vocabulary_floor: Smallest size the decaying and adaptive rules reach; None: ⌈V / 128⌉, at least 2.
@@ -233,14 +238,21 @@ class ExitPolicy:
 
     # ------------------------------------------------------------ use
 
-    def custom_generate(self) -> Callable[..., Any]:
-        """A decoding method for `model.generate(**inputs, custom_generate=policy.custom_generate())`."""
+    def custom_generate(self, exits: Exits | None = None) -> Callable[..., Any]:
+        """A decoding method for `model.generate(**inputs, custom_generate=policy.custom_generate())`.
+
+        Args:
+            exits: Exits trained for the model, such as `lm.exits`.
+
+        Returns:
+            What `generate` takes.
+        """
         from offramp.custom_generate import CustomGenerate
 
-        return CustomGenerate(self)
+        return CustomGenerate(self, exits)
 
-    def resolve(self, num_layers: int, vocabulary: int) -> Plan:
-        """The policy for a model of L layers and V tokens.
+    def resolve(self, num_layers: int, vocabulary: int, exits: tuple[int, ...] = ()) -> Plan:
+        """The policy for a model of L layers and V tokens, with trained exits after layers `exits`.
 
         Returns:
             What decoding follows, with all defaults filled in.
@@ -248,6 +260,8 @@ class ExitPolicy:
         Raises:
             ValueError: A layer is outside 1..L-1, the vocabulary size above V, or the thresholds do not fit the exits.
         """
+        if exits and self.min_layer is None and self.exit_layers is None:
+            return replace(self, exit_layers=exits).resolve(num_layers, vocabulary)
         if num_layers < 2 and self == ExitPolicy(threshold=None):
             return Plan(self, num_layers, vocabulary, num_layers, {}, None, None, (), num_layers)
         if num_layers < 2:

@@ -2,7 +2,8 @@
 
 The full model writes; then every layer is read out at each of those positions, in one pass, and compared with the last.
 All of it describes the model as it is: keys and values are those of the full model, as if earlier tokens had not left
-early, so real exits do a little worse.
+early, so real exits do a little worse. Layers with a trained exit are read through its lens, and its FLOPs count; the
+others are read as they are, and tested as well.
 """
 
 from __future__ import annotations
@@ -234,7 +235,8 @@ def probe(
                 progress(done, total)
     readings = Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
     first = max(1, depth // 2) if min_layer is None else min_layer
-    return summarise(readings, lm.split.shape, first, model=lm.name, source=source, examples=total)
+    name = f"{lm.name} with trained exits" if lm.exits is not None else lm.name
+    return summarise(readings, lm.split.shape, first, model=name, source=source, examples=total)
 
 
 # ---------------------------------------------------------------- summarising

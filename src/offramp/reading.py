@@ -30,8 +30,13 @@ class Reader:
 
     def capture(self, layer: int, hidden: Tensor) -> None:
         """Keep the readout input of a candidate layer."""
-        with self.ledger.time("confidence"):
-            self.inputs[layer] = self.model.readout_input(hidden)
+        self.inputs[layer] = self.input(layer, hidden)
+
+    def input(self, layer: int, hidden: Tensor) -> Tensor:
+        """Readout inputs of states [A, D] after `layer`."""
+        with self.ledger.time("readout"):
+            self.ledger.lens(layer, len(hidden))
+            return self.model.readout_input(hidden, layer)
 
     def at(self, layer: int, hidden: Tensor) -> Exit:
         """The reading after `layer`, for states [A, D]."""
@@ -96,8 +101,7 @@ class Exit:
     def input(self) -> Tensor:
         """The readout input, [A, D]."""
         if self._input is None:
-            with self.reader.ledger.time("readout"):
-                self._input = self.reader.model.readout_input(self.hidden)
+            self._input = self.reader.input(self.layer, self.hidden)
         return self._input
 
     @property

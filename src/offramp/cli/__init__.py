@@ -1,4 +1,4 @@
-"""The command line: `offramp probe`, `offramp generate`, `offramp bench`. Parsing and printing, nothing else.
+"""The command line: `offramp` with `probe`, `train`, `generate` and `bench`. Parsing and printing, nothing else.
 
 Results go to standard output, everything about them (progress, notes, errors) to standard error. Exit status: 0 done,
 1 failed, 2 wrong usage.
@@ -15,6 +15,7 @@ import typer
 from offramp.cli.bench import bench
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
+from offramp.cli.train import train
 
 app = typer.Typer(
     name="offramp",
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(probe)
+app.command()(train)
 app.command()(generate)
 app.command()(bench)
 

@@ -29,6 +29,7 @@ def bench(
     min_layer: o.MinLayer = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
+    exits: o.Exits = None,
     seed: Annotated[int, typer.Option(help="Of the order of the arms and of random models.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw the table there.")] = None,
     json: o.JsonPath = None,
@@ -42,6 +43,8 @@ def bench(
 
     if (model is None) == (random is None):
         raise typer.BadParameter("give a MODEL or --random SHAPE, one of them")
+    if random is not None and exits is not None:
+        raise typer.BadParameter("a --random model has no trained exits; leave --exits away")
     if random is not None:
         o.note(f"building a random {random}")
         lm = random_t5(random, dtype=named_dtype(dtype), seed=seed)
@@ -49,7 +52,7 @@ def bench(
         arms = scripted_arms(lm, tokens=max_new_tokens, min_layer=min_layer, seed=seed)
     else:
         assert model is not None
-        lm = offramp.load(model, dtype=dtype, device=device)
+        lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
         texts = o.prompts_from(prompts, count)
         arms = default_arms(lm, threshold=threshold, min_layer=min_layer)
     with o.progress("timing") as progress:

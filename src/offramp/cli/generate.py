@@ -29,6 +29,7 @@ def generate(
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
     policy: o.PolicyFile = None,
+    exits: o.Exits = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
     max_new_tokens: o.MaxNewTokens = 64,
@@ -45,17 +46,18 @@ def generate(
 ) -> None:
     """Continue prompts, token by token, each leaving the network where the policy says.
 
-    Without any exit option the full model answers; --skipped verify gives the same text with exits.
+    Without any exit option the full model answers; --skipped verify gives the same text with exits. With
+    --exits and without --min-layer, tokens are tested after the layers that have a trained exit.
     """
     import offramp
 
-    exits = o.policy_from(
+    rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
         vocabulary_size=vocabulary_size, skipped=skipped,
     )  # fmt: skip
     texts = prompts or [_standard_input()]
-    lm = offramp.load(model, dtype=dtype, device=device)
-    _explain(lm, exits)
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    _explain(lm, rule)
     settings = {
         "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop_strings": stop,
@@ -63,12 +65,13 @@ def generate(
     given = {name: value for name, value in settings.items() if value is not None}
     in_template = lm.has_chat_template if chat is None else chat
     results = [
-        _one(lm, text, exits, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
+        _one(lm, text, rule, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
     ]
     o.write_result(
         {
             "schema": "offramp/generate/1", "model": model, "dtype": dtype, "num_layers": lm.num_layers,
-            "policy": None if exits is None else exits.to_dict(), "options": {**given, "chat": in_template},
+            "trained_exits": list(lm.split.exit_layers),
+            "policy": None if rule is None else rule.to_dict(), "options": {**given, "chat": in_template},
             "generations": results,
         },
         json,
@@ -88,16 +91,18 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     if policy is None:
         o.note(f"full depth, {lm.num_layers} layers; exits: see --confidence, --threshold, --min-layer, --skipped")
         return
-    plan = policy.resolve(lm.num_layers, lm.vocabulary)
+    plan = policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     if not plan.thresholds:
         return
     shape, head = lm.split.shape, ratios(lm.split.shape)[0]
     kept = None if plan.pruning is None else plan.pruning.first_size()
-    pays = break_even(shape, plan.min_layer, kept)
+    pays = break_even(shape, plan.min_layer, kept, len(plan.thresholds))
+    every = len(plan.thresholds) == plan.num_layers - plan.min_layer
+    where = f"from layer {plan.min_layer}" if every else f"after layers {', '.join(map(str, plan.thresholds))}"
     tests = "all tokens" if kept is None else f"{kept} kept tokens"
     o.note(
-        f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested from layer "
-        f"{plan.min_layer} on {tests}, a token saves FLOPs by leaving before layer {pays:.1f}"
+        f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} on {tests}, "
+        f"a token saves FLOPs by leaving before layer {pays:.1f}"
     )
 
 
@@ -110,7 +115,8 @@ def _one(
     from offramp.cli.show import Painter
 
     console = Console(quiet=quiet, soft_wrap=True)
-    first = lm.num_layers if policy is None else policy.resolve(lm.num_layers, lm.vocabulary).min_layer
+    first, trained = lm.num_layers, lm.split.exit_layers
+    first = first if policy is None else policy.resolve(first, lm.vocabulary, trained).min_layer
     painter = Painter(console, lm.tokenizer, lm.num_layers, first, show_exits=show_exits)
     if show_exits:
         painter.legend()

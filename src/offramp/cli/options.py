@@ -45,6 +45,9 @@ Skipped = Annotated[
     str | None,
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),
 ]
+Exits = Annotated[
+    Path | None, typer.Option("--exits", metavar="FOLDER", help="Read out through exits trained for this model.")
+]
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="Policy saved as JSON; the options above override it.")
 ]
@@ -102,6 +105,8 @@ def progress(label: str) -> Iterator[Any]:
     with tqdm(desc=label, file=sys.stderr, dynamic_ncols=True, leave=False, disable=None) as bar:
 
         def update(done: int, total: int, what: str = "") -> None:
+            if bar.total is None:
+                bar.initial = done  # a run that is continued: what was done before takes no time now
             bar.total, bar.n = total, done
             bar.set_postfix_str(what, refresh=False)
             bar.refresh()

@@ -22,9 +22,10 @@ def probe(
     min_layer: o.MinLayer = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
+    exits: o.Exits = None,
     chat: o.Chat = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where pictures go; default: runs/probe-MODEL.")
+        Path | None, typer.Option(metavar="FOLDER", help="Where pictures go; default: runs/probe-MODEL[-exits].")
     ] = None,
     json: o.JsonPath = None,
 ) -> None:
@@ -36,14 +37,14 @@ def probe(
         raise typer.BadParameter("give --prompts or --text, not both")
     texts = None if text is None else [path.read_text(encoding="utf-8") for path in text]
     given = o.prompts_from(prompts, count) if texts is None and (prompts or count) else None
-    lm = offramp.load(model, dtype=dtype, device=device)
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:
         result = look(
             lm, given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
         )
     if str(json) != "-":
         typer.echo(result.table())
-    folder = out or Path("runs") / f"probe-{Path(model).name}"
+    folder = out or Path("runs") / f"probe-{Path(model).name}{'' if exits is None else '-exits'}"
     for path in result.save(folder):
         o.note(f"wrote {path}")
     o.write_result(result.to_dict(), json)

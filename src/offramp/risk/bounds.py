@@ -1,0 +1,274 @@
+"""P-values for "the risk is above `tolerance`", from one loss per prompt of independent prompts.
+
+If the mean loss of new prompts is `tolerance` or more, a p-value is at most u with probability at most u; for every
+number of prompts, with no approximation. A setting whose p-value is at most `failure` is certified (how to go through
+several settings: `offramp.risk.control`). All bounds share one call signature, `Bound`:
+
+    p = hoeffding_bentkus(losses, tolerance)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from offramp.risk.losses import TIE, Losses, checked
+
+_OfMean: TypeAlias = "Callable[[float, Any, float], Any]"  # mean, n, tolerance -> p, for one n or many
+
+_SCANNED = 2**17  # numbers of prompts tried one by one
+_MOST = 2**40
+_MOST_GENERAL = 2**20  # for bounds that need the losses themselves
+
+
+class Bound(Protocol):
+    """A valid p-value for "the risk is above tolerance"; a plain function or a `functools.partial` of one."""
+
+    def __call__(self, losses: Losses, tolerance: float, /) -> float:
+        """The p-value in [0, 1] of losses [N]."""
+        ...
+
+
+def check_level(name: str, value: float) -> None:
+    """Refuse what is no probability strictly between 0 and 1.
+
+    Raises:
+        ValueError: The value is outside (0, 1).
+    """
+    if not 0 < value < 1:
+        raise ValueError(f"{name} is {value}; allowed are values strictly between 0 and 1, e.g. 0.05")
+
+
+# ---------------------------------------------------------------- from the mean
+
+
+def _at_most(count: Any, n: Any, probability: float) -> Any:
+    """P(Bin(n, probability) <= count), exactly, for whole numbers 0 <= count <= n."""
+    below = np.minimum(count, n - 1)  # the integral is not defined for count = n
+    return np.where(count >= n, 1.0, special.betaincc(below + 1.0, np.asarray(n - below, dtype=float), probability))
+
+
+def _hoeffding(mean: float, n: Any, tolerance: float) -> Any:
+    return np.exp(-2.0 * n * max(0.0, tolerance - mean) ** 2)
+
+
+def _hoeffding_signed(mean: float, n: Any, tolerance: float) -> Any:
+    return np.exp(-0.5 * n * max(0.0, tolerance - mean) ** 2)
+
+
+def _hoeffding_bentkus(mean: float, n: Any, tolerance: float) -> Any:
+    low = min(mean, tolerance)
+    divergence = special.rel_entr(low, tolerance) + special.rel_entr(1 - low, 1 - tolerance)
+    bentkus = math.e * _at_most(np.ceil(n * mean - TIE), n, tolerance)
+    return np.minimum(np.exp(-n * max(0.0, divergence)), bentkus)
+
+
+def _binomial(mean: float, n: Any, tolerance: float) -> Any:
+    return _at_most(np.ceil(n * mean - TIE), n, tolerance)
+
+
+def _p(of_mean: _OfMean, losses: NDArray[np.float64], tolerance: float) -> float:
+    check_level("tolerance", tolerance)
+    n = len(losses)
+    return float(of_mean(math.fsum(losses.tolist()) / n, n, tolerance))
+
+
+def hoeffding(losses: Losses, tolerance: float) -> float:
+    """Hoeffding (1963), exp(-2n·max(0, tolerance - mean)²), for losses in [0, 1]; what CALM uses.
+
+    Args:
+        losses: One per prompt, [N].
+        tolerance: Mean loss to be ruled out, in (0, 1).
+
+    Returns:
+        The p-value, in [0, 1].
+
+    Raises:
+        ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
+    """
+    return _p(_hoeffding, checked(losses, 0, 1), tolerance)
+
+
+def hoeffding_signed(losses: Losses, tolerance: float) -> float:
+    """Hoeffding (1963) for losses in [-1, 1]: their range is 2, so exp(-n·max(0, tolerance - mean)²/2).
+
+    Args:
+        losses: One per prompt, [N].
+        tolerance: Mean loss to be ruled out, in (0, 1).
+
+    Returns:
+        The p-value, in [0, 1].
+
+    Raises:
+        ValueError: A loss is NaN or outside [-1, 1], there are none, or the tolerance is outside (0, 1).
+    """
+    return _p(_hoeffding_signed, checked(losses, -1, 1), tolerance)
+
+
+def hoeffding_bentkus(losses: Losses, tolerance: float) -> float:
+    """The smaller of Hoeffding's sharper and Bentkus's p-value, for losses in [0, 1].
+
+    Bates et al. (2021), "Distribution-Free, Risk-Controlling Prediction Sets", and Angelopoulos et al. (2021), "Learn
+    then Test": min(exp(-n·h(min(mean, t), t)), e·P(Bin(n, t) <= ⌈n·mean⌉)), with t the tolerance and h(a, b) the
+    relative entropy of two coins. Differs in rounding n·mean down by 1e-9 before the ceiling: sums of losses are not
+    exact in floats.
+
+    Args:
+        losses: One per prompt, [N].
+        tolerance: Mean loss to be ruled out, in (0, 1).
+
+    Returns:
+        The p-value, in [0, 1].
+
+    Raises:
+        ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
+    """
+    return _p(_hoeffding_bentkus, checked(losses, 0, 1), tolerance)
+
+
+def binomial(losses: Losses, tolerance: float) -> float:
+    """The exact p-value of losses that are 0 or 1: P(Bin(n, tolerance) <= number of ones).
+
+    Args:
+        losses: One per prompt, [N], each 0 or 1.
+        tolerance: Probability of a 1 to be ruled out, in (0, 1).
+
+    Returns:
+        The p-value, in [0, 1].
+
+    Raises:
+        ValueError: A loss is neither 0 nor 1, there are none, or the tolerance is outside (0, 1).
+    """
+    values = checked(losses, 0, 1)
+    if (between := np.flatnonzero((values != 0) & (values != 1))).size:
+        raise ValueError(
+            f"losses[{between[0]}] is {values[between[0]]:g}; the binomial bound is for losses that are 0 or 1, "
+            "use hoeffding_bentkus or wsr for others"
+        )
+    return _p(_binomial, values, tolerance)
+
+
+# ---------------------------------------------------------------- from the losses in order
+
+
+def wsr(losses: Losses, tolerance: float, *, failure: float = 0.05) -> float:
+    """A bettor's wealth against "the risk is above tolerance"; adapts to losses of small variance.
+
+    Waudby-Smith and Ramdas (2024), "Estimating means of bounded random variables by betting", in the form of Bates et
+    al. (2021), "Distribution-Free, Risk-Controlling Prediction Sets": with
+
+        μ_i = (1/2 + Σ_{j<=i} x_j) / (i + 1),   σ²_i = (1/4 + Σ_{j<=i} (x_j - μ_j)²) / (i + 1),   σ²_0 = 1/4,
+        ν_i = min(1, √(2 ln(1/failure) / (n·σ²_{i-1})))
+
+    the p-value is min(1, 1 / max_i Π_{j<=i} (1 - ν_j·(x_j - tolerance))). Only losses <= 1 are asked for: no factor is
+    below the tolerance, so negative (signed) losses are valid, too.
+
+    The value depends on the order of the losses, which must be fixed before looking at them: shuffle the prompts once,
+    with a seed.
+
+    Args:
+        losses: One per prompt, [N], at most 1.
+        tolerance: Mean loss to be ruled out, in (0, 1).
+        failure: Where the p-value is to be small; it is valid for every choice made before looking at the losses, and
+            strongest if tested at that level.
+
+    Returns:
+        The p-value, in [0, 1].
+
+    Raises:
+        ValueError: A loss is NaN, infinite or above 1, there are none, or a level is outside (0, 1).
+    """
+    check_level("tolerance", tolerance)
+    check_level("failure", failure)
+    x = checked(losses, -math.inf, 1)
+    n = len(x)
+    after = np.arange(2, n + 2)  # i + 1
+    mean = (0.5 + np.cumsum(x)) / after
+    variance = (0.25 + np.cumsum((x - mean) ** 2)) / after
+    before = np.concatenate(([0.25], variance[:-1]))  # a bet may not see its own loss
+    bet = np.minimum(1.0, np.sqrt(2 * math.log(1 / failure) / (n * before)))
+    wealth = np.cumsum(np.log1p(-bet * (x - tolerance)))
+    return float(np.exp(-max(0.0, wealth.max())))
+
+
+BOUNDS: dict[str, Bound] = {
+    "hoeffding": hoeffding,
+    "hoeffding-signed": hoeffding_signed,
+    "hoeffding-bentkus": hoeffding_bentkus,
+    "binomial": binomial,
+    "wsr": wsr,
+}
+"""Where names enter: everything below takes the callable."""
+
+
+# ---------------------------------------------------------------- how many prompts
+
+
+_OF_MEAN: dict[str, tuple[_OfMean, float]] = {  # and the smallest mean
+    "hoeffding": (_hoeffding, 0),
+    "hoeffding-signed": (_hoeffding_signed, -1),
+    "hoeffding-bentkus": (_hoeffding_bentkus, 0),
+    "binomial": (_binomial, 0),
+}
+
+
+def samples_needed(bound: Bound, tolerance: float, failure: float, mean: float) -> int | None:
+    """How many prompts make the p-value at most `failure`, if their mean loss turns out to be `mean`.
+
+    Each larger number does, too; beyond 2^17, and for bounds that look at more than the mean (`wsr` and those from
+    elsewhere), about so: p-values of coarse losses do not fall with every single prompt. There, the losses are thought
+    to be 0 or 1, evenly spread: of all losses in [0, 1], these vary most. For `binomial`, n·mean is rounded up.
+
+    Args:
+        bound: One of this module, or any other of the same signature.
+        tolerance: Mean loss to be ruled out, in (0, 1).
+        failure: Level of the test, in (0, 1).
+        mean: Empirical mean loss, in [0, 1]; in [-1, 1] for `hoeffding_signed` and `wsr`.
+
+    Returns:
+        The number; None if no number does (the mean is not below the tolerance), or one beyond all reason.
+
+    Raises:
+        ValueError: A level is outside (0, 1), or the mean is outside its range.
+    """
+    check_level("tolerance", tolerance)
+    check_level("failure", failure)
+    of_mean, low = next((_OF_MEAN[name] for name in _OF_MEAN if BOUNDS[name] is bound), (None, -1.0))
+    if not low <= mean <= 1:
+        raise ValueError(f"mean is {mean}; allowed are values in [{low:g}, 1]")
+    if mean >= tolerance:
+        return None
+    if of_mean is None:
+        return _bisect(lambda n: bound(_spread(n, mean), tolerance), failure, 1, _MOST_GENERAL)
+    start, enough = 1, 1
+    while start < _SCANNED:
+        failed = np.flatnonzero(of_mean(mean, np.arange(start, 2 * start), tolerance) > failure)
+        if not failed.size:  # the next steps of n·mean are smaller ones, compared with n
+            return enough
+        enough = start + int(failed[-1]) + 1 if failed.size else enough
+        start *= 2
+    return _bisect(lambda n: float(of_mean(mean, n, tolerance)), failure, enough - 1, _MOST)
+
+
+def _spread(n: int, mean: float) -> NDArray[np.float64]:
+    """N losses of 0 and 1 (0 and -1 if the mean is negative), as evenly as possible."""
+    return np.diff(np.ceil(np.arange(n + 1) * mean - TIE))
+
+
+def _bisect(p_of: Callable[[int], float], failure: float, start: int, most: int) -> int | None:
+    """Some n with p(n) <= failure < p(n - 1), or 1; None if there is none up to `most`. `start` fails, or is 1."""
+    above = start
+    while p_of(above) > failure:
+        above *= 2
+        if above > most:
+            return None
+    below = above // 2
+    while above - below > 1:
+        middle = (above + below) // 2
+        above, below = (middle, below) if p_of(middle) <= failure else (above, middle)
+    return above

@@ -1,0 +1,156 @@
+"""What a training run writes, such that it can be killed at any moment and continued.
+
+config.json             what was asked for; a run with other options is refused here
+metrics.jsonl           one line per step and per validation
+checkpoint.safetensors  adapters and optimiser; step, tokens and seconds stand in its header. One file, replaced by
+                        rename, so that weights and step can never disagree
+answers.jsonl           the model's own answers, if it was asked for some (see `offramp.training.data`)
+exits/                  the result
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from offramp.files import replace_file, write_json
+from offramp.training.data import differences
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far a run is: steps and trained positions so far, and the seconds they took."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class RunFolder:
+    """The folder of a run; use `opened`.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
+        self.checkpoint, self.exits = path / "checkpoint.safetensors", path / "exits"
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Write what is asked for, or compare it with what was.
+
+        Raises:
+            ValueError: The folder holds a run with other options.
+        """
+        record = json.loads(json.dumps(record))
+        if not self.config.exists():
+            write_json(self.config, record)
+        elif differing := differences(json.loads(self.config.read_text(encoding="utf-8")), record):
+            raise ValueError(
+                f"{self.path} holds another run: {'; '.join(differing)}; "
+                "give the same options to continue it, or another folder"
+            )
+
+    # ------------------------------------------------------------ metrics
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a line of metrics."""
+        with self.metrics.open("ab") as file:
+            file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines of metrics."""
+        lines = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def _rewind(self, step: int) -> None:
+        """Drop metrics of steps that will be repeated."""
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step)
+        replace_file(self.metrics, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
+
+    # ------------------------------------------------------------ checkpoint
+
+    def save(self, exits: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+        """Replace the checkpoint.
+
+        Raises:
+            TrainingError: A weight is not finite.
+        """
+        tensors = {f"exits.{name}": value for name, value in exits.state_dict().items()}
+        if strange := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
+            raise TrainingError(f"weights are not finite after step {clock.step} ({strange[0]}); {self.advice()}")
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        header = {"clock": json.dumps(asdict(clock))}
+        replace_file(self.checkpoint, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+    def restore(self, exits: nn.Module, optimizer: torch.optim.Optimizer) -> Clock | None:
+        """Continue from the checkpoint; None if there is none."""
+        if not self.checkpoint.exists():
+            self._rewind(-1)
+            return None
+        weights: dict[str, torch.Tensor] = {}
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        with safe_open(self.checkpoint, framework="pt") as file:
+            clock = Clock(**json.loads(file.metadata()["clock"]))
+            for name in file.keys():  # noqa: SIM118 - it is not a dict
+                kind, rest = name.split(".", 1)
+                if kind == "exits":
+                    weights[rest] = file.get_tensor(name)
+                else:
+                    index, key = rest.split(".", 1)
+                    states.setdefault(int(index), {})[key] = file.get_tensor(name)
+        exits.load_state_dict(weights)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        self._rewind(clock.step)
+        return clock
+
+    def advice(self) -> str:
+        """What to do when training failed."""
+        kept = f"the last good checkpoint is kept in {self.checkpoint}" if self.checkpoint.exists() else "nothing saved"
+        return f"{kept}; lower the learning rate or the clipping norm, or train with a float32 model"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[RunFolder]:
+    """The run folder, for this process alone.
+
+    Yields:
+        The folder, rid of half-written files.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is training in {path}; wait for it, or give another folder") from None
+    try:
+        for leftover in path.glob(".*-*"):  # of a write that was killed
+            if leftover.name.split("-")[0] in (".checkpoint", ".metrics", ".config"):
+                leftover.unlink()
+            elif leftover.name.startswith(".exits-"):
+                shutil.rmtree(leftover)
+        yield RunFolder(path)
+    finally:
+        lock.release()
