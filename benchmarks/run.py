@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md: every figure in it comes from the runs this script makes.
 
-    .venv/bin/python benchmarks/run.py          # about half an hour on two cores; finished runs are not repeated
+    .venv/bin/python benchmarks/run.py          # about ten minutes on two idle cores; finished runs are not repeated
 
 Results are kept in runs/benchmarks, one JSON file per run; delete one to repeat it.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RUNS, PICTURES, PAGE = ROOT / "runs" / "benchmarks", ROOT / "docs" / "pictures", ROOT / "docs" / "benchmarks.md"
+SIZE = ["--count", "2", "--max-new-tokens", "24", "--repeats", "5"]
 BENCHES = {
     "smollm2-float32": ("SmolLM2-135M-Instruct, float32", ["smollm2"]),
     "smollm2-bfloat16": ("SmolLM2-135M-Instruct, bfloat16", ["smollm2", "--dtype", "bfloat16"]),

@@ -168,6 +168,12 @@ def test_a_model_saved_without_its_head_is_refused(tiny_model, tmp_path):
         load(tmp_path)
 
 
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
@@ -329,8 +335,8 @@ def test_the_copy_records_what_it_was_made_from(package, convert):
     weights = (folder / "model.safetensors").read_bytes()
     assert (source["title"], source["licence"], source["package"]) == ("Toy", "Apache-2.0", "toy-weights==1.2")
     assert source["weights_sha256"] == TOY.sha256
-    assert source["model_sha256"] == hashlib.sha256(weights).hexdigest()
-    assert source["files"]["model.safetensors"] == len(weights)
+    assert source["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert {"config.json", "tokenizer.json"} < set(source["sha256"])
     assert source["transformers"] == transformers.__version__
 
 
@@ -419,6 +425,7 @@ def test_a_cache_path_that_is_a_file_is_said(package, convert, tmp_path):
         lambda f: cut(f / "model.safetensors", -1),
         lambda f: (f / "model.safetensors").write_bytes(b"\0" * (f / "model.safetensors").stat().st_size),
         lambda f: cut(f / "config.json", 0),
+        lambda f: flip_a_bit(f / "model.safetensors"),
     ],
 )
 def test_a_damaged_copy_is_made_again(package, convert, damage, capfd):

@@ -330,7 +330,7 @@ class SplitModel:
             return block(  # type: ignore[no-any-return]
                 hidden,
                 attention_mask=mask,
-                position_ids=context.positions[frame.rows, frame.start : frame.start + frame.queries],
+                position_ids=_positions(frame, context),
                 past_key_values=context.past,
                 position_embeddings=self._rope(kind, hidden, frame, context),
             )
@@ -368,7 +368,7 @@ class SplitModel:
                 inputs_embeds=hidden,
                 attention_mask=padding,
                 past_key_values=context.cache,
-                position_ids=context.positions[frame.rows, frame.start : frame.start + frame.queries],
+                position_ids=_positions(frame, context),
                 layer_idx=index,
             )
         return frame.memo["mask", kind]
@@ -388,8 +388,7 @@ class SplitModel:
     def _rope(self, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
         key = ("rope", kind if self.rotary_by_type else "")
         if key not in frame.memo:
-            positions = context.positions[frame.rows, frame.start : frame.start + frame.queries]
-            frame.memo[key] = self._rotation(kind, hidden, positions)
+            frame.memo[key] = self._rotation(kind, hidden, _positions(frame, context))
         return frame.memo[key]
 
     def _rotation(self, kind: str, hidden: Tensor, positions: Tensor) -> Any:
@@ -535,6 +534,14 @@ class SplitModel:
             kv_weights = key.weight.numel() + value.weight.numel()
         cross_kv = sum(p.weight.numel() for c in cross for p in _projections(c)[1:])
         return BlockShape(total - cross_kv, kv_weights, query_width, kv_width, cross_kv, self.windows[index])
+
+
+def _positions(frame: Frame, context: Context) -> Tensor:
+    """Positions of a frame's tokens, [A, n]."""
+    if ("positions", "") not in frame.memo:
+        frame.memo["positions", ""] = context.positions[frame.rows, frame.start : frame.start + frame.queries]
+    positions: Tensor = frame.memo["positions", ""]
+    return positions
 
 
 def _out(linear: Any) -> int:

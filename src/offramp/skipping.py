@@ -32,7 +32,7 @@ class Propagate:
         self.left: list[tuple[int, Skipped]] = []  # (depth, tokens), in the order they left
         self.done = [0] * model.num_layers  # how many of `left` each layer has dealt with
         self.rows: list[int] = []
-        self._due: tuple[tuple[int, ...], Skipped] | None = None  # the last merged set of tokens
+        self._last: tuple[tuple[int, ...], Skipped] | None = None  # the last merged set of tokens
         self._seen = 0
 
     def begin(self, state: State, rows: list[int], *, prompt: bool = False) -> None:
@@ -52,8 +52,10 @@ class Propagate:
     def advance(self, depth: int) -> None:
         """Run the rows still in up to `depth`."""
         for layer in range(self.state.depth, depth):
-            self._catch_up(layer)
-            _run(self, layer + 1)
+            if due := self._due(layer):
+                _run(self, layer)
+                self._catch_up(layer, due)
+        _run(self, depth)
 
     def leave(self, gone: list[int], kept: list[int]) -> None:
         """Freeze the rows at index `gone` of those still in; go on with those at index `kept`."""
@@ -66,17 +68,19 @@ class Propagate:
         if kept:
             self.state = state.select(kept, as_rows(self.rows, device))
 
-    def _catch_up(self, layer: int) -> None:
-        """Fill the keys and values this layer owes to tokens of earlier steps."""
+    def _due(self, layer: int) -> tuple[int, ...]:
+        """Which of `left` this layer owes keys and values to, of earlier steps; asked once per step and layer."""
         due = tuple(i for i in range(self.done[layer], self._seen) if self.left[i][0] <= layer)
         self.done[layer] = self._seen
-        if not due:
-            return
+        return due
+
+    def _catch_up(self, layer: int, due: tuple[int, ...]) -> None:
+        """Fill the keys and values of tokens that skipped this layer."""
         with self.ledger.time("fill"):
-            if self._due is None or self._due[0] != due:
-                self._due = (due, _merged([self.left[i][1] for i in due]))
-            self.model.fill(self.state.context, layer, self._due[1])
-        self.ledger.fill(layer, len(self._due[1].rows))
+            if self._last is None or self._last[0] != due:
+                self._last = (due, _merged([self.left[i][1] for i in due]))
+            self.model.fill(self.state.context, layer, self._last[1])
+        self.ledger.fill(layer, len(self._last[1].rows))
 
 
 class Defer:
@@ -126,6 +130,8 @@ class Defer:
 def _run(way: Propagate | Defer, depth: int) -> None:
     """Run the way's state up to `depth` and write it down."""
     state, frame = way.state, way.state.frame
+    if depth == state.depth:
+        return
     memory = 0 if state.context.memory is None else state.context.memory.shape[1]
     crossed = len(state.context.crossed)
     with way.ledger.time("blocks"):
