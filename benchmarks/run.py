@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md: every figure in it comes from the runs this script makes.
 
-    .venv/bin/python benchmarks/run.py          # about ten minutes on two idle cores; finished runs are not repeated
+    .venv/bin/python benchmarks/run.py          # about twenty minutes on two idle cores; finished runs are not repeated
 
 Results are kept in runs/benchmarks, one JSON file per run; delete one to repeat it.
 """
@@ -12,13 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RUNS, PICTURES, PAGE = ROOT / "runs" / "benchmarks", ROOT / "docs" / "pictures", ROOT / "docs" / "benchmarks.md"
-SIZE = ["--count", "2", "--max-new-tokens", "24", "--repeats", "5"]
 BENCHES = {
     "smollm2-float32": ("SmolLM2-135M-Instruct, float32", ["smollm2"]),
-    "smollm2-bfloat16": ("SmolLM2-135M-Instruct, bfloat16", ["smollm2", "--dtype", "bfloat16"]),
+    "smollm2-bfloat16": (
+        "SmolLM2-135M-Instruct, bfloat16",
+        ["smollm2", "--dtype", "bfloat16", "--count", "2", "--max-new-tokens", "24"],
+    ),
     "t5-large": (
         "Shape of T5-large, random weights, scripted exits, float32",
-        ["--random", "t5-large", "--count", "2"],
+        ["--random", "t5-large", "--count", "1", "--max-new-tokens", "24"],
     ),
 }
 INTRO = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split("\n", 1)[1].strip()
