@@ -68,10 +68,10 @@ class Reader:
         self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
         self.earlier = {layer: z[rows] for layer, z in self.earlier.items()}
 
-    def project(self, x: Tensor, *, full: bool = False) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """Logits in float32 of readout inputs [A, D], on the kept tokens if there are any."""
         ledger = self.ledger
-        if full or self.kept is None:
+        if self.kept is None:
             with ledger.time("readout"):
                 ledger.readout(len(x))
                 return self.model.project(x).float()
