@@ -13,7 +13,7 @@ from torch import Tensor
 from offramp.costs import Ledger
 from offramp.families import SplitModel
 from offramp.policy import ExitPolicy, Plan
-from offramp.reading import Reader
+from offramp.reading import Reader, check
 from offramp.skipping import Defer, Propagate
 
 
@@ -150,12 +150,7 @@ class _Generation:
         self, model: SplitModel, ids: Tensor, plan: Plan, choosing: Choosing, max_new_tokens: int, ledger: Ledger
     ) -> None:
         self.model, self.plan, self.choosing, self.ledger = model, plan, choosing, ledger
-        if plan.pruning is not None and not model.head_is_plain:
-            kind = type(model.head).__name__
-            raise ValueError(
-                f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
-                "use vocabulary=None, or merge adapters and dequantise first"
-            )
+        check(model, plan)
         self.limit, self.prompt = max_new_tokens, ids.shape[1]
         self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), choosing.pad)], dim=1)
         self.length = ids.shape[1]  # tokens known, drafts included
