@@ -6,10 +6,22 @@ arXiv 2207.07061, section 3.3): per exit, a binary cross-entropy between its log
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.training.objectives import choices as chosen
+from offramp.training.tally import Tally
+
+if TYPE_CHECKING:
+    from offramp.exits import Exits
+    from offramp.families import SplitModel
+
+OBJECTIVES = {"consistency": "agree", "consistency-settled": "settled"}
+"""Objectives that train classifiers, and the targets they have."""
 TARGETS = ("agree", "settled")
 """agree: the exit's choice is the last layer's (CALM, FREE). settled: and so is that of every deeper exit."""
 
@@ -53,3 +65,51 @@ def consistency_loss(logits: Tensor, agrees: Tensor, balance: Tensor | None = No
     """
     losses = F.binary_cross_entropy_with_logits(logits.float(), agrees.float(), reduction="none")
     return losses if balance is None else losses * torch.where(agrees, 1 - balance, balance)
+
+
+def tally_classifiers(
+    split: SplitModel,
+    exits: Exits,
+    states: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    rows: int,
+    kind: str,
+    weights: Sequence[float] | None = None,
+    count: int | None = None,
+) -> Tally:
+    """Losses of all classifiers and how often they are right; with `weights`, also adds their gradient.
+
+    Args:
+        split: The model.
+        exits: Its exits, with classifiers.
+        states: After each exit layer and after layer L, E + 1 of [N, D].
+        labels: Next tokens, [N].
+        rows: Positions read out at once.
+        kind: One of `TARGETS`.
+        weights: Of the exits; None: only measure.
+        count: What the sums are divided by in the gradient; None: N.
+
+    Returns:
+        Sums over the positions: the weighted cross-entropy, and how often the verdict (more likely than not, at even
+        priors) is right; for the last layer no loss, and how often its choice is the text's.
+    """
+    layers = (*exits.layers, split.num_layers)
+    with torch.no_grad():
+        inputs = []
+        for layer, hidden in zip(layers, states, strict=True):
+            adapted = exits.adapt(layer, hidden.float()).to(hidden.dtype)
+            inputs.append(split.readout_input(adapted))
+        choices = torch.stack([torch.cat([chosen(split.project(x)) for x in part.split(rows)]) for part in inputs])
+        targets = consistency_targets(choices, kind)
+    losses, right = [], []
+    for index, layer in enumerate(exits.layers):
+        with torch.set_grad_enabled(weights is not None):
+            verdicts = exits.classify(layer, inputs[index])
+            loss = consistency_loss(verdicts, targets[index], targets[index].float().mean()).sum()
+            if weights is not None:
+                (loss * (weights[index] / (count or len(labels)))).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach().double())
+        right.append(((verdicts > 0) == targets[index]).sum())
+    agreed = [*right, (choices[-1] == labels).sum()]
+    return Tally(torch.stack([*losses, losses[0].new_zeros(())]), torch.stack(agreed), len(labels))
