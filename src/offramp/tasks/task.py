@@ -86,6 +86,12 @@ class Task:
     def target(self, example: Example) -> str:
         """The answer to train on: the first reference.
 
+        Args:
+            example: What was asked.
+
+        Returns:
+            Its text.
+
         Raises:
             ValueError: The example has none.
         """
