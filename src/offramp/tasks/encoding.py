@@ -53,7 +53,7 @@ def task_documents(
     for example in examples:
         target = _target(lm, task, example)
         room = 0 if lm.split.is_encoder_decoder else len(target)
-        if limit is not None and len(target) >= limit + lm.split.is_encoder_decoder:
+        if limit is not None and (len(target) > limit or room >= limit):
             raise ValueError(
                 f"the answer of example {example.id} has {len(target)} tokens, its end included, and {limit} are all "
                 "there may be; allow more, or leave the example out"
@@ -81,11 +81,16 @@ def fit(
         The examples, and how many of their sources were shortened.
 
     Raises:
-        ValueError: An example whose prompt does not fit even with next to no source.
+        ValueError: No room for prompts, or an example whose prompt does not fit even with next to no source.
     """
     limit = _limit(lm, longest)
     if limit is not None and not lm.split.is_encoder_decoder:
-        limit -= task.max_new_tokens if room is None else room
+        room = task.max_new_tokens if room is None else room
+        if room >= limit:
+            raise ValueError(
+                f"answers of {room} tokens leave no room for a prompt in {limit}; lower one or raise the other"
+            )
+        limit -= room
     kept = [shorten(lm, task, example, limit) for example in examples]
     return kept, sum(new is not old for new, old in zip(kept, examples, strict=True))
 
