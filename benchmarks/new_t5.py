@@ -20,6 +20,7 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 
 
 def lines(paths: list[Path]) -> Iterator[str]:
+    """The lines of all files, which may be gzipped."""
     for path in paths:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
@@ -27,6 +28,7 @@ def lines(paths: list[Path]) -> Iterator[str]:
 
 
 def new_tokenizer(paths: list[Path], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-pair encoding of the files' text."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
@@ -39,6 +41,7 @@ def new_tokenizer(paths: list[Path], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def main() -> None:
+    """Make both."""
     parser = argparse.ArgumentParser(description="Make an untrained T5 and its tokenizer.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="+")

@@ -25,7 +25,7 @@ BRIEF = replace(SUMMARISING, instruction="why {source} ?", cue="w90", prefix="w9
 
 @cache
 def language_model(name, *, chat=False):
-    """A tiny model, shared by the tests; the tokenizer of an encoder-decoder ends texts, that of a decoder-only model begins them."""
+    """A tiny model, shared by the tests; an encoder-decoder's tokenizer ends texts, a decoder-only model's begins them."""
     words = tokenizer(chat=chat)
     begins = name in DECODER_ONLY
     core = words.backend_tokenizer

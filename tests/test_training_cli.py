@@ -37,7 +37,7 @@ def test_train_then_generate(folder, tmp_path):
         assert "held-out positions; 3 steps" in run.stdout
         assert f"--exits {out / 'exits'}" in run.stderr
     result = json.loads(path.read_text())
-    assert result["schema"] == "offramp/train/1"
+    assert result["schema"] == "offramp/train/2"
     assert result["layers"] == [1, 3]
     assert len(result["agreement_after"]) == 2
     assert (out / "answers.jsonl").exists()

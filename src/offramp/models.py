@@ -41,7 +41,8 @@ def load(
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, or the torch dtype of that name.
         device: Where to put the model; None is the CPU.
-        exits: Folder with exits trained for this model, as `LanguageModel.save_exits` writes it.
+        exits: Exits trained for this model: a folder that `LanguageModel.save_exits` wrote, a hub id, or "bundled" for
+            those that come with offramp.
 
     Returns:
         The model with its tokenizer, which is None for a local folder without one: prompts must then be token ids.
@@ -53,9 +54,12 @@ def load(
     """
     torch_dtype, torch_device = named_dtype(dtype), _torch_device(device)
     source, local = _resolve(name)
+    from offramp.exit_sources import exits_folder
     from offramp.exits import Exits
 
-    trained = None if exits is None else Exits.load(exits)  # before the model, which takes longer
+    trained = (
+        None if exits is None else Exits.load(exits_folder(exits, str(name)))
+    )  # before the model, which takes longer
     model, tokenizer = _from_pretrained(source, torch_dtype, local=local)
     from offramp.language_model import LanguageModel
 

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from offramp.policy import ExitPolicy
+    from offramp.tasks import Example, Task
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder or hub id.")]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32 or bfloat16.")]
@@ -49,11 +50,46 @@ Skipped = Annotated[
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),
 ]
 Exits = Annotated[
-    Path | None, typer.Option("--exits", metavar="FOLDER", help="Read out through exits trained for this model.")
+    str | None,
+    typer.Option(
+        "--exits",
+        metavar="FOLDER",
+        help="Read out through exits trained for this model: a folder, a hub id, or bundled (come with offramp).",
+    ),
 ]
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="Policy saved as JSON; the options above override it.")
 ]
+
+
+Languages = Annotated[str | None, typer.Option(help="Source and target of a translation; default: English,German.")]
+
+
+def task_named(name: str, languages: str | None = None) -> Task:
+    """A task by its name, for two languages."""
+    from dataclasses import replace
+
+    from offramp.tasks import TASKS
+
+    if name not in TASKS:
+        raise typer.BadParameter(f"--task {name}: choose one of {', '.join(TASKS)}")
+    if languages is None:
+        return TASKS[name]
+    source, _, target = languages.partition(",")
+    if not source or not target:
+        raise typer.BadParameter(f"--languages {languages}: give two, such as English,German")
+    return replace(TASKS[name], languages=(source.strip(), target.strip()))
+
+
+def examples_from(task: Task, files: list[str] | None, target: Path | None = None) -> list[Example]:
+    """The examples of all files."""
+    from offramp.tasks import read_examples
+
+    if not files:
+        raise typer.BadParameter(f"--task {task.name} needs --data, a file of examples")
+    if target is not None and len(files) > 1:
+        raise typer.BadParameter(f"--target belongs to one --data, but {len(files)} are given")
+    return [example for file in files for example in read_examples(task, file, target)]
 
 
 def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from offramp.cli import options as o
-
-if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
-    from offramp.training import AnswerConfig
-    from offramp.training.data import Document
-
-BUNDLED = "bundled"
+from offramp.cli.training_data import documents_of
 
 
 def train(
     model: o.Model,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Train on examples of a task, from --data: question-answering, summarisation, translation."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Examples of the task: SQuAD, SAMSum or DialogSum layout, parallel text, or hub:OWNER/NAME[:SPLIT]; "
+            "may be given several times.",
+        ),
+    ] = None,
+    target: Annotated[Path | None, typer.Option(metavar="FILE", help="Second file of a parallel text.")] = None,
+    languages: o.Languages = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -35,11 +43,16 @@ def train(
         str | None,
         typer.Option(
             metavar="FILE|bundled",
-            help="Train on the model's own answers to these prompts, one per line; default without --text: bundled.",
+            help="Train on the model's own answers to these prompts, one per line; default without --text and --task: "
+            "bundled.",
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    own_answers: Annotated[
+        bool,
+        typer.Option("--own-answers", help="On the model's own answers to the task's questions, not the references."),
+    ] = False,
+    count: Annotated[int | None, typer.Option(help="Use only the first prompts or examples.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest own answer, in tokens.")] = 128,
     answers: Annotated[int, typer.Option(help="Answers to each prompt; several need --answer-temperature.")] = 1,
     answer_temperature: Annotated[
         float | None, typer.Option(help="Sample the answers at this temperature; default: greedy.")
@@ -48,35 +61,91 @@ def train(
         bool, typer.Option("--with-prompts", help="Train on the words of the prompts too, not only of the answers.")
     ] = False,
     chat: o.Chat = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest piece of a document, in tokens (default: 256), or of an example with its answer (default: "
+            "512; longer sources are shortened and counted)."
+        ),
+    ] = None,
+    trainable: Annotated[
+        str,
+        typer.Option(
+            help="exits: a small adapter per exit, the model stays the same bit for bit. lora: low-rank adapters in "
+            "all blocks, merged in the end. all: every weight. With these two the model itself learns the text as well."
+        ),
+    ] = "exits",
     layers: Annotated[
         str | None, typer.Option(help="Exits after these layers, for example 15,20,25; default: chosen by the depth.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of each exit's matrix; default: full.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of each exit's matrix; default: full; 0: none, which lora and all default to."),
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA's products.")] = 16,
     objective: Annotated[
         str,
         typer.Option(
             help="What an exit learns. forward-kl: the last layer's whole distribution; reverse-kl: its main mode; "
-            "teacher-argmax: the last layer's choice; labels: the next word of the text, whatever the last layer says."
+            "teacher-argmax: the last layer's choice; labels: the next word of the text (CALM, FREE). consistency: "
+            "exits stay as they are (--exits), a classifier learns where their choice is the last layer's, for "
+            "--confidence classifier; consistency-settled: and that of every deeper exit."
         ),
     ] = "forward-kl",
+    exits: Annotated[
+        str | None,
+        typer.Option("--exits", metavar="FOLDER", help="Exits that get classifiers (--objective consistency)."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Softens both distributions of a divergence.")] = 1.0,
     weights: Annotated[
-        str, typer.Option(help="Of the exits' losses: uniform, or layer (later ones more).")
+        str,
+        typer.Option(
+            help="Of the losses of exits and, with lora and all, the last layer: uniform; layer: proportional to it; "
+            "layerskip."
+        ),
     ] = "uniform",
+    hidden_loss: Annotated[
+        float, typer.Option(help="Weight of FREE's term between hidden states (one exit; lora or all).")
+    ] = 0.0,
+    layer_dropout: Annotated[
+        float, typer.Option(help="LayerSkip's dropout of blocks: the last block's rate (lora or all).")
+    ] = 0.0,
+    prompt_layer: Annotated[
+        int | None, typer.Option(help="Train for prompts that stop after this layer (generate --prompt-layer).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; default: 500.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data instead of --steps.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many positions instead of --steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 4,
-    window: Annotated[int, typer.Option(help="Longest piece of a document, in tokens.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 4,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows at once; their gradients are added up to a step's. Default: all.")
+    ] = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(help="Most positions per window that are read out, drawn anew each step; default: all."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW, after the warm-up; default: 1e-3 exits, 2e-4 lora, 1e-4 all.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
     warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 10,
-    schedule: Annotated[str, typer.Option(help="Of the learning rate: cosine or constant.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")] = "cosine",
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient.")] = 1.0,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16: compute in bfloat16, keep weights as --dtype; default: as --dtype.")
+    ] = None,
     held_out: Annotated[float, typer.Option(help="Share of the documents to judge by, never trained on.")] = 0.1,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between judgements; default: before and after.")
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the data's order and division, of first values and of samples.")] = 0,
+    report_to: Annotated[
+        str | None, typer.Option(help="Tracker to log to as well: tensorboard, wandb, … (what accelerate knows).")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Put the trained exits there in the end.")
+    ] = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
     out: Annotated[
@@ -84,41 +153,60 @@ def train(
     ] = None,
     json: o.JsonPath = None,
 ) -> None:
-    """Train early exits: a small adapter after some layers learns to say what the last layer will say.
+    """Train early exits: readouts after some layers learn to say what the last layer will say.
 
-    The model itself is not changed, its full output stays the same bit for bit. Started again with the same options, an
-    interrupted run goes on from its last checkpoint.
+    By default the model itself is not changed, its full output stays the same bit for bit. Started again with the same
+    options, an interrupted run goes on from its last checkpoint. Several processes: accelerate launch -m offramp.cli
+    train ...
     """
     import offramp
     from offramp.training import AnswerConfig, TrainConfig, prepare
     from offramp.training import train as run
+    from offramp.training.data import steps_per_epoch
 
-    config = TrainConfig(
-        layers=_layers(layers), rank=rank, objective=objective, temperature=temperature, weights=weights,
-        learning_rate=learning_rate, steps=500 if steps is None and tokens is None else steps, tokens=tokens,
-        batch_size=batch_size, warmup=warmup, schedule=schedule, clip=clip, seed=seed, validate_every=validate_every,
-        save_every=save_every,
-    )  # fmt: skip
+    _check(exits, objective, epochs, steps, tokens)
     folder = out or Path("runs") / f"train-{Path(model).name}"
-    lm = offramp.load(model, dtype=dtype, device=device)
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     answering = AnswerConfig(
         max_new_tokens=max_new_tokens, temperature=answer_temperature, per_prompt=answers, prompts_too=with_prompts,
         chat=lm.has_chat_template if chat is None else chat, seed=seed,
     )  # fmt: skip
-    documents = _from_texts(lm, text or [], field or ["text"])
-    if prompts is not None or not text:
-        documents += _from_prompts(lm, prompts, count, answering, folder)
-    data = prepare(lm, documents, window=window, share=held_out, seed=seed)
-    o.note(
-        f"{len(documents)} documents: {data.train.positions} positions to train on, "
-        f"{data.held_out.positions} held out"
+    documents = documents_of(
+        lm, texts=(text or [], field or ["text"]), task=task, data=data, target=target, languages=languages,
+        own_answers=own_answers, prompts=prompts, count=count, answering=answering, window=window, folder=folder,
+    )  # fmt: skip
+    parts = prepare(lm, documents, window=window or (512 if task else 256), share=held_out, seed=seed)
+    size = f"{parts.train.positions} positions to train on, {parts.held_out.positions} held out"
+    o.note(f"{len(documents)} documents: {size}")
+    if epochs is not None:
+        steps = epochs * steps_per_epoch(parts.train, batch_size)
+    config = TrainConfig(
+        layers=_layers(layers), trainable=trainable, rank=rank, lora_rank=lora_rank, objective=objective,
+        temperature=temperature, weights=weights, hidden_loss=hidden_loss, layer_dropout=layer_dropout,
+        prompt_layer=prompt_layer, learning_rate=learning_rate, weight_decay=weight_decay,
+        steps=500 if steps is None and tokens is None else steps, tokens=tokens, batch_size=batch_size,
+        micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,
+        seed=seed, validate_every=validate_every, save_every=save_every,
     )  # fmt: skip
     with o.progress("training") as progress:
-        result = run(lm, data, config, folder, progress=progress)
+        result = run(lm, parts, config, folder, progress=progress, report_to=report_to)
     if str(json) != "-":
         typer.echo(result.table())
-    o.note(f"wrote {result.exits}; use them with: offramp generate {model} --exits {result.exits} --threshold 0.9")
-    o.write_result({**result.to_dict(), "model": model, "dtype": dtype}, json)
+    trained = str(result.model or model)
+    o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} --threshold 0.9")
+    if push_to_hub is not None:
+        from offramp.exit_sources import push
+
+        o.note(f"pushed the exits to {push(result.exits, push_to_hub)}")
+    o.write_result({**result.to_dict(), "name": model, "dtype": dtype}, json)
+
+
+def _check(exits: str | None, objective: str, *ends: int | None) -> None:
+    """Options that do not go together."""
+    if exits is not None and not objective.startswith("consistency"):
+        raise typer.BadParameter("--exits is for --objective consistency; other objectives train new exits")
+    if sum(end is not None for end in ends) > 1:
+        raise typer.BadParameter("give one of --epochs, --steps and --tokens")
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
@@ -128,24 +216,3 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"--layers {text}: give numbers with commas between them, such as 15,20,25") from None
-
-
-def _from_texts(lm: LanguageModel, files: list[Path], fields: list[str]) -> list[Document]:
-    from offramp.training import read_texts, text_documents
-
-    texts = [text for file in files for text in read_texts(file, fields)]
-    documents = text_documents(lm, texts)
-    if dropped := len(texts) - len(documents):
-        o.note(f"left out {dropped} of {len(texts)} texts, which are shorter than two tokens")
-    return documents
-
-
-def _from_prompts(
-    lm: LanguageModel, source: str | None, count: int | None, config: AnswerConfig, folder: Path
-) -> list[Document]:  # fmt: skip
-    from offramp.training import answer_documents
-
-    file = None if source is None or source == BUNDLED else Path(source)
-    prompts = o.prompts_from(file, count)
-    with o.progress("answering") as progress:
-        return answer_documents(lm, prompts, config, folder / "answers.jsonl", progress)

@@ -14,7 +14,7 @@ from offramp.exits import fingerprint
 from offramp.training.data import Document, Progress, differences
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.language_model import LanguageModel, Prompt
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,12 @@ class AnswerConfig:
 
 def answer_documents(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: AnswerConfig,
     cache: Path,
     progress: Progress | None = None,
+    *,
+    groups: Sequence[str] | None = None,
 ) -> list[Document]:
     """Let the full model answer prompts; only the answers are to be predicted, unless `config.prompts_too`.
 
@@ -65,10 +67,11 @@ def answer_documents(
 
     Args:
         lm: The model.
-        prompts: Texts.
+        prompts: Texts or chats.
         config: How to answer.
         cache: Where answers are kept.
         progress: Called with the answers done and asked for.
+        groups: Of the prompts: answers to those of one group are never divided; None: by prompt.
 
     Returns:
         One document per answer: prompt and answer.
@@ -90,14 +93,20 @@ def answer_documents(
         records += new
     if progress is not None:
         progress(len(jobs), len(jobs), "answers")
+    kinds = [_name(prompt) for prompt in prompts] if groups is None else list(groups)
+    names = [name for name in kinds for _ in range(config.per_prompt)]
     starts = [0 if config.prompts_too else record["start"] for record in records]
     return [
-        Document(tuple(record["ids"]), start, record["prompt"], tuple(record.get("source", ())))
-        for record, start in zip(records, starts, strict=True)
+        Document(tuple(record["ids"]), start, name, tuple(record.get("source", ())))
+        for record, start, name in zip(records, starts, names, strict=True)
     ]
 
 
-def _answer(lm: LanguageModel, prompts: list[str], config: AnswerConfig, seed: int) -> list[dict[str, Any]]:
+def _name(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _answer(lm: LanguageModel, prompts: list[Prompt], config: AnswerConfig, seed: int) -> list[dict[str, Any]]:
     inputs = lm.encode(prompts, chat=config.chat)
     options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
     if config.temperature is not None:
@@ -106,7 +115,7 @@ def _answer(lm: LanguageModel, prompts: list[str], config: AnswerConfig, seed: i
     records = []
     for row, (prompt, tokens) in enumerate(zip(prompts, answers.tokens, strict=True)):
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
-        record = {"prompt": prompt, "answer": answers.texts[row]}
+        record = {"prompt": _name(prompt), "answer": answers.texts[row]}
         if lm.split.is_encoder_decoder:
             first = int(answers.sequences[row, 0])
             records.append({**record, "source": ids, "start": 1, "ids": [first, *tokens]})

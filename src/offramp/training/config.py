@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from offramp.training import consistency
@@ -46,8 +46,8 @@ class TrainConfig:
         rank: Of each lens's matrix; None: full; 0: no lens. Leave at None for 0 with "lora" and "all".
         lora_rank: Of LoRA's products; their scale is 2.
         objective: One of `OBJECTIVES`: what exits learn; the last layer always learns the text ("labels"). Or
-            "consistency" or "consistency-settled" (see `offramp.training.consistency`): the exits that are attached stay
-            as they are, and a classifier for each learns where it is right.
+            "consistency" or "consistency-settled" (see `offramp.training.consistency`): the exits that are attached
+            stay as they are, and a classifier for each learns where it is right.
         temperature: Softens both sides of a divergence.
         weights: One of `WEIGHTS`.
         hidden_loss: Weight of FREE's dynamic layer-wise term between hidden states, see
@@ -99,15 +99,19 @@ class TrainConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        choices = {
-            "objective": (*OBJECTIVES, *consistency.OBJECTIVES), "weights": WEIGHTS, "schedule": SCHEDULES, "trainable": TRAINABLE,
-            "precision": PRECISIONS,
+        choices: dict[str, Collection[str | None]] = {
+            "objective": (*OBJECTIVES, *consistency.OBJECTIVES), "weights": WEIGHTS, "schedule": SCHEDULES,
+            "trainable": TRAINABLE, "precision": PRECISIONS,
         }  # fmt: skip
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give steps or tokens, one of them, to say when training ends")
+        self._check_numbers()
+        self._check_backbone()
+
+    def _check_numbers(self) -> None:
         least_one = ("steps", "tokens", "batch_size", "micro_batch", "positions", "validate_every", "save_every")
         for name in (*least_one, "lora_rank", "prompt_layer"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -122,7 +126,6 @@ class TrainConfig:
             raise ValueError(f"objective {self.objective!r} has no temperature; {' and '.join(SOFTENED)} have one")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("warmup and weight_decay must not be negative")
-        self._check_backbone()
 
     def _check_backbone(self) -> None:
         if not 0 <= self.layer_dropout < 1:
@@ -136,7 +139,9 @@ class TrainConfig:
                 object.__setattr__(self, "rank", 0)
             return
         if self.rank == 0 and not self.classifiers:
-            raise ValueError("rank 0 is no lens, so there is nothing to train; give a rank, or trainable 'lora' or 'all'")
+            raise ValueError(
+                "rank 0 is no lens, so there is nothing to train; give a rank, or trainable 'lora' or 'all'"
+            )
         for name in ("layer_dropout", "hidden_loss"):
             if getattr(self, name):
                 raise ValueError(f"{name} acts on the backbone, which is not trained; give trainable 'lora' or 'all'")

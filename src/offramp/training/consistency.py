@@ -100,7 +100,9 @@ def tally_classifiers(
         for layer, hidden in zip(layers, states, strict=True):
             adapted = exits.adapt(layer, hidden.float()).to(hidden.dtype)
             inputs.append(split.readout_input(adapted))
-        choices = torch.stack([torch.cat([chosen(split.project(x)) for x in part.split(rows)]) for part in inputs])
+        choices = torch.stack(
+            [torch.cat([chosen(split.project(x)) for x in torch.split(part, rows)]) for part in inputs]
+        )
         targets = consistency_targets(choices, kind)
     losses, right = [], []
     for index, layer in enumerate(exits.layers):

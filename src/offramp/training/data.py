@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offramp.tasks import task_documents
+
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
+    from offramp.tasks import Example, Task
 
 Progress = Callable[..., None]
 """(done, total[, what is next])."""
@@ -64,7 +67,6 @@ class Windows:
         if self.sources is not None:
             parts.append(self.sources.to(torch.int32))
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -158,6 +160,32 @@ def text_documents(lm: LanguageModel, texts: Sequence[str]) -> list[Document]:
         if len(ids) > 1:
             documents.append(Document(ids, 0, hashlib.sha256(text.encode()).hexdigest()))
     return documents
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def pair_documents(
+    lm: LanguageModel, task: Task, examples: Sequence[Example], *, longest: int | None = None
+) -> tuple[list[Document], int]:
+    """Examples of a task, whose answers are to be predicted.
+
+    Args:
+        lm: The model they are for.
+        task: How to ask.
+        examples: Any number.
+        longest: See `offramp.tasks.task_documents`.
+
+    Returns:
+        One document per example, and how many sources were shortened.
+    """
+    pairs, shortened = task_documents(lm, task, examples, longest=longest)
+    if not lm.split.is_encoder_decoder:
+        made = [Document((*p.source_ids, *p.target_ids), len(p.source_ids), p.group) for p in pairs]
+    else:
+        start = lm.model.generation_config.decoder_start_token_id
+        made = [Document((start, *p.target_ids), 1, p.group, p.source_ids) for p in pairs]
+    return made, shortened
 
 
 def differences(have: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
@@ -293,8 +321,8 @@ def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = 
     epoch, at = divmod(step, steps_per_epoch(windows, size))
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     order = torch.randperm(len(windows), generator=generator)
-    pools = [pool[windows.lengths[pool].argsort(stable=True)] for pool in order.split(64 * size)]
-    batches = torch.cat(pools).split(size)
+    pools = [pool[windows.lengths[pool].argsort(stable=True)] for pool in torch.split(order, 64 * size)]
+    batches = torch.split(torch.cat(pools), size)
     whole = len(windows) // size
     which = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]  # a rest comes last
     part = windows[batches[which[at]]]

@@ -14,6 +14,13 @@ def dropout_rates(num_layers: int, largest: float) -> list[float]:
 
     LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710), equation 1, without the curriculum over time that it uses for
     training from scratch only.
+
+    Args:
+        num_layers: L.
+        largest: The last block's rate.
+
+    Returns:
+        L rates, ascending from 0.
     """
     return [largest * (2 ** (layer / max(num_layers - 1, 1)) - 1) for layer in range(num_layers)]
 
@@ -33,8 +40,10 @@ def edit_for(split: SplitModel, config: TrainConfig, counted: Tensor) -> Edit | 
     """
     stop = config.prompt_layer
     if stop is not None and (split.is_encoder_decoder or stop >= split.num_layers):
-        kind = "an encoder-decoder has no prompt in its decoder" if split.is_encoder_decoder else (
-            f"a prompt can stop after layers 1..{split.num_layers - 1}"
+        kind = (
+            "an encoder-decoder has no prompt in its decoder"
+            if split.is_encoder_decoder
+            else (f"a prompt can stop after layers 1..{split.num_layers - 1}")
         )
         raise ValueError(f"prompt_layer is {stop}, but {kind}")
     rates = dropout_rates(split.num_layers, config.layer_dropout if split.model.training else 0.0)

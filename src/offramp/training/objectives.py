@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+
 class Teacher:
     """The last layer's readout at N positions.
 

@@ -2,9 +2,9 @@
 
 config.json             what was asked for; a run with other options is refused here
 metrics.jsonl           one line per step and per validation
-checkpoint.safetensors  what is trained, and the optimiser; step, tokens and seconds stand in its header. One file, replaced by
-                        rename, so that weights and step can never disagree
-answers.jsonl           the model's own answers, if it was asked for some (see `offramp.training.data`)
+checkpoint.safetensors  what is trained, and the optimiser; step, tokens and seconds stand in its header. One file,
+                        replaced by rename, so that weights and step can never disagree
+answers.jsonl           the model's own answers, if it was asked for some (see `offramp.training.answers`)
 exits/                  the result
 model/                  the model, if its own weights were trained
 """

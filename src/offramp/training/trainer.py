@@ -172,7 +172,9 @@ def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) ->
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, str]:
-    return {f"{part}.{name}": str(value) for part in ("model", "config", "data") for name, value in record[part].items()}
+    return {
+        f"{part}.{name}": str(value) for part in ("model", "config", "data") for name, value in record[part].items()
+    }
 
 
 class _Trainer:
@@ -184,7 +186,7 @@ class _Trainer:
         self.split, self.exits, self.parameters = split, learns.exits, learns.parameters
         self.data, self.config, self.run, self.workers = data, config, run, workers
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.parameters.values(), lr=config.rate(Clock()), weight_decay=config.weight_decay
         )
         layers = (*self.exits.layers, split.num_layers) if config.backbone else self.exits.layers
         self.weights = WEIGHTS[config.weights](layers)
@@ -270,7 +272,7 @@ class _Trainer:
                     (layer,), others = self.exits.layers, hidden[depth:]
                     term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
                     roots, gradients = [*roots, term], [*gradients, None]
-                torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]
+                torch.autograd.backward(roots, gradients)
         return result
 
     def _states(self, windows: Windows) -> tuple[list[Tensor], Tensor]:
@@ -314,7 +316,7 @@ class _Trainer:
         """The sum of `work` over all windows, of which each process takes its share, `size` at a time."""
         world, rank = self.workers.num_processes, self.workers.process_index
         mine = torch.arange(rank, len(windows), world)
-        tallies = [work(windows[part]) for part in mine.split(size or max(len(mine), 1)) if len(part)]
+        tallies = [work(windows[part]) for part in torch.split(mine, size or max(len(mine), 1)) if len(part)]
         width, device = len(self.exits.layers) + 1, self.split.device
         nothing = Tally(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
         own = functools.reduce(operator.add, tallies, nothing)
@@ -330,7 +332,7 @@ class _Trainer:
         if self.workers.num_processes > 1:
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             whole = self.workers.reduce(torch.cat([part.flatten() for part in parts]), "sum")
-            for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+            for parameter, part in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
                 parameter.grad = part.view_as(parameter)
         return float(nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))
 

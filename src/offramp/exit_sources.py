@@ -1,0 +1,72 @@
+"""Where trained exits come from and go to: a folder, this package, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from offramp.exit_files import CONFIG, WEIGHTS
+from offramp.packaged import ModelError, first_line
+
+BUNDLED = "bundled"
+"""Name of the exits that come with offramp, for a packaged model."""
+
+
+def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
+    """The folder of exits that are named by a folder, by "bundled", or by a hub id.
+
+    Args:
+        source: What the user gave.
+        model: Name of the model they are for; "bundled" exits are found by it.
+
+    Returns:
+        A folder; whether it holds exits is for `Exits.load` to see.
+
+    Raises:
+        ModelError: No exits come with offramp for this model, or the hub does not give them.
+    """
+    folder = Path(source).expanduser()
+    if str(source) == BUNDLED and not folder.exists():
+        folder = Path(__file__).parent / "data" / "exits" / model
+        if not folder.is_dir():
+            have = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "no model"
+            raise ModelError(
+                f"no exits for {model!r} come with offramp, only for {have}; train some with offramp train"
+            )
+        return folder
+    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:
+        raise ModelError(
+            f"{source} is no folder, and the hub does not give it ({first_line(error)}); name a folder of exits, or a "
+            "hub id that offramp train --push-to-hub wrote"
+        ) from error
+
+
+def push(folder: str | os.PathLike[str], repository: str, *, private: bool | None = None) -> str:
+    """Put a folder of exits on the hub, for `offramp.load(name, exits=repository)`.
+
+    Args:
+        folder: What `save_exits` wrote.
+        repository: OWNER/NAME; made if it does not exist.
+        private: Whether a new repository is; None: the owner's default.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ModelError: The folder holds no exits.
+    """
+    from huggingface_hub import HfApi
+
+    from offramp.exits import Exits
+
+    Exits.load(folder)  # nothing half-written goes out
+    hub = HfApi()
+    address = hub.create_repo(repository, private=private, exist_ok=True)
+    hub.upload_folder(repo_id=repository, folder_path=Path(folder), allow_patterns=[CONFIG, WEIGHTS])
+    return str(address)
