@@ -25,7 +25,7 @@ BRIEF = replace(SUMMARISING, instruction="why {source} ?", cue="w90", prefix="w9
 
 @cache
 def language_model(name, *, chat=False):
-    """A tiny model, shared by the tests; the tokenizer of an encoder-decoder ends texts, that of a decoder-only model begins them."""
+    """A tiny model, shared by the tests; tokenizers of encoder-decoders end texts, those of decoder-only models begin them."""
     words = tokenizer(chat=chat)
     begins = name in DECODER_ONLY
     core = words.backend_tokenizer
@@ -118,6 +118,7 @@ def test_the_target_is_the_first_reference_and_the_end(chat):
         ("w60 w61 ", [2, 60], 60),  # the template ends a turn otherwise than a text ends
         ("w61 w60 ", [61, 60], 61),
         ("w61 ", [60, 62], 60),  # generation would not stop at what the template writes
+        ("</s> ", [60], 60),
         ("w61 ", None, 2),
     ],
 )
