@@ -33,7 +33,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of that choice and of the intervals.")] = 0,
     arms: Annotated[
         str | None,
-        typer.Option(help="default: the source documents' policies (softmax and its prunings, contrastive, jsd)."),
+        typer.Option(help="default: the source documents' policies (softmax, its prunings, contrastive, jsd) at 0.9."),
     ] = None,
     policy: Annotated[
         list[Path] | None,
