@@ -25,7 +25,7 @@ BRIEF = replace(SUMMARISING, instruction="why {source} ?", cue="w90", prefix="w9
 
 @cache
 def language_model(name, *, chat=False):
-    """A tiny model, shared by the tests; tokenizers of encoder-decoders end texts, those of decoder-only models begin them."""
+    """A tiny shared model; encoder-decoders get texts that end in </s>, others such that begin in <s>."""
     words = tokenizer(chat=chat)
     begins = name in DECODER_ONLY
     core = words.backend_tokenizer
