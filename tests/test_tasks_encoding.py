@@ -25,7 +25,11 @@ BRIEF = replace(SUMMARISING, instruction="why {source} ?", cue="w90", prefix="w9
 
 @cache
 def language_model(name, *, chat=False):
+<<<<<<< HEAD
     """A tiny model, shared by the tests; an encoder-decoder's tokenizer ends texts, a decoder-only model's begins them."""
+=======
+    """A tiny shared model; encoder-decoders get texts that end in </s>, others such that begin in <s>."""
+>>>>>>> h_eval
     words = tokenizer(chat=chat)
     begins = name in DECODER_ONLY
     core = words.backend_tokenizer
@@ -118,6 +122,7 @@ def test_the_target_is_the_first_reference_and_the_end(chat):
         ("w60 w61 ", [2, 60], 60),  # the template ends a turn otherwise than a text ends
         ("w61 w60 ", [61, 60], 61),
         ("w61 ", [60, 62], 60),  # generation would not stop at what the template writes
+        ("</s> ", [60], 60),
         ("w61 ", None, 2),
     ],
 )

@@ -33,7 +33,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of that choice and of the intervals.")] = 0,
     arms: Annotated[
         str | None,
-        typer.Option(help="default: the source documents' policies (softmax and its prunings, contrastive, jsd)."),
+        typer.Option(help="default: the source documents' policies (softmax, its prunings, contrastive, jsd) at 0.9."),
     ] = None,
     policy: Annotated[
         list[Path] | None,
@@ -82,15 +82,18 @@ def evaluate(
     """Quality and cost of exit policies on a task, beside the full model and static exits, with intervals.
 
     Started again with the same options, an interrupted evaluation goes on; other policies may be added to its folder.
-    `accelerate launch -m offramp evaluate …` divides the examples among processes.
+    `accelerate launch -m offramp evaluate …` (on CPUs `torchrun --nproc-per-node N -m offramp evaluate …`) divides the
+    examples among processes.
     """
+    import torch
     from accelerate import PartialState
 
     import offramp
 
-    state = PartialState()
-    many = state.num_processes > 1
-    lm = offramp.load(model, dtype=dtype, device=device or (str(state.device) if many else None), exits=exits)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if state.num_processes > 1:
+        device = str(state.device)
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     chosen = _arms(
         lm, arms=arms, files=policy or [], sweep=sweep, confidence=confidence, threshold=threshold,
         min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,

@@ -50,7 +50,7 @@ class Bootstrap:
             raise ValueError(f"resamples is {resamples}; it must be at least 1 (1000 or more are customary)")
         if not 0 < level < 1:
             raise ValueError(f"level is {level}; it must be in (0, 1)")
-        names, self.index = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+        names, self.index = np.unique(list(groups), return_inverse=True)
         self.groups, self.resamples, self.seed, self.level = len(names), resamples, seed, level
         draw = np.random.default_rng(seed)
         self.weights = draw.multinomial(self.groups, [1 / self.groups] * self.groups, size=resamples)  # [R, G]

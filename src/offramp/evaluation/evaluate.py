@@ -4,7 +4,8 @@ config.json               what all arms have in common; an evaluation of somethi
 records/ARM.jsonl         one line per example; while several processes are at it, ARM.RANK-of-PROCESSES.jsonl
 results.json, table.md    the summary, and pictures of it
 
-Started with `accelerate launch`, each process answers its part of the examples; they must see the same folder.
+Started several times by `accelerate launch` (or `torchrun`, on CPUs too), each process answers its part of the
+examples; they must see the same folder.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _evaluate(
     bootstrap = Bootstrap([example.group for example in examples], resamples=resamples, seed=seed)
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=lm.split.device.type == "cpu")
     records: dict[str, list[Record]] = {}
     with _opened(folder, common, about=conditions, state=state):
         for number, (arm, policy) in enumerate(policies.items()):

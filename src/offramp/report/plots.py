@@ -1,4 +1,4 @@
-"""Pictures of a probe and of a bench. Each says in its title what it shows, and in its footnote what of.
+"""Pictures of a probe, a bench and an evaluation. Each says in its title what it shows, and in its footnote what of.
 
 Figures are made without pyplot, so no window system is needed and nothing global is left changed. The same probe
 gives the same bytes.
@@ -257,26 +257,36 @@ def pareto_figure(evaluation: Evaluation) -> Any:
     figure = require_matplotlib().figure.Figure(figsize=(11, 5.4), layout="constrained")
     ahead, metric = evaluation.ahead(), evaluation.metric
     count = sum(not arm.is_static for arm in evaluation.arms)
-    title = f"{len(ahead)} of {count} policies are ahead of every static exit" if count else "Static exits"
+    title = f"{len(ahead)} of {count} policies are matched by no static exit" if count else "Static exits"
     conditions = evaluation.conditions
-    figure.suptitle(f"{title}: {metric} over compute", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{title}: {metric} over compute\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, cost in ((left, "flops_ratio"), (right, "seconds_ratio")):
         _pareto(axes, evaluation, cost)
-    left.set_ylabel(f"{metric}{' (lower is better)' if evaluation.metric == 'perplexity' else ''}")
-    if evaluation.metric == "perplexity":
-        left.set_yscale("log")
-        left.invert_yaxis()
+    left.set_ylabel(metric)
+    if metric == "perplexity":
+        _downwards(left, metric)
     left.set_xlabel("FLOPs (full model = 1), all parts counted")
-    right.set_xlabel("seconds (full model = 1), arms one after the other")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=9
-    )  # fmt: skip
+    right.set_xlabel("seconds (full model = 1)")
+    handles, labels = left.get_legend_handles_labels()
+    legend = left.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=8)
+    legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
     figure.supxlabel(
         f"{conditions['model']} · {conditions['task']} · {conditions['examples']} examples · bars: "
         f"{conditions.get('level', 0.95):.0%} intervals", x=0.01, ha="left", fontsize=8, color=GREY,
     )  # fmt: skip
     return figure
+
+
+def _downwards(axes: Any, label: str) -> None:
+    """A logarithmic axis on which better, which is lower, stands above."""
+    ticker = require_matplotlib().ticker
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.minorticks_off()
+    axes.set_ylabel(f"{label} (logarithmic, better above)")
 
 
 def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
@@ -329,6 +339,8 @@ def histogram_figure(evaluation: Evaluation) -> Any:
         shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0.5, depth + 0.5, len(arms) - 0.5, -0.5)
     )
     axes.plot([arm.exit_layer.value for arm in arms], range(len(arms)), "|", color=ORANGE, markersize=14, mew=2)
+    step = 1 if depth <= 16 else 2 if depth <= 32 else 4
+    axes.set_xticks(sorted({1, *range(depth, step // 2, -step)}))
     axes.set_yticks(range(len(arms)), [f"{arm.name}  (mean {arm.exit_layer.value:.1f})" for arm in arms])
     axes.set_xlabel("layer after which tokens left (mark: mean)")
     axes.grid(visible=False)

@@ -53,7 +53,7 @@ def task_documents(
     for example in examples:
         target = _target(lm, task, example)
         room = 0 if lm.split.is_encoder_decoder else len(target)
-        if limit is not None and (len(target) > limit or room >= limit):
+        if limit is not None and len(target) > limit:
             raise ValueError(
                 f"the answer of example {example.id} has {len(target)} tokens, its end included, and {limit} are all "
                 "there may be; allow more, or leave the example out"
@@ -181,16 +181,15 @@ def _tokens(lm: LanguageModel, text: str, *, special: bool = True, answer: bool 
 
 def _end(lm: LanguageModel, prompt: Prompt | None) -> int:
     """The token that ends an answer: one that generation stops at; for a chat the one its template puts there."""
-    given = lm.model.generation_config.eos_token_id
-    ends: list[int] = [given] if isinstance(given, int) else list(given or [])
-    own = lm.tokenizer.eos_token_id
-    if not ends and own is None:
+    given, own = lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id
+    given = own if given is None else given
+    if given is None:
         raise ValueError(f"{lm.name} has no end token; set eos_token_id in its generation config")
+    ends: list[int] = [given] if isinstance(given, int) else given
     if prompt is not None and not isinstance(prompt, str):
         mark = "offramp"
         chat = [*prompt, {"role": "assistant", "content": mark}]
         behind = lm.tokenizer.apply_chat_template(chat, tokenize=False).rpartition(mark)[2]
-        found = next((id for id in _tokens(lm, behind, special=False) if id in ends or id == own), None)
-        if found is not None and (found in ends or not ends):
-            return found
-    return own if own in ends or not ends else ends[0]
+        if written := [id for id in _tokens(lm, behind, special=False) if id in ends]:
+            return written[0]
+    return own if own in ends else ends[0]

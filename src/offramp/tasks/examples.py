@@ -298,6 +298,7 @@ def split_groups(examples: Sequence[Example], shares: Sequence[float], seed: int
     for done, share in enumerate(accumulate(shares), 1):  # a group goes where its middle falls; each part gets one
         cut = sum(middle <= share * len(examples) for middle in middles)
         cuts.append(min(max(cut, cuts[-1] + 1), len(groups) - len(shares) + done))
+    cuts[-1] = len(groups)  # whatever the sum of the shares was rounded to
     part = {group: at for at, (a, b) in enumerate(pairwise(cuts)) for group in groups[a:b]}
     parts: list[list[Example]] = [[] for _ in shares]
     for example in examples:

@@ -66,7 +66,7 @@ def text_rows(path: Path) -> list[Row]:
     lines = read_text(path).split("\n")
     if not lines[-1]:
         lines.pop()
-    return [Row(f"{path}, line {n}", str(n), line.removesuffix("\r")) for n, line in enumerate(lines, 1)]
+    return [Row(f"{path}, line {n}", str(n), line) for n, line in enumerate(lines, 1)]
 
 
 def json_rows(path: Path) -> Iterator[Row]:

@@ -1,0 +1,37 @@
+"""A small evaluation, in a module of its own so that other processes can start it: evaluation_runs.py FOLDER."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from offramp import ExitPolicy, LanguageModel
+from offramp.evaluation import evaluate
+from offramp.tasks import TASKS, Example
+from tiny import tiny, tokenizer
+
+TASK = TASKS["question-answering"]
+POLICIES = {"softmax": ExitPolicy(threshold=0.2, min_layer=1)}
+SHORT = 6
+
+
+def model(name="llama"):
+    return LanguageModel(tiny(name), tokenizer(), name="tiny")
+
+
+def examples(count=5):
+    """Two to a group; the references are made of words that the tiny models tend to say."""
+    return [
+        Example(f"q{i}", f"w{20 + i} the sky is w{30 + i}", (f"w{i + 40} w{i + 41}", "the sky"), f"g{i // 2}", "why ?")
+        for i in range(count)
+    ]
+
+
+def run(folder, count=5, **options):
+    torch.set_num_threads(1)
+    options = {"static_layers": (2,), "max_new_tokens": SHORT, "resamples": 100, **options}
+    return evaluate(model(), TASK, examples(count), POLICIES, Path(folder), **options)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

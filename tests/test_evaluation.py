@@ -1,0 +1,261 @@
+"""Whole evaluations: folders, several processes, arms, pictures, and the command."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+import evaluation_runs
+from evaluation_runs import POLICIES, SHORT, examples, model
+from offramp import ExitPolicy, Exits, cli
+from offramp.evaluation import document_arms, grid, read_records, static_arms, sweep_layers
+from offramp.files import write_json
+from offramp.report import plots
+from tiny import LAYERS, tiny, tokenizer
+
+NAMES = ["full-model", "static-2", "softmax"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    return folder, evaluation_runs.run(folder)
+
+
+@pytest.fixture
+def _undrawn(monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+
+
+def timeless(folder):
+    files = {path.name: read_records(path) for path in (folder / "records").iterdir()}
+    return {name: (header, [replace(r, seconds=0) for r in records]) for name, (header, records) in files.items()}
+
+
+def test_a_folder_with_everything(run):
+    folder, result = run
+    assert [arm.name for arm in result.arms] == ["full model", "static 2", "softmax"]
+    assert {path.name for path in (folder / "records").iterdir()} == {f"{name}.jsonl" for name in NAMES}
+    pictures = {f"evaluate-{name}.{suffix}" for name in ("pareto", "exits") for suffix in ("svg", "png")}
+    assert {"config.json", "results.json", "table.md", "records"} | pictures <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert (folder / "table.md").read_text() == result.table() + "\n"
+
+
+def test_static_exits_cost_less_and_leave_where_they_should(run):
+    static = run[1].arm("static 2")
+    assert static.flops_ratio.high < 1 > static.decode_flops_ratio.high
+    assert static.exit_layer.value == 2
+    assert static.histogram == [0, static.histogram[1], 0, 0]
+    full = run[1].arm("full model")
+    assert (full.agreement.value, full.identical.value, full.exit_layer.value) == (1, 1, LAYERS)
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_started_again_it_reads_and_arms_can_be_added(run, tmp_path):
+    folder = tmp_path / "again"
+    first = evaluation_runs.run(folder)
+    before = {path.name: path.read_bytes() for path in (folder / "records").iterdir()}
+    assert evaluation_runs.run(folder) == first
+    evaluation_runs.run(folder, static_layers=(2, 3))
+    after = {path.name: path.read_bytes() for path in (folder / "records").iterdir()}
+    assert set(after) - set(before) == {"static-3.jsonl"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_another_evaluation_is_refused(run):
+    with pytest.raises(ValueError, match=r"holds another evaluation: examples was .* another folder"):
+        evaluation_runs.run(run[0], count=4)
+    with pytest.raises(ValueError, match=f"max_new_tokens was {SHORT} and is now 3"):
+        evaluation_runs.run(run[0], max_new_tokens=3)
+
+
+def test_arms_that_share_a_name_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(POLICIES, "Softmax!", POLICIES["softmax"])
+    with pytest.raises(ValueError, match="'softmax' and 'Softmax!' would share the file"):
+        evaluation_runs.run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_write_what_one_does(run, tmp_path):
+    """Two processes with what `accelerate launch` and `torchrun` tell theirs, on the loopback device."""
+    folder = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, evaluation_runs.__file__, folder],
+            env={**os.environ, **common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert timeless(folder) == timeless(run[0])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["conditions"]["processes"] == 2
+    assert [arm["quality"] for arm in results["arms"]] == [arm["quality"] for arm in run[1].to_dict()["arms"]]
+
+
+def test_more_processes_than_examples(tmp_path, monkeypatch):
+    """The rank that gets nothing writes nothing and waits."""
+    from offramp.evaluation.evaluate import _shared
+
+    calls = []
+
+    def answer(part, path):
+        calls.append((len(part), path.name))
+        return []
+
+    state = SimpleNamespace(process_index=2, num_processes=3, is_main_process=False, wait_for_everyone=lambda: None)
+    _shared(state, tmp_path / "arm", examples(2), answer)
+    assert calls == [(2, "arm.jsonl")]
+
+
+# ---------------------------------------------------------------- arms
+
+
+def test_static_arms_sit_at_the_trained_exits():
+    lm = model()
+    assert list(static_arms(lm)) == ["static 2", "static 3"]
+    lm.attach_exits(Exits.fresh(lm.split, (1, 3)))
+    assert list(static_arms(lm)) == ["static 1", "static 3"]
+    with pytest.raises(ValueError, match=r"1\.\.3"):
+        static_arms(lm, (4,))
+
+
+def test_with_trained_exits_only_they_are_tested():
+    lm = model()
+    lm.attach_exits(Exits.fresh(lm.split, (1, 3)))
+    (policy,) = grid(lm, min_layers=(2,)).values()
+    assert tuple(policy.resolve(LAYERS, lm.vocabulary, (1, 3)).thresholds) == (3,)
+    with pytest.raises(ValueError, match="the last trained exit is after layer 3"):
+        grid(lm, min_layers=(4,))
+    assert sweep_layers(lm) == (1, 3)
+
+
+def test_a_grid_has_every_combination_by_its_own_name():
+    lm = model()
+    arms = grid(
+        lm, confidences=("softmax", "max"), thresholds=(0.5, 0.9), min_layers=(None, 2), vocabularies=(None, "fixed"),
+        vocabulary_size=9,
+    )  # fmt: skip
+    assert len(arms) == 16 == len(set(arms.values()))
+    policy = arms["max > 0.5, from 2, fixed"]
+    assert (policy.confidence, policy.threshold, policy.min_layer, policy.vocabulary_size) == ("max", 0.5, 2, 9)
+    assert arms["softmax > 0.9"].vocabulary_size is None
+    assert "jsd + adaptive" in document_arms(lm)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squad(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "squad.json"
+    context = "why is the sky blue ? w20 w21"
+    rows = [{"title": f"t{i}", "paragraphs": [{"context": f"{context} w{30 + i}", "qas": [
+        {"id": f"{i}-{j}", "question": f"w{40 + j} ?", "answers": [{"text": "the sky", "answer_start": 7}]}
+        for j in range(2)
+    ]}]} for i in range(3)]  # fmt: skip
+    write_json(path, {"version": "1.1", "data": rows})
+    return path
+
+
+def offramp(*arguments):
+    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+
+
+def test_the_command_from_end_to_end(folder, squad, tmp_path):
+    policy, path, out = tmp_path / "mine.json", tmp_path / "all.json", tmp_path / "run"
+    ExitPolicy("max", threshold=0.1, min_layer=1).save(policy)
+    arguments = [
+        folder, "--task", "question-answering", "--data", squad, "--limit", 4, "--policy", policy, "--confidence",
+        "softmax", "--threshold", "0.1,0.3", "--min-layer", 2, "--static", "1,3", "--max-new-tokens", 4, "--resamples",
+        50, "--out", out, "--json", path,
+    ]  # fmt: skip
+    first = offramp(*arguments)
+    assert first.exit_code == 0, first.output
+    result = json.loads(path.read_text())
+    assert result["schema"] == "offramp/evaluate/1"
+    expected = ["full model", "static 1", "static 3", "mine", "softmax > 0.1, from 2", "softmax > 0.3, from 2"]
+    assert [arm["name"] for arm in result["arms"]] == expected
+    assert result["conditions"]["examples"] == 4
+    assert all(f"| {name} " in first.stdout for name in expected)
+    again = offramp(*arguments)
+    assert again.exit_code == 0, again.output
+    assert json.loads(path.read_text()) == result  # nothing was timed anew
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_a_sweep_and_the_documents_arms(folder, squad, tmp_path):
+    path = tmp_path / "all.json"
+    run = offramp(
+        folder, "--task", "question-answering", "--data", squad, "--limit", 1, "--sweep", "--threshold", "0.2",
+        "--arms", "default", "--max-new-tokens", 2, "--resamples", 20, "--out", tmp_path / "run", "--json", path,
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    result = json.loads(path.read_text())
+    names = [arm["name"] for arm in result["arms"]]
+    assert len(names) == 1 + 2 + 7 + 2 * 1 * 2 * 2
+    assert {"jsd + adaptive", "jsd > 0.2, from 2, fixed"} <= set(names)
+    assert set(result["front"]["flops_ratio"]) <= set(names)
+    assert result["arms"][0]["quality"]["f1"]["low"] is None  # a single group
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_perplexity_of_a_text(folder, tmp_path):
+    text, path = tmp_path / "a.txt", tmp_path / "all.json"
+    text.write_text(" ".join(f"w{i}" for i in range(20, 80)))
+    run = offramp(
+        folder, "--task", "perplexity", "--data", text, "--window", 8, "--limit", 3, "--threshold", "0.2", "--out",
+        tmp_path / "run", "--json", path,
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    result = json.loads(path.read_text())
+    assert result["metric"] == "perplexity"
+    assert result["conditions"]["examples"] == 3
+    assert all(arm["quality"]["perplexity"]["value"] > 1 for arm in result["arms"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "chess"], "choose one of question-answering"),
+        (["--task", "question-answering", "--data", "b.json"], "--data is given 2 times"),
+        (["--task", "question-answering", "--arms", "all"], "there is only 'default'"),
+        (["--task", "question-answering", "--threshold", "high"], "give numbers with commas"),
+        (["--task", "question-answering", "--threshold", "1.5"], "threshold is 1.5"),
+        (["--task", "question-answering", "--static", "9"], "1..3"),
+        (["--task", "question-answering", "--limit", "0"], "limit"),
+        (["--task", "translation"], "squad.json"),
+        (["--task", "question-answering", "--max-new-tokens", "999"], "999"),
+    ],
+)
+def test_wrong_options(folder, squad, tmp_path, arguments, message):
+    run = offramp(folder, "--data", squad, "--out", tmp_path / "run", *arguments)
+    assert run.exit_code != 0
+    assert message in " ".join((run.output + str(run.exception)).replace("│", " ").split())
+    assert not Path(tmp_path / "run" / "results.json").exists()
