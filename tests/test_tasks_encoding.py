@@ -25,11 +25,7 @@ BRIEF = replace(SUMMARISING, instruction="why {source} ?", cue="w90", prefix="w9
 
 @cache
 def language_model(name, *, chat=False):
-<<<<<<< HEAD
-    """A tiny model, shared by the tests; an encoder-decoder's tokenizer ends texts, a decoder-only model's begins them."""
-=======
     """A tiny shared model; encoder-decoders get texts that end in </s>, others such that begin in <s>."""
->>>>>>> h_eval
     words = tokenizer(chat=chat)
     begins = name in DECODER_ONLY
     core = words.backend_tokenizer
