@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from offramp.choosing import Choosing
 from offramp.costs import Costs, Ledger
-from offramp.decoding import Choosing, Step, decode
+from offramp.decoding import Step, decode
 from offramp.families import SplitModel
 from offramp.policy import ExitPolicy
 
