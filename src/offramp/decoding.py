@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from offramp.adaptive_threshold import AdaptiveThreshold
 from offramp.choosing import Choosing
 from offramp.costs import Ledger
 from offramp.families import SplitModel
@@ -64,6 +65,7 @@ def decode(
     memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
     ledger: Ledger | None = None,
+    adaptive: AdaptiveThreshold | None = None,
 ) -> Iterator[Step]:
     """Generate, leaving the network where the policy says so.
 
@@ -80,6 +82,7 @@ def decode(
         memory: Encoder output, [B, X, D], for encoder-decoders.
         memory_mask: Mask of the encoder's input, [B, X].
         ledger: Where costs are written down.
+        adaptive: What an adaptive policy has learnt so far, refitted here and learning on; None: nothing yet.
 
     Yields:
         One `Step` per position. Nothing unverified is yielded under "verify".
@@ -88,8 +91,12 @@ def decode(
         ValueError: The policy does not fit the model.
     """
     plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary, model.exit_layers)
+    if plan.policy.adaptive:
+        adaptive = adaptive or AdaptiveThreshold.of(plan.policy)
+        plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
     ledger = ledger or Ledger(model.shape, ids.device)
-    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger)
+    learning = adaptive if plan.policy.adaptive else None
+    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, learning)
     read = generation.first(mask, memory, memory_mask)
     while True:
         yield from generation.verified(read) if generation.verifying else generation.settled(read)
@@ -102,9 +109,16 @@ class _Generation:
     """The state of one batch between steps."""
 
     def __init__(
-        self, model: SplitModel, ids: Tensor, plan: Plan, choosing: Choosing, max_new_tokens: int, ledger: Ledger
+        self,
+        model: SplitModel,
+        ids: Tensor,
+        plan: Plan,
+        choosing: Choosing,
+        max_new_tokens: int,
+        ledger: Ledger,
+        adaptive: AdaptiveThreshold | None,
     ) -> None:
-        self.model, self.plan, self.choosing, self.ledger = model, plan, choosing, ledger
+        self.model, self.plan, self.choosing, self.ledger, self.adaptive = model, plan, choosing, ledger, adaptive
         if plan.pruning is not None and not model.head_is_plain:
             kind = type(model.head).__name__
             raise ValueError(
@@ -120,6 +134,7 @@ class _Generation:
         self.protected = torch.tensor(sorted(set(choosing.eos)), dtype=torch.long, device=ids.device)
         self.verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
         self.drafts: list[_Read] = []
+        self.shallow: list[tuple[list[float], Tensor]] = []  # confidences, choices [B] of positions not yet compared
         self.billed = 0
 
     @property
@@ -166,6 +181,10 @@ class _Generation:
             confidences = exit.confidence()
             for row, confidence in zip(way.rows, confidences, strict=True):
                 read.confidences[row] = confidence
+            if self.adaptive is not None:
+                choices = torch.full_like(self.buffer[:, 0], -1)
+                choices[way.rows] = exit.logits.argmax(-1)
+                self.shallow.append((read.confidences, choices))
             tau = plan.threshold(layer, self.length - self.prompt, self.limit)
             gone = [i for i, confidence in enumerate(confidences) if confidence > tau]
             if self.plan.policy.batch == "all" and len(gone) < len(confidences):
@@ -197,12 +216,35 @@ class _Generation:
         if reader is not None and plan.policy.decode_from == "contrastive" and plan.policy.contrast.full:
             reader.kept = None
             scores = reader.at(plan.last, way.hidden).emission(list(range(len(way.rows))))
+        elif len(self.shallow) > 1 or (self.shallow and len(way.rows) < len(self.rows)):  # a token left before
+            scores = self._compared()
         else:
             with self.ledger.time("readout"):
                 scores = self.model.readout(way.hidden, plan.last).float()
             self.ledger.lens(plan.last, len(scores))
             self.ledger.readout(len(scores))
+            self.shallow.clear()
         self._put(read, way.rows, scores, plan.last)
+
+    def _compared(self) -> Tensor:
+        """Read all positions out that just went deep, and learn where the last layer's choices are the exit's.
+
+        Returns:
+            Scores of the rows still in, at the last position, [A, V].
+        """
+        way, last = self.way, self.plan.last
+        hidden = way.state.hidden[self.rows]  # rows that are not finished, [R, n, D]
+        with self.ledger.time("readout"):
+            logits = self.model.readout(hidden, last)
+        self.ledger.lens(last, hidden.shape[0] * hidden.shape[1])
+        self.ledger.readout(hidden.shape[0] * hidden.shape[1])
+        choices = torch.stack([choices[self.rows] for _, choices in self.shallow], dim=1)
+        agreed = (choices == logits.argmax(-1)).tolist()
+        assert self.adaptive is not None
+        for row, same in zip(self.rows, agreed, strict=True):
+            self.adaptive.add([confidences[row] for confidences, _ in self.shallow], same)
+        self.shallow.clear()
+        return logits[[self.rows.index(row) for row in way.rows], -1].float()
 
     def _scores(self) -> Tensor:
         return torch.empty(0, self.plan.vocabulary, device=self.buffer.device)

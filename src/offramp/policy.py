@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from offramp.plan import Plan
 from offramp.vocabulary import KINDS, Pruning
 
 if TYPE_CHECKING:
+    from offramp.custom_generate import CustomGenerate
     from offramp.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
@@ -70,6 +71,10 @@ class ExitPolicy:
         decay_rate: θ.
         draft_length: Under "verify", most tokens drafted before a deep pass.
         batch: "rows": each row of a batch leaves at its own layer. "all": no row leaves before all would.
+        adaptive: FREE's adaptive threshold (see `offramp.adaptive_threshold`): `threshold` is where it starts, and what
+            the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
+            guarantee, whose results depend on what was generated before. Needs skipped="defer" and a single exit: the
+            one of `exit_layers`, or `min_layer`.
     """
 
     confidence: str | Confidence = "softmax"
@@ -89,6 +94,7 @@ class ExitPolicy:
     decay_rate: float = 4.0
     draft_length: int = 8
     batch: str = "rows"
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.confidence):
@@ -104,16 +110,16 @@ class ExitPolicy:
         self._check_layers()
         self._check_thresholds()
         self._check_vocabulary()
+        self._check_adaptive()
         if self.draft_length < 1:
             raise ValueError(f"draft_length is {self.draft_length}; at least one token must be drafted")
         if self.decode_from == "contrastive" and self.confidence not in ("contrastive", "jsd"):
             raise ValueError(
                 f"decode_from='contrastive' needs confidence 'contrastive' or 'jsd', but it is {self.confidence!r}"
             )
-        if self.skipped == "verify" and self.contrast.full:
-            raise ValueError(
-                "skipped='verify' checks tokens against the full model's own logits; leave contrast full away"
-            )
+        if (self.skipped == "verify" or self.adaptive) and self.contrast.full:
+            way = "adaptive" if self.adaptive else "skipped='verify'"
+            raise ValueError(f"{way} checks tokens against the full model's own logits; leave contrast full away")
 
     def _check_types(self) -> None:
         """Files come from anywhere: a number in quotes must be called so, here and not in the middle of decoding."""
@@ -165,6 +171,25 @@ class ExitPolicy:
                     f"threshold is {value}; the values of confidence {self.confidence!r} lie in [{low:g}, {high:g}] "
                     f"({high:g} or None: never leave early; -inf: always)"
                 )
+
+    def _check_adaptive(self) -> None:
+        _choice("adaptive", self.adaptive, (True, False))
+        if not self.adaptive:
+            return
+        if self.skipped != "defer":
+            raise ValueError(
+                f"adaptive learns where skipped positions go deep: it needs skipped='defer', not {self.skipped!r}"
+            )
+        if not _is_number(self.threshold):
+            raise ValueError(f"adaptive starts at a threshold that is one number, but it is {self.threshold!r}")
+        if self.confidence in ("static", "state"):
+            raise ValueError(
+                f"adaptive needs a confidence that a single exit has, but it is {self.confidence!r}; use e.g. 'softmax'"
+            )
+        if self.exit_layers is not None and len(self.exit_layers) != 1:
+            raise ValueError(
+                f"adaptive is for a single exit, but exit_layers is {self.exit_layers}; choose one of them"
+            )
 
     # ------------------------------------------------------------ files
 
@@ -239,14 +264,14 @@ class ExitPolicy:
 
     # ------------------------------------------------------------ use
 
-    def custom_generate(self, exits: Exits | None = None) -> Callable[..., Any]:
+    def custom_generate(self, exits: Exits | None = None) -> CustomGenerate:
         """A decoding method for `model.generate(**inputs, custom_generate=policy.custom_generate())`.
 
         Args:
             exits: Exits trained for the model, such as `lm.exits`.
 
         Returns:
-            What `generate` takes.
+            What `generate` takes. Keep it for many calls if the policy is adaptive: it holds what was learnt.
         """
         from offramp.custom_generate import CustomGenerate
 
@@ -277,12 +302,7 @@ class ExitPolicy:
             return Plan(self, num_layers, vocabulary, first, {}, None, None, (), first)
         if self.confidence == "static":
             return Plan(self, num_layers, vocabulary, num_layers, {first: -math.inf}, certain, None, (), first)
-        exits = self.exit_layers if self.exit_layers is not None else tuple(range(first, num_layers))
-        if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
-            raise ValueError(
-                f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "
-                f"but one); layer {num_layers} is always an exit, leave it out"
-            )
+        exits = self._exits(first, num_layers)
         measure = self.confidence if callable(self.confidence) else MEASURES[self.confidence](self.contrast)
         pruning = None
         if self.vocabulary is not None:
@@ -292,6 +312,18 @@ class ExitPolicy:
             )  # fmt: skip
         plan = Plan(self, num_layers, vocabulary, num_layers, self._per_exit(exits), measure, pruning, (), exits[0])
         return plan.with_candidates()
+
+    def _exits(self, first: int, num_layers: int) -> tuple[int, ...]:
+        """The layers to test after, from `first` on."""
+        exits, last = self.exit_layers, num_layers - 1
+        if exits is None:
+            exits = (first,) if self.adaptive else tuple(range(first, num_layers))
+        if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
+            raise ValueError(
+                f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "
+                f"but one); layer {num_layers} is always an exit, leave it out"
+            )
+        return exits
 
     def _per_exit(self, exits: tuple[int, ...]) -> dict[int, float]:
         """Thresholds by exit layer; no exits at all if none can ever be passed."""

@@ -45,6 +45,13 @@ Skipped = Annotated[
     str | None,
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),
 ]
+Adaptive = Annotated[
+    bool | None,
+    typer.Option(
+        "--adaptive",
+        help="Let the threshold follow the deep layers' judgement (FREE); needs --skipped defer, one exit.",
+    ),
+]
 Exits = Annotated[
     Path | None, typer.Option("--exits", metavar="FOLDER", help="Read out through exits trained for this model.")
 ]
