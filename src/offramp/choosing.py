@@ -43,6 +43,34 @@ class Choosing:
         """One draw per row of probabilities [B, V], [B]."""
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
+    def judge(self, token: Tensor, processed: Tensor, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge one position's drafts so that what is emitted is what the full model's scores would have given.
+
+        Greedy drafts must be its choice; sampled ones are accepted with probability min(1, p/q), else drawn from what
+        is left of p, norm(max(0, p - q)) (Leviathan et al., arXiv 2211.17192).
+
+        Args:
+            token: Drafts, [B].
+            processed: The processed scores they were chosen by, [B, V]; empty if no row was drafted.
+            target: The full model's processed scores, [B, V].
+            drafted: Rows that were drafted, bool [B]; one that went to full depth itself agrees by definition.
+
+        Returns:
+            The tokens to emit, [B], and whether each agrees with its draft, bool [B].
+        """
+        if not self.sample:
+            chosen = target.argmax(-1)
+            return chosen, (chosen == token) | ~drafted
+        if not len(processed):
+            return self.pick(target), ~drafted
+        p, q = target.softmax(-1), processed.softmax(-1)
+        chance = (p.gather(1, token[:, None]) / q.gather(1, token[:, None]))[:, 0]
+        accepted = torch.rand(len(p), generator=self.generator, device=p.device) < chance
+        rest = torch.where(drafted[:, None], (p - q).clamp(min=0), p)
+        # A residual of zero mass means p = q, where every draft is accepted; any distribution does for the unused draw.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        return torch.where(accepted & drafted, token, self.draw(rest)), accepted | ~drafted
+
     def is_eos(self, ids: Tensor) -> Tensor:
         """Rows whose last of ids [B, T] ends a sequence, bool [B]."""
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

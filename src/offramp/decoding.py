@@ -333,7 +333,7 @@ class _Generation:
         yield from self._check(deep)
 
     def _check(self, deep: bool) -> Iterator[Step]:
-        """Compare drafts with the full model (Leviathan et al., arXiv 2211.17192, for sampling); take back the rest.
+        """Compare drafts with the full model; take back what follows the first that is wrong.
 
         In lock-step: the first position at which any live row disagrees is corrected, and everything behind it, in all
         rows, is taken back. Dropping a row's later drafts for another row's sake does not depend on what they are, so
@@ -355,7 +355,7 @@ class _Generation:
         for index, draft in enumerate(drafts):
             target = self.choosing.process(self.buffer[:, : self.length], logits[:, index])
             drafted = torch.tensor([layer < self.plan.num_layers for layer in draft.layers], device=state.hidden.device)
-            token, agreed = self._judge(draft, target, drafted)
+            token, agreed = self.choosing.judge(draft.token, draft.processed, target, drafted)
             layers = [
                 layer if same else self.plan.num_layers
                 for layer, same in zip(draft.layers, agreed.tolist(), strict=True)
@@ -367,26 +367,3 @@ class _Generation:
             if wrong:
                 self.context.crop(state.frame.start + index + 1)
                 return
-
-    def _judge(self, draft: _Read, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge one position's drafts by the full model's processed scores [B, V].
-
-        Returns:
-            The tokens to emit, [B], and whether each agrees with its draft, bool [B]; a row that was not `drafted` (it
-            went to full depth itself) agrees by definition.
-        """
-        if not self.choosing.sample:
-            token = target.argmax(-1)
-            return token, (token == draft.token) | ~drafted
-        if not len(draft.processed):
-            return self.choosing.pick(target), ~drafted
-        p, q = target.softmax(-1), draft.processed.softmax(-1)
-        at = draft.token[:, None]
-        chance = (p.gather(1, at) / q.gather(1, at))[:, 0]
-        device = p.device
-        accepted = torch.rand(len(p), generator=self.choosing.generator, device=device) < chance
-        rest = torch.where(drafted[:, None], (p - q).clamp(min=0), p)
-        # A residual of zero mass means p = q, where every draft is accepted; any distribution does for the unused draw.
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-        token = torch.where(accepted & drafted, draft.token, self.choosing.draw(rest))
-        return token, accepted | ~drafted
