@@ -17,7 +17,7 @@ from offramp.families import SplitModel
 from offramp.plan import Plan
 from offramp.policy import ExitPolicy
 from offramp.reading import Reader
-from offramp.skipping import Defer, Propagate
+from offramp.skipping import Defer, Propagate, freeze_prompt
 
 
 class Step(NamedTuple):
@@ -69,8 +69,9 @@ def decode(
 ) -> Iterator[Step]:
     """Generate, leaving the network where the policy says so.
 
-    A prompt runs at full depth (a static policy: at its own depth) and its token is marked `prefill`; the single start
-    token of an encoder-decoder is an ordinary step. Rows stop at EOS, by `choosing.stopping` or at the length limit.
+    A prompt runs at full depth (a static policy: at its own depth; with `prompt_layer`, only its last position goes
+    deeper) and its token is marked `prefill`; the single start token of an encoder-decoder is an ordinary step. Rows
+    stop at EOS, by `choosing.stopping` or at the length limit.
 
     Args:
         model: The model.
@@ -125,6 +126,11 @@ class _Generation:
                 f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
                 "use vocabulary=None, or merge adapters and dequantise first"
             )
+        if plan.policy.prompt_layer is not None and model.is_encoder_decoder:
+            raise ValueError(
+                f"prompt_layer is {plan.policy.prompt_layer}, but the decoder of an encoder-decoder has no prompt to "
+                "shorten; leave prompt_layer away"
+            )
         self.limit, self.prompt = max_new_tokens, ids.shape[1]
         self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), choosing.pad)], dim=1)
         self.length = ids.shape[1]  # tokens known, drafts included
@@ -163,6 +169,8 @@ class _Generation:
     def _full_depth(self) -> _Read:
         batch = len(self.buffer)
         read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
+        if self.plan.policy.prompt_layer is not None:
+            freeze_prompt(self.way, self.plan.policy.prompt_layer)
         self._finish(read)
         return read
 

@@ -26,7 +26,7 @@ SKIPPED = ("propagate", "defer", "verify")
 
 
 _SCHEMA = "offramp/policy/1"
-_WHOLE = ("min_layer", "vocabulary_size", "vocabulary_floor", "vocabulary_start", "draft_length")
+_WHOLE = ("min_layer", "prompt_layer", "vocabulary_size", "vocabulary_floor", "vocabulary_start", "draft_length")
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -75,6 +75,9 @@ class ExitPolicy:
             the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
             guarantee, whose results depend on what was generated before. Needs skipped="defer" and a single exit: the
             one of `exit_layers`, or `min_layer`.
+        prompt_layer: Layers that the whole prompt goes through; behind them only its last position goes on, and the
+            others' keys and values are projected from where they stopped (approximate, as in SwiftKV, arXiv
+            2410.03960). None or L: the prompt runs at full depth. Decoder-only models, "propagate" and "defer" only.
     """
 
     confidence: str | Confidence = "softmax"
@@ -95,6 +98,7 @@ class ExitPolicy:
     draft_length: int = 8
     batch: str = "rows"
     adaptive: bool = False
+    prompt_layer: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.confidence):
@@ -145,6 +149,14 @@ class ExitPolicy:
             raise ValueError("a static policy always leaves after min_layer: give it, e.g. min_layer=20")
         if self.min_layer is not None and self.min_layer < 1:
             raise ValueError(f"min_layer is {self.min_layer}; layers count from 1")
+        if self.prompt_layer is None:
+            return
+        if self.skipped == "verify":
+            raise ValueError(
+                "skipped='verify' gives the full model's text, which no shortened prompt does; leave prompt_layer away"
+            )
+        if self.confidence == "static":
+            raise ValueError("a static policy's prompt stops after min_layer as it is; leave prompt_layer away")
 
     def _check_vocabulary(self) -> None:
         _choice("vocabulary", self.vocabulary, (None, *KINDS))
@@ -296,6 +308,8 @@ class ExitPolicy:
         last = num_layers - 1
         if not 1 <= first <= last:
             raise ValueError(f"min_layer is {first}; a model of {num_layers} layers can exit after layers 1..{last}")
+        if self.prompt_layer is not None and not 1 <= self.prompt_layer <= num_layers:
+            raise ValueError(f"prompt_layer is {self.prompt_layer}; the model's layers are 1..{num_layers}")
         if self.vocabulary_size is not None and self.vocabulary_size > vocabulary:
             raise ValueError(f"vocabulary_size is {self.vocabulary_size}; the model has {vocabulary} tokens")
         if self.confidence == "static" and self.skipped != "verify":

@@ -29,6 +29,7 @@ def generate(
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
     adaptive: o.Adaptive = None,
+    prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
     exits: o.Exits = None,
     dtype: o.Dtype = "float32",
@@ -54,7 +55,7 @@ def generate(
 
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
-        vocabulary_size=vocabulary_size, skipped=skipped, adaptive=adaptive,
+        vocabulary_size=vocabulary_size, skipped=skipped, adaptive=adaptive, prompt_layer=prompt_layer,
     )  # fmt: skip
     texts = prompts or [_standard_input()]
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)

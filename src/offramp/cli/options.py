@@ -52,6 +52,12 @@ Adaptive = Annotated[
         help="Let the threshold follow the deep layers' judgement (FREE); needs --skipped defer, one exit.",
     ),
 ]
+PromptLayer = Annotated[
+    int | None,
+    typer.Option(
+        help="Layers that all of the prompt goes through (approximate; its last token goes on); default: all."
+    ),
+]
 Exits = Annotated[
     Path | None, typer.Option("--exits", metavar="FOLDER", help="Read out through exits trained for this model.")
 ]
