@@ -20,6 +20,7 @@ from offramp.choosing import Choosing
 from offramp.decoding import decode
 from scripted import ScriptedModel
 from test_brute_force import Row, batch_of, gap, lively
+from test_classifier import with_classifiers
 from tiny import LAYERS, greedy, inputs_for, tiny, tokenizer
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -232,6 +233,20 @@ def test_flops_equal_the_counters(name, batch):
     assert pairs
     slack = 0.005 if name == "llama" else 1e-9  # the rotation's angles, which the ledger leaves out
     assert out.costs.flops == pytest.approx(counter.get_total_flops(), rel=slack)
+
+
+def test_a_classifier_reads_the_choices_it_is_judged_by():
+    """Its test scores no tokens, so every test costs a readout; the counter has seen them all."""
+    model = copy.deepcopy(lively("llama"))
+    model.set_attn_implementation("eager")
+    lm = with_classifiers(model, layers=(2,))
+    policy = ExitPolicy("classifier", threshold=0.5, skipped="defer", adaptive=True)
+    with FlopCounterMode(display=False) as counter:
+        out = lm.generate(batch_of("llama", 1), policy=policy, max_new_tokens=12, eos_token_id=NO_END)
+    learnt = lm.adaptive_threshold(policy)
+    assert 0 < learnt.agree.count + learnt.disagree.count <= 11
+    assert {2, LAYERS} == set(out.exit_layers[0][1:])
+    assert out.costs.flops == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
 # ---------------------------------------------------------------- across generations

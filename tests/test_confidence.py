@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.confidence import MEASURES, RANGES, Contrast, Contrastive, gap_of, jensen_shannon
+from offramp.confidence import HEADLESS, MEASURES, RANGES, Contrast, Contrastive, gap_of, jensen_shannon
 from offramp.policy import ExitPolicy
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)
@@ -25,11 +25,14 @@ def measure_named(name, options=None):
 class Scripted:
     """A reading with prepared states and logits, which writes down what it was asked for."""
 
-    def __init__(self, logits, amateurs=None, *, layer=LAYER, mask=None, hidden=None, previous=None, candidates=None):
+    def __init__(
+        self, logits, amateurs=None, *, layer=LAYER, mask=None, hidden=None, previous=None, candidates=None,
+        verdicts=None,
+    ):  # fmt: skip
         self.layer, self.num_layers = layer, LAYERS
         self.amateurs, self.mask = amateurs or {}, mask
         self.candidates = tuple(sorted(self.amateurs)) if candidates is None else candidates
-        self.hidden, self.previous = hidden, previous
+        self.hidden, self.previous, self.verdicts = hidden, previous, verdicts
         self._logits = logits
         self.kept = mask is not None
         self.asked = []  # (layer, number of columns or None)
@@ -43,17 +46,21 @@ class Scripted:
     def plausible(self):
         return self.mask
 
+    def classified(self):
+        return self.verdicts
+
     def earlier(self, layer, columns=None):
         self.asked.append((layer, None if columns is None else columns.shape[1]))
         return self.amateurs[layer] if columns is None else self.amateurs[layer].gather(1, columns)
 
     def rows(self, index):
         """The same reading for some rows, in that order."""
-        pick = [None if x is None else x[index] for x in (self._logits, self.mask, self.hidden, self.previous)]
+        rows = (self._logits, self.mask, self.hidden, self.previous, self.verdicts)
+        pick = [None if x is None else x[index] for x in rows]
         amateurs = {layer: z[index] for layer, z in self.amateurs.items()}
         return Scripted(
             pick[0], amateurs, layer=self.layer, mask=pick[1], hidden=pick[2], previous=pick[3],
-            candidates=self.candidates,
+            candidates=self.candidates, verdicts=pick[4],
         )  # fmt: skip
 
     def changed(self, change):
@@ -61,7 +68,7 @@ class Scripted:
         amateurs = {layer: change(z) for layer, z in self.amateurs.items()}
         return Scripted(
             change(self._logits), amateurs, layer=self.layer, mask=self.mask, hidden=self.hidden,
-            previous=self.previous, candidates=self.candidates,
+            previous=self.previous, candidates=self.candidates, verdicts=self.verdicts,
         )  # fmt: skip
 
 
@@ -78,7 +85,10 @@ def scripted(seed=0, rows=ROWS, scale=3.0, layers=(*CANDIDATES, LAYER // 2)):
     previous = hidden + 0.5 * torch.randn(rows, WIDTH, generator=g)
     mask = torch.rand(rows, VOCABULARY, generator=g) < 0.6
     mask[:, :2] = True
-    return Scripted(logits, amateurs, mask=mask, hidden=hidden, previous=previous, candidates=CANDIDATES)
+    verdicts = scale * torch.randn(rows, generator=g)
+    return Scripted(
+        logits, amateurs, mask=mask, hidden=hidden, previous=previous, candidates=CANDIDATES, verdicts=verdicts
+    )
 
 
 OPTIONS = {
@@ -109,7 +119,7 @@ CASES = [
     for label, options in OPTIONS.items()
     if not label or name in {"contrastive", "jsd"}
 ]
-ON_LOGITS = [case for case in CASES if case.values[0].name != "state"]
+ON_LOGITS = [case for case in CASES if case.values[0].name not in HEADLESS]
 every_measure = pytest.mark.parametrize("case", CASES)
 every_measure_of_logits = pytest.mark.parametrize("case", ON_LOGITS)
 
@@ -137,7 +147,11 @@ def test_a_state_or_distribution_that_is_certain_never_passes_a_threshold_of_one
     logits[torch.arange(400), torch.arange(400) % VOCABULARY] += torch.linspace(0, 60, 400)
     amateurs = {layer: torch.randn(400, VOCABULARY, generator=g) * 20 for layer in (*CANDIDATES, LAYER // 2)}
     mask = torch.ones_like(logits, dtype=torch.bool)
-    c = case.measure(Scripted(logits, amateurs, mask=mask, hidden=hidden, previous=3 * hidden, candidates=CANDIDATES))
+    reading = Scripted(
+        logits, amateurs, mask=mask, hidden=hidden, previous=3 * hidden, candidates=CANDIDATES,
+        verdicts=torch.linspace(0, 200, 400),
+    )  # fmt: skip
+    c = case.measure(reading)
     assert not (c > 1).any(), f"{int((c > 1).sum())} rows are above 1, by up to {float(c.max() - 1):.1e}"
 
 
@@ -324,8 +338,25 @@ def test_state_survives_squares_that_overflow_half_precision():
     assert measure_named("state")(Scripted(None, hidden=hidden, previous=hidden)).item() == pytest.approx(1, abs=1e-5)
 
 
+@SETTINGS
+@given(logit=st.floats(-200, 200, width=32))
+def test_a_classifier_is_believed_by_the_logistic_function_and_needs_no_head(logit):
+    reading = Scripted(None, verdicts=torch.tensor([logit]))
+    expected = 1 / (1 + math.exp(-logit))
+    assert measure_named("classifier")(reading).item() == pytest.approx(expected, abs=1e-6)
+    assert reading.reads == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_classifiers_that_overflow_never_exit(bad):
+    got = measure_named("classifier")(Scripted(None, verdicts=torch.tensor([2.0, bad, 50.0])))
+    assert not bool(got[1] > ALWAYS)
+    assert got[[0, 2]].tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1])
+    assert not bool(got[2] > 1)
+
+
 def test_every_named_measure_has_a_range_up_to_one():
-    assert set(MEASURES) == set(RANGES) == {"softmax", "max", "entropy", "state", "contrastive", "jsd"}
+    assert set(MEASURES) == set(RANGES) == {*HEADLESS, "softmax", "max", "entropy", "contrastive", "jsd"}
     assert {name: low for name, (low, _) in RANGES.items()} == {name: -(name == "state") for name in MEASURES}
     assert {high for _, high in RANGES.values()} == {1.0}
 

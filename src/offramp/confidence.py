@@ -53,6 +53,10 @@ class Reading(Protocol):
         """Logits of an earlier layer on the columns of `logits`, or only on some of them, [A, M]."""
         ...
 
+    def classified(self) -> Tensor:
+        """Logits of the consistency classifier trained for this exit, [A], float32; needs no head."""
+        ...
+
 
 class Confidence(Protocol):
     """A measure: a plain function, or a frozen dataclass with parameters."""
@@ -100,6 +104,19 @@ def state_saturation(reading: Reading) -> Tensor:
     if reading.previous is None:
         return torch.full((len(reading.hidden),), torch.nan, device=reading.hidden.device)
     return torch.cosine_similarity(reading.hidden.float(), reading.previous.float(), dim=-1).clamp(-1, 1)
+
+
+def consistency(reading: Reading) -> Tensor:
+    """How probably the last layer would choose the same token (CALM's classifier, section 3.3; FREE), in [0, 1].
+
+    σ(w_l · x + b_l) of the readout input x, for which w_l and b_l were trained (see `Exits.classify`). If they were
+    trained on balanced classes, it is the probability if both outcomes were equally frequent. Needs no head.
+
+    Returns:
+        One probability per row, [A]; NaN for logits that are not finite.
+    """
+    logits = reading.classified()
+    return torch.where(logits.isfinite(), logits.sigmoid(), torch.nan)
 
 
 def certain(reading: Reading) -> Tensor:
@@ -269,6 +286,7 @@ MEASURES: dict[str, Callable[[Contrast], Confidence]] = {
     "max": lambda _: max_probability,
     "entropy": lambda _: entropy,
     "state": lambda _: state_saturation,
+    "classifier": lambda _: consistency,
     "contrastive": lambda options: Contrastive(options, discounted=False),
     "jsd": lambda options: Contrastive(options, discounted=True),
 }
@@ -276,3 +294,6 @@ MEASURES: dict[str, Callable[[Contrast], Confidence]] = {
 
 RANGES: dict[str, tuple[float, float]] = {name: (-1.0 if name == "state" else 0.0, 1.0) for name in MEASURES}
 """Smallest and largest value of each measure: the thresholds that make sense."""
+
+HEADLESS = ("state", "classifier")
+"""Measures that read no logits: a token is read out once, where it leaves, and pruning does nothing."""

@@ -16,7 +16,8 @@ import torch
 
 PARTS = ("encoder", "blocks", "fill", "readout", "pruned_readout", "select", "confidence")
 """encoder · blocks (attention, FFN, first-visit cross keys and values) · fill (keys and values of skipped layers) ·
-readout (lenses; all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself)."""
+readout (lenses; all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself;
+only classifiers have products, and so FLOPs)."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,10 @@ class Ledger:
         """The lens after `layer`, if there is one, on `states` states."""
         weights = self.shape.lens_weights(layer)
         self._add("readout", states * 2 * weights, weights)
+
+    def classifier(self, states: int) -> None:
+        """A consistency classifier on `states` states."""
+        self._add("confidence", states * 2 * self.shape.width, self.shape.width)
 
     def readout(self, states: int) -> None:
         """A readout of `states` states on the full vocabulary, in one product."""

@@ -16,7 +16,7 @@ from offramp.costs import Ledger
 from offramp.families import SplitModel
 from offramp.plan import Plan
 from offramp.policy import ExitPolicy
-from offramp.reading import Reader
+from offramp.reading import Reader, check
 from offramp.skipping import Defer, Propagate, freeze_prompt
 
 
@@ -120,12 +120,7 @@ class _Generation:
         adaptive: AdaptiveThreshold | None,
     ) -> None:
         self.model, self.plan, self.choosing, self.ledger, self.adaptive = model, plan, choosing, ledger, adaptive
-        if plan.pruning is not None and not model.head_is_plain:
-            kind = type(model.head).__name__
-            raise ValueError(
-                f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
-                "use vocabulary=None, or merge adapters and dequantise first"
-            )
+        check(model, plan)
         if plan.policy.prompt_layer is not None and model.is_encoder_decoder:
             raise ValueError(
                 f"prompt_layer is {plan.policy.prompt_layer}, but the decoder of an encoder-decoder has no prompt to "

@@ -1,17 +1,17 @@
 """Exits that were trained for a model: a tuned lens after some of its layers, before the shared final norm and head.
 
 A lens is affine, h + W h + b on the residual state [..., D] (Belrose et al. 2023, arXiv 2303.08112), and begins as
-nothing: W = 0 and b = 0. The model itself is untouched, so its full output stays what it is, bit for bit. Lenses are
-kept and saved in float32, beside the name and the fingerprint of the weights they were made for.
+nothing: W = 0 and b = 0. The model itself is untouched, so its full output stays what it is, bit for bit. Beside the
+lens there may be a consistency classifier, which says from the readout input alone whether to leave there. Both are
+kept and saved in float32, with the name and the fingerprint of the weights they were made for.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.files import replace_folder
+from offramp import exit_files
+from offramp.exit_files import AGAIN, CONFIG
 from offramp.packaged import ModelError, first_line
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel
 
-SCHEMA = "offramp/exits/1"
-CONFIG, WEIGHTS = "exits.json", "exits.safetensors"
 _CHUNK = 1 << 22  # elements hashed at a time
 
 
@@ -117,12 +116,14 @@ class Exits(nn.Module):
     Args:
         num_layers: L of the model.
         width: D of the model.
-        layers: Layers with a lens, ascending in 1..L-1.
-        rank: Rank of the lenses; None: full matrices.
+        layers: The exit layers, ascending in 1..L-1.
+        rank: Rank of the lenses; None: full matrices; 0: no lenses, such as for a model that was itself trained to be
+            read out after these layers.
+        classifier: Whether there is a consistency classifier after each of the layers.
         model: Name of the model they are for.
         fingerprint: Of its weights.
         settings: How they were trained, as JSON values.
-        device: Where the lenses are.
+        device: Where they are.
 
     Raises:
         ValueError: The layers or the rank do not fit the model.
@@ -135,6 +136,7 @@ class Exits(nn.Module):
         layers: Sequence[int],
         rank: int | None = None,
         *,
+        classifier: bool = False,
         model: str = "",
         fingerprint: str = "",
         settings: Mapping[str, Any] | None = None,
@@ -149,11 +151,23 @@ class Exits(nn.Module):
                 f"the exit layers are {self.layers}; a model of {num_layers} layers can have exits after layers "
                 f"1..{num_layers - 1} (layer {num_layers} is always an exit, leave it out)"
             )
-        if rank is not None and not 1 <= rank <= width:
-            raise ValueError(f"rank is {rank}; allowed are 1..{width}, the model's width, or None for full matrices")
+        if rank is not None and not 0 <= rank <= width:
+            raise ValueError(
+                f"rank is {rank}; allowed are 1..{width}, the model's width, 0 for exits without lenses, or None for "
+                "full matrices"
+            )
         self.num_layers, self.width, self.rank = num_layers, width, rank
         self.model, self.fingerprint, self.settings = model, fingerprint, dict(settings or {})
-        self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in self.layers})
+        lensed = () if rank == 0 else self.layers
+        self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in lensed})
+        self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
+
+    def _untrained(self, device: torch.device | None) -> nn.ModuleDict:
+        """A classifier per exit whose logit is 0 for every state."""
+        made = nn.ModuleDict({str(layer): nn.Linear(self.width, 1, device=device) for layer in self.layers})
+        for parameter in made.parameters():
+            nn.init.zeros_(parameter)
+        return made
 
     @classmethod
     def fresh(cls, split: SplitModel, layers: Sequence[int] | None = None, rank: int | None = None) -> Exits:
@@ -163,8 +177,8 @@ class Exits(nn.Module):
 
         Args:
             split: The model they are for.
-            layers: Layers with a lens; None: `default_layers`.
-            rank: Rank of the lenses; None: full matrices.
+            layers: The exit layers; None: `default_layers`.
+            rank: Rank of the lenses; None: full matrices; 0: no lenses.
 
         Returns:
             Exits in float32 on the model's device.
@@ -179,14 +193,38 @@ class Exits(nn.Module):
 
     def adapt(self, layer: int, hidden: Tensor) -> Tensor:
         """States [..., D] after `layer`, through its lens; unchanged where there is none."""
-        if layer not in self.layers:
+        if str(layer) not in self.lenses:
             return hidden
         adapted: Tensor = self.lenses[str(layer)](hidden)
         return adapted
 
+    def with_classifiers(self) -> Exits:
+        """A copy with untrained classifiers, by which every state has the confidence 1/2; it replaces any there are."""
+        made = copy.deepcopy(self)
+        made.classifiers = made._untrained(next((p.device for p in self.parameters()), None))
+        return made
+
+    def classify(self, layer: int, x: Tensor) -> Tensor:
+        """Logit that what is chosen after `layer` is what the last layer would choose: w_l · x + b_l, in float32.
+
+        The classifier of CALM (Schuster et al. 2022, arXiv 2207.07061, section 3.3) and FREE (arXiv 2310.05424). Theirs
+        have two classes; the softmax of two logits is the logistic function of their difference, so that one logit is
+        the same model.
+
+        Args:
+            layer: An exit layer; the classifiers must be there (see `require_classifiers`).
+            x: Readout inputs after it, [..., D], as `SplitModel.readout_input` gives them.
+
+        Returns:
+            Logits, [...]; their logistic function is the confidence.
+        """
+        assert self.classifiers is not None
+        linear: Any = self.classifiers[str(layer)]
+        return F.linear(x.float(), linear.weight.float(), linear.bias.float())[..., 0]
+
     def weights(self, layer: int) -> int:
         """Weights that one state after `layer` is multiplied with; 0 without a lens."""
-        lens: Any = self.lenses[str(layer)] if layer in self.layers else None
+        lens: Any = self.lenses[str(layer)] if str(layer) in self.lenses else None
         return 0 if lens is None else int(lens.weights)
 
     def flops(self, layer: int) -> int:
@@ -220,28 +258,14 @@ class Exits(nn.Module):
         Raises:
             FileExistsError: There is something else of that name; it is left alone.
         """
-        from safetensors.torch import save_file
-
-        target = Path(folder).expanduser().resolve()
-        if target.exists() and not _may_go(target):
-            raise FileExistsError(
-                f"{folder} exists and holds something else than exits, which is not replaced; name a new folder"
-            )
         values = {
-            "schema": SCHEMA, "model": self.model if model is None else model, "num_layers": self.num_layers,
-            "width": self.width, "layers": list(self.layers), "rank": self.rank,
+            "model": self.model if model is None else model, "num_layers": self.num_layers, "width": self.width,
+            "layers": list(self.layers), "rank": self.rank, "classifier": self.classifiers is not None,
             "fingerprint": self.fingerprint if fingerprint is None else fingerprint,
             "settings": self.settings if settings is None else dict(settings),
         }  # fmt: skip
-        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
-
-        def write(temporary: Path) -> None:
-            save_file(tensors, temporary / WEIGHTS)
-            (temporary / WEIGHTS).chmod(0o644)  # it is written for its owner's eyes only
-            (temporary / CONFIG).write_text(text, encoding="utf-8")
-
-        replace_folder(target, write)
+        exit_files.write(folder, values, tensors)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Exits:
@@ -253,24 +277,16 @@ class Exits(nn.Module):
         Raises:
             ModelError: There are none, or a file is missing or damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        place = Path(folder).expanduser()
-        values = _described(place)
-        file = place / WEIGHTS
+        values = exit_files.description(folder)
         try:
             with torch.device("meta"):
                 exits = cls(**values)
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the latter from impossible sizes
-            raise ModelError(f"{place / CONFIG} is damaged ({first_line(error)}); {_AGAIN}") from error
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} is missing or damaged ({first_line(error)}); {_AGAIN}") from error
+            raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
+        file, tensors = exit_files.weights(folder)
         expected = {name: t.shape for name, t in exits.state_dict().items()}
         if {name: t.shape for name, t in tensors.items()} != expected:
-            raise ModelError(f"{file} does not hold the lenses that {CONFIG} speaks of; {_AGAIN}")
+            raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ModelError(f"{file} holds numbers that are not finite: their training diverged; train them again")
         exits.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, assign=True)
@@ -291,38 +307,25 @@ class Exits(nn.Module):
             )
 
 
-_AGAIN = "save the exits again, or copy their whole folder"
+def require_classifiers(exits: Exits | None, layers: Iterable[int]) -> Exits:
+    """The exits, for the confidence "classifier" after some layers.
 
+    Returns:
+        The exits themselves.
 
-def _may_go(folder: Path) -> bool:
-    """Whether a folder is empty, or exits and nothing else."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if not names <= {CONFIG, WEIGHTS}:
-        return False
-    try:
-        return not names or str(json.loads((folder / CONFIG).read_text("utf-8"))["schema"]).startswith("offramp/exits/")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    """What `exits.json` says, as the arguments of `Exits`, of the right types."""
-    file = folder / CONFIG
-    if not file.is_file():
-        raise ModelError(f"{folder} holds no exits: there is no {CONFIG}; name a folder that save_exits wrote")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged ({first_line(error)}); {_AGAIN}") from error
-    schema = values.pop("schema", None) if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise ModelError(f"{file} has the schema {schema!r}, not {SCHEMA!r}: no exits, or those of another version")
-    types = {"model": str, "fingerprint": str, "num_layers": int, "width": int, "layers": list, "settings": dict}
-    wrong = [name for name, kind in types.items() if type(values.get(name)) is not kind]
-    wrong += [] if type(values.get("rank", "")) in (int, type(None)) else ["rank"]
-    wrong += [] if wrong or all(type(layer) is int for layer in values["layers"]) else ["layers"]
-    if wrong:
-        raise ModelError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type; {_AGAIN}")
-    return {name: values[name] for name in (*types, "rank")}
+    Raises:
+        ValueError: They have no classifiers, or none after one of the layers.
+    """
+    if exits is None or exits.classifiers is None:
+        what = "the model has no trained exits" if exits is None else "the model's exits have no classifiers"
+        raise ValueError(
+            f"confidence 'classifier' needs trained classifiers, but {what}; train some with: "
+            "offramp train --objective consistency"
+        )
+    if lacking := [layer for layer in layers if layer not in exits.layers]:
+        raise ValueError(
+            f"confidence 'classifier' is asked for after layer {lacking[0]}, but the exits have classifiers after "
+            f"layers {', '.join(map(str, exits.layers))} only; name some of these as exit_layers, or leave min_layer "
+            "and exit_layers away"
+        )
+    return exits

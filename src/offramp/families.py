@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,17 @@ from transformers.masking_utils import (
 )
 
 from offramp.cache import LayerCache
-from offramp.costs import BlockShape, ModelShape
+from offramp.module_sizes import model_shape
 from offramp.state import Context, Frame, HeadRows, Skipped, State
 
 if TYPE_CHECKING:
     from offramp.exits import Exits
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
+
+
+Edit = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
 
 
 class UnsupportedModelError(ValueError):
@@ -200,10 +204,11 @@ class SplitModel:
         self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.scale = config.d_model**-0.5 if name == "t5" and config.scale_decoder_outputs else None
         self.norm: Any = getattr(self.decoder, self.family.norm) if self.family.norm else nn.Identity()
+        self.dropout: Any = self.decoder.dropout if name in ("t5", "mt5") else nn.Identity()  # acts in training only
         rotary = getattr(self.decoder, "rotary_emb", None)
         self.rotary: Any = rotary
         self.rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
-        self.shape = self._shape()
+        self.shape = model_shape(self)
         self._exits: Exits | None = None
 
     def _layer_types(self) -> tuple[list[str], list[int | None]]:
@@ -405,6 +410,55 @@ class SplitModel:
             )
         return frame.memo["bias", ""]  # type: ignore[no-any-return]
 
+    # ------------------------------------------------------------ a whole pass
+
+    def states(
+        self,
+        ids: Tensor,
+        layers: Sequence[int],
+        *,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        edit: Edit | None = None,
+    ) -> list[Tensor]:
+        """Residual states after some layers, by one pass of the model's own code without caches: for training.
+
+        Gradients and dropout are as in the model's own forward pass, which this is.
+
+        Args:
+            ids: Token ids, [B, T]; padding only behind what is looked at.
+            layers: After which, in 1..L.
+            memory: Encoder output, [B, X, D]; encoder-decoders only.
+            memory_mask: Mask of the encoder's input, [B, X].
+            edit: Changes what comes out of each block: (layer, states before, states after) -> states after, [B, T, D].
+
+        Returns:
+            States [B, T, D], one per layer asked for.
+        """
+        found: dict[int, Tensor] = {}
+
+        def hook(layer: int) -> Callable[..., Any]:
+            def after(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if edit is not None:
+                    hidden = edit(layer, inputs[0] if inputs else keywords["hidden_states"], hidden)
+                found[layer] = hidden
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            return after
+
+        hooks = [b.register_forward_hook(hook(i), with_kwargs=True) for i, b in enumerate(self.blocks, 1)]
+        try:
+            cross = {}
+            if self.is_encoder_decoder:
+                mask = None if self.name == "whisper" else {"encoder_attention_mask": memory_mask}
+                cross = {"encoder_hidden_states": memory, **(mask or {})}
+            self.decoder(input_ids=ids, use_cache=False, **cross)
+        finally:
+            for each in hooks:
+                each.remove()
+        return [found[layer] for layer in layers]
+
     # ------------------------------------------------------------ fill
 
     def fill(self, context: Context, layer: int, skipped: Skipped) -> None:
@@ -460,7 +514,7 @@ class SplitModel:
         """
         if layer is not None and self._exits is not None:
             hidden = self._exits.adapt(layer, hidden)
-        x: Tensor = self.norm(hidden)
+        x: Tensor = self.dropout(self.norm(hidden))
         return x if self.scale is None else x * self.scale
 
     def project(self, x: Tensor, rows: HeadRows | None = None) -> Tensor:
@@ -506,35 +560,6 @@ class SplitModel:
         """
         return self.project(self.readout_input(hidden, layer))
 
-    # ------------------------------------------------------------ sizes
-
-    def _shape(self) -> ModelShape:
-        head = self.head.weight
-        encoder_weights, encoder_width = 0, 0
-        if self.is_encoder_decoder:
-            encoder: Any = self.model.get_encoder()
-            encoder_weights = _linear_weights(encoder)
-            encoder_width = sum(_out(m.q if hasattr(m, "q") else m.q_proj) for m in _attentions(encoder))
-            if self.name == "whisper":  # its first convolution runs at twice the rate of the encoder's output
-                encoder_weights += 2 * encoder.conv1.weight.numel() + encoder.conv2.weight.numel()
-        blocks = tuple(self._block_shape(i) for i in range(self.num_layers))
-        return ModelShape(blocks, head.shape[1], head.shape[0], head.element_size(), encoder_weights, encoder_width)
-
-    def _block_shape(self, index: int) -> BlockShape:
-        block = self.blocks[index]
-        attention, *cross = _attentions(block)
-        total = _linear_weights(block)
-        if hasattr(attention, "qkv_proj"):
-            kv_width = attention.num_key_value_heads * attention.head_dim
-            query_width = _out(attention.qkv_proj) - 2 * kv_width
-            kv_weights = 2 * kv_width * attention.qkv_proj.weight.shape[1]
-        else:
-            query, key, value = _projections(attention)
-            query_width, kv_width = _out(query), _out(key)
-            kv_weights = key.weight.numel() + value.weight.numel()
-        cross_kv = sum(p.weight.numel() for c in cross for p in _projections(c)[1:])
-        return BlockShape(total - cross_kv, kv_weights, query_width, kv_width, cross_kv, self.windows[index])
-
 
 def _positions(frame: Frame, context: Context) -> Tensor:
     """Positions of a frame's tokens, [A, n]."""
@@ -542,23 +567,3 @@ def _positions(frame: Frame, context: Context) -> Tensor:
         frame.memo["positions", ""] = context.positions[frame.rows, frame.start : frame.start + frame.queries]
     positions: Tensor = frame.memo["positions", ""]
     return positions
-
-
-def _out(linear: Any) -> int:
-    return int(linear.weight.shape[0])
-
-
-def _projections(attention: Any) -> tuple[Any, Any, Any]:
-    """Query, key and value projections of an attention module."""
-    if hasattr(attention, "q_proj"):
-        return attention.q_proj, attention.k_proj, attention.v_proj
-    return attention.q, attention.k, attention.v
-
-
-def _attentions(module: nn.Module) -> list[Any]:
-    """The attention modules inside a module, in order: self before cross."""
-    return [m for m in module.modules() if any(hasattr(m, name) for name in ("q_proj", "qkv_proj", "q"))]
-
-
-def _linear_weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -43,14 +43,16 @@ class ExitPolicy:
     """When a token leaves the network, on which vocabulary it is judged, and what happens to the layers it skips.
 
     Attributes:
-        confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "contrastive", "jsd",
-            "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a callable (see
+        confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "classifier" (of the
+            model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "static"
+            (always leaves after `min_layer`; under "verify", every token is drafted there), or a callable (see
             `offramp.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
             (see there for models with trained exits).
-        vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive".
+        vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive". Without effect for
+            "state" and "classifier", whose tests score no tokens.
         vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
         skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
             "defer": the state waits and goes through the deep layers with the next token that goes deep (exact cache).

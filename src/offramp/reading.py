@@ -6,9 +6,26 @@ import torch
 from torch import Tensor
 
 from offramp.costs import Ledger
+from offramp.exits import require_classifiers
 from offramp.families import SplitModel
 from offramp.plan import Plan
 from offramp.vocabulary import Kept
+
+
+def check(model: SplitModel, plan: Plan) -> None:
+    """See that a model can be read out as a plan demands.
+
+    Raises:
+        ValueError: Single rows of the head are wanted but cannot be had, or classifiers that it has not.
+    """
+    if plan.pruning is not None and not model.head_is_plain:
+        kind = type(model.head).__name__
+        raise ValueError(
+            f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
+            "use vocabulary=None, or merge adapters and dequantise first"
+        )
+    if plan.policy.confidence == "classifier" and plan.thresholds:
+        require_classifiers(model.exits, plan.thresholds)
 
 
 class Reader:
@@ -126,6 +143,12 @@ class Exit:
     def kept(self) -> bool:
         """Whether `logits` are those of a pruned set."""
         return self.columns is not None
+
+    def classified(self) -> Tensor:
+        """Logits of this layer's consistency classifier, [A], float32."""
+        exits = require_classifiers(self.reader.model.exits, [self.layer])
+        self.reader.ledger.classifier(len(self.hidden))
+        return exits.classify(self.layer, self.input)
 
     def plausible(self) -> Tensor | None:
         """Which columns survive pruning, bool [A, K or V]; None without pruning."""

@@ -1,4 +1,4 @@
-"""The command line: `offramp` with `probe`, `train`, `generate` and `bench`. Parsing and printing, nothing else.
+"""The command line `offramp`, one function per command: parsing and printing, nothing else.
 
 Results go to standard output, everything about them (progress, notes, errors) to standard error. Exit status: 0 done,
 1 failed, 2 wrong usage.
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from offramp.cli.bench import bench
+from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
 from offramp.cli.train import train
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(probe)
 app.command()(train)
+app.command()(evaluate)
 app.command()(generate)
 app.command()(bench)
 

@@ -90,6 +90,7 @@ def _standard_input() -> str:
 def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     """Say before decoding where exits begin to pay."""
     from offramp.break_even import break_even, ratios
+    from offramp.confidence import HEADLESS
 
     if policy is None:
         o.note(f"full depth, {lm.num_layers} layers; exits: see --confidence, --threshold, --min-layer, --skipped")
@@ -99,12 +100,13 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
         return
     shape, head = lm.split.shape, ratios(lm.split.shape)[0]
     kept = None if plan.pruning is None else plan.pruning.first_size()
+    kept = 0 if policy.confidence in HEADLESS else kept
     pays = break_even(shape, plan.min_layer, kept, len(plan.thresholds))
     every = len(plan.thresholds) == plan.num_layers - plan.min_layer
     where = f"from layer {plan.min_layer}" if every else f"after layers {', '.join(map(str, plan.thresholds))}"
-    tests = "all tokens" if kept is None else f"{kept} kept tokens"
+    tests = "on all tokens" if kept is None else f"on {kept} kept tokens" if kept else "without the head"
     o.note(
-        f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} on {tests}, "
+        f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} {tests}, "
         f"a token saves FLOPs by leaving before layer {pays:.1f}"
     )
 

@@ -31,7 +31,10 @@ PromptFile = Annotated[
 ]
 Confidence = Annotated[
     str | None,
-    typer.Option(help="softmax, max, entropy, state, contrastive, jsd, or static (always leave after --min-layer)."),
+    typer.Option(
+        help="softmax, max, entropy, state, classifier (trained with the exits), contrastive, jsd, or static (always "
+        "leave after --min-layer)."
+    ),
 ]
 Threshold = Annotated[float | None, typer.Option(help="Leave when the confidence is above this; 1: never.")]
 MinLayer = Annotated[

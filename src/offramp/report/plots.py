@@ -7,6 +7,7 @@ gives the same bytes.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from offramp.files import replace_file
 
 if TYPE_CHECKING:
     from offramp.bench_results import Bench
+    from offramp.evaluation import ArmSummary, Evaluation, Interval
     from offramp.probe import Probe
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
@@ -85,6 +87,23 @@ def save_bench(bench: Bench, folder: Path) -> list[Path]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     return _save({"bench": partial(bench_figure, bench)}, folder)
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Draw the pictures of an evaluation as SVG and PNG.
+
+    Args:
+        evaluation: The evaluation.
+        folder: Where to; made if missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    drawings = {"pareto": partial(pareto_figure, evaluation), "exits": partial(histogram_figure, evaluation)}
+    return _save({f"evaluate-{name}": draw for name, draw in drawings.items()}, folder)
 
 
 def _save(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
@@ -230,6 +249,91 @@ def bench_figure(bench: Bench) -> Any:
         f"{conditions['new_tokens']} tokens, {conditions['repeats']} rounds, {conditions['threads']} threads",
         x=0.01, ha="left", fontsize=8, color=GREY,
     )  # fmt: skip
+    return figure
+
+
+def pareto_figure(evaluation: Evaluation) -> Any:
+    """Quality over FLOPs and over seconds: policies, every static exit and the full model in one picture."""
+    figure = require_matplotlib().figure.Figure(figsize=(11, 5.4), layout="constrained")
+    ahead, metric = evaluation.ahead(), evaluation.metric
+    count = sum(not arm.is_static for arm in evaluation.arms)
+    title = f"{len(ahead)} of {count} policies are ahead of every static exit" if count else "Static exits"
+    conditions = evaluation.conditions
+    figure.suptitle(f"{title}: {metric} over compute", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, cost in ((left, "flops_ratio"), (right, "seconds_ratio")):
+        _pareto(axes, evaluation, cost)
+    left.set_ylabel(f"{metric}{' (lower is better)' if evaluation.metric == 'perplexity' else ''}")
+    if evaluation.metric == "perplexity":
+        left.set_yscale("log")
+        left.invert_yaxis()
+    left.set_xlabel("FLOPs (full model = 1), all parts counted")
+    right.set_xlabel("seconds (full model = 1), arms one after the other")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=9
+    )  # fmt: skip
+    figure.supxlabel(
+        f"{conditions['model']} · {conditions['task']} · {conditions['examples']} examples · bars: "
+        f"{conditions.get('level', 0.95):.0%} intervals", x=0.01, ha="left", fontsize=8, color=GREY,
+    )  # fmt: skip
+    return figure
+
+
+def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
+    """One panel: points with intervals, the static exits joined, the Pareto front stepped."""
+    arms = evaluation.arms
+
+    def put(some: list[ArmSummary], **options: Any) -> None:
+        prices = [getattr(arm, cost) for arm in some]
+        scores = [arm.quality[evaluation.metric] for arm in some]
+        axes.errorbar(
+            [p.value for p in prices], [s.value for s in scores], xerr=_whiskers(prices), yerr=_whiskers(scores),
+            elinewidth=0.8, markersize=6, alpha=0.9, **options,
+        )  # fmt: skip
+
+    put([arm for arm in arms if arm.policy is None], fmt="*", color="black", label="full model", zorder=4)
+    statics = [arm for arm in arms if arm.is_static and arm.policy is not None]
+    if statics:
+        put(statics, fmt="-s", color=GREY, linewidth=1, label="static exits")
+    dynamic: dict[str, list[ArmSummary]] = {}
+    for arm in arms:
+        if not arm.is_static and arm.policy is not None:
+            dynamic.setdefault(arm.policy["confidence"], []).append(arm)
+    markers = zip("oDv^<>PX", (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255"), strict=True)
+    for (name, some), (marker, color) in zip(dynamic.items(), itertools.cycle(markers), strict=False):
+        put(some, fmt=marker, color=color, label=name)
+    front = [evaluation.arm(name) for name in evaluation.front(cost)]
+    axes.step(
+        [getattr(arm, cost).value for arm in front], [arm.quality[evaluation.metric].value for arm in front],
+        where="post", color=ORANGE, linewidth=1, linestyle="--", label="Pareto front", zorder=1,
+    )  # fmt: skip
+    axes.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+
+
+def _whiskers(intervals: list[Interval]) -> list[list[float]]:
+    """Lengths below and above the estimates, [2, N]."""
+    below = [0.0 if i.low is None else max(i.value - i.low, 0.0) for i in intervals]
+    return [below, [0.0 if i.high is None else max(i.high - i.value, 0.0) for i in intervals]]
+
+
+def histogram_figure(evaluation: Evaluation) -> Any:
+    """Where tokens left: share of the tokens by layer, a row per arm."""
+    arms, depth = evaluation.arms, evaluation.num_layers
+    figure = require_matplotlib().figure.Figure(figsize=(9, 1.6 + 0.36 * len(arms)), layout="constrained")
+    figure.suptitle(
+        f"Where tokens leave the {depth} layers", x=0.01, ha="left", fontsize=13, fontweight="bold"
+    )  # fmt: skip
+    axes = figure.add_subplot()
+    shares = [[count / max(sum(arm.histogram), 1) for count in arm.histogram] for arm in arms]
+    picture = axes.imshow(
+        shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0.5, depth + 0.5, len(arms) - 0.5, -0.5)
+    )
+    axes.plot([arm.exit_layer.value for arm in arms], range(len(arms)), "|", color=ORANGE, markersize=14, mew=2)
+    axes.set_yticks(range(len(arms)), [f"{arm.name}  (mean {arm.exit_layer.value:.1f})" for arm in arms])
+    axes.set_xlabel("layer after which tokens left (mark: mean)")
+    axes.grid(visible=False)
+    percent = require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
+    figure.colorbar(picture, ax=axes, format=percent, label="share of the tokens", shrink=0.8)
     return figure
 
 

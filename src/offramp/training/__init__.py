@@ -1,14 +1,14 @@
 """Training exits: what for (`objectives`), on what (`data`), how (`trainer`), and what is written (`run_folder`)."""
 
-from offramp.training.data import AnswerConfig as AnswerConfig
+from offramp.training.answers import AnswerConfig as AnswerConfig
+from offramp.training.answers import answer_documents as answer_documents
+from offramp.training.config import WEIGHTS as WEIGHTS
+from offramp.training.config import TrainConfig as TrainConfig
 from offramp.training.data import Data as Data
-from offramp.training.data import answer_documents as answer_documents
 from offramp.training.data import prepare as prepare
 from offramp.training.data import read_texts as read_texts
 from offramp.training.data import text_documents as text_documents
 from offramp.training.objectives import OBJECTIVES as OBJECTIVES
-from offramp.training.objectives import WEIGHTS as WEIGHTS
 from offramp.training.run_folder import TrainingError as TrainingError
-from offramp.training.trainer import TrainConfig as TrainConfig
 from offramp.training.trainer import TrainResult as TrainResult
 from offramp.training.trainer import train as train

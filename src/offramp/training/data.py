@@ -1,24 +1,22 @@
-"""What exits are trained on: texts, or the model's own answers to prompts, as windows of tokens with a loss mask.
+"""What exits are trained on: texts, answers or translations, as windows of tokens with a loss mask.
 
-Texts come from plain-text files (a file is a document), JSON and JSON Lines. Answers are generated once and kept in a
-file that an interrupted generation continues. Training and held-out data are divided by document before anything is cut
-into windows; answers to the same prompt and repeated texts always fall on the same side.
+Texts come from plain-text files (a file is a document), JSON and JSON Lines; examples of a task from `offramp.tasks`;
+the model's own answers from `offramp.training.answers`. Training and held-out data are divided by document before
+anything is cut into windows; answers to the same prompt and repeated texts always fall on the same side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from offramp.exits import fingerprint
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -29,19 +27,28 @@ Progress = Callable[..., None]
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids; those from `start` on are to be predicted. Documents of one `group` are never divided."""
+    """Token ids; those from `start` on are to be predicted. Documents of one `group` are never divided.
+
+    For an encoder-decoder, `source` is what the encoder reads, and `ids` begins with the decoder's start token.
+    """
 
     ids: tuple[int, ...]
     start: int
     group: str
+    source: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Windows:
-    """N windows of up to T tokens: `ids` [N, T]; `counted` [N, T] marks the tokens whose prediction is trained."""
+    """N windows of up to T tokens: `ids` [N, T]; `counted` [N, T] marks the tokens whose prediction is trained.
+
+    For an encoder-decoder also what the encoder reads, up to X tokens: `sources` and its mask `present`, [N, X] both.
+    """
 
     ids: Tensor
     counted: Tensor
+    sources: Tensor | None = None
+    present: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,8 +60,27 @@ class Windows:
 
     def digest(self) -> str:
         """SHA-256 of the content."""
-        parts = (self.ids.to(torch.int32), self.counted.to(torch.uint8))
+        parts = [self.ids.to(torch.int32), self.counted.to(torch.uint8)]
+        if self.sources is not None:
+            parts.append(self.sources.to(torch.int32))
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each window, of both sides, [N]."""
+        own = self.counted.int().flip(1).argmax(1)  # columns behind the last that counts
+        return self.ids.shape[1] - own + (0 if self.present is None else self.present.sum(1))
+
+    def __getitem__(self, rows: Any) -> Windows:
+        """Some of the windows, without columns nobody needs."""
+        ids, counted = self.ids[rows], self.counted[rows]
+        width = int(counted.any(0).nonzero().max()) + 1
+        if self.sources is None or self.present is None:
+            return Windows(ids[:, :width], counted[:, :width])
+        present = self.present[rows]
+        depth = int(present.sum(1).max())
+        return Windows(ids[:, :width], counted[:, :width], self.sources[rows][:, :depth], present[:, :depth])
 
 
 @dataclass(frozen=True)
@@ -134,127 +160,6 @@ def text_documents(lm: LanguageModel, texts: Sequence[str]) -> list[Document]:
     return documents
 
 
-# ---------------------------------------------------------------- the model's own answers
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    """How the model answers prompts.
-
-    Attributes:
-        max_new_tokens: Longest answer.
-        temperature: Sample at this temperature; None: greedily.
-        per_prompt: Answers to each prompt; more than one needs a temperature.
-        prompts_too: Train on the prompts' own tokens as well.
-        chat: Put prompts into the model's chat template.
-        seed: Of the samples.
-        batch_size: Prompts answered together.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    per_prompt: int = 1
-    prompts_too: bool = False
-    chat: bool = False
-    seed: int = 0
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if min(self.max_new_tokens, self.per_prompt, self.batch_size) < 1:
-            raise ValueError("max_new_tokens, per_prompt and batch_size of the answers must be at least 1")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"the answers' temperature is {self.temperature}; give one above 0, or None for greedy")
-        if self.per_prompt > 1 and self.temperature is None:
-            raise ValueError(f"{self.per_prompt} greedy answers to a prompt would be the same; give a temperature")
-
-
-def answer_documents(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    config: AnswerConfig,
-    cache: Path,
-    progress: Progress | None = None,
-) -> list[Document]:
-    """Let the full model answer prompts; only the answers are to be predicted, unless `config.prompts_too`.
-
-    Every finished batch is appended to `cache` (JSON Lines), from which a repeated call goes on; batches are always the
-    same and have seeds of their own, so the answers do not depend on interruptions.
-
-    Args:
-        lm: The model.
-        prompts: Texts.
-        config: How to answer.
-        cache: Where answers are kept.
-        progress: Called with the answers done and asked for.
-
-    Returns:
-        One document per answer: prompt and answer.
-
-    Raises:
-        ValueError: No prompts, or `cache` holds other answers.
-    """
-    if not prompts:
-        raise ValueError("there are no prompts; give at least two")
-    jobs = [prompt for prompt in prompts for _ in range(config.per_prompt)]
-    digest = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
-    header = {"model": fingerprint(lm.model), "prompts": digest, **asdict(config)}
-    records = _open_cache(cache, header, config.batch_size, len(jobs))
-    for at in range(len(records), len(jobs), config.batch_size):
-        if progress is not None:
-            progress(at, len(jobs), "answers")
-        new = _answer(lm, jobs[at : at + config.batch_size], config, seed=config.seed + at)
-        _append(cache, new)
-        records += new
-    if progress is not None:
-        progress(len(jobs), len(jobs), "answers")
-    starts = [0 if config.prompts_too else record["start"] for record in records]
-    return [
-        Document(tuple(record["ids"]), start, record["prompt"])
-        for record, start in zip(records, starts, strict=True)
-    ]  # fmt: skip
-
-
-def _answer(lm: LanguageModel, prompts: list[str], config: AnswerConfig, seed: int) -> list[dict[str, Any]]:
-    inputs = lm.encode(prompts, chat=config.chat)
-    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
-    if config.temperature is not None:
-        options |= {"temperature": config.temperature, "seed": seed}
-    answers = lm.generate(inputs, **options)
-    records = []
-    for row, (prompt, tokens) in enumerate(zip(prompts, answers.tokens, strict=True)):
-        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
-        records.append({"prompt": prompt, "answer": answers.texts[row], "start": len(ids), "ids": ids + tokens})
-    return records
-
-
-def _append(cache: Path, records: list[dict[str, Any]]) -> None:
-    with cache.open("ab") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _open_cache(cache: Path, header: dict[str, Any], batch: int, total: int) -> list[dict[str, Any]]:
-    """The answers of finished batches; whatever an interruption left behind them is cut off."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []  # behind the last line end: half a line
-    if not lines:
-        cache.write_bytes(b"")
-        _append(cache, [header])
-        return []
-    if differing := differences(json.loads(lines[0]), header):
-        raise ValueError(
-            f"{cache} holds answers made otherwise ({'; '.join(differing)}); remove it, or use another folder"
-        )
-    done = len(lines) - 1
-    done -= done % batch if done < total else 0
-    os.truncate(cache, sum(len(line) + 1 for line in lines[: done + 1]))
-    return [json.loads(line) for line in lines[1 : done + 1]]
-
-
 def differences(have: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs between two JSON objects, in words."""
     found = []
@@ -284,10 +189,10 @@ def prepare(lm: LanguageModel, documents: Sequence[Document], *, window: int, sh
         Windows of both parts.
 
     Raises:
-        ValueError: Nothing to learn from or to judge by, a window out of range, or an encoder-decoder.
+        ValueError: Nothing to learn from or to judge by, a window out of range, or plain texts for an encoder-decoder.
     """
-    if lm.split.is_encoder_decoder:
-        raise ValueError("exits of an encoder-decoder cannot be trained yet; give a decoder-only model")
+    if lm.split.is_encoder_decoder and not all(document.source for document in documents):
+        raise ValueError("an encoder-decoder learns to answer or to translate, not plain text; give a task or prompts")
     longest = lm.split.max_positions
     if window < 2 or (longest is not None and window > longest):
         raise ValueError(f"a window of {window} tokens is outside 2..{longest or 'any'}, the model's context")
@@ -336,36 +241,66 @@ def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> W
     """
     pieces = []
     for document in documents:
+        if document.source:  # what the encoder read belongs to the beginning
+            pieces.append((document.ids, max(document.start, 1), document.source))
+            continue
         head = document.ids[:1] if len(document.ids) > 1 and document.ids[0] == bos else ()
         body, first = document.ids[len(head) :], document.start - len(head)
         for at in range(0, len(body), window - len(head)):
             piece = (*head, *body[at : at + window - len(head)])
             start = max(first - at + len(head), 1)
             if start < len(piece):
-                pieces.append((piece, start))
-    width = max((len(piece) for piece, _ in pieces), default=0)
-    ids = torch.zeros(len(pieces), width, dtype=torch.long)
-    counted = torch.zeros(len(pieces), width, dtype=torch.bool)
-    for row, (tokens, start) in enumerate(pieces):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        counted[row, start : len(tokens)] = True
+                pieces.append((piece, start, ()))
+    ids, present = padded([piece for piece, _, _ in pieces])
+    counted = present & (torch.arange(ids.shape[1]) >= torch.tensor([start for _, start, _ in pieces])[:, None])
+    if any(source for _, _, source in pieces):
+        return Windows(ids, counted, *padded([source for _, _, source in pieces]))
     return Windows(ids, counted)
 
 
-def batch(windows: Windows, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Batch number `step`, counted from 0: `ids` and `counted`, [B, T], without columns nobody counts.
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of different length as ids, filled up with 0 behind, and a mask of what is there, [N, T] both."""
+    ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
+    present = torch.zeros_like(ids, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        present[index, : len(row)] = True
+    return ids, present
 
-    Epochs are permutations with seeds of their own, run through one after the other, so the order depends on nothing
+
+def steps_per_epoch(windows: Windows, size: int) -> int:
+    """Batches that hold every window once."""
+    return -(-len(windows) // size)
+
+
+def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = None) -> Windows:
+    """Batch number `step`, counted from 0: B windows, without columns nobody counts.
+
+    An epoch holds every window once, in batches of like length: a permutation is sorted by length within pools of 64
+    batches, and the batches are permuted again. All of it is drawn from (seed, epoch), so the order depends on nothing
     but these numbers: whoever continues at a step needs no other state.
 
+    Args:
+        windows: All of them.
+        step: Which batch.
+        size: Windows in it; the last batch of an epoch may have fewer.
+        seed: Of the order.
+        most: Positions per window that count, drawn at random; None: all.
+
     Returns:
-        Ids and mask.
+        The windows of the batch.
     """
-    rows: list[int] = []
-    while len(rows) < size:
-        epoch, at = divmod(step * size + len(rows), len(windows))
-        generator = torch.Generator().manual_seed((seed << 20) + epoch)
-        rows += torch.randperm(len(windows), generator=generator)[at : at + size - len(rows)].tolist()
-    ids, counted = windows.ids[rows], windows.counted[rows]
-    width = int(counted.any(0).nonzero().max()) + 1
-    return ids[:, :width], counted[:, :width]
+    epoch, at = divmod(step, steps_per_epoch(windows, size))
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    order = torch.randperm(len(windows), generator=generator)
+    pools = [pool[windows.lengths[pool].argsort(stable=True)] for pool in order.split(64 * size)]
+    batches = torch.cat(pools).split(size)
+    whole = len(windows) // size
+    which = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]  # a rest comes last
+    part = windows[batches[which[at]]]
+    if most is None:
+        return part
+    generator = torch.Generator().manual_seed((seed << 40) + (step << 8) + 1)
+    marks = torch.where(part.counted, torch.rand(part.counted.shape, generator=generator), 2.0)
+    drawn = part.counted & (marks.argsort(1).argsort(1) < most)
+    return replace(part, counted=drawn)

@@ -1,25 +1,13 @@
-"""What an exit is trained for: losses between its readout and the model's last one, a chunk of positions at a time.
-
-The loss of one step is Σ_e w_e · mean over positions of loss_e. Its gradient is a sum over exits and positions, so it
-is accumulated one exit and one chunk at a time: no tensor is larger than `CHUNK` elements, and about eight of that size
-live at once, whatever the batch, the window, the number of exits and the vocabulary are. (One position needs V
-elements, so a vocabulary larger than `CHUNK` is the limit.)
-"""
+"""What an exit is trained for: losses between its readout and the model's last one, or between hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-CHUNK = 1 << 23
-"""Logits of one exit held at once; 32 MB in float32."""
-
 
 class Teacher:
     """The last layer's readout at N positions.
@@ -101,10 +89,27 @@ class _ReverseKL(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradient[:, None], None
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """-log q at the label, for logits of q; derivative q - 1[label]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        own = logits.log_softmax(-1)  # [N, V]
+        losses = -own.gather(1, labels[:, None])[:, 0]
+        if ctx.needs_input_grad[0]:
+            own.exp_().scatter_add_(1, labels[:, None], own.new_full((len(own), 1), -1.0))
+            ctx.save_for_backward(own)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * gradient[:, None], None
+
+
 class Objective(Protocol):
     """Loss of one exit, in nats, for each of N positions."""
 
-    def __call__(self, logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, teacher: Any, labels: Tensor) -> Tensor:
         """Float32 logits [N, V], the last layer's readout there, the next tokens [N] -> losses [N]."""
         ...
 
@@ -123,12 +128,13 @@ def reverse_kl(logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
     """Cross-entropy to the next token of the text; knows nothing of the last layer."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    losses: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def teacher_argmax(logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
     """Cross-entropy to the token the last layer would choose."""
-    return F.cross_entropy(logits, teacher.best, reduction="none")
+    return cross_entropy(logits, teacher, teacher.best)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -142,97 +148,19 @@ SOFTENED = ("forward-kl", "reverse-kl")
 """Objectives that have a temperature."""
 
 
-WEIGHTS: dict[str, Callable[[Sequence[int]], list[float]]] = {
-    "uniform": lambda layers: [1 / len(layers) for _ in layers],
-    "layer": lambda layers: [layer / sum(layers) for layer in layers],
-}
-"""Weights over exits, which sum to 1: equal, or proportional to the layer (CALM, Schuster et al. 2022, section 3.2)."""
+def layerwise_loss(shallow: Sequence[Tensor], deep: Sequence[Tensor]) -> Tensor:
+    """FREE's dynamic layer-wise distillation: each shallow layer imitates the deep layer that is closest to it.
 
-
-class Adapters(Protocol):
-    """What is trained: `offramp.exits.Exits`."""
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The exits."""
-        ...
-
-    def adapt(self, layer: int, hidden: Tensor) -> Tensor:
-        """States after `layer` -> states to read out, any shape [..., D]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Sums over N positions: `losses` [E] and `agreed` [E], how often an exit's choice is the last layer's."""
-
-    losses: Tensor
-    agreed: Tensor
-    positions: int
-
-    def __add__(self, other: Tally) -> Tally:
-        """Both together."""
-        return Tally(self.losses + other.losses, self.agreed + other.agreed, self.positions + other.positions)
-
-    @property
-    def loss(self) -> list[float]:
-        """Mean loss of each exit."""
-        return [float(value) / self.positions for value in self.losses]
-
-    @property
-    def agreement(self) -> list[float]:
-        """Share of positions at which each exit's most probable token is the last layer's."""
-        return [float(value) / self.positions for value in self.agreed]
-
-
-def tally(
-    exits: Adapters,
-    readout: Callable[[Tensor], Tensor],
-    states: Sequence[Tensor],
-    labels: Tensor,
-    objective: Objective,
-    *,
-    rows: int,
-    temperature: float = 1.0,
-    weights: Sequence[float] | None = None,
-    parameters: Sequence[Tensor] = (),
-) -> Tally:
-    """Losses and agreement of all exits; with `weights`, also adds the gradient of Σ_e w_e · mean loss_e.
+    (1/S) Σ_i MSE(h_i, h_m(i)) with m(i) = argmin_j MSE(h_i, h_j) over the deep layers j, chosen per call (Bae et al.
+    2023, arXiv 2310.05424, section 4.3). The deep states are the teacher and get no gradient.
 
     Args:
-        exits: The adapters, E of them.
-        readout: States [n, D] -> logits [n, V]: the frozen final norm and head.
-        states: After each exit layer and, as the last one, after layer L; E + 1 of [N, D], without gradients.
-        labels: Next tokens, [N].
-        objective: The loss.
-        rows: Positions read out at once, see `chunk_rows`.
-        temperature: Of both sides of a divergence.
-        weights: Of the exits, E of them; None: only measure.
-        parameters: Whose `.grad` the gradient is added to; nothing else gets one.
+        shallow: States after layers 1..s, S of [N, D].
+        deep: States after layers s+1..L, of [N, D].
 
     Returns:
-        Sums over the positions.
+        The loss, a scalar.
     """
-    count, device = len(labels), labels.device
-    losses = torch.zeros(len(exits.layers), dtype=torch.float64, device=device)
-    agreed = torch.zeros(len(exits.layers), dtype=torch.long, device=device)
-    for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        with torch.no_grad():
-            teacher = Teacher(readout(states[-1][part]).float(), temperature)
-        for index, layer in enumerate(exits.layers):
-            with torch.set_grad_enabled(weights is not None):
-                hidden = states[index][part]
-                adapted = exits.adapt(layer, hidden.float()).to(hidden.dtype)  # adapters work in float32
-                logits = readout(adapted).float()  # [n, V]
-                loss = objective(logits, teacher, labels[part]).sum()
-                if weights is not None:
-                    torch.autograd.backward(loss * (weights[index] / count), inputs=list(parameters))
-            losses[index] += loss.detach()
-            agreed[index] += (choices(logits.detach()) == teacher.best).sum()
-    return Tally(losses, agreed, count)
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Positions whose logits fit into `CHUNK` elements, at least one."""
-    return max(1, CHUNK // vocabulary)
+    teachers = torch.stack([hidden.detach() for hidden in deep])  # [M, N, D]
+    losses = [(hidden - teachers).pow(2).mean((1, 2)).min() for hidden in shallow]
+    return torch.stack(losses).mean()

@@ -2,10 +2,11 @@
 
 config.json             what was asked for; a run with other options is refused here
 metrics.jsonl           one line per step and per validation
-checkpoint.safetensors  adapters and optimiser; step, tokens and seconds stand in its header. One file, replaced by
+checkpoint.safetensors  what is trained, and the optimiser; step, tokens and seconds stand in its header. One file, replaced by
                         rename, so that weights and step can never disagree
 answers.jsonl           the model's own answers, if it was asked for some (see `offramp.training.data`)
 exits/                  the result
+model/                  the model, if its own weights were trained
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from offramp.files import replace_file, write_json
 from offramp.training.data import differences
@@ -46,12 +47,13 @@ class RunFolder:
 
     Args:
         path: The folder.
+        writes: Whether this process may write: one of several does.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
-        self.checkpoint, self.exits = path / "checkpoint.safetensors", path / "exits"
+        self.checkpoint, self.exits, self.model = path / "checkpoint.safetensors", path / "exits", path / "model"
 
     def check(self, record: dict[str, Any]) -> None:
         """Write what is asked for, or compare it with what was.
@@ -60,6 +62,8 @@ class RunFolder:
             ValueError: The folder holds a run with other options.
         """
         record = json.loads(json.dumps(record))
+        if not self.writes:
+            return
         if not self.config.exists():
             write_json(self.config, record)
         elif differing := differences(json.loads(self.config.read_text(encoding="utf-8")), record):
@@ -82,18 +86,20 @@ class RunFolder:
 
     def _rewind(self, step: int) -> None:
         """Drop metrics of steps that will be repeated."""
+        if not self.writes:
+            return
         kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step)
         replace_file(self.metrics, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
 
     # ------------------------------------------------------------ checkpoint
 
-    def save(self, exits: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, clock: Clock) -> None:
         """Replace the checkpoint.
 
         Raises:
             TrainingError: A weight is not finite.
         """
-        tensors = {f"exits.{name}": value for name, value in exits.state_dict().items()}
+        tensors = {f"weights.{name}": value for name, value in parameters.items()}
         if strange := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
             raise TrainingError(f"weights are not finite after step {clock.step} ({strange[0]}); {self.advice()}")
         for index, state in optimizer.state_dict()["state"].items():
@@ -102,23 +108,21 @@ class RunFolder:
         header = {"clock": json.dumps(asdict(clock))}
         replace_file(self.checkpoint, lambda temporary: save_file(tensors, temporary, metadata=header))
 
-    def restore(self, exits: nn.Module, optimizer: torch.optim.Optimizer) -> Clock | None:
+    def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Clock | None:
         """Continue from the checkpoint; None if there is none."""
         if not self.checkpoint.exists():
             self._rewind(-1)
             return None
-        weights: dict[str, torch.Tensor] = {}
-        states: dict[int, dict[str, torch.Tensor]] = {}
+        states: dict[int, dict[str, Tensor]] = {}
         with safe_open(self.checkpoint, framework="pt") as file:
             clock = Clock(**json.loads(file.metadata()["clock"]))
             for name in file.keys():  # noqa: SIM118 - it is not a dict
                 kind, rest = name.split(".", 1)
-                if kind == "exits":
-                    weights[rest] = file.get_tensor(name)
+                if kind == "weights":
+                    parameters[rest].data.copy_(file.get_tensor(name))
                 else:
                     index, key = rest.split(".", 1)
                     states.setdefault(int(index), {})[key] = file.get_tensor(name)
-        exits.load_state_dict(weights)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
         self._rewind(clock.step)
         return clock
@@ -130,8 +134,8 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[RunFolder]:
-    """The run folder, for this process alone.
+def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
+    """The run folder, for this process alone, or not `writes`: for one that only reads along.
 
     Yields:
         The folder, rid of half-written files.
@@ -139,6 +143,9 @@ def opened(path: Path) -> Iterator[RunFolder]:
     Raises:
         ValueError: Another process trains there.
     """
+    if not writes:
+        yield RunFolder(path, writes=False)
+        return
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock")
     try:
@@ -149,7 +156,7 @@ def opened(path: Path) -> Iterator[RunFolder]:
         for leftover in path.glob(".*-*"):  # of a write that was killed
             if leftover.name.split("-")[0] in (".checkpoint", ".metrics", ".config"):
                 leftover.unlink()
-            elif leftover.name.startswith(".exits-"):
+            elif leftover.name.startswith((".exits-", ".model-")):
                 shutil.rmtree(leftover)
         yield RunFolder(path)
     finally:

@@ -1,10 +1,13 @@
-"""Training exit adapters: the backbone stays as it is, each exit learns to say what the last layer will say.
+"""The loop that trains exits, or a model together with its exits.
 
-One pass of the frozen model gives the states at all exits and the last layer's logits; every exit's loss is then
-computed from the state there alone. A lens per exit (Belrose et al. 2023, "Eliciting Latent Predictions with the Tuned
-Lens"), trained by AdamW in float32. The data order is a function of the seed and the step, and nothing else is random
-after the adapters' first values, so a run that was killed and continued ends with the same bits as one that was not, on
-the same machine with the same number of threads.
+One pass of the model gives the states at all exits and after the last layer; every readout's loss is then computed from
+the state there alone, a chunk at a time, and what reaches the states goes back through the blocks, if they are trained.
+The order of the data, dropout and all other draws are functions of (seed, step), so a run that was killed and continued
+ends with the same bits as one that was not, on the same machine with the same number of threads.
+
+Several processes (`accelerate launch`) divide each step's windows and add up their gradients; the result is that of one
+process but for rounding (and for dropout, which each draws for itself). Every process holds the whole model: weights
+that are divided between processes (FSDP, DeepSpeed ZeRO) are not supported.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,96 +27,20 @@ from torch import Tensor, nn
 
 from offramp.exits import Exits
 from offramp.families import SplitModel
+from offramp.training import consistency
+from offramp.training.config import WEIGHTS, TrainConfig
+from offramp.training.consistency import tally_classifiers
 from offramp.training.data import Data, Windows, batch
-from offramp.training.objectives import OBJECTIVES, SOFTENED, WEIGHTS, Tally, chunk_rows, tally
+from offramp.training.edits import edit_for
+from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened
+from offramp.training.tally import Tally, chunk_rows, tally
+from offramp.training.trainable import Trainable, save, trainable
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
 
-SCHEMA = "offramp/train/1"
-SCHEDULES = ("cosine", "constant")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What is trained, and how.
-
-    The exits have separate parameters and Adam divides by the size of a gradient, so `weights` between them only
-    matter where something is shared: in the norm that `clip` bounds.
-
-    Attributes:
-        layers: Exits; None: a default for the depth.
-        rank: Of each adapter's matrix; None: full.
-        objective: One of `OBJECTIVES`.
-        temperature: Softens both sides of a divergence.
-        weights: One of `WEIGHTS`.
-        learning_rate: After the warm-up.
-        weight_decay: Of AdamW, towards the untrained readout.
-        steps: How many; or else
-        tokens: stop at the first step that reaches so many trained positions.
-        batch_size: Windows per step.
-        warmup: Steps over which the learning rate rises.
-        schedule: "cosine" (falling to 0 at the end) or "constant".
-        clip: Largest norm of the gradient over all exits; None: any.
-        seed: Of the order of the data and the adapters' first values.
-        validate_every: Steps between judgements on the held-out windows; None: only before and after.
-        save_every: Steps between checkpoints.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-
-    layers: tuple[int, ...] | None = None
-    rank: int | None = None
-    objective: str = "forward-kl"
-    temperature: float = 1.0
-    weights: str = "uniform"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    steps: int | None = None
-    tokens: int | None = None
-    batch_size: int = 4
-    warmup: int = 10
-    schedule: str = "cosine"
-    clip: float | None = 1.0
-    seed: int = 0
-    validate_every: int | None = None
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name, choices in (("objective", OBJECTIVES), ("weights", WEIGHTS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give steps or tokens, one of them, to say when training ends")
-        for name in ("steps", "tokens", "batch_size", "validate_every", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "temperature", "clip"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        if self.temperature != 1 and self.objective not in SOFTENED:
-            raise ValueError(f"objective {self.objective!r} has no temperature; {' and '.join(SOFTENED)} have one")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("warmup and weight_decay must not be negative")
-
-    def done(self, clock: Clock) -> int:
-        """Steps or tokens done, whichever `total` counts."""
-        return clock.tokens if self.steps is None else clock.step
-
-    @property
-    def total(self) -> int:
-        """Steps or tokens to do."""
-        total = self.tokens if self.steps is None else self.steps
-        assert total is not None
-        return total
-
-    def rate(self, clock: Clock) -> float:
-        """Learning rate of the step that comes next."""
-        rise = min(1.0, (clock.step + 1) / self.warmup) if self.warmup else 1.0
-        fall = (1 + math.cos(math.pi * self.done(clock) / self.total)) / 2 if self.schedule == "cosine" else 1.0
-        return self.learning_rate * rise * fall
+SCHEMA = "offramp/train/2"
 
 
 @dataclass(frozen=True)
@@ -127,11 +54,15 @@ class TrainResult:
         agreement_after: Likewise, trained.
         loss_before: Mean loss at those positions, in nats.
         loss_after: Likewise, trained.
+        full_before: Mean cross-entropy of the last layer to the text there, in nats, before training.
+        full_after: Likewise, trained; the same, unless the backbone was trained.
         positions: Held-out positions.
         steps: Steps made, those before an interruption included.
         tokens: Positions trained on.
         seconds: Time the steps took.
         exits: Folder of the trained exits.
+        model: Folder of the trained model; None if it did not change.
+        what: "agreement"; for classifiers "accuracy": there, the two shares say how often their verdict was right.
     """
 
     layers: tuple[int, ...]
@@ -139,22 +70,28 @@ class TrainResult:
     agreement_after: tuple[float, ...]
     loss_before: tuple[float, ...]
     loss_after: tuple[float, ...]
+    full_before: float
+    full_after: float
     positions: int
     steps: int
     tokens: int
     seconds: float
     exits: Path
+    model: Path | None = None
+    what: str = "agreement"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"schema": SCHEMA, **asdict(self), "exits": str(self.exits)}
+        return {"schema": SCHEMA, **asdict(self), "exits": str(self.exits), "model": self.model and str(self.model)}
 
     def table(self) -> str:
         """A small table."""
-        lines = ["exit after layer   agreement on held-out text   loss (nats)"]
+        lines = [f"exit after layer   {self.what:9s} on held-out text   loss (nats)"]
         columns = (self.layers, self.agreement_before, self.agreement_after, self.loss_before, self.loss_after)
         for layer, old, new, worse, better in zip(*columns, strict=True):
             lines.append(f"{layer:16d}   {old:12.3f} -> {new:.3f}{worse:15.3f} -> {better:.3f}")
+        if self.model is not None:
+            lines.append(f"last layer to the text: {self.full_before:.3f} -> {self.full_after:.3f} nats")
         rate = self.tokens / self.seconds if self.seconds else 0.0
         lines.append(
             f"{self.positions} held-out positions; {self.steps} steps on {self.tokens} positions, {rate:.0f} per second"
@@ -168,15 +105,18 @@ def train(
     config: TrainConfig,
     folder: Path,
     progress: Callable[..., None] | None = None,
+    report_to: Any = None,
 ) -> TrainResult:
-    """Train the adapters of exits, or go on where an earlier call in the same folder was interrupted.
+    """Train exits, or the model with them, or go on where an earlier call in the same folder was interrupted.
 
     Args:
-        lm: The model; it is not changed.
+        lm: The model. Its weights change with `trainable` "lora" and "all" only.
         data: From `offramp.training.data.prepare`.
         config: What to do.
         folder: Where everything is written, see `offramp.training.run_folder`.
         progress: Called with the steps (or tokens) done and to do, and the loss.
+        report_to: Trackers as `accelerate.Accelerator(log_with=...)` takes them: "tensorboard", "wandb", "all", a
+            `GeneralTracker`, or a list; they get what metrics.jsonl gets.
 
     Returns:
         What was reached.
@@ -185,110 +125,84 @@ def train(
         ValueError: The folder holds a run with other options or data, or a layer is no possible exit.
         TrainingError: The loss is not finite.
     """
-    exits = _fresh(lm, config)
-    with opened(folder) as run, evaluating(lm.model):
-        record = {
-            "schema": SCHEMA,
-            "model": {
-                "name": lm.name, "fingerprint": exits.fingerprint, "dtype": str(lm.model.dtype).removeprefix("torch."),
-            },
-            "config": {**asdict(config), "layers": exits.layers},
-            "data": {**data.settings, "train": data.train.digest(), "held_out": data.held_out.digest()},
-        }  # fmt: skip
-        run.check(record)
-        optimizer = torch.optim.AdamW(
-            exits.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )  # fmt: skip
-        clock = _Trainer(lm.split, exits, optimizer, data, config, run).go(progress)
-        exits.save(run.exits, settings=record)
+    from accelerate import Accelerator
+
+    workers = Accelerator(cpu=lm.split.device.type == "cpu", log_with=report_to, project_dir=folder)
+    with opened(folder, writes=workers.is_main_process) as run:
+        with trainable(lm, config) as learns:
+            record = _record(lm, learns.exits, data, config)
+            run.check(record)
+            if report_to is not None:
+                workers.init_trackers("offramp", config=_flat(record))
+            clock = _Trainer(lm.split, learns, data, config, run, workers).go(progress)
+            workers.end_training()
+        if workers.is_main_process:
+            save(lm, learns.exits, run.exits, record, model=run.model if config.backbone else None)
+        workers.wait_for_everyone()
         judged = [row for row in run.rows() if row["kind"] == "validation"]
     before, after = judged[0], judged[-1]
     return TrainResult(
-        layers=exits.layers,
+        layers=learns.exits.layers,
         agreement_before=tuple(before["agreement"]),
         agreement_after=tuple(after["agreement"]),
         loss_before=tuple(before["loss"]),
         loss_after=tuple(after["loss"]),
+        full_before=before["full_loss"],
+        full_after=after["full_loss"],
         positions=data.held_out.positions,
         steps=clock.step,
         tokens=clock.tokens,
         seconds=clock.seconds,
         exits=run.exits,
+        model=run.model if config.backbone else None,
+        what="accuracy" if config.classifiers else "agreement",
     )
 
 
-def _fresh(lm: LanguageModel, config: TrainConfig) -> Exits:
-    """Untrained adapters; their first values depend on the seed only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        exits = Exits.fresh(lm.split, config.layers, rank=config.rank)
-    exits.model = lm.name
-    return exits
+def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) -> dict[str, Any]:
+    """What a run is, for its folder and for those who read its exits."""
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "name": lm.name, "fingerprint": exits.fingerprint, "dtype": str(lm.model.dtype).removeprefix("torch."),
+        },
+        "config": {**asdict(config), "layers": exits.layers},
+        "data": {**data.settings, "train": data.train.digest(), "held_out": data.held_out.digest()},
+    }  # fmt: skip
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, in every part of the model; afterwards as it was.
-
-    Yields:
-        Nothing.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@torch.no_grad()
-def states_at(split: SplitModel, layers: Sequence[int], ids: Tensor, counted: Tensor) -> tuple[list[Tensor], Tensor]:
-    """States from which counted tokens are predicted, and these tokens.
-
-    Args:
-        split: The model.
-        layers: After which.
-        ids: Token ids, [B, T]; padding only behind what is counted.
-        counted: Tokens to be predicted, [B, T].
-
-    Returns:
-        One [N, D] per layer and one for layer L, and labels [N].
-    """
-    where = counted[:, 1:].to(split.device)
-    ids = ids.to(split.device)
-    state, depth, kept = split.start(ids[:, :-1]), 0, []
-    for layer in (*layers, split.num_layers):
-        state, depth = split.run(state, depth, layer), layer
-        kept.append(state.hidden[where])
-    return kept, ids[:, 1:][where]
+def _flat(record: Mapping[str, Any]) -> dict[str, str]:
+    return {f"{part}.{name}": str(value) for part in ("model", "config", "data") for name, value in record[part].items()}
 
 
 class _Trainer:
     """The loop; everything it needs to go on stands in the run folder."""
 
     def __init__(
-        self,
-        split: SplitModel,
-        exits: Exits,
-        optimizer: torch.optim.Optimizer,
-        data: Data,
-        config: TrainConfig,
-        run: RunFolder,
+        self, split: SplitModel, learns: Trainable, data: Data, config: TrainConfig, run: RunFolder, workers: Any
     ) -> None:
-        self.split, self.exits, self.optimizer = split, exits, optimizer
-        self.data, self.config, self.run = data, config, run
-        self.parameters = list(exits.parameters())
-        self.weights = WEIGHTS[config.weights](exits.layers)
+        self.split, self.exits, self.parameters = split, learns.exits, learns.parameters
+        self.data, self.config, self.run, self.workers = data, config, run, workers
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        layers = (*self.exits.layers, split.num_layers) if config.backbone else self.exits.layers
+        self.weights = WEIGHTS[config.weights](layers)
+        if config.hidden_loss and len(self.exits.layers) != 1:
+            raise ValueError(
+                f"hidden_loss is for one exit (FREE's shallow-deep model), not for those after {self.exits.layers}; "
+                "give one layer"
+            )
 
     def go(self, progress: Callable[..., None] | None) -> Clock:
         """Train to the end."""
         config = self.config
-        clock = self.run.restore(self.exits, self.optimizer)
+        clock = self.run.restore(self.parameters, self.optimizer)
+        self.workers.wait_for_everyone()
         if clock is None:
             clock = Clock()
             self._validate(clock)
-            self.run.save(self.exits, self.optimizer, clock)
+            self._save(clock)
         what = ""
         while config.done(clock) < config.total:
             if progress is not None:
@@ -299,59 +213,157 @@ class _Trainer:
             if ended or (config.validate_every and clock.step % config.validate_every == 0):
                 self._validate(clock)
             if ended or clock.step % config.save_every == 0:  # behind its metrics, which a continued run keeps
-                self.run.save(self.exits, self.optimizer, clock)
+                self._save(clock)
         if progress is not None:
             progress(config.total, config.total, what)
         return clock
+
+    def _save(self, clock: Clock) -> None:
+        if self.workers.is_main_process:
+            self.run.save(self.parameters, self.optimizer, clock)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.workers.is_main_process:
+            self.run.log(row)
+        values = {f"{row['kind']}/{name}": value for name, value in row.items() if isinstance(value, float)}
+        for name in ("loss", "agreement"):
+            named = zip(self.exits.layers, row[name], strict=True)
+            values |= {f"{row['kind']}/{name}_{layer}": value for layer, value in named}
+        self.workers.log(values, step=row["step"])
+
+    # ------------------------------------------------------------ a step
 
     def _step(self, clock: Clock) -> tuple[Clock, float]:
         config, began = self.config, time.perf_counter()
         rate = config.rate(clock)
         self.optimizer.zero_grad()
-        ids, counted = batch(self.data.train, clock.step, config.batch_size, config.seed)
-        result = _tally(self.split, self.exits, ids, counted, config, weights=self.weights, parameters=self.parameters)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf))
-        loss = sum(w * value for w, value in zip(self.weights, result.loss, strict=True))
+        windows = batch(self.data.train, clock.step, config.batch_size, config.seed, config.positions)
+        count = windows.positions
+        result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count, clock))
+        norm = self._reduce_gradients()
+        loss = sum(w * value for w, value in zip(self.weights, [*result.loss, result.last_loss], strict=False))
         self._check(clock.step + 1, result, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         seconds = time.perf_counter() - began
         after = Clock(clock.step + 1, clock.tokens + result.positions, clock.seconds + seconds)
-        self.run.log({
+        self._log({
             "kind": "step", "step": after.step, "tokens": after.tokens, "loss": result.loss,
-            "agreement": result.agreement, "learning_rate": rate, "gradient_norm": norm,
+            "agreement": result.agreement, "full_loss": result.last_loss, "learning_rate": rate, "gradient_norm": norm,
             "tokens_per_second": result.positions / seconds,
         })  # fmt: skip
         return after, loss
 
+    def _learn(self, windows: Windows, count: int, clock: Clock) -> Tally:
+        """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
+        config, device = self.config, self.split.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(hash((config.seed, clock.step, self.workers.process_index)) & 0x7FFFFFFF)
+            hidden, labels = self._states(windows)
+            depth = len(self.exits.layers) + 1
+            leaves = [h.detach().requires_grad_(config.backbone) for h in hidden[:depth]]
+            result = self._tally(leaves, labels, weights=self.weights, count=count)
+            if config.backbone:
+                roots, gradients = list(hidden[:depth]), [leaf.grad for leaf in leaves]
+                if config.hidden_loss:
+                    (layer,), others = self.exits.layers, hidden[depth:]
+                    term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
+                    roots, gradients = [*roots, term], [*gradients, None]
+                torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]
+        return result
+
+    def _states(self, windows: Windows) -> tuple[list[Tensor], Tensor]:
+        """States from which counted tokens are predicted, and these tokens.
+
+        Returns:
+            One [N, D] per exit, one for layer L, with `hidden_loss` one for every layer besides; and labels [N].
+        """
+        config, split, device = self.config, self.split, self.split.device
+        ids, counted = windows.ids.to(device), windows.counted.to(device)
+        where = counted[:, 1:]
+        every = range(1, split.num_layers + 1) if config.hidden_loss else ()
+        layers = (*self.exits.layers, split.num_layers, *every)
+        edit = edit_for(split, config, counted)
+        with self._autocast(), torch.set_grad_enabled(config.backbone and torch.is_grad_enabled()):
+            memory, present = None, None
+            if windows.sources is not None and windows.present is not None:
+                present = windows.present.to(device)
+                memory = split.encode(windows.sources.to(device), present)
+            states = split.states(ids[:, :-1], layers, memory=memory, memory_mask=present, edit=edit)
+        return [hidden[where] for hidden in states], ids[:, 1:][where]
+
+    def _tally(self, states: list[Tensor], labels: Tensor, **gradient: Any) -> Tally:
+        split, name, rows = self.split, self.config.objective, chunk_rows(self.split.shape.vocabulary)
+        with self._autocast():
+            if self.config.classifiers:
+                kind = consistency.OBJECTIVES[name]
+                return tally_classifiers(split, self.exits, states, labels, rows=rows, kind=kind, **gradient)
+            return tally(
+                self.exits, split.readout, states, labels, OBJECTIVES[name], rows=rows,
+                temperature=self.config.temperature, **gradient,
+            )  # fmt: skip
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.split.device.type, torch.bfloat16, enabled=enabled)
+
+    # ------------------------------------------------------------ several processes
+
+    def _shared(self, windows: Windows, size: int | None, work: Callable[[Windows], Tally]) -> Tally:
+        """The sum of `work` over all windows, of which each process takes its share, `size` at a time."""
+        world, rank = self.workers.num_processes, self.workers.process_index
+        mine = torch.arange(rank, len(windows), world)
+        tallies = [work(windows[part]) for part in mine.split(size or max(len(mine), 1)) if len(part)]
+        width, device = len(self.exits.layers) + 1, self.split.device
+        nothing = Tally(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
+        own = functools.reduce(operator.add, tallies, nothing)
+        if world == 1:
+            return own
+        sums = torch.cat([own.losses, own.agreed.double(), own.losses.new_tensor([own.positions])])
+        sums = self.workers.reduce(sums, "sum")
+        return Tally(sums[:width], sums[width : 2 * width], int(sums[-1]))
+
+    def _reduce_gradients(self) -> float:
+        """Add up the gradients of all processes, clip them, and return their norm before."""
+        parameters = list(self.parameters.values())
+        if self.workers.num_processes > 1:
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            whole = self.workers.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+            for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        return float(nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))
+
+    # ------------------------------------------------------------ judging
+
     def _check(self, step: int, result: Tally, norm: float) -> None:
         strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
-        if strange or not math.isfinite(norm):
+        if strange or not math.isfinite(norm) or not math.isfinite(result.last_loss):
             where = f"the exit after layer {strange[0]}" if strange else "the gradient"
-            if len(strange) == len(self.exits.layers) > 1:
+            if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
                 where = "every exit, so perhaps in the model itself"
             raise TrainingError(f"training met NaN or infinity at step {step} in {where}; {self.run.advice()}")
 
     def _validate(self, clock: Clock) -> None:
-        result = measure(self.split, self.exits, self.data.held_out, self.config)
+        result = self.measure(self.data.held_out)
         self._check(clock.step, result, 0.0)
-        row = {"kind": "validation", "step": clock.step, "tokens": clock.tokens, "positions": result.positions}
-        self.run.log({**row, "loss": result.loss, "agreement": result.agreement})
+        self._log({
+            "kind": "validation", "step": clock.step, "tokens": clock.tokens, "positions": result.positions,
+            "loss": result.loss, "agreement": result.agreement, "full_loss": result.last_loss,
+            "full_accuracy": result.last_accuracy,
+        })  # fmt: skip
 
+    @torch.no_grad()
+    def measure(self, windows: Windows) -> Tally:
+        """Losses and agreement over all windows, without dropout."""
 
-def measure(split: SplitModel, exits: Exits, windows: Windows, config: TrainConfig) -> Tally:
-    """Losses and agreement with the last layer over all windows."""
-    parts = [slice(at, at + config.batch_size) for at in range(0, len(windows), config.batch_size)]
-    tallies = (_tally(split, exits, windows.ids[part], windows.counted[part], config) for part in parts)
-    return functools.reduce(operator.add, tallies)
+        def judge(part: Windows) -> Tally:
+            hidden, labels = self._states(part)
+            return self._tally(hidden[: len(self.exits.layers) + 1], labels)
 
-
-def _tally(
-    split: SplitModel, exits: Exits, ids: Tensor, counted: Tensor, config: TrainConfig, **gradient: Any
-) -> Tally:  # fmt: skip
-    states, labels = states_at(split, exits.layers, ids, counted)
-    return tally(
-        exits, split.readout, states, labels, OBJECTIVES[config.objective],
-        rows=chunk_rows(split.shape.vocabulary), temperature=config.temperature, **gradient,
-    )  # fmt: skip
+        training = self.split.model.training
+        self.split.model.eval()
+        try:
+            return self._shared(windows, self.config.micro_batch or self.config.batch_size, judge)
+        finally:
+            self.split.model.train(training)

@@ -1,0 +1,62 @@
+"""Make an untrained T5 and its tokenizer for parallel text, so that `offramp train` has something to begin with.
+
+    python benchmarks/new_t5.py FOLDER FILE FILE [--vocabulary 8000] [--width 256] [--layers 6] [--seed 0]
+
+The tokenizer is a byte-pair encoding of both languages with T5's special tokens; the model is T5 1.0 of the given size.
+"""
+
+import argparse
+import gzip
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+PREFIX = "translate English to German:"  # in front of every source, so its words should be tokens
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+
+
+def lines(paths: list[Path]) -> Iterator[str]:
+    for path in paths:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            yield from file
+
+
+def new_tokenizer(paths: list[Path], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[PAD, EOS, UNK], show_progress=False)
+    texts = chain([PREFIX] * 1000, (line.strip() for line in lines(paths)))
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make an untrained T5 and its tokenizer.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    tokenizer = new_tokenizer(options.files, options.vocabulary)
+    torch.manual_seed(options.seed)
+    model = T5ForConditionalGeneration(T5Config(
+        vocab_size=len(tokenizer), d_model=options.width, d_kv=32, d_ff=4 * options.width, num_layers=options.layers,
+        num_decoder_layers=options.layers, num_heads=options.width // 32, decoder_start_token_id=0,
+    ))  # fmt: skip
+    model.save_pretrained(options.folder)
+    tokenizer.save_pretrained(options.folder)
+    print(f"{options.folder}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()

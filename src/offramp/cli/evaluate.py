@@ -1,0 +1,191 @@
+"""`offramp evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+
+if TYPE_CHECKING:
+    from offramp.evaluation import Evaluation
+    from offramp.language_model import LanguageModel
+    from offramp.policy import ExitPolicy
+
+SWEEP = {"confidence": "softmax,jsd", "threshold": "0.5,0.7,0.9", "vocabulary": "none,fixed"}
+
+
+def evaluate(
+    model: o.Model,
+    task: Annotated[str, typer.Option(help="summarisation, question-answering, translation, or perplexity of a text.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            help="The examples: SQuAD's JSON, rows of dialogue and summary, parallel text, plain text for perplexity; "
+            "or hub:OWNER/NAME. Several only for perplexity.",
+        ),
+    ],
+    target: Annotated[Path | None, typer.Option(metavar="FILE", help="Translations of the lines of --data.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only this many examples, chosen at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that choice and of the intervals.")] = 0,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="default: the source documents' policies (softmax and its prunings, contrastive, jsd)."),
+    ] = None,
+    policy: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A policy saved as JSON; may be given several times."),
+    ] = None,
+    static: Annotated[
+        str | None, typer.Option(help="Static exits, such as 15,20,25; default: the trained exits, or three.")
+    ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="All combinations of the four options below; what is not given: softmax,jsd × 0.5,0.7,0.9 × two "
+            "layers × none,fixed.",
+        ),
+    ] = False,
+    confidence: Annotated[
+        str | None,
+        typer.Option(help="softmax, max, entropy, state, contrastive or jsd; several with commas make several arms."),
+    ] = None,
+    threshold: Annotated[str | None, typer.Option(help="Leave above this confidence; several with commas.")] = None,
+    min_layer: Annotated[
+        str | None,
+        typer.Option(help="First layer tested (of the trained exits, if there are any); several with commas."),
+    ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="none, fixed, decaying or adaptive; several with commas.")
+    ] = None,
+    vocabulary_size: o.VocabularySize = None,
+    skipped: o.Skipped = None,
+    exits: o.Exits = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a passage of text, for perplexity.")] = 256,
+    longest: Annotated[
+        int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples answered together.")] = 1,
+    resamples: Annotated[int, typer.Option(help="Draws of the bootstrap behind the intervals.")] = 2000,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/evaluate-MODEL-TASK.")
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Quality and cost of exit policies on a task, beside the full model and static exits, with intervals.
+
+    Started again with the same options, an interrupted evaluation goes on; other policies may be added to its folder.
+    `accelerate launch -m offramp evaluate …` divides the examples among processes.
+    """
+    from accelerate import PartialState
+
+    import offramp
+
+    state = PartialState()
+    many = state.num_processes > 1
+    lm = offramp.load(model, dtype=dtype, device=device or (str(state.device) if many else None), exits=exits)
+    chosen = _arms(
+        lm, arms=arms, files=policy or [], sweep=sweep, confidence=confidence, threshold=threshold,
+        min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,
+    )  # fmt: skip
+    folder = out or Path("runs") / f"evaluate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
+    shared: dict[str, Any] = {
+        "static_layers": None if static is None else _numbers(static, "--static", int), "batch_size": batch_size,
+        "resamples": resamples, "seed": seed,
+        "about": {"data": ", ".join(data), "limit": limit, "seed": seed},
+    }  # fmt: skip
+    with o.progress("evaluating") as progress:
+        shared["progress"] = progress
+        if task == "perplexity":
+            result = _perplexity(lm, data, chosen, folder, window, limit, shared)
+        else:
+            result = _task(lm, task, data, target, chosen, folder, limit, longest, max_new_tokens, shared)
+    if not state.is_main_process:
+        return
+    if str(json) != "-":
+        typer.echo(result.table())
+    o.note(f"wrote {folder}: records, results.json, table.md and pictures")
+    o.write_result(result.to_dict(), json)
+
+
+def _task(
+    lm: LanguageModel, name: str, data: list[str], target: Path | None, arms: dict[str, ExitPolicy], folder: Path,
+    limit: int | None, longest: int | None, max_new_tokens: int | None, shared: dict[str, Any],
+) -> Evaluation:  # fmt: skip
+    from offramp.evaluation import evaluate as run
+    from offramp.tasks import TASKS, fit, read_examples, take
+
+    if name not in TASKS:
+        raise typer.BadParameter(f"--task {name}: choose one of {', '.join(TASKS)}, perplexity")
+    if len(data) > 1:
+        raise typer.BadParameter(f"--data is given {len(data)} times; {name} reads one")
+    task = TASKS[name]
+    examples = take(read_examples(task, data[0], target), limit, shared["seed"])
+    examples, cut = fit(lm, task, examples, longest=longest, room=max_new_tokens)
+    if cut:
+        o.note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
+    shared["about"]["shortened"] = cut
+    return run(lm, task, examples, arms, folder, max_new_tokens=max_new_tokens, **shared)
+
+
+def _perplexity(
+    lm: LanguageModel, data: list[str], arms: dict[str, ExitPolicy], folder: Path, window: int, limit: int | None,
+    shared: dict[str, Any],
+) -> Evaluation:  # fmt: skip
+    import random
+
+    from offramp.evaluation import evaluate_perplexity, read_passages
+
+    passages = read_passages(lm, [Path(file) for file in data], window=window)
+    if limit is not None and limit < len(passages):
+        chosen = random.Random(shared["seed"]).sample(range(len(passages)), limit)
+        passages = [passages[index] for index in sorted(chosen)]
+    shared["about"]["window"] = window
+    return evaluate_perplexity(lm, passages, arms, folder, **shared)
+
+
+def _arms(
+    lm: LanguageModel, *, arms: str | None, files: list[Path], sweep: bool, vocabulary_size: int | None,
+    skipped: str | None, **given: str | None,
+) -> dict[str, ExitPolicy]:  # fmt: skip
+    """The policies asked for, by name."""
+    from offramp.evaluation import document_arms, grid, sweep_layers
+    from offramp.policy import ExitPolicy
+
+    if arms not in (None, "default"):
+        raise typer.BadParameter(f"--arms {arms}: there is only 'default'; name policies with --policy or --confidence")
+    chosen: dict[str, ExitPolicy] = {}
+    if arms is not None:
+        chosen |= document_arms(lm)
+    for file in files:
+        if file.stem in chosen:
+            raise typer.BadParameter(f"--policy {file}: there is another arm {file.stem!r}; rename the file")
+        chosen[file.stem] = ExitPolicy.load(file)
+    if sweep:
+        layers = ",".join(map(str, sweep_layers(lm)))
+        given = {name: value or {**SWEEP, "min_layer": layers}[name] for name, value in given.items()}
+    if not sweep and not any((*given.values(), vocabulary_size, skipped)):
+        return chosen
+    return chosen | grid(
+        lm,
+        confidences=(given["confidence"] or "softmax").split(","),
+        thresholds=_numbers(given["threshold"] or "0.9", "--threshold", float),
+        min_layers=_numbers(given["min_layer"], "--min-layer", int) if given["min_layer"] else (None,),
+        vocabularies=[None if kind == "none" else kind for kind in (given["vocabulary"] or "none").split(",")],
+        vocabulary_size=vocabulary_size,
+        skipped=skipped or "propagate",
+    )
+
+
+def _numbers(text: str, option: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text}: give numbers with commas between them") from None

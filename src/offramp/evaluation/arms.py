@@ -1,0 +1,119 @@
+"""Which policies are compared: static exits, the source documents' policies, and grids."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from offramp.policy import ExitPolicy
+from offramp.vocabulary import KINDS
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+
+FULL = "full model"
+"""The arm that all others are compared with."""
+
+
+def static_arms(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str, ExitPolicy]:
+    """The baseline to beat: leave after the same layer, always.
+
+    Args:
+        lm: The model.
+        layers: Which; None: those of its trained exits, or half, three quarters, and two layers less than its depth.
+
+    Returns:
+        Policies by name.
+
+    Raises:
+        ValueError: A layer outside 1..L-1.
+    """
+    depth, trained = lm.num_layers, lm.split.exit_layers
+    if layers is None:
+        layers = trained or sorted({layer for layer in (depth // 2, 3 * depth // 4, depth - 2) if 1 <= layer < depth})
+    arms = {f"static {layer}": ExitPolicy("static", min_layer=layer) for layer in layers}
+    for policy in arms.values():
+        policy.resolve(depth, lm.vocabulary, trained)
+    return arms
+
+
+def document_arms(lm: LanguageModel, *, threshold: float = 0.9, min_layer: int | None = None) -> dict[str, ExitPolicy]:
+    """The policies of "Early Exit LLMs" and "Dynamic Vocabulary Pruning", at one threshold.
+
+    One threshold is not one test: the measures do not compare, read quality next to cost.
+
+    Args:
+        lm: The model.
+        threshold: Of all tests.
+        min_layer: First layer tested, as for `grid`.
+
+    Returns:
+        Policies by name.
+    """
+    softmax = ExitPolicy("softmax", threshold=threshold, **tested_from(lm, min_layer))
+    jsd = replace(softmax, confidence="jsd")
+    return {
+        "softmax": softmax,
+        **{f"softmax + {kind}": replace(softmax, vocabulary=kind) for kind in KINDS},
+        "contrastive": replace(softmax, confidence="contrastive"),
+        "jsd": jsd,
+        "jsd + adaptive": replace(jsd, vocabulary="adaptive"),
+    }
+
+
+def grid(
+    lm: LanguageModel,
+    *,
+    confidences: Sequence[str] = ("softmax",),
+    thresholds: Sequence[float] = (0.9,),
+    min_layers: Sequence[int | None] = (None,),
+    vocabularies: Sequence[str | None] = (None,),
+    vocabulary_size: int | None = None,
+    skipped: str = "propagate",
+) -> dict[str, ExitPolicy]:
+    """Every combination, named by its values.
+
+    Args:
+        lm: The model.
+        confidences: Names of measures.
+        thresholds: For each of them.
+        min_layers: First layer tested; if the model has trained exits, only they are tested from there on. None: half
+            the depth, or at the model's trained exits.
+        vocabularies: Kinds of pruning; None: all tokens are scored.
+        vocabulary_size: Tokens kept by those that prune.
+        skipped: Keys and values of skipped layers.
+
+    Returns:
+        Policies by name, such as "softmax > 0.9, from 20, fixed".
+
+    Raises:
+        ValueError: A value that `ExitPolicy` or the model does not allow.
+    """
+    arms = {}
+    for confidence, threshold, layer, kind in itertools.product(confidences, thresholds, min_layers, vocabularies):
+        name = f"{confidence} > {threshold:g}{'' if layer is None else f', from {layer}'}{f', {kind}' if kind else ''}"
+        arms[name] = ExitPolicy(
+            confidence, threshold=threshold, vocabulary=kind, vocabulary_size=vocabulary_size if kind else None,
+            skipped=skipped, **tested_from(lm, layer),
+        )  # fmt: skip
+        arms[name].resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    return arms
+
+
+def tested_from(lm: LanguageModel, layer: int | None) -> dict[str, Any]:
+    """Fields of a policy that tests from a layer on, only at trained exits if there are any; None: where it would."""
+    if layer is None or not lm.split.exit_layers:
+        return {"min_layer": layer}
+    exits = tuple(exit for exit in lm.split.exit_layers if exit >= layer)
+    if not exits:
+        raise ValueError(f"min_layer is {layer}, but the last trained exit is after layer {lm.split.exit_layers[-1]}")
+    return {"min_layer": layer, "exit_layers": exits}
+
+
+def sweep_layers(lm: LanguageModel) -> tuple[int, ...]:
+    """Minimum layers worth trying: the usual one, and the exit halfway from there to the last layer."""
+    exits = lm.split.exit_layers or tuple(range(max(1, lm.num_layers // 2), lm.num_layers))
+    half = (exits[0] + lm.num_layers) / 2
+    return tuple(sorted({exits[0], min(exits, key=lambda exit: (abs(exit - half), exit))}))

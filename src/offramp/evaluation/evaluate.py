@@ -1,0 +1,290 @@
+"""Run every arm on the same examples and compare: a folder of records, from which an interrupted evaluation goes on.
+
+config.json               what all arms have in common; an evaluation of something else is refused here
+records/ARM.jsonl         one line per example; while several processes are at it, ARM.RANK-of-PROCESSES.jsonl
+results.json, table.md    the summary, and pictures of it
+
+Started with `accelerate launch`, each process answers its part of the examples; they must see the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from offramp import __version__
+from offramp.evaluation.arms import FULL, static_arms
+from offramp.evaluation.bootstrap import Bootstrap
+from offramp.evaluation.perplexity import Passage, perplexity_records
+from offramp.evaluation.record_file import Item, Progress, Record, conditions_of, digest, read_records, write_records
+from offramp.evaluation.records import decode_records
+from offramp.evaluation.result import Evaluation
+from offramp.evaluation.summary import PERPLEXITY, summarise
+from offramp.files import write_json
+from offramp.training.data import differences
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+    from offramp.policy import ExitPolicy
+    from offramp.tasks import Example, Task
+
+CONFIG, RECORDS = "config.json", "records"
+Run = Callable[..., list[Record]]
+"""(examples, arm=…, policy=…, path=…, full=…, progress=…) -> records, one per example."""
+
+
+def evaluate(
+    lm: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    arms: Mapping[str, ExitPolicy],
+    folder: Path,
+    *,
+    static_layers: Sequence[int] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare policies, static exits and the full model on a task.
+
+    Args:
+        lm: The model.
+        task: How to ask and how to judge.
+        examples: With ids of their own; their prompts must fit (`offramp.tasks.fit`).
+        arms: Policies by name. The full model and static exits are always there.
+        folder: Run folder; one with records of the same examples is continued, arms may be added to it.
+        static_layers: See `static_arms`.
+        max_new_tokens: Longest answer; None: the task's.
+        batch_size: Examples answered together.
+        settings: Further options of `LanguageModel.stream`, the same for all arms, as JSON values.
+        about: What else the conditions should say, as JSON values.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        progress: Called with the answers done and asked for, over all arms.
+
+    Returns:
+        Summaries of all arms, also written to the folder.
+
+    Raises:
+        ValueError: Whatever `decode_records` refuses, names that are no different files, or a folder of something else.
+    """
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    run = partial(
+        decode_records, lm, task, max_new_tokens=max_new_tokens, batch_size=batch_size, settings=settings
+    )  # fmt: skip
+    common = conditions_of(lm, vars(task), examples, {"max_new_tokens": limit, **(settings or {})}, batch_size)
+    conditions = {**_conditions(lm, examples, task.name, about), "max_new_tokens": limit, "batch_size": batch_size}
+    main = f"{task.metrics[0]} (corpus)" if task.name == "translation" else task.metrics[0]
+    return _evaluate(
+        lm, run, examples, arms, folder, common, conditions, main, static_layers, resamples, seed, progress,
+        references=[example.references for example in examples],
+    )  # fmt: skip
+
+
+def evaluate_perplexity(
+    lm: LanguageModel,
+    passages: Sequence[Passage],
+    arms: Mapping[str, ExitPolicy],
+    folder: Path,
+    *,
+    static_layers: Sequence[int] | None = None,
+    batch_size: int = 1,
+    about: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare policies, static exits and the full model by the perplexity of a text.
+
+    Args:
+        lm: The model, decoder-only.
+        passages: See `read_passages`.
+        arms: As for `evaluate`, and so are all others.
+        folder: Run folder.
+        static_layers: See `static_arms`.
+        batch_size: Passages scored together.
+        about: What else the conditions should say, as JSON values.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        progress: Called with the passages done and asked for, over all arms.
+
+    Returns:
+        Summaries of all arms, also written to the folder.
+
+    Raises:
+        ValueError: Whatever `perplexity_records` refuses, names that are no different files, or a folder of something
+            else.
+    """
+    run = partial(perplexity_records, lm, batch_size=batch_size)
+    common = conditions_of(lm, {"name": PERPLEXITY}, passages, {}, batch_size)
+    conditions = {**_conditions(lm, passages, PERPLEXITY, about), "batch_size": batch_size}
+    return _evaluate(
+        lm, run, passages, arms, folder, common, conditions, PERPLEXITY, static_layers, resamples, seed, progress
+    )
+
+
+def _evaluate(
+    lm: LanguageModel, run: Run, examples: Sequence[Any], arms: Mapping[str, ExitPolicy], folder: Path,
+    common: Mapping[str, Any], conditions: Mapping[str, Any], metric: str, static_layers: Sequence[int] | None,
+    resamples: int, seed: int, progress: Progress | None, references: Sequence[Sequence[str]] | None = None,
+) -> Evaluation:  # fmt: skip
+    policies = {FULL: None, **static_arms(lm, static_layers), **arms}
+    _check(lm, policies)
+    bootstrap = Bootstrap([example.group for example in examples], resamples=resamples, seed=seed)
+    from accelerate import PartialState
+
+    state = PartialState()
+    records: dict[str, list[Record]] = {}
+    with _opened(folder, common, about=conditions, state=state):
+        for number, (arm, policy) in enumerate(policies.items()):
+            full = {r.id: r for r in records[FULL]} if records else None
+            counted = partial(_count, progress if state.is_main_process else None, number, len(policies))
+            made = partial(run, arm=arm, policy=policy, full=full, progress=counted)
+            records[arm] = _shared(state, folder / RECORDS / _file_name(arm), examples, made)
+        summaries = [
+            summarise(
+                records[arm], records[FULL], policy=None if policy is None else policy.to_dict(),
+                num_layers=lm.num_layers, bootstrap=bootstrap, references=references,
+            )
+            for arm, policy in policies.items()
+        ]  # fmt: skip
+        details = {
+            **conditions, "groups": bootstrap.groups, "resamples": resamples, "bootstrap_seed": seed,
+            "level": bootstrap.level, "processes": state.num_processes,
+        }  # fmt: skip
+        result = Evaluation(details, metric, lm.num_layers, summaries)
+        if state.is_main_process:
+            result.save(folder)
+    return result
+
+
+def _check(lm: LanguageModel, policies: Mapping[str, ExitPolicy | None]) -> None:
+    """Before hours of work: every policy fits the model, and every arm has a file of its own."""
+    names: dict[str, str] = {}
+    for arm, policy in policies.items():
+        if policy is not None:
+            policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+        if (name := _file_name(arm)) in names:
+            raise ValueError(f"arms {names[name]!r} and {arm!r} would share the file {name}.jsonl; rename one")
+        names[name] = arm
+
+
+def _file_name(arm: str) -> str:
+    """An arm's name in the alphabet of file names."""
+    name = re.sub(r"[^a-z0-9.]+", "-", arm.lower()).strip("-.")
+    if not name:
+        raise ValueError(f"an arm is called {arm!r}; give it a name with letters or digits")
+    return name
+
+
+def _count(progress: Progress | None, number: int, arms: int, done: int, total: int, what: str) -> None:
+    if progress is not None:
+        progress(number * total + done, arms * total, what)
+
+
+def _conditions(
+    lm: LanguageModel, examples: Sequence[Item], task: str, about: Mapping[str, Any] | None
+) -> dict[str, Any]:  # fmt: skip
+    device = lm.split.device
+    return {
+        "model": lm.name,
+        "task": task,
+        "examples": len(examples),
+        **(about or {}),
+        "trained_exits": list(lm.split.exit_layers),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "offramp": __version__,
+    }
+
+
+# ---------------------------------------------------------------- several processes, one folder
+
+
+def _shared(state: Any, stem: Path, examples: Sequence[Any], run: Run) -> list[Record]:
+    """The records of all examples, each process having answered its part.
+
+    Args:
+        state: `accelerate`'s.
+        stem: Of the file, without its ending.
+        examples: All of them.
+        run: Makes the records of some examples in the file `path`, or takes them from there.
+
+    Returns:
+        One record per example, in their order.
+    """
+    whole = stem.with_name(f"{stem.name}.jsonl")
+    rank, processes = state.process_index, state.num_processes
+    if not whole.exists():
+        parts = [stem.with_name(f"{stem.name}.{r}-of-{processes}.jsonl") for r in range(min(processes, len(examples)))]
+        if rank < len(parts):
+            run(examples[rank::processes], path=parts[rank])
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _join(whole, parts, examples)
+        state.wait_for_everyone()
+    return run(examples, path=whole)  # nothing is left to do, but what is there is compared with what was asked for
+
+
+def _join(whole: Path, parts: Sequence[Path], examples: Sequence[Item]) -> None:
+    """Put the records of all processes into one file, in the order of the examples."""
+    header, _ = read_records(parts[0])
+    records = {record.id: record for part in parts for record in read_records(part)[1]}
+    write_records(whole, {**header, "examples": digest(examples)}, [records[example.id] for example in examples])
+    for part in parts:
+        part.unlink()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any], state: Any) -> Iterator[None]:
+    """The run folder, for this evaluation alone; its configuration is written, or compared.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: Another evaluation is at work there, or was made of something else.
+    """
+    lock = FileLock(folder / ".lock")
+    if state.is_main_process:
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another evaluation runs in {folder}; wait for it, or give another folder") from None
+    try:
+        if state.is_main_process:
+            _configure(folder, json.loads(json.dumps(common)), about)
+        state.wait_for_everyone()
+        yield
+    finally:
+        lock.release()
+
+
+def _configure(folder: Path, common: dict[str, Any], about: Mapping[str, Any]) -> None:
+    path = folder / CONFIG
+    if not path.exists():
+        write_json(path, {"schema": "offramp/evaluate-config/1", **common, "about": dict(about)})
+        return
+    have = json.loads(path.read_text(encoding="utf-8"))
+    if differing := differences({key: have.get(key) for key in common}, common):
+        raise ValueError(
+            f"{folder} holds another evaluation: {'; '.join(differing)}; give the same options to continue it, or "
+            "another folder"
+        )

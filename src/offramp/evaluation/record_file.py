@@ -1,0 +1,225 @@
+"""What one arm made of each example, as lines of a file from which an interrupted evaluation goes on.
+
+The first line of a file says how its records came about; a file that came about otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from offramp.exits import fingerprint
+from offramp.files import replace_file
+from offramp.training.data import differences
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+    from offramp.policy import ExitPolicy
+
+SCHEMA = "offramp/records/1"
+Progress = Callable[..., None]
+"""(done, total[, what is next])."""
+
+
+class Item(Protocol):
+    """What is answered: an `offramp.tasks.Example`, or a passage of a text. A dataclass of JSON values."""
+
+    @property
+    def id(self) -> str:
+        """Its own."""
+        ...
+
+
+T = TypeVar("T", bound=Item)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example under one arm.
+
+    Attributes:
+        id: Of the example.
+        group: Of the example: what examples share that are not independent of each other.
+        arm: Name of the arm.
+        text: The answer.
+        tokens: Its token ids.
+        exit_layers: Layer after which each token left, 1..L.
+        scores: Metrics of this one answer, in [0, 1].
+        agreement: Share of positions, up to the longer answer's length, with the token of the full model's answer.
+            After a first difference the two continue different texts: a lower bound of how often the arm would have
+            followed the full model.
+        same: Whether it is the full model's answer, token for token.
+        flops: FLOPs of all parts.
+        bytes: Bytes read.
+        seconds: Wall-clock time, preparation included.
+        parts: FLOPs by part (`offramp.costs.PARTS`), the pass over a decoder-only model's prompt and the token read off
+            it apart from them as "prefill"; they add up to `flops`. Of examples answered together, each bears an equal
+            share of the costs.
+        sums: Further quantities that add up over examples: for perplexity, see `offramp.evaluation.perplexity`.
+    """
+
+    id: str
+    group: str
+    arm: str
+    text: str
+    tokens: list[int]
+    exit_layers: list[int]
+    scores: dict[str, float]
+    agreement: float
+    same: bool
+    flops: int
+    bytes: int
+    seconds: float
+    parts: dict[str, int]
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def header_of(
+    lm: LanguageModel,
+    task: Mapping[str, Any],
+    examples: Sequence[Item],
+    policy: ExitPolicy | None,
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> dict[str, Any]:
+    """How records come about, as JSON values: what must not change in the middle of a file."""
+    return {
+        "schema": SCHEMA,
+        **conditions_of(lm, task, examples, settings, batch_size),
+        "policy": None if policy is None else policy.to_dict(),
+    }
+
+
+def conditions_of(
+    lm: LanguageModel, task: Mapping[str, Any], examples: Sequence[Item], settings: Mapping[str, Any], batch_size: int
+) -> dict[str, Any]:
+    """What the arms of an evaluation have in common, as JSON values."""
+    return {
+        "model": fingerprint(lm.model),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "exits": None if lm.exits is None else fingerprint(lm.exits),
+        "task": dict(task),
+        "examples": digest(examples),
+        "settings": dict(settings),
+        "batch_size": batch_size,
+    }
+
+
+def digest(examples: Sequence[Item]) -> str:
+    """SHA-256 of examples, in their order."""
+    content: list[Any] = list(examples)
+    return hashlib.sha256(json.dumps([asdict(example) for example in content]).encode()).hexdigest()
+
+
+def kept(
+    path: Path,
+    header: Mapping[str, Any],
+    examples: Sequence[T],
+    batch_size: int,
+    answer: Callable[[Sequence[T]], list[Record]],
+    progress: Progress | None = None,
+    what: str = "",
+) -> list[Record]:
+    """The records of `path`, after those that are missing have been made and appended, batch by batch.
+
+    Batches are always the same, so nothing depends on where an earlier call was interrupted.
+
+    Args:
+        path: JSON Lines file; made if missing.
+        header: How the records come about, as JSON values: the first line.
+        examples: With ids of their own.
+        batch_size: Examples answered together.
+        answer: Makes the records of a batch.
+        progress: Called with the examples done and asked for.
+        what: For `progress`.
+
+    Returns:
+        One record per example, in their order.
+
+    Raises:
+        ValueError: No or repeated examples, a batch size below 1, or `path` holds other records.
+    """
+    if not examples:
+        raise ValueError("there are no examples; give at least one")
+    if len({example.id for example in examples}) < len(examples):
+        raise ValueError("two examples have the same id; give each one of its own")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    records = _open(path, json.loads(json.dumps(header)), examples, batch_size)
+    for at in range(len(records), len(examples), batch_size):
+        if progress is not None:
+            progress(at, len(examples), what)
+        new = answer(examples[at : at + batch_size])
+        _append(path, [asdict(record) for record in new])
+        records += new
+    if progress is not None:
+        progress(len(examples), len(examples), what)
+    return records
+
+
+def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The header and the records of a file; half a line at its end is left out.
+
+    Returns:
+        Header and records; an empty header if there is not even a first line.
+
+    Raises:
+        ValueError: The file does not hold records.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line end: half a line
+    if not lines:
+        return {}, []
+    try:
+        header, *rows = [json.loads(line) for line in lines]
+        if header.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is {header.get('schema')!r}, not {SCHEMA!r}")
+        return header, [Record(**row) for row in rows]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold records ({error}); remove it, or use another folder") from None
+
+
+def write_records(path: Path, header: Mapping[str, Any], records: Sequence[Record]) -> None:
+    """Write a whole file at once: it appears complete, or stays what it was."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"")
+        _append(temporary, [dict(header), *(asdict(record) for record in records)])
+
+    replace_file(path, write)
+
+
+def _open(path: Path, header: dict[str, Any], examples: Sequence[Item], batch_size: int) -> list[Record]:
+    """The records of finished batches; whatever an interruption left behind them is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have, records = read_records(path) if path.exists() else ({}, [])
+    if not have:
+        path.write_bytes(b"")
+        _append(path, [header])
+        return []
+    if differing := differences(have, header):
+        raise ValueError(
+            f"{path} holds records made otherwise ({'; '.join(differing)}); remove it, or use another folder"
+        )
+    done = len(records)
+    done -= done % batch_size if done < len(examples) else 0
+    if [record.id for record in records[:done]] != [example.id for example in examples[:done]]:
+        raise ValueError(f"{path} holds records of other examples; remove it, or use another folder")
+    lines = path.read_bytes().split(b"\n")
+    os.truncate(path, sum(len(line) + 1 for line in lines[: done + 1]))
+    return records[:done]
+
+
+def _append(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("ab") as file:
+        text = "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())

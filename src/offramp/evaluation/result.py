@@ -1,0 +1,178 @@
+"""What an evaluation found: every arm beside the full model, the Pareto front, tables and JSON."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offramp.evaluation.arms import FULL
+from offramp.evaluation.bootstrap import Interval
+from offramp.evaluation.summary import PERPLEXITY, ArmSummary
+from offramp.files import replace_file, write_json
+from offramp.risk.control import pareto_front
+from offramp.tables import markdown
+
+RESULTS, TABLE = "results.json", "table.md"
+COSTS = ("flops_ratio", "seconds_ratio")
+"""Costs that Pareto fronts are drawn over."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of `offramp.evaluation.evaluate`.
+
+    Attributes:
+        conditions: What was held fixed, and versions.
+        metric: The main metric, a key of `ArmSummary.quality`.
+        num_layers: L.
+        arms: Summaries, the full model first.
+    """
+
+    conditions: dict[str, Any]
+    metric: str
+    num_layers: int
+    arms: list[ArmSummary]
+
+    def arm(self, name: str) -> ArmSummary:
+        """The summary of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def loss(self, arm: ArmSummary) -> float:
+        """The main metric such that less is better."""
+        value = arm.quality[self.metric].value
+        return value if self.metric == PERPLEXITY else -value
+
+    def front(self, cost: str = "flops_ratio") -> list[str]:
+        """Arms that no other one beats in the main metric without costing more, by increasing cost.
+
+        Args:
+            cost: "flops_ratio", "seconds_ratio" or another ratio of `ArmSummary`.
+
+        Returns:
+            Names; by the estimates, without regard to their intervals.
+        """
+        costs = [getattr(arm, cost).value for arm in self.arms]
+        return [self.arms[i].name for i in pareto_front([self.loss(arm) for arm in self.arms], costs)][::-1]
+
+    def ahead(self, cost: str = "flops_ratio") -> list[str]:
+        """Policies that neither the full model nor a static exit matches: as good at no more cost.
+
+        Args:
+            cost: As for `front`.
+
+        Returns:
+            Names; by the estimates, without regard to their intervals.
+        """
+
+        def matched(arm: ArmSummary) -> bool:
+            mine, price = self.loss(arm), getattr(arm, cost).value
+            return any(self.loss(a) <= mine and getattr(a, cost).value <= price for a in self.arms if a.is_static)
+
+        return [arm.name for arm in self.arms if not arm.is_static and not matched(arm)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "schema": "offramp/evaluate/1",
+            "conditions": self.conditions,
+            "metric": self.metric,
+            "num_layers": self.num_layers,
+            "arms": [arm.to_dict() for arm in self.arms],
+            "front": {cost: self.front(cost) for cost in COSTS},
+            "ahead_of_static": {cost: self.ahead(cost) for cost in COSTS},
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write results.json, table.md and, if matplotlib is installed, the pictures as SVG and PNG.
+
+        Args:
+            folder: Where to; made if missing. Files of an earlier evaluation are replaced.
+
+        Returns:
+            The files.
+        """
+        from offramp.report import plots
+
+        folder = Path(folder)
+        write_json(folder / RESULTS, self.to_dict())
+        text = self.table() + "\n"
+        replace_file(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        pictures = plots.save_evaluation(self, folder) if plots.available() else []
+        return [folder / RESULTS, folder / TABLE, *pictures]
+
+    # ------------------------------------------------------------ tables
+
+    def table(self) -> str:
+        """Tables for a terminal that are Markdown as well: quality, costs, and what to make of them."""
+        conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
+        blocks = [self._quality_table(), self._cost_table(), *(f"{line}." for line in self._verdict())]
+        return "\n\n".join([*blocks, f"Conditions: {conditions}."])
+
+    def _quality_table(self) -> str:
+        others = [name for name in self.arms[0].quality if name != self.metric]
+        pruned = any(arm.outside for arm in self.arms)
+        head = [
+            f"{self.metric} (interval)", "minus the full model's", *others, "same tokens", "identical", "tokens",
+            *(["outside"] if pruned else []),
+        ]  # fmt: skip
+        rows = [
+            [
+                arm.name, _quality(arm.quality[self.metric], self.metric),
+                "" if arm.name == FULL else _quality(arm.difference[self.metric], self.metric, "+"),
+                *(_point(arm.quality[name].value, name) for name in others), f"{arm.agreement.value:.0%}",
+                f"{arm.identical.value:.0%}", f"{arm.length.value:.1f}", *([f"{arm.outside:.1%}"] if pruned else []),
+            ]
+            for arm in self.arms
+        ]  # fmt: skip
+        return markdown(["quality", *head], rows)
+
+    def _cost_table(self) -> str:
+        front = set(self.front())
+        head = ["cost (× full model)", "exit layer", "FLOPs", "without prompt", "bytes", "seconds", "front"]
+        rows = [
+            [
+                arm.name, f"{arm.exit_layer.value:.1f}", *(
+                    _ratio(interval)
+                    for interval in (arm.flops_ratio, arm.decode_flops_ratio, arm.bytes_ratio, arm.seconds_ratio)
+                ), "*" if arm.name in front else "",
+            ]
+            for arm in self.arms
+        ]  # fmt: skip
+        return markdown(head, rows)
+
+    def _verdict(self) -> list[str]:
+        percent = f"{self.conditions.get('level', 0.95):.0%}"
+        scale = "" if self.metric == PERPLEXITY else "; scores in points of 100"
+        ahead = self.ahead()
+        return [
+            f"In brackets {percent} intervals, over groups of examples{scale}; * on the Pareto front of {self.metric} "
+            "over FLOPs",
+            *(
+                [f"Neither the full model nor a static exit is as good for as few FLOPs: {'; '.join(ahead)}"]
+                if ahead
+                else ["Every policy is matched by a static exit or the full model: as good for as few FLOPs"]
+                if any(not arm.is_static for arm in self.arms)
+                else []
+            ),
+        ]
+
+
+def _point(value: float, name: str, sign: str = "") -> str:
+    """Scores in points of 100; perplexities, and corpus scores, as they are."""
+    scale = 1 if name == PERPLEXITY or name.endswith("(corpus)") else 100
+    return f"{value * scale:{sign}.{2 if name == PERPLEXITY else 1}f}"
+
+
+def _quality(interval: Interval, name: str, sign: str = "") -> str:
+    value = _point(interval.value, name, sign)
+    if interval.low is None or interval.high is None:
+        return value
+    return f"{value} ({_point(interval.low, name, sign)} to {_point(interval.high, name, sign)})"
+
+
+def _ratio(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.3f}"
+    return f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"

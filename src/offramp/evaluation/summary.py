@@ -1,0 +1,198 @@
+"""What the records of an arm add up to, beside those of the full model: quality, agreement, depth and costs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from offramp.evaluation.bootstrap import Bootstrap, Floats, Interval
+from offramp.evaluation.record_file import Record
+from offramp.evaluation.records import PREFILL
+
+PERPLEXITY = "perplexity"
+CORPUS = {"bleu": "BLEU", "chrf": "CHRF"}
+"""Scores of a whole corpus by metric, and the classes of `sacrebleu` that compute them; in 0..100."""
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm, over all examples, beside the full model over the same ones.
+
+    Ratios are of sums over all examples. Intervals are those of the cluster bootstrap (`offramp.evaluation.bootstrap`).
+
+    Attributes:
+        name: Of the arm.
+        policy: Its policy as JSON values; None: the full model.
+        quality: Mean of each per-sample metric, in [0, 1]; corpus scores, "bleu (corpus)" and the like, in 0..100;
+            "perplexity" from 1.
+        difference: The same, minus that of the full model.
+        agreement: Share of positions with the full model's token, mean over the examples.
+        identical: Share of examples with the full model's very answer.
+        exit_layer: Mean over all tokens.
+        length: Mean tokens of an answer.
+        flops_ratio: FLOPs of all parts, encoder and prompt included, over the full model's.
+        decode_flops_ratio: Without the encoder and the pass over the prompt.
+        bytes_ratio: Bytes over the full model's.
+        seconds_ratio: Seconds over the full model's. Arms ran one after the other: `offramp bench` times them in turns.
+        flops: FLOPs per example.
+        seconds: Seconds per example.
+        parts: FLOPs by part, as shares of the full model's whole.
+        histogram: Tokens by exit layer, 1..L.
+        outside: Share of the text's tokens that pruning had excluded; perplexity only.
+    """
+
+    name: str
+    policy: dict[str, Any] | None
+    quality: dict[str, Interval]
+    difference: dict[str, Interval]
+    agreement: Interval
+    identical: Interval
+    exit_layer: Interval
+    length: Interval
+    flops_ratio: Interval
+    decode_flops_ratio: Interval
+    bytes_ratio: Interval
+    seconds_ratio: Interval
+    flops: float
+    seconds: float
+    parts: dict[str, float]
+    histogram: list[int]
+    outside: float | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every token leaves after the same layer, the full model's included."""
+        return self.policy is None or self.policy["confidence"] == "static"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def summarise(
+    records: Sequence[Record],
+    full: Sequence[Record],
+    *,
+    policy: Mapping[str, Any] | None,
+    num_layers: int,
+    bootstrap: Bootstrap,
+    references: Sequence[Sequence[str]] | None = None,
+) -> ArmSummary:
+    """Add up one arm.
+
+    Args:
+        records: Of the arm.
+        full: Of the full model, for the same examples in the same order.
+        policy: Of the arm, as JSON values; None: the full model.
+        num_layers: L.
+        bootstrap: Made for the groups of these examples.
+        references: Of the examples, for corpus scores of the metrics that have one; None: none.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: The two do not belong together.
+    """
+    if [r.id for r in records] != [r.id for r in full] or len(records) != len(bootstrap.index):
+        raise ValueError("the arm's records and the full model's are of different examples; summarise the same ones")
+    quality, difference = _quality(records, full, bootstrap, references)
+    tokens = [float(len(r.tokens)) for r in records]
+    whole = sum(r.flops for r in full)
+    layers = np.bincount([layer for r in records for layer in r.exit_layers], minlength=num_layers + 1)
+
+    def over(name: str) -> Interval:
+        return bootstrap.ratio([getattr(r, name) for r in records], [getattr(r, name) for r in full])
+
+    return ArmSummary(
+        name=records[0].arm,
+        policy=None if policy is None else dict(policy),
+        quality=quality,
+        difference=difference,
+        agreement=bootstrap.mean([r.agreement for r in records]),
+        identical=bootstrap.mean([float(r.same) for r in records]),
+        exit_layer=bootstrap.ratio([float(sum(r.exit_layers)) for r in records], tokens),
+        length=bootstrap.mean(tokens),
+        flops_ratio=over("flops"),
+        decode_flops_ratio=bootstrap.ratio(list(map(_decoding, records)), list(map(_decoding, full))),
+        bytes_ratio=over("bytes"),
+        seconds_ratio=over("seconds"),
+        flops=sum(r.flops for r in records) / len(records),
+        seconds=sum(r.seconds for r in records) / len(records),
+        parts={part: sum(r.parts[part] for r in records) / whole for part in records[0].parts},
+        histogram=layers[1:].tolist(),
+        outside=sum(r.sums["outside"] for r in records) / sum(tokens) if "outside" in records[0].sums else None,
+    )
+
+
+def _decoding(record: Record) -> float:
+    """FLOPs without the encoder and the pass over the prompt."""
+    return float(record.flops - record.parts["encoder"] - record.parts[PREFILL])
+
+
+# ---------------------------------------------------------------- quality
+
+
+def _quality(
+    records: Sequence[Record], full: Sequence[Record], bootstrap: Bootstrap, references: Sequence[Sequence[str]] | None
+) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """Estimates by metric, and their differences from the full model's."""
+    quality, difference = {}, {}
+    for name in records[0].scores:
+        mine, theirs = ([r.scores[name] for r in rs] for rs in (records, full))
+        quality[name] = bootstrap.mean(mine)
+        difference[name] = bootstrap.mean([a - b for a, b in zip(mine, theirs, strict=True)])
+    if "nats" in records[0].sums:
+        columns = [_nats(records), _nats(full)]
+        quality[PERPLEXITY], difference[PERPLEXITY] = _compared(bootstrap, columns, _perplexity)
+    for name, kind in CORPUS.items() if references is not None else ():
+        if name in records[0].scores:
+            assert references is not None
+            metric = getattr(importlib.import_module("sacrebleu"), kind)()
+            columns = [_corpus_columns(metric, [r.text for r in rs], references) for rs in (records, full)]
+
+            def scored(sums: Floats, metric: Any = metric) -> Floats:
+                # Not public, but what its own bootstrap does: a corpus score is a function of sums over the segments.
+                return np.array(
+                    [metric._compute_score_from_stats(row.round().astype(int).tolist()).score for row in sums]
+                )
+
+            quality[f"{name} (corpus)"], difference[f"{name} (corpus)"] = _compared(bootstrap, columns, scored)
+    return quality, difference
+
+
+def _compared(bootstrap: Bootstrap, columns: Sequence[Floats], statistic: Any) -> tuple[Interval, Interval]:
+    """An arm's statistic, and its difference from the full model's, of columns [N, K] of both."""
+    width = columns[0].shape[1]
+    both = np.hstack(columns)
+    return (
+        bootstrap.estimate(columns[0], statistic),
+        bootstrap.estimate(both, lambda sums: statistic(sums[:, :width]) - statistic(sums[:, width:])),
+    )
+
+
+def _nats(records: Sequence[Record]) -> Floats:
+    return np.array([[r.sums["nats"], len(r.tokens)] for r in records])
+
+
+def _perplexity(sums: Floats) -> Floats:
+    values: Floats = np.exp(sums[:, 0] / sums[:, 1])
+    return values
+
+
+def _corpus_columns(metric: Any, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
+    """What a corpus score is computed from, by segment, [N, K]."""
+    # Not public, but what sacrebleu's own bootstrap does: a corpus score is a function of sums over the segments.
+    streams = list(zip_longest(*references))  # the first references of all, the second, …
+    return np.array(metric._extract_corpus_statistics(list(texts), streams), dtype=np.float64)
+
+
+def _corpus_scores(metric: Any, sums: Floats) -> Floats:
+    """Corpus scores of sums [R, K] of such columns, [R], in 0..100."""
+    rows = sums.round().astype(int).tolist()
+    return np.array([metric._compute_score_from_stats(row).score for row in rows])

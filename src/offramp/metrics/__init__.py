@@ -1,0 +1,1 @@
+"""How good answers are; nothing here knows about models or files."""

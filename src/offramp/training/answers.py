@@ -1,0 +1,140 @@
+"""The model's own answers to prompts, generated once and kept in a file that an interrupted generation continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.exits import fingerprint
+from offramp.training.data import Document, Progress, differences
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How the model answers prompts.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: Sample at this temperature; None: greedily.
+        per_prompt: Answers to each prompt; more than one needs a temperature.
+        prompts_too: Train on the prompts' own tokens as well.
+        chat: Put prompts into the model's chat template.
+        seed: Of the samples.
+        batch_size: Prompts answered together.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    per_prompt: int = 1
+    prompts_too: bool = False
+    chat: bool = False
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.max_new_tokens, self.per_prompt, self.batch_size) < 1:
+            raise ValueError("max_new_tokens, per_prompt and batch_size of the answers must be at least 1")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"the answers' temperature is {self.temperature}; give one above 0, or None for greedy")
+        if self.per_prompt > 1 and self.temperature is None:
+            raise ValueError(f"{self.per_prompt} greedy answers to a prompt would be the same; give a temperature")
+
+
+def answer_documents(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    config: AnswerConfig,
+    cache: Path,
+    progress: Progress | None = None,
+) -> list[Document]:
+    """Let the full model answer prompts; only the answers are to be predicted, unless `config.prompts_too`.
+
+    Every finished batch is appended to `cache` (JSON Lines), from which a repeated call goes on; batches are always the
+    same and have seeds of their own, so the answers do not depend on interruptions.
+
+    Args:
+        lm: The model.
+        prompts: Texts.
+        config: How to answer.
+        cache: Where answers are kept.
+        progress: Called with the answers done and asked for.
+
+    Returns:
+        One document per answer: prompt and answer.
+
+    Raises:
+        ValueError: No prompts, or `cache` holds other answers.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; give at least two")
+    jobs = [prompt for prompt in prompts for _ in range(config.per_prompt)]
+    digest = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
+    header = {"model": fingerprint(lm.model), "prompts": digest, **asdict(config)}
+    records = _open_cache(cache, header, config.batch_size, len(jobs))
+    for at in range(len(records), len(jobs), config.batch_size):
+        if progress is not None:
+            progress(at, len(jobs), "answers")
+        new = _answer(lm, jobs[at : at + config.batch_size], config, seed=config.seed + at)
+        _append(cache, new)
+        records += new
+    if progress is not None:
+        progress(len(jobs), len(jobs), "answers")
+    starts = [0 if config.prompts_too else record["start"] for record in records]
+    return [
+        Document(tuple(record["ids"]), start, record["prompt"], tuple(record.get("source", ())))
+        for record, start in zip(records, starts, strict=True)
+    ]
+
+
+def _answer(lm: LanguageModel, prompts: list[str], config: AnswerConfig, seed: int) -> list[dict[str, Any]]:
+    inputs = lm.encode(prompts, chat=config.chat)
+    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+    if config.temperature is not None:
+        options |= {"temperature": config.temperature, "seed": seed}
+    answers = lm.generate(inputs, **options)
+    records = []
+    for row, (prompt, tokens) in enumerate(zip(prompts, answers.tokens, strict=True)):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+        record = {"prompt": prompt, "answer": answers.texts[row]}
+        if lm.split.is_encoder_decoder:
+            first = int(answers.sequences[row, 0])
+            records.append({**record, "source": ids, "start": 1, "ids": [first, *tokens]})
+        else:
+            records.append({**record, "start": len(ids), "ids": ids + tokens})
+    return records
+
+
+def _append(cache: Path, records: list[dict[str, Any]]) -> None:
+    with cache.open("ab") as file:
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open_cache(cache: Path, header: dict[str, Any], batch: int, total: int) -> list[dict[str, Any]]:
+    """The answers of finished batches; whatever an interruption left behind them is cut off."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []  # behind the last line end: half a line
+    if not lines:
+        cache.write_bytes(b"")
+        _append(cache, [header])
+        return []
+    if differing := differences(json.loads(lines[0]), header):
+        raise ValueError(
+            f"{cache} holds answers made otherwise ({'; '.join(differing)}); remove it, or use another folder"
+        )
+    done = len(lines) - 1
+    done -= done % batch if done < total else 0
+    os.truncate(cache, sum(len(line) + 1 for line in lines[: done + 1]))
+    return [json.loads(line) for line in lines[1 : done + 1]]

@@ -1,0 +1,171 @@
+"""What a training run does: the options, checked, and the schedule they describe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offramp.training import consistency
+from offramp.training.objectives import OBJECTIVES, SOFTENED
+from offramp.training.run_folder import Clock
+
+SCHEDULES = ("cosine", "linear", "constant")
+TRAINABLE = ("exits", "lora", "all")
+PRECISIONS = (None, "bf16")
+
+
+def _layerskip(layers: Sequence[int], scale: float = 0.2) -> list[float]:
+    """Triangular in the layer; every layer but the last one scaled (LayerSkip, arXiv 2404.16710, section 4.1.2)."""
+    *early, last = (layer * (layer - 1) / 2 for layer in layers)  # the sum over layers before, counted from 0
+    values = [*(scale * value for value in early), layers[-1] - 1 + scale * (last - (layers[-1] - 1))]
+    return [1 / len(layers)] * len(layers) if not sum(values) else [value / sum(values) for value in values]
+
+
+WEIGHTS: dict[str, Callable[[Sequence[int]], list[float]]] = {
+    "uniform": lambda layers: [1 / len(layers) for _ in layers],
+    "layer": lambda layers: [layer / sum(layers) for layer in layers],
+    "layerskip": _layerskip,
+}
+"""Weights over the readouts that are trained, which sum to 1: equal, proportional to the layer (CALM, Schuster et al.
+2022, section 3.2, and FREE), or LayerSkip's. Where the backbone is trained, the last layer is one of them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, and how.
+
+    Where only the exits are trained, they have separate parameters and Adam divides by the size of a gradient, so
+    `weights` between them only matter in the norm that `clip` bounds.
+
+    Attributes:
+        layers: Exits; None: a default for the depth.
+        trainable: "exits": a lens per exit (a matrix and a bias), the model stays as it is, bit for bit. "lora":
+            low-rank adapters (`peft`) on all linear layers of the blocks, merged into the model in the end. "all":
+            every weight of the model. With "lora" and "all" the last layer learns the text as well.
+        rank: Of each lens's matrix; None: full; 0: no lens. Leave at None for 0 with "lora" and "all".
+        lora_rank: Of LoRA's products; their scale is 2.
+        objective: One of `OBJECTIVES`: what exits learn; the last layer always learns the text ("labels"). Or
+            "consistency" or "consistency-settled" (see `offramp.training.consistency`): the exits that are attached stay
+            as they are, and a classifier for each learns where it is right.
+        temperature: Softens both sides of a divergence.
+        weights: One of `WEIGHTS`.
+        hidden_loss: Weight of FREE's dynamic layer-wise term between hidden states, see
+            `offramp.training.objectives.layerwise_loss`; needs one exit and a backbone that is trained.
+        layer_dropout: Largest rate at which blocks are skipped per row, rising with depth (LayerSkip, equation 1).
+        prompt_layer: Train for `ExitPolicy(prompt_layer=...)`: what stands before an answer stops after this layer.
+        learning_rate: After the warm-up; None: 1e-3 for exits, 2e-4 for LoRA, 1e-4 for all.
+        weight_decay: Of AdamW; for a lens, towards the untrained readout.
+        steps: How many; or else
+        tokens: stop at the first step that reaches so many trained positions.
+        batch_size: Windows per step, over all processes.
+        micro_batch: Windows that go through the model at once; a step adds up their gradients. None: all.
+        positions: Most positions per window whose readouts are trained, drawn anew each time; None: all.
+        precision: "bf16": compute in bfloat16 under autocast, weights stay as they are; None: as loaded.
+        warmup: Steps over which the learning rate rises.
+        schedule: "cosine" or "linear" (falling to 0 at the end), or "constant".
+        clip: Largest norm of the gradient; None: any.
+        seed: Of the order of the data, first values, dropout.
+        validate_every: Steps between judgements on the held-out windows; None: only before and after.
+        save_every: Steps between checkpoints.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    layers: tuple[int, ...] | None = None
+    trainable: str = "exits"
+    rank: int | None = None
+    lora_rank: int = 16
+    objective: str = "forward-kl"
+    temperature: float = 1.0
+    weights: str = "uniform"
+    hidden_loss: float = 0.0
+    layer_dropout: float = 0.0
+    prompt_layer: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int = 4
+    micro_batch: int | None = None
+    positions: int | None = None
+    precision: str | None = None
+    warmup: int = 10
+    schedule: str = "cosine"
+    clip: float | None = 1.0
+    seed: int = 0
+    validate_every: int | None = None
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        choices = {
+            "objective": (*OBJECTIVES, *consistency.OBJECTIVES), "weights": WEIGHTS, "schedule": SCHEDULES, "trainable": TRAINABLE,
+            "precision": PRECISIONS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give steps or tokens, one of them, to say when training ends")
+        least_one = ("steps", "tokens", "batch_size", "micro_batch", "positions", "validate_every", "save_every")
+        for name in (*least_one, "lora_rank", "prompt_layer"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.learning_rate is None:
+            rates = {"exits": 1e-3, "lora": 2e-4, "all": 1e-4}
+            object.__setattr__(self, "learning_rate", rates[self.trainable])
+        for name in ("learning_rate", "temperature", "clip"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+        if self.temperature != 1 and self.objective not in SOFTENED:
+            raise ValueError(f"objective {self.objective!r} has no temperature; {' and '.join(SOFTENED)} have one")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("warmup and weight_decay must not be negative")
+        self._check_backbone()
+
+    def _check_backbone(self) -> None:
+        if not 0 <= self.layer_dropout < 1:
+            raise ValueError(f"layer_dropout is {self.layer_dropout}; give a rate in [0, 1)")
+        if not 0 <= self.hidden_loss < math.inf:
+            raise ValueError(f"hidden_loss is {self.hidden_loss}; give a weight of at least 0")
+        if self.backbone:
+            if self.classifiers:
+                raise ValueError(f"objective {self.objective!r} trains classifiers only; leave trainable at 'exits'")
+            if self.rank is None:
+                object.__setattr__(self, "rank", 0)
+            return
+        if self.rank == 0 and not self.classifiers:
+            raise ValueError("rank 0 is no lens, so there is nothing to train; give a rank, or trainable 'lora' or 'all'")
+        for name in ("layer_dropout", "hidden_loss"):
+            if getattr(self, name):
+                raise ValueError(f"{name} acts on the backbone, which is not trained; give trainable 'lora' or 'all'")
+
+    @property
+    def backbone(self) -> bool:
+        """Whether the model's own weights change."""
+        return self.trainable != "exits"
+
+    @property
+    def classifiers(self) -> bool:
+        """Whether classifiers are trained, and nothing else."""
+        return self.objective in consistency.OBJECTIVES
+
+    def done(self, clock: Clock) -> int:
+        """Steps or tokens done, whichever `total` counts."""
+        return clock.tokens if self.steps is None else clock.step
+
+    @property
+    def total(self) -> int:
+        """Steps or tokens to do."""
+        total = self.tokens if self.steps is None else self.steps
+        assert total is not None
+        return total
+
+    def rate(self, clock: Clock) -> float:
+        """Learning rate of the step that comes next."""
+        assert self.learning_rate is not None
+        rise = min(1.0, (clock.step + 1) / self.warmup) if self.warmup else 1.0
+        done = min(1.0, self.done(clock) / self.total)
+        fall = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.schedule]
+        return self.learning_rate * rise * fall

@@ -1,0 +1,115 @@
+"""What is trained: lenses or classifiers of exits, LoRA adapters on the blocks, or every weight of the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from offramp.exits import Exits, fingerprint
+from offramp.files import replace_folder
+from offramp.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The exits and, by name, the parameters that are trained: lenses under "exits.", the model's under "model."."""
+
+    exits: Exits
+    parameters: dict[str, nn.Parameter]
+
+
+@contextlib.contextmanager
+def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
+    """Gradients for what is trained only, and dropout only where the backbone is; afterwards as before.
+
+    LoRA adapters are inside the model meanwhile; in the end they are merged into its weights, or taken out again if
+    training failed. First values depend on the seed only.
+
+    Yields:
+        What is trained.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        exits = _with_classifiers(lm, config) if config.classifiers else _fresh(lm, config.layers, config.rank)
+        modes = [(module, module.training) for module in lm.model.modules()]
+        wanted = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
+        lm.model.train(config.backbone)
+        lm.model.requires_grad_(config.trainable == "all")
+        adapters = _lora(lm, config) if config.trainable == "lora" else None
+    named = {f"exits.{name}": p for name, p in exits.named_parameters() if p.requires_grad}
+    named |= {f"model.{name}": p for name, p in lm.model.named_parameters() if p.requires_grad}
+    learned = False
+    try:
+        yield Trainable(exits, named)
+        learned = True
+    finally:
+        if adapters is not None:
+            (adapters.merge_and_unload if learned else adapters.unload)()
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in wanted:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+
+
+def _fresh(lm: LanguageModel, layers: tuple[int, ...] | None, rank: int | None) -> Exits:
+    exits = Exits.fresh(lm.split, layers, rank=rank)
+    exits.model = lm.name
+    return exits
+
+
+def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
+    """The attached exits, or such without lenses, with classifiers that are all there is to train."""
+    exits = lm.exits or _fresh(lm, config.layers, 0)
+    if config.layers not in (None, exits.layers):
+        raise ValueError(
+            f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
+            "each of these, leave layers away"
+        )
+    exits = exits.with_classifiers()
+    for name, parameter in exits.named_parameters():
+        parameter.requires_grad_(name.startswith("classifiers."))
+    return exits
+
+
+def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
+    """Adapters on every linear layer of the decoder's and the encoder's blocks; the head stays as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    split = lm.split
+    parts = [*split.blocks, *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
+    inside = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
+    names = [name for name, module in lm.model.named_modules() if id(module) in inside]
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+    return get_peft_model(lm.model, settings)
+
+
+def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], *, model: Path | None) -> None:
+    """Write the exits and, if its weights changed, the model beside them; each folder appears complete.
+
+    Args:
+        lm: The model, adapters merged.
+        exits: Its exits.
+        folder: Where the exits go.
+        record: How they were trained.
+        model: Where the model goes; None: it did not change.
+    """
+    if model is not None:
+
+        def write(temporary: Path) -> None:
+            lm.model.save_pretrained(temporary)
+            if lm.tokenizer is not None:
+                lm.tokenizer.save_pretrained(temporary)
+
+        replace_folder(model, write)
+        exits.fingerprint = fingerprint(lm.model)
+    exits.save(folder, settings=record)
