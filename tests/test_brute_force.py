@@ -23,7 +23,7 @@ NEAR = 1e-5  # decisions nearer than this are not compared: take another seed
 class Row:
     """One sequence, and the model's readouts of its last position at every depth."""
 
-    def __init__(self, model, inputs, index):
+    def __init__(self, model, inputs, index, prompt=math.inf):
         self.model, self.memory = model, None
         if model.config.is_encoder_decoder:
             source = {key: value[index : index + 1] for key, value in inputs.items()}
@@ -34,7 +34,7 @@ class Row:
             self.ids, self.depths = [model.config.decoder_start_token_id], []
         else:
             self.ids = inputs["input_ids"][index][inputs["attention_mask"][index].bool()].tolist()
-            self.depths = [math.inf] * (len(self.ids) - 1)  # the prompt goes through all layers
+            self.depths = [prompt] * (len(self.ids) - 1)  # the prompt goes through all layers, or this many
         self.new = 0
         self.layers, self.confidences = [], []
 
@@ -210,7 +210,7 @@ class Pruned:
 def reference(model, inputs, policy, new=NEW, eos=None):  # noqa: C901 - the whole rule in one place
     """Rows as a policy generates them, by brute force."""
     batch = len(next(iter(inputs.values())))
-    rows = [Row(model, inputs, index) for index in range(batch)]
+    rows = [Row(model, inputs, index, policy.prompt_layer or math.inf) for index in range(batch)]
     layers = len(rows[0].blocks())
     forced = model.generation_config.forced_eos_token_id
     eos = eos or model.generation_config.eos_token_id

@@ -7,7 +7,8 @@ import torch
 from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor
 
 from offramp import Contrast, ExitPolicy, LanguageModel
-from offramp.decoding import Choosing, decode
+from offramp.choosing import Choosing
+from offramp.decoding import decode
 from scripted import ScriptedModel
 from tiny import LAYERS, VOCABULARY, greedy, inputs_for, tiny
 

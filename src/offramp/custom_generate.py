@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from offramp.adaptive_threshold import AdaptiveThreshold
+from offramp.choosing import Choosing
 from offramp.costs import Costs, Ledger
-from offramp.decoding import Choosing, Step, decode
+from offramp.decoding import Step, decode
 from offramp.families import SplitModel
 from offramp.policy import ExitPolicy
 
@@ -53,11 +55,13 @@ class Prepared:
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
 
-    def steps(self, policy: ExitPolicy | None, ledger: Ledger) -> Iterator[Step]:
+    def steps(
+        self, policy: ExitPolicy | None, ledger: Ledger, adaptive: AdaptiveThreshold | None = None
+    ) -> Iterator[Step]:
         """Decode."""
         return decode(
             self.model, self.ids, policy, max_new_tokens=self.max_new_tokens, choosing=self.choosing, mask=self.mask,
-            memory=self.memory, memory_mask=self.memory_mask, ledger=ledger,
+            memory=self.memory, memory_mask=self.memory_mask, ledger=ledger, adaptive=adaptive,
         )  # fmt: skip
 
 
@@ -140,10 +144,14 @@ class CustomGenerate:
     Args:
         policy: The exit policy.
         exits: Exits trained for the model.
+
+    Attributes:
+        adaptive: What an adaptive policy has learnt in all calls of this object; None for any other policy.
     """
 
     def __init__(self, policy: ExitPolicy, exits: Exits | None = None) -> None:
         self.policy, self.exits = policy, exits
+        self.adaptive = AdaptiveThreshold.of(policy) if policy.adaptive else None
 
     def __call__(
         self,
@@ -169,7 +177,7 @@ class CustomGenerate:
         steps: list[Step] = []
         if exit_streamer is not None:
             exit_streamer.put(input_ids.cpu())
-        for step in prepared.steps(self.policy, ledger):
+        for step in prepared.steps(self.policy, ledger, self.adaptive):
             steps.append(step)
             if exit_streamer is not None:
                 exit_streamer.put(step.token.cpu())

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from offramp.adaptive_threshold import AdaptiveThreshold
+from offramp.choosing import Choosing
 from offramp.costs import Ledger
 from offramp.families import SplitModel
-from offramp.policy import ExitPolicy, Plan
+from offramp.plan import Plan
+from offramp.policy import ExitPolicy
 from offramp.reading import Reader, check
-from offramp.skipping import Defer, Propagate
+from offramp.skipping import Defer, Propagate, freeze_prompt
 
 
 class Step(NamedTuple):
@@ -36,53 +39,6 @@ class Step(NamedTuple):
     active: Tensor
     prefill: bool
     flops: int
-
-
-@dataclass
-class Choosing:
-    """How scores become tokens, and when to stop.
-
-    Attributes:
-        processors: (ids [B, T], scores float32 [B, V]) -> scores; a `LogitsProcessorList`, warpers included.
-        stopping: (ids [B, T]) -> bool [B], besides EOS and the length; only asked about tokens that stand.
-        sample: Draw from the processed scores instead of taking the largest.
-        generator: Source of the draws; None: torch's global one.
-        eos: End-of-sequence ids; never pruned.
-        pad: What finished rows are filled with.
-    """
-
-    processors: Callable[[Tensor, Tensor], Tensor] | None = None
-    stopping: Callable[[Tensor], Tensor] | None = None
-    sample: bool = False
-    generator: torch.Generator | None = None
-    eos: tuple[int, ...] = ()
-    pad: int = 0
-
-    def process(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Processed scores [B, V]."""
-        return scores if self.processors is None else self.processors(ids, scores)
-
-    def pick(self, processed: Tensor) -> Tensor:
-        """One token per row, [B]."""
-        if not self.sample:
-            return processed.argmax(-1)
-        return self.draw(processed.softmax(-1))
-
-    def draw(self, p: Tensor) -> Tensor:
-        """One draw per row of probabilities [B, V], [B]."""
-        return torch.multinomial(p, 1, generator=self.generator)[:, 0]
-
-    def is_eos(self, ids: Tensor) -> Tensor:
-        """Rows whose last of ids [B, T] ends a sequence, bool [B]."""
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for eos in self.eos:
-            ended |= ids[:, -1] == eos
-        return ended
-
-    def ends(self, ids: Tensor) -> Tensor:
-        """Rows that end with the last of ids [B, T], for any reason, bool [B]."""
-        ended = self.is_eos(ids)
-        return ended if self.stopping is None else ended | self.stopping(ids)
 
 
 @dataclass
@@ -109,11 +65,13 @@ def decode(
     memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
     ledger: Ledger | None = None,
+    adaptive: AdaptiveThreshold | None = None,
 ) -> Iterator[Step]:
     """Generate, leaving the network where the policy says so.
 
-    A prompt runs at full depth (a static policy: at its own depth) and its token is marked `prefill`; the single start
-    token of an encoder-decoder is an ordinary step. Rows stop at EOS, by `choosing.stopping` or at the length limit.
+    A prompt runs at full depth (a static policy: at its own depth; with `prompt_layer`, only its last position goes
+    deeper) and its token is marked `prefill`; the single start token of an encoder-decoder is an ordinary step. Rows
+    stop at EOS, by `choosing.stopping` or at the length limit.
 
     Args:
         model: The model.
@@ -125,6 +83,7 @@ def decode(
         memory: Encoder output, [B, X, D], for encoder-decoders.
         memory_mask: Mask of the encoder's input, [B, X].
         ledger: Where costs are written down.
+        adaptive: What an adaptive policy has learnt so far, refitted here and learning on; None: nothing yet.
 
     Yields:
         One `Step` per position. Nothing unverified is yielded under "verify".
@@ -133,8 +92,12 @@ def decode(
         ValueError: The policy does not fit the model.
     """
     plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary, model.exit_layers)
+    if plan.policy.adaptive:
+        adaptive = adaptive or AdaptiveThreshold.of(plan.policy)
+        plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
     ledger = ledger or Ledger(model.shape, ids.device)
-    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger)
+    learning = adaptive if plan.policy.adaptive else None
+    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, learning)
     read = generation.first(mask, memory, memory_mask)
     while True:
         yield from generation.verified(read) if generation.verifying else generation.settled(read)
@@ -147,10 +110,22 @@ class _Generation:
     """The state of one batch between steps."""
 
     def __init__(
-        self, model: SplitModel, ids: Tensor, plan: Plan, choosing: Choosing, max_new_tokens: int, ledger: Ledger
+        self,
+        model: SplitModel,
+        ids: Tensor,
+        plan: Plan,
+        choosing: Choosing,
+        max_new_tokens: int,
+        ledger: Ledger,
+        adaptive: AdaptiveThreshold | None,
     ) -> None:
-        self.model, self.plan, self.choosing, self.ledger = model, plan, choosing, ledger
+        self.model, self.plan, self.choosing, self.ledger, self.adaptive = model, plan, choosing, ledger, adaptive
         check(model, plan)
+        if plan.policy.prompt_layer is not None and model.is_encoder_decoder:
+            raise ValueError(
+                f"prompt_layer is {plan.policy.prompt_layer}, but the decoder of an encoder-decoder has no prompt to "
+                "shorten; leave prompt_layer away"
+            )
         self.limit, self.prompt = max_new_tokens, ids.shape[1]
         self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), choosing.pad)], dim=1)
         self.length = ids.shape[1]  # tokens known, drafts included
@@ -160,6 +135,7 @@ class _Generation:
         self.protected = torch.tensor(sorted(set(choosing.eos)), dtype=torch.long, device=ids.device)
         self.verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
         self.drafts: list[_Read] = []
+        self.shallow: list[tuple[list[float], Tensor]] = []  # confidences, choices [B] of positions not yet compared
         self.billed = 0
 
     @property
@@ -188,6 +164,8 @@ class _Generation:
     def _full_depth(self) -> _Read:
         batch = len(self.buffer)
         read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
+        if self.plan.policy.prompt_layer is not None:
+            freeze_prompt(self.way, self.plan.policy.prompt_layer)
         self._finish(read)
         return read
 
@@ -206,6 +184,10 @@ class _Generation:
             confidences = exit.confidence()
             for row, confidence in zip(way.rows, confidences, strict=True):
                 read.confidences[row] = confidence
+            if self.adaptive is not None:
+                choices = torch.full_like(self.buffer[:, 0], -1)
+                choices[way.rows] = exit.logits.argmax(-1)
+                self.shallow.append((read.confidences, choices))
             tau = plan.threshold(layer, self.length - self.prompt, self.limit)
             gone = [i for i, confidence in enumerate(confidences) if confidence > tau]
             if self.plan.policy.batch == "all" and len(gone) < len(confidences):
@@ -237,12 +219,35 @@ class _Generation:
         if reader is not None and plan.policy.decode_from == "contrastive" and plan.policy.contrast.full:
             reader.kept = None
             scores = reader.at(plan.last, way.hidden).emission(list(range(len(way.rows))))
+        elif len(self.shallow) > 1 or (self.shallow and len(way.rows) < len(self.rows)):  # a token left before
+            scores = self._compared()
         else:
             with self.ledger.time("readout"):
                 scores = self.model.readout(way.hidden, plan.last).float()
             self.ledger.lens(plan.last, len(scores))
             self.ledger.readout(len(scores))
+            self.shallow.clear()
         self._put(read, way.rows, scores, plan.last)
+
+    def _compared(self) -> Tensor:
+        """Read all positions out that just went deep, and learn where the last layer's choices are the exit's.
+
+        Returns:
+            Scores of the rows still in, at the last position, [A, V].
+        """
+        way, last = self.way, self.plan.last
+        hidden = way.state.hidden[self.rows]  # rows that are not finished, [R, n, D]
+        with self.ledger.time("readout"):
+            logits = self.model.readout(hidden, last)
+        self.ledger.lens(last, hidden.shape[0] * hidden.shape[1])
+        self.ledger.readout(hidden.shape[0] * hidden.shape[1])
+        choices = torch.stack([choices[self.rows] for _, choices in self.shallow], dim=1)
+        agreed = (choices == logits.argmax(-1)).tolist()
+        assert self.adaptive is not None
+        for row, same in zip(self.rows, agreed, strict=True):
+            self.adaptive.add([confidences[row] for confidences, _ in self.shallow], same)
+        self.shallow.clear()
+        return logits[[self.rows.index(row) for row in way.rows], -1].float()
 
     def _scores(self) -> Tensor:
         return torch.empty(0, self.plan.vocabulary, device=self.buffer.device)
@@ -331,7 +336,7 @@ class _Generation:
         yield from self._check(deep)
 
     def _check(self, deep: bool) -> Iterator[Step]:
-        """Compare drafts with the full model (Leviathan et al., arXiv 2211.17192, for sampling); take back the rest.
+        """Compare drafts with the full model; take back what follows the first that is wrong.
 
         In lock-step: the first position at which any live row disagrees is corrected, and everything behind it, in all
         rows, is taken back. Dropping a row's later drafts for another row's sake does not depend on what they are, so
@@ -353,7 +358,7 @@ class _Generation:
         for index, draft in enumerate(drafts):
             target = self.choosing.process(self.buffer[:, : self.length], logits[:, index])
             drafted = torch.tensor([layer < self.plan.num_layers for layer in draft.layers], device=state.hidden.device)
-            token, agreed = self._judge(draft, target, drafted)
+            token, agreed = self.choosing.judge(draft.token, draft.processed, target, drafted)
             layers = [
                 layer if same else self.plan.num_layers
                 for layer, same in zip(draft.layers, agreed.tolist(), strict=True)
@@ -365,26 +370,3 @@ class _Generation:
             if wrong:
                 self.context.crop(state.frame.start + index + 1)
                 return
-
-    def _judge(self, draft: _Read, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge one position's drafts by the full model's processed scores [B, V].
-
-        Returns:
-            The tokens to emit, [B], and whether each agrees with its draft, bool [B]; a row that was not `drafted` (it
-            went to full depth itself) agrees by definition.
-        """
-        if not self.choosing.sample:
-            token = target.argmax(-1)
-            return token, (token == draft.token) | ~drafted
-        if not len(draft.processed):
-            return self.choosing.pick(target), ~drafted
-        p, q = target.softmax(-1), draft.processed.softmax(-1)
-        at = draft.token[:, None]
-        chance = (p.gather(1, at) / q.gather(1, at))[:, 0]
-        device = p.device
-        accepted = torch.rand(len(p), generator=self.choosing.generator, device=device) < chance
-        rest = torch.where(drafted[:, None], (p - q).clamp(min=0), p)
-        # A residual of zero mass means p = q, where every draft is accepted; any distribution does for the unused draw.
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-        token = torch.where(accepted & drafted, draft.token, self.choosing.draw(rest))
-        return token, accepted | ~drafted

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
+from offramp.adaptive_threshold import AdaptiveThreshold
 from offramp.costs import Costs, Ledger
 from offramp.custom_generate import Prepared, prepare
 from offramp.decoding import Step
@@ -90,6 +91,7 @@ class LanguageModel:
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
         self._split = SplitModel(model)
         self._exits: Exits | None = None
+        self._adaptive: dict[ExitPolicy, AdaptiveThreshold] = {}
 
     @property
     def split(self) -> SplitModel:
@@ -108,7 +110,8 @@ class LanguageModel:
         """Read out through trained exits from now on; None: without any.
 
         A policy that names neither `min_layer` nor `exit_layers` then tests at their layers. A model that is not in
-        float32 works with a copy: attach them again after training them further.
+        float32 works with a copy: attach them again after training them further. What adaptive policies have learnt is
+        forgotten.
 
         Raises:
             ValueError: They are for another number of layers or another width. (Whether they were made for these very
@@ -116,6 +119,7 @@ class LanguageModel:
         """
         self.split.exits = exits
         self._exits = exits
+        self._adaptive.clear()
 
     def save_exits(self, path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> None:
         """Write the attached exits to a folder for `offramp.load(name, exits=path)`, as exits for this model as it is.
@@ -159,7 +163,7 @@ class LanguageModel:
         """
         began = time.perf_counter()
         prepared, ledger = self._prepare(prompts, **options)
-        steps = list(prepared.steps(policy, ledger))
+        steps = list(prepared.steps(policy, ledger, self._learnt(policy)))
         if prepared.ids.is_cuda:
             torch.cuda.synchronize()
         ledger.costs.seconds = time.perf_counter() - began
@@ -183,7 +187,26 @@ class LanguageModel:
             ValueError: As for `generate`.
         """
         prepared, ledger = self._prepare(prompts, **options)
-        return Stream(prepared, prepared.steps(policy, ledger), ledger)
+        return Stream(prepared, prepared.steps(policy, ledger, self._learnt(policy)), ledger)
+
+    def adaptive_threshold(self, policy: ExitPolicy) -> AdaptiveThreshold:
+        """What an adaptive policy has learnt on this model so far; each policy learns for itself.
+
+        Args:
+            policy: The policy, or an equal one.
+
+        Returns:
+            The threshold that `generate` and `stream` work with: `value` is where it stands, `reset()` forgets.
+
+        Raises:
+            ValueError: The policy's threshold is fixed.
+        """
+        if policy not in self._adaptive:
+            self._adaptive[policy] = AdaptiveThreshold.of(policy)
+        return self._adaptive[policy]
+
+    def _learnt(self, policy: ExitPolicy | None) -> AdaptiveThreshold | None:
+        return self.adaptive_threshold(policy) if policy is not None and policy.adaptive else None
 
     # ------------------------------------------------------------ inputs
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, Contrastive, certain
+from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, certain
 from offramp.files import write_json
+from offramp.plan import Plan
 from offramp.vocabulary import KINDS, Pruning
 
 if TYPE_CHECKING:
+    from offramp.custom_generate import CustomGenerate
     from offramp.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
 
 
 _SCHEMA = "offramp/policy/1"
-_WHOLE = ("min_layer", "vocabulary_size", "vocabulary_floor", "vocabulary_start", "draft_length")
+_WHOLE = ("min_layer", "prompt_layer", "vocabulary_size", "vocabulary_floor", "vocabulary_start", "draft_length")
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -71,6 +73,13 @@ class ExitPolicy:
         decay_rate: θ.
         draft_length: Under "verify", most tokens drafted before a deep pass.
         batch: "rows": each row of a batch leaves at its own layer. "all": no row leaves before all would.
+        adaptive: FREE's adaptive threshold (see `offramp.adaptive_threshold`): `threshold` is where it starts, and what
+            the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
+            guarantee, whose results depend on what was generated before. Needs skipped="defer" and a single exit: the
+            one of `exit_layers`, or `min_layer`.
+        prompt_layer: Layers that the whole prompt goes through; behind them only its last position goes on, and the
+            others' keys and values are projected from where they stopped (approximate, as in SwiftKV, arXiv
+            2410.03960). None or L: the prompt runs at full depth. Decoder-only models, "propagate" and "defer" only.
     """
 
     confidence: str | Confidence = "softmax"
@@ -90,6 +99,8 @@ class ExitPolicy:
     decay_rate: float = 4.0
     draft_length: int = 8
     batch: str = "rows"
+    adaptive: bool = False
+    prompt_layer: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.confidence):
@@ -105,16 +116,16 @@ class ExitPolicy:
         self._check_layers()
         self._check_thresholds()
         self._check_vocabulary()
+        self._check_adaptive()
         if self.draft_length < 1:
             raise ValueError(f"draft_length is {self.draft_length}; at least one token must be drafted")
         if self.decode_from == "contrastive" and self.confidence not in ("contrastive", "jsd"):
             raise ValueError(
                 f"decode_from='contrastive' needs confidence 'contrastive' or 'jsd', but it is {self.confidence!r}"
             )
-        if self.skipped == "verify" and self.contrast.full:
-            raise ValueError(
-                "skipped='verify' checks tokens against the full model's own logits; leave contrast full away"
-            )
+        if (self.skipped == "verify" or self.adaptive) and self.contrast.full:
+            way = "adaptive" if self.adaptive else "skipped='verify'"
+            raise ValueError(f"{way} checks tokens against the full model's own logits; leave contrast full away")
 
     def _check_types(self) -> None:
         """Files come from anywhere: a number in quotes must be called so, here and not in the middle of decoding."""
@@ -140,6 +151,14 @@ class ExitPolicy:
             raise ValueError("a static policy always leaves after min_layer: give it, e.g. min_layer=20")
         if self.min_layer is not None and self.min_layer < 1:
             raise ValueError(f"min_layer is {self.min_layer}; layers count from 1")
+        if self.prompt_layer is None:
+            return
+        if self.skipped == "verify":
+            raise ValueError(
+                "skipped='verify' gives the full model's text, which no shortened prompt does; leave prompt_layer away"
+            )
+        if self.confidence == "static":
+            raise ValueError("a static policy's prompt stops after min_layer as it is; leave prompt_layer away")
 
     def _check_vocabulary(self) -> None:
         _choice("vocabulary", self.vocabulary, (None, *KINDS))
@@ -166,6 +185,25 @@ class ExitPolicy:
                     f"threshold is {value}; the values of confidence {self.confidence!r} lie in [{low:g}, {high:g}] "
                     f"({high:g} or None: never leave early; -inf: always)"
                 )
+
+    def _check_adaptive(self) -> None:
+        _choice("adaptive", self.adaptive, (True, False))
+        if not self.adaptive:
+            return
+        if self.skipped != "defer":
+            raise ValueError(
+                f"adaptive learns where skipped positions go deep: it needs skipped='defer', not {self.skipped!r}"
+            )
+        if not _is_number(self.threshold):
+            raise ValueError(f"adaptive starts at a threshold that is one number, but it is {self.threshold!r}")
+        if self.confidence in ("static", "state"):
+            raise ValueError(
+                f"adaptive needs a confidence that a single exit has, but it is {self.confidence!r}; use e.g. 'softmax'"
+            )
+        if self.exit_layers is not None and len(self.exit_layers) != 1:
+            raise ValueError(
+                f"adaptive is for a single exit, but exit_layers is {self.exit_layers}; choose one of them"
+            )
 
     # ------------------------------------------------------------ files
 
@@ -240,14 +278,14 @@ class ExitPolicy:
 
     # ------------------------------------------------------------ use
 
-    def custom_generate(self, exits: Exits | None = None) -> Callable[..., Any]:
+    def custom_generate(self, exits: Exits | None = None) -> CustomGenerate:
         """A decoding method for `model.generate(**inputs, custom_generate=policy.custom_generate())`.
 
         Args:
             exits: Exits trained for the model, such as `lm.exits`.
 
         Returns:
-            What `generate` takes.
+            What `generate` takes. Keep it for many calls if the policy is adaptive: it holds what was learnt.
         """
         from offramp.custom_generate import CustomGenerate
 
@@ -272,18 +310,15 @@ class ExitPolicy:
         last = num_layers - 1
         if not 1 <= first <= last:
             raise ValueError(f"min_layer is {first}; a model of {num_layers} layers can exit after layers 1..{last}")
+        if self.prompt_layer is not None and not 1 <= self.prompt_layer <= num_layers:
+            raise ValueError(f"prompt_layer is {self.prompt_layer}; the model's layers are 1..{num_layers}")
         if self.vocabulary_size is not None and self.vocabulary_size > vocabulary:
             raise ValueError(f"vocabulary_size is {self.vocabulary_size}; the model has {vocabulary} tokens")
         if self.confidence == "static" and self.skipped != "verify":
             return Plan(self, num_layers, vocabulary, first, {}, None, None, (), first)
         if self.confidence == "static":
             return Plan(self, num_layers, vocabulary, num_layers, {first: -math.inf}, certain, None, (), first)
-        exits = self.exit_layers if self.exit_layers is not None else tuple(range(first, num_layers))
-        if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
-            raise ValueError(
-                f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "
-                f"but one); layer {num_layers} is always an exit, leave it out"
-            )
+        exits = self._exits(first, num_layers)
         measure = self.confidence if callable(self.confidence) else MEASURES[self.confidence](self.contrast)
         pruning = None
         if self.vocabulary is not None:
@@ -293,6 +328,18 @@ class ExitPolicy:
             )  # fmt: skip
         plan = Plan(self, num_layers, vocabulary, num_layers, self._per_exit(exits), measure, pruning, (), exits[0])
         return plan.with_candidates()
+
+    def _exits(self, first: int, num_layers: int) -> tuple[int, ...]:
+        """The layers to test after, from `first` on."""
+        exits, last = self.exit_layers, num_layers - 1
+        if exits is None:
+            exits = (first,) if self.adaptive else tuple(range(first, num_layers))
+        if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
+            raise ValueError(
+                f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "
+                f"but one); layer {num_layers} is always an exit, leave it out"
+            )
+        return exits
 
     def _per_exit(self, exits: tuple[int, ...]) -> dict[int, float]:
         """Thresholds by exit layer; no exits at all if none can ever be passed."""
@@ -314,62 +361,3 @@ def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown policy fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return dict(values)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An `ExitPolicy` for one model.
-
-    Attributes:
-        policy: The policy.
-        num_layers: L.
-        vocabulary: V.
-        last: The deepest layer a token may need: L, or the exit of a static policy.
-        thresholds: Threshold by exit layer, ascending; empty if no test is ever made.
-        measure: The confidence measure; None if no test is made.
-        pruning: Sizes of the pruned vocabulary; None without pruning.
-        candidates: Earlier layers a contrastive measure may look at, whatever the exit.
-        min_layer: The first exit.
-    """
-
-    policy: ExitPolicy
-    num_layers: int
-    vocabulary: int
-    last: int
-    thresholds: Mapping[int, float]
-    measure: Confidence | None
-    pruning: Pruning | None
-    candidates: tuple[int, ...]
-    min_layer: int
-
-    def with_candidates(self) -> Plan:
-        """This plan with the layers its measure looks back at."""
-        options = self.policy.contrast
-        if not isinstance(self.measure, Contrastive):
-            return self
-        exits = [*self.thresholds, *([self.num_layers] if options.full else [])]
-        if not self.measure.discounted:
-            layers = {options.amateur or exit // 2 for exit in exits}
-        elif options.candidates == "all":
-            layers = set(range(2, max(exits, default=0), options.stride or 1))
-        else:
-            layers = set(options.below(self.min_layer))
-        if options.amateur is not None and not 1 <= options.amateur < self.num_layers:
-            raise ValueError(f"contrast amateur is {options.amateur}; earlier layers are 1..{self.num_layers - 1}")
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Plan(**{**values, "candidates": tuple(sorted(layer for layer in layers if layer >= 1))})
-
-    @property
-    def stops(self) -> tuple[int, ...]:
-        """Layers after which something is read: exits and candidates, ascending."""
-        return tuple(sorted({*self.thresholds, *(c for c in self.candidates if c < self.last)}))
-
-    def threshold(self, layer: int, position: int, max_new_tokens: int) -> float:
-        """τ(l, t) for the token at `position` (from 0) of at most `max_new_tokens` (see `ExitPolicy.decay`)."""
-        tau = self.thresholds[layer]
-        if self.policy.decay is None or math.isinf(tau):
-            return tau
-        fade = math.exp(-self.policy.decay_rate * position / max_new_tokens)
-        if self.policy.decay == "multiplicative":
-            return 0.9 * tau + 0.1 * tau * fade
-        return min(1.0, max(0.0, 0.9 * tau + 0.1 * fade))

@@ -8,7 +8,7 @@ from torch import Tensor
 from offramp.costs import Ledger
 from offramp.exits import require_classifiers
 from offramp.families import SplitModel
-from offramp.policy import Plan
+from offramp.plan import Plan
 from offramp.vocabulary import Kept
 
 

@@ -127,6 +127,32 @@ class Defer:
         self.advance(self.model.num_layers)
 
 
+def freeze_prompt(way: Propagate | Defer, depth: int) -> None:
+    """Take a prompt up to `depth`; from there on only its last position goes.
+
+    The other positions stay frozen, and deeper layers get keys and values projected from their states: one product per
+    layer for all of them (the idea of SwiftKV, Qiao et al., 2024, arXiv 2410.03960, without its training).
+
+    Args:
+        way: At the start of a prompt's step; stands at its last position afterwards.
+        depth: Layers the whole prompt goes through, 1..L.
+    """
+    way.advance(depth)
+    state, start = way.state, way.state.frame.start
+    batch, queries, _ = state.hidden.shape
+    if queries == 1 or depth == way.model.num_layers:
+        return
+    last, device = start + queries - 1, state.hidden.device
+    rows = torch.arange(batch, device=device).repeat_interleave(queries - 1)
+    slots = torch.arange(start, last, device=device).repeat(batch)
+    frozen = Skipped(state.hidden[:, :-1].flatten(0, 1), rows, slots, last)
+    for layer in range(depth, way.model.num_layers):
+        with way.ledger.time("fill"):
+            way.model.fill(state.context, layer, frozen)
+        way.ledger.fill(layer, len(rows))
+    way.state = replace(state, hidden=state.hidden[:, -1:], frame=Frame(state.frame.rows, last, 1))
+
+
 def _run(way: Propagate | Defer, depth: int) -> None:
     """Run the way's state up to `depth` and write it down."""
     state, frame = way.state, way.state.frame

@@ -28,6 +28,8 @@ def generate(
     vocabulary: o.Vocabulary = None,
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
+    adaptive: o.Adaptive = None,
+    prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
     exits: o.Exits = None,
     dtype: o.Dtype = "float32",
@@ -53,7 +55,7 @@ def generate(
 
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
-        vocabulary_size=vocabulary_size, skipped=skipped,
+        vocabulary_size=vocabulary_size, skipped=skipped, adaptive=adaptive, prompt_layer=prompt_layer,
     )  # fmt: skip
     texts = prompts or [_standard_input()]
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
@@ -67,12 +69,13 @@ def generate(
     results = [
         _one(lm, text, rule, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
     ]
+    learnt = None if rule is None or not rule.adaptive else _learnt(lm, rule)
     o.write_result(
         {
             "schema": "offramp/generate/1", "model": model, "dtype": dtype, "num_layers": lm.num_layers,
             "trained_exits": list(lm.split.exit_layers),
             "policy": None if rule is None else rule.to_dict(), "options": {**given, "chat": in_template},
-            "generations": results,
+            "generations": results, "adaptive_threshold": learnt,
         },
         json,
     )  # fmt: skip
@@ -106,6 +109,21 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
         f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} {tests}, "
         f"a token saves FLOPs by leaving before layer {pays:.1f}"
     )
+
+
+def _learnt(lm: LanguageModel, policy: ExitPolicy) -> dict[str, Any]:
+    """Say where an adaptive threshold ended, and return it for JSON."""
+    threshold = lm.adaptive_threshold(policy)
+    threshold.refit()  # on the last generation, too
+    agreed, others = threshold.agree.count, threshold.disagree.count
+    o.note(
+        f"adaptive threshold: {threshold.start:g} at first, {threshold.value:.2f} now, after {threshold.fits} fits on "
+        f"{agreed} tokens whose shallow and deep choices agree and {others} others (no guarantee; see --help)"
+    )
+    return {
+        "start": threshold.start, "value": threshold.value, "fits": threshold.fits,
+        "agree": agreed, "disagree": others,
+    }  # fmt: skip
 
 
 def _one(

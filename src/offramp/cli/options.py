@@ -49,6 +49,19 @@ Skipped = Annotated[
     str | None,
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),
 ]
+Adaptive = Annotated[
+    bool | None,
+    typer.Option(
+        "--adaptive",
+        help="Let the threshold follow the deep layers' judgement (FREE); needs --skipped defer, one exit.",
+    ),
+]
+PromptLayer = Annotated[
+    int | None,
+    typer.Option(
+        help="Layers that all of the prompt goes through (approximate; its last token goes on); default: all."
+    ),
+]
 Exits = Annotated[
     str | None,
     typer.Option(

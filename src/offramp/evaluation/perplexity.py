@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offramp.choosing import Choosing
 from offramp.costs import Ledger
-from offramp.decoding import Choosing, decode
+from offramp.decoding import decode
 from offramp.evaluation.record_file import Progress, Record, header_of, kept
 from offramp.evaluation.records import agreement, prefill_parts, require_full, shares
 from offramp.training.data import read_texts

@@ -1,0 +1,84 @@
+"""How scores become tokens, and when a row ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Choosing:
+    """How scores become tokens, and when to stop.
+
+    Attributes:
+        processors: (ids [B, T], scores float32 [B, V]) -> scores; a `LogitsProcessorList`, warpers included.
+        stopping: (ids [B, T]) -> bool [B], besides EOS and the length; only asked about tokens that stand.
+        sample: Draw from the processed scores instead of taking the largest.
+        generator: Source of the draws; None: torch's global one.
+        eos: End-of-sequence ids; never pruned.
+        pad: What finished rows are filled with.
+    """
+
+    processors: Callable[[Tensor, Tensor], Tensor] | None = None
+    stopping: Callable[[Tensor], Tensor] | None = None
+    sample: bool = False
+    generator: torch.Generator | None = None
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+
+    def process(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Processed scores [B, V]."""
+        return scores if self.processors is None else self.processors(ids, scores)
+
+    def pick(self, processed: Tensor) -> Tensor:
+        """One token per row, [B]."""
+        if not self.sample:
+            return processed.argmax(-1)
+        return self.draw(processed.softmax(-1))
+
+    def draw(self, p: Tensor) -> Tensor:
+        """One draw per row of probabilities [B, V], [B]."""
+        return torch.multinomial(p, 1, generator=self.generator)[:, 0]
+
+    def judge(self, token: Tensor, processed: Tensor, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge one position's drafts so that what is emitted is what the full model's scores would have given.
+
+        Greedy drafts must be its choice; sampled ones are accepted with probability min(1, p/q), else drawn from what
+        is left of p, norm(max(0, p - q)) (Leviathan et al., arXiv 2211.17192).
+
+        Args:
+            token: Drafts, [B].
+            processed: The processed scores they were chosen by, [B, V]; empty if no row was drafted.
+            target: The full model's processed scores, [B, V].
+            drafted: Rows that were drafted, bool [B]; one that went to full depth itself agrees by definition.
+
+        Returns:
+            The tokens to emit, [B], and whether each agrees with its draft, bool [B].
+        """
+        if not self.sample:
+            chosen = target.argmax(-1)
+            return chosen, (chosen == token) | ~drafted
+        if not len(processed):
+            return self.pick(target), ~drafted
+        p, q = target.softmax(-1), processed.softmax(-1)
+        chance = (p.gather(1, token[:, None]) / q.gather(1, token[:, None]))[:, 0]
+        accepted = torch.rand(len(p), generator=self.generator, device=p.device) < chance
+        rest = torch.where(drafted[:, None], (p - q).clamp(min=0), p)
+        # A residual of zero mass means p = q, where every draft is accepted; any distribution does for the unused draw.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        return torch.where(accepted & drafted, token, self.draw(rest)), accepted | ~drafted
+
+    def is_eos(self, ids: Tensor) -> Tensor:
+        """Rows whose last of ids [B, T] ends a sequence, bool [B]."""
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for eos in self.eos:
+            ended |= ids[:, -1] == eos
+        return ended
+
+    def ends(self, ids: Tensor) -> Tensor:
+        """Rows that end with the last of ids [B, T], for any reason, bool [B]."""
+        ended = self.is_eos(ids)
+        return ended if self.stopping is None else ended | self.stopping(ids)
