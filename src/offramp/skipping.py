@@ -138,19 +138,24 @@ def freeze_prompt(way: Propagate | Defer, depth: int) -> None:
         depth: Layers the whole prompt goes through, 1..L.
     """
     way.advance(depth)
-    state, start = way.state, way.state.frame.start
-    batch, queries, _ = state.hidden.shape
-    if queries == 1 or depth == way.model.num_layers:
+    state = way.state
+    if state.frame.queries == 1 or depth == way.model.num_layers:
         return
-    last, device = start + queries - 1, state.hidden.device
-    rows = torch.arange(batch, device=device).repeat_interleave(queries - 1)
-    slots = torch.arange(start, last, device=device).repeat(batch)
-    frozen = Skipped(state.hidden[:, :-1].flatten(0, 1), rows, slots, last)
+    frozen, way.state = parted(state, state.frame.queries - 1)
     for layer in range(depth, way.model.num_layers):
         with way.ledger.time("fill"):
             way.model.fill(state.context, layer, frozen)
-        way.ledger.fill(layer, len(rows))
-    way.state = replace(state, hidden=state.hidden[:, -1:], frame=Frame(state.frame.rows, last, 1))
+        way.ledger.fill(layer, len(frozen.rows))
+
+
+def parted(state: State, count: int) -> tuple[Skipped, State]:
+    """The first `count` positions of every row as tokens that skip what follows, and the state of the others."""
+    (batch, queries, _), start, device = state.hidden.shape, state.frame.start, state.hidden.device
+    stop = start + count
+    rows = torch.arange(batch, device=device).repeat_interleave(count)
+    slots = torch.arange(start, stop, device=device).repeat(batch)
+    frozen = Skipped(state.hidden[:, :count].flatten(0, 1), rows, slots, stop)
+    return frozen, replace(state, hidden=state.hidden[:, count:], frame=Frame(state.frame.rows, stop, queries - count))
 
 
 def _run(way: Propagate | Defer, depth: int) -> None:

@@ -53,7 +53,8 @@ class TrainConfig:
         hidden_loss: Weight of FREE's dynamic layer-wise term between hidden states, see
             `offramp.training.objectives.layerwise_loss`; needs one exit and a backbone that is trained.
         layer_dropout: Largest rate at which blocks are skipped per row, rising with depth (LayerSkip, equation 1).
-        prompt_layer: Train for `ExitPolicy(prompt_layer=...)`: what stands before an answer stops after this layer.
+        prompt_layer: Train for `ExitPolicy(prompt_layer=...)`: what stands before an answer stops after this layer,
+            which makes training cheaper too.
         learning_rate: After the warm-up; None: 1e-3 for exits, 2e-4 for LoRA, 1e-4 for all.
         weight_decay: Of AdamW; for a lens, towards the untrained readout.
         steps: How many; or else
@@ -130,6 +131,8 @@ class TrainConfig:
     def _check_backbone(self) -> None:
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"layer_dropout is {self.layer_dropout}; give a rate in [0, 1)")
+        if self.layer_dropout and self.prompt_layer is not None:
+            raise ValueError("layer_dropout and prompt_layer do not go together; leave one away")
         if not 0 <= self.hidden_loss < math.inf:
             raise ValueError(f"hidden_loss is {self.hidden_loss}; give a weight of at least 0")
         if self.backbone:

@@ -31,8 +31,9 @@ from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import tally_classifiers
 from offramp.training.data import Data, Windows, batch
-from offramp.training.edits import edit_for
+from offramp.training.layer_dropout import dropping
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
+from offramp.training.passes import states_behind_prompts, states_of
 from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened
 from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
@@ -281,19 +282,13 @@ class _Trainer:
         Returns:
             One [N, D] per exit, one for layer L, with `hidden_loss` one for every layer besides; and labels [N].
         """
-        config, split, device = self.config, self.split, self.split.device
-        ids, counted = windows.ids.to(device), windows.counted.to(device)
-        where = counted[:, 1:]
+        config, split = self.config, self.split
         every = range(1, split.num_layers + 1) if config.hidden_loss else ()
         layers = (*self.exits.layers, split.num_layers, *every)
-        edit = edit_for(split, config, counted)
         with self._autocast(), torch.set_grad_enabled(config.backbone and torch.is_grad_enabled()):
-            memory, present = None, None
-            if windows.sources is not None and windows.present is not None:
-                present = windows.present.to(device)
-                memory = split.encode(windows.sources.to(device), present)
-            states = split.states(ids[:, :-1], layers, memory=memory, memory_mask=present, edit=edit)
-        return [hidden[where] for hidden in states], ids[:, 1:][where]
+            if config.prompt_layer is not None:
+                return states_behind_prompts(split, windows, layers, config.prompt_layer)
+            return states_of(split, windows, layers, edit=dropping(split, config.layer_dropout))
 
     def _tally(self, states: list[Tensor], labels: Tensor, **gradient: Any) -> Tally:
         split, name, rows = self.split, self.config.objective, chunk_rows(self.split.shape.vocabulary)

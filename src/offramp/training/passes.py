@@ -1,0 +1,92 @@
+"""The pass of a training step: states at every exit, from which the next tokens are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from offramp.families import Edit, SplitModel
+from offramp.skipping import parted
+from offramp.training.data import Windows
+
+
+def states_of(
+    split: SplitModel, windows: Windows, layers: Sequence[int], *, edit: Edit | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """States from which counted tokens are predicted, by the model's own pass, and these tokens.
+
+    Args:
+        split: The model.
+        windows: On any device.
+        layers: After which, in 1..L.
+        edit: See `SplitModel.states`.
+
+    Returns:
+        One [N, D] per layer, and labels [N].
+    """
+    ids, counted = windows.ids.to(split.device), windows.counted.to(split.device)
+    memory, present = None, None
+    if windows.sources is not None and windows.present is not None:
+        present = windows.present.to(split.device)
+        memory = split.encode(windows.sources.to(split.device), present)
+    states = split.states(ids[:, :-1], layers, memory=memory, memory_mask=present, edit=edit)
+    where = counted[:, 1:]
+    return [hidden[where] for hidden in states], ids[:, 1:][where]
+
+
+def states_behind_prompts(
+    split: SplitModel, windows: Windows, layers: Sequence[int], stop: int
+) -> tuple[list[Tensor], Tensor]:
+    """The same where all but the last position of each prompt stop after layer `stop` (`ExitPolicy.prompt_layer`).
+
+    Decoding's own parts do it: deeper layers get keys and values projected from the frozen states, and nothing else is
+    computed for a prompt, so training costs less as well. What stands before the first counted token is the prompt.
+
+    Args:
+        split: A decoder-only model.
+        windows: On any device.
+        layers: After which, ascending in 1..L.
+        stop: In 1..L-1.
+
+    Returns:
+        One [N, D] per layer, and labels [N].
+
+    Raises:
+        ValueError: `stop` is not below L, or the model is an encoder-decoder.
+    """
+    if split.is_encoder_decoder or stop >= split.num_layers:
+        allowed = f"a prompt can stop after layers 1..{split.num_layers - 1}"
+        reason = "an encoder-decoder has no prompt in its decoder" if split.is_encoder_decoder else allowed
+        raise ValueError(f"prompt_layer is {stop}, but {reason}")
+    ids, counted, present, edge = _aligned(windows)
+    ids, counted, present = (part.to(split.device) for part in (ids, counted, present))
+    state, kept = split.start(ids[:, :-1], present[:, :-1]), {}
+    for layer in sorted({*layers, stop, split.num_layers}):
+        state = split.run(state, state.depth, layer)
+        kept[layer] = state.hidden if state.frame.start else state.hidden[:, edge:]
+        if layer == stop and edge:
+            frozen, state = parted(state, edge)
+            for block in range(stop, split.num_layers):
+                split.fill(state.context, block, frozen)
+    where = counted[:, edge + 1 :]
+    return [kept[layer][where] for layer in layers], ids[:, edge + 1 :][where]
+
+
+def _aligned(windows: Windows) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Windows shifted such that the last position of every prompt is in one column, with padding in front.
+
+    Returns:
+        Ids, counted and a mask of what is not padding in front, [B, T'] each; and that column.
+    """
+    first = windows.counted.int().argmax(1)  # the first token predicted
+    lead = (first - 1).clamp(min=0)
+    edge, width = int(lead.max()), windows.ids.shape[1]
+    length = edge + width - int(lead.min())
+    columns = torch.arange(length) - (edge - lead)[:, None]  # where each column comes from, [B, T']
+    inside = (columns >= 0) & (columns < width)
+    source = columns.clamp(0, width - 1)
+    ids = windows.ids.gather(1, source).where(inside, 0)
+    counted = windows.counted.gather(1, source) & inside
+    return ids, counted, columns >= 0, edge
