@@ -219,8 +219,8 @@ def test_a_sweep_and_the_documents_arms(folder, squad, tmp_path):
     assert run.exit_code == 0, run.output
     result = json.loads(path.read_text())
     names = [arm["name"] for arm in result["arms"]]
-    assert len(names) == 1 + 2 + 7 + 2 * 1 * 2 * 2
-    assert {"jsd + adaptive", "jsd > 0.2, from 2, fixed"} <= set(names)
+    assert len(names) == 1 + 2 + 8 + 2 * 1 * 2 * 2
+    assert {"jsd + adaptive", "FREE", "jsd > 0.2, from 2, fixed"} <= set(names)
     assert set(result["front"]["flops_ratio"]) <= set(names)
     assert result["arms"][0]["quality"]["f1"]["low"] is None  # a single group
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from offramp.costs import PARTS
 from offramp.policy import ExitPolicy
+from offramp.tables import markdown
 
 REFERENCE = "transformers generate"
 """The arm all ratios refer to: the model's own `generate`."""
@@ -231,7 +232,7 @@ def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
 
 def _speed_table(arms: list[ArmResult]) -> str:
     head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|FLOPs ×|bytes ×".split("|")
-    return _markdown(head, [
+    return markdown(head, [
         [
             arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
             f"{arm.agreement:.0%}", f"{arm.identical:.0%}", f"{arm.common_prefix:.1f}", f"{arm.tests:.1f}",
@@ -244,24 +245,15 @@ def _speed_table(arms: list[ArmResult]) -> str:
 def _time_table(arms: list[ArmResult]) -> str:
     parts = [p for p in (*PARTS, "other") if any(arm.shares.get(p, 0) > 0 for arm in arms)]
     rows = [[arm.name, *(f"{arm.shares[part]:.0%}" for part in parts)] for arm in arms if arm.shares]
-    return _markdown(["share of time", *(part.replace("_", " ") for part in parts)], rows)
+    return markdown(["share of time", *(part.replace("_", " ") for part in parts)], rows)
 
 
 def _saving_table(savings: list[Saving]) -> str:
     head = ["pruning saves (×)", "over", "tests", "confidence seconds", "its FLOPs", "source's count", "all seconds"]
-    return _markdown(head, [
+    return markdown(head, [
         [
             s.pruned, s.unpruned, f"{s.tests:.2f}", str(s.seconds), f"{s.flops:.1f}", f"{s.draft_flops:.1f}",
             str(s.whole),
         ]
         for s in savings
     ])  # fmt: skip
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
-    title = [head[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(head[1:], widths[1:], strict=True))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [title, rule, *lines])

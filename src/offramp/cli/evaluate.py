@@ -29,6 +29,7 @@ def evaluate(
         ),
     ],
     target: Annotated[Path | None, typer.Option(metavar="FILE", help="Translations of the lines of --data.")] = None,
+    languages: o.Languages = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only this many examples, chosen at random.")] = None,
     seed: Annotated[int, typer.Option(help="Of that choice and of the intervals.")] = 0,
     arms: Annotated[
@@ -64,6 +65,7 @@ def evaluate(
     ] = None,
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
+    prompt_layer: o.PromptLayer = None,
     exits: o.Exits = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of a passage of text, for perplexity.")] = 256,
@@ -97,6 +99,7 @@ def evaluate(
     chosen = _arms(
         lm, arms=arms, files=policy or [], sweep=sweep, confidence=confidence, threshold=threshold,
         min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,
+        prompt_layer=prompt_layer,
     )  # fmt: skip
     folder = out or Path("runs") / f"evaluate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     shared: dict[str, Any] = {
@@ -109,7 +112,7 @@ def evaluate(
         if task == "perplexity":
             result = _perplexity(lm, data, chosen, folder, window, limit, shared)
         else:
-            result = _task(lm, task, data, target, chosen, folder, limit, longest, max_new_tokens, shared)
+            result = _task(lm, task, languages, data, target, chosen, folder, limit, longest, max_new_tokens, shared)
     if not state.is_main_process:
         return
     if str(json) != "-":
@@ -119,17 +122,16 @@ def evaluate(
 
 
 def _task(
-    lm: LanguageModel, name: str, data: list[str], target: Path | None, arms: dict[str, ExitPolicy], folder: Path,
-    limit: int | None, longest: int | None, max_new_tokens: int | None, shared: dict[str, Any],
+    lm: LanguageModel, name: str, languages: str | None, data: list[str], target: Path | None,
+    arms: dict[str, ExitPolicy], folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None,
+    shared: dict[str, Any],
 ) -> Evaluation:  # fmt: skip
     from offramp.evaluation import evaluate as run
-    from offramp.tasks import TASKS, fit, read_examples, take
+    from offramp.tasks import fit, read_examples, take
 
-    if name not in TASKS:
-        raise typer.BadParameter(f"--task {name}: choose one of {', '.join(TASKS)}, perplexity")
     if len(data) > 1:
         raise typer.BadParameter(f"--data is given {len(data)} times; {name} reads one")
-    task = TASKS[name]
+    task = o.task_named(name, languages)
     examples = take(read_examples(task, data[0], target), limit, shared["seed"])
     examples, cut = fit(lm, task, examples, longest=longest, room=max_new_tokens)
     if cut:
@@ -156,7 +158,7 @@ def _perplexity(
 
 def _arms(
     lm: LanguageModel, *, arms: str | None, files: list[Path], sweep: bool, vocabulary_size: int | None,
-    skipped: str | None, **given: str | None,
+    skipped: str | None, prompt_layer: int | None, **given: str | None,
 ) -> dict[str, ExitPolicy]:  # fmt: skip
     """The policies asked for, by name."""
     from offramp.evaluation import document_arms, grid, sweep_layers
@@ -166,7 +168,7 @@ def _arms(
         raise typer.BadParameter(f"--arms {arms}: there is only 'default'; name policies with --policy or --confidence")
     chosen: dict[str, ExitPolicy] = {}
     if arms is not None:
-        chosen |= document_arms(lm)
+        chosen |= document_arms(lm, prompt_layer=prompt_layer)
     for file in files:
         if file.stem in chosen:
             raise typer.BadParameter(f"--policy {file}: there is another arm {file.stem!r}; rename the file")
@@ -174,7 +176,7 @@ def _arms(
     if sweep:
         layers = ",".join(map(str, sweep_layers(lm)))
         given = {name: value or {**SWEEP, "min_layer": layers}[name] for name, value in given.items()}
-    if not sweep and not any((*given.values(), vocabulary_size, skipped)):
+    if not sweep and not any((*given.values(), vocabulary_size, skipped, prompt_layer and arms is None)):
         return chosen
     return chosen | grid(
         lm,
@@ -184,6 +186,7 @@ def _arms(
         vocabularies=[None if kind == "none" else kind for kind in (given["vocabulary"] or "none").split(",")],
         vocabulary_size=vocabulary_size,
         skipped=skipped or "propagate",
+        prompt_layer=prompt_layer,
     )
 
 

@@ -39,28 +39,40 @@ def static_arms(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[
     return arms
 
 
-def document_arms(lm: LanguageModel, *, threshold: float = 0.9, min_layer: int | None = None) -> dict[str, ExitPolicy]:
-    """The policies of "Early Exit LLMs" and "Dynamic Vocabulary Pruning", at one threshold.
+def document_arms(
+    lm: LanguageModel, *, threshold: float = 0.9, min_layer: int | None = None, prompt_layer: int | None = None
+) -> dict[str, ExitPolicy]:
+    """The policies of "Early Exit LLMs" and "Dynamic Vocabulary Pruning", FREE and CALM's classifier, at one threshold.
 
-    One threshold is not one test: the measures do not compare, read quality next to cost.
+    One threshold is not one test: the measures do not compare, read quality next to cost. FREE leaves at the first of
+    the exits; the classifier is there if the model's exits have one. With a `prompt_layer` comes an arm that has
+    nothing else, so that its share can be told.
 
     Args:
         lm: The model.
-        threshold: Of all tests.
+        threshold: Of all tests; where FREE's begins.
         min_layer: First layer tested, as for `grid`.
+        prompt_layer: Of all of them, see `ExitPolicy`.
 
     Returns:
         Policies by name.
     """
-    softmax = ExitPolicy("softmax", threshold=threshold, **tested_from(lm, min_layer))
+    softmax = ExitPolicy("softmax", threshold=threshold, prompt_layer=prompt_layer, **tested_from(lm, min_layer))
     jsd = replace(softmax, confidence="jsd")
-    return {
+    plan = softmax.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    arms = {
         "softmax": softmax,
         **{f"softmax + {kind}": replace(softmax, vocabulary=kind) for kind in KINDS},
         "contrastive": replace(softmax, confidence="contrastive"),
         "jsd": jsd,
         "jsd + adaptive": replace(jsd, vocabulary="adaptive"),
+        "FREE": replace(softmax, min_layer=None, exit_layers=(plan.min_layer,), skipped="defer", adaptive=True),
     }
+    if lm.exits is not None and lm.exits.classifiers is not None:
+        arms["classifier"] = replace(softmax, confidence="classifier")
+    if prompt_layer is not None:
+        arms[f"prompt to {prompt_layer}"] = ExitPolicy(threshold=None, prompt_layer=prompt_layer)
+    return arms
 
 
 def grid(
@@ -72,6 +84,7 @@ def grid(
     vocabularies: Sequence[str | None] = (None,),
     vocabulary_size: int | None = None,
     skipped: str = "propagate",
+    prompt_layer: int | None = None,
 ) -> dict[str, ExitPolicy]:
     """Every combination, named by its values.
 
@@ -84,6 +97,7 @@ def grid(
         vocabularies: Kinds of pruning; None: all tokens are scored.
         vocabulary_size: Tokens kept by those that prune.
         skipped: Keys and values of skipped layers.
+        prompt_layer: Of all of them.
 
     Returns:
         Policies by name, such as "softmax > 0.9, from 20, fixed".
@@ -96,7 +110,7 @@ def grid(
         name = f"{confidence} > {threshold:g}{'' if layer is None else f', from {layer}'}{f', {kind}' if kind else ''}"
         arms[name] = ExitPolicy(
             confidence, threshold=threshold, vocabulary=kind, vocabulary_size=vocabulary_size if kind else None,
-            skipped=skipped, **tested_from(lm, layer),
+            skipped=skipped, prompt_layer=prompt_layer, **tested_from(lm, layer),
         )  # fmt: skip
         arms[name].resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     return arms

@@ -30,8 +30,7 @@ from offramp.evaluation.record_file import Item, Progress, Record, conditions_of
 from offramp.evaluation.records import decode_records
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, summarise
-from offramp.files import write_json
-from offramp.training.data import differences
+from offramp.files import differences, write_json
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel

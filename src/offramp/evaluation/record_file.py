@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from offramp.exits import fingerprint
-from offramp.files import replace_file
-from offramp.training.data import differences
+from offramp.files import differences, replace_file
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel

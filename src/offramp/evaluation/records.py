@@ -88,6 +88,8 @@ def decode_records(
             )
         return records
 
+    if policy is not None and policy.adaptive:
+        lm.adaptive_threshold(policy).reset()  # what it learnt elsewhere is not part of this record
     header = header_of(lm, asdict(task), examples, policy, options, batch_size)
     return kept(path, header, examples, batch_size, answer, progress, arm)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.exits import fingerprint
-from offramp.training.data import Document, Progress, differences
+from offramp.files import differences
+from offramp.training.data import Document, Progress
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel, Prompt

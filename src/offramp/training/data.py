@@ -188,18 +188,6 @@ def pair_documents(
     return made, shortened
 
 
-def differences(have: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two JSON objects, in words."""
-    found = []
-    for key in dict.fromkeys([*have, *asked]):
-        old, new = have.get(key), asked.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old!r} and is now {new!r}")
-    return found
-
-
 # ---------------------------------------------------------------- windows
 
 

@@ -25,8 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.files import replace_file, write_json
-from offramp.training.data import differences
+from offramp.files import differences, replace_file, write_json
 
 
 class TrainingError(RuntimeError):
