@@ -229,7 +229,7 @@ class ExitPolicy:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitPolicy:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a certificate beside the policy is left to `offramp.calibration.load`.
 
         Returns:
             The policy.
@@ -239,7 +239,7 @@ class ExitPolicy:
         """
         if (schema := values.get("schema", _SCHEMA)) != _SCHEMA:
             raise ValueError(f"the schema is {schema!r}, not {_SCHEMA!r}: this is no policy, or one of another version")
-        given = _known(cls, {key: value for key, value in values.items() if key != "schema"})
+        given = _known(cls, {key: value for key, value in values.items() if key not in ("schema", "certificate")})
         threshold = given.get("threshold")
         if isinstance(threshold, list):
             given["threshold"] = tuple(-math.inf if t == "-inf" else t for t in threshold)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from offramp.cli.bench import bench
+from offramp.cli.calibrate import calibrate
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(probe)
 app.command()(train)
 app.command()(evaluate)
+app.command()(calibrate)
 app.command()(generate)
 app.command()(bench)
 

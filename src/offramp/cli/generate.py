@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.calibrate import check_certificate
 
 if TYPE_CHECKING:
     from offramp.decoding import Step
@@ -66,6 +67,10 @@ def generate(
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
     in_template = lm.has_chat_template if chat is None else chat
+    check_certificate(
+        policy, lm, rule, settings=given if in_template == lm.has_chat_template else {**given, "chat": in_template},
+        batch_size=1,
+    )  # fmt: skip
     results = [
         _one(lm, text, rule, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -53,29 +54,28 @@ def _at_most(count: Any, n: Any, probability: float) -> Any:
     return np.where(count >= n, 1.0, special.betaincc(below + 1.0, np.asarray(n - below, dtype=float), probability))
 
 
-def _hoeffding(mean: float, n: Any, tolerance: float) -> Any:
-    return np.exp(-2.0 * n * max(0.0, tolerance - mean) ** 2)
+def _hoeffding(mean: float, n: Any, tolerance: float, width: float = 1.0) -> Any:
+    return np.exp(-2.0 * n * (max(0.0, tolerance - mean) / width) ** 2)
 
 
-def _hoeffding_signed(mean: float, n: Any, tolerance: float) -> Any:
-    return np.exp(-0.5 * n * max(0.0, tolerance - mean) ** 2)
-
-
-def _hoeffding_bentkus(mean: float, n: Any, tolerance: float) -> Any:
-    low = min(mean, tolerance)
-    divergence = special.rel_entr(low, tolerance) + special.rel_entr(1 - low, 1 - tolerance)
-    bentkus = math.e * _at_most(np.ceil(n * mean - TIE), n, tolerance)
-    return np.minimum(np.exp(-n * max(0.0, divergence)), bentkus)
+_hoeffding_signed = partial(_hoeffding, width=2.0)
 
 
 def _binomial(mean: float, n: Any, tolerance: float) -> Any:
     return _at_most(np.ceil(n * mean - TIE), n, tolerance)
 
 
-def _p(of_mean: _OfMean, losses: NDArray[np.float64], tolerance: float) -> float:
+def _hoeffding_bentkus(mean: float, n: Any, tolerance: float) -> Any:
+    low = min(mean, tolerance)
+    divergence = special.rel_entr(low, tolerance) + special.rel_entr(1 - low, 1 - tolerance)
+    return np.minimum(np.exp(-n * max(0.0, divergence)), math.e * _binomial(mean, n, tolerance))
+
+
+def _p(of_mean: _OfMean, losses: Losses, tolerance: float, low: float = 0) -> float:
+    values = checked(losses, low, 1)
     check_level("tolerance", tolerance)
-    n = len(losses)
-    return float(of_mean(math.fsum(losses.tolist()) / n, n, tolerance))
+    n = len(values)
+    return float(of_mean(math.fsum(values.tolist()) / n, n, tolerance))
 
 
 def hoeffding(losses: Losses, tolerance: float) -> float:
@@ -91,7 +91,7 @@ def hoeffding(losses: Losses, tolerance: float) -> float:
     Raises:
         ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
     """
-    return _p(_hoeffding, checked(losses, 0, 1), tolerance)
+    return _p(_hoeffding, losses, tolerance)
 
 
 def hoeffding_signed(losses: Losses, tolerance: float) -> float:
@@ -107,7 +107,7 @@ def hoeffding_signed(losses: Losses, tolerance: float) -> float:
     Raises:
         ValueError: A loss is NaN or outside [-1, 1], there are none, or the tolerance is outside (0, 1).
     """
-    return _p(_hoeffding_signed, checked(losses, -1, 1), tolerance)
+    return _p(_hoeffding_signed, losses, tolerance, low=-1)
 
 
 def hoeffding_bentkus(losses: Losses, tolerance: float) -> float:
@@ -128,7 +128,7 @@ def hoeffding_bentkus(losses: Losses, tolerance: float) -> float:
     Raises:
         ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
     """
-    return _p(_hoeffding_bentkus, checked(losses, 0, 1), tolerance)
+    return _p(_hoeffding_bentkus, losses, tolerance)
 
 
 def binomial(losses: Losses, tolerance: float) -> float:

@@ -1,0 +1,247 @@
+"""From examples and a promise to a certified policy: a folder from which an interrupted calibration goes on.
+
+config.json               what was asked for
+records/PART/*.jsonl      answers (see `offramp.calibration.decoded`)
+policy.json               the policy and its certificate
+result.json               everything, with a picture of it
+
+Nothing is chosen on certification data but the setting that passes, and nothing at all on the held-out part. Several
+promises may be tried on one folder, its answers are used again; each certificate then holds for itself, not together
+with the others, and not for whichever looks best.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from offramp import __version__
+from offramp.calibration.certificate import Certificate, conditions_of
+from offramp.calibration.decoded import Decoded
+from offramp.calibration.estimates import estimate, units
+from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, path_of, settings_of
+from offramp.calibration.promise import CRC, Promise
+from offramp.calibration.result import CONFIG, Calibration
+from offramp.calibration.search import Outcome, search
+from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
+from offramp.calibration.validate import Validation, validate
+from offramp.evaluation.record_file import Progress, digest
+from offramp.files import write_json
+from offramp.risk import pareto_front
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+    from offramp.policy import ExitPolicy
+    from offramp.tasks import Example, Task
+
+ORDERS = ("auto", "path", "chains", "pareto")
+ENOUGH = 400
+"""Examples from which on a part of them is better spent on finding an order of the grid."""
+
+
+def calibrate(
+    lm: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    base: ExitPolicy,
+    promise: Promise,
+    folder: Path,
+    *,
+    grid: Grid | None = None,
+    order: str = "auto",
+    tuning: float | None = None,
+    test: float = 0.25,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    batch_size: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    repeats: int = 0,
+    about: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Certify the cheapest setting of a grid that keeps a promise.
+
+    Args:
+        lm: The model.
+        task: How to ask and how to judge.
+        examples: With ids of their own, in groups that are never divided; their prompts must fit.
+        base: The policy; the grid replaces its threshold, and its minimum layer and vocabulary size if given.
+        promise: What is to hold.
+        folder: Run folder; answers in it are used again.
+        grid: What is tried; None: `THRESHOLDS`.
+        order: "path": one sequence through the grid, by boldness. "chains": one sequence of thresholds per minimum
+            layer and vocabulary size, each at its share of the failure probability. "pareto": the Pareto front of loss
+            and cost on the tuning part. "auto": "pareto" for several minimum layers or sizes and 400 examples or more,
+            else "path".
+        tuning: Share of the examples that things are chosen by: the order "pareto", thresholds per layer. None: 0.3 if
+            there is such a thing, else 0.
+        test: Share of the examples held out, to report by; may be 0.
+        seed: Of the division and of the order of draws.
+        max_new_tokens: Longest answer; None: the task's.
+        batch_size: Examples answered together.
+        settings: Further options of `LanguageModel.stream`, as JSON values.
+        repeats: Calibrations repeated over random splits of certification and held-out part, to see how often the
+            promise is broken (`Validation`); all settings are then decoded on both.
+        about: What else the certificate should say of the data, as JSON values.
+        resamples: Of the bootstrap behind the intervals.
+        progress: Called with the answers done, asked for at most, and what comes next.
+
+    Returns:
+        The policy, its certificate and all that was looked at, also written to the folder.
+
+    Raises:
+        ValueError: Too few examples for the promise, before anything is decoded; a metric that is not the task's; a
+            share, an order or a policy that is not allowed; a folder that holds records made otherwise.
+    """
+    grid = grid or Grid()
+    _check(promise, task, order, repeats, test)
+    if order == "auto":
+        order = "pareto" if grid.chains(base) > 1 and len(examples) >= ENOUGH else "path"
+    parts = divide(examples, tuning=_tuning_share(tuning, grid, order), test=test, seed=seed)
+    require_enough(promise, parts, promise.failure / (grid.chains(base) if order == "chains" else 1))
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    options = {"max_new_tokens": limit, **(settings or {})}
+    asked = json.loads(json.dumps({
+        "promise": asdict(promise), "base": base.to_dict(), "grid": asdict(grid), "order": order, "seed": seed,
+        "splits": sizes(parts), "conditions": conditions_of(lm, task, options, batch_size),
+        "data": {**(about or {}), "sha256": digest(examples)},
+    }))  # fmt: skip
+    decoded = Decoded(
+        lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress
+    )
+    decoded.most = _most(parts, grid, base, order, repeats)
+    with _locked(folder):
+        choices = settings_of(lm, base, grid, partial(decoded.layer_thresholds, TUNING))
+        write_json(folder / CONFIG, {"schema": "offramp/calibrate-config/1", **asked})
+        sequences = _sequences(order, choices, decoded, promise, seed)
+        outcome = search(
+            sequences,
+            lambda s: units(decoded, CERTIFICATION, choices[s], promise, seed),
+            lambda s: decoded.cost(CERTIFICATION, choices[s]),
+            promise,
+        )
+        certificate = _certificate(promise, outcome, choices, asked, decoded, seed=seed, resamples=resamples)
+        validation = _validation(decoded, choices, sequences, promise, repeats, seed) if repeats else None
+        result = Calibration(certificate, tuple(choices), outcome, validation)
+        result.save(folder)
+    return result
+
+
+def _check(promise: Promise, task: Task, order: str, repeats: int, test: float) -> None:
+    if promise.metric not in task.metrics:
+        raise ValueError(f"metric is {promise.metric!r}; {task.name} has {', '.join(task.metrics)}")
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
+    if order == "chains" and promise.bound == CRC:
+        raise ValueError("conformal risk control has no failure probability to divide among chains; use path or pareto")
+    if repeats and not test:
+        raise ValueError("repeated calibrations need a held-out part; give the test a share above 0")
+
+
+def _tuning_share(given: float | None, grid: Grid, order: str) -> float:
+    chooses = grid.per_layer or order == "pareto"
+    if chooses and given == 0:
+        raise ValueError("thresholds per layer and the order 'pareto' are found on a tuning part; give it a share")
+    return (0.3 if chooses else 0.0) if given is None else given
+
+
+def _most(parts: Mapping[str, Sequence[Example]], grid: Grid, base: ExitPolicy, order: str, repeats: int) -> int:
+    """Answers, if no sequence ends early."""
+    settings, n = grid.size(base), {name: len(part) for name, part in parts.items()}
+    tuning = (settings + 1 if order == "pareto" else 0) + (grid.chains(base) if grid.per_layer else 0)
+    return n[TUNING] * tuning + n[CERTIFICATION] * (settings + 1) + n[TEST] * (settings + 1 if repeats else 2)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another calibration runs in {folder}; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sequences(
+    order: str, choices: Sequence[Setting], decoded: Decoded, promise: Promise, seed: int
+) -> Sequence[Sequence[int]]:
+    """Orders that no certification example has a part in."""
+    if order == "path":
+        return [path_of(choices)]
+    if order == "chains":
+        return chains_of(choices)
+    means = [float(units(decoded, TUNING, setting, promise, seed).mean()) for setting in choices]
+    return [pareto_front(means, [decoded.cost(TUNING, setting) for setting in choices])]
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def _certificate(
+    promise: Promise, outcome: Outcome, choices: Sequence[Setting], asked: Mapping[str, Any], decoded: Decoded, *,
+    seed: int, resamples: int,
+) -> Certificate:  # fmt: skip
+    chosen = None if outcome.selected is None else choices[outcome.selected]
+    tests = [
+        {"name": choices[test.setting].name, "knob": choices[test.setting].knob, **asdict(test)}
+        for test in outcome.tests
+    ]
+    n = len(units(decoded, CERTIFICATION, None, promise, seed))
+    needed = [promise.needed(outcome.level, test.loss) for test in outcome.tests if not test.passed]
+    estimates = {
+        part: estimate(decoded, part, chosen, promise, unseen=part == TEST, seed=seed, resamples=resamples)
+        for part in (CERTIFICATION, TEST)
+        if decoded.parts[part]
+    }
+    return Certificate(
+        certified=chosen is not None,
+        promise=promise,
+        policy=json.loads(json.dumps((NEVER if chosen is None else chosen.policy).to_dict())),
+        order=asked["order"],
+        n=n,
+        splits=asked["splits"],
+        seed=seed,
+        base=asked["base"],
+        grid=asked["grid"],
+        tests=tests,
+        selected=next((i for i, test in enumerate(outcome.tests) if test.setting == outcome.selected), None),
+        level=outcome.level,
+        needed=min((count for count in needed if count is not None), default=None) if chosen is None else None,
+        conditions=asked["conditions"],
+        data=asked["data"],
+        estimates=estimates,
+        versions={"offramp": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _validation(
+    decoded: Decoded, choices: Sequence[Setting], sequences: Sequence[Sequence[int]], promise: Promise, repeats: int,
+    seed: int,
+) -> Validation:  # fmt: skip
+    """Of certification and held-out part together, each answered as it was."""
+    both = (CERTIFICATION, TEST)
+    examples = [example for part in both for example in decoded.parts[part]]
+    full = [record for part in both for record in decoded.of(part, None)]
+    losses, flops = [np.zeros(0)] * len(choices), [np.zeros(0)] * len(choices)
+    for setting in {setting for sequence in sequences for setting in sequence}:
+        records = [record for part in both for record in decoded.of(part, choices[setting])]
+        losses[setting] = promise.losses(records, full)
+        flops[setting] = np.array([record.flops for record in records], dtype=np.float64)
+    whole = np.array([record.flops for record in full], dtype=np.float64)
+    share = len(decoded.parts[CERTIFICATION]) / len(examples)
+    return validate(examples, losses, flops, whole, sequences, promise, share=share, repeats=repeats, seed=seed)

@@ -1,0 +1,64 @@
+"""What a setting loses, saves and answers on one part of the data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.calibration.decoded import Decoded
+from offramp.calibration.grid import Setting
+from offramp.calibration.promise import Promise
+from offramp.evaluation.bootstrap import Bootstrap
+from offramp.evaluation.summary import summarise
+
+KEPT = (
+    "quality",
+    "difference",
+    "identical",
+    "exit_layer",
+    "flops_ratio",
+    "decode_flops_ratio",
+    "bytes_ratio",
+    "histogram",
+)
+"""Fields of `ArmSummary`."""
+
+
+def units(decoded: Decoded, part: str, setting: Setting | None, promise: Promise, seed: int) -> NDArray[np.float64]:
+    """The losses of a setting on a part, one per independent draw, in an order fixed in advance."""
+    full = decoded.of(part, None)
+    losses = promise.losses(decoded.of(part, setting), full)
+    return promise.units(losses, [record.group for record in full], seed)
+
+
+def estimate(
+    decoded: Decoded, part: str, setting: Setting | None, promise: Promise, *, unseen: bool, seed: int, resamples: int
+) -> dict[str, Any]:
+    """Mean loss and costs with bootstrap intervals over groups.
+
+    Args:
+        decoded: All answers.
+        part: Of which part.
+        setting: Of which setting; None: the full model.
+        promise: What a loss is.
+        unseen: The part had no share in choosing the setting, so that an upper limit of the mean loss can be given.
+        seed: Of the draws.
+        resamples: Their number.
+
+    Returns:
+        JSON values.
+    """
+    full, records = decoded.of(part, None), decoded.of(part, setting)
+    bootstrap = Bootstrap([record.group for record in full], resamples=resamples, seed=seed)
+    policy = None if setting is None else setting.policy.to_dict()
+    summary = asdict(
+        summarise(records, full, policy=policy, num_layers=decoded.lm.num_layers, bootstrap=bootstrap)
+    )  # fmt: skip
+    losses = promise.losses(records, full)
+    values = units(decoded, part, setting, promise, seed)
+    loss = asdict(bootstrap.mean(losses.tolist())) | {"value": float(values.mean())}
+    upper = {"upper": promise.upper_limit(values)} if unseen and setting is not None else {}
+    return {"examples": len(full), "loss": loss, **upper, **{name: summary[name] for name in KEPT}}

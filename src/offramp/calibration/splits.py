@@ -1,0 +1,82 @@
+"""Which examples choose, which certify, and which judge; and whether there are enough of them to promise anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from offramp.calibration.promise import Promise
+from offramp.tasks import split_groups
+
+if TYPE_CHECKING:
+    from offramp.tasks import Example
+
+TUNING, CERTIFICATION, TEST = "tuning", "certification", "test"
+
+
+def divide(examples: Sequence[Example], *, tuning: float, test: float, seed: int) -> dict[str, list[Example]]:
+    """Part examples at random, never one group into two parts.
+
+    Args:
+        examples: With ids of their own.
+        tuning: Share that things are chosen by; may be 0.
+        test: Share held out; may be 0. The rest certifies.
+        seed: Of the division.
+
+    Returns:
+        The parts by name; those of share 0 are empty.
+
+    Raises:
+        ValueError: Shares below 0 or with no rest, repeated ids, or too few groups.
+    """
+    if min(tuning, test) < 0 or tuning + test >= 1 - 1e-9:
+        raise ValueError(f"the tuning share is {tuning} and the test share {test}; they must leave some to certify")
+    if len({example.id for example in examples}) < len(examples):
+        raise ValueError("two examples have the same id; give each one of its own")
+    shares = {TUNING: tuning, CERTIFICATION: 1 - tuning - test, TEST: test}
+    given = {name: share for name, share in shares.items() if share}
+    parts = dict(zip(given, split_groups(examples, list(given.values()), seed), strict=True))
+    return {name: parts.get(name, []) for name in shares}
+
+
+def sizes(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[int]]:
+    """Examples and groups of each part.
+
+    Args:
+        parts: By name.
+
+    Returns:
+        [examples, groups] by name.
+
+    Raises:
+        ValueError: A group is in two parts.
+    """
+    groups = {name: {example.group for example in part} for name, part in parts.items()}
+    if len(set().union(*groups.values())) < sum(map(len, groups.values())):
+        raise ValueError("a group is in two parts; divide examples by group")
+    return {name: [len(part), len(groups[name])] for name, part in parts.items()}
+
+
+def require_enough(promise: Promise, parts: Mapping[str, Sequence[Example]], level: float) -> None:
+    """Before anything is decoded: with no loss at all, would the certification part do?
+
+    Args:
+        promise: What is to hold.
+        parts: By name.
+        level: Of the tests.
+
+    Raises:
+        ValueError: It would not; says how many do.
+    """
+    have = {name: examples if promise.unit == "prompt" else groups for name, (examples, groups) in sizes(parts).items()}
+    needed, n, total = promise.needed(level), have[CERTIFICATION], sum(have.values())
+    if needed is None or n >= needed:
+        return
+    wanted = f"tolerance {promise.tolerance:g}" + (f" at level {level:.3g}" if promise.bound != "crc" else "")
+    raise ValueError(
+        f"{n} {promise.unit}s are too few to certify {wanted}: bound {promise.bound} needs at least {needed} even if "
+        f"none loses anything; give about {math.ceil(total * needed / n)} in all (there are {total}: "
+        f"{', '.join(f'{count} {name}' for name, count in have.items())}), or smaller shares to tuning and test, or "
+        "ask for a larger tolerance or failure probability"
+    )

@@ -1,0 +1,167 @@
+"""`offramp calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+    from offramp.policy import ExitPolicy
+    from offramp.tasks import Task
+
+
+def calibrate(
+    model: o.Model,
+    task: Annotated[str, typer.Option(help="summarisation, question-answering or translation.")],
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="The examples, in the layouts of evaluate; or hub:OWNER/NAME.")
+    ],
+    target: Annotated[Path | None, typer.Option(metavar="FILE", help="Translations of the lines of --data.")] = None,
+    tolerance: Annotated[float, typer.Option(help="What the mean loss of new prompts is to stay below.")] = 0.05,
+    failure: Annotated[float, typer.Option(help="Probability with which that may fail.")] = 0.05,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="Of losses. risk: how much worse than the full model's the answer is, clipped at 0 prompt by prompt; "
+            "signed: the same unclipped; tail: whether it is worse by more than --margin; textual: how far it is from "
+            "the full model's answer, without references."
+        ),
+    ] = "risk",
+    metric: Annotated[str | None, typer.Option(help="That losses are made of; default: the task's first.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Of --kind tail.")] = None,
+    bound: Annotated[
+        str | None,
+        typer.Option(
+            help="hoeffding, hoeffding-bentkus, binomial (losses of 0 or 1), wsr (betting), or crc (a guarantee on the "
+            "mean, without failure probability); default: hoeffding-bentkus, of tail binomial, of signed wsr."
+        ),
+    ] = None,
+    unit: Annotated[
+        str,
+        typer.Option(help="What is independent: each prompt, or only each group of them (questions on one article)."),
+    ] = "prompt",
+    confidence: o.Confidence = None,
+    vocabulary: o.Vocabulary = None,
+    skipped: o.Skipped = None,
+    policy: o.PolicyFile = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="To try, with commas; default: 16 from 0.999 to 0, finer near 1.")
+    ] = None,
+    min_layers: Annotated[str | None, typer.Option(help="First layers tested, to try, such as 10,15,20.")] = None,
+    vocabulary_sizes: Annotated[str | None, typer.Option(help="Tokens kept, to try, such as 500,2000.")] = None,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="A threshold for each layer, from the tuning part: --thresholds are then shares of the tokens that "
+            "would leave wrongly and are kept in; default: 14 from 1 to 0.1.",
+        ),
+    ] = False,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="How the grid is gone through. path: one sequence, from safe to bold; chains: one per minimum layer "
+            "and size, each at its share of the failure; pareto: the front of loss and cost on the tuning part; auto: "
+            "pareto for several minimum layers or sizes and 400 examples or more, else path."
+        ),
+    ] = "auto",
+    tuning_share: Annotated[
+        float | None,
+        typer.Option(help="Of the examples, to choose by; default: 0.3 for pareto and --per-layer, else 0."),
+    ] = None,
+    test_share: Annotated[float, typer.Option(help="Of the examples, held out to report by.")] = 0.25,
+    limit: Annotated[int | None, typer.Option(help="Use only this many examples, chosen at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that choice, of the splits and of the order of draws.")] = 0,
+    validate: Annotated[
+        int, typer.Option(metavar="R", help="Repeat the calibration over R random splits, and count broken promises.")
+    ] = 0,
+    exits: o.Exits = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
+    longest: Annotated[
+        int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples answered together.")] = 1,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/calibrate-MODEL-TASK."),
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Find the cheapest exit policy that keeps a promise, and write it with its certificate.
+
+    Settings are tried from safe to bold, until one fails. If none passes, the policy that is written never leaves
+    early. Started again with the same options, an interrupted calibration goes on.
+    """
+    import offramp
+    from offramp.calibration import Grid, Promise
+    from offramp.calibration import calibrate as run
+    from offramp.policy import ExitPolicy
+    from offramp.tasks import fit, read_examples, take
+
+    asked = _task(task)
+    promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
+    layers = _numbers(min_layers, "--min-layers", int)
+    first = None if layers is None or confidence != "static" else max(layers)  # a static policy cannot do without
+    base = o.policy_from(policy, confidence=confidence, vocabulary=vocabulary, skipped=skipped, min_layer=first)
+    grid = Grid(
+        _numbers(thresholds, "--thresholds", float), layers, _numbers(vocabulary_sizes, "--vocabulary-sizes", int),
+        per_layer,
+    )  # fmt: skip
+    examples = take(read_examples(asked, data, target), limit, seed)
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    examples, cut = fit(lm, asked, examples, longest=longest, room=max_new_tokens)
+    if cut:
+        o.note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
+    folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
+    with o.progress("calibrating") as progress:
+        result = run(
+            lm, asked, examples, base or ExitPolicy(), promise, folder, grid=grid, order=order, tuning=tuning_share,
+            test=test_share, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate,
+            about={"name": data, "limit": limit, "shortened": cut}, progress=progress,
+        )  # fmt: skip
+    if str(json) != "-":
+        typer.echo(result.table())
+    if not result.certificate.certified:
+        needed = result.certificate.needed
+        more = "no number of prompts would do" if needed is None else f"about {needed} certification {unit}s would do"
+        o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
+    o.note(f"wrote {folder}; use its policy with: offramp generate {model} --policy {folder / 'policy.json'}")
+    o.write_result(result.to_dict(), json)
+
+
+def _task(name: str) -> Task:
+    from offramp.tasks import TASKS
+
+    if name not in TASKS:
+        raise typer.BadParameter(f"--task {name}: choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text}: give numbers with commas between them") from None
+
+
+def check_certificate(
+    file: Path | None, lm: LanguageModel, policy: ExitPolicy | None, *, task: Task | None = None,
+    settings: dict[str, Any] | None = None, batch_size: int | None = None,
+) -> None:  # fmt: skip
+    """Warn on standard error where a certificate in a policy file does not apply to how the policy is used."""
+    from offramp.calibration import load
+
+    certificate = None if file is None else load(file)
+    if certificate is not None:
+        reasons = certificate.mismatches(lm, policy=policy, task=task, settings=settings, batch_size=batch_size)
+        for reason in reasons:
+            o.note(f"certificate does not apply: {reason}")

@@ -1,0 +1,337 @@
+"""The whole way from examples to a certified policy, with scripted answers and with a tiny model."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from offramp import ExitPolicy
+from offramp.calibration import Grid, Promise, calibrate, decoded, load, search, validate
+from offramp.calibration.splits import divide, sizes
+from offramp.evaluation.record_file import read_records
+from offramp.report import calibration_plots
+from offramp.risk import hoeffding_bentkus, pareto_front
+from offramp.tasks import Example, split_groups
+from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model
+
+PROMISE = Promise("f1", tolerance=0.1, failure=0.1)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Calibrate with scripted answers, without pictures."""
+    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    lm = model()
+
+    def run(script, folder, count=200, promise=PROMISE, base=BASE, grid=GRID, **options):
+        monkeypatch.setattr(decoded, "decode_records", script)
+        options = {"resamples": 20, **options}
+        return calibrate(lm, TASK, examples(count), base, promise, folder, grid=grid, **options)
+
+    return run
+
+
+# ---------------------------------------------------------------- what is chosen
+
+
+def test_the_last_setting_that_passes_is_chosen_and_no_later_one_is_decoded(scripted, tmp_path):
+    script = Script(at_most({0.9: 0.0, 0.7: 0.01, 0.5: 0.4, 0.3: 0.0, 0.1: 0.0}))
+    result = scripted(script, tmp_path, grid=Grid((0.1, 0.5, 0.9, 0.3, 0.7)))
+    assert [(test["name"], test["passed"]) for test in result.certificate.tests] == [
+        ("softmax > 0.9", True), ("softmax > 0.7", True), ("softmax > 0.5", False),
+    ]  # fmt: skip
+    assert result.policy.threshold == 0.7
+    asked = [arm for part, arm in script.calls if part == "certification"]
+    assert asked == ["full model", "softmax > 0.9", "softmax > 0.7", "softmax > 0.5"]
+    assert [arm for part, arm in script.calls if part == "test"] == ["full model", "softmax > 0.7"]
+    assert ExitPolicy.load(tmp_path / "policy.json") == result.policy
+
+
+def test_p_values_are_those_of_the_losses(scripted, tmp_path):
+    script = Script(at_most({0.9: 0.02, 0.5: 0.3, 0.1: 0.5}))
+    result = scripted(script, tmp_path)
+    part = divide(examples(200), tuning=0, test=0.25, seed=0)["certification"]
+    path = tmp_path / "records" / "certification" / "x.jsonl"
+    for threshold, test in zip((0.9, 0.5), result.certificate.tests, strict=True):
+        records = script(None, None, part, f"softmax > {threshold}", ExitPolicy(threshold=threshold), path)
+        losses = [1 - record.scores["f1"] for record in records]
+        assert test["loss"] == pytest.approx(np.mean(losses))
+        assert test["p_value"] == pytest.approx(hoeffding_bentkus(losses, 0.1))
+
+
+def test_nothing_certified_means_never_exit(scripted, tmp_path):
+    result = scripted(Script(at_most({0.9: 0.08, 0.5: 0.0, 0.1: 0.0})), tmp_path)
+    assert result.policy == ExitPolicy(threshold=None) == ExitPolicy.load(tmp_path / "policy.json")
+    certificate = load(tmp_path / "policy.json")
+    assert not certificate.certified
+    assert len(certificate.tests) == 1
+    needed = certificate.needed
+    assert needed > certificate.n
+    assert f"about {needed} certification prompts" in certificate.words()
+    assert certificate.estimates["test"]["flops_ratio"]["value"] == 1.0
+
+
+def test_if_no_number_of_prompts_would_do_it_says_so(scripted, tmp_path):
+    certificate = scripted(Script(at_most({0.9: 0.6, 0.5: 0.0, 0.1: 0.0})), tmp_path).certificate
+    assert certificate.needed is None
+    assert "No number of prompts" in certificate.words()
+
+
+def test_the_cheapest_of_those_that_pass_is_chosen(scripted, tmp_path):
+    result = scripted(
+        Script(lambda policy: 0.0, cost=lambda policy: {0.9: 0.8, 0.5: 0.4, 0.1: 0.6}[policy.threshold]), tmp_path
+    )
+    assert [test["passed"] for test in result.certificate.tests] == [True] * 3
+    assert result.policy.threshold == 0.5
+
+
+def test_chains_divide_the_failure_probability(scripted, tmp_path):
+    truth = {(3, 0.9): 0.0, (3, 0.5): 0.0, (2, 0.9): 0.0, (2, 0.5): 0.9, (1, 0.9): 0.9, (1, 0.5): 0.0}
+    script = Script(lambda policy: truth[policy.min_layer, policy.threshold])
+    result = scripted(script, tmp_path, grid=JOINT, order="chains")
+    assert result.certificate.level == pytest.approx(0.1 / 3)
+    passed = {test["name"] for test in result.certificate.tests if test["passed"]}
+    assert passed == {"softmax > 0.9, from 3", "softmax > 0.5, from 3", "softmax > 0.9, from 2"}
+    assert "softmax > 0.5, from 1" not in [arm for _, arm in script.calls]
+    assert (result.policy.min_layer, result.policy.threshold) == (3, 0.5)
+
+
+def test_pareto_orders_by_the_tuning_part_alone(scripted, tmp_path):
+    script = Script(lambda policy: 0.01 * policy.min_layer + 0.3 * (policy.threshold < 0.6))
+    result = scripted(script, tmp_path, count=600, grid=JOINT)
+    certificate = result.certificate
+    assert certificate.order == "pareto"  # chosen by itself: several minimum layers, enough examples
+    tuning = divide(examples(600), tuning=0.3, test=0.25, seed=0)["tuning"]
+    means, costs = [], []
+    for setting in result.settings:
+        records = script(None, None, tuning, setting.name, setting.policy, tmp_path / "tuning" / "x")
+        means.append(np.mean([1 - record.scores["f1"] for record in records]))
+        costs.append(np.mean([record.flops for record in records]))
+    front = [result.settings[i].name for i in pareto_front(means, costs)]
+    tested = [test["name"] for test in certificate.tests]
+    assert tested == front[: len(tested)]
+    assert certificate.splits == {"tuning": [180, 180], "certification": [270, 270], "test": [150, 150]}
+
+
+def test_conformal_risk_control_stops_at_the_tolerance(scripted, tmp_path):
+    promise = Promise("f1", 0.1, bound="crc")
+    result = scripted(Script(at_most({0.9: 0.02, 0.5: 0.06, 0.1: 0.5})), tmp_path, promise=promise)
+    certificate = result.certificate
+    assert result.policy.threshold == 0.5
+    assert certificate.tests[0]["p_value"] == pytest.approx((certificate.tests[0]["loss"] * 150 + 1) / 151)
+    assert "no failure probability" in certificate.words()
+    assert certificate.to_dict()["promise"]["failure"] is None
+    assert load(tmp_path / "policy.json").to_dict() == json.loads(json.dumps(certificate.to_dict()))
+
+
+def test_static_exits_are_tried_from_the_deepest(scripted, tmp_path):
+    base, grid = ExitPolicy("static", min_layer=3), Grid(min_layers=(1, 3, 2))
+    script = Script(lambda policy: {3: 0.0, 2: 0.0, 1: 0.5}[policy.min_layer], cost=lambda policy: policy.min_layer / 4)
+    result = scripted(script, tmp_path, base=base, grid=grid)
+    assert result.policy == ExitPolicy("static", min_layer=2)
+    assert result.certificate.estimates["test"]["flops_ratio"]["value"] == 0.5
+
+
+# ---------------------------------------------------------------- before anything is decoded
+
+
+@pytest.mark.parametrize(
+    ("promise", "options", "needed"),
+    [
+        (Promise("f1"), {}, 59),
+        (Promise("f1", bound="hoeffding"), {}, 600),
+        (Promise("f1", kind="tail", margin=0.1), {}, 59),
+        (Promise("f1", bound="crc"), {}, 19),
+        (Promise("f1"), {"order": "chains", "grid": JOINT}, math.ceil(math.log(0.05 / 3) / math.log(0.95))),
+    ],
+)
+def test_too_few_examples_are_refused_with_the_number_that_is_needed(scripted, tmp_path, promise, options, needed):
+    script = Script(lambda policy: 0.0)
+    with pytest.raises(ValueError, match=f"needs at least {needed} even if none loses anything"):
+        scripted(script, tmp_path, count=needed - 1, promise=promise, test=0.0, **options)
+    assert not script.calls
+    scripted(script, tmp_path, count=needed, promise=promise, test=0.0, **options)
+
+
+def test_groups_count_once_if_they_are_what_is_independent(scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded, "decode_records", Script(lambda policy: 0.0))
+    promise, lm = Promise("f1", unit="group"), model()
+    with pytest.raises(ValueError, match="58 groups are too few"):
+        calibrate(lm, TASK, examples(290, per_group=5), BASE, promise, tmp_path, grid=GRID, test=0.0)
+    result = calibrate(lm, TASK, examples(295, per_group=5), BASE, promise, tmp_path, grid=GRID, test=0.0, resamples=20)
+    assert (result.certificate.n, result.certificate.splits["certification"]) == (59, [295, 59])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"promise": Promise("rougeL")}, "question-answering has f1, exact_match"),
+        ({"order": "best"}, "allowed are auto, path, chains, pareto"),
+        ({"order": "chains", "promise": Promise("f1", bound="crc")}, "use path or pareto"),
+        ({"repeats": 5, "test": 0.0}, "need a held-out part"),
+        ({"order": "pareto", "tuning": 0.0}, "give it a share"),
+        ({"tuning": 0.5, "test": 0.5}, "leave some to certify"),
+        ({"grid": Grid(vocabulary_sizes=(20,))}, "does not prune"),
+        ({"grid": Grid(min_layers=(4,))}, "layers 1..3"),
+        ({"grid": Grid((1.5,))}, "threshold is 1.5"),
+        ({"base": ExitPolicy("static", min_layer=2)}, "minimum layers only"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused(scripted, tmp_path, options, message):
+    script = Script(lambda policy: 0.0)
+    with pytest.raises(ValueError, match=message):
+        scripted(script, tmp_path, **options)
+    assert not script.calls
+
+
+# ---------------------------------------------------------------- parts
+
+
+@given(
+    st.integers(6, 60), st.integers(1, 4), st.sampled_from([0, 0.2, 0.3]), st.sampled_from([0, 0.2, 0.4]), st.integers()
+)
+def test_no_group_is_in_two_parts_and_no_example_is_lost(count, per_group, tuning, test, seed):
+    made = examples(count * per_group, per_group)
+    parts = divide(made, tuning=tuning, test=test, seed=seed)
+    groups = [{example.group for example in part} for part in parts.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert sorted(e.id for part in parts.values() for e in part) == sorted(e.id for e in made)
+    assert bool(parts["tuning"]) == bool(tuning)
+    assert sizes(parts)["certification"][0] == len(parts["certification"])
+
+
+def test_a_group_in_two_parts_would_be_noticed():
+    one = Example("a", "s", ("r",), "g")
+    with pytest.raises(ValueError, match="in two parts"):
+        sizes({"tuning": [one], "certification": [Example("b", "s", ("r",), "g")]})
+
+
+# ---------------------------------------------------------------- search and validation, on numbers
+
+
+@given(
+    st.lists(st.floats(0, 0.3), min_size=1, max_size=8), st.integers(0, 10**6), st.sampled_from(["wsr", "crc", None])
+)
+def test_only_settings_before_the_first_failure_are_looked_at(means, seed, bound):
+    rng = np.random.default_rng(seed)
+    losses = [(rng.random(120) < mean).astype(float) for mean in means]
+    asked = []
+
+    def look(setting):
+        asked.append(setting)
+        return losses[setting]
+
+    order = rng.permutation(len(means)).tolist()
+    outcome = search([order], look, lambda s: rng.random(), Promise("f1", 0.1, 0.1, bound=bound))
+    assert asked == order[: len(asked)] == [test.setting for test in outcome.tests]
+    assert all(test.passed for test in outcome.tests[:-1])
+    assert len(asked) == len(order) or not outcome.tests[-1].passed
+    passed = [test.setting for test in outcome.tests if test.passed]
+    assert outcome.selected in passed if passed else outcome.selected is None
+
+
+def pool_of(count, ones):
+    """A pool, and losses of three settings: never any, `ones` of them, all of them."""
+    some = np.zeros(count)
+    some[np.random.default_rng(3).permutation(count)[:ones]] = 1.0
+    return examples(count), [np.zeros(count), some, np.ones(count)], np.full(count, 100.0)
+
+
+def test_repeated_calibrations_break_the_promise_as_often_as_counting_says():
+    # 300 prompts of which 32 lose 1: above the tolerance 0.1. A split certifies that setting if few of them are in it.
+    made, losses, full = pool_of(300, 32)
+    promise = Promise("f1", 0.1, 0.2, kind="tail", margin=0.0)
+    result = validate(
+        made, losses, [full * c for c in (0.9, 0.5, 0.2)], full, [[0, 1, 2]], promise, share=0.5, repeats=2000
+    )
+    most = max(count for count in range(150) if stats.binom.cdf(count, 150, 0.1) <= 0.2)
+    expected = stats.hypergeom.cdf(most, 300, 32, 150)
+    assert abs(result.exceeded_pool - 2000 * expected) < 5 * math.sqrt(2000 * expected * (1 - expected))
+    assert result.exceeded_pool <= 0.2 * 2000
+    assert result.chosen == {0: 2000 - result.exceeded_pool, 1: result.exceeded_pool}
+    # A split that is lucky in certifying always leaves more than its share to the other half.
+    assert result.exceeded_held_out == result.exceeded_pool
+    assert result.flops_ratio == pytest.approx((0.9 * result.chosen[0] + 0.5 * result.chosen[1]) / 2000)
+    assert "2000 calibrations" in result.words()
+    assert f"{result.exceeded_pool} of 2000" in result.words()
+
+
+def test_validation_finds_a_bound_that_lies_and_counts_what_certifies_nothing(monkeypatch):
+    made, losses, full = pool_of(200, 0)
+    options = {"share": 0.5, "repeats": 20}
+    honest = validate(made, losses, [full] * 3, full, [[2]], PROMISE, **options)
+    assert (honest.uncertified, honest.exceeded_pool, honest.loss, honest.flops_ratio) == (20, 0, 0.0, 1.0)
+    monkeypatch.setattr(Promise, "bound_at", lambda self, level: lambda losses, tolerance: 0.0)
+    liar = validate(made, losses, [full, full, full / 2], full, [[0, 1, 2]], PROMISE, **options)
+    assert (liar.exceeded_pool, liar.exceeded_held_out) == (20, 20)
+    assert liar.to_dict()["exceeded_pool_interval"][0] > 0.8
+
+
+def test_validation_of_a_run_uses_all_settings_and_its_own_numbers(scripted, tmp_path):
+    script = Script(at_most({0.9: 0.0, 0.5: 0.02, 0.1: 0.6}))
+    result = scripted(script, tmp_path, repeats=50)
+    assert {call for call in script.calls if call[0] == "test"} == {
+        ("test", arm) for arm in ("full model", "softmax > 0.9", "softmax > 0.5", "softmax > 0.1")
+    }
+    assert result.validation.repeats == 50
+    assert result.validation.chosen.get(2) is None
+    assert (
+        json.loads((tmp_path / "result.json").read_text())["validation"]["schema"] == "offramp/calibrate-validation/1"
+    )
+    parts = split_groups(examples(200), [0.75, 0.25], 0)
+    assert result.validation.certifying == len(parts[0])
+
+
+# ---------------------------------------------------------------- a tiny model
+
+
+SHORT = {"max_new_tokens": 4, "resamples": 50}
+REAL = Promise("f1", 0.3, 0.3, kind="textual")
+
+
+def questions(count):
+    return [Example(f"q{i}", f"w{20 + i} the sky w{30 + i}", (f"w{i + 40}",), f"g{i}", "why ?") for i in range(count)]
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path):
+    lm, made = model(), questions(16)
+    grid = Grid((1.0, 0.5))
+
+    def run(folder, **options):
+        return calibrate(lm, TASK, made, ExitPolicy(min_layer=2), REAL, folder, grid=grid, **SHORT, **options)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, total, what):
+        if done == 17:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "a", progress=kill)
+    (half,) = (tmp_path / "a" / "records" / "certification").glob("softmax*")
+    before = read_records(half)[1]
+    assert 0 < len(before) < 12
+    again, whole = run(tmp_path / "a"), run(tmp_path / "b")
+    assert again.certificate == whole.certificate
+    assert read_records(half)[1][: len(before)] == before  # seconds included: not made again
+    with pytest.raises(ValueError, match="made otherwise"):
+        calibrate(lm, TASK, made, ExitPolicy(min_layer=2), REAL, tmp_path / "a", grid=grid, seed=1, **SHORT)
+
+
+def test_a_threshold_that_lets_nothing_leave_costs_more_than_the_full_model_and_says_so(tmp_path):
+    result = calibrate(
+        model(), TASK, questions(16), ExitPolicy(min_layer=2), REAL, tmp_path, grid=Grid((1.0,)), **SHORT
+    )
+    seen = result.certificate.estimates["test"]
+    assert seen["loss"]["value"] == 0.0
+    assert seen["identical"]["value"] == 1.0
+    assert seen["flops_ratio"]["value"] > 1
+    assert "the full model is cheaper" in result.certificate.words()
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "config.json", "policy.json", "result.json", "calibrate.svg", "calibrate.png", "records",
+    }  # fmt: skip

@@ -1,0 +1,231 @@
+"""Certificates: in a file, in words, and when they do not apply; and the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from offramp import ExitPolicy, LanguageModel, cli
+from offramp.calibration import Promise, calibrate, decoded, load
+from offramp.exits import Exits
+from offramp.report import calibration_plots
+from offramp.tasks import TASKS
+from scripted_calibration import BASE, GRID, TASK, Script, at_most, examples, model
+from tiny import tiny, tokenizer
+
+
+def certified(monkeypatch, folder, promise=None, **options):
+    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(decoded, "decode_records", Script(at_most({0.9: 0.0, 0.5: 0.0, 0.1: 0.9})))
+    promise = promise or Promise("f1", 0.1, 0.1)
+    options = {"grid": GRID, "resamples": 20, "batch_size": 2, "max_new_tokens": 5, **options}
+    return calibrate(model(), TASK, examples(200), BASE, promise, folder, **options).certificate
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_policy_and_certificate_stand_in_one_file(monkeypatch, tmp_path):
+    certificate = certified(monkeypatch, tmp_path)
+    path = tmp_path / "policy.json"
+    assert ExitPolicy.load(path) == ExitPolicy(threshold=0.5)
+    assert load(path).to_dict() == json.loads(json.dumps(certificate.to_dict()))
+    assert cli.options.policy_from(path) == ExitPolicy(threshold=0.5)
+    ExitPolicy().save(tmp_path / "plain.json")
+    assert load(tmp_path / "plain.json") is None
+
+
+def test_a_certificate_of_another_version_is_refused(monkeypatch, tmp_path):
+    certified(monkeypatch, tmp_path)
+    path = tmp_path / "policy.json"
+    values = json.loads(path.read_text())
+    for change in ({"schema": "offramp/certificate/2"}, {"extra": 1}):
+        path.write_text(json.dumps(values | {"certificate": values["certificate"] | change}))
+        with pytest.raises(ValueError, match="calibrate again"):
+            load(path)
+
+
+def test_it_says_what_it_rests_on(monkeypatch, tmp_path):
+    certificate = certified(monkeypatch, tmp_path)
+    values = certificate.to_dict()
+    assert (values["n"], values["seed"], values["order"], values["level"]) == (150, 0, "path", 0.1)
+    assert values["promise"] == {
+        "metric": "f1", "tolerance": 0.1, "failure": 0.1, "kind": "risk", "margin": None, "bound": "hoeffding-bentkus",
+        "unit": "prompt",
+    }  # fmt: skip
+    assert values["splits"] == {"tuning": [0, 0], "certification": [150, 150], "test": [50, 50]}
+    assert [test["passed"] for test in values["tests"]] == [True, True, False]
+    assert values["tests"][values["selected"]]["knob"] == 0.5
+    assert values["conditions"]["settings"] == {"max_new_tokens": 5}
+    assert values["conditions"]["task"]["instruction"] == TASK.instruction
+    assert len(values["data"]["sha256"]) == 64
+    assert values["versions"]["torch"] == torch.__version__
+    test = values["estimates"]["test"]
+    assert 0 == test["loss"]["value"] < test["upper"] < 0.1
+    assert sum(test["histogram"]) == 50
+    assert "upper" not in values["estimates"]["certification"]  # which took part in the choice
+
+
+@pytest.mark.parametrize(
+    ("options", "phrases"),
+    [
+        ({}, ["lose at most 0.1 of f1 on average", "counts as one that loses nothing", "probability at least 0.9"]),
+        ({"kind": "signed"}, ["make up for others", "bound wsr"]),
+        ({"kind": "textual"}, ["get answers at most 0.1 away", "1 - f1"]),
+        ({"kind": "tail", "margin": 0.2}, ["lose more than 0.2 of f1", "probability of at most 0.1", "how much those"]),
+        ({"bound": "crc"}, ["a guarantee on the mean", "no failure probability"]),
+        ({"unit": "group"}, ["New groups of prompts", "150 certification groups"]),
+    ],
+)
+def test_each_promise_has_its_words(monkeypatch, tmp_path, options, phrases):
+    words = certified(monkeypatch, tmp_path, Promise("f1", 0.1, 0.1, **options)).words()
+    assert all(phrase in words for phrase in phrases)
+    assert ("probability at least" in words) == ("bound" not in options)
+
+
+# ---------------------------------------------------------------- does it apply?
+
+
+def other_weights(name="llama"):
+    torch.manual_seed(5)
+    made = type(tiny(name))(tiny(name).config)
+    return LanguageModel(made.eval(), tokenizer(), name="other")
+
+
+def test_no_mismatch_where_all_is_as_it_was(monkeypatch, tmp_path):
+    certificate = certified(monkeypatch, tmp_path)
+    policy = ExitPolicy.load(tmp_path / "policy.json")
+    assert certificate.mismatches(model()) == []
+    use = {"policy": policy, "task": TASK, "settings": {"max_new_tokens": 5}, "batch_size": 2}
+    assert certificate.mismatches(model(), **use) == []
+    assert load(tmp_path / "policy.json").mismatches(model(), **use) == []
+
+
+def with_exits():
+    lm = model()
+    lm.attach_exits(Exits(lm.split.shape.width, (2,)))
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("lm", "use", "reason"),
+    [
+        (other_weights, {}, "weights are not those of tiny"),
+        (lambda: LanguageModel(tiny("llama"), tokenizer(chat=False)), {}, "chat template"),
+        (model, {"policy": ExitPolicy(threshold=0.4)}, "policy threshold was 0.5 and is 0.4"),
+        (model, {"policy": ExitPolicy(threshold=0.5, skipped="defer")}, "policy skipped was 'propagate'"),
+        (model, {"task": TASKS["summarisation"]}, "task name was 'question-answering'"),
+        (model, {"task": replace(TASK, cue="So:")}, "task cue was 'Answer:' and is 'So:'"),
+        (model, {"settings": {"max_new_tokens": 9}}, "setting max new tokens was 5 and is 9"),
+        (model, {"settings": {"max_new_tokens": 5, "temperature": 1.0}}, "setting temperature was None and is 1.0"),
+        (model, {"batch_size": 1}, "batch size was 2 and is 1"),
+    ],
+)
+def test_each_mismatch_is_named(monkeypatch, tmp_path, lm, use, reason):
+    reasons = certified(monkeypatch, tmp_path).mismatches(lm(), **use)
+    assert any(reason in found for found in reasons), reasons
+
+
+def test_another_number_format_or_other_exits_are_mismatches(monkeypatch, tmp_path):
+    certificate = certified(monkeypatch, tmp_path)
+    low = LanguageModel(type(tiny("llama"))(tiny("llama").config), tokenizer(), name="tiny")
+    low.model.load_state_dict(tiny("llama").state_dict())
+    low.model.to(torch.bfloat16)
+    assert certificate.mismatches(low) == ["dtype was float32 and is bfloat16"]
+    changed = replace(certificate, conditions={**certificate.conditions, "exits": "abc"})
+    assert changed.mismatches(model()) == ["the trained exits are others, or missing, or not wanted"]
+
+
+def test_where_nothing_was_certified_leaving_early_is_a_mismatch(monkeypatch, tmp_path):
+    nothing = replace(certified(monkeypatch, tmp_path), certified=False, needed=None)
+    assert nothing.mismatches(model(), policy=ExitPolicy(threshold=None)) == []
+    assert "nothing was certified" in nothing.mismatches(model(), policy=ExitPolicy(threshold=0.9))[0]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrate") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"context": f"w{i + 20} sky w{i + 30} is blue", "question": "why ?", "answers": {"text": [f"w{i + 30}"]}}
+        for i in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def offramp(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def calibrated(folder, data, out, *more):
+    return offramp(
+        "calibrate", folder, "--task", "question-answering", "--data", data, "--kind", "textual", "--metric", "f1",
+        "--tolerance", 0.3, "--failure", 0.3, "--max-new-tokens", 3, "--out", out, *more,
+    )  # fmt: skip
+
+
+def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
+    out, path = tmp_path / "run", tmp_path / "out.json"
+    run = calibrated(
+        folder, data, out, "--thresholds", "0,1", "--min-layers", "3,2", "--order", "chains", "--validate", 20,
+        "--json", path,
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    result = json.loads(path.read_text())
+    assert result["schema"] == "offramp/calibrate/1"
+    assert result["validation"]["repeats"] == 20
+    assert "20 calibrations over random splits of 30 prompts" in run.stdout
+    assert result["certificate"]["certified"]  # at a threshold of 1 no token leaves
+    assert (out / "calibrate.svg").exists()
+    policy = load(out / "policy.json").policy
+    assert policy["min_layer"] in (2, 3)
+    use = ("generate", folder, "why ?", "--policy", out / "policy.json", "--max-new-tokens", 3)
+    assert "does not apply" not in offramp(*use).stderr
+    assert "certificate does not apply: policy threshold was" in offramp(*use, "--threshold", 0.77).stderr
+    assert "certificate does not apply: dtype was" in offramp(*use, "--dtype", "bfloat16").stderr
+    assert "certificate does not apply: setting max new tokens" in offramp(*use[:-1], 4).stderr
+    assert "certificate does not apply: setting chat" in offramp(*use, "--no-chat").stderr
+
+
+def test_thresholds_per_layer_from_a_tuning_part(folder, data, tmp_path):
+    out = tmp_path / "run"
+    run = calibrated(folder, data, out, "--per-layer", "--thresholds", "1,0.9", "--min-layers", "1", "--json", "-")
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout)
+    assert result["certificate"]["splits"]["tuning"][0] == 9
+    assert [len(setting["policy"]["threshold"]) for setting in result["settings"]] == [3, 3]
+    assert (out / "thresholds.json").exists()
+    again = json.loads(
+        calibrated(folder, data, out, "--per-layer", "--thresholds", "1,0.9", "--min-layers", "1", "--json", "-").stdout
+    )
+    assert again == result
+
+
+def test_nothing_certified_is_said_plainly(folder, data, tmp_path):
+    out = tmp_path / "run"
+    run = calibrated(folder, data, out, "--confidence", "static", "--min-layers", "1")
+    assert run.exit_code == 0, run.output
+    assert "NOTHING CERTIFIED" in run.stderr
+    assert "Nothing was certified" in run.stdout
+    assert ExitPolicy.load(out / "policy.json").threshold is None
+
+
+def test_wrong_use_is_refused_in_one_line(folder, data, tmp_path):
+    run = calibrated(folder, data, tmp_path / "run", "--tolerance", 0.01)
+    assert "are too few to certify tolerance 0.01" in str(run.exception)
+    assert not (tmp_path / "run").exists()
+    assert offramp("calibrate", folder, "--task", "poetry", "--data", data).exit_code == 2
+    assert calibrated(folder, data, tmp_path / "run", "--thresholds", "high").exit_code == 2
