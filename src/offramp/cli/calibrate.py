@@ -22,6 +22,7 @@ def calibrate(
         str, typer.Option(metavar="FILE", help="The examples, in the layouts of evaluate; or hub:OWNER/NAME.")
     ],
     target: Annotated[Path | None, typer.Option(metavar="FILE", help="Translations of the lines of --data.")] = None,
+    languages: o.Languages = None,
     tolerance: Annotated[float, typer.Option(help="What the mean loss of new prompts is to stay below.")] = 0.05,
     failure: Annotated[float, typer.Option(help="Probability with which that may fail.")] = 0.05,
     kind: Annotated[
@@ -48,6 +49,7 @@ def calibrate(
     confidence: o.Confidence = None,
     vocabulary: o.Vocabulary = None,
     skipped: o.Skipped = None,
+    prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
     thresholds: Annotated[
         str | None, typer.Option(help="To try, with commas; default: 16 from 0.999 to 0, finer near 1.")
@@ -105,13 +107,16 @@ def calibrate(
     from offramp.policy import ExitPolicy
     from offramp.tasks import fit, read_examples, take
 
-    asked = _task(task)
+    asked = o.task_named(task, languages)
     promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
-    layers = _numbers(min_layers, "--min-layers", int)
+    layers = o.numbers(min_layers, "--min-layers", int)
     first = None if layers is None or confidence != "static" else max(layers)  # a static policy cannot do without
-    base = o.policy_from(policy, confidence=confidence, vocabulary=vocabulary, skipped=skipped, min_layer=first)
+    base = o.policy_from(
+        policy, confidence=confidence, vocabulary=vocabulary, skipped=skipped, min_layer=first,
+        prompt_layer=prompt_layer,
+    )  # fmt: skip
     grid = Grid(
-        _numbers(thresholds, "--thresholds", float), layers, _numbers(vocabulary_sizes, "--vocabulary-sizes", int),
+        o.numbers(thresholds, "--thresholds", float), layers, o.numbers(vocabulary_sizes, "--vocabulary-sizes", int),
         per_layer,
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
@@ -134,23 +139,6 @@ def calibrate(
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
     o.note(f"wrote {folder}; use its policy with: offramp generate {model} --policy {folder / 'policy.json'}")
     o.write_result(result.to_dict(), json)
-
-
-def _task(name: str) -> Task:
-    from offramp.tasks import TASKS
-
-    if name not in TASKS:
-        raise typer.BadParameter(f"--task {name}: choose one of {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def _numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{option} {text}: give numbers with commas between them") from None
 
 
 def check_certificate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.calibrate import check_certificate
 
 if TYPE_CHECKING:
     from offramp.evaluation import Evaluation
@@ -103,7 +104,7 @@ def evaluate(
     )  # fmt: skip
     folder = out or Path("runs") / f"evaluate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     shared: dict[str, Any] = {
-        "static_layers": None if static is None else _numbers(static, "--static", int), "batch_size": batch_size,
+        "static_layers": o.numbers(static, "--static", int), "batch_size": batch_size,
         "resamples": resamples, "seed": seed,
         "about": {"data": ", ".join(data), "limit": limit, "seed": seed},
     }  # fmt: skip
@@ -112,7 +113,9 @@ def evaluate(
         if task == "perplexity":
             result = _perplexity(lm, data, chosen, folder, window, limit, shared)
         else:
-            result = _task(lm, task, languages, data, target, chosen, folder, limit, longest, max_new_tokens, shared)
+            result = _task(
+                lm, task, languages, data, target, chosen, policy or [], folder, limit, longest, max_new_tokens, shared
+            )
     if not state.is_main_process:
         return
     if str(json) != "-":
@@ -123,7 +126,7 @@ def evaluate(
 
 def _task(
     lm: LanguageModel, name: str, languages: str | None, data: list[str], target: Path | None,
-    arms: dict[str, ExitPolicy], folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None,
+    arms: dict[str, ExitPolicy], files: list[Path], folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None,
     shared: dict[str, Any],
 ) -> Evaluation:  # fmt: skip
     from offramp.evaluation import evaluate as run
@@ -137,6 +140,10 @@ def _task(
     if cut:
         o.note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
     shared["about"]["shortened"] = cut
+    settings = {"max_new_tokens": task.max_new_tokens if max_new_tokens is None else max_new_tokens}
+    for file in files:
+        policy = arms[file.stem]
+        check_certificate(file, lm, policy, task=task, settings=settings, batch_size=shared["batch_size"])
     return run(lm, task, examples, arms, folder, max_new_tokens=max_new_tokens, **shared)
 
 
@@ -181,17 +188,10 @@ def _arms(
     return chosen | grid(
         lm,
         confidences=(given["confidence"] or "softmax").split(","),
-        thresholds=_numbers(given["threshold"] or "0.9", "--threshold", float),
-        min_layers=_numbers(given["min_layer"], "--min-layer", int) if given["min_layer"] else (None,),
+        thresholds=o.numbers(given["threshold"], "--threshold", float) or (0.9,),
+        min_layers=o.numbers(given["min_layer"], "--min-layer", int) or (None,),
         vocabularies=[None if kind == "none" else kind for kind in (given["vocabulary"] or "none").split(",")],
         vocabulary_size=vocabulary_size,
         skipped=skipped or "propagate",
         prompt_layer=prompt_layer,
     )
-
-
-def _numbers(text: str, option: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{option} {text}: give numbers with commas between them") from None

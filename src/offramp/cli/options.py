@@ -105,6 +105,16 @@ def examples_from(task: Task, files: list[str] | None, target: Path | None = Non
     return [example for file in files for example in read_examples(task, file, target)]
 
 
+def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
+    """Numbers with commas between them; None of None."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text}: give numbers with commas between them, such as 15,20,25") from None
+
+
 def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
     """The policy of a file and of options that are not None; None if there is neither."""
     from offramp.policy import ExitPolicy

@@ -181,8 +181,8 @@ def train(
     if epochs is not None:
         steps = epochs * steps_per_epoch(parts.train, batch_size)
     config = TrainConfig(
-        layers=_layers(layers), trainable=trainable, rank=rank, lora_rank=lora_rank, objective=objective,
-        temperature=temperature, weights=weights, hidden_loss=hidden_loss, layer_dropout=layer_dropout,
+        layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, lora_rank=lora_rank,
+        objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss, layer_dropout=layer_dropout,
         prompt_layer=prompt_layer, learning_rate=learning_rate, weight_decay=weight_decay,
         steps=500 if steps is None and tokens is None else steps, tokens=tokens, batch_size=batch_size,
         micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,
@@ -207,12 +207,3 @@ def _check(exits: str | None, objective: str, *ends: int | None) -> None:
         raise typer.BadParameter("--exits is for --objective consistency; other objectives train new exits")
     if sum(end is not None for end in ends) > 1:
         raise typer.BadParameter("give one of --epochs, --steps and --tokens")
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--layers {text}: give numbers with commas between them, such as 15,20,25") from None
