@@ -182,8 +182,8 @@ def train(
         steps = epochs * steps_per_epoch(parts.train, batch_size)
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, lora_rank=lora_rank,
-        objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss, layer_dropout=layer_dropout,
-        prompt_layer=prompt_layer, learning_rate=learning_rate, weight_decay=weight_decay,
+        objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
+        layer_dropout=layer_dropout, prompt_layer=prompt_layer, learning_rate=learning_rate, weight_decay=weight_decay,
         steps=500 if steps is None and tokens is None else steps, tokens=tokens, batch_size=batch_size,
         micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,
         seed=seed, validate_every=validate_every, save_every=save_every,
