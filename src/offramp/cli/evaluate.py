@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offramp.evaluation import Evaluation
     from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
+    from offramp.tasks import Task
 
 SWEEP = {"confidence": "softmax,jsd", "threshold": "0.5,0.7,0.9", "vocabulary": "none,fixed"}
 
@@ -113,9 +114,8 @@ def evaluate(
         if task == "perplexity":
             result = _perplexity(lm, data, chosen, folder, window, limit, shared)
         else:
-            result = _task(
-                lm, task, languages, data, target, chosen, policy or [], folder, limit, longest, max_new_tokens, shared
-            )
+            what = o.task_named(task, languages)
+            result = _task(lm, what, data, target, chosen, policy or [], folder, limit, longest, max_new_tokens, shared)
     if not state.is_main_process:
         return
     if str(json) != "-":
@@ -125,16 +125,14 @@ def evaluate(
 
 
 def _task(
-    lm: LanguageModel, name: str, languages: str | None, data: list[str], target: Path | None,
-    arms: dict[str, ExitPolicy], files: list[Path], folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None,
-    shared: dict[str, Any],
+    lm: LanguageModel, task: Task, data: list[str], target: Path | None, arms: dict[str, ExitPolicy], files: list[Path],
+    folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None, shared: dict[str, Any],
 ) -> Evaluation:  # fmt: skip
     from offramp.evaluation import evaluate as run
     from offramp.tasks import fit, read_examples, take
 
     if len(data) > 1:
-        raise typer.BadParameter(f"--data is given {len(data)} times; {name} reads one")
-    task = o.task_named(name, languages)
+        raise typer.BadParameter(f"--data is given {len(data)} times; {task.name} reads one")
     examples = take(read_examples(task, data[0], target), limit, shared["seed"])
     examples, cut = fit(lm, task, examples, longest=longest, room=max_new_tokens)
     if cut:
