@@ -1,0 +1,210 @@
+"""Write docs/results: every figure in it comes from the commands this script runs.
+
+    .venv/bin/python benchmarks/results.py DATA [translation] [summarisation] [questions]
+
+DATA is a folder with multi30k/, dialogsum/, samsum/ and xquad_en/ in their published layouts. Runs are kept in
+runs/results; each command goes on where it was interrupted and is not repeated once it is done. All of them take some
+four hours on two cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import offramp
+
+ROOT = Path(__file__).parents[1]
+RUNS, PAGES = ROOT / "runs" / "results", ROOT / "docs" / "results"
+OFFRAMP = [sys.executable, "-m", "offramp"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a study: `arguments` with {data} and {run} in them, and what it shows on the page."""
+
+    title: str
+    command: str
+    name: str
+    shows: bool = True
+
+
+@dataclass(frozen=True)
+class Study:
+    """A page: what it is about, and its commands in order."""
+
+    title: str
+    about: str
+    steps: tuple[Step, ...]
+
+
+_TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
+_T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
+_SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
+_SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
+_QUESTIONS = "smollm2 --dtype bfloat16 --task question-answering"
+
+STUDIES = {
+    "translation": Study(
+        "Translation: a T5 trained from scratch with exits",
+        "A T5 of 6 + 6 layers, width 256 (13 million parameters), trained on Multi30k English to German with weighted "
+        "cross-entropy over the exits after layers 1 to 4 and the last layer (weights proportional to the layer, as "
+        "CALM and FREE). Judged on sentences of the validation set; nothing was chosen on them but what calibration "
+        "certifies, which has its own splits.",
+        (
+            Step("A new model and tokenizer", "new_t5 {run}/base {data}/multi30k/train.en.gz "
+                 "{data}/multi30k/train.de.gz", "base", shows=False),
+            Step("Training", "train {run}/base --task translation --data {data}/multi30k/train.en.gz "
+                 "--target {data}/multi30k/train.de.gz --trainable all --objective labels --weights layer "
+                 "--layers 1,2,3,4 --epochs 6 --batch-size 128 --window 128 --learning-rate 3e-3 --schedule linear "
+                 "--warmup 100 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 222 "
+                 "--save-every 100", "train"),
+            Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
+                 "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --count 6000 "
+                 "--objective consistency --epochs 2 --batch-size 32 --window 128 --learning-rate 1e-2", "classifier"),
+            Step("Every policy at one threshold", f"evaluate {_T5} --limit 300 --arms default", "evaluate"),
+            Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --sweep --confidence softmax "
+                 "--threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 1,2 --vocabulary none,fixed", "sweep"),
+            Step("A certificate at tolerance 0.05", f"calibrate {_T5} --tolerance 0.05 --validate 200",
+                 "calibrate-05"),
+            Step("A certificate at tolerance 0.10", f"calibrate {_T5} --tolerance 0.10 --validate 200",
+                 "calibrate-10"),
+        ),
+    ),
+    "summarisation": Study(
+        "Summarisation: SmolLM2 with exits",
+        "SmolLM2-135M-Instruct, LoRA and exits (lenses of rank 128) trained on 3,000 dialogues of DialogSum's training "
+        "set, one epoch, for prompts that stop after layer 14: nine tenths of the work of a summary is its prompt, so "
+        "a policy that takes the whole prompt through all layers can save little. Judged on DialogSum dev and, never "
+        "trained on, SAMSum validation.",
+        (
+            Step("Training", "train smollm2 --task summarisation --data {data}/dialogsum/train.jsonl.gz --count 3000 "
+                 "--trainable lora --lora-rank 32 --rank 128 --objective labels --weights layer --layers 14,18,22,26 "
+                 "--prompt-layer 14 --epochs 1 --batch-size 8 --window 448 --learning-rate 8e-4 --warmup 20 "
+                 "--dtype bfloat16 --held-out 0.02 --validate-every 125 --save-every 25", "train"),
+            Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task summarisation "
+                 "--data {data}/dialogsum/train.jsonl.gz --count 300 --objective consistency --epochs 1 --batch-size 4 "
+                 "--window 448 --prompt-layer 14 --dtype bfloat16", "classifier"),
+            Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 60 "
+                 "--arms default --prompt-layer 14", "evaluate"),
+            Step("The same on SAMSum", f"evaluate {_SMOLLM2} --task summarisation "
+                 "--data {data}/samsum/validation.json --longest 512 --limit 40 --confidence softmax --threshold 0.6,0.9 --prompt-layer 14", "samsum"),
+            Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
+                 "--thresholds 0.9,0.7,0.5,0.3,0.1 --tolerance 0.10 --validate 200", "calibrate-10"),
+            Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
+                 "--thresholds 0.9,0.7,0.5,0.3,0.1 --tolerance 0.05 --validate 200", "calibrate-05"),
+        ),
+    ),
+    "questions": Study(
+        "Question answering: SmolLM2 that teaches its own exits",
+        "SmolLM2-135M-Instruct as it is; lenses learn from its last layer on its own answers to the questions on the "
+        "first 12 articles of XQuAD-en (part a), texts included. Judged on questions on the other articles.",
+        (
+            Step("Articles divided", "split {data}/xquad_en/dev_a.json {run}/train.json {run}/test.json", "split",
+                 shows=False),
+            Step("Training", f"train {_QUESTIONS} --data {{run}}/train.json --own-answers --with-prompts "
+                 "--max-new-tokens 24 --positions 64 --layers 12,16,20,24,27 --epochs 1 --batch-size 1 --window 384",
+                 "train"),
+            Step("Every policy at one threshold", f"evaluate {_QUESTIONS} --exits {{run}}/train/exits "
+                 "--data {run}/test.json --limit 60 --arms default --max-new-tokens 24", "evaluate"),
+        ),
+    ),
+}  # fmt: skip
+
+
+def split(source: Path, first: Path, rest: Path) -> None:
+    """Divide a SQuAD file by articles."""
+    articles = json.loads(source.read_text(encoding="utf-8"))["data"]
+    for path, part in ((first, articles[: len(articles) // 2]), (rest, articles[len(articles) // 2 :])):
+        path.write_text(json.dumps({"version": "1.1", "data": part}, ensure_ascii=False), encoding="utf-8")
+
+
+def run(step: Step, place: dict[str, str]) -> None:
+    """One command; its output is kept beside its run folder, where it is found again."""
+    folder = Path(place["run"]) / step.name
+    output = folder.with_suffix(".txt")
+    if output.exists():
+        return
+    program, *arguments = shlex.split(step.command.format(**place))
+    print(f"running: {step.title}", flush=True)
+    if program == "split":
+        split(*map(Path, arguments))
+        output.write_text("")
+        return
+    if program == "new_t5":
+        command = [sys.executable, str(ROOT / "benchmarks" / "new_t5.py"), *arguments]
+    else:
+        extra = ["--out", str(folder), "--json", str(folder.with_suffix(".json"))]
+        command = [*OFFRAMP, program, *arguments, *extra]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{step.title} failed; run this script again to go on")
+    output.write_text(done.stdout, encoding="utf-8")
+
+
+def page(name: str, study: Study, place: dict[str, str]) -> None:
+    """Write docs/results/NAME.md from the outputs and pictures of its commands."""
+    runs, pictures = Path(place["run"]), PAGES / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {study.title}", "", study.about, "", f"{conditions()}"]
+    for step in study.steps:
+        shown = step.command.format(data="$DATA", run=f"runs/results/{name}")
+        program = "python benchmarks/new_t5.py" if step.command.startswith("new_t5") else "offramp"
+        shown = shown.removeprefix("new_t5 ") if program != "offramp" else shown
+        if step.command.startswith("split"):
+            continue
+        lines += ["", f"## {step.title}", "", "```", f"{program} {shown}", "```"]
+        output = runs / f"{step.name}.txt"
+        if not output.exists():
+            lines += ["", "Not run yet."]
+            continue
+        if not step.shows:
+            continue
+        text = output.read_text(encoding="utf-8").strip().replace(str(runs), f"runs/results/{name}")
+        lines += ["", text if text.startswith("|") or "\n|" in text else f"```\n{text}\n```"]
+        for picture in sorted((runs / step.name).glob("*.svg")):
+            target = pictures / f"{name}-{step.name}-{picture.name}"
+            shutil.copyfile(picture, target)
+            lines += ["", f"![{step.title}: {picture.stem}](pictures/{target.name})"]
+    notes = PAGES / f"{name}-notes.md"
+    if notes.exists():
+        lines += ["", notes.read_text(encoding="utf-8").strip()]
+    (PAGES / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {PAGES / name}.md")
+
+
+def conditions() -> str:
+    """What the figures were measured on."""
+    return (
+        f"Seed 0 everywhere. {platform.machine()} processor, {os.cpu_count()} cores, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, offramp {offramp.__version__}. Brackets are 95 % bootstrap "
+        "intervals over examples; ratios are to the full model on the same examples, prompt and encoder included."
+    )
+
+
+def main() -> None:
+    """Run what has not run yet, then write the pages."""
+    parser = argparse.ArgumentParser(description="Run the studies of docs/results.")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("studies", nargs="*", default=list(STUDIES), metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--pages-only", action="store_true", help="run nothing, write the pages from what there is")
+    options = parser.parse_args()
+    for name in options.studies:
+        place = {"data": str(options.data.resolve()), "run": str(RUNS / name)}
+        Path(place["run"]).mkdir(parents=True, exist_ok=True)
+        for step in () if options.pages_only else STUDIES[name].steps:
+            run(step, place)
+        page(name, STUDIES[name], place)
+
+
+if __name__ == "__main__":
+    main()
