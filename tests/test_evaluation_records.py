@@ -1,6 +1,7 @@
 """Records of arms: what they say, and that their files survive interruptions and refuse what does not belong."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation_runs import SHORT, TASK, examples, model
-from offramp import ExitPolicy
+from offramp import ExitPolicy, LanguageModel
 from offramp.evaluation import decode_records, read_records
-from offramp.evaluation.records import agreement
+from offramp.evaluation.records import agreement, pieces
 from offramp.metrics.text import f1
 from tiny import greedy, tiny
 
@@ -54,6 +55,41 @@ def test_costs_are_those_of_generate(tmp_path, name, policy):
         assert sum(record.parts.values()) == record.flops
         assert record.parts["encoder"] == costs.parts["encoder"].flops
         assert record.seconds > 0
+
+
+def test_tokens_bring_their_texts_and_confidences(tmp_path):
+    lm = model()
+    full = records(tmp_path / "full.jsonl")
+    assert {value for record in full for value in record.confidences} == {None}
+    for record, example in zip(records(tmp_path / "a.jsonl", SOFTMAX, full), examples(), strict=True):
+        out = lm.generate(TASK.prompts(lm, [example]), policy=SOFTMAX, max_new_tokens=SHORT)
+        assert record.confidences == [None if math.isnan(c) else round(c, 4) for c in out.confidences[0]]
+        assert any(record.confidences)
+        words = [lm.tokenizer.decode([token], skip_special_tokens=True) for token in record.tokens]
+        assert [piece.strip() for piece in record.pieces] == words
+        assert "".join(record.pieces) == record.text
+
+
+@given(st.text(alphabet="aä€😀 ", max_size=6), st.booleans())
+def test_pieces_are_the_text_whatever_tokens_are(text, half):
+    """Tokens of single bytes, up to four of which are one character; the last one may lack its end."""
+    data = text.encode()[: -1 if half else None]
+
+    class Bytes:
+        @staticmethod
+        def decode(ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    lm = LanguageModel(tiny("llama"), Bytes())
+    found = pieces(lm, list(data))
+    assert len(found) == len(data)
+    assert "".join(found) == data.decode(errors="replace")
+    if not half:
+        assert [piece for piece in found if piece] == list(text)
+
+
+def test_without_a_tokenizer_there_are_no_pieces():
+    assert pieces(LanguageModel(tiny("llama")), [1, 2]) == []
 
 
 def test_prefill_is_the_pass_over_the_prompt(tmp_path):

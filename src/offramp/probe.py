@@ -143,6 +143,24 @@ class Probe:
         finite: dict[str, Any] = _finite({"schema": SCHEMA, **asdict(self)})
         return finite
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Probe:
+        """The inverse of `to_dict`.
+
+        Returns:
+            The probe.
+
+        Raises:
+            ValueError: The schema is another one.
+        """
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: this is no probe")
+        given = {name: value for name, value in values.items() if name != "schema"}
+        given["layers"] = tuple(LayerReport(**layer) for layer in given["layers"])
+        for name in ("saturation", "oracle"):
+            given[name] = Depths(**{**given[name], "counts": tuple(given[name]["counts"])})
+        return cls(**given)
+
     def table(self) -> str:
         """The probe as plain text: a row per layer (of deep models every second or third) and what follows from it."""
         from offramp.report import text

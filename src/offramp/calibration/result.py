@@ -15,6 +15,7 @@ from offramp.calibration.validate import Validation
 from offramp.files import write_json
 from offramp.policy import ExitPolicy
 
+SCHEMA = "offramp/calibrate/1"
 CONFIG, RESULT, POLICY = "config.json", "result.json", "policy.json"
 
 
@@ -42,7 +43,7 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "schema": "offramp/calibrate/1",
+            "schema": SCHEMA,
             "certificate": self.certificate.to_dict(),
             "words": self.certificate.words(),
             "settings": [

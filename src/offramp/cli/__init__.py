@@ -17,6 +17,7 @@ from offramp.cli.calibrate import calibrate
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
+from offramp.cli.report import report
 from offramp.cli.train import train
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(evaluate)
 app.command()(calibrate)
 app.command()(generate)
 app.command()(bench)
+app.command()(report)
 
 
 @app.callback()

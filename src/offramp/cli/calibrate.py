@@ -129,7 +129,7 @@ def calibrate(
         result = run(
             lm, asked, examples, base or ExitPolicy(), promise, folder, grid=grid, order=order, tuning=tuning_share,
             test=test_share, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate,
-            about={"name": data, "limit": limit, "shortened": cut}, progress=progress,
+            about={"name": data, "limit": limit, "shortened": cut, "command": o.command_line()}, progress=progress,
         )  # fmt: skip
     if str(json) != "-":
         typer.echo(result.table())

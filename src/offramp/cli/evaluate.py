@@ -107,7 +107,7 @@ def evaluate(
     shared: dict[str, Any] = {
         "static_layers": o.numbers(static, "--static", int), "batch_size": batch_size,
         "resamples": resamples, "seed": seed,
-        "about": {"data": ", ".join(data), "limit": limit, "seed": seed},
+        "about": {"data": ", ".join(data), "limit": limit, "seed": seed, "command": o.command_line()},
     }  # fmt: skip
     with o.progress("evaluating") as progress:
         shared["progress"] = progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,11 @@ def write_result(values: dict[str, Any], path: Path | None) -> None:
     else:
         write_json(path, values)
         note(f"wrote {path}")
+
+
+def command_line() -> str:
+    """The command as it was given, for the record of a run."""
+    return shlex.join(["offramp", *sys.argv[1:]])
 
 
 def note(text: str) -> None:

@@ -189,7 +189,8 @@ def train(
         seed=seed, validate_every=validate_every, save_every=save_every,
     )  # fmt: skip
     with o.progress("training") as progress:
-        result = run(lm, parts, config, folder, progress=progress, report_to=report_to)
+        about = {"command": o.command_line()}
+        result = run(lm, parts, config, folder, progress=progress, report_to=report_to, about=about)
     if str(json) != "-":
         typer.echo(result.table())
     trained = str(result.model or model)

@@ -18,11 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 from filelock import FileLock, Timeout
 
-from offramp import __version__
 from offramp.evaluation.arms import FULL, static_arms
 from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, perplexity_records
@@ -31,6 +28,7 @@ from offramp.evaluation.records import decode_records
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.files import differences, write_json
+from offramp.machine import describe
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -198,7 +196,6 @@ def _count(progress: Progress | None, number: int, arms: int, done: int, total: 
 def _conditions(
     lm: LanguageModel, examples: Sequence[Item], task: str, about: Mapping[str, Any] | None
 ) -> dict[str, Any]:  # fmt: skip
-    device = lm.split.device
     return {
         "model": lm.name,
         "task": task,
@@ -206,11 +203,7 @@ def _conditions(
         **(about or {}),
         "trained_exits": list(lm.split.exit_layers),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "offramp": __version__,
+        **describe(lm.split.device),
     }
 
 

@@ -26,7 +26,7 @@ from offramp.choosing import Choosing
 from offramp.costs import Ledger
 from offramp.decoding import decode
 from offramp.evaluation.record_file import Progress, Record, header_of, kept
-from offramp.evaluation.records import agreement, prefill_parts, require_full, shares
+from offramp.evaluation.records import agreement, pieces, prefill_parts, require_full, shares, sure
 from offramp.training.data import read_texts
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def perplexity_records(
             raise ValueError(f"perplexity is that of an exit's logits; decode_from={policy.decode_from!r} has others")
 
     def answer(batch: Sequence[Passage]) -> list[Record]:
-        forced, layers, bills = _score(lm, batch, policy)
+        forced, layers, confidences, bills = _score(lm, batch, policy)
         records = []
         for row, passage in enumerate(batch):
             count = len(passage.ids) - 1
@@ -147,6 +147,8 @@ def perplexity_records(
                     said == theirs,
                     **bills[row],
                     sums={"nats": nats, "outside": int(forced.outside[row])},
+                    pieces=pieces(lm, said),
+                    confidences=confidences[row],
                 )  # fmt: skip
             )
         return records
@@ -202,8 +204,8 @@ class _Unending(Choosing):
 
 def _score(
     lm: LanguageModel, batch: Sequence[Passage], policy: ExitPolicy | None
-) -> tuple[_Forced, list[list[int]], list[dict[str, Any]]]:
-    """What was noted, exit layers and costs of each row."""
+) -> tuple[_Forced, list[list[int]], list[list[float | None]], list[dict[str, Any]]]:
+    """What was noted; exit layers, confidences and costs of each row."""
     began = time.perf_counter()
     device = lm.split.device
     longest = max(len(passage.ids) for passage in batch) - 1
@@ -218,15 +220,18 @@ def _score(
     )
     ledger = Ledger(lm.split.shape, device)
     layers: list[list[int]] = [[] for _ in batch]
+    confidences: list[list[float | None]] = [[] for _ in batch]
     first: dict[str, int] = {}
     steps = decode(lm.split, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger)
     for step in steps:
         first = prefill_parts(ledger.costs) if step.prefill else first
-        for row, (active, layer) in enumerate(zip(step.active.tolist(), step.exit_layer.tolist(), strict=True)):
+        columns = zip(step.active.tolist(), step.exit_layer.tolist(), sure(step), strict=True)
+        for row, (active, layer, confidence) in enumerate(columns):
             if active:
                 layers[row].append(layer)
+                confidences[row].append(confidence)
     costs, shape = ledger.settle(), lm.split.shape
     readout = costs.parts["readout"]
     readout.flops -= forced.rereads * len(batch) * shape.readout_flops()
     readout.bytes -= forced.rereads * shape.width * shape.vocabulary * shape.element_size
-    return forced, layers, shares(costs, first, time.perf_counter() - began, len(batch))
+    return forced, layers, confidences, shares(costs, first, time.perf_counter() - began, len(batch))

@@ -60,6 +60,8 @@ class Record:
             it apart from them as "prefill"; they add up to `flops`. Of examples answered together, each bears an equal
             share of the costs.
         sums: Further quantities that add up over examples: for perplexity, see `offramp.evaluation.perplexity`.
+        pieces: What each token adds to the text, perhaps nothing; together they are the text.
+        confidences: Of the last test of each token, to four places; None where none was made.
     """
 
     id: str
@@ -76,6 +78,8 @@ class Record:
     seconds: float
     parts: dict[str, int]
     sums: dict[str, float] = field(default_factory=dict)
+    pieces: list[str] = field(default_factory=list)
+    confidences: list[float | None] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------- the file

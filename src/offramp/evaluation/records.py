@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +17,7 @@ from offramp.evaluation.record_file import Item, Progress, Record, header_of, ke
 from offramp.metrics.text import METRICS
 
 if TYPE_CHECKING:
+    from offramp.decoding import Step
     from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
     from offramp.tasks import Example, Task
@@ -66,7 +69,7 @@ def decode_records(
         require_full(examples, full)
 
     def answer(batch: Sequence[Example]) -> list[Record]:
-        tokens, layers, bills = _generate(lm, task.prompts(lm, batch), policy, options)
+        tokens, layers, confidences, bills = _generate(lm, task.prompts(lm, batch), policy, options)
         texts = lm.decode(tokens)
         records = []
         for row, example in enumerate(batch):
@@ -84,6 +87,8 @@ def decode_records(
                     agreement(tokens[row], theirs),
                     tokens[row] == theirs,
                     **bills[row],
+                    pieces=pieces(lm, tokens[row]),
+                    confidences=confidences[row],
                 )  # fmt: skip
             )
         return records
@@ -114,25 +119,51 @@ def require_full(examples: Sequence[Item], full: Mapping[str, Record] | None) ->
 
 def _generate(
     lm: LanguageModel, prompts: Any, policy: ExitPolicy | None, options: Mapping[str, Any]
-) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]]]:
-    """Tokens, exit layers and costs of each row."""
+) -> tuple[list[list[int]], list[list[int]], list[list[float | None]], list[dict[str, Any]]]:
+    """Tokens, exit layers, confidences and costs of each row."""
     began = time.perf_counter()
     stream = lm.stream(prompts, policy=policy, **options)
     tokens: list[list[int]] = []
     layers: list[list[int]] = []
+    confidences: list[list[float | None]] = []
     first: dict[str, int] = {}
     for step in stream:
         if not tokens:
             tokens, layers = [[] for _ in step.token], [[] for _ in step.token]
+            confidences = [[] for _ in step.token]
             first = prefill_parts(stream.costs) if step.prefill else {}
-        columns = zip(step.active.tolist(), step.token.tolist(), step.exit_layer.tolist(), strict=True)
-        for row, (active, token, layer) in enumerate(columns):
+        columns = zip(step.active.tolist(), step.token.tolist(), step.exit_layer.tolist(), sure(step), strict=True)
+        for row, (active, token, layer, confidence) in enumerate(columns):
             if active:
                 tokens[row].append(token)
                 layers[row].append(layer)
+                confidences[row].append(confidence)
     if lm.split.device.type == "cuda":
         torch.cuda.synchronize()
-    return tokens, layers, shares(stream.costs, first, time.perf_counter() - began, len(tokens))
+    return tokens, layers, confidences, shares(stream.costs, first, time.perf_counter() - began, len(tokens))
+
+
+def sure(step: Step) -> list[float | None]:
+    """The confidences of a step, as `Record.confidences` has them."""
+    return [round(value, 4) if math.isfinite(value) else None for value in step.confidence.tolist()]
+
+
+def pieces(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; half a character counts to the token with its other half.
+
+    Args:
+        lm: The model, for its tokenizer.
+        ids: Token ids.
+
+    Returns:
+        One per token, which together are the text; none without a tokenizer.
+    """
+    if lm.tokenizer is None:
+        return []
+    texts = lm.decode([list(ids[:end]) for end in range(1, len(ids) + 1)])
+    ends = [len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in texts[:-1]] + [len(text) for text in texts[-1:]]
+    ends = list(itertools.accumulate(reversed(ends), min))[::-1]  # what a later token took back, it says itself
+    return [texts[-1][start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def prefill_parts(costs: Costs) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from offramp.risk.control import pareto_front
 from offramp.tables import markdown
 
 RESULTS, TABLE = "results.json", "table.md"
+SCHEMA = "offramp/evaluate/1"
 COSTS = ("flops_ratio", "seconds_ratio")
 """Costs that Pareto fronts are drawn over."""
 
@@ -75,7 +77,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "schema": "offramp/evaluate/1",
+            "schema": SCHEMA,
             "conditions": self.conditions,
             "metric": self.metric,
             "num_layers": self.num_layers,
@@ -83,6 +85,21 @@ class Evaluation:
             "front": {cost: self.front(cost) for cost in COSTS},
             "ahead_of_static": {cost: self.ahead(cost) for cost in COSTS},
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            ValueError: The schema is another one.
+        """
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: this is no evaluation's result")
+        arms = [ArmSummary.from_dict(arm) for arm in values["arms"]]
+        return cls(values["conditions"], values["metric"], values["num_layers"], arms)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write results.json, table.md and, if matplotlib is installed, the pictures as SVG and PNG.
@@ -106,11 +123,17 @@ class Evaluation:
 
     def table(self) -> str:
         """Tables for a terminal that are Markdown as well: quality, costs, and what to make of them."""
-        conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
-        blocks = [self._quality_table(), self._cost_table(), *(f"{line}." for line in self._verdict())]
+        said = {key: value for key, value in self.conditions.items() if key != "command"}
+        conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items())
+        blocks = [
+            markdown(*self.quality_table()),
+            markdown(*self.cost_table()),
+            *(f"{line}." for line in self.verdict()),
+        ]
         return "\n\n".join([*blocks, f"Conditions: {conditions}."])
 
-    def _quality_table(self) -> str:
+    def quality_table(self) -> tuple[list[str], list[list[str]]]:
+        """What each arm answers: the head, and a row per arm."""
         others = [name for name in self.arms[0].quality if name != self.metric]
         pruned = any(arm.outside for arm in self.arms)
         head = [
@@ -126,9 +149,10 @@ class Evaluation:
             ]
             for arm in self.arms
         ]  # fmt: skip
-        return markdown(["quality", *head], rows)
+        return ["quality", *head], rows
 
-    def _cost_table(self) -> str:
+    def cost_table(self) -> tuple[list[str], list[list[str]]]:
+        """What each arm costs: the head, and a row per arm."""
         front = set(self.front())
         head = ["cost (× full model)", "exit layer", "FLOPs", "without prompt", "bytes", "seconds", "front"]
         rows = [
@@ -140,9 +164,10 @@ class Evaluation:
             ]
             for arm in self.arms
         ]  # fmt: skip
-        return markdown(head, rows)
+        return head, rows
 
-    def _verdict(self) -> list[str]:
+    def verdict(self) -> list[str]:
+        """How to read the tables, and what to make of them: sentences without their full stops."""
         percent = f"{self.conditions.get('level', 0.95):.0%}"
         scale = "" if self.metric == PERPLEXITY else "; scores in points of 100"
         ahead = self.ahead()

@@ -73,6 +73,20 @@ class ArmSummary:
         """JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ArmSummary:
+        """The inverse of `to_dict`."""
+        read: dict[str, Any] = {
+            name: Interval(**value) if _is_interval(value) else value for name, value in values.items()
+        }
+        for name in ("quality", "difference"):
+            read[name] = {metric: Interval(**value) for metric, value in values[name].items()}
+        return cls(**read)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"value", "low", "high"}
+
 
 def summarise(
     records: Sequence[Record],

@@ -6,9 +6,10 @@ gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,8 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 def _save(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
     """Draw, and write each figure as SVG and PNG under its name."""
-    matplotlib, paths = require_matplotlib(), []
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own style would make other pictures of the same figures
-        matplotlib.rcParams.update(STYLE)
+    paths = []
+    with styled():
         for name, draw in drawings.items():
             figure = draw()
             for suffix, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
@@ -119,6 +118,16 @@ def _save(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
                 _write(figure, path, format=suffix, **options)
                 paths.append(path)
     return paths
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw in our style for a while: the user's own would make other pictures of the same figures."""
+    matplotlib = require_matplotlib()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
 
 
 def _write(figure: Any, path: Path, **options: Any) -> None:

@@ -54,8 +54,12 @@ class RunFolder:
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
         self.checkpoint, self.exits, self.model = path / "checkpoint.safetensors", path / "exits", path / "model"
 
-    def check(self, record: dict[str, Any]) -> None:
+    def check(self, record: dict[str, Any], about: Mapping[str, Any] | None = None) -> None:
         """Write what is asked for, or compare it with what was.
+
+        Args:
+            record: What makes the run, as JSON values.
+            about: What else is worth knowing of its first start; not compared.
 
         Raises:
             ValueError: The folder holds a run with other options.
@@ -64,8 +68,11 @@ class RunFolder:
         if not self.writes:
             return
         if not self.config.exists():
-            write_json(self.config, record)
-        elif differing := differences(json.loads(self.config.read_text(encoding="utf-8")), record):
+            write_json(self.config, {**record, "about": dict(about or {})})
+            return
+        have = json.loads(self.config.read_text(encoding="utf-8"))
+        have.pop("about", None)
+        if differing := differences(have, record):
             raise ValueError(
                 f"{self.path} holds another run: {'; '.join(differing)}; "
                 "give the same options to continue it, or another folder"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from offramp.exits import Exits
 from offramp.families import SplitModel
+from offramp.machine import describe
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import tally_classifiers
@@ -107,6 +108,7 @@ def train(
     folder: Path,
     progress: Callable[..., None] | None = None,
     report_to: Any = None,
+    about: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train exits, or the model with them, or go on where an earlier call in the same folder was interrupted.
 
@@ -118,6 +120,7 @@ def train(
         progress: Called with the steps (or tokens) done and to do, and the loss.
         report_to: Trackers as `accelerate.Accelerator(log_with=...)` takes them: "tensorboard", "wandb", "all", a
             `GeneralTracker`, or a list; they get what metrics.jsonl gets.
+        about: What else config.json should say, as JSON values, beside hardware and versions; nobody compares it.
 
     Returns:
         What was reached.
@@ -132,7 +135,7 @@ def train(
     with opened(folder, writes=workers.is_main_process) as run:
         with trainable(lm, config) as learns:
             record = _record(lm, learns.exits, data, config)
-            run.check(record)
+            run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
             clock = _Trainer(lm.split, learns, data, config, run, workers).go(progress)

@@ -1,0 +1,57 @@
+"""One HTML file about several runs, which needs nothing beside it: pictures and styles are inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offramp import __version__
+from offramp.files import replace_file
+
+if TYPE_CHECKING:
+    from offramp.report.pages import Page
+
+TEMPLATE = "report.html.j2"
+
+
+def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0) -> Path:
+    """Write a report.
+
+    Args:
+        runs: Folders of `offramp train`, `evaluate`, `calibrate` and `probe`, and JSON files of `probe`.
+        out: The HTML file; one that is there is replaced.
+        examples: How many examples to show of each evaluation.
+        seed: Of their choice.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: No runs, a run that cannot be read, or a place that cannot be written to.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if not runs:
+        raise ValueError("there are no runs to report; give at least one run folder")
+    if examples < 0:
+        raise ValueError(f"examples is {examples}; it must be at least 0")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file, such as {out / 'report.html'}")
+    from offramp.report.pages import pages_of
+    from offramp.report.plots import require_matplotlib
+
+    require_matplotlib()  # before anything is read
+    text = render([page for run in runs for page in pages_of(run, examples=examples, seed=seed)])
+    replace_file(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return out
+
+
+def render(pages: Sequence[Page]) -> str:
+    """Pages as one HTML document; whatever stands in them is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(TEMPLATE).render(pages=pages, version=__version__)

@@ -1,0 +1,121 @@
+"""The page of a calibration: the certificate in words, what it rests on, and repeated calibrations.
+
+It is made from result.json alone, with the picture that lies beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from offramp.calibration.promise import CRC
+from offramp.report.pages.blocks import Block, Page, Section, Table, Text, facts, repeat, svg
+
+PICTURE = "calibrate.svg"
+
+
+def page(folder: Path, values: dict[str, Any]) -> Page:
+    """The page of a calibration.
+
+    Args:
+        folder: The run folder.
+        values: Its result.json.
+
+    Returns:
+        The page.
+    """
+    certificate, validation = values["certificate"], values["validation"]
+    conditions, data = certificate["conditions"], certificate["data"]
+    about = {
+        **{name: value for name, value in conditions.items() if name not in ("task", "settings")},
+        **conditions["settings"], "seed": certificate["seed"], "splits (examples, groups)": certificate["splits"],
+        "order": certificate["order"], **{f"data {name}": value for name, value in data.items() if name != "command"},
+        **certificate["versions"],
+    }  # fmt: skip
+    sections = [
+        Section("The certificate", _certificate(values)),
+        Section("What was tested", _tests(certificate, folder / PICTURE)),
+        Section("What the policy loses and saves", [_estimates(certificate["estimates"])]),
+    ]
+    if validation is not None:
+        sections.append(Section("Repeated calibrations", _validation(validation)))
+    everything = {name: certificate[name] for name in ("promise", "base", "grid", "policy")}
+    task = conditions["task"]["name"]
+    return Page(
+        f"Calibration: {conditions['model']}, {task}",
+        str(folder),
+        [*sections, repeat(data.get("command"), about, everything)],
+    )
+
+
+def _certificate(values: Mapping[str, Any]) -> list[Block]:
+    certificate = values["certificate"]
+    promise = certificate["promise"]
+    good = certificate["certified"]
+    said = {
+        "certified": good, "metric": promise["metric"], "kind of loss": promise["kind"], "margin": promise["margin"],
+        "tolerance": promise["tolerance"], "failure probability": promise["failure"], "bound": promise["bound"],
+        "unit": promise["unit"], "certification draws": certificate["n"],
+    }  # fmt: skip
+    return [Text((values["words"],), "good" if good else "bad"), facts(said)]
+
+
+def _tests(certificate: Mapping[str, Any], picture: Path) -> list[Block]:
+    head = ["setting", "mean loss", "mean for CRC" if certificate["promise"]["bound"] == CRC else "p-value", ""]
+    rows, marks = [], []
+    for place, test in enumerate(certificate["tests"]):
+        chosen = place == certificate["selected"]
+        verdict = "chosen" if chosen else "passed" if test["passed"] else "failed"
+        rows.append([test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", verdict])
+        marks.append("front full" if chosen else "")
+    drawn: list[Block] = []
+    if picture.is_file():
+        drawn.append(svg(picture.read_bytes(), "Mean losses and p-values of the settings, in the order of the tests"))
+    return [*drawn, Table(head, rows, marks)]
+
+
+def _estimates(estimates: Mapping[str, Any]) -> Table:
+    head = ["part", "examples", "mean loss", "at most", "FLOPs (× full model)", "bytes", "exit layer", "quality"]
+    rows = [
+        [
+            part, f"{seen['examples']}", _interval(seen["loss"]), f"{seen['upper']:.3g}" if "upper" in seen else "",
+            _interval(seen["flops_ratio"]), _interval(seen["bytes_ratio"]), f"{seen['exit_layer']['value']:.1f}",
+            ", ".join(f"{name} {value['value']:.3f}" for name, value in seen["quality"].items()),
+        ]
+        for part, seen in estimates.items()
+    ]  # fmt: skip
+    return Table(head, rows)
+
+
+def _interval(value: Mapping[str, float | None]) -> str:
+    if value["low"] is None:
+        return f"{value['value']:.3f}"
+    return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+
+def _validation(seen: Mapping[str, Any]) -> list[Block]:
+    """Counts of broken promises."""
+    promise, repeats = seen["promise"], seen["repeats"]
+
+    def share(name: str) -> str:
+        low, high = seen[f"{name}_interval"]
+        return f"{seen[name]} of {repeats} ({seen[name] / repeats:.1%}; exact 95 % interval {low:.1%} to {high:.1%})"
+
+    crc = promise["bound"] == CRC
+    above = f"above {promise['tolerance']:g}"
+    rows = [
+        ["promised", "a mean loss within the tolerance" if crc else f"at most {promise['failure']:.1%} failures"],
+        [f"mean loss of the whole pool {above}", share("exceeded_pool")],
+        [f"mean loss of the held-out part {above}", share("exceeded_held_out")],
+        ["nothing certified", f"{seen['uncertified']} of {repeats}"],
+        ["mean loss held out", f"{seen['loss']:.3g}"],
+        ["FLOPs held out (× full model)", f"{seen['flops_ratio']:.3f}"],
+    ]
+    note = (
+        f"{repeats} calibrations over random splits of {seen['pool']} prompts, about {seen['certifying']:.0f} of them "
+        "to certify. The first count takes the pool for all prompts there are, and is what the promise is about; the "
+        "second adds the noise of the held-out prompts. The splits share their prompts: the intervals are about the "
+        "splitting."
+    )
+    return [Table(("", ""), rows), Text((note,))]

@@ -1,0 +1,80 @@
+"""Which run a folder holds, and the pages for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offramp.calibration.result import RESULT
+from offramp.calibration.result import SCHEMA as CALIBRATION
+from offramp.evaluation.result import RESULTS
+from offramp.evaluation.result import SCHEMA as EVALUATION
+from offramp.probe import SCHEMA as PROBE
+from offramp.report.pages import calibration, evaluation, probe, training
+from offramp.report.pages.blocks import Page
+from offramp.training.trainer import SCHEMA as TRAINING
+
+UNFINISHED = {"offramp/evaluate-config/1": "evaluation", "offramp/calibrate-config/1": "calibration"}
+"""Schemas of config.json beside which a result is missing as long as the run is not finished."""
+
+
+def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
+    """The pages of one run.
+
+    Args:
+        path: A folder of `offramp train`, `evaluate`, `calibrate` or `probe`, or a JSON file of `probe`.
+        examples: How many examples to show of an evaluation.
+        seed: Of their choice.
+
+    Returns:
+        Pages, usually one.
+
+    Raises:
+        ValueError: There is no such run, it is not finished, or it was written by another version.
+    """
+    kinds: dict[str, tuple[str, Callable[[Path, dict[str, Any]], Page]]] = {
+        RESULTS: (EVALUATION, partial(evaluation.page, examples=examples, seed=seed)),
+        "config.json": (TRAINING, training.page),
+        RESULT: (CALIBRATION, calibration.page),
+        "probe.json": (PROBE, probe.page),
+    }
+    if not path.exists():
+        raise ValueError(f"there is no {path}; give a folder of offramp train, evaluate, calibrate or probe")
+    if path.is_file():
+        probed = _read(path)
+        if probed.get("schema") != PROBE:
+            raise ValueError(f"{path} is a file that is no probe; give the folder of the run")
+        return [_page(probe.page, path, probed)]
+    found = [(make, values) for name, (schema, make) in kinds.items() if (values := _of(path / name, schema))]
+    if not found:
+        config = _read(path / "config.json") if (path / "config.json").is_file() else {}
+        if (what := UNFINISHED.get(str(config.get("schema")))) is not None:
+            raise ValueError(f"the {what} in {path} is not finished; start it again with the same options to go on")
+        raise ValueError(f"{path} holds no run of offramp train, evaluate, calibrate or probe that this version reads")
+    return [_page(make, path, values) for make, values in found]
+
+
+def _of(path: Path, schema: str) -> dict[str, Any] | None:
+    """The content of a file, if it is there and of that schema."""
+    values = _read(path) if path.is_file() else {}
+    return values if values.get("schema") == schema else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON ({error}); remove it, or give another run") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _page(make: Callable[[Path, dict[str, Any]], Page], path: Path, values: dict[str, Any]) -> Page:
+    try:
+        return make(path, values)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path} is not as this version of offramp writes it ({type(error).__name__}: {error}); make the run again"
+        ) from error

@@ -1,0 +1,88 @@
+"""The page of a training run: what was trained, what each exit reached, the curves."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offramp.report import training_plots
+from offramp.report.pages.blocks import Page, Section, Table, Text, draw, facts, repeat
+from offramp.training.consistency import OBJECTIVES
+from offramp.training.run_folder import RunFolder
+
+SAID = ("trainable", "objective", "rank", "lora_rank", "weights", "learning_rate", "batch_size", "seed")
+"""Options named at the beginning; the others stand at the end."""
+
+
+def page(folder: Path, config: dict[str, Any]) -> Page:
+    """The page of a training run, finished or not.
+
+    Args:
+        folder: The run folder.
+        config: Its config.json.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: Nothing has been measured yet.
+    """
+    rows = RunFolder(folder, writes=False).rows()
+    steps, judged = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))
+    if not judged:
+        raise ValueError(f"the training in {folder} has measured nothing yet; start it again to go on")
+    options, layers = config["config"], config["config"]["layers"]
+    curves = training_plots.Curves(
+        model=config["model"]["name"], layers=layers, steps=steps, validations=judged,
+        what="accuracy" if options["objective"] in OBJECTIVES else "agreement",
+    )  # fmt: skip
+    about = config.get("about", {})
+    done = rows[-1]
+    unit, wanted = ("steps", options["steps"]) if options["steps"] is not None else ("tokens", options["tokens"])
+    reached = done["step" if unit == "steps" else "tokens"]
+    state = f"{done['step']} steps on {done['tokens']} positions."
+    if reached < wanted:
+        state = f"Not finished: {reached} of {wanted} {unit} so far; started again with the same options it goes on."
+    conditions = {
+        "model": config["model"]["name"], "weights": config["model"]["fingerprint"], "dtype": config["model"]["dtype"],
+        **{name: value for name, value in about.items() if name != "command"}, **config["data"],
+    }  # fmt: skip
+    return Page(
+        f"Training: {config['model']['name']}, {options['objective']}",
+        str(folder),
+        [
+            Section(
+                "What each exit reached",
+                [
+                    Text((state,), "bad" if reached < wanted else ""),
+                    _table(curves),
+                    draw(
+                        partial(training_plots.layers_figure, curves), f"{curves.what} of each exit, before and after"
+                    ),
+                    facts({"exits after layers": layers, **{name: options.get(name) for name in SAID}}),
+                ],
+            ),
+            Section(
+                "Training curves",
+                [
+                    draw(
+                        partial(training_plots.curves_figure, curves),
+                        f"Loss and {curves.what} of each exit over the positions trained on",
+                    )
+                ],
+            ),
+            repeat(about.get("command"), conditions, options),
+        ],
+    )
+
+
+def _table(curves: training_plots.Curves) -> Table:
+    before, after = curves.validations[0], curves.validations[-1]
+    head = ["exit after layer", f"{curves.what} before", "after", "loss before (nats)", "after"]
+    rows = [
+        [f"{layer}", *(f"{row[key][place]:.3f}" for key in ("agreement", "loss") for row in (before, after))]
+        for place, layer in enumerate(curves.layers)
+    ]
+    last = ["full model, on the text", *(f"{row['full_accuracy']:.3f}" for row in (before, after))]
+    return Table(head, [*rows, [*last, *(f"{row['full_loss']:.3f}" for row in (before, after))]])

@@ -1,0 +1,113 @@
+"""Pictures of a training run: curves over the positions trained on, and what each exit reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.report.plots import BLUE, GREY, require_matplotlib
+
+POINTS = 200
+"""Most points of a curve; neighbouring steps are averaged."""
+WORDS = {
+    "agreement": "share of the last layer's choices",
+    "accuracy": "share of right verdicts",
+}
+"""What the share of an exit means."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The metrics of a run.
+
+    Attributes:
+        model: Its name.
+        layers: The E exits.
+        steps: Rows of metrics.jsonl, one per step.
+        validations: Likewise, one per judgement on held-out data; at least one.
+        what: "agreement" with the last layer, or "accuracy" of classifiers.
+    """
+
+    model: str
+    layers: Sequence[int]
+    steps: Sequence[dict[str, Any]]
+    validations: Sequence[dict[str, Any]]
+    what: str = "agreement"
+
+
+def curves_figure(curves: Curves) -> Any:
+    """Loss and agreement of every exit: lines while training, dots on held-out data."""
+    matplotlib = require_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
+    first, last = curves.validations[0], curves.validations[-1]
+    means = [sum(row["loss"]) / len(row["loss"]) for row in (first, last)]
+    figure.suptitle(
+        f"Mean loss on held-out data: {means[0]:.2f} to {means[1]:.2f} nats\n", x=0.01, ha="left", fontsize=13,
+        fontweight="bold",
+    )  # fmt: skip
+    left, right = figure.subplots(1, 2)
+    for axes, key, label in ((left, "loss", "loss (nats)"), (right, "agreement", WORDS[curves.what])):
+        for place, layer in enumerate(curves.layers):
+            color = _colour(place, len(curves.layers))
+            x, y = _averaged([(row["tokens"], row[key][place]) for row in curves.steps])
+            axes.plot(x, y, color=color, linewidth=1, alpha=0.8)
+            axes.plot(
+                [row["tokens"] for row in curves.validations], [row[key][place] for row in curves.validations], "o",
+                color=color, markersize=5, label=f"{layer}" if place else f"exit after layer {layer}",
+            )  # fmt: skip
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+        axes.set_xlabel("positions trained on")
+        axes.set_ylabel(label)
+    if last["full_loss"] != first["full_loss"]:  # it was trained as well
+        left.plot(*_averaged([(row["tokens"], row["full_loss"]) for row in curves.steps]), color="black", linewidth=1)
+        left.plot(
+            [row["tokens"] for row in curves.validations], [row["full_loss"] for row in curves.validations], "*",
+            color="black", label="full model, on the text",
+        )  # fmt: skip
+    right.set_ylim(0, 1.02)
+    legend = left.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=17, fontsize=9, columnspacing=1.0, handletextpad=0.4
+    )
+    legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
+    figure.supxlabel(
+        f"{curves.model} · lines: while training; dots: {last['positions']} held-out positions",
+        x=0.01, ha="left", fontsize=8, color=GREY,
+    )  # fmt: skip
+    return figure
+
+
+def layers_figure(curves: Curves) -> Any:
+    """The share of every exit by its layer, before and after."""
+    figure = require_matplotlib().figure.Figure(figsize=(9, 4.6), layout="constrained")
+    first, last = curves.validations[0], curves.validations[-1]
+    before, after = ([sum(row["agreement"]) / len(row["agreement"])] for row in (first, last))
+    figure.suptitle(
+        f"Mean {curves.what} of the exits: {before[0]:.0%} to {after[0]:.0%}", x=0.01, ha="left", fontsize=13,
+        fontweight="bold",
+    )  # fmt: skip
+    axes = figure.add_subplot()
+    axes.plot(curves.layers, first["agreement"], "-o", color=GREY, markersize=4, label="before")
+    axes.plot(curves.layers, last["agreement"], "-o", color=BLUE, markersize=5, label="after")
+    axes.set_xticks(curves.layers)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("exit after layer")
+    axes.set_ylabel(WORDS[curves.what])
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
+    figure.supxlabel(
+        f"{curves.model} · {last['positions']} held-out positions · {last['step']} steps",
+        x=0.01, ha="left", fontsize=8, color=GREY,
+    )  # fmt: skip
+    return figure
+
+
+def _colour(place: int, count: int) -> Any:
+    """From dark to light, short of yellow."""
+    return require_matplotlib().colormaps["viridis"](0.9 * place / max(count - 1, 1))
+
+
+def _averaged(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Means of as many neighbours as leave at most `POINTS` points."""
+    size = max(1, -(-len(points) // POINTS))
+    groups = [points[at : at + size] for at in range(0, len(points), size)]
+    return [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]
