@@ -97,7 +97,8 @@ STUDIES = {
             Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 60 "
                  "--arms default --prompt-layer 14", "evaluate"),
             Step("The same on SAMSum", f"evaluate {_SMOLLM2} --task summarisation "
-                 "--data {data}/samsum/validation.json --longest 512 --limit 40 --confidence softmax --threshold 0.6,0.9 --prompt-layer 14", "samsum"),
+                 "--data {data}/samsum/validation.json --longest 512 --limit 40 --confidence softmax "
+                 "--threshold 0.6,0.9 --prompt-layer 14", "samsum"),
             Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
                  "--thresholds 0.9,0.7,0.5,0.3,0.1 --tolerance 0.10 --validate 200", "calibrate-10"),
             Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
