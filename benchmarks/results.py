@@ -82,15 +82,15 @@ STUDIES = {
     ),
     "summarisation": Study(
         "Summarisation: SmolLM2 with exits",
-        "SmolLM2-135M-Instruct, LoRA and exits (lenses of rank 128) trained on 3,000 dialogues of DialogSum's training "
+        "SmolLM2-135M-Instruct, LoRA and exits (lenses of rank 128) trained on 1,500 dialogues of DialogSum's training "
         "set, one epoch, for prompts that stop after layer 14: nine tenths of the work of a summary is its prompt, so "
         "a policy that takes the whole prompt through all layers can save little. Judged on DialogSum dev and, never "
         "trained on, SAMSum validation.",
         (
-            Step("Training", "train smollm2 --task summarisation --data {data}/dialogsum/train.jsonl.gz --count 3000 "
+            Step("Training", "train smollm2 --task summarisation --data {data}/dialogsum/train.jsonl.gz --count 1500 "
                  "--trainable lora --lora-rank 32 --rank 128 --objective labels --weights layer --layers 14,18,22,26 "
                  "--prompt-layer 14 --epochs 1 --batch-size 8 --window 448 --learning-rate 8e-4 --warmup 20 "
-                 "--dtype bfloat16 --held-out 0.02 --validate-every 125 --save-every 25", "train"),
+                 "--dtype bfloat16 --held-out 0.03 --validate-every 90 --save-every 25", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task summarisation "
                  "--data {data}/dialogsum/train.jsonl.gz --count 300 --objective consistency --epochs 1 --batch-size 4 "
                  "--window 448 --prompt-layer 14 --dtype bfloat16", "classifier"),

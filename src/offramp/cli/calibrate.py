@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: o.Model,
-    task: Annotated[str, typer.Option(help="summarisation, question-answering or translation.")],
+    task: Annotated[
+        str, typer.Option(help="summarisation, question-answering, translation, or prompts (of your own).")
+    ],
     data: Annotated[
         str, typer.Option(metavar="FILE", help="The examples, in the layouts of evaluate; or hub:OWNER/NAME.")
     ],

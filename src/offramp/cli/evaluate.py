@@ -21,7 +21,12 @@ SWEEP = {"confidence": "softmax,jsd", "threshold": "0.5,0.7,0.9", "vocabulary": 
 
 def evaluate(
     model: o.Model,
-    task: Annotated[str, typer.Option(help="summarisation, question-answering, translation, or perplexity of a text.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="summarisation, question-answering, translation, prompts (of your own), or perplexity of a text."
+        ),
+    ],
     data: Annotated[
         list[str],
         typer.Option(

@@ -42,6 +42,8 @@ def decode_records(
 ) -> list[Record]:
     """Answer examples under one policy; every finished batch is appended to `path`, from which a repeated call goes on.
 
+    Where an example has no references, the full model's answer is the reference.
+
     Args:
         lm: The model.
         task: How to ask and how to judge.
@@ -74,7 +76,8 @@ def decode_records(
         records = []
         for row, example in enumerate(batch):
             theirs = tokens[row] if policy is None or full is None else full[example.id].tokens
-            scores = {name: METRICS[name](texts[row], example.references) for name in task.metrics}
+            references = example.references or (texts[row] if full is None else full[example.id].text,)
+            scores = {name: METRICS[name](texts[row], references) for name in task.metrics}
             records.append(
                 Record(
                     example.id,

@@ -34,7 +34,7 @@ class Example:
     Attributes:
         id: Unique and stable in its file: SQuAD's id, DialogSum's fname, else the line or entry, counted from 1.
         source: The dialogue, passage, or text to translate.
-        references: Right answers, at least one; a training target is the first.
+        references: Right answers; a training target is the first. None for prompts without answers.
         group: Examples of one group are never divided between splits: the title of a SQuAD article, or the SHA-256 of
             the source.
         question: For question answering.
@@ -54,6 +54,7 @@ def read_examples(task: Task, path: str | Path, target: str | Path | None = None
 
     - question answering: SQuAD's `.json`, or rows (`.json` list, `.jsonl`) with context, question and answers;
     - summarisation: rows with dialogue and summary, or summary1, summary2, …; rows of one id and dialogue are merged;
+    - prompts: a text file with one per line, or rows with prompt;
     - translation: two text files (line i belongs to line i); `.tsv` with two columns; rows with
       {"translation": {"en": …, "de": …}} or with the languages' codes as keys.
 
@@ -263,7 +264,22 @@ def _sentences(task: Task, path: str | Path, target: str | Path | None) -> Itera
             yield row._replace(value=[_text(row._replace(value=inner), name) for name in names])
 
 
-_READERS = {"question-answering": _questions, "summarisation": _dialogues, "translation": _translations}
+# ---------------------------------------------------------------- prompts
+
+
+def _prompts(task: Task, path: str | Path, target: str | Path | None) -> Found:
+    named = str(path).startswith(HUB) or kind(Path(path)) in (".json", ".jsonl")
+    rows = _rows(task, path, target) if named else text_rows(Path(path))
+    for row in rows:
+        if not (source := _text(row, "prompt") if named else row.value.strip()):
+            yield NO_SOURCE
+        else:
+            yield Example(row.position, source, (), _digest(source))
+
+
+_READERS = {
+    "question-answering": _questions, "summarisation": _dialogues, "translation": _translations, "prompts": _prompts,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- parts

@@ -18,7 +18,7 @@ class Task:
     The templates are for `str.format` and know `{source}`, `{question}` and `{languages[0]}`, `{languages[1]}`.
 
     Attributes:
-        name: "question-answering", "summarisation" or "translation"; decides which layouts of files are read.
+        name: "question-answering", "summarisation", "translation" or "prompts"; decides which layouts are read.
         metrics: Names in `offramp.metrics.text.METRICS`; the first is the main one.
         max_new_tokens: Longest answer.
         instruction: Template of the instruction for a decoder-only model.
@@ -77,7 +77,7 @@ class Task:
             text = self.prompt(example, instruct=True)
             if lm.has_chat_template:
                 return [{"role": "user", "content": text}]
-            return f"{text}\n\n{self.cue.format(languages=self.languages)}"
+            return f"{text}\n\n{self.cue.format(languages=self.languages)}" if self.cue else text
         if lm.split.name == "whisper":
             raise ValueError(f"{lm.name} listens and does not read; {self.name} needs a model for text")
         bare = lm.split.name not in ("t5", "mt5") and example.question is None
@@ -128,6 +128,14 @@ TASKS: dict[str, Task] = {
             "Reply with the translation only.\n\n{source}",
             cue="{languages[1]}:",
             prefix="translate {languages[0]} to {languages[1]}: {source}",
+        ),
+        Task(
+            name="prompts",  # of one's own, without references: answers are compared with the full model's
+            metrics=("rougeL",),
+            max_new_tokens=64,
+            instruction="{source}",
+            cue="",
+            prefix="{source}",
         ),
     )
 }
