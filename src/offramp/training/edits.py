@@ -7,6 +7,7 @@ from torch import Tensor
 
 from offramp.families import Edit, SplitModel
 from offramp.training.config import TrainConfig
+from offramp.training.data import Windows
 
 
 def dropout_rates(num_layers: int, largest: float) -> list[float]:
@@ -25,8 +26,21 @@ def dropout_rates(num_layers: int, largest: float) -> list[float]:
     return [largest * (2 ** (layer / max(num_layers - 1, 1)) - 1) for layer in range(num_layers)]
 
 
-def edit_for(split: SplitModel, config: TrainConfig, counted: Tensor) -> Edit | None:
-    """The changes that a configuration asks for, for windows whose `counted` [B, T] tokens are predicted.
+def check_edits(split: SplitModel, config: TrainConfig) -> None:
+    """Refuse what cannot be done to this model.
+
+    Raises:
+        ValueError: `prompt_layer` is not below L, or the model is an encoder-decoder.
+    """
+    stop = config.prompt_layer
+    if stop is not None and split.is_encoder_decoder:
+        raise ValueError(f"prompt_layer is {stop}, but an encoder-decoder has no prompt in its decoder; leave it away")
+    if stop is not None and stop >= split.num_layers:
+        raise ValueError(f"prompt_layer is {stop}, but a prompt can stop after layers 1..{split.num_layers - 1}")
+
+
+def edit_for(split: SplitModel, config: TrainConfig, windows: Windows) -> Edit | None:
+    """The changes that a configuration asks for, for a pass over some windows without their last column.
 
     Dropping skips a block for whole rows, at random, while the model is in training mode. It is computed all the same:
     rows of a batch drop different blocks. With `prompt_layer`, the states of what stands before the last position of a
@@ -34,23 +48,13 @@ def edit_for(split: SplitModel, config: TrainConfig, counted: Tensor) -> Edit | 
 
     Returns:
         What `SplitModel.states` applies; None if nothing changes.
-
-    Raises:
-        ValueError: `prompt_layer` is not below L, or the model is an encoder-decoder.
     """
     stop = config.prompt_layer
-    if stop is not None and (split.is_encoder_decoder or stop >= split.num_layers):
-        kind = (
-            "an encoder-decoder has no prompt in its decoder"
-            if split.is_encoder_decoder
-            else (f"a prompt can stop after layers 1..{split.num_layers - 1}")
-        )
-        raise ValueError(f"prompt_layer is {stop}, but {kind}")
     rates = dropout_rates(split.num_layers, config.layer_dropout if split.model.training else 0.0)
     if stop is None and not any(rates):
         return None
-    first = counted.int().argmax(1)  # the first token predicted; the position before it reads on
-    before = torch.arange(counted.shape[1] - 1, device=counted.device) < (first - 1)[:, None]  # [B, T - 1]
+    last = windows.first - 1  # of the prompt; it reads on, to predict the answer's first token
+    before = (torch.arange(windows.ids.shape[1] - 1) < last[:, None]).to(split.device)  # [B, T - 1]
 
     def edit(layer: int, entering: Tensor, leaving: Tensor) -> Tensor:
         if stop is not None and layer > stop:

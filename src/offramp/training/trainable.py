@@ -42,13 +42,14 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
         exits = _with_classifiers(lm, config) if config.classifiers else _fresh(lm, config.layers, config.rank)
         modes = [(module, module.training) for module in lm.model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
-        lm.model.train(config.backbone)
-        lm.model.requires_grad_(config.trainable == "all")
         adapters = _lora(lm, config) if config.trainable == "lora" else None
-    named = {f"exits.{name}": p for name, p in exits.named_parameters() if p.requires_grad}
-    named |= {f"model.{name}": p for name, p in lm.model.named_parameters() if p.requires_grad}
     learned = False
     try:
+        lm.model.train(config.backbone)
+        if adapters is None:  # else they alone learn, as they were made
+            lm.model.requires_grad_(config.trainable == "all")
+        named = {f"exits.{name}": p for name, p in exits.named_parameters() if p.requires_grad}
+        named |= {f"model.{name}": p for name, p in lm.model.named_parameters() if p.requires_grad}
         yield Trainable(exits, named)
         learned = True
     finally:
@@ -83,7 +84,12 @@ def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
 
 def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
     """Adapters on every linear layer of the decoder's and the encoder's blocks; the head stays as it is."""
-    from peft import LoraConfig, get_peft_model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "trainable 'lora' needs peft, which is not installed; install it with: pip install 'offramp[lora]'"
+        ) from error
 
     split = lm.split
     parts = [*split.blocks, *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
