@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from offramp.exits import Exits, fingerprint
 from offramp.files import replace_folder
+from offramp.packaged import quiet
 from offramp.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -96,7 +98,9 @@ def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
     inside = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
     names = [name for name, module in lm.model.named_modules() if id(module) in inside]
     settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
-    return get_peft_model(lm.model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks by a name that transformers 5.23 deprecates
+        return get_peft_model(lm.model, settings)
 
 
 def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], *, model: Path | None) -> None:
@@ -112,7 +116,8 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
     if model is not None:
 
         def write(temporary: Path) -> None:
-            lm.model.save_pretrained(temporary)
+            with quiet():
+                lm.model.save_pretrained(temporary)
             if lm.tokenizer is not None:
                 lm.tokenizer.save_pretrained(temporary)
 
