@@ -1,8 +1,7 @@
 """Small training runs, in a module of its own so that other processes can start them: training_runs.py FOLDER JOBS."""
 
+import contextlib
 import copy
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -21,10 +20,9 @@ BACKBONES = {
 JOBS = {
     "exits": {"micro_batch": 1, "batch_size": 3, "steps": 8, "validate_every": 4},
     "all": {"trainable": "all", "weights": "layerskip", "steps": 6, "save_every": 2, "positions": 6, "weight_decay": 0.1},
-    "killed": {},
 }  # fmt: skip
 """What several processes do."""
-JOBS["killed"] = JOBS["all"]
+JOBS["again"] = JOBS["all"]
 
 
 def model(name="llama", *, still=False):
@@ -72,9 +70,9 @@ def answers(folder):
     return answer_documents(model(), prompts, settings, Path(folder) / "answers.jsonl")
 
 
-def dies(done, total, *_):
+def interrupted(done, total, *_):
     if done == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
@@ -84,5 +82,6 @@ if __name__ == "__main__":
         if job == "answers":
             answers(Path(place) / job)
         else:
-            name, _, dying = job.partition(":")
-            run(Path(place) / name, progress=dies if dying else None, **JOBS[name])
+            name, stops, _ = job.partition(":")
+            with contextlib.suppress(KeyboardInterrupt):
+                run(Path(place) / name, progress=interrupted if stops else None, **JOBS[name])

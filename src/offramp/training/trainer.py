@@ -137,7 +137,8 @@ def train(
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
             clock = trainer.go(progress)
-            workers.end_training()
+            for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
+                tracker.finish()
         if workers.is_main_process:
             save(lm, learns.exits, run.exits, record, model=run.model if config.backbone else None)
         workers.wait_for_everyone()
