@@ -336,7 +336,7 @@ def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = 
     part = windows[batches[which[at]]]
     if most is None:
         return part
-    generator = torch.Generator().manual_seed(((seed << 40) + (step << 8) + 1) % (1 << 63))
+    generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)  # torch heeds 32 bits of a seed
     marks = torch.where(part.counted, torch.rand(part.counted.shape, generator=generator), 2.0)
     drawn = part.counted & (marks.argsort(1).argsort(1) < most)
     return replace(part, counted=drawn, begins=part.first)
