@@ -65,6 +65,79 @@ def test_split_run_equals_full_run(name, cut, batch, padded):
     torch.testing.assert_close(got[real], logits[real], atol=2e-5, rtol=1e-5)
 
 
+def whole_pass(name, split, batch=2):
+    """What `states` takes for a batch, and what `transformers` makes of it."""
+    inputs = inputs_for(name, batch, padded=name in ENCODER_DECODER and name != "whisper")
+    if name in DECODER_ONLY:
+        ids = inputs["input_ids"]
+        output = split.model(input_ids=ids, output_hidden_states=True)
+        return (ids, {}), (output.hidden_states, output.logits)
+    ids = torch.randint(3, VOCABULARY, (batch, 6), generator=torch.manual_seed(1))
+    source, mask = inputs.get("input_ids", inputs.get("input_features")), inputs.get("attention_mask")
+    output = split.model(**inputs, decoder_input_ids=ids, output_hidden_states=True)
+    options = {"memory": split.encode(source, mask), "memory_mask": mask}
+    return (ids, options), (output.decoder_hidden_states, output.logits)
+
+
+@torch.no_grad()
+def test_states_of_a_whole_pass(name):
+    split = SplitModel(tiny(name))
+    (ids, options), (hidden, logits) = whole_pass(name, split)
+    hooks = [len(block._forward_hooks) for block in split.blocks]  # transformers' own
+    states = split.states(ids, [LAYERS, 3, 1, 2, 1], **options)
+    assert [len(block._forward_hooks) for block in split.blocks] == hooks
+    for layer, state in zip([3, 1, 2, 1], states[1:], strict=True):
+        torch.testing.assert_close(state, hidden[layer], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(split.norm(states[0]), hidden[LAYERS], atol=2e-5, rtol=1e-5)  # theirs is normed
+    torch.testing.assert_close(split.readout(states[0]), logits, atol=2e-5, rtol=1e-5)
+
+
+def test_a_whole_pass_has_the_models_own_gradients(name):
+    ours, theirs = (SplitModel(copy.deepcopy(tiny(name))) for _ in range(2))
+    (ids, options), _ = whole_pass(name, ours)
+    loss = ours.readout(ours.states(ids, [LAYERS], **options)[0]).log_softmax(-1)[..., 5].mean()
+    loss.backward()
+    _, (_, logits) = whole_pass(name, theirs)
+    logits.log_softmax(-1)[..., 5].mean().backward()
+    learnt = 0
+    for (key, own), other in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None), key
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad, atol=1e-5, rtol=1e-3, msg=key)
+            learnt += bool(own.grad.any())
+    assert learnt > 6 * LAYERS
+
+
+@torch.no_grad()
+def test_a_whole_pass_can_be_edited(name):
+    """Leaving out what a block does gives the model without it; the edit sees what enters and leaves each block."""
+    split, calls = SplitModel(tiny(name)), []
+    (ids, options), (hidden, _) = whole_pass(name, split)
+
+    def edit(layer, entering, leaving):
+        calls.append((layer, entering, leaving))
+        return leaving if layer <= 2 else entering
+
+    states = split.states(ids, range(1, LAYERS + 1), edit=edit, **options)
+    assert [layer for layer, _, _ in calls] == list(range(1, LAYERS + 1))
+    for layer, entering, leaving in calls[:3]:
+        torch.testing.assert_close(entering, hidden[layer - 1], atol=2e-5, rtol=1e-5)
+        if layer < LAYERS:
+            torch.testing.assert_close(leaving, hidden[layer], atol=2e-5, rtol=1e-5)
+    short = SplitModel(truncated(tiny(name), 2))
+    _, (_, logits) = whole_pass(name, short)
+    for state in states[1:]:
+        torch.testing.assert_close(split.readout(state), logits, atol=2e-5, rtol=1e-5)
+
+
+def test_a_failed_pass_leaves_no_hooks():
+    split = SplitModel(copy.deepcopy(tiny("llama")))
+    hooks = [len(block._forward_hooks) for block in split.blocks]
+    with pytest.raises(ZeroDivisionError):
+        split.states(torch.ones(1, 3, dtype=torch.long), [1], edit=lambda *_: 1 / 0)
+    assert [len(block._forward_hooks) for block in split.blocks] == hooks
+
+
 @torch.no_grad()
 def test_token_by_token_equals_full_run(name):
     split, inputs = SplitModel(tiny(name)), inputs_for(name, 3, padded=True)

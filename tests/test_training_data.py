@@ -1,13 +1,19 @@
 """Texts and answers become windows; what is held out is never trained on."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from offramp import LanguageModel
+from offramp.tasks import TASKS, Example
 from offramp.training import AnswerConfig, answer_documents, prepare, read_texts, text_documents
-from offramp.training.data import Document, batch, cut, divide, steps_per_epoch
-from tiny import tiny, tokenizer
+from offramp.training.data import Document, Windows, batch, cut, divide, pair_documents, steps_per_epoch
+from tiny import LAYERS, VOCABULARY, tiny, tokenizer
 
 
 @pytest.fixture
@@ -102,6 +108,179 @@ def test_batches_run_through_epochs():
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
     assert batch(windows, 0, 12, seed=3).ids.shape == (5, 10)  # an epoch at most
+
+
+# ---------------------------------------------------------------- batches
+
+
+@st.composite
+def some_windows(draw):
+    """Windows that begin with their number, of random lengths, with random prompts, perhaps with sources."""
+    lengths = draw(st.lists(st.integers(2, 9), min_size=1, max_size=40))
+    count, width = len(lengths), max(lengths)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    ids = torch.randint(3, VOCABULARY, (count, width), generator=generator)
+    columns, ends = torch.arange(width), torch.tensor(lengths)[:, None]
+    starts = 1 + (torch.rand(count, 1, generator=generator) * (ends - 1)).long()
+    counted = (columns >= starts) & (columns < ends)
+    ids[:, 0] = torch.arange(count)
+    ids = ids * (columns < ends)
+    if not draw(st.booleans()):
+        return Windows(ids, counted)
+    present = torch.arange(7) < torch.randint(1, 8, (count, 1), generator=generator)
+    sources = torch.randint(3, VOCABULARY, (count, 7), generator=generator) * present
+    return Windows(ids, counted, sources, present)
+
+
+BATCHES = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@BATCHES
+@given(some_windows(), st.integers(1, 12), st.integers(-5, 2**31), st.integers(0, 3))
+def test_an_epoch_holds_each_window_once(windows, size, seed, epoch):
+    steps = steps_per_epoch(windows, size)
+    parts = [batch(windows, step, size, seed) for step in range(epoch * steps, (epoch + 1) * steps)]
+    numbers = [part.ids[:, 0].tolist() for part in parts]
+    assert sorted(sum(numbers, [])) == list(range(len(windows)))
+    assert all(len(part) == size for part in parts[:-1])
+    for part, rows in zip(parts, numbers, strict=True):
+        width = part.ids.shape[1]
+        assert torch.equal(part.ids, windows.ids[rows][:, :width])
+        assert torch.equal(part.counted, windows.counted[rows][:, :width])
+        assert bool(part.counted[:, -1].any())  # no column that nobody counts
+        assert part.positions == int(windows.counted[rows].sum())  # and none is lost
+        assert torch.equal(part.first, windows.counted[rows].int().argmax(1))
+        if windows.sources is not None:
+            depth = part.sources.shape[1]
+            assert bool(part.present[:, -1].any())
+            assert torch.equal(part.sources, windows.sources[rows][:, :depth])
+            assert torch.equal(part.present, windows.present[rows][:, :depth])
+            assert int(part.present.sum()) == int(windows.present[rows].sum())
+
+
+@BATCHES
+@given(some_windows(), st.integers(1, 6), st.integers(0, 9), st.integers(0, 20), st.integers(1, 5))
+def test_drawn_positions_are_some_of_those_that_count(windows, size, seed, step, most):
+    whole, drawn = batch(windows, step, size, seed), batch(windows, step, size, seed, most)
+    assert torch.equal(whole.ids, drawn.ids)
+    assert not (drawn.counted & ~whole.counted).any()
+    assert drawn.counted.sum(1).tolist() == whole.counted.sum(1).clamp(max=most).tolist()
+    assert torch.equal(drawn.first, whole.first)
+
+
+def test_draws_depend_on_seed_and_step_only_and_reach_every_position():
+    windows = Windows(torch.ones(6, 9, dtype=torch.long), torch.ones(6, 9, dtype=torch.bool))
+    state = torch.random.get_rng_state()
+    one, two, other = (batch(windows, 5, 4, seed, most=3) for seed in (20261114, 20261114, 20261115))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(one.counted, two.counted)
+    assert not torch.equal(one.counted, other.counted)
+    times = sum(batch(windows, step, 6, 0, most=3).counted.float().sum(0) for step in range(100)) / 600
+    assert (times - 1 / 3).abs().max() < 0.1
+
+
+def test_batches_are_of_like_length():
+    """Within a pool of 64 batches the lengths are sorted: no two batches overlap."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 60, (200,), generator=generator)
+    counted = (torch.arange(60) < lengths[:, None]) & (torch.arange(60) > 0)
+    windows = Windows(torch.ones(200, 60, dtype=torch.long), counted)
+    assert windows.lengths.tolist() == lengths.tolist()
+    spans = []
+    for step in range(steps_per_epoch(windows, 8)):
+        found = batch(windows, step, 8, seed=1).counted.sum(1) + 1
+        spans.append((int(found.min()), int(found.max())))
+    ordered = sorted(spans)
+    assert all(before[1] <= after[0] for before, after in zip(ordered, ordered[1:], strict=False))
+    assert spans != ordered  # but they come in any order
+
+
+def test_lengths_are_those_of_both_sides():
+    sources = torch.tensor([[5, 6, 7], [5, 0, 0]])
+    windows = Windows(torch.ones(2, 4), torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]]).bool(), sources, sources > 0)
+    assert windows.lengths.tolist() == [3 + 3, 4 + 1]
+    assert windows[torch.tensor([0])].sources.tolist() == [[5, 6, 7]]
+    assert windows[1:].sources.tolist() == [[5]]
+    assert windows[1:].ids.shape == (1, 4)
+    assert windows[:1].ids.shape == (1, 3)
+    assert windows.digest() != replace(windows, sources=sources + 1).digest()
+
+
+# ---------------------------------------------------------------- tasks and answers of encoder-decoders
+
+
+EXAMPLES = [
+    Example(f"q{i}", f"w{20 + i} the sky is w{30 + i}", (f"w{i + 40} w{i + 41}", "the sky"), f"g{i // 2}", "why ?")
+    for i in range(6)
+]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_pairs_of_a_decoder_only_model(chat):
+    lm, task = LanguageModel(tiny("llama"), tokenizer(chat=chat), name="tiny"), TASKS["question-answering"]
+    made, shortened = pair_documents(lm, task, EXAMPLES)
+    assert shortened == 0
+    for document, example in zip(made, EXAMPLES, strict=True):
+        prompt = lm.encode(task.prompts(lm, [example]), chat=chat)["input_ids"][0].tolist()
+        assert list(document.ids[: document.start]) == prompt
+        answer = [int(word[1:]) for word in example.references[0].split()]
+        assert list(document.ids[document.start :]) == [*answer, 2]
+        assert (document.group, document.source) == (example.group, ())
+    data = prepare(lm, made, window=64, share=0.3, seed=0)
+    assert data.train.positions + data.held_out.positions == 6 * 3  # the answers and nothing else
+    assert data.train.sources is None
+
+
+def test_pairs_of_an_encoder_decoder():
+    lm, task = LanguageModel(copy.deepcopy(tiny("t5")), tokenizer(), name="tiny"), TASKS["question-answering"]
+    lm.model.generation_config.eos_token_id = 2
+    made, _ = pair_documents(lm, task, EXAMPLES)
+    for document, example in zip(made, EXAMPLES, strict=True):
+        assert list(document.source) == lm.encode(task.prompts(lm, [example]))["input_ids"][0].tolist()
+        assert list(document.ids) == [0, *(int(word[1:]) for word in example.references[0].split()), 2]
+        assert (document.start, document.group) == (1, example.group)
+    longer, shortened = pair_documents(lm, task, EXAMPLES, longest=8)
+    assert shortened == 6
+    assert max(len(document.source) for document in longer) <= 8
+    data = prepare(lm, made, window=4, share=0.3, seed=0)
+    assert data.train.ids[:, 0].tolist() == [0] * len(data.train)
+    assert data.train.counted[:, 0].any().item() is False
+    assert data.train.positions + data.held_out.positions == 6 * 3
+    groups = {tuple(d.source): d.group for d in made}
+    sides = [
+        {groups[tuple(row[mask].tolist())] for row, mask in zip(part.sources, part.present, strict=True)}
+        for part in (data.train, data.held_out)
+    ]
+    assert not sides[0] & sides[1]
+
+
+def test_encoder_decoders_learn_no_plain_text():
+    lm = LanguageModel(tiny("t5"), tokenizer(), name="tiny")
+    with pytest.raises(ValueError, match="not plain text; give a task or prompts"):
+        prepare(lm, text_documents(lm, ["the sky is blue", "why ?"]), window=8, share=0.5, seed=0)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoders_own_answers(tmp_path, name):
+    """They stand as the decoder saw them; what is predicted from them is what was answered."""
+    lm, groups = LanguageModel(copy.deepcopy(tiny(name)), tokenizer(), name="tiny"), ["a", "a", "b", "c", "b"]
+    lm.model.generation_config.forced_eos_token_id = None  # BART's, at the longest answer's end
+    cache = tmp_path / "answers.jsonl"
+    made = answer_documents(lm, PROMPTS, AnswerConfig(6, batch_size=2), cache, groups=groups)
+    assert [document.group for document in made] == groups
+    for document, prompt in zip(made, PROMPTS, strict=True):
+        inputs = lm.encode([prompt])
+        assert list(document.source) == inputs["input_ids"][0].tolist()
+        answer = lm.generate(inputs, max_new_tokens=6)
+        assert list(document.ids) == [lm.model.config.decoder_start_token_id, *answer.tokens[0]]
+        assert document.start == 1
+    windows = cut(made, 64)
+    with torch.no_grad():
+        memory = lm.split.encode(windows.sources, windows.present)
+        states = lm.split.states(windows.ids[:, :-1], [LAYERS], memory=memory, memory_mask=windows.present)[0]
+        choice = lm.split.readout(states).argmax(-1)
+    assert torch.equal(choice[windows.counted[:, 1:]], windows.ids[windows.counted])
+    assert answer_documents(lm, PROMPTS, AnswerConfig(6, batch_size=2), cache, groups=groups) == made
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,27 @@ def test_weights_sum_to_one(layers):
     assert WEIGHTS["layer"](layers)[-1] / WEIGHTS["layer"](layers)[0] == pytest.approx(layers[-1] / layers[0])
 
 
+@pytest.mark.parametrize("depth", [2, 4, 12, 30])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_layerskip_weights_by_hand(depth, every):
+    """LayerSkip, section 4.1.2, layers l counted from 0: e(l) = s Σ_{i<=l} i, e(L-1) = L - 1 + s Σ_{i<=L-2} i.
+
+    Only the readouts that are trained are in the sum, as with its rotation; s is 0.2.
+    """
+    layers = [*range(1, depth, every), depth]
+    scores = [0.2 * sum(range(layer - 1 + 1)) for layer in layers[:-1]]
+    scores.append(depth - 1 + 0.2 * sum(range(depth - 2 + 1)))
+    assert WEIGHTS["layerskip"](layers) == pytest.approx([score / sum(scores) for score in scores])
+    assert WEIGHTS["layerskip"](layers)[-1] == max(WEIGHTS["layerskip"](layers))
+
+
+def test_weights_proportional_to_the_layer():
+    """CALM, section 3.2: i / Σ_j j over the layers that are trained."""
+    assert WEIGHTS["layer"](range(1, 5)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert WEIGHTS["layer"]((3, 5, 12)) == pytest.approx([0.15, 0.25, 0.6])
+    assert WEIGHTS["uniform"]((3, 5, 12)) == pytest.approx([1 / 3] * 3)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_chunks_give_the_gradient_of_the_whole(name, rows):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -86,33 +87,86 @@ def test_metrics_and_budget_of_tokens(tmp_path):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = training_runs.run(whole)
+class Notebook(GeneralTracker):
+    """A tracker that remembers."""
+
+    name, requires_logging_directory, tracker = "notebook", False, None
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.values, self.finished = None, [], 0
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **_):
+        self.values.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_trackers_get_what_the_metrics_get(tmp_path):
+    notebook = Notebook()
+    train(model(), data(), config(steps=2), tmp_path, report_to=notebook)
+    assert notebook.config["config.learning_rate"] == "0.01"
+    assert [step for step, _ in notebook.values] == [0, 1, 2, 2]
+    for (_, values), row in zip(notebook.values, rows(tmp_path), strict=True):
+        assert values[f"{row['kind']}/loss_3"] == row["loss"][1]
+        assert values[f"{row['kind']}/full_loss"] == row["full_loss"]
+    assert notebook.finished == 1
+
+
+def killed_runs(folder, count, arguments=(), *, most=20, options=None):
+    """Runs that are killed at random moments, each going on where the one before was."""
     context = multiprocessing.get_context("forkserver")  # imports once; its children are processes of their own
     context.set_forkserver_preload(["offramp.training", "transformers.models.llama.modeling_llama"])
     chance, reached = random.Random(0), 0  # noqa: S311
-    for _ in range(3):
-        process = context.Process(target=training_runs.run, args=(killed,))
+    for _ in range(count):
+        process = context.Process(target=training_runs.run, args=(folder, *arguments), kwargs=options or {})
         process.start()
-        goal, deadline = reached + chance.randint(2, 20), time.monotonic() + 60
+        goal, deadline = reached + chance.randint(2, most), time.monotonic() + 60
         while reached < goal:
             assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(chance.uniform(0, 0.003))
-            path = killed / "metrics.jsonl"
+            path = folder / "metrics.jsonl"
             reached = path.read_bytes().count(b"\n") if path.exists() else 0
         process.kill()
         process.join()
         assert process.exitcode == -9
+
+
+def timeless(folder):
+    return [{**row, "tokens_per_second": 0} for row in rows(folder)]
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = training_runs.run(whole)
+    killed_runs(killed, 3)
     assert not (killed / "exits").exists()
     result = training_runs.run(killed)
     assert same(lenses(killed), lenses(whole))
     assert (result.steps, result.agreement_before, result.agreement_after, result.loss_after) == (
         80, expected.agreement_before, expected.agreement_after, expected.loss_after,
     )  # fmt: skip
-    timeless = [[{**row, "tokens_per_second": 0} for row in rows(folder)] for folder in (whole, killed)]
-    assert timeless[0] == timeless[1]
+    assert timeless(killed) == timeless(whole)
+
+
+@pytest.mark.parametrize("kind", training_runs.BACKBONES)
+def test_a_backbone_whose_training_was_killed_ends_with_the_same_bits(tmp_path, kind):
+    """With dropout (T5), adapters, dropped blocks, micro-batches and drawn positions."""
+    name, options = training_runs.BACKBONES[kind]
+    options = {"steps": 12, "layers": (2,), **options}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    training_runs.run(whole, name, **options)
+    killed_runs(killed, 1, (name,), most=6, options=options)
+    assert not (killed / "model").exists()
+    training_runs.run(killed, name, **options)
+    assert same(*(load_file(folder / "model" / "model.safetensors") for folder in (killed, whole)))
+    assert same(*(load_file(folder / "checkpoint.safetensors") for folder in (killed, whole)))
+    assert timeless(killed) == timeless(whole)
 
 
 def test_a_crash_before_or_after_any_write_loses_nothing(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
     """The folder of exits that are named by a folder, by "bundled", or by a hub id.
 
     Args:
-        source: What the user gave.
+        source: What the user gave; a `Path` is always a folder.
         model: Name of the model they are for; "bundled" exits are found by it.
 
     Returns:
@@ -34,7 +34,8 @@ def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
                 f"no exits for {model!r} come with offramp, only for {have}; train some with offramp train"
             )
         return folder
-    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
+    named = isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "~", "/"))
+    if folder.exists() or not named:
         return folder
     from huggingface_hub import snapshot_download
 
@@ -59,7 +60,7 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool | Non
         Its address.
 
     Raises:
-        ModelError: The folder holds no exits.
+        ModelError: The folder holds no exits, or the hub does not take them.
     """
     from huggingface_hub import HfApi
 
@@ -67,6 +68,12 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool | Non
 
     Exits.load(folder)  # nothing half-written goes out
     hub = HfApi()
-    address = hub.create_repo(repository, private=private, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=Path(folder), allow_patterns=[CONFIG, WEIGHTS])
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=Path(folder), allow_patterns=[CONFIG, WEIGHTS])
+    except Exception as error:
+        raise ModelError(
+            f"the hub does not take the exits as {repository} ({first_line(error)}); they are kept in {folder}. Give "
+            "OWNER/NAME of your own, after hf auth login"
+        ) from error
     return str(address)

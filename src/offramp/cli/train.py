@@ -156,9 +156,11 @@ def train(
     """Train early exits: readouts after some layers learn to say what the last layer will say.
 
     By default the model itself is not changed, its full output stays the same bit for bit. Started again with the same
-    options, an interrupted run goes on from its last checkpoint. Several processes: accelerate launch -m offramp.cli
-    train ...
+    options, an interrupted run goes on from its last checkpoint. `accelerate launch -m offramp train …` (on CPUs
+    `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
+    from accelerate import PartialState
+
     import offramp
     from offramp.training import AnswerConfig, TrainConfig, prepare
     from offramp.training import train as run
@@ -166,16 +168,20 @@ def train(
 
     _check(exits, objective, epochs, steps, tokens)
     folder = out or Path("runs") / f"train-{Path(model).name}"
+    state = PartialState(cpu=device is None or device.startswith("cpu"))
+    if state.num_processes > 1:
+        device = str(state.device)
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     answering = AnswerConfig(
         max_new_tokens=max_new_tokens, temperature=answer_temperature, per_prompt=answers, prompts_too=with_prompts,
         chat=lm.has_chat_template if chat is None else chat, seed=seed,
     )  # fmt: skip
+    window = window or min(512 if task else 256, lm.split.max_positions or 512)
     documents = documents_of(
         lm, texts=(text or [], field or ["text"]), task=task, data=data, target=target, languages=languages,
         own_answers=own_answers, prompts=prompts, count=count, answering=answering, window=window, folder=folder,
     )  # fmt: skip
-    parts = prepare(lm, documents, window=window or (512 if task else 256), share=held_out, seed=seed)
+    parts = prepare(lm, documents, window=window, share=held_out, seed=seed)
     size = f"{parts.train.positions} positions to train on, {parts.held_out.positions} held out"
     o.note(f"{len(documents)} documents: {size}")
     if epochs is not None:
@@ -189,8 +195,11 @@ def train(
         seed=seed, validate_every=validate_every, save_every=save_every,
     )  # fmt: skip
     with o.progress("training") as progress:
+        bar = progress if state.is_main_process else None
         about = {"command": o.command_line()}
-        result = run(lm, parts, config, folder, progress=progress, report_to=report_to, about=about)
+        result = run(lm, parts, config, folder, progress=bar, report_to=report_to, about=about)
+    if not state.is_main_process:
+        return
     if str(json) != "-":
         typer.echo(result.table())
     trained = str(result.model or model)

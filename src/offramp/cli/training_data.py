@@ -31,7 +31,7 @@ def documents_of(
     prompts: str | None,
     count: int | None,
     answering: AnswerConfig,
-    window: int | None,
+    window: int,
     folder: Path,
 ) -> list[Document]:
     """Texts, examples of a task and prompts, as far as they are given; without any, the bundled prompts.
@@ -47,7 +47,7 @@ def documents_of(
         prompts: File of prompts, or "bundled".
         count: Most prompts or examples.
         answering: How the model answers.
-        window: Longest example with its answer, in tokens; None: 512.
+        window: Longest example with its answer, in tokens.
         folder: Where answers are kept.
 
     Returns:
@@ -61,11 +61,12 @@ def documents_of(
         what = o.task_named(task, languages)
         examples = o.examples_from(what, data, target)[:count]
         make = _from_questions if own_answers else _from_references
-        documents += make(lm, what, examples, answering, folder, window or 512)
-    elif data or own_answers:
-        raise typer.BadParameter("--data and --own-answers need --task, which says what the examples are")
+        documents += make(lm, what, examples, answering, folder, window)
+    elif data or target or own_answers:
+        raise typer.BadParameter("--data, --target and --own-answers need --task, which says what the examples are")
     if prompts is not None or not (texts[0] or task):
-        documents += _from_prompts(lm, prompts, count, answering, folder)
+        file = folder / ("answers-to-prompts.jsonl" if own_answers else "answers.jsonl")
+        documents += _from_prompts(lm, prompts, count, answering, file)
     return documents
 
 
@@ -112,11 +113,11 @@ def _tell_shortened(count: int, total: int, longest: int) -> None:
 
 
 def _from_prompts(
-    lm: LanguageModel, source: str | None, count: int | None, config: AnswerConfig, folder: Path
+    lm: LanguageModel, source: str | None, count: int | None, config: AnswerConfig, cache: Path
 ) -> list[Document]:  # fmt: skip
     from offramp.training import answer_documents
 
     file = None if source is None or source == BUNDLED else Path(source)
     prompts = o.prompts_from(file, count)
     with o.progress("answering") as progress:
-        return answer_documents(lm, prompts, config, folder / "answers.jsonl", progress)
+        return answer_documents(lm, prompts, config, cache, progress)

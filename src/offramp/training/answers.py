@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from offramp.exits import fingerprint
 from offramp.files import differences
 from offramp.training.data import Document, Progress
@@ -64,7 +66,8 @@ def answer_documents(
     """Let the full model answer prompts; only the answers are to be predicted, unless `config.prompts_too`.
 
     Every finished batch is appended to `cache` (JSON Lines), from which a repeated call goes on; batches are always the
-    same and have seeds of their own, so the answers do not depend on interruptions.
+    same and have seeds of their own, so the answers do not depend on interruptions. Of several processes one answers,
+    and the others wait for it.
 
     Args:
         lm: The model.
@@ -85,13 +88,15 @@ def answer_documents(
     jobs = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     digest = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
     header = {"model": fingerprint(lm.model), "prompts": digest, **asdict(config)}
-    records = _open_cache(cache, header, config.batch_size, len(jobs))
-    for at in range(len(records), len(jobs), config.batch_size):
-        if progress is not None:
-            progress(at, len(jobs), "answers")
-        new = _answer(lm, jobs[at : at + config.batch_size], config, seed=config.seed + at)
-        _append(cache, new)
-        records += new
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_name(f".{cache.name}.lock")):
+        records = _open_cache(cache, header, config.batch_size, len(jobs))
+        for at in range(len(records), len(jobs), config.batch_size):
+            if progress is not None:
+                progress(at, len(jobs), "answers")
+            new = _answer(lm, jobs[at : at + config.batch_size], config, seed=config.seed + at)
+            _append(cache, new)
+            records += new
     if progress is not None:
         progress(len(jobs), len(jobs), "answers")
     kinds = [_name(prompt) for prompt in prompts] if groups is None else list(groups)
@@ -134,7 +139,6 @@ def _append(cache: Path, records: list[dict[str, Any]]) -> None:
 
 def _open_cache(cache: Path, header: dict[str, Any], batch: int, total: int) -> list[dict[str, Any]]:
     """The answers of finished batches; whatever an interruption left behind them is cut off."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
     lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []  # behind the last line end: half a line
     if not lines:
         cache.write_bytes(b"")

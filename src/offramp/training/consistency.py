@@ -80,6 +80,8 @@ def tally_classifiers(
 ) -> Tally:
     """Losses of all classifiers and how often they are right; with `weights`, also adds their gradient.
 
+    Both classes of an exit are balanced over the N positions given.
+
     Args:
         split: The model.
         exits: Its exits, with classifiers.

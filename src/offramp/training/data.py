@@ -46,12 +46,14 @@ class Windows:
     """N windows of up to T tokens: `ids` [N, T]; `counted` [N, T] marks the tokens whose prediction is trained.
 
     For an encoder-decoder also what the encoder reads, up to X tokens: `sources` and its mask `present`, [N, X] both.
+    Where only some of the tokens to be predicted are counted, `begins` [N] says where these begin.
     """
 
     ids: Tensor
     counted: Tensor
     sources: Tensor | None = None
     present: Tensor | None = None
+    begins: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,6 +70,11 @@ class Windows:
             parts.append(self.sources.to(torch.int32))
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
+    @property
+    def first(self) -> Tensor:
+        """Column of the first token to be predicted, [N]."""
+        return self.counted.int().argmax(1) if self.begins is None else self.begins
+
     @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each window, of both sides, [N]."""
@@ -78,11 +85,12 @@ class Windows:
         """Some of the windows, without columns nobody needs."""
         ids, counted = self.ids[rows], self.counted[rows]
         width = int(counted.any(0).nonzero().max()) + 1
+        begins = None if self.begins is None else self.begins[rows]
         if self.sources is None or self.present is None:
-            return Windows(ids[:, :width], counted[:, :width])
+            return Windows(ids[:, :width], counted[:, :width], begins=begins)
         present = self.present[rows]
         depth = int(present.sum(1).max())
-        return Windows(ids[:, :width], counted[:, :width], self.sources[rows][:, :depth], present[:, :depth])
+        return Windows(ids[:, :width], counted[:, :width], self.sources[rows][:, :depth], present[:, :depth], begins)
 
 
 @dataclass(frozen=True)
@@ -316,7 +324,7 @@ def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = 
     part = windows[batches[which[at]]]
     if most is None:
         return part
-    generator = torch.Generator().manual_seed((seed << 40) + (step << 8) + 1)
+    generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)  # torch heeds 32 bits of a seed
     marks = torch.where(part.counted, torch.rand(part.counted.shape, generator=generator), 2.0)
     drawn = part.counted & (marks.argsort(1).argsort(1) < most)
-    return replace(part, counted=drawn)
+    return replace(part, counted=drawn, begins=part.first)

@@ -12,6 +12,18 @@ from offramp.skipping import parted
 from offramp.training.data import Windows
 
 
+def check_prompt_layer(split: SplitModel, stop: int | None) -> None:
+    """Refuse a prompt's last layer that the model cannot have.
+
+    Raises:
+        ValueError: It is not below L, or the model is an encoder-decoder.
+    """
+    if stop is not None and split.is_encoder_decoder:
+        raise ValueError(f"prompt_layer is {stop}, but an encoder-decoder has no prompt in its decoder; leave it away")
+    if stop is not None and stop >= split.num_layers:
+        raise ValueError(f"prompt_layer is {stop}, but a prompt can stop after layers 1..{split.num_layers - 1}")
+
+
 def states_of(
     split: SplitModel, windows: Windows, layers: Sequence[int], *, edit: Edit | None = None
 ) -> tuple[list[Tensor], Tensor]:
@@ -42,7 +54,7 @@ def states_behind_prompts(
     """The same where all but the last position of each prompt stop after layer `stop` (`ExitPolicy.prompt_layer`).
 
     Decoding's own parts do it: deeper layers get keys and values projected from the frozen states, and nothing else is
-    computed for a prompt, so training costs less as well. What stands before the first counted token is the prompt.
+    computed for a prompt, so training costs less as well. What stands before the first token to predict is the prompt.
 
     Args:
         split: A decoder-only model.
@@ -52,14 +64,7 @@ def states_behind_prompts(
 
     Returns:
         One [N, D] per layer, and labels [N].
-
-    Raises:
-        ValueError: `stop` is not below L, or the model is an encoder-decoder.
     """
-    if split.is_encoder_decoder or stop >= split.num_layers:
-        allowed = f"a prompt can stop after layers 1..{split.num_layers - 1}"
-        reason = "an encoder-decoder has no prompt in its decoder" if split.is_encoder_decoder else allowed
-        raise ValueError(f"prompt_layer is {stop}, but {reason}")
     ids, counted, present, edge = _aligned(windows)
     ids, counted, present = (part.to(split.device) for part in (ids, counted, present))
     state, kept = split.start(ids[:, :-1], present[:, :-1]), {}
@@ -80,8 +85,7 @@ def _aligned(windows: Windows) -> tuple[Tensor, Tensor, Tensor, int]:
     Returns:
         Ids, counted and a mask of what is not padding in front, [B, T'] each; and that column.
     """
-    first = windows.counted.int().argmax(1)  # the first token predicted
-    lead = (first - 1).clamp(min=0)
+    lead = (windows.first - 1).clamp(min=0)
     edge, width = int(lead.max()), windows.ids.shape[1]
     length = edge + width - int(lead.min())
     columns = torch.arange(length) - (edge - lead)[:, None]  # where each column comes from, [B, T']

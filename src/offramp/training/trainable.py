@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from offramp.exits import Exits, fingerprint
 from offramp.files import replace_folder
+from offramp.packaged import quiet
 from offramp.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,13 +44,14 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
         exits = _with_classifiers(lm, config) if config.classifiers else _fresh(lm, config.layers, config.rank)
         modes = [(module, module.training) for module in lm.model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
-        lm.model.train(config.backbone)
-        lm.model.requires_grad_(config.trainable == "all")
         adapters = _lora(lm, config) if config.trainable == "lora" else None
-    named = {f"exits.{name}": p for name, p in exits.named_parameters() if p.requires_grad}
-    named |= {f"model.{name}": p for name, p in lm.model.named_parameters() if p.requires_grad}
     learned = False
     try:
+        lm.model.train(config.backbone)
+        if adapters is None:  # else they alone learn, as they were made
+            lm.model.requires_grad_(config.trainable == "all")
+        named = {f"exits.{name}": p for name, p in exits.named_parameters() if p.requires_grad}
+        named |= {f"model.{name}": p for name, p in lm.model.named_parameters() if p.requires_grad}
         yield Trainable(exits, named)
         learned = True
     finally:
@@ -83,14 +86,21 @@ def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
 
 def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
     """Adapters on every linear layer of the decoder's and the encoder's blocks; the head stays as it is."""
-    from peft import LoraConfig, get_peft_model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "trainable 'lora' needs peft, which is not installed; install it with: pip install 'offramp[lora]'"
+        ) from error
 
     split = lm.split
     parts = [*split.blocks, *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
     inside = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
     names = [name for name, module in lm.model.named_modules() if id(module) in inside]
     settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
-    return get_peft_model(lm.model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks by a name that transformers 5.23 deprecates
+        return get_peft_model(lm.model, settings)
 
 
 def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], *, model: Path | None) -> None:
@@ -106,7 +116,8 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
     if model is not None:
 
         def write(temporary: Path) -> None:
-            lm.model.save_pretrained(temporary)
+            with quiet():
+                lm.model.save_pretrained(temporary)
             if lm.tokenizer is not None:
                 lm.tokenizer.save_pretrained(temporary)
 

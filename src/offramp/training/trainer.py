@@ -5,9 +5,10 @@ the state there alone, a chunk at a time, and what reaches the states goes back 
 The order of the data, dropout and all other draws are functions of (seed, step), so a run that was killed and continued
 ends with the same bits as one that was not, on the same machine with the same number of threads.
 
-Several processes (`accelerate launch`) divide each step's windows and add up their gradients; the result is that of one
-process but for rounding (and for dropout, which each draws for itself). Every process holds the whole model: weights
-that are divided between processes (FSDP, DeepSpeed ZeRO) are not supported.
+Several processes (`accelerate launch`, on CPUs `torchrun --nproc-per-node N`) divide each step's windows and add up
+their gradients; the result is that of one process but for rounding, and but for what each decides by its own windows:
+dropout, FREE's choice of deep layers, and how classifiers' classes are balanced. Every process holds the whole model:
+weights that are divided between processes (FSDP, DeepSpeed ZeRO) are not supported.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from offramp.exits import Exits
+from offramp.exits import Exits, fingerprint
 from offramp.families import SplitModel
 from offramp.machine import describe
 from offramp.training import consistency
@@ -34,7 +35,7 @@ from offramp.training.consistency import tally_classifiers
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropping
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
-from offramp.training.passes import states_behind_prompts, states_of
+from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
 from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened
 from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
@@ -135,11 +136,13 @@ def train(
     with opened(folder, writes=workers.is_main_process) as run:
         with trainable(lm, config) as learns:
             record = _record(lm, learns.exits, data, config)
+            trainer = _Trainer(lm.split, learns, data, config, run, workers)
             run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
-            clock = _Trainer(lm.split, learns, data, config, run, workers).go(progress)
-            workers.end_training()
+            clock = trainer.go(progress)
+            for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
+                tracker.finish()
         if workers.is_main_process:
             save(lm, learns.exits, run.exits, record, model=run.model if config.backbone else None)
         workers.wait_for_everyone()
@@ -165,11 +168,12 @@ def train(
 
 def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) -> dict[str, Any]:
     """What a run is, for its folder and for those who read its exits."""
+    model = {"name": lm.name, "fingerprint": exits.fingerprint, "dtype": str(lm.model.dtype).removeprefix("torch.")}
+    if config.classifiers:
+        model["lenses"] = fingerprint(exits.lenses)  # which the classifiers look through
     return {
         "schema": SCHEMA,
-        "model": {
-            "name": lm.name, "fingerprint": exits.fingerprint, "dtype": str(lm.model.dtype).removeprefix("torch."),
-        },
+        "model": model,
         "config": {**asdict(config), "layers": exits.layers},
         "data": {**data.settings, "train": data.train.digest(), "held_out": data.held_out.digest()},
     }  # fmt: skip
@@ -199,6 +203,7 @@ class _Trainer:
                 f"hidden_loss is for one exit (FREE's shallow-deep model), not for those after {self.exits.layers}; "
                 "give one layer"
             )
+        check_prompt_layer(split, config.prompt_layer)
 
     def go(self, progress: Callable[..., None] | None) -> Clock:
         """Train to the end."""
@@ -245,7 +250,9 @@ class _Trainer:
         self.optimizer.zero_grad()
         windows = batch(self.data.train, clock.step, config.batch_size, config.seed, config.positions)
         count = windows.positions
-        result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count, clock))
+        with torch.random.fork_rng(devices=[self.split.device] if self.split.device.type == "cuda" else []):
+            torch.manual_seed(hash((config.seed, clock.step, self.workers.process_index)) & 0x7FFFFFFF)
+            result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
         norm = self._reduce_gradients()
         loss = sum(w * value for w, value in zip(self.weights, [*result.loss, result.last_loss], strict=False))
         self._check(clock.step + 1, result, norm)
@@ -261,22 +268,19 @@ class _Trainer:
         })  # fmt: skip
         return after, loss
 
-    def _learn(self, windows: Windows, count: int, clock: Clock) -> Tally:
+    def _learn(self, windows: Windows, count: int) -> Tally:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
-        config, device = self.config, self.split.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(hash((config.seed, clock.step, self.workers.process_index)) & 0x7FFFFFFF)
-            hidden, labels = self._states(windows)
-            depth = len(self.exits.layers) + 1
-            leaves = [h.detach().requires_grad_(config.backbone) for h in hidden[:depth]]
-            result = self._tally(leaves, labels, weights=self.weights, count=count)
-            if config.backbone:
-                roots, gradients = list(hidden[:depth]), [leaf.grad for leaf in leaves]
-                if config.hidden_loss:
-                    (layer,), others = self.exits.layers, hidden[depth:]
-                    term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
-                    roots, gradients = [*roots, term], [*gradients, None]
-                torch.autograd.backward(roots, gradients)
+        config, depth = self.config, len(self.exits.layers) + 1
+        hidden, labels = self._states(windows)
+        leaves = [h.detach().requires_grad_(config.backbone) for h in hidden[:depth]]
+        result = self._tally(leaves, labels, weights=self.weights, count=count)
+        if config.backbone:
+            roots, gradients = list(hidden[:depth]), [leaf.grad for leaf in leaves]
+            if config.hidden_loss:
+                (layer,), others = self.exits.layers, hidden[depth:]
+                term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
+                roots, gradients = [*roots, term], [*gradients, None]
+            torch.autograd.backward(roots, gradients)
         return result
 
     def _states(self, windows: Windows) -> tuple[list[Tensor], Tensor]:

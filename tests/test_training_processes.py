@@ -1,0 +1,79 @@
+"""Training by two processes on the loopback device, as `torchrun --nproc-per-node 2` starts them, against one."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import training_runs
+from offramp.training.run_folder import RunFolder
+
+FILES = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "exits"}
+
+
+def start(folder, *jobs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, training_runs.__file__, folder, *jobs],
+            env={**os.environ, **common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    return [process.returncode for process in started], errors
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Runs of two processes; the last one is interrupted in both, and then continued."""
+    folder = tmp_path_factory.mktemp("two")
+    codes, errors = start(folder, "answers", "exits", "all", "again:", "again")
+    assert codes == [0, 0], errors
+    return folder
+
+
+def rows(folder):
+    return [{**row, "tokens_per_second": 0} for row in RunFolder(folder).rows()]
+
+
+@pytest.mark.parametrize("job", ["exits", "all"])
+def test_two_processes_train_what_one_does(two, tmp_path, job):
+    training_runs.run(tmp_path, **training_runs.JOBS[job])
+    assert {path.name for path in (two / job).iterdir()} == {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} - {".lock", "model"} == FILES
+    assert (two / job / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+    for file in ("exits/exits", "model/model", "checkpoint"):
+        if (tmp_path / f"{file}.safetensors").exists():
+            got, expected = (load_file(folder / f"{file}.safetensors") for folder in (two / job, tmp_path))
+            assert got.keys() == expected.keys()
+            for name in expected:
+                torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=2e-5, msg=name)
+    assert len(rows(two / job)) == len(rows(tmp_path))
+    for got, expected in zip(rows(two / job), rows(tmp_path), strict=True):
+        for name, value in expected.items():
+            assert got[name] == (value if name == "kind" else pytest.approx(value, rel=1e-3)), name
+
+
+def test_two_interrupted_processes_go_on(two):
+    ends = [load_file(two / job / "model" / "model.safetensors") for job in ("all", "again")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert rows(two / "all") == rows(two / "again")
+
+
+def test_one_of_two_processes_answers(two, tmp_path):
+    made = training_runs.answers(tmp_path)
+    assert (two / "answers" / "answers.jsonl").read_bytes() == (tmp_path / "answers.jsonl").read_bytes()
+    assert len(made) == 3
