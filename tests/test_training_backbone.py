@@ -1,4 +1,4 @@
-"""Training the model itself: gradients against plain autograd on transformers' own outputs, adapters against algebra."""
+"""Training the model itself: gradients against plain autograd on transformers' outputs, adapters against algebra."""
 
 import copy
 import errno
@@ -18,10 +18,11 @@ import training_runs
 from offramp import ExitPolicy, ModelError
 from offramp.exits import fingerprint
 from offramp.families import SplitModel
-from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
+from offramp.training import OBJECTIVES, TrainingError, run_folder, train
 from offramp.training.data import Data, Windows, batch
-from offramp.training.edits import dropout_rates, edit_for
+from offramp.training.layer_dropout import dropout_rates, dropping
 from offramp.training.objectives import layerwise_loss
+from offramp.training.passes import states_behind_prompts
 from test_brute_force import Row
 from tiny import LAYERS, inputs_for, tiny
 from training_runs import config, model, windows
@@ -161,8 +162,8 @@ def test_the_saved_model_and_its_exits_are_those_that_were_trained(tmp_path, nam
     as_the_model_judges(loaded.model, parts.held_out, result)
     policy = ExitPolicy(threshold=0.1)
     assert loaded.generate(inputs_for(name), policy=policy, max_new_tokens=3).exit_layers
+    tiny(name).save_pretrained(tmp_path / "before")
     with pytest.raises(ModelError, match="were made for tiny with weights"):
-        tiny(name).save_pretrained(tmp_path / "before")
         offramp.load(tmp_path / "before", exits=result.exits)
 
 
@@ -321,19 +322,18 @@ def test_rates_by_hand():
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_dropped_blocks_are_skipped_for_whole_rows(name):
-    """Each row's states are those of a pass without the blocks it dropped, which are dropped as often as they should."""
+    """Each row's states are those of a pass without the blocks it dropped, which it does as often as it should."""
     lm = model(name, still=True)
     split, part, largest = lm.split, windows(600, 5, sources=name == "t5"), 0.999999
-    options = TrainConfig(steps=1, trainable="all", layer_dropout=largest)
     lm.model.eval()
-    assert edit_for(split, options, part) is None
+    assert dropping(split, largest) is None
     lm.model.train()
     torch.manual_seed(0)
     memory = (
         {} if name == "llama" else {"memory": split.encode(part.sources, part.present), "memory_mask": part.present}
     )
     with torch.no_grad():
-        states = split.states(part.ids[:, :-1], range(1, LAYERS + 1), edit=edit_for(split, options, part), **memory)
+        states = split.states(part.ids[:, :-1], range(1, LAYERS + 1), edit=dropping(split, largest), **memory)
         first = split.states(part.ids[:, :-1], [1], **memory)[0]
     assert torch.equal(states[0], first)  # the first block is never dropped
     same = torch.stack([(a == b).flatten(1).all(1) for a, b in zip(states[:-1], states[1:], strict=True)])  # [L - 1, B]
@@ -394,9 +394,15 @@ def conversations():
 
 
 def states_with_prompt_layer(split, part, layer=2):
-    options = TrainConfig(steps=1, prompt_layer=layer)
+    """States [B, T - 1, D] after every layer, of the positions that predict."""
     with torch.no_grad():
-        return split.states(part.ids[:, :-1], range(1, LAYERS + 1), edit=edit_for(split, options, part))
+        found, labels = states_behind_prompts(split, part, range(1, LAYERS + 1), layer)
+    where = part.counted[:, 1:]
+    assert torch.equal(labels, part.ids[:, 1:][where])
+    whole = [torch.full((*where.shape, hidden.shape[-1]), math.nan) for hidden in found]
+    for states, hidden in zip(whole, found, strict=True):
+        states[where] = hidden
+    return whole
 
 
 def test_states_after_short_prompts_are_those_of_decoding():
@@ -418,9 +424,6 @@ def test_states_after_short_prompts_are_those_of_decoding():
             row.append(token, LAYERS, 1.0, math.inf)
         full = lm.split.states(part.ids[index : index + 1, :-1], [LAYERS])[0]
         changed |= not torch.allclose(full[0, start - 1], states[-1][index, start - 1], atol=1e-3)
-        for layer in (2, 3):
-            assert torch.equal(states[layer][index, : start - 1], states[1][index, : start - 1])
-        assert not torch.equal(states[1][index, : start - 1], states[0][index, : start - 1])
     assert changed
 
 
@@ -433,7 +436,8 @@ def test_drawn_positions_do_not_move_the_end_of_the_prompt():
     assert torch.equal(drawn.first, part.first[order])
     assert torch.equal(drawn[torch.tensor([2, 0])].first, part.first[[order[2], order[0]]])
     got, expected = states_with_prompt_layer(lm.split, drawn)[-1], states_with_prompt_layer(lm.split, part)[-1]
-    torch.testing.assert_close(got, expected[order, : got.shape[1]])
+    where = drawn.counted[:, 1:]
+    torch.testing.assert_close(got[where], expected[order, : got.shape[1]][where])
 
 
 def test_training_for_short_prompts_is_judged_with_them(tmp_path):
