@@ -273,11 +273,11 @@ def test_the_term_reaches_the_shallow_layers_only(tmp_path, name):
         changed[weight] = lm.model.state_dict()
     lm = model(name, still=True)
     hf, where = lm.model, parts.train.counted[:, 1:]
-    states = [*states_of(hf, parts.train)[0][:-1], None]
+    last = []
     hook = lm.split.blocks[-1].register_forward_hook(
-        lambda _, __, output: states.__setitem__(-1, output[0] if isinstance(output, tuple) else output)
+        lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output)
     )
-    states[1:-1] = states_of(hf, parts.train)[0][1:-1]
+    states = [*states_of(hf, parts.train)[0][:-1], *last]  # the last one before its norm
     hook.remove()
     taken = [state[where] for state in states]
     term = 0

@@ -5,7 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import offramp as package
 from offramp import cli
+from offramp.exits import fingerprint
 from tiny import tiny, tokenizer
 
 
@@ -59,3 +61,156 @@ def test_wrong_options(folder, tmp_path, arguments, message):
     run = offramp("train", folder, "--text", text, "--window", 8, "--out", tmp_path / "run", *arguments)
     assert run.exit_code != 0
     assert message in " ".join((run.output + str(run.exception)).split())
+
+
+def words(run):
+    return " ".join((run.output + str(run.exception)).split())
+
+
+@pytest.fixture
+def squad(tmp_path):
+    """Questions in SQuAD's layout; one of the contexts is longer than the model's."""
+
+    def write(count=6, *, long=1, answers=True):
+        paragraphs = [
+            {
+                "context": "the sky is blue . " * (200 if index < long else 2),
+                "qas": [
+                    {"id": f"q{index}", "question": "why ?"} | ({"answers": [{"text": "blue"}]} if answers else {})
+                ],
+            }
+            for index in range(count)
+        ]
+        path = tmp_path / "squad.json"
+        path.write_text(json.dumps({"data": [{"title": f"t{i}", "paragraphs": [p]} for i, p in enumerate(paragraphs)]}))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_task_whose_longest_example_is_shortened_and_counted(folder, tmp_path, squad, own):
+    """In both ways; the default window is what the model's context holds."""
+    arguments = ["train", folder, "--task", "question-answering", "--data", squad(), "--epochs", 2, "--batch-size", 2]
+    arguments += ["--layers", 2, "--out", tmp_path / "run", "--json", tmp_path / "r.json", "--max-new-tokens", 4]
+    run = offramp(*arguments, *(["--own-answers"] if own else []))
+    assert run.exit_code == 0, words(run)
+    assert "shortened the source of 1 of 6 examples to fit 256 tokens" in run.stderr
+    assert (tmp_path / "run" / "answers.jsonl").exists() == own
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["steps"] == 2 * 3  # five examples are trained on, two at a time
+    if not own:
+        assert result["positions"] == 2  # "blue" and the end, of the example held out
+        assert result["tokens"] == 2 * 5 * 2
+
+
+def test_own_answers_to_questions_and_to_prompts(folder, tmp_path, squad):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("why\nthe sky\n")
+    arguments = [
+        "train",
+        folder,
+        "--task",
+        "question-answering",
+        "--data",
+        squad(long=0),
+        "--own-answers",
+        "--steps",
+        1,
+    ]
+    arguments += ["--prompts", prompts, "--layers", 2, "--out", tmp_path / "run", "--max-new-tokens", 4]
+    for _ in range(2):
+        run = offramp(*arguments)
+        assert run.exit_code == 0, words(run)
+        assert "8 documents" in run.stderr
+    files = sorted(path.name for path in (tmp_path / "run").glob("answers*"))
+    assert files == ["answers-to-prompts.jsonl", "answers.jsonl"]
+
+
+def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
+    """All that a user does for CALM: model and exits, classifiers, generation."""
+    text, run = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text(" ".join(f"w{20 + i % 60} the sky" for i in range(200)))
+    common = ["--text", text, "--window", 16, "--steps", 2]
+    first = offramp("train", folder, *common, "--trainable", "lora", "--lora-rank", 2, "--layers", "1,3", "--out", run)
+    assert first.exit_code == 0, words(first)
+    assert f"offramp generate {run / 'model'} --exits {run / 'exits'}" in first.stderr
+    classified = [
+        "train",
+        run / "model",
+        "--exits",
+        run / "exits",
+        "--objective",
+        "consistency",
+        "--out",
+        tmp_path / "c",
+    ]
+    second = offramp(*classified, *common)
+    assert second.exit_code == 0, words(second)
+    assert "accuracy" in second.stdout
+    lm = package.load(run / "model", exits=tmp_path / "c" / "exits")
+    assert lm.exits.classifiers is not None
+    assert fingerprint(lm.model) != fingerprint(tiny("llama"))
+    options = ["--confidence", "classifier", "--threshold", 0.4, "--max-new-tokens", 3]
+    third = offramp("generate", run / "model", "the sky", "--exits", tmp_path / "c" / "exits", *options)
+    assert third.exit_code == 0, words(third)
+    other = offramp("train", folder, "--exits", run / "exits", "--objective", "consistency", *common)
+    assert "fingerprints" in words(other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exits", "x"], "--exits is for --objective consistency; other objectives train new exits"),
+        (["--epochs", 1, "--steps", 2], "give one of --epochs, --steps and --tokens"),
+        (["--tokens", 9, "--steps", 2], "give one of --epochs, --steps and --tokens"),
+        (["--data", "x.json"], "need --task, which says what the examples are"),
+        (["--own-answers"], "need --task"),
+        (["--target", "x.de"], "need --task"),
+        (["--task", "question-answering"], "--task question-answering needs --data, a file of examples"),
+        (["--task", "chess", "--data", "x"], "--task chess: choose one of question-answering, summarisation"),
+        (
+            ["--hidden-loss", 1],
+            "hidden_loss acts on the backbone, which is not trained; give trainable 'lora' or 'all'",
+        ),
+        (["--layer-dropout", 0.1], "layer_dropout acts on the backbone"),
+        (["--layer-dropout", 1, "--trainable", "all"], "give a rate in [0, 1)"),
+        (["--rank", 0], "rank 0 is no lens, so there is nothing to train"),
+        (["--trainable", "some"], "trainable is 'some'; choose one of exits, lora, all"),
+        (["--trainable", "all", "--objective", "consistency"], "trains classifiers only; leave trainable at 'exits'"),
+        (["--precision", "fp16"], "precision is 'fp16'; choose one of None, bf16"),
+        (["--micro-batch", 0], "micro_batch is 0; it must be at least 1"),
+        (["--epochs", 0], "steps is 0; it must be at least 1"),
+        (["--window", 300], "a window of 300 tokens is outside 2..256"),
+    ],
+)
+def test_options_that_do_not_go_together(folder, tmp_path, arguments, message):
+    text = tmp_path / "a.txt"
+    text.write_text("the sky is blue . " * 20)
+    window = [] if "--window" in arguments else ["--window", 8]
+    run = offramp("train", folder, "--text", text, "--out", tmp_path / "run", *window, *arguments)
+    assert run.exit_code != 0
+    assert message in words(run).replace("│ ", "")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_data_without_anything_in_it(folder, tmp_path, squad):
+    path = tmp_path / "empty.json"
+    for text, message in [
+        ("", "is empty; give a file with examples"),
+        ("{", "is not JSON"),
+        ('{"data": []}', "holds no example for question-answering"),
+    ]:
+        path.write_text(text)
+        run = offramp("train", folder, "--task", "question-answering", "--data", path, "--out", tmp_path / "run")
+        assert run.exit_code != 0
+        assert message in words(run)
+    run = offramp("train", folder, "--task", "question-answering", "--data", squad(answers=False))
+    assert "answers" in words(run)
+    assert run.exit_code != 0
+    path.write_text("\n\n")
+    run = offramp("train", folder, "--prompts", path, "--out", tmp_path / "run")
+    assert "holds no prompts; write one per line" in words(run)
+    run = offramp("train", folder, "--task", "question-answering", "--data", squad(count=1, long=0))
+    assert "1 documents" in words(run)
+    assert run.exit_code != 0

@@ -1,4 +1,4 @@
-"""Classifiers trained by `train`, on a model in which one coordinate of the state tells whether an exit agrees."""
+"""Classifiers trained by `train`, on a model built such that one coordinate of a state tells where exits agree."""
 
 import copy
 import math

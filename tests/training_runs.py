@@ -19,9 +19,7 @@ BACKBONES = {
 """Model and options of runs that change the model."""
 JOBS = {
     "exits": {"micro_batch": 1, "batch_size": 3, "steps": 8, "validate_every": 4},
-    "all": {
-        "trainable": "all", "weights": "layerskip", "steps": 6, "save_every": 2, "positions": 6, "weight_decay": 0.1,
-    },
+    "all": {"trainable": "all", "weights": "layerskip", "steps": 6, "save_every": 2, "positions": 6},
 }  # fmt: skip
 """What several processes do."""
 JOBS["again"] = JOBS["all"]

@@ -27,13 +27,14 @@ def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
     """
     folder = Path(source).expanduser()
     if str(source) == BUNDLED and not folder.exists():
-        folder = Path(__file__).parent / "data" / "exits" / model
-        if not folder.is_dir():
-            have = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "no model"
+        bundled = Path(__file__).parent / "data" / "exits"
+        have = sorted(path.name for path in bundled.glob("*/"))
+        if model not in have:
+            names = ", ".join(have) or "no model"
             raise ModelError(
-                f"no exits for {model!r} come with offramp, only for {have}; train some with offramp train"
+                f"no exits for {model!r} come with offramp, only for {names}; train some with offramp train"
             )
-        return folder
+        return bundled / model
     named = isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "~", "/"))
     if folder.exists() or not named:
         return folder
