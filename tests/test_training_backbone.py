@@ -264,12 +264,13 @@ def test_the_term_is_its_formula(shallow, deep, count, seed):
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(("layer", "micro_batch"), [(2, None), (3, 4)])  # with one deep layer there is no choice
 @pytest.mark.usefixtures("plain_steps")
-def test_the_term_reaches_the_shallow_layers_only(tmp_path, name):
-    parts, changed = unequal(name), {}
+def test_the_term_reaches_the_shallow_layers_only(tmp_path, name, layer, micro_batch):
+    parts, changed, options = unequal(name), {}, {"layers": (layer,), "micro_batch": micro_batch, "trainable": "all"}
     for weight in (0.0, 0.7):
         lm = model(name, still=True)
-        train(lm, parts, one_step(trainable="all", layers=(2,), hidden_loss=weight), tmp_path / str(weight))
+        train(lm, parts, one_step(hidden_loss=weight, **options), tmp_path / str(weight))
         changed[weight] = lm.model.state_dict()
     lm = model(name, still=True)
     hf, where = lm.model, parts.train.counted[:, 1:]
@@ -281,11 +282,11 @@ def test_the_term_reaches_the_shallow_layers_only(tmp_path, name):
     hook.remove()
     taken = [state[where] for state in states]
     term = 0
-    for own in taken[1:3]:
-        distances = [((own - other.detach()) ** 2).mean() for other in taken[3:]]
-        term = term + torch.stack(distances).min() / 2
+    for own in taken[1 : layer + 1]:
+        distances = [((own - other.detach()) ** 2).mean() for other in taken[layer + 1 :]]
+        term = term + torch.stack(distances).min() / layer
     (0.7 * term).backward()
-    deep = [lm.split.blocks[2], lm.split.blocks[3], lm.split.norm, *([] if name == "t5" else [lm.split.head])]
+    deep = [*lm.split.blocks[layer:], lm.split.norm, *([] if name == "t5" else [lm.split.head])]
     behind = {id(p) for module in deep for p in module.parameters()}
     for key, parameter in hf.named_parameters():
         difference = changed[0.0][key] - changed[0.7][key]
@@ -353,6 +354,19 @@ def test_dropped_blocks_are_skipped_for_whole_rows(name):
         with torch.no_grad():
             expected = again.states(part.ids[rows, :-1], [len(kept)], **inside)[0]
         torch.testing.assert_close(states[-1][rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_drops_depend_on_seed_and_step_alone(tmp_path):
+    parts, losses = Data(windows(4), windows(4)), []
+    for run, seed in enumerate((0, 0, 5)):
+        torch.manual_seed(run)
+        options = {"trainable": "all", "layer_dropout": 0.6, "learning_rate": 1e-30, "steps": 3, "seed": seed}
+        train(model(), parts, config(**options), tmp_path / str(run))
+        rows = run_folder.RunFolder(tmp_path / str(run)).rows()
+        losses.append([row["full_loss"] for row in rows if row["kind"] == "step"])
+        assert rows[0]["full_loss"] == pytest.approx(rows[-1]["full_loss"])  # nothing was learnt, or dropped there
+    assert losses[0] == losses[1]
+    assert len({*losses[0], *losses[2]}) == 6
 
 
 def test_rows_drop_for_themselves_whatever_goes_through_at_once(tmp_path, monkeypatch):

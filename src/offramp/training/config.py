@@ -28,7 +28,8 @@ WEIGHTS: dict[str, Callable[[Sequence[int]], list[float]]] = {
     "layerskip": _layerskip,
 }
 """Weights over the readouts that are trained, which sum to 1: equal, proportional to the layer (CALM, Schuster et al.
-2022, section 3.2, and FREE), or LayerSkip's. Where the backbone is trained, the last layer is one of them."""
+2022, section 3.2, and FREE), or LayerSkip's, normalised over these alone. Where the backbone is trained, the last layer
+is one of them; else the deepest exit has its place in LayerSkip's formula."""
 
 
 @dataclass(frozen=True)
