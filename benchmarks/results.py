@@ -36,6 +36,7 @@ class Step:
     command: str
     name: str
     shows: bool = True
+    folder: str = ""  # of its run, if not its name: calibrations that share one share the answers they need
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ STUDIES = {
             Step("Every policy at one threshold", f"evaluate {_T5} --limit 300 --arms default", "evaluate"),
             Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --sweep --confidence softmax "
                  "--threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 1,2 --vocabulary none,fixed", "sweep"),
-            Step("A certificate at tolerance 0.05", f"calibrate {_T5} --tolerance 0.05 --validate 200",
-                 "calibrate-05"),
-            Step("A certificate at tolerance 0.10", f"calibrate {_T5} --tolerance 0.10 --validate 200",
-                 "calibrate-10"),
+            Step("A certificate at tolerance 0.05", f"calibrate {_T5} --batch-size 16 --tolerance 0.05 --validate 200",
+                 "calibrate-05", folder="calibrate"),
+            Step("A certificate at tolerance 0.10", f"calibrate {_T5} --batch-size 16 --tolerance 0.10 --validate 200",
+                 "calibrate-10", folder="calibrate"),
         ),
     ),
     "summarisation": Study(
@@ -94,15 +95,17 @@ STUDIES = {
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task summarisation "
                  "--data {data}/dialogsum/train.jsonl.gz --count 300 --objective consistency --epochs 1 --batch-size 4 "
                  "--window 448 --prompt-layer 14 --dtype bfloat16", "classifier"),
-            Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 60 "
+            Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 40 "
                  "--arms default --prompt-layer 14", "evaluate"),
             Step("The same on SAMSum", f"evaluate {_SMOLLM2} --task summarisation "
-                 "--data {data}/samsum/validation.json --longest 512 --limit 40 --confidence softmax "
+                 "--data {data}/samsum/validation.json --longest 512 --limit 30 --confidence softmax "
                  "--threshold 0.6,0.9 --prompt-layer 14", "samsum"),
             Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
-                 "--thresholds 0.9,0.7,0.5,0.3,0.1 --tolerance 0.10 --validate 200", "calibrate-10"),
+                 "--batch-size 8 --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.10 --validate 200",
+                 "calibrate-10", folder="calibrate"),
             Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
-                 "--thresholds 0.9,0.7,0.5,0.3,0.1 --tolerance 0.05 --validate 200", "calibrate-05"),
+                 "--batch-size 8 --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.05 --validate 200",
+                 "calibrate-05", folder="calibrate"),
         ),
     ),
     "questions": Study(
@@ -131,8 +134,7 @@ def split(source: Path, first: Path, rest: Path) -> None:
 
 def run(step: Step, place: dict[str, str]) -> None:
     """One command; its output is kept beside its run folder, where it is found again."""
-    folder = Path(place["run"]) / step.name
-    output = folder.with_suffix(".txt")
+    folder, output = Path(place["run"]) / (step.folder or step.name), Path(place["run"]) / f"{step.name}.txt"
     if output.exists():
         return
     program, *arguments = shlex.split(step.command.format(**place))
@@ -144,7 +146,7 @@ def run(step: Step, place: dict[str, str]) -> None:
     if program == "new_t5":
         command = [sys.executable, str(ROOT / "benchmarks" / "new_t5.py"), *arguments]
     else:
-        extra = ["--out", str(folder), "--json", str(folder.with_suffix(".json"))]
+        extra = ["--out", str(folder), "--json", str(output.with_suffix(".json"))]
         command = [*OFFRAMP, program, *arguments, *extra]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -172,7 +174,7 @@ def page(name: str, study: Study, place: dict[str, str]) -> None:
             continue
         text = output.read_text(encoding="utf-8").strip().replace(str(runs), f"runs/results/{name}")
         lines += ["", text if text.startswith("|") or "\n|" in text else f"```\n{text}\n```"]
-        for picture in sorted((runs / step.name).glob("*.svg")):
+        for picture in sorted((runs / (step.folder or step.name)).glob("*.svg")):
             target = pictures / f"{name}-{step.name}-{picture.name}"
             shutil.copyfile(picture, target)
             lines += ["", f"![{step.title}: {picture.stem}](pictures/{target.name})"]
