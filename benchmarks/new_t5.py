@@ -55,7 +55,10 @@ def main() -> None:
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=len(tokenizer), d_model=options.width, d_kv=32, d_ff=4 * options.width, num_layers=options.layers,
         num_decoder_layers=options.layers, num_heads=options.width // 32, decoder_start_token_id=0,
+        tie_word_embeddings=False,  # means in transformers 5: readouts are not scaled by width^-0.5
     ))  # fmt: skip
+    with torch.no_grad():  # so that AdamW moves them as fast as other weights, instead of T5's unit variance and scale
+        model.shared.weight.mul_(options.width**-0.5)
     model.save_pretrained(options.folder)
     tokenizer.save_pretrained(options.folder)
     print(f"{options.folder}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
