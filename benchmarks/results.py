@@ -95,15 +95,15 @@ STUDIES = {
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task summarisation "
                  "--data {data}/dialogsum/train.jsonl.gz --count 300 --objective consistency --epochs 1 --batch-size 4 "
                  "--window 448 --prompt-layer 14 --dtype bfloat16", "classifier"),
-            Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 40 "
+            Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 30 "
                  "--arms default --prompt-layer 14", "evaluate"),
             Step("The same on SAMSum", f"evaluate {_SMOLLM2} --task summarisation "
                  "--data {data}/samsum/validation.json --longest 512 --limit 30 --confidence softmax "
                  "--threshold 0.6,0.9 --prompt-layer 14", "samsum"),
-            Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
+            Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 160 --prompt-layer 14 "
                  "--batch-size 8 --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.10 --validate 200",
                  "calibrate-10", folder="calibrate"),
-            Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
+            Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 160 --prompt-layer 14 "
                  "--batch-size 8 --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.05 --validate 200",
                  "calibrate-05", folder="calibrate"),
         ),

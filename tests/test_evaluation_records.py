@@ -57,6 +57,20 @@ def test_costs_are_those_of_generate(tmp_path, name, policy):
         assert record.seconds > 0
 
 
+def test_without_references_the_full_models_answer_is_one(tmp_path):
+    lm, asked = model(), [replace(example, references=()) for example in examples(4)]
+    options = {"max_new_tokens": SHORT}
+    full = decode_records(lm, TASK, asked, "full", None, tmp_path / "full.jsonl", **options)
+    assert all(record.scores["f1"] == 1 for record in full)
+    policy = ExitPolicy(threshold=-math.inf, min_layer=1)
+    early = decode_records(
+        lm, TASK, asked, "early", policy, tmp_path / "early.jsonl", full={r.id: r for r in full}, **options
+    )
+    assert any(record.scores["f1"] < 1 for record in early)
+    for mine, theirs in zip(early, full, strict=True):
+        assert mine.scores["f1"] == pytest.approx(f1(mine.text, [theirs.text]))
+
+
 def test_tokens_bring_their_texts_and_confidences(tmp_path):
     lm = model()
     full = records(tmp_path / "full.jsonl")

@@ -15,7 +15,7 @@ from offramp import LanguageModel
 from offramp.tasks import TASKS, Example, fit, shorten, task_documents
 from tiny import DECODER_ONLY, FAMILIES, tiny, tokenizer
 
-ANSWERING, SUMMARISING, TRANSLATING = TASKS.values()
+ANSWERING, SUMMARISING, TRANSLATING, PROMPTS = TASKS.values()
 DIALOGUE = Example("d1", " ".join(f"w{i}" for i in range(20, 50)), ("the sky is blue .", "why"), "g1")
 QUESTION = Example("q1", DIALOGUE.source, ("w21",), "g2", "why is the sky blue ?")
 SENTENCE = Example("t1", "the sky is blue {x}", ("w60 w61",), "g3")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from offramp.tasks import TASKS, Example, read_examples, split_groups, take
 
-ANSWERING, SUMMARISING, TRANSLATING = TASKS.values()
+ANSWERING, SUMMARISING, TRANSLATING, PROMPTS = TASKS.values()
 BRIDGE = {
     "title": "Bridges",
     "paragraphs": [
@@ -127,6 +127,18 @@ def test_parallel_text_in_every_layout(tmp_path):
     assert (back[0].source, back[0].references) == ("eine Katze", ("a cat",))
     with pytest.raises(ValueError, match=r"x\.jsonl, line 1 has no text under 'fr'; it has 'de', 'en'"):
         read_examples(replace(TRANSLATING, languages=("English", "French")), nested)
+
+
+def test_prompts_have_no_references(tmp_path):
+    lines = read_examples(PROMPTS, write(tmp_path / "a.txt", "why is the sky blue ?\nname a river\n"))
+    found = [(e.id, e.source, e.references) for e in lines]
+    assert found == [("1", "why is the sky blue ?", ()), ("2", "name a river", ())]
+    rows = read_examples(PROMPTS, write(tmp_path / "a.jsonl", [{"prompt": "name a river"}]))
+    assert [e.source for e in rows] == ["name a river"]
+    assert rows[0].group == lines[1].group != lines[0].group
+    assert PROMPTS.prompt(rows[0], instruct=True) == PROMPTS.prompt(rows[0], instruct=False) == "name a river"
+    with pytest.raises(ValueError, match="no reference to train on"):
+        PROMPTS.target(rows[0])
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
