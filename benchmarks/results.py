@@ -66,7 +66,7 @@ STUDIES = {
                  "{data}/multi30k/train.de.gz", "base", shows=False),
             Step("Training", "train {run}/base --task translation --data {data}/multi30k/train.en.gz "
                  "--target {data}/multi30k/train.de.gz --trainable all --objective labels --weights layer "
-                 "--layers 2,3,4 --epochs 3 --batch-size 32 --window 128 --learning-rate 1e-3 --schedule linear "
+                 "--layers 2,3,4 --epochs 8 --batch-size 32 --window 128 --learning-rate 1e-3 --schedule linear "
                  "--warmup 200 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 444 "
                  "--save-every 222", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
@@ -100,11 +100,11 @@ STUDIES = {
             Step("The same on SAMSum", f"evaluate {_SMOLLM2} --task summarisation "
                  "--data {data}/samsum/validation.json --longest 512 --limit 30 --confidence softmax "
                  "--threshold 0.6,0.9 --prompt-layer 14", "samsum"),
-            Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 160 --prompt-layer 14 "
-                 "--batch-size 8 --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.10 --validate 200",
+            Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
+                 "--batch-size 8 --bound wsr --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.10 --validate 200",
                  "calibrate-10", folder="calibrate"),
-            Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 160 --prompt-layer 14 "
-                 "--batch-size 8 --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.05 --validate 200",
+            Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
+                 "--batch-size 8 --bound wsr --thresholds 0.95,0.8,0.6,0.4,0.2 --tolerance 0.05 --validate 200",
                  "calibrate-05", folder="calibrate"),
         ),
     ),

@@ -38,12 +38,12 @@ SUBJECTS = (
 FORMS = ("What is {}?", "What is {} good for?", "Tell me one interesting thing about {}.")
 QUESTIONS = [form.format(subject) for form, subject in itertools.product(FORMS, SUBJECTS)]
 """Other prompts than the bundled ones, on whose answers the bundled exits were trained."""
-SOFTMAX = ExitPolicy(threshold=0.9)  # at the trained exits
+CLASSIFIER = ExitPolicy("classifier", threshold=0.8)  # at all trained exits; needs no readout to decide
 ARMS = {
-    "softmax": SOFTMAX,
+    "classifier": CLASSIFIER,
+    "softmax": ExitPolicy(threshold=0.9),
     "softmax, fixed": ExitPolicy(threshold=0.9, vocabulary="fixed"),
-    "last exit": ExitPolicy(threshold=0.9, min_layer=27, exit_layers=(27,)),
-    "verify": ExitPolicy(threshold=0.9, skipped="verify"),
+    "verify": ExitPolicy("classifier", threshold=0.8, skipped="verify"),
 }
 
 
@@ -62,11 +62,11 @@ def main() -> None:
     say(f"2. {SHOWN!r}, with the bundled exits: the layer each token left at")
     lm = offramp.load("smollm2", dtype="float32", exits="bundled")
     texts = {}
-    for name, policy in {"full model": None, "softmax": SOFTMAX, "verify": ARMS["verify"]}.items():
+    for name, policy in {"full model": None, "classifier": CLASSIFIER, "verify": ARMS["verify"]}.items():
         print(f"{name}:")
         texts[name] = show(lm, policy)
         print()
-    draw_exits(lm, SOFTMAX)
+    draw_exits(lm, CLASSIFIER)
     print(f"verify and the full model wrote the same text: {'yes' if texts['verify'] == texts['full model'] else 'NO'}")
 
     questions = [Example(str(number), text, (), text) for number, text in enumerate(QUESTIONS)]
@@ -80,7 +80,7 @@ def main() -> None:
     promise = Promise("rougeL", tolerance=0.2, failure=0.1, kind="textual")
     with progress("calibrating") as update:
         certified = calibrate(
-            lm, task, questions, SOFTMAX, promise, FOLDER / "calibrate", max_new_tokens=16, batch_size=8,
+            lm, task, questions, CLASSIFIER, promise, FOLDER / "calibrate", max_new_tokens=16, batch_size=8,
             grid=Grid(thresholds=(0.99, 0.95, 0.9, 0.8)), progress=update,
         )  # fmt: skip
     print(certified.table())
