@@ -38,12 +38,12 @@ SUBJECTS = (
 FORMS = ("What is {}?", "What is {} good for?", "Tell me one interesting thing about {}.")
 QUESTIONS = [form.format(subject) for form, subject in itertools.product(FORMS, SUBJECTS)]
 """Other prompts than the bundled ones, on whose answers the bundled exits were trained."""
-CLASSIFIER = ExitPolicy("classifier", threshold=0.8)  # at all trained exits; needs no readout to decide
+CLASSIFIER = ExitPolicy("classifier", threshold=0.6)  # at all trained exits; needs no readout to decide
 ARMS = {
     "classifier": CLASSIFIER,
     "softmax": ExitPolicy(threshold=0.9),
     "softmax, fixed": ExitPolicy(threshold=0.9, vocabulary="fixed"),
-    "verify": ExitPolicy("classifier", threshold=0.8, skipped="verify"),
+    "verify": ExitPolicy("classifier", threshold=0.6, skipped="verify"),
 }
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     with progress("calibrating") as update:
         certified = calibrate(
             lm, task, questions, CLASSIFIER, promise, FOLDER / "calibrate", max_new_tokens=16, batch_size=8,
-            grid=Grid(thresholds=(0.99, 0.95, 0.9, 0.8)), progress=update,
+            grid=Grid(thresholds=(0.9, 0.8, 0.7, 0.6)), progress=update,
         )  # fmt: skip
     print(certified.table())
     print(certified.certificate.words())
