@@ -173,6 +173,7 @@ def page(name: str, study: Study, place: dict[str, str]) -> None:
         if not step.shows:
             continue
         text = output.read_text(encoding="utf-8").strip().replace(str(runs), f"runs/results/{name}")
+        text = text.replace(place["data"], "$DATA")
         lines += ["", text if text.startswith("|") or "\n|" in text else f"```\n{text}\n```"]
         for picture in sorted((runs / (step.folder or step.name)).glob("*.svg")):
             target = pictures / f"{name}-{step.name}-{picture.name}"
