@@ -175,7 +175,9 @@ def page(name: str, study: Study, place: dict[str, str]) -> None:
         text = output.read_text(encoding="utf-8").strip().replace(str(runs), f"runs/results/{name}")
         text = text.replace(place["data"], "$DATA")
         lines += ["", text if text.startswith("|") or "\n|" in text else f"```\n{text}\n```"]
-        for picture in sorted((runs / (step.folder or step.name)).glob("*.svg")):
+        last = [other for other in study.steps if other.folder == step.folder][-1]
+        shared = bool(step.folder) and step is not last  # then the picture there is of another command
+        for picture in () if shared else sorted((runs / (step.folder or step.name)).glob("*.svg")):
             target = pictures / f"{name}-{step.name}-{picture.name}"
             shutil.copyfile(picture, target)
             lines += ["", f"![{step.title}: {picture.stem}](pictures/{target.name})"]
