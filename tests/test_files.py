@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from offramp.files import replace_file, write_json
+from offramp.files import locked, replace_file, write_json
 
 
 def everything_in(folder):
@@ -97,3 +97,14 @@ def test_what_is_not_json_at_all_leaves_the_old_file(tmp_path):
         write_json(path, {"a": object()})
     assert path.read_text() == "old"
     assert everything_in(tmp_path) == ["x.json"]
+
+
+def test_a_run_folder_has_one_user_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with locked(folder, "another calibration runs"):
+        assert folder.is_dir()
+        again = locked(folder, "another calibration runs")
+        with pytest.raises(ValueError, match="another calibration runs in .*run; wait for it"):
+            again.__enter__()
+    with locked(folder, "another calibration runs"):
+        pass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,31 @@ def differences(have: dict[str, Any], asked: dict[str, Any], prefix: str = "") -
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is now {new!r}")
     return found
+
+
+@contextlib.contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """A run folder, made if missing, for this process alone.
+
+    Args:
+        folder: The folder.
+        busy: What to say if another process has it, such as "another calibration runs".
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: Another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{busy} in {folder}; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()

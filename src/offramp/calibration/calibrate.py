@@ -12,9 +12,8 @@ with the others, and not for whichever looks best.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock, Timeout
 
 from offramp import __version__
 from offramp.calibration.certificate import Certificate, conditions_of
@@ -36,7 +34,7 @@ from offramp.calibration.search import Outcome, search
 from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.record_file import Progress, digest
-from offramp.files import write_json
+from offramp.files import locked, write_json
 from offramp.risk import pareto_front
 
 if TYPE_CHECKING:
@@ -121,7 +119,7 @@ def calibrate(
         lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress
     )
     decoded.most = _most(parts, grid, base, order, repeats)
-    with _locked(folder):
+    with locked(folder, "another calibration runs"):
         choices = settings_of(lm, base, grid, partial(decoded.layer_thresholds, TUNING))
         write_json(folder / CONFIG, {"schema": "offramp/calibrate-config/1", **asked})
         sequences = _sequences(order, choices, decoded, promise, seed)
@@ -161,20 +159,6 @@ def _most(parts: Mapping[str, Sequence[Example]], grid: Grid, base: ExitPolicy, 
     settings, n = grid.size(base), {name: len(part) for name, part in parts.items()}
     tuning = (settings + 1 if order == "pareto" else 0) + (grid.chains(base) if grid.per_layer else 0)
     return n[TUNING] * tuning + n[CERTIFICATION] * (settings + 1) + n[TEST] * (settings + 1 if repeats else 2)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another calibration runs in {folder}; wait for it, or give another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _sequences(

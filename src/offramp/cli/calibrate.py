@@ -107,7 +107,7 @@ def calibrate(
     from offramp.calibration import Grid, Promise
     from offramp.calibration import calibrate as run
     from offramp.policy import ExitPolicy
-    from offramp.tasks import fit, read_examples, take
+    from offramp.tasks import read_examples, take
 
     asked = o.task_named(task, languages)
     promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
@@ -123,9 +123,7 @@ def calibrate(
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
-    examples, cut = fit(lm, asked, examples, longest=longest, room=max_new_tokens)
-    if cut:
-        o.note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
+    examples, cut = o.fitting(lm, asked, examples, longest, max_new_tokens)
     folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     with o.progress("calibrating") as progress:
         result = run(

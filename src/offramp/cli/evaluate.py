@@ -134,14 +134,12 @@ def _task(
     folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None, shared: dict[str, Any],
 ) -> Evaluation:  # fmt: skip
     from offramp.evaluation import evaluate as run
-    from offramp.tasks import fit, read_examples, take
+    from offramp.tasks import read_examples, take
 
     if len(data) > 1:
         raise typer.BadParameter(f"--data is given {len(data)} times; {task.name} reads one")
     examples = take(read_examples(task, data[0], target), limit, shared["seed"])
-    examples, cut = fit(lm, task, examples, longest=longest, room=max_new_tokens)
-    if cut:
-        o.note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
+    examples, cut = o.fitting(lm, task, examples, longest, max_new_tokens)
     shared["about"]["shortened"] = cut
     settings = {"max_new_tokens": task.max_new_tokens if max_new_tokens is None else max_new_tokens}
     for file in files:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
@@ -104,6 +105,18 @@ def examples_from(task: Task, files: list[str] | None, target: Path | None = Non
     if target is not None and len(files) > 1:
         raise typer.BadParameter(f"--target belongs to one --data, but {len(files)} are given")
     return [example for file in files for example in read_examples(task, file, target)]
+
+
+def fitting(
+    lm: LanguageModel, task: Task, examples: list[Example], longest: int | None, room: int | None
+) -> tuple[list[Example], int]:
+    """Examples whose prompts fit, and how many were cut for it, which is also said."""
+    from offramp.tasks import fit
+
+    examples, cut = fit(lm, task, examples, longest=longest, room=room)
+    if cut:
+        note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
+    return examples, cut
 
 
 def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:

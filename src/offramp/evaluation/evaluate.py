@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from offramp.evaluation.arms import FULL, static_arms
 from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, perplexity_records
@@ -27,7 +25,7 @@ from offramp.evaluation.record_file import Item, Progress, Record, conditions_of
 from offramp.evaluation.records import decode_records
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, summarise
-from offramp.files import differences, write_json
+from offramp.files import differences, locked, write_json
 from offramp.machine import describe
 
 if TYPE_CHECKING:
@@ -254,20 +252,13 @@ def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any]
     Raises:
         ValueError: Another evaluation is at work there, or was made of something else.
     """
-    lock = FileLock(folder / ".lock")
-    if state.is_main_process:
-        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another evaluation runs in {folder}; wait for it, or give another folder") from None
-    try:
+    mine = locked(folder, "another evaluation runs") if state.is_main_process else contextlib.nullcontext()
+    with mine:
         if state.is_main_process:
+            (folder / RECORDS).mkdir(exist_ok=True)
             _configure(folder, json.loads(json.dumps(common)), about)
         state.wait_for_everyone()
         yield
-    finally:
-        lock.release()
 
 
 def _configure(folder: Path, common: dict[str, Any], about: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, _save, available, require_matplotlib
+from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, available, require_matplotlib, save_figures
 
 if TYPE_CHECKING:
     from offramp.calibration import Calibration
@@ -26,7 +26,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    return _save({"calibrate": partial(calibration_figure, calibration)}, folder) if available() else []
+    return save_figures({"calibrate": partial(calibration_figure, calibration)}, folder) if available() else []
 
 
 def calibration_figure(calibration: Calibration) -> Any:

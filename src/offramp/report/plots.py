@@ -71,7 +71,7 @@ def save_probe(probe: Probe, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    return _save({f"probe-{name}": partial(draw, probe) for name, draw in PICTURES.items()}, folder)
+    return save_figures({f"probe-{name}": partial(draw, probe) for name, draw in PICTURES.items()}, folder)
 
 
 def save_bench(bench: Bench, folder: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def save_bench(bench: Bench, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    return _save({"bench": partial(bench_figure, bench)}, folder)
+    return save_figures({"bench": partial(bench_figure, bench)}, folder)
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -104,10 +104,10 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     drawings = {"pareto": partial(pareto_figure, evaluation), "exits": partial(histogram_figure, evaluation)}
-    return _save({f"evaluate-{name}": draw for name, draw in drawings.items()}, folder)
+    return save_figures({f"evaluate-{name}": draw for name, draw in drawings.items()}, folder)
 
 
-def _save(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
+def save_figures(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
     """Draw, and write each figure as SVG and PNG under its name."""
     paths = []
     with styled():

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.files import differences, replace_file, write_json
+from offramp.files import differences, locked, replace_file, write_json
 
 
 class TrainingError(RuntimeError):
@@ -152,18 +151,10 @@ def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
     if not writes:
         yield RunFolder(path, writes=False)
         return
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is training in {path}; wait for it, or give another folder") from None
-    try:
+    with locked(path, "another process is training"):
         for leftover in path.glob(".*-*"):  # of a write that was killed
             if leftover.name.split("-")[0] in (".checkpoint", ".metrics", ".config"):
                 leftover.unlink()
             elif leftover.name.startswith((".exits-", ".model-")):
                 shutil.rmtree(leftover)
         yield RunFolder(path)
-    finally:
-        lock.release()
