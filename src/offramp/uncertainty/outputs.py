@@ -1,0 +1,91 @@
+"""What all exits say about the rows of a split, from one pass over it: what every fit, grid and metric reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """Features, logits and labels of N rows at E exits, shallow to deep; the last exit is the full model.
+
+    Attributes:
+        features: Inputs of each exit's last linear layer, E tensors [N, D_e], without the bias's one; float32, maybe
+            memory-mapped.
+        logits: Of each exit, [E, N, C], float32.
+        labels: Of each row, in 0..C-1, [N], int64.
+        costs: FLOPs of one row up to and including each exit, all earlier exits' heads counted too, [E], float64,
+            ascending.
+        ids: Of the rows, to see that splits do not overlap; empty: unknown.
+        groups: A number per row, [N], int64, such as (label, attribute); None: unknown.
+    """
+
+    features: Sequence[Tensor]
+    logits: Tensor
+    labels: Tensor
+    costs: Tensor
+    ids: tuple[str, ...] = field(default=(), repr=False)
+    groups: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 3:
+            raise ValueError(f"logits have shape {list(self.logits.shape)}; exits x rows x classes are needed")
+        exits, rows, classes = self.logits.shape
+        shapes = [list(f.shape[:1]) for f in self.features]
+        if len(self.features) != exits or any(shape != [rows] for shape in shapes):
+            raise ValueError(f"features of {exits} exits with {rows} rows each are needed, but rows are {shapes}")
+        if self.labels.shape != (rows,):
+            raise ValueError(f"labels have shape {list(self.labels.shape)}; there are {rows} rows")
+        wrong = (self.labels < 0) | (self.labels >= classes)
+        if rows and bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f"the label of row {row} is {int(self.labels[row])}; allowed are 0..{classes - 1}")
+        if self.costs.shape != (exits,) or bool((self.costs.diff() < 0).any()):
+            raise ValueError(f"costs are {self.costs.tolist()}; one per exit is needed, {exits} ascending numbers")
+        if self.ids and len(self.ids) != rows:
+            raise ValueError(f"there are {len(self.ids)} ids for {rows} rows")
+
+    @property
+    def exits(self) -> int:
+        """E."""
+        return len(self.logits)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.logits.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return self.logits.shape[2]
+
+    def take(self, rows: Tensor) -> ExitOutputs:
+        """The rows at these places, [n], int64, in this order."""
+        return ExitOutputs(
+            [f[rows] for f in self.features], self.logits[:, rows], self.labels[rows], self.costs,
+            tuple(self.ids[i] for i in rows.tolist()) if self.ids else (),
+            None if self.groups is None else self.groups[rows],
+        )  # fmt: skip
+
+
+def require_disjoint(**splits: ExitOutputs) -> None:
+    """Raise a ValueError if two splits, by name, share a row id; splits without ids are not looked at."""
+    names = list(splits)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if shared := set(splits[first].ids) & set(splits[second].ids):
+                raise ValueError(
+                    f"splits {first} and {second} share {len(shared)} rows, such as {min(shared)!r}; a row may be in "
+                    "one of them only"
+                )
+
+
+def augmented(features: Tensor) -> Tensor:
+    """Features [..., D] with a one behind them, [..., D + 1], float64: the bias as one more weight."""
+    features = features.double()
+    return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
