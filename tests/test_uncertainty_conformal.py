@@ -365,8 +365,8 @@ def test_wrong_input():
         nested_conformal.fit_classes(calibrate)
     with pytest.raises(ValueError, match="leave out one"):
         nested_conformal.fit_classes(calibrate, RAW, tune=tune)
+    bare = ExitOutputs(calibrate.features, calibrate.logits, calibrate.labels, calibrate.costs)
     with pytest.raises(ValueError, match="no groups"):
-        bare = ExitOutputs(calibrate.features, calibrate.logits, calibrate.labels, calibrate.costs)
         nested_conformal.fit_classes(bare, NestedConformalConfig(cells="group", equalise=False))
     with pytest.raises(ValueError, match="needs no cells="):
         nested_conformal.fit(torch.rand(2, 30), RAW, cells=torch.zeros(30))
@@ -381,12 +381,11 @@ def test_wrong_input():
     )
     with pytest.raises(ValueError, match="a group for each of the 3 rows"):
         nested_conformal.apply_classes(grouped, torch.rand(2, 3, 4).softmax(-1))
+    by_class = NestedConformalConfig(equalise=False, cells="class")
+    state = nested_conformal.fit(torch.rand(2, 60), by_class, cells=torch.arange(60) % 2)
+    one = RegressionPrediction(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2))
     with pytest.raises(ValueError, match="numbers have none"):
-        by_class = NestedConformalConfig(equalise=False, cells="class")
-        state = nested_conformal.fit(torch.rand(2, 60), by_class, cells=torch.arange(60) % 2)
-        nested_conformal.apply_intervals(
-            state, RegressionPrediction(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2))
-        )
+        nested_conformal.apply_intervals(state, one)
     for wrong in ({"alpha": 0}, {"cells": "rows"}, {"score": "aps"}, {"first_exit": -1}):
         with pytest.raises(ValueError, match=str(next(iter(wrong)))):
             NestedConformalConfig(**wrong)
