@@ -55,7 +55,7 @@ def read_idx(folder: str | Path, classes: Sequence[str] | None = None) -> dict[s
 
 
 def _idx(folder: Path, stem: str, dimensions: int) -> tuple[NDArray[np.uint8], Path]:
-    """The array of an IDX file, and the file: two zeros, 8 (bytes), number of dimensions, sizes (big-endian), values."""
+    """The array of an IDX file, and the file: two zeros, 8 (bytes), number of dimensions, sizes, values."""
     names = [f"{stem}{dot}idx{dimensions}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     path = _existing(folder, names)
     data = _content(path)
