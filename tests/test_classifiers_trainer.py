@@ -1,5 +1,6 @@
 """All exits learn, rows keep their names, and a training that was killed ends as if it had not been."""
 
+import copy
 import json
 import math
 import multiprocessing
@@ -13,12 +14,16 @@ from torch import nn
 
 import classifier_runs
 from classifier_runs import images, net, rows, run
-from offramp.classifiers.batches import ImagePreprocessing, ImageRows
+from offramp.classifiers import EarlyExitClassifier, MSDNet, MSDNetConfig, collect, load
+from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows, in_order
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import joint_cross_entropy, logits_of
 from offramp.classifiers.trainer import train_classifier
+from offramp.tasks.labelled import Labelled
 from offramp.training.config import FALLS
 from offramp.training.run_folder import TrainingError
+from tiny import tokenizer
+from tiny_encoders import encoder
 
 
 def lines(folder, kind=None):
@@ -124,6 +129,51 @@ def test_frozen_parameters_stay(tmp_path):
     assert not torch.equal(model.blocks[1][0].weight, net().blocks[1][0].weight)
 
 
+@pytest.mark.parametrize(
+    "options", [{"optimiser": "sgd", "learning_rate": 0.05}, {"optimiser": "adamw", "learning_rate": 3e-3}]
+)
+def test_an_msdnet_learns_is_saved_and_collected(tmp_path, options):
+    torch.manual_seed(0)
+    shape = MSDNetConfig(
+        blocks=2, image_size=16, in_channels=1, channels=4, growth=4, scales=(1, 2), bottlenecks=(1, 2), head_channels=8
+    )
+    train, judge = rows(augment=False), rows(24, seed=1, prefix="v")
+    classifier = EarlyExitClassifier(
+        MSDNet(shape), (1,), labels=train.data.classes, preprocessing=train.preprocessing.settings
+    )
+    config = ClassifierTrainConfig(epochs=12, batch_size=12, **options)
+    result = train_classifier(classifier, train, judge, config, tmp_path)
+    assert min(result.accuracy) > 0.6
+    assert result.model is not None
+    loaded = load(result.model)
+    assert ImagePreprocessing.from_settings(loaded.preprocessing) == train.preprocessing
+    outputs = collect(loaded, in_order(judge, 7), ids=judge.data.ids)
+    right = (outputs.logits.argmax(-1) == judge.data.labels).double().mean(1)
+    assert right.tolist() == pytest.approx(result.accuracy)
+
+
+def test_an_encoder_learns_pairs_of_texts(tmp_path):
+    words = ("sky", "blue", "why", "is")
+    texts = tuple((first, second) for first in words for second in words for _ in range(4))
+    labels = torch.tensor([int(first == second) for first, second in texts])
+
+    def pairs(prefix):
+        ids = tuple(f"{prefix}{row}" for row in range(len(texts)))
+        return TextRows(Labelled(ids, texts, labels, ("differ", "same")), tokenizer())
+
+    torch.manual_seed(0)
+    classifier = EarlyExitClassifier.from_encoder(copy.deepcopy(encoder("bert")), (2,), 2)
+    config = ClassifierTrainConfig(
+        epochs=4, batch_size=16, optimiser="adamw", learning_rate=3e-3, schedule="linear", clip=1.0
+    )
+    result = train_classifier(classifier, pairs("t"), pairs("v"), config, tmp_path)
+    assert all(after < before for before, after in zip(result.loss_before, result.loss, strict=True))
+    assert result.truncated == 0
+    labelled = EarlyExitClassifier(classifier.backbone, (2,), labels=("same", "differ"))
+    with pytest.raises(ValueError, match="labels are same, differ and the data's classes differ, same"):
+        train_classifier(labelled, pairs("t"), pairs("v"), config, tmp_path / "other")
+
+
 # ---------------------------------------------------------------- rows and objectives
 
 
@@ -156,7 +206,7 @@ def test_objectives_see_rows_by_their_ids(tmp_path):
 def test_a_weight_of_two_is_a_row_twice(tmp_path):
     """Weights follow rows: full batches of 12 rows, one of weight 2, against 13 rows."""
     twice = images(12)
-    longer = classifier_runs.Labelled(
+    longer = Labelled(
         (*twice.ids, "again"),
         torch.tensor(twice.inputs)[[*range(12), 4]].numpy(),
         twice.labels[[*range(12), 4]],

@@ -119,6 +119,7 @@ def train_classifier(
         TrainingError: The loss is not finite; the last good checkpoint is kept.
     """
     _check_data(train, validation, sampling)
+    _check_labels(getattr(model, "labels", None), train.data.classes)
     record = {
         "schema": SCHEMA,
         "model": {"kind": type(model).__name__, "fingerprint": fingerprint(model)},
@@ -175,6 +176,15 @@ def _check_data(train: Rows, validation: Rows, sampling: Tensor | None) -> None:
         fine = sampling.shape == (len(train.data),) and bool(torch.isfinite(sampling).all() & (sampling >= 0).all())
         if not fine or not float(sampling.sum()) > 0:
             raise ValueError(f"sampling has shape {list(sampling.shape)}; give {len(train.data)} weights of at least 0")
+
+
+def _check_labels(labels: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Refuse a classifier that names the classes in another order than the data, as copies of SNLI do."""
+    if labels is not None and set(labels) == set(classes) and list(labels) != list(classes):
+        raise ValueError(
+            f"the classifier's labels are {', '.join(labels)} and the data's classes {', '.join(classes)}; give both "
+            "in one order"
+        )
 
 
 class _Trainer:
