@@ -153,7 +153,7 @@ def fit(confidences: Tensor, costs: Tensor, q: float) -> Budget:
             ascending, or q is negative or NaN.
     """
     costs = _checked_costs(costs)
-    confidences = _checked_confidences(confidences, len(costs))
+    confidences = checked_confidences(confidences, len(costs))
     exits, rows = confidences.shape
     shares = fractions(q, exits)
     left = torch.ones(rows, dtype=torch.bool, device=confidences.device)
@@ -188,7 +188,7 @@ def leave(confidences: Tensor, thresholds: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes do not match, there are no rows, or a confidence is NaN.
     """
-    confidences = _checked_confidences(confidences, len(thresholds))
+    confidences = checked_confidences(confidences, len(thresholds))
     above = confidences > thresholds[:, None].to(confidences)
     above[-1] = True
     return above.int().argmax(dim=0)  # the first of several
@@ -208,7 +208,8 @@ def _checked_costs(costs: Tensor) -> Tensor:
     return costs
 
 
-def _checked_confidences(confidences: Tensor, exits: int) -> Tensor:
+def checked_confidences(confidences: Tensor, exits: int) -> Tensor:
+    """The confidences [E, N] as they are; a ValueError if they are of another shape, of no rows, or NaN."""
     if confidences.ndim != 2 or len(confidences) != exits or not confidences.shape[1]:
         raise ValueError(f"confidences have shape {list(confidences.shape)}; {exits} exits x at least 1 row are needed")
     if bool(confidences.isnan().any()):
