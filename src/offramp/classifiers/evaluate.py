@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.classifiers.comparison import METRICS, SHARES, Floats, Interval, Method, Point, area, interpolate
+from offramp.classifiers.method import METRICS, SHARES, Floats, Interval, Method, Point, area, interpolate
 from offramp.metrics import resampled
 from offramp.metrics.calibration import Grades, grade, reliability
 from offramp.risk import budgets
@@ -159,7 +159,7 @@ class _Rows:
         five = None if self.grades[0].among_five is None else pick("among_five")
         names = ("confidence", "correct", "nlpd", "brier", "score")
         left = Grades(**{name: pick(name) for name in names}, among_five=five, clamped=0)
-        return resampled.scores(left, self.weights[:, :1] if once else self.weights, self.bins)
+        return resampled.scores(left, self.weights[:1] if once else self.weights, self.bins)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _at(
         for c, e in zip(costs, everyone, strict=True)
     )
     mean = {metric: np.mean([v[metric] for v in values], axis=0) for metric in METRICS if metric in values[0]}
-    mean["cost"] = np.mean([resampled.mean(costs[e], rows.weights) for e in exits], axis=0)
+    mean["cost"] = resampled.mean(np.mean([costs[e] for e in exits], axis=0)[None], rows.weights)[0]
     return _Tried(name, points, alone, mean, rows)
 
 

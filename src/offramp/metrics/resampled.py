@@ -1,12 +1,11 @@
 """The metrics of `offramp.metrics.calibration` on many resamples of the same rows at once, for the bootstrap.
 
-A resample is how often each row is drawn: a column of weights [N, 1 + R], whose first column is one of each row, so that
-the first value of every metric is the metric itself.
+A resample is how often each row is drawn, a row of weights [1 + R, N]. The first one is one of each, so that the first
+value of every metric is the metric itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Weights = NDArray[np.float32]
-_COLUMNS = 128
+_TOGETHER = 128
 """Resamples worked on together."""
 
 
@@ -30,7 +29,7 @@ def draws(rows: int, resamples: int, seed: int = 0) -> Weights:
         seed: Of the draws; numpy's PCG64, the same everywhere.
 
     Returns:
-        [N, 1 + R], float32; the first column is ones.
+        [1 + R, N], float32; the first row is ones.
 
     Raises:
         ValueError: No rows, or a negative number of resamples.
@@ -38,9 +37,9 @@ def draws(rows: int, resamples: int, seed: int = 0) -> Weights:
     if rows < 1 or resamples < 0:
         raise ValueError(f"there are {rows} rows and {resamples} resamples; at least 1 row and 0 resamples are needed")
     generator = np.random.default_rng(seed)
-    weights = np.ones((rows, 1 + resamples), dtype=np.float32)
-    for column in range(1, 1 + resamples):
-        weights[:, column] = np.bincount(generator.integers(rows, size=rows), minlength=rows)
+    weights = np.ones((1 + resamples, rows), dtype=np.float32)
+    for draw in weights[1:]:
+        draw[:] = np.bincount(generator.integers(rows, size=rows), minlength=rows)
     return weights
 
 
@@ -49,33 +48,29 @@ def scores(grades: Grades, weights: Weights, bins: int = 15) -> dict[str, Floats
 
     Args:
         grades: The rows.
-        weights: [N, 1 + R].
+        weights: [1 + R, N].
         bins: Of the calibration error.
 
     Returns:
         "top1", "top5" (not with fewer than six classes), "nlpd", "ece", "aurc", "augrc" and "brier", [1 + R] each.
     """
-    found = {"top1": mean(grades.correct, weights)}
-    if grades.among_five is not None:
-        found["top5"] = mean(grades.among_five, weights)
-    found["nlpd"] = mean(grades.nlpd, weights)
-    found["ece"] = calibration_error(grades.confidence, grades.correct, weights, bins)
+    rows = np.arange(len(grades.nlpd))
+    gaps = np.zeros((bins, len(rows)))
+    edges = np.linspace(0, 1, bins + 1)[1:-1]  # the last bin holds 1 as well
+    gaps[np.searchsorted(edges, grades.confidence, side="right"), rows] = grades.correct - grades.confidence
+    five = [] if grades.among_five is None else [grades.among_five]
+    means = mean(np.stack([grades.correct, *five, grades.nlpd, grades.brier, *gaps]), weights)
+    found = {"top1": means[0]} | ({"top5": means[1]} if five else {})
+    found |= {"nlpd": means[len(five) + 1], "ece": np.abs(means[len(five) + 3 :]).sum(axis=0)}
     found["aurc"], found["augrc"] = risk_coverage(grades.score, grades.correct, weights)
-    found["brier"] = mean(grades.brier, weights)
-    return found
+    return found | {"brier": means[len(five) + 2]}
 
 
 def mean(values: Floats, weights: Weights) -> Floats:
-    """Mean over the rows drawn of values [N]: [1 + R]."""
-    return np.asarray(values @ weights / len(values), dtype=np.float64)
-
-
-def calibration_error(confidence: Floats, correct: Floats, weights: Weights, bins: int) -> Floats:
-    """Expected calibration error, Σ_b |Σ_{i in b} (correct_i - confidence_i)| / N over bins of equal width: [1 + R]."""
-    gaps = np.zeros((bins, len(confidence)))
-    edges = np.linspace(0, 1, bins + 1)[1:-1]  # the last bin holds 1 as well
-    gaps[np.searchsorted(edges, confidence, side="right"), np.arange(len(confidence))] = correct - confidence
-    return np.asarray(np.abs(gaps @ weights).sum(axis=0) / len(confidence), dtype=np.float64)
+    """Mean over the rows drawn of values [K, N]: [K, 1 + R]; float64 for the rows themselves, float32 for resamples."""
+    means = (values.astype(np.float32) @ weights.T).astype(np.float64)
+    means[:, 0] = values.sum(axis=1)
+    return np.asarray(means / values.shape[1])
 
 
 def risk_coverage(score: Floats, correct: Floats, weights: Weights) -> tuple[Floats, Floats]:
@@ -88,7 +83,7 @@ def risk_coverage(score: Floats, correct: Floats, weights: Weights) -> tuple[Flo
     Args:
         score: Larger is surer, [N].
         correct: Whether the answer is right, [N].
-        weights: [N, 1 + R].
+        weights: [1 + R, N].
 
     Returns:
         [1 + R] each.
@@ -101,20 +96,17 @@ def risk_coverage(score: Floats, correct: Floats, weights: Weights) -> tuple[Flo
     harmonic = np.r_[0.0, np.cumsum(1 / places[1:])]
     later = np.r_[0.0, np.cumsum(harmonic[-1] - harmonic[:-1])]  # Σ of 1/k + ... + 1/N over places k
     left = places * (rows + 1) - places * (places + 1) / 2  # Σ of N + 1 - k over places k
-    aurc, augrc = np.empty(weights.shape[1]), np.empty(weights.shape[1])
-    for columns in _chunks(weights.shape[1]):
-        sizes = weights[order, columns]
-        errors = sizes * (1 - correct[order, None]).astype(np.float32)
+    aurc, augrc = np.empty(len(weights)), np.empty(len(weights))
+    for some in range(0, len(weights), _TOGETHER):
+        part = slice(some, some + _TOGETHER)
+        sizes = np.take(weights[part], order, axis=1)
+        errors = sizes * (1 - correct[order]).astype(np.float32)
         if len(starts) < rows:
-            sizes, errors = np.add.reduceat(sizes, starts, axis=0), np.add.reduceat(errors, starts, axis=0)
-        last = sizes.cumsum(axis=0, dtype=np.int64)[wrong]
-        sizes = sizes[wrong]
-        first = last - sizes.astype(np.int64)
-        share = errors[wrong] / np.maximum(sizes, 1, dtype=np.float64)
-        aurc[columns] = ((later[last] - later[first]) * share).sum(axis=0) / rows
-        augrc[columns] = ((left[last] - left[first]) * share).sum(axis=0) / rows**2
+            sizes, errors = np.add.reduceat(sizes, starts, axis=1), np.add.reduceat(errors, starts, axis=1)
+        last = sizes.cumsum(axis=1)[:, wrong].astype(np.int32)  # whole numbers, exact up to 2^24
+        sizes = sizes[:, wrong]
+        first = last - sizes.astype(np.int32)
+        share = errors[:, wrong] / np.maximum(sizes, 1, dtype=np.float64)
+        aurc[part] = ((later[last] - later[first]) * share).sum(axis=1) / rows
+        augrc[part] = ((left[last] - left[first]) * share).sum(axis=1) / rows**2
     return aurc, augrc
-
-
-def _chunks(columns: int) -> Iterator[slice]:
-    return (slice(start, min(start + _COLUMNS, columns)) for start in range(0, columns, _COLUMNS))

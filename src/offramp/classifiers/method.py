@@ -137,11 +137,8 @@ def curve(costs: Sequence[float], values: Sequence[float]) -> Curve:
 
 
 def interpolate(points: Curve, cost: float) -> float | None:
-    """The value at a cost on straight lines between points, None beyond the ends.
-
-    For means over rows it is what drawing one of two settings for each row gives.
-    """
-    costs, values = points
+    """The value at a cost on straight lines between points; None beyond the ends."""
+    costs, values = points  # for means over rows, a line is what drawing one of two settings for each row gives
     return float(np.interp(cost, costs, values)) if costs[0] <= cost <= costs[-1] else None
 
 
