@@ -247,8 +247,9 @@ class ClassifierEvaluation:
             )
         notes = [
             f"{spread}. Costs are FLOPs per row with all exits' heads and what the method adds, over the full "
-            "network's. A static exit is the best on the threshold split that the budget affords; it may cost less than asked, so "
-            "compare it along the curve. All exits were computed and chosen afterwards: these are no measured times."
+            "network's. A static exit is the best on the threshold split that the budget affords; it may cost less "
+            "than asked, so compare it along the curve. All exits were computed and chosen afterwards: these are no "
+            "measured times."
         ]
         clamped = {m.name: sum(m.clamped) for methods in self.seeds for m in methods if sum(m.clamped)}
         if clamped:
