@@ -182,7 +182,7 @@ class Exact:
 
     def directions(self, draws: Tensor) -> Tensor:
         """The draws themselves: they are turned when it is known how long they are."""
-        return draws
+        return draws.clone()
 
     def noise(self, root: Tensor, directions: Tensor) -> Tensor:
         """Q_G (√v ∘ g), [B, C], [n, C] -> [n, B, C]."""

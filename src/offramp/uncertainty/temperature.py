@@ -33,7 +33,9 @@ class Search:
     at_edge: bool
 
 
-def search(loss: Callable[[float], float], grid: Sequence[float] | None = None) -> Search:
+def search(
+    loss: Callable[[float], float], grid: Sequence[float] | None = None, precision: float = 1e-6
+) -> Search:  # fmt: skip
     """The temperature with the smallest loss.
 
     Args:
@@ -41,6 +43,7 @@ def search(loss: Callable[[float], float], grid: Sequence[float] | None = None) 
             not be, hence the scan.
         grid: Temperatures to try; None: any from `LOWEST` to `HIGHEST`, by bounded minimisation over ln T between the
             neighbours of the best of nine.
+        precision: Of ln T, without a grid.
 
     Returns:
         The best, and what was tried.
@@ -62,7 +65,7 @@ def search(loss: Callable[[float], float], grid: Sequence[float] | None = None) 
         place = points.index(best())
         ends = points[max(place - 1, 0)], points[min(place + 1, len(points) - 1)]
         bounds = tuple(map(math.log, ends))
-        minimize_scalar(lambda t: value(math.exp(t)), bounds=bounds, method="bounded", options={"xatol": 1e-6})
+        minimize_scalar(lambda t: value(math.exp(t)), bounds=bounds, method="bounded", options={"xatol": precision})
     found = best()
-    at_edge = min(abs(math.log(found / end)) for end in (points[0], points[-1])) < 1e-4
+    at_edge = min(abs(math.log(found / end)) for end in (points[0], points[-1])) < 2 * precision
     return Search(found, tried[found], tuple(sorted(tried.items())), at_edge)

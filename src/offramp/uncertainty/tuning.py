@@ -32,10 +32,12 @@ class Space:
     Attributes:
         temperatures: Grid; None: all between the bounds of `temperature.search`.
         omegas: Grid of prior variances; (None,) where there is no prior.
+        precision: Of ln T, without a grid.
     """
 
     temperatures: tuple[float, ...] | None = (1.0,)
     omegas: tuple[float | None, ...] = (None,)
+    precision: float = 1e-6
 
 
 def temperatures(grid: str | None) -> Space:
@@ -45,7 +47,7 @@ def temperatures(grid: str | None) -> Space:
 
 def with_prior(grid: str | None) -> Space:
     """For temperature and prior variance together: any and the wide grid, or with "meronen" the published ones."""
-    return Space(None, WIDE) if grid is None else Space(temperature.MERONEN, MERONEN)
+    return Space(None, WIDE, 1e-3) if grid is None else Space(temperature.MERONEN, MERONEN)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def tune(predict: Callable[[float | None], Rows], space: Space) -> Tuned:
     surface: list[tuple[float | None, float, float]] = []
     found: list[tuple[tuple[float, float, float], float | None, temperature.Search]] = []
     for omega in space.omegas:
-        best = temperature.search(partial(_nlpd, predict(omega)), space.temperatures)
+        best = temperature.search(partial(_nlpd, predict(omega)), space.temperatures, space.precision)
         surface += [(omega, t, loss) for t, loss in best.tried]
         found.append(((best.loss, abs(math.log(best.temperature)), omega or 0.0), omega, best))
     _, omega, best = min(found, key=lambda entry: entry[0])
