@@ -69,6 +69,19 @@ def test_nothing_else_changes(trained):
     assert lm.exits.classifiers is None  # a copy was trained
 
 
+def test_how_the_lenses_were_trained_is_kept(trained, tmp_path):
+    """Also where classifiers are trained once more, in place of those there are."""
+    _, lm, _, data, lenses, result = trained
+    wanted, settings = Exits.load(lenses.exits).settings, Exits.load(result.exits).settings
+    assert settings["lenses"] == wanted
+    assert (wanted["config"]["objective"], settings["config"]["objective"]) == ("forward-kl", "consistency")
+    lm.attach_exits(Exits.load(result.exits))
+    again = train(lm, data, config(objective="consistency-settled", **{**CLASSIFIERS, "steps": 1}), tmp_path)
+    lm.attach_exits(Exits.load(lenses.exits))
+    settings = Exits.load(again.exits).settings
+    assert (settings["lenses"], settings["config"]["objective"]) == (wanted, "consistency-settled")
+
+
 def test_verdicts_on_held_out_text_beat_the_majority(trained):
     _, lm, _, data, _, result = trained
     part, exits = data.held_out, Exits.load(result.exits)
@@ -180,6 +193,7 @@ def test_without_exits_classifiers_are_trained_on_the_model_alone(tmp_path):
     result = train(lm, data, config(objective="consistency-settled", **{**CLASSIFIERS, "layers": (1, 3)}), tmp_path)
     exits = Exits.load(result.exits)
     assert (exits.rank, exits.layers) == (0, (1, 3))
+    assert "lenses" not in exits.settings  # there are none
     assert min(result.agreement_after) > 0.9
 
 
