@@ -26,6 +26,7 @@ import transformers
 from offramp import __version__
 from offramp.calibration.certificate import Certificate, conditions_of
 from offramp.calibration.decoded import Decoded
+from offramp.calibration.drift import packed
 from offramp.calibration.estimates import estimate, units
 from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, path_of, settings_of
 from offramp.calibration.promise import CRC, Promise
@@ -210,7 +211,16 @@ def _certificate(
         data=asked["data"],
         estimates=estimates,
         versions={"offramp": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        exits=_exits(decoded, chosen, promise),
     )
+
+
+def _exits(decoded: Decoded, chosen: Setting | None, promise: Promise) -> list[str] | None:
+    """Where tokens of each answer leave under the chosen setting; on a part it was not chosen by, if there is one."""
+    if chosen is None or promise.unit != "prompt":
+        return None
+    records = decoded.of(TEST if decoded.parts[TEST] else CERTIFICATION, chosen)
+    return [text for text in (packed(record.exit_layers) for record in records) if text]
 
 
 def _validation(

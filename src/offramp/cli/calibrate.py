@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,6 +140,16 @@ def calibrate(
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
     o.note(f"wrote {folder}; use its policy with: offramp generate {model} --policy {folder / 'policy.json'}")
     o.write_result(result.to_dict(), json)
+
+
+def check_drift(file: Path | None, answers: Iterable[Sequence[int]]) -> None:
+    """Warn on standard error where the tokens of answers, given by their exit layers, left elsewhere than certified."""
+    from offramp.calibration import load
+
+    certificate = None if file is None else load(file)
+    drift = None if certificate is None else certificate.drift()
+    if drift is not None and any([drift.add(answer) for answer in answers]):
+        o.note(f"certificate may not apply: {drift.words()}")
 
 
 def check_certificate(

@@ -132,6 +132,11 @@ def evaluate_perplexity(
     )
 
 
+def records_of(folder: Path, arm: str) -> list[Record]:
+    """The records of an arm in a run folder, in the order of the examples."""
+    return read_records(folder / RECORDS / f"{_file_name(arm)}.jsonl")[1]
+
+
 def _evaluate(
     lm: LanguageModel, run: Run, examples: Sequence[Any], arms: Mapping[str, ExitPolicy], folder: Path,
     common: Mapping[str, Any], conditions: Mapping[str, Any], metric: str, static_layers: Sequence[int] | None,
