@@ -64,7 +64,7 @@ _FIGURES = "figures {run}/measures.json {run}/pruning.json --out {run}/figures"
 STUDIES = {
     "translation": Study(
         "Translation: a T5 trained from scratch with exits",
-        "A T5 of 6 + 6 layers, width 256 (13 million parameters), trained on Multi30k English to German with weighted "
+        "A T5 of 6 + 6 layers, width 256 (12 million parameters), trained on Multi30k English to German with weighted "
         "cross-entropy over the exits after layers 2 to 4 and the last layer (weights proportional to the layer, as "
         "CALM and FREE). Judged on sentences of the validation set; nothing was chosen on them but what calibration "
         "certifies, which has its own splits.",
@@ -74,7 +74,7 @@ STUDIES = {
             Step("Training", "train {run}/base --task translation --data {data}/multi30k/train.en.gz "
                  "--target {data}/multi30k/train.de.gz --trainable all --objective labels --weights layer "
                  "--layers 2,3,4 --epochs 8 --batch-size 32 --window 128 --learning-rate 1e-3 --schedule linear "
-                 "--warmup 200 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 444 "
+                 "--warmup 100 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 444 "
                  "--save-every 222", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
                  "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --count 4000 "
