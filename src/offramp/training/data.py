@@ -297,16 +297,37 @@ def steps_per_epoch(windows: Windows, size: int) -> int:
     return -(-len(windows) // size)
 
 
+def epoch_batches(lengths: Tensor, size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The batches of an epoch, which hold every row once, rows of like length together.
+
+    A permutation is sorted by length within pools of 64 batches, and the batches are permuted again. All of it is drawn
+    from (seed, epoch), so the order depends on nothing but these numbers: whoever continues at a step needs no other
+    state.
+
+    Args:
+        lengths: Of the rows, [N].
+        size: Rows of a batch; the last may have fewer.
+        seed: Of the order.
+        epoch: Counted from 0.
+
+    Returns:
+        Places of rows, [B] each.
+    """
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    order = torch.randperm(len(lengths), generator=generator)
+    pools = [pool[lengths[pool].argsort(stable=True)] for pool in torch.split(order, 64 * size)]
+    batches = torch.split(torch.cat(pools), size)
+    whole = len(lengths) // size
+    which = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]  # a rest comes last
+    return [batches[at] for at in which]
+
+
 def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = None) -> Windows:
     """Batch number `step`, counted from 0: B windows, without columns nobody counts.
 
-    An epoch holds every window once, in batches of like length: a permutation is sorted by length within pools of 64
-    batches, and the batches are permuted again. All of it is drawn from (seed, epoch), so the order depends on nothing
-    but these numbers: whoever continues at a step needs no other state.
-
     Args:
         windows: All of them.
-        step: Which batch.
+        step: Which batch; their order is that of `epoch_batches`.
         size: Windows in it; the last batch of an epoch may have fewer.
         seed: Of the order.
         most: Positions per window that count, drawn at random; None: all.
@@ -315,13 +336,7 @@ def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = 
         The windows of the batch.
     """
     epoch, at = divmod(step, steps_per_epoch(windows, size))
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    order = torch.randperm(len(windows), generator=generator)
-    pools = [pool[windows.lengths[pool].argsort(stable=True)] for pool in torch.split(order, 64 * size)]
-    batches = torch.split(torch.cat(pools), size)
-    whole = len(windows) // size
-    which = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]  # a rest comes last
-    part = windows[batches[which[at]]]
+    part = windows[epoch_batches(windows.lengths, size, seed, epoch)[at]]
     if most is None:
         return part
     generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)  # torch heeds 32 bits of a seed
