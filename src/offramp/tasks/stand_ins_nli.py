@@ -4,13 +4,14 @@ Six cells, of label and negation in the hypothesis:
 
     entailment       a poodle ran          -> a dog ran
     entailment, neg  a poodle did not run  -> a poodle never ran
-    neutral          a dog ran             -> a dog ran with a friend
+    neutral          a poodle ran          -> a dog swam, or: a poodle ran with a friend
     neutral, neg     a dog ran             -> a dog never swam
-    contradiction    a dog ran             -> a dog stood still
+    contradiction    a poodle ran          -> a dog stood still
     contr., neg      a dog ran             -> a dog never ran, or: nothing ran
 
-Every row has its own subject, verb, adjective and place, so no premise is in two splits. So that "did not" in a premise
-says nothing, some plain neutral and contradicting rows have it too.
+Every row has its own subject, verb, adjective and place, so no premise is in two splits. Plain rows of all classes name
+the same or the wider subject, with or without the place, so that it is the verbs that have to be compared; some neutral
+and contradicting ones have "did not" in the premise, so that it says nothing alone.
 """
 
 from __future__ import annotations
@@ -119,18 +120,17 @@ def _pair(label: str, negated: bool, content: int, draw: np.random.Generator) ->
     where = PLACES[place]
     kind, general = (f"a {ADJECTIVES[adjective]} {word}" for word in NOUNS[noun])
     who = kind if draw.random() < 0.5 else general
-    premise = f"{who} {past} {where}"
-    did_not = f"{who} did not {infinitive} {where}"
+    premise, did_not = f"{who} {past} {where}", f"{who} did not {infinitive} {where}"
     if negated:
         if label == "entailment":
             return did_not, f"{who} never {past} {where}"
         if label == "neutral":
             return premise, f"{who} never {other} {where}"
         return premise, f"{who} never {past} {where}" if draw.random() < 0.5 else f"nothing {past} {where}"
-    if label == "entailment":
-        return f"{kind} {past} {where}", f"{general} {past} {where}"
-    if draw.random() < NEGATED_PREMISE:
-        return did_not, f"{who} {other} {where}" if label == "neutral" else f"{who} {past} {where}"
-    if label == "neutral":
+    if label != "entailment" and draw.random() < NEGATED_PREMISE:
+        return did_not, f"{who} {other if label == 'neutral' else past} {where}"
+    if label == "neutral" and draw.random() < 0.5:
         return premise, f"{premise} {ADDITIONS[draw.integers(len(ADDITIONS))]}"
-    return premise, f"{who} {opposite} {where}"
+    subject = general if draw.random() < 0.5 else who
+    did = {"entailment": past, "neutral": other, "contradiction": opposite}[label]
+    return premise, f"{subject} {did} {where}" if draw.random() < 0.5 else f"{subject} {did}"
