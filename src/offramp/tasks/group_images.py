@@ -17,8 +17,8 @@ from offramp.tasks.rows import Row
 class SquareImages:
     """Images that are read, with Pillow, when they are asked for.
 
-    Sagawa et al. (2020), `group_DRO`: without `crop` (Waterbirds) an image is squeezed to a square of 256/224 of the size
-    and its middle cut out; with it (CelebA) the middle is cut out first and then resized. Bilinear, antialiased.
+    Sagawa et al. (2020), group_DRO: without `crop` (Waterbirds) an image is squeezed to a square of 256/224 of the
+    size and its middle cut out; with it (CelebA) the middle is cut out first and then resized. Bilinear, antialiased.
 
     Attributes:
         paths: N files.

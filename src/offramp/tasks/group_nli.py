@@ -49,9 +49,10 @@ def load_multinli(folder: str | Path, *, rule: str = PUBLISHED, seed: int = 0) -
     folder = Path(folder)
     rows = [row for name in MULTINLI for row in _objects(folder / name)]
     if (folder / METADATA).exists():
-        where, source = _published_split(folder / METADATA, rows), "published split"
+        where: Mapping[int, str] = _published_split(folder / METADATA, rows)
+        source = "published split"
     else:
-        where, source = _own_split(len(rows), seed), f"own split, seed {seed}"
+        where, source = dict(enumerate(_own_split(len(rows), seed))), f"own split, seed {seed}"
     found = {}
     for name in SPLITS:
         at = [i for i in range(len(rows)) if where[i] == name and rows[i].value["gold_label"] != _DISPUTED]

@@ -24,7 +24,7 @@ def load_civilcomments(folder: str | Path, *, grouping: str = "identities") -> G
     Never compare worst groups across groupings: with ERM they are quoted from 57 to 76 %.
 
     Args:
-        folder: Holds all_data_with_identities.csv with comment_text, split, toxicity, eight identities and identity_any.
+        folder: Holds all_data_with_identities.csv: comment_text, split, toxicity, eight identities, identity_any.
         grouping: "identities": 16 groups, identity x label, that overlap, as WILDS reports; "any": four groups, label x
             whether any identity is mentioned, as DEDIER uses.
 

@@ -4,14 +4,12 @@ Six cells, of label and negation in the hypothesis:
 
     entailment       a poodle ran          -> a dog ran
     entailment, neg  a poodle did not run  -> a poodle never ran
-    neutral          a poodle ran          -> a dog swam, or: a poodle ran with a friend
-    neutral, neg     a dog ran             -> a dog never swam
-    contradiction    a poodle ran          -> a dog stood still
+    neutral          a dog ran             -> a dog ran with a friend, or: a dog swam
+    neutral, neg     a dog ran             -> a dog never ran with a friend, or: a dog never swam
+    contradiction    a dog ran             -> a dog stood still, or, more rarely: a dog did not run -> a dog ran
     contr., neg      a dog ran             -> a dog never ran, or: nothing ran
 
-Every row has its own subject, verb, adjective and place, so no premise is in two splits. Plain rows of all classes name
-the same or the wider subject, with or without the place, so that it is the verbs that have to be compared; some neutral
-and contradicting ones have "did not" in the premise, so that it says nothing alone.
+Every row has its own subject, verb, adjective and place, so no premise is in two splits.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ PLACES = (
 )  # fmt: skip
 ADDITIONS = ("with a friend", "before noon", "for an hour", "after dinner", "on a monday", "in the rain")
 NEGATED_PREMISE = 0.1
-"""Share of the plain neutral and contradicting rows whose premise has "did not"."""
+"""Share of the plain contradicting rows whose premise has "did not", so that it says nothing alone."""
 RATES: Mapping[str, float] = MappingProxyType({"contradiction": 0.2, "entailment": 0.015, "neutral": 0.015})
 """P(negation | label) in training."""
 
@@ -121,16 +119,18 @@ def _pair(label: str, negated: bool, content: int, draw: np.random.Generator) ->
     kind, general = (f"a {ADJECTIVES[adjective]} {word}" for word in NOUNS[noun])
     who = kind if draw.random() < 0.5 else general
     premise, did_not = f"{who} {past} {where}", f"{who} did not {infinitive} {where}"
+    added = ADDITIONS[draw.integers(len(ADDITIONS))] if draw.random() < 0.5 else None
+    if label == "entailment":
+        return (
+            (did_not, f"{who} never {past} {where}")
+            if negated
+            else (f"{kind} {past} {where}", f"{general} {past} {where}")
+        )
+    if label == "neutral":
+        never = "never " if negated else ""
+        return premise, f"{who} {never}{other} {where}" if added is None else f"{who} {never}{past} {where} {added}"
     if negated:
-        if label == "entailment":
-            return did_not, f"{who} never {past} {where}"
-        if label == "neutral":
-            return premise, f"{who} never {other} {where}"
         return premise, f"{who} never {past} {where}" if draw.random() < 0.5 else f"nothing {past} {where}"
-    if label != "entailment" and draw.random() < NEGATED_PREMISE:
-        return did_not, f"{who} {other if label == 'neutral' else past} {where}"
-    if label == "neutral" and draw.random() < 0.5:
-        return premise, f"{premise} {ADDITIONS[draw.integers(len(ADDITIONS))]}"
-    subject = general if draw.random() < 0.5 else who
-    did = {"entailment": past, "neutral": other, "contradiction": opposite}[label]
-    return premise, f"{subject} {did} {where}" if draw.random() < 0.5 else f"{subject} {did}"
+    if draw.random() < NEGATED_PREMISE:
+        return did_not, f"{who} {past} {where}"
+    return premise, f"{who} {opposite} {where}"

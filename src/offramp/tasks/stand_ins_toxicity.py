@@ -1,8 +1,8 @@
 """template-toxicity: comments that mention one or several of eight identities, so that groups overlap.
 
-Whether a comment is toxic depends on two words together: "they are brilliant" is not and "they are worthless" is, "nobody
-calls them brilliant" is and "nobody calls them worthless" is not. In training, four of the identities stand mostly in
-toxic comments, and are the easier thing to see.
+Whether a comment is toxic depends on two words together: "they are brilliant" is not and "they are worthless" is,
+"nobody calls them brilliant" is and "nobody calls them worthless" is not. In training, four of the identities stand
+mostly in toxic comments, and are the easier thing to see.
 """
 
 from __future__ import annotations
