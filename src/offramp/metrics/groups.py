@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from scipy.stats import norm
+import numpy as np
 from torch import Tensor
 
+from offramp.metrics.calibration import grade, reliability
 from offramp.metrics.group_members import Groups
+from offramp.metrics.sets import Share, binomial
 
 SMALLEST = 100
 """Fewest rows for a group to be called the worst."""
 SMALLEST_ECE = 200
 """Fewest rows for an expected calibration error."""
-BINS = 15
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class GroupNumbers:
     Attributes:
         name: Of the group.
         n: Its rows.
-        accuracy: Share of right answers.
-        low: Lower end of its Wilson interval.
-        high: Upper end.
+        right: Share of right answers, with its Wilson interval.
         nll: Mean negative log-likelihood, nats.
         ece: Expected calibration error, 15 bins of equal width; None for fewer than 200 rows.
         tpr: Of two classes, share of class 1 found; None: other numbers of classes, or no such row.
@@ -41,15 +39,18 @@ class GroupNumbers:
 
     name: str
     n: int
-    accuracy: float
-    low: float
-    high: float
+    right: Share
     nll: float
     ece: float | None
     tpr: float | None
     fpr: float | None
     shortcut: float | None
     small: bool
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right.value
 
 
 @dataclass(frozen=True)
@@ -144,44 +145,23 @@ def group_report(
             "groups; give one of each per row"
         )
     groups.require_rows(split)
-    log_p = logits.double().log_softmax(-1)
-    answers = log_p.argmax(-1)
-    right = (answers == labels).double()
-    nll = -log_p.gather(1, labels[:, None]).squeeze(1)
-    confidence = log_p.exp().amax(-1)
+    answers, two = logits.argmax(-1), logits.shape[1] == 2
     numbers = []
     for name, inside in zip(groups.names, groups.members.T, strict=True):
-        n, hits = int(inside.sum()), int(right[inside].sum())
-        low, high = wilson(hits, n, level)
-        tpr, fpr = _rates(answers[inside], labels[inside]) if logits.shape[1] == 2 else (None, None)
-        known = None if attribute is None else inside & (attribute >= 0)
+        said, true = answers[inside], labels[inside]
+        n, right = len(said), int((said == true).sum())
+        grades = grade(logits[inside].double().softmax(-1), true)
+        known = None if attribute is None else (attribute[inside] >= 0, attribute[inside])
         numbers.append(
             GroupNumbers(
-                name, n, hits / n, low, high, float(nll[inside].mean()),
-                _ece(confidence[inside], right[inside]) if n >= SMALLEST_ECE else None, tpr, fpr,
-                None if known is None or attribute is None else _mean(answers[known] == attribute[known]), n < smallest,
+                name, n, binomial(right, n, level=level, method="wilson"), float(grades.nlpd.mean()),
+                reliability(grades).error if n >= SMALLEST_ECE else None,
+                _mean(said[true == 1] == 1) if two else None, _mean(said[true == 0] == 1) if two else None,
+                None if known is None else _mean((said == known[1])[known[0]]), n < smallest,
             )
         )  # fmt: skip
     adjusted = None if train_counts is None or groups.overlap else adjusted_average(numbers, train_counts)
-    return GroupReport(split, len(labels), tuple(numbers), float(right.mean()), adjusted)
-
-
-def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) score interval of a share, without continuity correction.
-
-    Args:
-        hits: Successes.
-        n: Trials, at least 1.
-        level: Confidence, in (0, 1).
-
-    Returns:
-        Its ends, in [0, 1].
-    """
-    z = float(norm.isf((1 - level) / 2))
-    share, extra = hits / n, z * z / n
-    middle = (share + extra / 2) / (1 + extra)
-    half = z * (share * (1 - share) / n + extra / (4 * n)) ** 0.5 / (1 + extra)
-    return (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
+    return GroupReport(split, len(labels), tuple(numbers), float((answers == labels).double().mean()), adjusted)
 
 
 def adjusted_average(numbers: list[GroupNumbers], train_counts: Mapping[str, int]) -> float:
@@ -200,8 +180,8 @@ def adjusted_average(numbers: list[GroupNumbers], train_counts: Mapping[str, int
     names = {group.name for group in numbers}
     if different := names.symmetric_difference(name for name, count in train_counts.items() if count or name in names):
         raise ValueError(
-            f"group {min(different)!r} is known in only one of the splits; the adjusted average needs the same groups in "
-            "both"
+            f"group {min(different)!r} is known in only one of the splits; the adjusted average needs the same groups "
+            "in both"
         )
     total = sum(train_counts[group.name] for group in numbers)
     if not total:
@@ -209,7 +189,7 @@ def adjusted_average(numbers: list[GroupNumbers], train_counts: Mapping[str, int
     return sum(train_counts[group.name] * group.accuracy for group in numbers) / total
 
 
-def flip_rate(answers: Tensor, pairs: Tensor, level: float = 0.95) -> tuple[float, float, float, int]:
+def flip_rate(answers: Tensor, pairs: Tensor, level: float = 0.95) -> tuple[Share, int]:
     """How often the answer changes with the attribute alone.
 
     Args:
@@ -218,31 +198,18 @@ def flip_rate(answers: Tensor, pairs: Tensor, level: float = 0.95) -> tuple[floa
         level: Of the interval.
 
     Returns:
-        The share of things whose renderings are answered differently, the ends of its Wilson interval, and their number.
+        The share of things whose renderings are answered differently, with its Wilson interval, and their number.
 
     Raises:
         ValueError: Something is shown only once.
     """
-    _, thing, counts = pairs.unique(return_inverse=True, return_counts=True)
-    if len(counts) == 0 or int(counts.min()) < 2:
+    _, thing, counts = np.unique(pairs.numpy(), return_inverse=True, return_counts=True)
+    if not len(counts) or counts.min() < 2:
         raise ValueError("something is shown only once; a flip rate needs every row in two renderings")
-    lowest = torch.full_like(counts, int(answers.max()) + 1).scatter_reduce(0, thing, answers, "amin")
-    highest = torch.full_like(counts, -1).scatter_reduce(0, thing, answers, "amax")
-    flips, n = int((lowest != highest).sum()), len(counts)
-    return flips / n, *wilson(flips, n, level), n
-
-
-def _rates(answers: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
-    """True and false positive rate."""
-    return _mean(answers[labels == 1] == 1), _mean(answers[labels == 0] == 1)
+    answered = np.unique(np.stack([thing, answers.numpy()]), axis=1)[0]  # a thing, once for each of its answers
+    flips, n = int((np.bincount(answered) > 1).sum()), len(counts)
+    return binomial(flips, n, level=level, method="wilson"), n
 
 
 def _mean(hits: Tensor) -> float | None:
     return float(hits.double().mean()) if len(hits) else None
-
-
-def _ece(confidence: Tensor, right: Tensor) -> float:
-    """Mean distance of accuracy and confidence over bins (low, high], weighted by their rows (Guo et al., 2017)."""
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    off = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
-    return float(off.abs().sum() / len(right))

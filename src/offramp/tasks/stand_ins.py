@@ -8,6 +8,7 @@ it can be counted how often the colour alone changes an answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def digits_on_colour(
         ModuleNotFoundError: scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits
+        load_digits = import_module("sklearn.datasets").load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "digits-on-colour needs the digits of scikit-learn; install it with: pip install 'offramp[fair]'"
