@@ -88,13 +88,10 @@ def load_grouped(path: str | Path, layout: GroupLayout | None = None) -> Grouped
         if row.value[layout.split] not in splits:
             raise ValueError(f"{row.place} has the split {row.value[layout.split]!r}; allowed are {', '.join(splits)}")
     classes = layout.classes or _values(row.value[layout.label] for row in rows)
-    values = {name: _values(row.value[name] for row in rows) for name in layout.attributes}
-    for name in layout.attributes if layout.overlapping else ():
-        if not set(values[name]) <= {"0", "1"}:
-            raise ValueError(
-                f"{path}: {name} has the values {', '.join(values[name])}; groups that overlap need 0 and 1"
-            )
-        values[name] = ("0", "1")
+    values = {
+        name: ("0", "1") if layout.overlapping else _values(row.value[name] for row in rows)
+        for name in layout.attributes
+    }
     found = {}
     for split in SPLITS:
         inside = [row for row in rows if splits[row.value[layout.split]] == split]
