@@ -299,7 +299,9 @@ def test_snli_is_divided_by_premise_with_a_share_of_each_group(tmp_path):
     kept = {row["pairID"] for row in pool if row["gold_label"] != "-"}
     assert {id for split in data.splits.values() for id in split.rows.ids} == kept
     premises = [{premise for premise, _ in split.rows.inputs} for split in data.splits.values()]
-    assert not premises[0] & premises[1] and not premises[0] & premises[2] and not premises[1] & premises[2]
+    assert not premises[0] & premises[1]
+    assert not premises[0] & premises[2]
+    assert not premises[1] & premises[2]
     total = {group: sum(counts[group] for counts in data.counts().values()) for group in data.counts()["train"]}
     for name, share in (("train", 0.5), ("val", 0.2), ("test", 0.3)):
         for group, count in data.counts()[name].items():
@@ -384,7 +386,8 @@ def test_csv_with_images_and_attributes_missing_in_one_split(tmp_path):
     table(tmp_path / "pets.csv", ["id", "filename", "split", "y", "a"], rows)
     data = load_grouped(tmp_path / "pets.csv", GroupLayout(size=8))
     assert data.classes == ("cat", "dog")
-    assert data.train.groups is None and data.train.attributes["a"].tolist() == [-1, -1]
+    assert data.train.groups is None
+    assert data.train.attributes["a"].tolist() == [-1, -1]
     assert data.val.rows.groups.tolist() == [3, 0]  # 2 x dog + sofa
     assert data.val.groups.names[3] == "dog, a sofa"
     assert data.val.rows.inputs[np.array([1])].shape == (1, 8, 8, 3)
@@ -394,9 +397,10 @@ def test_csv_with_images_and_attributes_missing_in_one_split(tmp_path):
 
 def test_jsonl_with_groups_that_overlap(tmp_path):
     rows = [
-        {"text": "a", "split": 0, "y": 1, "old": 1, "rich": 1}, {"text": "b", "split": 0, "y": 0, "old": None, "rich": 1},
+        {"text": "a", "split": 0, "y": 1, "old": 1, "rich": 1},
+        {"text": "b", "split": 0, "y": 0, "old": None, "rich": 1},
         {"text": "c", "split": 2, "y": 0, "old": 0, "rich": 0},
-    ]  # fmt: skip
+    ]
     jsonl(tmp_path / "rows.jsonl", rows)
     layout = GroupLayout(text="text", id=None, attributes=("old", "rich"), overlapping=True)
     data = load_grouped(tmp_path / "rows.jsonl", layout)
@@ -462,7 +466,9 @@ def test_taking_rows_keeps_what_belongs_together():
     assert some.groups.numbers().tolist() == [1, 0]
     assert some.pairs.tolist() == [2, 1]
     blind = split.without_groups()
-    assert blind.groups is None and blind.attributes["a"].tolist() == [-1] * 4 and blind.rows.groups is None
+    assert blind.groups is None
+    assert blind.attributes["a"].tolist() == [-1] * 4
+    assert blind.rows.groups is None
 
 
 def test_sets_whose_parts_do_not_fit_are_refused():

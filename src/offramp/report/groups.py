@@ -196,7 +196,10 @@ def save_report(values: Mapping[str, Any], folder: Path) -> list[Path]:
         The files.
     """
     write_json(folder / "groups.json", dict(values))
-    rows = [{**group, **group.pop("right")} for group in map(dict, values["groups"])]
+    rows = []
+    for group in values["groups"]:
+        right = {"accuracy": group["right"]["value"], "low": group["right"]["low"], "high": group["right"]["high"]}
+        rows.append({"name": group["name"], "n": group["n"]} | right | {k: v for k, v in group.items() if k != "right"})
 
     def write(path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
