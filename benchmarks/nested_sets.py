@@ -336,7 +336,8 @@ def regression_section(title: str, about: str, published: str, runs: list[Regres
         f"K at the last exit, over the new rows: mean {over_seeds([v.mean[-1] for v in k], 2)}, 90th percentile "
         f"{over_seeds([v.p90[-1] for v in k], 2)}, share of rows above 0.7 {over_seeds([v.share[-1] for v in k], 2)}. "
         + (f"What the library says for the first such seed: “{warned}.”" if warned else "No seed is warned of."),
-        "", f"Training and fitting took {over_seeds([run.seconds for run in runs], 0)} s per seed on a shared core.", "",
+        "", f"Training and fitting took {over_seeds([run.seconds for run in runs], 0)} s per seed on a shared core.",
+        "",
         f"![{title}: set size and coverage by exit](pictures/nested-sets-{name}-exits.svg)", "",
         f"![{title}: intervals shrinking with depth](pictures/nested-sets-{name}-intervals.svg)",
     ]  # fmt: skip
