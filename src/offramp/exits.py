@@ -208,6 +208,15 @@ class Exits(nn.Module):
         made.classifiers = made._untrained(next((p.device for p in self.parameters()), None))
         return made
 
+    def only(self, layers: Sequence[int]) -> Exits:
+        """A copy with some of the exits, without a posterior."""
+        made = self.with_posterior(None)
+        made.layers = tuple(layers)
+        for parts in (made.lenses, made.classifiers or {}):
+            for name in set(parts) - {str(layer) for layer in layers}:
+                del parts[name]
+        return made
+
     def with_posterior(self, posterior: Posterior | None) -> Exits:
         """A copy with a posterior that was fitted for these exits, or with none."""
         made = copy.deepcopy(self)

@@ -45,7 +45,7 @@ class PosteriorConfig:
         vocabulary: Pruning it is for: None, "fixed" or "decaying".
         vocabulary_size: Of that.
         to_text: Tune and calibrate for the text's tokens, not for the full model's.
-        layers: Exits it is for; None: all of the model's.
+        layers: Exits it is for, the only ones that are saved with it; None: all of the model's.
         seed: Of the splits, and of the draws of "avcs".
 
     Raises:
@@ -107,6 +107,8 @@ def fit_posterior(
     if lm.exits is None:
         raise ValueError("the model has no exits; attach some, such as Exits.fresh(lm.split, rank=0)")
     layers = config.layers or lm.exits.layers
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"the layers are {layers}; give ascending layers, each once")
     if strange := [layer for layer in layers if layer not in lm.exits.layers]:
         raise ValueError(f"layer {strange[0]} is no exit of the model, which has {lm.exits.layers}; name some of these")
     policy = ExitPolicy(exit_layers=layers, vocabulary=config.vocabulary, vocabulary_size=config.vocabulary_size)
@@ -128,9 +130,10 @@ def fit_posterior(
         if "laplace" in config.methods:
             factors = factors_of(lm.split, tokens["fit"], layers, _named(progress, "fitting factors"))
             laplace = _tuned(config, factors, views["tune"], lm.vocabulary, progress)
+        exits = lm.exits.only(layers)
         settings = {
             "layers": list(layers), "candidates": config.candidates, "seed": config.seed,
-            "target": "text" if config.to_text else "full model", "lenses": fingerprint(lm.exits.lenses),
+            "target": "text" if config.to_text else "full model", "lenses": fingerprint(exits.lenses),
             "pruning": None if pruning is None else {
                 "vocabulary": config.vocabulary, "vocabulary_size": config.vocabulary_size
             },
@@ -140,7 +143,7 @@ def fit_posterior(
         }  # fmt: skip
         posterior = Posterior.of(settings, laplace=laplace, config=config.laplace, **sets)
         report = judge(posterior, views, progress)
-        _save(lm, lm.exits.with_posterior(posterior), folder, config, report)
+        _save(lm, exits.with_posterior(posterior), folder, config, report)
     return report
 
 

@@ -102,30 +102,36 @@ class PosteriorReport:
 
     def table(self) -> str:
         """Tables in Markdown, with what follows from them."""
-        parts = []
-        if self.honesty:
-            head = ("exit", "NLPD", "T", "Laplace", "gain on T", "ECE", "T", "Laplace", "rank corr.", "changed")
-            rows = [
-                (
-                    str(h.layer), *(f"{h.nlpd[name]:.3f}" for name in h.nlpd),
-                    f"{h.better['temperature']:+.4f} ± {h.error['temperature']:.4f}",
-                    *(f"{h.ece[name]:.3f}" for name in h.ece), f"{h.correlation:.4f}", f"{h.changed:.2%}",
-                )
-                for h in self.honesty
-            ]  # fmt: skip
-            parts += [markdown(head, rows), self._verdict()]
-        if self.sets:
-            head = ("sets", "exit", "size", "one token", "of these right", "empty", "coverage", "95 %")
-            rows = [
-                (
-                    s.kind, str(s.layer), f"{s.size:.2f}", f"{s.single:.1%}", f"{s.right:.1%}", f"{s.empty:.1%}",
-                    f"{s.coverage:.3f}", f"{s.interval[0]:.3f}-{s.interval[1]:.3f}",
-                )
-                for s in self.sets
-            ]  # fmt: skip
-            parts += [markdown(head, rows), f"{self.outside:.1%} of the true tokens are no candidates."]
-        parts += [f"Warning: {warning}." for warning in self.warnings]
-        return "\n\n".join(parts)
+        parts = [self._honesty(), self._verdict()] if self.honesty else []
+        parts += [self._sets(), f"{self.outside:.1%} of the true tokens are no candidates."] if self.sets else []
+        return "\n\n".join([*parts, *(f"Warning: {warning}." for warning in self.warnings)])
+
+    def _honesty(self) -> str:
+        ways = ("MAP", "MAP + T", "Laplace")
+        head = (
+            "exit", *(f"NLPD {way}" for way in ways), "better than T", *(f"ECE {way}" for way in ways), "rank corr.",
+            "changed",
+        )  # fmt: skip
+        rows = [
+            (
+                str(h.layer), *(f"{h.nlpd[name]:.3f}" for name in h.nlpd),
+                f"{h.better['temperature']:+.4f} ± {h.error['temperature']:.4f}",
+                *(f"{h.ece[name]:.3f}" for name in h.ece), f"{h.correlation:.4f}", f"{h.changed:.2%}",
+            )
+            for h in self.honesty
+        ]  # fmt: skip
+        return markdown(head, rows)
+
+    def _sets(self) -> str:
+        head = ("sets", "exit", "size", "one token", "of these right", "empty", "coverage", "95 %")
+        rows = [
+            (
+                s.kind, str(s.layer), f"{s.size:.2f}", f"{s.single:.1%}", f"{s.right:.1%}", f"{s.empty:.1%}",
+                f"{s.coverage:.3f}", f"{s.interval[0]:.3f}-{s.interval[1]:.3f}",
+            )
+            for s in self.sets
+        ]  # fmt: skip
+        return markdown(head, rows)
 
     def _verdict(self) -> str:
         """Whether the averaged gap decides anything else than the softmax gap, and is better than a temperature."""
@@ -182,11 +188,17 @@ def _warnings(posterior: Posterior, views: Mapping[str, TokenViews]) -> list[str
         needed = math.ceil(1 / alpha) - 1
         why = f"alpha {alpha} needs {needed} calibration tokens or more, and few that pruning drops"
         if outside > alpha:
-            why = f"k too small: {outside:.1%} of the true tokens are not among the {posterior.candidates} candidates"
+            shares = {e: share_outside(v.rows.place, v.logits.shape[1]) for e, v in calibration.exits.items()}
+            later = next((e for e, share in shares.items() if share <= alpha / 2), None)
+            hint = "" if later is None else f"; after layer {later} it is {shares[later]:.1%}, so begin there"
+            why = (
+                f"k too small: after layer {next(iter(shares))}, {outside:.1%} of the true tokens are not among the "
+                f"{posterior.candidates} candidates{hint}"
+            )
         found.append(f"conformal sets exclude nothing, so that no token leaves ({why})")
     for layer, tuned in posterior.settings.get("laplace", {}).get("exits", {}).items():
         if tuned["edges"]:
-            found.append(f"exit {layer}: {' and '.join(tuned['edges'])} of Laplace at the end of what was tried")
+            found.append(f"exit {layer}: {' and '.join(tuned['edges'])} of laplace at the end of what was tried")
     return found
 
 

@@ -116,13 +116,14 @@ def cache_tokens(
         ValueError: Too few or too short documents, or the folder holds something else.
     """
     bos = None if lm.tokenizer is None else lm.tokenizer.bos_token_id
-    windows, record = {}, {}
-    for name, part in split_documents(documents, seed).items():
-        windows[name] = cut([_after_the_first(lm, document) for document in part], window, bos)
+    windows: dict[str, Windows] = {}
+    record: dict[str, Any] = {}
+    for name, chosen in split_documents(documents, seed).items():
+        windows[name] = cut([_after_the_first(lm, document) for document in chosen], window, bos)
         if not len(windows[name]):
             raise ValueError(f"the documents to {name} on hold no token to predict; give more or longer ones")
         record[name] = {
-            "documents": len({d.group for d in part}), "tokens": windows[name].positions,
+            "documents": len({d.group for d in chosen}), "tokens": windows[name].positions,
             "digest": windows[name].digest(),
         }  # fmt: skip
     header = {

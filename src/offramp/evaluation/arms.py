@@ -81,8 +81,10 @@ def document_arms(
 def _posterior_arms(lm: LanguageModel, base: ExitPolicy, min_layer: int | None) -> dict[str, ExitPolicy]:
     """Each confidence of the exits' posterior, without those that were fitted for an earlier first test."""
     posterior = None if lm.exits is None else lm.exits.posterior
-    arms = {}
-    for method in () if posterior is None else posterior.methods:
+    arms: dict[str, ExitPolicy] = {}
+    if posterior is None:
+        return arms
+    for method in posterior.methods:
         arm = posterior.policy(replace(base, confidence=method))
         layers = tuple(layer for layer in posterior.layers if layer >= (min_layer or 1))
         if layers == posterior.layers or (layers and method not in SETS and arm.vocabulary is None):

@@ -98,7 +98,7 @@ class Factors:
             raise ValueError(f"token {self.rows + row} has a readout input or logits that are not finite")
         phi = (augmented(x) if self.bias else x.double()).cpu()
         self.features.addmm_(phi.mT, phi)
-        p = logits.float().softmax(-1)
+        p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
         if self.members is None:
             self.classes += (p * (1 - p)).sum(0, dtype=torch.float64).cpu()
         else:
@@ -139,8 +139,11 @@ class TokenLaplace:
 
     def single(self) -> TokenLaplace:
         """The same in float32."""
-        parts = {name: getattr(self, name) for name in ("root", "directions", "gains", "spread", "draws")}
-        return replace(self, **{name: None if part is None else part.float() for name, part in parts.items()})
+        root, directions, gains = (
+            None if part is None else part.float() for part in (self.root, self.directions, self.gains)
+        )
+        spread, draws = self.spread.float(), self.draws.float()
+        return replace(self, root=root, directions=directions, gains=gains, spread=spread, draws=draws)
 
 
 def fit(
@@ -203,9 +206,10 @@ def distance(state: TokenLaplace, x: Tensor) -> Tensor:
     if len(matrix) > x.shape[-1]:
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
     if state.root is not None:
-        return torch.linalg.solve_triangular(state.root, x.mT, upper=False).square().sum(0)
+        solved: Tensor = torch.linalg.solve_triangular(state.root, x.mT, upper=False)
+        return solved.square().sum(0)
     assert state.gains is not None
-    return state.gains[-1] * x.square().sum(-1) + (x @ matrix).square() @ state.gains[:-1]
+    return (state.gains[-1] * x.square().sum(-1) + (x @ matrix).square() @ state.gains[:-1]).clamp(min=0)
 
 
 def perturbed(state: TokenLaplace, x: Tensor, short: Shortlist, draws: slice = slice(None)) -> Tensor:

@@ -126,7 +126,8 @@ def equalised(scores: Tensor, knots: Tensor | None) -> Tensor:
     right = torch.searchsorted(x, scores.contiguous()).clamp(1, len(x) - 1)
     left = right - 1
     slope = (y[right] - y[left]) / (x[right] - x[left])
-    return y[left] + (scores - x[left]) * slope
+    level: Tensor = y[left] + (scores - x[left]) * slope
+    return level
 
 
 def conformal(
@@ -286,7 +287,8 @@ def _gamma(a: Tensor, uniforms: Tensor) -> Tensor:
     positive = v.clamp(min=1e-12)
     accepted = (v > 0) & (log_u < normal**2 / 2 + d - d * positive + d * positive.log())
     first = accepted.int().argmax(-1, keepdim=True)
-    return (d * positive).gather(-1, first)[..., 0]
+    drawn: Tensor = (d * positive).gather(-1, first)[..., 0]
+    return drawn
 
 
 def share_outside(place: Tensor, candidates: int) -> float:

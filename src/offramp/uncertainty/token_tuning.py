@@ -13,8 +13,8 @@ from offramp.uncertainty import token_laplace
 from offramp.uncertainty.shortlist import Shortlist
 from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, TokenLaplace
 
-OMEGAS = tuple(10 ** (power / 2) for power in range(-4, 5))
-"""Prior variances tried: nine from 0.01 to 100."""
+PRIORS = tuple(10.0**power for power in range(-4, 5))
+"""Prior variances of a logit tried, nine: ω is this over the mean of φᵀφ, which differs by orders between models."""
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0)
 """Temperatures tried for each of them; the best is then refined, between its neighbours or to the bounds."""
 BOUNDS = (0.05, 20.0)
@@ -98,14 +98,16 @@ class Tuned:
 
     Attributes:
         temperature: T.
-        omega: ω.
+        omega: ω, of a weight.
+        prior: ω · mean(φᵀφ), of a logit.
         nlpd: Mean of -ln p̄ of the true token there.
-        surface: The same on the grid, one row per ω of `OMEGAS` and one column per T of `TEMPERATURES`.
-        edges: Which of "temperature" and "omega" lie at an end of what was tried.
+        surface: The same on the grid, one row per prior variance of `PRIORS` and one column per T of `TEMPERATURES`.
+        edges: Which of "temperature" and "prior" lie at an end of what was tried; the smallest prior is no posterior.
     """
 
     temperature: float
     omega: float
+    prior: float
     nlpd: float
     surface: tuple[tuple[float, ...], ...]
     edges: tuple[str, ...]
@@ -113,7 +115,7 @@ class Tuned:
 
 def tune(
     factors: Factors, rows: TokenRows, draws: Tensor, config: LaplaceConfig, *,
-    omegas: Sequence[float] = OMEGAS, name: str = "",
+    priors: Sequence[float] = PRIORS, name: str = "",
 ) -> tuple[TokenLaplace, Tuned]:  # fmt: skip
     """The T and ω of the smallest NLPD; of equal ones the T nearest to 1, then the smallest ω.
 
@@ -122,29 +124,31 @@ def tune(
         rows: Other tokens, to tune on.
         draws: See `standard_draws`.
         config: Of the posterior.
-        omegas: Prior variances to try, ascending.
+        priors: Prior variances of a logit to try, ascending.
         name: Which exit, for errors.
 
     Returns:
         The posterior in float32, and how it was found.
     """
-    states = [token_laplace.fit(factors, omega, draws, config, name=name).single() for omega in omegas]
+    square = float(factors.features.trace()) / max(factors.rows, 1)
+    states = [token_laplace.fit(factors, prior / square, draws, config, name=name).single() for prior in priors]
     surface = torch.stack([-log_likelihood(rows, TEMPERATURES, state).double().mean(1) for state in states])
     ranked = [
-        (float(surface[i, j]), abs(math.log(t)), omega, i, j)
-        for i, omega in enumerate(omegas)
+        (float(surface[i, j]), abs(math.log(t)), prior, i, j)
+        for i, prior in enumerate(priors)
         for j, t in enumerate(TEMPERATURES)
     ]
-    value, _, omega, i, j = min(ranked)
+    value, _, prior, i, j = min(ranked)
     state, best = states[i], TEMPERATURES[j]
     ends = (BOUNDS[0], *TEMPERATURES, BOUNDS[1])
     temperature, refined = _refined(rows, state, ends[j], ends[j + 2])
     if refined > value:
         temperature, refined = best, value
     edges = ["temperature"] if _at_bound(temperature) else []
-    edges += ["omega"] if len(omegas) > 1 and omega in (omegas[0], omegas[-1]) else []
+    edges += ["prior"] if len(priors) > 1 and prior in (priors[0], priors[-1]) else []
     grid = tuple(tuple(round(v, 5) for v in row) for row in surface.tolist())
-    return replace(state, temperature=temperature), Tuned(temperature, omega, refined, grid, tuple(edges))
+    tuned = Tuned(temperature, prior / square, prior, refined, grid, tuple(edges))
+    return replace(state, temperature=temperature), tuned
 
 
 def temperature_alone(rows: TokenRows) -> float:
