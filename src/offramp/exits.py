@@ -212,7 +212,7 @@ class Exits(nn.Module):
         """A copy with some of the exits, without a posterior."""
         made = self.with_posterior(None)
         made.layers = tuple(layers)
-        for parts in (made.lenses, made.classifiers or {}):
+        for parts in filter(None, (made.lenses, made.classifiers)):
             for name in set(parts) - {str(layer) for layer in layers}:
                 del parts[name]
         return made
@@ -286,7 +286,7 @@ class Exits(nn.Module):
             "layers": list(self.layers), "rank": self.rank, "classifier": self.classifiers is not None,
             "fingerprint": self.fingerprint if fingerprint is None else fingerprint,
             "settings": self.settings if settings is None else dict(settings),
-            "posterior": None if self.posterior is None else self.posterior.settings,
+            **({} if self.posterior is None else {"posterior": self.posterior.settings}),
         }  # fmt: skip
         tensors = {
             name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()

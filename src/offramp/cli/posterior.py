@@ -12,7 +12,6 @@ from offramp.cli.training_data import documents_of
 
 if TYPE_CHECKING:
     from offramp.calibration import PosteriorConfig
-    from offramp.language_model import LanguageModel
 
 Posterior = Annotated[
     str | None,
@@ -51,54 +50,39 @@ def fit_posterior(
     from offramp.exits import Exits
     from offramp.training import AnswerConfig
 
-    config = _config(PosteriorConfig, names, options)
-    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     chosen = o.numbers(layers, "--layers", int)
+    config = _config(PosteriorConfig, names, {**options, "layers": chosen})
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     if lm.exits is None:
         lm.attach_exits(Exits.fresh(lm.split, chosen, rank=0))
     folder = out or Path("runs") / f"posterior-{Path(model).name}-{task}"
-    window = longest or min(512, lm.split.max_positions or 512)
-    asked = "prompts" if task == "prompts" else task
+    window, plain = longest or min(512, lm.split.max_positions or 512), task == "text"
     documents = documents_of(
-        lm, texts=([Path(data)] if task == "text" else [], ["text"]), task=None if task == "text" else asked,
-        data=None if task == "text" else [data], target=target, languages=languages,
-        own_answers=own_answers or task == "prompts", prompts=None, count=limit,
+        lm, texts=([Path(data)] if plain else [], ["text"]), task=None if plain else task,
+        data=None if plain else [data], target=target, languages=languages,
+        own_answers=not plain and (own_answers or task == "prompts"), prompts=None, count=limit,
         answering=AnswerConfig(max_new_tokens=max_new_tokens or _room(task, languages), seed=config.seed),
         window=window, folder=folder,
     )  # fmt: skip
     about = {"data": data, "task": task, "own_answers": own_answers, "limit": limit, "command": o.command_line()}
     with o.progress("fitting") as progress:
-        report = run(
-            lm, documents, folder, _with_layers(config, chosen), window=window, about=about, progress=progress
-        )  # fmt: skip
+        report = run(lm, documents, folder, config, window=window, about=about, progress=progress)
     if str(json) != "-":
         typer.echo(report.table())
-    for warning in report.warnings:
-        o.note(f"warning: {warning}")
-    first = names.split(",", 1)[0]
-    o.note(f"wrote {folder / 'exits'}; use them with: {_usage(lm, model, folder, first, config)}")
+    pruned = "" if config.vocabulary is None else f" --vocabulary {config.vocabulary}"
+    pruned += "" if config.vocabulary_size is None else f" --vocabulary-size {config.vocabulary_size}"
+    usage = f"offramp generate {model} --exits {folder / 'exits'} --confidence {config.methods[0]}{pruned}"
+    o.note(f"wrote {folder / 'exits'}; use them with: {usage}")
     o.write_result(report.to_dict(), json)
 
 
 def _config(kind: type[PosteriorConfig], names: str, options: dict[str, Any]) -> PosteriorConfig:
     from offramp.uncertainty.token_laplace import LaplaceConfig
 
-    draws, evidence, seed = options.pop("draws"), options.pop("evidence"), options["seed"]
-    methods = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-    return kind(methods=methods, laplace=LaplaceConfig(draws=draws, evidence=evidence, seed=seed), **options)
-
-
-def _with_layers(config: PosteriorConfig, layers: tuple[int, ...] | None) -> PosteriorConfig:
-    from dataclasses import replace
-
-    return replace(config, layers=layers)
+    draws, evidence = options.pop("draws"), options.pop("evidence")
+    methods = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    return kind(methods=methods, laplace=LaplaceConfig(draws=draws, evidence=evidence, seed=options["seed"]), **options)
 
 
 def _room(task: str, languages: str | None) -> int:
     return 64 if task == "text" else o.task_named(task, languages).max_new_tokens
-
-
-def _usage(lm: LanguageModel, model: str, folder: Path, method: str, config: PosteriorConfig) -> str:
-    pruned = "" if config.vocabulary is None else f" --vocabulary {config.vocabulary}"
-    pruned += "" if config.vocabulary_size is None else f" --vocabulary-size {config.vocabulary_size}"
-    return f"offramp generate {model} --exits {folder / 'exits'} --confidence {method}{pruned}"
