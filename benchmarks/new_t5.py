@@ -1,8 +1,10 @@
 """Make an untrained T5 and its tokenizer for parallel text, so that `offramp train` has something to begin with.
 
-    python benchmarks/new_t5.py FOLDER FILE FILE [--vocabulary 8000] [--width 256] [--layers 6] [--seed 0]
+    python benchmarks/new_t5.py FOLDER FILE FILE [--vocabulary 5000] [--width 256] [--layers 6] [--seed 0]
 
 The tokenizer is a byte-pair encoding of both languages with T5's special tokens; the model is T5 1.0 of the given size.
+Three things differ from transformers' first values, so that AdamW learns from little text: smaller embeddings without
+the readout's scale, no dropout, and position biases that look at neighbours (see `look_at_neighbours`).
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention  # noqa: TID251 - for its type: first values are set here
 
 PREFIX = "translate English to German:"  # in front of every source, so its words should be tokens
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -40,12 +43,37 @@ def new_tokenizer(paths: list[Path], vocabulary: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK)
 
 
+def look_at_neighbours(attention: T5Attention, bidirectional: bool) -> None:
+    """First values of a stack's position biases [buckets, heads]: local attention instead of nearly uniform one.
+
+    Half of the heads prefer one place (before or behind, or itself), the others fall off with the distance at rates of
+    1/2, 1/4, .. as ALiBi (Press et al., arXiv 2108.12409). Otherwise a T5 first has to learn that places matter: after
+    250 steps of 32 sentences of Multi30k, held-out loss was 4.35 with both this and no dropout, 4.52 with neither.
+    """
+    farthest = attention.relative_attention_max_distance
+    places = torch.arange(-farthest, farthest + 1 if bidirectional else 1)  # of what is looked at
+    buckets = attention._relative_position_bucket(
+        places, bidirectional, attention.relative_attention_num_buckets, attention.relative_attention_max_distance
+    )
+    weight = attention.relative_attention_bias.weight
+    half = weight.shape[1] // 2
+    liked = ([-1, 1, -2, 2, 0, -3, 3, -4] if bidirectional else [0, -1, -2, -3, -4, -5, -6, -7])[:half]
+    with torch.no_grad():
+        for bucket in buckets.unique().tolist():
+            near = places[buckets == bucket].float()
+            for head in range(weight.shape[1]):
+                if head < half:
+                    weight[bucket, head] = 2 - (near - liked[head % 8]).abs().min().clamp(max=6)
+                else:
+                    weight[bucket, head] = -near.abs().mean() / 2 ** (head - half + 1)
+
+
 def main() -> None:
     """Make both."""
     parser = argparse.ArgumentParser(description="Make an untrained T5 and its tokenizer.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--vocabulary", type=int, default=5000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -56,9 +84,12 @@ def main() -> None:
         vocab_size=len(tokenizer), d_model=options.width, d_kv=32, d_ff=4 * options.width, num_layers=options.layers,
         num_decoder_layers=options.layers, num_heads=options.width // 32, decoder_start_token_id=0,
         tie_word_embeddings=False,  # means in transformers 5: readouts are not scaled by width^-0.5
+        dropout_rate=0.0,  # a few epochs leave nothing to regularise
     ))  # fmt: skip
     with torch.no_grad():  # so that AdamW moves them as fast as other weights, instead of T5's unit variance and scale
         model.shared.weight.mul_(options.width**-0.5)
+    look_at_neighbours(model.encoder.block[0].layer[0].SelfAttention, bidirectional=True)
+    look_at_neighbours(model.decoder.block[0].layer[0].SelfAttention, bidirectional=False)
     model.save_pretrained(options.folder)
     tokenizer.save_pretrained(options.folder)
     print(f"{options.folder}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")

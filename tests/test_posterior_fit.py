@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel, cli
 from offramp.calibration import PosteriorConfig, fit_posterior
-from offramp.calibration.posterior_report import _interval, _rank_correlation, expected_calibration_error
+from offramp.calibration.posterior_report import _rank_correlation, _standard_error
 from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
 from offramp.calibration.token_rows import factors_of, views_of
 from offramp.exits import fingerprint
@@ -304,21 +304,17 @@ def test_models_and_layers_that_do_not_fit(tmp_path):
 # ---------------------------------------------------------------- figures
 
 
-def test_calibration_error_by_hand():
-    confidence = torch.tensor([0.05, 0.95, 0.97, 1.0, 0.5])
-    right = torch.tensor([False, True, True, False, True])
-    bins = [[0], [1, 2, 3], [4]]
-    expected = sum(abs(sum(float(right[i]) - float(confidence[i]) for i in b)) for b in bins) / 5
-    assert expected_calibration_error(confidence, right, 10) == pytest.approx(expected, abs=1e-6)
-
-
-def test_intervals_and_ranks():
-    assert _interval(0, 10) == (0.0, pytest.approx(0.30850, abs=1e-4))  # Clopper and Pearson's tables
-    assert _interval(10, 10)[1] == 1.0
+def test_ranks_correlate_as_they_should():
     a = torch.tensor([0.1, 0.2, 0.3, 0.9])
     assert _rank_correlation(a, a**3) == pytest.approx(1)
     assert _rank_correlation(a, -a) == pytest.approx(-1)
     assert _rank_correlation(a, torch.ones(4)) == 1.0
+
+
+def test_errors_of_means_know_which_tokens_belong_together():
+    values, windows = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), torch.tensor([0, 0, 1, 1])
+    assert _standard_error(values, torch.arange(4)) == pytest.approx(2 / 4)
+    assert _standard_error(values, windows) == pytest.approx(math.sqrt(8) / 4)
 
 
 # ---------------------------------------------------------------- the command

@@ -53,7 +53,7 @@ def load(
             damaged or were made for another model.
     """
     torch_dtype, torch_device = named_dtype(dtype), _torch_device(device)
-    source, local = _resolve(name)
+    source, local = resolve(name)
     from offramp.exit_sources import exits_folder
     from offramp.exits import Exits
 
@@ -100,8 +100,18 @@ def _torch_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _resolve(name: str | os.PathLike[str]) -> tuple[str, bool]:
-    """What to hand to transformers for `name`, and whether that is a local folder."""
+def resolve(name: str | os.PathLike[str]) -> tuple[str, bool]:
+    """What to hand to transformers for `name`, and whether that is a local folder.
+
+    Args:
+        name: Packaged name, local folder or hub id.
+
+    Returns:
+        A folder and True, or a hub id, which may not exist, and False.
+
+    Raises:
+        ModelError: It is none of them.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -113,11 +123,11 @@ def _resolve(name: str | os.PathLike[str]) -> tuple[str, bool]:
         _check_folder(folder)
         return str(folder), True
     if not isinstance(name, str) or text.startswith((os.sep, "/", ".", "~")):
-        raise ModelError(f"the folder {text} does not exist; {_choices()}")
+        raise ModelError(f"the folder {text} does not exist; {choices()}")
     try:
         validate_repo_id(text)
     except HFValidationError:
-        raise ModelError(f"{text!r} is neither an existing folder nor a possible hub id; {_choices()}") from None
+        raise ModelError(f"{text!r} is neither an existing folder nor a possible hub id; {choices()}") from None
     return text, False
 
 
@@ -134,7 +144,8 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _choices() -> str:
+def choices() -> str:
+    """What a model may be named by."""
     return f"give a packaged name ({', '.join(PACKAGED)}), a local model folder or a hub id such as owner/model"
 
 
@@ -145,7 +156,7 @@ def _from_pretrained(source: str, dtype: torch.dtype, *, local: bool) -> tuple[A
     """The model in evaluation mode and its tokenizer or None, from a folder (`local`) or from the hub."""
     from transformers import AutoConfig, AutoTokenizer
 
-    offline = None if local else _hub_problem(source)
+    offline = None if local else hub_problem(source)
     options: dict[str, Any] = {"local_files_only": local or offline is not None, "trust_remote_code": False}
     try:
         with quiet(bars=not local):
@@ -160,7 +171,7 @@ def _from_pretrained(source: str, dtype: torch.dtype, *, local: bool) -> tuple[A
         if offline is not None:
             raise ModelError(
                 f"no model {source!r}: it is no packaged name and no local folder, it is not in the local hub cache, "
-                f"and the hub cannot be reached ({offline}); {_choices()}"
+                f"and the hub cannot be reached ({offline}); {choices()}"
             ) from error
         raise ModelError(
             f"{source} could not be loaded, probably because a file is damaged or missing: {first_line(error)}"
@@ -178,18 +189,18 @@ def _auto_class(config: PreTrainedConfig, source: str) -> Any:  # noqa: ANN401 (
     """The Auto class that makes a token-predicting model of `config`."""
     import transformers
 
-    choices = [
+    kinds = [
         (transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, transformers.AutoModelForSpeechSeq2Seq, True),
         (transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM, True),
         (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM, False),
     ]
-    for mapping, auto, encoder_decoder in choices:
+    for mapping, auto, encoder_decoder in kinds:
         if type(config) in mapping and bool(config.is_encoder_decoder) == encoder_decoder:
             return auto
     raise ModelError(f"{source} is a {config.model_type} model, which does not predict tokens; load a language model")
 
 
-def _hub_problem(repo: str) -> str | None:
+def hub_problem(repo: str) -> str | None:
     """Ask the hub for `repo` once; transformers alone would retry for half a minute before it gives up.
 
     Returns:
@@ -208,7 +219,7 @@ def _hub_problem(repo: str) -> str | None:
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise ModelError(
             f"no model {repo!r}: it is no packaged name and no local folder, and the hub has no such model for you; "
-            f"{_choices()}"
+            f"{choices()}"
         ) from error
     except Exception as error:  # connection, time-out, proxy, server error, offline mode
         return first_line(error)

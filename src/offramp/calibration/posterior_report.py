@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from offramp.calibration.token_rows import ExitView, TokenViews
+from offramp.metrics.calibration import Reliability
+from offramp.metrics.sets import binomial
 from offramp.posterior import SETS, Posterior
 from offramp.tables import markdown
 from offramp.uncertainty import token_laplace, token_sets
@@ -219,7 +221,7 @@ def _honesty(posterior: Posterior, layer: int, view: ExitView, temperature: floa
     return Honesty(
         layer,
         {name: -float(values.mean()) for name, values in likely.items()},
-        {name: expected_calibration_error(top, right) for name, top in tops.items()},
+        {name: _calibration_error(top, right) for name, top in tops.items()},
         {name: float(values.mean()) for name, values in gain.items()},
         {name: _standard_error(values, windows) for name, values in gain.items()},
         temperature,
@@ -251,11 +253,9 @@ def _tops(
     return {n: torch.cat(v) for n, v in tops.items()}, {n: torch.cat(v) for n, v in gaps.items()}
 
 
-def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Σ over equal-width bins of n_b / N · |accuracy - confidence|; the last bin holds confidence 1 as well."""
-    place = (confidence.double() * bins).long().clamp(0, bins - 1)
-    sums = torch.zeros(bins, dtype=torch.float64).index_add(0, place, right.double() - confidence.double())
-    return float(sums.abs().sum() / len(confidence))
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Of the best candidates' probabilities."""
+    return Reliability.empty(BINS).update(confidence.double().clamp(0, 1).numpy(), right.double().numpy()).error
 
 
 def _standard_error(values: Tensor, windows: Tensor) -> float:
@@ -284,21 +284,12 @@ def _sets(posterior: Posterior, kind: str, test: TokenViews) -> list[SetQuality]
         sizes = running.active.sum(-1)
         covered = (running.active & (running.ids == test.target[:, None])).any(-1)
         single = sizes == 1
+        share = binomial(int(covered.sum()), len(covered))
         right = float((covered & single).sum() / single.sum().clamp(min=1))
         found.append(
             SetQuality(
                 kind, layer, float(sizes.float().mean()), float(single.float().mean()), right,
-                float((sizes == 0).float().mean()), float(covered.float().mean()),
-                _interval(int(covered.sum()), len(covered)),
+                float((sizes == 0).float().mean()), share.value, (share.low, share.high),
             )
         )  # fmt: skip
     return found
-
-
-def _interval(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a probability."""
-    from scipy.stats import beta
-
-    tail = (1 - level) / 2
-    low = 0.0 if not successes else float(beta.ppf(tail, successes, count - successes + 1))
-    return low, 1.0 if successes == count else float(beta.ppf(1 - tail, successes + 1, count - successes))

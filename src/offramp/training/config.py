@@ -10,7 +10,16 @@ from offramp.training import consistency
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.run_folder import Clock
 
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+    "step": lambda done: 0.1 ** sum(done >= edge for edge in (0.5, 0.75)),
+}
+"""Schedules: share of the way done, in [0, 1] -> share of the learning rate. "step" divides by 10 at half and at three
+quarters of the way (ResNet, MSDNet)."""
 SCHEDULES = ("cosine", "linear", "constant")
+"""Those for language models."""
 TRAINABLE = ("exits", "lora", "all")
 PRECISIONS = (None, "bf16")
 
@@ -62,8 +71,7 @@ class TrainConfig:
         tokens: stop at the first step that reaches so many trained positions.
         batch_size: Windows per step, over all processes.
         micro_batch: Windows that go through the model at once; a step adds up their gradients. None: all. The result
-            is the same, except for what is chosen by the windows at hand: deep layers in `hidden_loss`, the balance of
-            classifiers' classes.
+            is the same, except for what is chosen by the windows at hand: deep layers in `hidden_loss`.
         positions: Most positions per window whose readouts are trained, drawn anew each time; None: all.
         precision: "bf16": compute in bfloat16 under autocast, weights stay as they are; None: as loaded.
         warmup: Steps over which the learning rate rises.
@@ -178,5 +186,4 @@ class TrainConfig:
         assert self.learning_rate is not None
         rise = min(1.0, (clock.step + 1) / self.warmup) if self.warmup else 1.0
         done = min(1.0, self.done(clock) / self.total)
-        fall = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.schedule]
-        return self.learning_rate * rise * fall
+        return self.learning_rate * rise * FALLS[self.schedule](done)

@@ -8,8 +8,7 @@ anything is cut into windows; answers to the same prompt and repeated texts alwa
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.tasks import task_documents
+from offramp.tasks.rows import json_rows, kind, read_text
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -109,7 +109,7 @@ def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     """The documents of a file: the objects of a `.json` list or of `.jsonl` lines, or the whole file as one.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, UTF-8, gzipped if its name ends in `.gz`.
         fields: Keys of an object whose texts are joined by line ends.
 
     Returns:
@@ -118,35 +118,13 @@ def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     Raises:
         ValueError: Not of that layout, or without any text.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        if not text.strip():
-            raise ValueError(f"{path} is empty; give a file with text")
-        return [text]
-    texts = [_joined(value, fields, place) for place, value in _objects(path, text)]
+    if kind(path) not in (".json", ".jsonl"):
+        return [read_text(path)]
+    texts = [_joined(row.value, fields, row.place) for row in json_rows(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path} holds no text under {' + '.join(fields)}; give a file with text, or other fields")
     return texts
-
-
-def _objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(place for messages, JSON value) of each entry."""
-    if path.suffix.lower() == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); JSON Lines need the ending .jsonl") from None
-        if not isinstance(values, list):
-            raise ValueError(f"{path} holds a JSON {type(values).__name__}, but a list of objects is needed")
-        yield from ((f"{path}, entry {number}", value) for number, value in enumerate(values, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
 
 
 def _joined(value: Any, fields: Sequence[str], place: str) -> str:
@@ -297,16 +275,37 @@ def steps_per_epoch(windows: Windows, size: int) -> int:
     return -(-len(windows) // size)
 
 
+def epoch_batches(lengths: Tensor, size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The batches of an epoch, which hold every row once, rows of like length together.
+
+    A permutation is sorted by length within pools of 64 batches, and the batches are permuted again. All of it is drawn
+    from (seed, epoch), so the order depends on nothing but these numbers: whoever continues at a step needs no other
+    state.
+
+    Args:
+        lengths: Of the rows, [N].
+        size: Rows of a batch; the last may have fewer.
+        seed: Of the order.
+        epoch: Counted from 0.
+
+    Returns:
+        Places of rows, [B] each.
+    """
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    order = torch.randperm(len(lengths), generator=generator)
+    pools = [pool[lengths[pool].argsort(stable=True)] for pool in torch.split(order, 64 * size)]
+    batches = torch.split(torch.cat(pools), size)
+    whole = len(lengths) // size
+    which = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]  # a rest comes last
+    return [batches[at] for at in which]
+
+
 def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = None) -> Windows:
     """Batch number `step`, counted from 0: B windows, without columns nobody counts.
 
-    An epoch holds every window once, in batches of like length: a permutation is sorted by length within pools of 64
-    batches, and the batches are permuted again. All of it is drawn from (seed, epoch), so the order depends on nothing
-    but these numbers: whoever continues at a step needs no other state.
-
     Args:
         windows: All of them.
-        step: Which batch.
+        step: Which batch; their order is that of `epoch_batches`.
         size: Windows in it; the last batch of an epoch may have fewer.
         seed: Of the order.
         most: Positions per window that count, drawn at random; None: all.
@@ -315,13 +314,7 @@ def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = 
         The windows of the batch.
     """
     epoch, at = divmod(step, steps_per_epoch(windows, size))
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    order = torch.randperm(len(windows), generator=generator)
-    pools = [pool[windows.lengths[pool].argsort(stable=True)] for pool in torch.split(order, 64 * size)]
-    batches = torch.split(torch.cat(pools), size)
-    whole = len(windows) // size
-    which = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]  # a rest comes last
-    part = windows[batches[which[at]]]
+    part = windows[epoch_batches(windows.lengths, size, seed, epoch)[at]]
     if most is None:
         return part
     generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)  # torch heeds 32 bits of a seed

@@ -1,0 +1,101 @@
+"""A network of blocks that a batch passes one by one, and where the batch stands between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the rows of a batch carry from block to block.
+
+    Attributes:
+        maps: States [B, T, D] of a transformer, feature maps [B, D, H, W] of a convolutional network; several where it
+            works at several scales, coarsest last.
+        depth: How many blocks made them.
+        tokens: True for tokens, False for padding, [B, T]; None: nothing is padded, or these are images.
+        masks: What attention is told about padding and windows, by kind of block, each [B, ...], [1, ...] or None.
+        rotations: Rotary position embeddings by kind of block, the same for all rows.
+    """
+
+    maps: tuple[Tensor, ...]
+    depth: int = 0
+    tokens: Tensor | None = None
+    masks: Mapping[str, Tensor | None] = field(default_factory=dict)
+    rotations: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The map that exits read, [B, ...]."""
+        return self.maps[-1]
+
+    def take(self, rows: Tensor) -> Activations:
+        """Only these rows, [A], int64: the others leave the batch."""
+        return replace(
+            self,
+            maps=tuple(map_[rows] for map_ in self.maps),
+            tokens=None if self.tokens is None else self.tokens[rows],
+            masks={kind: m if m is None or len(m) == 1 else m[rows] for kind, m in self.masks.items()},
+        )
+
+
+class Backbone(nn.Module):
+    """What an early-exit classifier needs of a network; abstract.
+
+    Attributes:
+        num_layers: L, how many blocks there are.
+        main_input: Name of the input that a bare tensor is.
+    """
+
+    num_layers: int
+    main_input: str
+
+    def start(self, inputs: Mapping[str, Tensor]) -> Activations:
+        """The activations that enter the first block, on the backbone's device."""
+        raise NotImplementedError
+
+    def run(self, state: Activations, lo: int, hi: int) -> Activations:
+        """Take activations after `lo` blocks to those after `hi`."""
+        raise NotImplementedError
+
+    def body(self, layer: int, pooling: str | None) -> tuple[nn.Module, int]:
+        """A new module from activations after `layer` blocks to features [B, D], and D.
+
+        Args:
+            layer: The exit layer, 1..L.
+            pooling: How states become one feature vector, see `offramp.classifiers.heads`; None: what is
+                usual for the network.
+        """
+        raise NotImplementedError
+
+    def mixing_flops(self, inputs: Mapping[str, Tensor]) -> int:
+        """FLOPs per row and block outside of linear layers and convolutions: those of attention."""
+        return 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return next(self.parameters()).dtype
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout, and stored statistics in batch norms, inside the block; what trained before trains again after it."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

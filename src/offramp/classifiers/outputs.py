@@ -1,0 +1,264 @@
+"""One pass over a split that keeps what all exits say; every fit, grid, threshold and metric reads this, not the model.
+
+The file is safetensors with the tensors `features.0` .. `features.E-1`, `logits`, `labels`, `costs` and maybe `groups`;
+ids and a description stand in its header. Rows are written as they come, so a split may be larger than memory, and
+loading maps the file instead of reading it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import evaluating
+from offramp.files import replace_file
+from offramp.packaged import first_line
+from offramp.uncertainty.outputs import ExitOutputs
+
+if TYPE_CHECKING:
+    from offramp.classifiers.classifier import EarlyExitClassifier, Inputs
+
+SCHEMA = "offramp/exit-outputs/1"
+_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+
+@torch.no_grad()
+def collect(
+    classifier: EarlyExitClassifier,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    *,
+    ids: Sequence[str] = (),
+    groups: Tensor | None = None,
+    path: str | os.PathLike[str] | None = None,
+    description: Mapping[str, str] | None = None,
+) -> ExitOutputs:
+    """Run all exits once over a split.
+
+    Args:
+        classifier: The classifier; evaluated as it is, without dropout.
+        batches: Inputs and labels [B] of the rows, in order; read one at a time.
+        ids: Of all rows, in order; empty: unknown.
+        groups: A number per row, [N].
+        path: A file to write the rows to as they come; None: they stay in memory.
+        description: What they were made of, such as a fingerprint of the weights, kept in that file.
+
+    Returns:
+        Features and logits in float32, memory-mapped if there is a path. The costs are those of a row on average where
+        batches differ in length.
+
+    Raises:
+        ValueError: There are no rows, features or logits that are not finite, labels outside the classes, or labels,
+            ids or groups of another number.
+    """
+    costs: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+    total, rows = torch.zeros(len(classifier.layers), dtype=torch.float64), 0
+    # Beside its target, so that a large split goes to the disk it was meant for.
+    target = None if path is None else Path(path).expanduser().resolve()
+    with evaluating(classifier), _Spool(target) as spool:
+        for inputs, labels in batches:
+            for exit_, (features, logits) in enumerate(classifier(inputs)):
+                for name, tensor in ((f"features.{exit_}", features), (f"logits.{exit_}", logits)):
+                    spool.add(name, _finite(tensor.float().cpu(), name, rows))
+            spool.add("labels", _possible(labels.long().cpu(), len(logits), classifier.num_classes, rows))
+            shape = _shape(inputs)
+            costs[shape] = costs[shape] if shape in costs else classifier.costs(inputs)
+            total, rows = total + costs[shape] * len(labels), rows + len(labels)
+        if not rows:
+            raise ValueError("there are no rows; a pass over a split needs at least one")
+        for name, given in (("ids", ids or None), ("groups", groups)):
+            if given is not None and len(given) != rows:
+                raise ValueError(f"there are {len(given)} {name} for {rows} rows; give one per row, or none")
+        rest = {"costs": total / rows} | ({} if groups is None else {"groups": groups.long().cpu()})
+        if target is None:
+            return _assembled({**spool.tensors(), **rest}, tuple(ids))
+        spool.write(target, rest, _header(ids, description or {}))
+    return load_outputs(target)
+
+
+def save_outputs(
+    outputs: ExitOutputs, path: str | os.PathLike[str], description: Mapping[str, str] | None = None
+) -> None:
+    """Write a file that `load_outputs` reads, atomically.
+
+    Args:
+        outputs: Of any origin.
+        path: The file; an older one is replaced.
+        description: What they were made of, such as a fingerprint of the weights.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"features.{i}": f.float().contiguous() for i, f in enumerate(outputs.features)}
+    tensors |= {
+        "logits": outputs.logits.float().contiguous(),
+        "labels": outputs.labels,
+        "costs": outputs.costs.double(),
+    }
+    if outputs.groups is not None:
+        tensors["groups"] = outputs.groups
+    header = _header(outputs.ids, description or {})
+    replace_file(Path(path).expanduser(), lambda temporary: save_file(tensors, temporary, header))
+
+
+def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
+    """Outputs from a file, memory-mapped: rows are read from the disk when they are looked at.
+
+    Args:
+        path: What `collect` or `save_outputs` wrote.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("schema") != SCHEMA:
+                raise ValueError(
+                    f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no outputs of exits, or those of "
+                    "another version"
+                )
+            return _assembled({name: file.get_tensor(name) for name in file.keys()}, tuple(json.loads(header["ids"])))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); collect the outputs again") from error
+
+
+def load_description(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What the outputs in a file were made of, as `collect` and `save_outputs` were told."""
+    from safetensors import safe_open
+
+    with safe_open(Path(path).expanduser(), framework="pt") as file:
+        found: dict[str, str] = json.loads(file.metadata()["description"])
+    return found
+
+
+# ---------------------------------------------------------------- rows as they come
+
+
+class _Spool:
+    """Tensors that grow by rows: lists in memory, or files in a hidden folder that goes when the block ends.
+
+    Args:
+        target: The file they are to become, which the folder is beside; None: memory.
+    """
+
+    def __init__(self, target: Path | None) -> None:
+        self.target = target
+        self.folder: Path | None = None
+        self.shapes: dict[str, list[int]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def __enter__(self) -> _Spool:
+        if self.target is not None:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.stem}-"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """Rows [B, ...] behind those that are there."""
+        shape = self.shapes.setdefault(name, [0, *rows.shape[1:]])
+        shape[0] += len(rows)
+        self.dtypes[name] = rows.dtype
+        if self.folder is None:
+            self.parts.setdefault(name, []).append(rows)
+        else:
+            with (self.folder / name).open("ab") as file:
+                file.write(_bytes(rows))
+
+    @property
+    def exits(self) -> list[str]:
+        """Names of the logits of each exit, which become one tensor."""
+        return [name for name in self.shapes if name.startswith("logits.")]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All rows, from memory."""
+        made = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        return {**made, "logits": torch.stack([made.pop(name) for name in self.exits])}
+
+    def write(self, path: Path, rest: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Join `rest` and the files to one in the layout of safetensors: header's length, header, data without gaps."""
+        assert self.folder is not None
+        folder, exits = self.folder, self.exits
+        sources: dict[str, list[str]] = {name: [name] for name in self.shapes if name not in exits}
+        sources["logits"] = exits
+        shapes = {**self.shapes, "logits": [len(exits), *self.shapes[exits[0]]]}
+        dtypes = {**self.dtypes, "logits": self.dtypes[exits[0]]}
+        order = sorted(sources, key=lambda name: -dtypes[name].itemsize)  # so that numbers stand at multiples of 8
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name in (*rest, *order):
+            shape, dtype = (list(rest[name].shape), rest[name].dtype) if name in rest else (shapes[name], dtypes[name])
+            start, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+
+        def put(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                for tensor in rest.values():
+                    file.write(_bytes(tensor))
+                for part in (part for name in order for part in sources[name]):
+                    with (folder / part).open("rb") as source:
+                        shutil.copyfileobj(source, file, 1 << 22)
+
+        replace_file(path, put)
+
+
+def _assembled(tensors: Mapping[str, Tensor], ids: tuple[str, ...]) -> ExitOutputs:
+    features = [tensors[f"features.{i}"] for i in range(len(tensors["logits"]))]
+    return ExitOutputs(features, tensors["logits"], tensors["labels"], tensors["costs"], ids, tensors.get("groups"))
+
+
+def _header(ids: Sequence[str], description: Mapping[str, str]) -> dict[str, str]:
+    return {"schema": SCHEMA, "ids": json.dumps(list(ids)), "description": json.dumps(dict(description))}
+
+
+def _shape(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    """What the cost of a row depends on."""
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+    return tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+def _possible(labels: Tensor, rows: int, classes: int, before: int) -> Tensor:
+    if labels.shape != (rows,):
+        raise ValueError(f"a batch of {rows} rows came with labels of shape {list(labels.shape)}; give one per row")
+    wrong = (labels < 0) | (labels >= classes)
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"the label of row {before + place} is {int(labels[place])}; allowed are 0..{classes - 1} with {classes} "
+            "classes"
+        )
+    return labels
+
+
+def _finite(tensor: Tensor, name: str, before: int) -> Tensor:
+    wrong = (~tensor.isfinite()).any(-1)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} of row {before + int(wrong.nonzero()[0])} is not finite; look at its input, or at the training"
+        )
+    return tensor

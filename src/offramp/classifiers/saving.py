@@ -1,0 +1,163 @@
+"""The folder a classifier is saved in; it is loaded again without a network and without the encoder it began with.
+
+`config.json` says what is built, `model.safetensors` holds all weights. Beside them stand, in `encoder/`, the encoder's
+own configuration and tokenizer as transformers writes them, and in `preprocessor_config.json` how images are prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.backbone import Backbone
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.heads import HeadConfig
+from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+from offramp.classifiers.sources import PREPROCESSING, TOKENIZER
+from offramp.files import replace_folder
+from offramp.models import named_dtype
+from offramp.packaged import ModelError, first_line, quiet
+
+SCHEMA = "offramp/classifier/1"
+CONFIG, WEIGHTS, ENCODER = "config.json", "model.safetensors", "encoder"
+AGAIN = "save the classifier again, or copy its whole folder"
+
+
+def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> None:
+    """Write a classifier: the folder appears complete, or stays what it was.
+
+    Args:
+        classifier: On any device; the number format of its weights is kept.
+        folder: A new or empty folder, or one with a classifier, which is replaced.
+
+    Raises:
+        FileExistsError: There is something else of that name; it is left alone.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not _may_go(target):
+        raise FileExistsError(
+            f"{folder} exists and holds something else than a classifier, which is not replaced; name a new folder"
+        )
+    backbone: Any = classifier.backbone
+    msdnet = isinstance(backbone, MSDNet)
+    values = {
+        "schema": SCHEMA,
+        "backbone": {"kind": "msdnet", **backbone.config.as_dict()} if msdnet else {"kind": "encoder"},
+        "exits": list(classifier.layers[:-1]),
+        "labels": list(classifier.labels),
+        "head": classifier.head_config.as_dict(),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+
+    def put(temporary: Path) -> None:
+        save_file(weights, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod(0o644)  # it is written for its owner's eyes only
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        if not msdnet:
+            backbone.config.save_pretrained(temporary / ENCODER)
+        if classifier.tokenizer is not None:
+            classifier.tokenizer.save_pretrained(temporary / ENCODER)
+        if classifier.preprocessing:
+            settings = json.dumps(classifier.preprocessing, indent=2, ensure_ascii=False, allow_nan=False)
+            (temporary / PREPROCESSING).write_text(settings + "\n", encoding="utf-8")
+
+    replace_folder(target, put)
+
+
+def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> EarlyExitClassifier:
+    """Load a classifier that was saved, in evaluation mode.
+
+    Args:
+        folder: What `EarlyExitClassifier.save` wrote.
+        device: Where to put it.
+
+    Returns:
+        The classifier, with its tokenizer and preprocessing settings.
+
+    Raises:
+        ModelError: There is none, or it is damaged.
+    """
+    from safetensors.torch import load_file
+
+    place = Path(folder).expanduser()
+    if not (place / CONFIG).is_file():
+        raise ModelError(f"{place} holds no classifier: there is no {CONFIG}; name a folder that save wrote")
+    values = _description(place)
+    if values.get("schema") != SCHEMA:
+        raise ModelError(
+            f"{place / CONFIG} has the schema {values.get('schema')!r}, not {SCHEMA!r}: no early-exit classifier, or "
+            "one of another version"
+        )
+    try:
+        weights = load_file(place / WEIGHTS)
+        with quiet():
+            classifier = _build(place, values)
+        classifier.load_state_dict(weights)
+    except ModelError:
+        raise
+    except Exception as error:  # each damaged file has an exception type of its own
+        raise ModelError(f"{place} is damaged ({first_line(error)}); {AGAIN}") from error
+    return classifier.to(device).eval()
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
+    """A classifier of the right shape, with weights of no meaning."""
+    shape = dict(values["backbone"])
+    kind, dtype = shape.pop("kind"), named_dtype(values["dtype"])
+    settings = folder / PREPROCESSING
+    with torch.random.fork_rng(devices=[]):  # loading draws no random numbers that anyone sees
+        backbone = MSDNet(MSDNetConfig(**shape)).to(dtype) if kind == "msdnet" else _encoder(folder / ENCODER, dtype)
+        return EarlyExitClassifier(
+            backbone,
+            values["exits"],
+            labels=values["labels"],
+            head=HeadConfig.from_dict(values["head"]),
+            tokenizer=_tokenizer(folder / ENCODER),
+            preprocessing=json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None,
+        )
+
+
+def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
+    from transformers import AutoConfig, AutoModel
+
+    from offramp.families.encoders import SplitEncoder
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return SplitEncoder(AutoModel.from_config(config, dtype=dtype))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _may_go(folder: Path) -> bool:
+    """Whether a folder is empty, or a classifier and nothing else."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if not names <= {CONFIG, WEIGHTS, ENCODER, PREPROCESSING}:
+        return False
+    try:
+        return not names or str(_description(folder).get("schema")).startswith("offramp/classifier/")
+    except ModelError:
+        return False

@@ -1,0 +1,174 @@
+"""Temperature and prior variance of each exit, by the negative log predictive density (NLPD) of the tune split.
+
+With the model-internal ensemble exits are tuned greedily, shallow to deep: exit e for the ensemble of exits 1..e, with
+the earlier ones as they are. Without it exits do not depend on each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from offramp.uncertainty import ensemble, temperature
+
+WIDE = tuple(10 ** (i / 2) for i in range(-4, 5))
+"""Prior variances looked at: nine from 0.01 to 100."""
+MERONEN = (0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)
+"""The published grid (Meronen et al., 2023)."""
+
+Rows = Callable[[float], Tensor]
+"""From a temperature to ln p_y of each row, [N], of one exit alone."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where settings of an exit are looked for.
+
+    Attributes:
+        temperatures: Grid; None: all between the bounds of `temperature.search`.
+        omegas: Grid of prior variances; (None,) where there is no prior.
+        precision: Of ln T, without a grid.
+    """
+
+    temperatures: tuple[float, ...] | None = (1.0,)
+    omegas: tuple[float | None, ...] = (None,)
+    precision: float = 1e-6
+
+
+def temperatures(grid: str | None) -> Space:
+    """For temperature alone: any, or with "meronen" the published grid."""
+    return Space(None if grid is None else temperature.MERONEN)
+
+
+def with_prior(grid: str | None) -> Space:
+    """For temperature and prior variance together: any and the wide grid, or with "meronen" the published ones."""
+    return Space(None, WIDE, 1e-3) if grid is None else Space(temperature.MERONEN, MERONEN)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The settings of one exit, and how they were found.
+
+    Attributes:
+        temperature: T.
+        omega: Prior variance ω; None: no prior.
+        nlpd: At them, on the tune split, of what the exit answers (with an ensemble, the ensemble up to it).
+        surface: (ω, T, NLPD) of all that was looked at.
+        edges: What sits on the end of its grid, in words; empty: nothing.
+        losses: −ln p_y of each row at the settings, [N].
+    """
+
+    temperature: float
+    omega: float | None
+    nlpd: float
+    surface: tuple[tuple[float | None, float, float], ...] = field(repr=False, default=())
+    edges: tuple[str, ...] = ()
+    losses: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.zeros(0))
+
+
+def tune(predict: Callable[[float | None], Rows], space: Space) -> Tuned:
+    """The setting with the smallest NLPD; between equals the smallest |ln T|, then the smallest ω.
+
+    Args:
+        predict: From ω to what answers for each temperature.
+        space: Where to look.
+
+    Returns:
+        The setting.
+    """
+    surface: list[tuple[float | None, float, float]] = []
+    found: list[tuple[tuple[float, float, float], float | None, temperature.Search]] = []
+    for omega in space.omegas:
+        best = temperature.search(partial(_nlpd, predict(omega)), space.temperatures, space.precision)
+        surface += [(omega, t, loss) for t, loss in best.tried]
+        found.append(((best.loss, abs(math.log(best.temperature)), omega or 0.0), omega, best))
+    _, omega, best = min(found, key=lambda entry: entry[0])
+    edges = []
+    if best.at_edge and len(best.tried) > 1:
+        edges.append(f"its temperature, {best.temperature:g}, is at an end of what was looked at")
+    if omega is not None and len(space.omegas) > 1 and omega in (space.omegas[0], space.omegas[-1]):
+        edges.append(f"its prior variance, {omega:g}, is at an end of what was looked at")
+    losses = -predict(omega)(best.temperature)
+    return Tuned(best.temperature, omega, best.loss, tuple(surface), tuple(edges), losses)
+
+
+def _nlpd(rows: Rows, temperature: float) -> float:
+    return -float(rows(temperature).mean())
+
+
+def tune_all(
+    predict: Callable[[int, float | None], Rows], exits: int, space: Space, weights: Tensor | None
+) -> list[Tuned]:  # fmt: skip
+    """Settings of all exits.
+
+    Args:
+        predict: From an exit, counted from 0, and ω to what answers for each temperature, of the exit alone.
+        exits: E.
+        space: Where to look, at every exit.
+        weights: Of an ensemble, [E]; None: each exit for itself.
+
+    Returns:
+        E settings.
+    """
+    found: list[Tuned] = []
+    carried: Tensor | None = None
+    for exit in range(exits):
+        alone = partial(predict, exit)
+        if weights is None:
+            found.append(tune(alone, space))
+            continue
+        found.append(tune(partial(_joined, alone, partial(_after, carried, weights, exit)), space))
+        own = alone(found[-1].omega)(found[-1].temperature)
+        carried = ensemble.join_logarithms(own, carried, weights, exit)[1]
+    return found
+
+
+def _after(carried: Tensor | None, weights: Tensor, exit: int, own: Tensor) -> Tensor:
+    return ensemble.join_logarithms(own, carried, weights, exit)[0]
+
+
+def _joined(alone: Callable[[float | None], Rows], join: Callable[[Tensor], Tensor], omega: float | None) -> Rows:
+    rows = alone(omega)
+    return lambda t: join(rows(t))
+
+
+# ---------------------------------------------------------------- is the Laplace approximation worth it?
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Laplace against temperature alone at one exit, on the same rows.
+
+    Attributes:
+        vanilla: NLPD without any of it.
+        temperature: NLPD with the best temperature alone.
+        gain: NLPD of temperature alone less that of Laplace, mean over rows; positive: Laplace is better.
+        error: Standard error of the gain.
+    """
+
+    vanilla: float
+    temperature: float
+    gain: float
+    error: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the gain is at least one standard error, and there is one."""
+        return self.gain > 0 and self.gain >= self.error
+
+    def words(self) -> str:
+        """The verdict."""
+        verdict = "Laplace is better than temperature" if self.better else "Laplace is not better than temperature here"
+        return f"{verdict}: it lowers the NLPD by {self.gain:.4f} ± {self.error:.4f} (standard error)"
+
+
+def compare(vanilla: Tensor, temperature: Tensor, laplace: Tensor) -> Comparison:
+    """From the losses of the same rows, [N] each, N > 1."""
+    gains = temperature - laplace
+    error = float(gains.std()) / math.sqrt(len(gains))
+    return Comparison(float(vanilla.mean()), float(temperature.mean()), float(gains.mean()), error)

@@ -1,0 +1,142 @@
+"""Labelled rows: what may be one, and splits that keep proportions and never tear a cluster or share a row."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from offramp.tasks.labelled import SHARES, Labelled, require_apart, split
+
+
+def texts(labels, *, groups=None, clusters=(), classes=3, prefix="r"):
+    ids = tuple(f"{prefix}{i}" for i in range(len(labels)))
+    groups = None if groups is None else torch.tensor(groups)
+    names = tuple(f"class {c}" for c in range(classes))
+    return Labelled(ids, tuple(f"text of {id}" for id in ids), torch.tensor(labels), names, groups, tuple(clusters))
+
+
+SHARE_LISTS = st.lists(st.integers(1, 10), min_size=1, max_size=5).map(
+    lambda parts: {f"part {i}": part / sum(parts) for i, part in enumerate(parts)}
+)
+ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), min_size=60, max_size=200)
+
+
+@given(ROWS, SHARE_LISTS, st.integers(0, 5), st.booleans())
+def test_every_split_has_its_share_of_every_label_and_group(rows, shares, seed, grouped):
+    labels, groups = map(list, zip(*rows, strict=True))
+    data = texts(labels, groups=groups if grouped else None)
+    strata = list(zip(labels, groups, strict=True)) if grouped else labels
+    of = dict(zip(data.ids, strata, strict=True))
+    assume(min(shares.values()) * len(rows) >= len(set(strata)))  # else rounding may leave a split empty
+    parts = split(data, shares, seed)
+    assert list(parts) == list(shares)
+    assert sorted(id for part in parts.values() for id in part.ids) == sorted(data.ids)
+    totals = Counter(strata)
+    for name, part in parts.items():
+        have = Counter(of[id] for id in part.ids)
+        for stratum, total in totals.items():
+            assert abs(have[stratum] - shares[name] * total) < 1 + 1e-9
+        for id, text, label in zip(part.ids, part.inputs, part.labels.tolist(), strict=True):
+            assert text == f"text of {id}"
+            assert label == labels[int(id[1:])]
+        assert list(part.ids) == sorted(part.ids, key=lambda id: int(id[1:]))
+
+
+@given(st.lists(st.integers(0, 40), min_size=80, max_size=200), st.integers(0, 5), st.randoms(use_true_random=False))
+def test_clusters_stay_whole_and_shares_nearly(clusters, seed, chance):
+    assume(len(set(clusters)) >= 10)
+    labels = [chance.randrange(3) for _ in clusters]
+    data = texts(labels, clusters=[f"c{c}" for c in clusters])
+    shares = {"train": 0.5, "tune": 0.25, "test": 0.25}
+    parts = split(data, shares, seed)
+    homes = [set(part.clusters) for part in parts.values()]
+    assert sum(map(len, homes)) == len(set(clusters))
+    assert sum(len(part) for part in parts.values()) == len(labels)
+    biggest = max(Counter(clusters).values())
+    for name, part in parts.items():
+        assert abs(len(part) - shares[name] * len(labels)) <= 2 * biggest + 3
+
+
+def test_clusters_of_mixed_labels_keep_the_labels_in_proportion():
+    labels = [0, 1, 2] * 400
+    data = texts(labels, clusters=[f"c{i // 4}" for i in range(1200)])
+    for name, part in split(data, SHARES, seed=3).items():
+        for count in part.counts:
+            assert abs(count - SHARES[name] * 400) <= 4
+
+
+def test_the_seed_decides():
+    data = texts([0, 1, 2] * 100)
+    one, same, other = (split(data, seed=seed) for seed in (1, 1, 2))
+    assert {name: part.ids for name, part in one.items()} == {name: part.ids for name, part in same.items()}
+    assert one["train"].ids != other["train"].ids
+    assert [len(part) for part in one.values()] == [180, 30, 30, 30, 30]
+
+
+def test_a_published_test_split_stays_as_it_is():
+    data, test = texts([0, 1, 2] * 90), texts([0, 1, 2] * 10, prefix="t")
+    parts = split(data, test=test)
+    assert parts["test"] is test
+    assert [len(part) for part in parts.values()] == [180, 30, 30, 30, 30]
+    with pytest.raises(ValueError, match="splits train and test share 1[0-9] rows"):
+        split(data, test=texts([0, 1, 2] * 9))
+
+
+def test_rows_and_clusters_may_be_in_one_split_only():
+    one, other = texts([0, 1], clusters=["a", "b"]), texts([0, 1], clusters=["c", "b"], prefix="s")
+    with pytest.raises(ValueError, match="splits x and y share 1 clusters, such as 'b'"):
+        require_apart(x=one, y=other)
+    require_apart(x=one.take([0]), y=other)
+    with pytest.raises(ValueError, match="share 2 rows"):
+        require_apart(x=one, y=one, z=other)
+
+
+@pytest.mark.parametrize("shares", [{}, {"a": 0.5}, {"a": 1.5, "b": -0.5}, {"a": 1.0, "b": 0.0}])
+def test_shares_must_add_up(shares):
+    with pytest.raises(ValueError, match="above 0 that add up to 1"):
+        split(texts([0, 1, 2]), shares)
+
+
+def test_too_few_rows_say_so():
+    with pytest.raises(ValueError, match="has 3 rows, too few"):
+        split(texts([0, 1, 2]))
+    with pytest.raises(ValueError, match="6 rows in 1 clusters, too few"):
+        split(texts([0, 1, 2] * 2, clusters=["same"] * 6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": ("a", "b", "a")}, "several rows with the id 'a'"),
+        ({"labels": torch.tensor([0, 1])}, "3 ids but 2 labels"),
+        ({"labels": torch.tensor([0, 2, 1])}, r"row b has the label 2; allowed are 0\.\.1"),
+        ({"labels": torch.tensor([0, 0, -1])}, "row c has the label -1"),
+        ({"groups": torch.tensor([0])}, "1 groups"),
+        ({"clusters": ("x",)}, "1 clusters"),
+    ],
+)
+def test_bad_rows_are_refused(change, message):
+    fine = {"ids": ("a", "b", "c"), "inputs": ("x", "y", "z"), "labels": torch.tensor([0, 1, 0]), "classes": ("n", "p")}
+    Labelled(**fine)
+    with pytest.raises(ValueError, match=message):
+        Labelled(**{**fine, **change})
+
+
+def test_the_digest_sees_every_change():
+    images = np.zeros((2, 3, 3, 1), np.uint8)
+    data = Labelled(("a", "b"), images, torch.tensor([0, 1]), ("n", "p"))
+    changed = images.copy()
+    changed[1, 2, 2, 0] = 1
+    others = [
+        Labelled(("a", "b"), changed, torch.tensor([0, 1]), ("n", "p")),
+        Labelled(("a", "b"), images, torch.tensor([1, 1]), ("n", "p")),
+        Labelled(("a", "c"), images, torch.tensor([0, 1]), ("n", "p")),
+        Labelled(("a", "b"), images, torch.tensor([0, 1]), ("n", "p"), torch.tensor([0, 1])),
+    ]
+    digests = {other.digest() for other in others}
+    assert len(digests) == 4
+    assert data.digest() not in digests
+    assert data.digest() == data.take([0, 1]).digest() != data.take([1, 0]).digest()
