@@ -175,7 +175,8 @@ STUDIES["posteriors"] = Study(
     (
         Step("Dialogues to fit on", "rows {data}/dialogsum/train.jsonl.gz {run}/fit.jsonl", "rows", shows=False),
         Step("Fitting", "calibrate smollm2 --exits bundled --dtype bfloat16 --task summarisation "
-             "--data {run}/fit.jsonl --own-answers --max-new-tokens 40 --longest 512 --layers 24,27 --posterior laplace,conformal,avcs",
+             "--data {run}/fit.jsonl --own-answers --max-new-tokens 40 --longest 512 --layers 24,27 "
+             "--posterior laplace,conformal,avcs",
              "posterior"),
         Step("Exit rules by threshold", "evaluate smollm2 --exits {run}/posterior/exits --dtype bfloat16 "
              f"{_SUMMARIES} --limit 20 --max-new-tokens 40 --static 24,27 "
