@@ -118,10 +118,25 @@ def weights_of(evidence: Evidence, config: InstanceWeights) -> Tensor:
         [N], float64; 1 where the gate does not hold.
     """
     u, answers = signal(config.signal, evidence)
-    right = answers == evidence.reading.labels
-    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right}.get(config.gate)
-    inside = excluded(evidence) if gate is None else gate
-    return torch.where(inside, mapped(u, config), 1.0)
+    outside = excluded(evidence) if config.gate == "excluded" else None
+    return gated(u, answers == evidence.reading.labels, config, outside)
+
+
+def gated(u: Tensor, right: Tensor, config: InstanceWeights, outside: Tensor | None = None) -> Tensor:
+    """Weights where the gate holds, else 1.
+
+    Args:
+        u: The signal, [N].
+        right: Whether the answer is the label, [N], bool.
+        config: Gate and map.
+        outside: Whether the label is not in the set, [N], bool; for "excluded".
+
+    Returns:
+        [N].
+    """
+    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right, "excluded": outside}[config.gate]
+    assert gate is not None
+    return torch.where(gate, mapped(u, config), 1.0)
 
 
 def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tensor | None = None) -> Tensor:
@@ -193,5 +208,3 @@ def new_weights(
         other = read(readout, states_at(student, tune, depth), tune, epoch)
     evidence = Evidence(reading, other, config.n_mc, config.prior_variance, config.sets, config.miss, seed)
     return finished(weights_of(evidence, config), config, here, minority).float()
-
-
