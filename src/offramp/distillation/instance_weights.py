@@ -193,5 +193,3 @@ def new_weights(
         other = read(readout, states_at(student, tune, depth), tune, epoch)
     evidence = Evidence(reading, other, config.n_mc, config.prior_variance, config.sets, config.miss, seed)
     return finished(weights_of(evidence, config), config, here, minority).float()
-
-
