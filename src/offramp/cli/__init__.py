@@ -14,6 +14,7 @@ import typer
 
 from offramp.cli.bench import bench
 from offramp.cli.calibrate import calibrate
+from offramp.cli.distill import distill
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
@@ -34,6 +35,7 @@ app.command()(evaluate)
 app.command()(calibrate)
 app.command()(generate)
 app.command()(bench)
+app.command()(distill)
 app.command()(report)
 
 

@@ -153,7 +153,9 @@ def divided(val: Grouped, share: float, seed: int) -> tuple[Grouped, Grouped]:
 def minority_of(grouped: Grouped) -> Tensor | None:
     """Rows for which the shortcut fails, [N], bool; None where attributes are unknown, or several make groups."""
     name = "identity_any" if "identity_any" in grouped.attributes else next(iter(grouped.attributes), None)
-    if name is None or (len(grouped.attributes) > 1 and name != "identity_any" and "conflict" not in grouped.attributes):
+    if name is None or (
+        len(grouped.attributes) > 1 and name != "identity_any" and "conflict" not in grouped.attributes
+    ):
         return None
     if "conflict" in grouped.attributes:
         return grouped.attributes["conflict"] == 1

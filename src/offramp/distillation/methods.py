@@ -55,6 +55,8 @@ class Method:
         adjustment: K of GroupDRO.
         power: q of LfF.
         refit: Whether the last layer is fitted anew on validation rows, balanced over groups (DFR).
+        learning_rate: Instead of the one that all students have; None: that one.
+        weight_decay: Likewise, such as a strong one for GroupDRO.
 
     Raises:
         ValueError: A value out of range, or parts that do not go together.
@@ -70,6 +72,8 @@ class Method:
     adjustment: float = 0.0
     power: float = 0.7
     refit: bool = False
+    learning_rate: float | None = None
+    weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:

@@ -57,7 +57,7 @@ def build(network: Network, train: Labelled, seed: int) -> EarlyExitClassifier:
             return _small_cnn(network, train, _numbers(network, size, 1)[0])
         if kind == "text":
             return _text(network, train, *_numbers(network, size, 2))
-        if Path(network.source).expanduser().joinpath("model.safetensors").is_file() and _is_classifier(network.source):
+        if Path(network.source).expanduser().joinpath("model.safetensors").is_file() and is_classifier(network.source):
             return _saved(network.source, train)
         name, layers = (kind, int(size)) if kind and size.isdecimal() else (network.source, None)
         return _encoder(network, train, name, layers)
@@ -139,7 +139,8 @@ def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -
     return made
 
 
-def _is_classifier(folder: str) -> bool:
+def is_classifier(folder: str) -> bool:
+    """Whether a folder holds a classifier that was saved."""
     import json
 
     from offramp.classifiers.saving import CONFIG

@@ -29,7 +29,7 @@ class ReadoutConfig:
         depth: d, after how many blocks of the student it reads.
         epochs: R, passes over the training rows; 1 in the reference code.
         batch_size: Rows per step.
-        optimiser: "sgd" with momentum 0.9, as in the reference code, or "adamw".
+        optimiser: "sgd" with momentum 0.9, as in the reference code, or "adamw"; None: the student's.
         learning_rate: None: the student's, as there.
         weight_decay: None: the student's, as there.
         width: Of its inner layers; None: twice the channels that it reads (images, as there), or as many (texts, ours).
@@ -38,7 +38,7 @@ class ReadoutConfig:
     depth: int = 1
     epochs: int = 1
     batch_size: int = 64
-    optimiser: str = "sgd"
+    optimiser: str | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
     width: int | None = None
@@ -47,8 +47,8 @@ class ReadoutConfig:
         for name in ("depth", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"the readout's {name} is {getattr(self, name)}; it counts from 1")
-        if self.optimiser not in ("sgd", "adamw"):
-            raise ValueError(f"the readout's optimiser is {self.optimiser!r}; choose sgd or adamw")
+        if self.optimiser not in (None, "sgd", "adamw"):
+            raise ValueError(f"the readout's optimiser is {self.optimiser!r}; choose sgd, adamw or None")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def teach(states: Tensor, labels: Tensor, classes: int, config: ReadoutConfig, s
         states: Of the training rows, from `states_at`.
         labels: [N].
         classes: C.
-        config: How; learning rate and weight decay given.
+        config: How; optimiser, learning rate and weight decay given.
         seed: Of its first weights and the order of rows.
 
     Returns:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from offramp.classifiers.batches import Augmentation, Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.outputs import collect
 from offramp.classifiers.saving import load
 from offramp.classifiers.trainer import train_classifier
@@ -254,7 +255,7 @@ def _train(
     history: History,
 ) -> None:
     epochs = run.study.training.epochs
-    training = replace(run.study.training, seed=run.seed, validate_every=epochs)
+    training = replace(_training(run), seed=run.seed, validate_every=epochs)
     weights = _with_rates(run)
     minority = minority_of(parts.data.train)
 
@@ -284,15 +285,24 @@ def _train(
     (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
+def _training(run: Run) -> ClassifierTrainConfig:
+    """Of all students, with what the method has of its own."""
+    own = {name: getattr(run.method, name) for name in ("learning_rate", "weight_decay")}
+    return replace(run.study.training, **{name: value for name, value in own.items() if value is not None})
+
+
 def _with_rates(run: Run) -> InstanceWeights | None:
-    """The weights, with the readout's learning rate and decay: the student's unless given."""
-    weights, training = run.method.weights, run.study.training
+    """The weights, with the readout's optimiser, learning rate and decay: the student's unless given."""
+    weights, training = run.method.weights, _training(run)
     if weights is None:
         return None
     readout = weights.readout
     rate = training.learning_rate if readout.learning_rate is None else readout.learning_rate
     decay = training.weight_decay if readout.weight_decay is None else readout.weight_decay
-    return replace(weights, readout=replace(readout, learning_rate=rate, weight_decay=decay))
+    optimiser = readout.optimiser or training.optimiser
+    return replace(
+        weights, readout=replace(readout, optimiser=optimiser, learning_rate=rate, weight_decay=decay)
+    )  # fmt: skip
 
 
 def _record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:

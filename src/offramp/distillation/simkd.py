@@ -43,9 +43,7 @@ class ProjectedHead(nn.Module):
         factor: By which the bottleneck is narrower than the teacher's states.
     """
 
-    def __init__(
-        self, body: nn.Module, width: int, teacher: ExitHead, shape: torch.Size, *, factor: int = 2
-    ) -> None:
+    def __init__(self, body: nn.Module, width: int, teacher: ExitHead, shape: torch.Size, *, factor: int = 2) -> None:
         super().__init__()
         outs = shape[0]
         inner = max(outs // factor, 1)
