@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import offramp
-from offramp import LanguageModel
+from offramp import LanguageModel, cli
 from offramp.distillation.instance_weights import InstanceWeights
 from offramp.distillation.language_models import TokenDistillation, distil, require_same_vocabulary
 from offramp.distillation.own_answers import OwnAnswers
+from offramp.distillation.prompt_groups import entry_documents, group_names, read_entries, read_prompts
 from offramp.distillation.token_losses import TokenLoss, token_losses
 from offramp.distillation.token_readout import TokenReadoutConfig
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
@@ -141,7 +143,7 @@ def test_a_weight_of_two_is_a_token_that_is_there_twice():
     loss = TokenLoss(OBJECTIVES["forward-kl"], 2.0, 0.5, "both")
     weighted = gradient_of(loss, 3, weights=torch.tensor([2.0, *[1.0] * 8]))
     again = torch.tensor([0, *range(9)])
-    losses(student[again], guide[again], labels[again], loss, count=1)
+    losses(student[again], guide[again], labels[again], loss, count=1, rows=99)
     torch.testing.assert_close(weighted, student.grad)
 
 
@@ -206,12 +208,12 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
     assert result.overall.agreement_before == 1
 
 
-def test_a_student_comes_closer_to_its_teacher(tmp_path):
-    options = {"steps": 60, "learning_rate": 5e-3, "batch_size": 6}
-    for name, more in (("forward", {}), ("reverse", {"objective": "reverse-kl"}), ("lora", {"trainable": "lora"})):
-        result = distil(model(), teacher(), Data(texts(), texts()), config(fraction=1.0, **options, **more), tmp_path / name)
-        assert result.overall.kd < 0.8 * result.overall.kd_before
-        assert result.overall.agreement >= result.overall.agreement_before
+@pytest.mark.parametrize("options", [{}, {"objective": "reverse-kl"}, {"trainable": "lora", "learning_rate": 2e-2}])
+def test_a_student_comes_closer_to_its_teacher(tmp_path, options):
+    settings = config(fraction=1.0, **{"steps": 25, "learning_rate": 1e-2, "batch_size": 6, **options})
+    result = distil(model(), teacher(), Data(texts(), texts()), settings, tmp_path)
+    assert result.overall.kd < 0.8 * result.overall.kd_before
+    assert result.overall.agreement > result.overall.agreement_before
 
 
 # ---------------------------------------------------------------- weights
@@ -267,23 +269,21 @@ def test_laplace_without_uncertainty_is_the_readout_itself(kind, signal):
     assert bool((uncertain[part.counted] >= 1).all() & (uncertain <= math.e).all())
 
 
-def test_a_lens_is_taught_what_it_should_say():
-    """The loss of its own readout at the text is below the head's, for each of the things it may be taught."""
-    lm, guide, part = model(), teacher(), texts(40)
-    mean = {}
-    for name, kind, fit in (("head", "head", "labels"), ("labels", "lens", "labels"), ("kl", "lens", "forward-kl"),
-                            ("argmax", "lens", "teacher-argmax")):  # fmt: skip
-        for target in ("text", "teacher"):
-            rule = token_weights(
-                kind, {"signal": "margin", "gate": "wrong", "alpha": 0.0, "beta": math.log(2)}, target=target,
-                readout={"fit": fit, "epochs": 60, "learning_rate": 1e-2, "rank": None},
-            )  # fmt: skip
-            w = new_token_weights(lm.split, guide.split, part, rule, step=1, seed=0, size=9, loop=ONE)
-            mean[name, target] = float(part.of_tokens(w).mean()) - 1  # the share of wrong tokens
-    assert mean["labels", "text"] < 0.5 * mean["head", "text"]
-    assert mean["labels", "teacher"] < 0.5 * mean["head", "teacher"]  # the target token is then the teacher's
-    assert mean["argmax", "teacher"] < 0.5 * mean["head", "teacher"]
-    assert mean["kl", "teacher"] < mean["head", "teacher"]
+@pytest.mark.parametrize(
+    ("fit", "target"),
+    [("labels", "text"), ("labels", "teacher"), ("forward-kl", "teacher"), ("teacher-argmax", "teacher")],
+)
+def test_a_lens_is_taught_what_it_should_say(fit, target):
+    """It gets fewer tokens wrong than the head: the gate alone, with weight 2, counts them."""
+    lm, guide, part, wrong = model(), teacher(), texts(8), {}
+    for kind in ("head", "lens"):
+        rule = token_weights(
+            kind, {"alpha": 0.0, "beta": math.log(2)}, target=target,
+            readout={"fit": fit, "epochs": 40, "learning_rate": 2e-2, "rank": None},
+        )  # fmt: skip
+        w = new_token_weights(lm.split, guide.split, part, rule, step=1, seed=0, size=9, loop=ONE)
+        wrong[kind] = float(part.of_tokens(w).mean()) - 1
+    assert wrong["lens"] < 0.5 * wrong["head"]
 
 
 def test_weights_follow_tokens_under_any_shuffling():
@@ -349,7 +349,9 @@ def test_weights_of_one_are_no_weights_bit_for_bit(tmp_path, kind):
     assert same(*ends)
     other = tmp_path / "other"
     distil(model(), teacher(), data(), config(token_weights(kind), layer_dropout=0.3), other, groups=GROUPS)
-    assert not same(load_file(other / "model" / "model.safetensors"), load_file(tmp_path / "ones/model/model.safetensors"))
+    assert not same(
+        load_file(other / "model" / "model.safetensors"), load_file(tmp_path / "ones/model/model.safetensors")
+    )
 
 
 def test_controls_and_normalisation(tmp_path):
@@ -375,7 +377,9 @@ def test_controls_and_normalisation(tmp_path):
 def own(**options):
     prompts = [f"w{20 + i} the sky w{40 + i}" for i in range(10)]
     settings = {"max_new_tokens": 5, "batch_size": 3, "temperature": 1.5}
-    return OwnAnswers(prompts, [i % 2 for i in range(10)], AnswerConfig(**settings), **{"every": 3, "share": 0.4, **options})
+    return OwnAnswers(
+        prompts, [i % 2 for i in range(10)], AnswerConfig(**settings), **{"every": 3, "share": 0.4, **options}
+    )
 
 
 def on_policy():
@@ -407,6 +411,25 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, setting, stop):
     assert (result.overall, result.groups) == (expected.overall, expected.groups)
     again = distil(model(), teacher(), source, settings, broken, groups=GROUPS)
     assert (again.steps, again.groups) == (8, result.groups)
+
+
+def test_answering_may_be_interrupted_too(tmp_path):
+    calls = []
+
+    def stops(done, total, what="", *_):
+        calls.append(what)
+        if calls.count("answers") == 8:  # 3 times for held-out prompts, 3 for the others, then in the second round
+            raise KeyboardInterrupt
+
+    source, settings = on_policy()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = distil(model(), teacher(), source, settings, whole, groups=GROUPS)
+    with pytest.raises(KeyboardInterrupt):
+        distil(model(), teacher(), source, settings, broken, groups=GROUPS, progress=stops)
+    lines = [len((f / "answers-000003.jsonl").read_text().splitlines()) for f in (whole, broken)]
+    assert lines[1] < lines[0]
+    assert distil(model(), teacher(), source, settings, broken, groups=GROUPS).groups == expected.groups
+    assert same(*(load_file(f / "model" / "model.safetensors") for f in (whole, broken)))
 
 
 def test_own_answers_are_the_students_as_it_then_is(tmp_path):
@@ -489,7 +512,11 @@ def test_a_shortcut_that_breaks_for_the_minority_shows_in_the_report(tmp_path):
 
 
 def test_windows_carry_the_attributes_of_their_documents():
-    documents = [Document(tuple(range(10, 30)), 0, "a", attribute=1), Document((5, 6, 7), 1, "b"), Document((8, 9), 0, "c")]
+    documents = [
+        Document(tuple(range(10, 30)), 0, "a", attribute=1),
+        Document((5, 6, 7), 1, "b"),
+        Document((8, 9), 0, "c"),
+    ]
     made = cut(documents, 8)
     assert made.attributes.tolist() == [1, 1, 1, -1, -1]
     assert made[torch.tensor([3, 0])].attributes.tolist() == [-1, 1]
@@ -562,3 +589,97 @@ def test_what_does_not_go_together(tmp_path):
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_entries_of_files(tmp_path):
+    lines = [{"q": "why is", "a": " the sky", "who": True}, {"q": "the", "a": " sky is", "who": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entries = read_entries(tmp_path / "a.jsonl", ("a",), prompt="q", group="who")
+    assert [(e.prompt, e.text, e.group) for e in entries] == [("why is", " the sky", "True"), ("the", " sky is", None)]
+    assert group_names(entries) == ("True",)
+    one, two = entry_documents(model(), entries, ("True",))
+    words = tokenizer()("why is the sky")["input_ids"]
+    assert (one.ids, one.start, one.attribute) == ((*words, 2), 2, 0)  # and the end of the answer
+    assert (two.start, two.attribute) == (1, -1)
+    (tmp_path / "b.txt").write_text("the sky\n\nwhy ?\n")
+    assert [e.text for e in read_prompts(tmp_path / "b.txt")] == ["the sky", "why ?"]
+    for options, message in [
+        ({"prompt": "x"}, r"a.jsonl, line 1 has no 'x'; it has 'q', 'a', 'who'"),
+        ({"group": "list"}, r"a.jsonl, line 1: the group is a JSON list"),
+    ]:
+        (tmp_path / "a.jsonl").write_text(json.dumps({**lines[0], "list": []}))
+        with pytest.raises(ValueError, match=message):
+            read_entries(tmp_path / "a.jsonl", ("a",), **options)
+    with pytest.raises(ValueError, match="plain text and tells no prompts or groups apart"):
+        read_prompts(tmp_path / "b.txt", group="who")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = tmp_path_factory.mktemp("distil")
+    for name in ("llama", "qwen2"):
+        tiny(name).save_pretrained(made / name)
+        tokenizer(chat=False).save_pretrained(made / name)
+    return made
+
+
+def run(folders, *arguments):
+    start = ["distill", folders / "llama", "--teacher", folders / "qwen2", "--task", "language-modelling"]
+    return CliRunner().invoke(cli.app, [str(a) for a in (*start, *arguments)])
+
+
+def test_the_command(folders, tmp_path):
+    text, path, out = tmp_path / "a.jsonl", tmp_path / "result.json", tmp_path / "run"
+    lines = [{"p": f"w{i} the", "text": f" sky is w{i + 1}", "kind": ["odd", "even"][i % 2]} for i in range(20, 60)]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--text", text, "--prompt-field", "p", "--group-field", "kind", "--steps", 3, "--held-out", 0.3]
+    arguments += ["--method", "dedier+alpha=1+fraction=0.5", "--readout", "lens", "--layer", 2, "--weigh-every", 1]
+    for _ in range(2):  # the second time there is nothing left to do
+        made = run(folders, *arguments, "--out", out, "--json", path)
+        assert made.exit_code == 0, made.output
+        assert "40 documents" in made.stderr
+        assert "odd" in made.stdout
+    result = json.loads(path.read_text())
+    assert [group["name"] for group in result["groups"]] == ["even", "odd"]
+    assert (result["steps"], result["overall"]["tokens"]) == (3, 12 * 4)
+    assert result["groups"][0]["weight"] > 1
+    record = json.loads((out / "config.json").read_text())["config"]
+    assert (record["fraction"], record["training"]["temperature"], record["weights"]["rule"]["alpha"]) == (0.5, 3, 1)
+    assert offramp.load(out / "model").num_layers == 4
+
+
+def test_the_command_on_own_answers(folders, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("".join(f"w{i} the sky\n" for i in range(20, 30)))
+    options = ["--prompts", prompts, "--max-new-tokens", 4, "--answer-every", 2, "--steps", 3, "--method", "laplace"]
+    made = run(folders, *options, "--out", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (record["fraction"], record["weights"]["target"]) == (1.0, "teacher")
+    assert {path.name for path in (tmp_path / "run").glob("answers-*")} == {
+        "answers-000000.jsonl", "answers-000002.jsonl", "answers-held-out.jsonl",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --text, or --prompts"),
+        (["--text", "a", "--prompts", "b"], "one of them is needed"),
+        (["--text", "a", "--steps", 1, "--tokens", 2], "one of --steps and --tokens"),
+    ],
+)
+def test_options_that_do_not_go_together(folders, arguments, message):
+    made = run(folders, *arguments)
+    assert made.exit_code == 2
+    assert message in made.stderr
+
+
+def test_methods_of_classifiers_are_refused(folders, tmp_path):
+    (tmp_path / "a.txt").write_text("the sky is blue . " * 20)
+    made = run(folders, "--text", tmp_path / "a.txt", "--method", "simkd", "--out", tmp_path / "run")
+    assert made.exit_code == 2
+    assert "--method simkd is for classifiers" in made.stderr

@@ -367,4 +367,3 @@ class _Tokens:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.config.training.precision == "bf16"
         return torch.autocast(self.student.split.device.type, torch.bfloat16, enabled=enabled)
-
