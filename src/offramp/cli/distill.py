@@ -56,7 +56,8 @@ def distill(
         str | None,
         typer.Option(
             metavar="FILE|NAME",
-            help="Settings as JSON; waterbirds, celeba, multinli and civilcomments come with the published ones.",
+            help="Settings as JSON; waterbirds, celeba, multinli and civilcomments come with the published ones, stand-ins with "
+            "ours, which are used without asking.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
@@ -86,7 +87,7 @@ def distill(
     from offramp.distillation.report import summary, tables
     from offramp.files import replace_file
 
-    values = settings_from(config)
+    values = settings_from(config, data)
     study, given = study_of(values, student, teacher or [], data, task, epochs, select)
     names = [name.strip() for name in method.split(",") if name.strip()]
     taught = given or [name.strip() for name in teacher_method.split(",") if name.strip()]
@@ -103,19 +104,20 @@ def distill(
     o.write_result(summary(results, study.select), json)
 
 
-def settings_from(config: str | None) -> dict[str, Any]:
-    """The settings of a file, or of a published set that come with the library."""
+def settings_from(config: str | None, data: str | None) -> dict[str, Any]:
+    """The settings of a file, or of a set that come with the library; those of a stand-in need not be asked for."""
     import json
 
-    from offramp.distillation.config import PUBLISHED, published
+    from offramp.distillation.config import BUNDLED, bundled
 
     if config is None:
-        return {}
-    if config in PUBLISHED:
-        return published(config)
+        name = (data or "").removeprefix("stand-in:").partition(":")[0]
+        return bundled(name) if name != data and name in BUNDLED else {}
+    if config in BUNDLED:
+        return bundled(config)
     path = Path(config).expanduser()
     if not path.is_file():
-        raise typer.BadParameter(f"--config {config}: no such file; those that come along are {', '.join(PUBLISHED)}")
+        raise typer.BadParameter(f"--config {config}: no such file; those that come along are {', '.join(BUNDLED)}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -19,7 +19,12 @@ SCHEMA = "offramp/distill/1"
 EARLY_EXITS = ("readout", "joint")
 TRAINED_TEACHERS = ("erm", "group_balanced", "group_dro", "jtt", "dfr")
 PUBLISHED = ("waterbirds", "celeba", "multinli", "civilcomments")
-"""Names of the files in `offramp/data/distill`."""
+"""Sets whose published settings are in `offramp/data/distill`."""
+BUNDLED = (*PUBLISHED, "digits-on-colour", "mnist-on-colour", "template-nli", "snli-negation")
+"""All names of files there; those of stand-ins are ours."""
+
+APART = 1_000_003
+"""Between the seeds of networks that belong together."""
 
 
 def _training() -> ClassifierTrainConfig:
@@ -80,6 +85,7 @@ class Run:
         method: What the name means.
         teacher: A method in `TRAINED_TEACHERS`, "folder:PATH" of a saved classifier, "logits:FILE"; None: there is none.
         seed: Of data that is drawn, first values and the order of rows.
+        apart: Added to the seed for the last two: a teacher is not to begin as its student does.
     """
 
     study: Study
@@ -87,6 +93,7 @@ class Run:
     method: Method
     teacher: str | None
     seed: int
+    apart: int = 0
 
     def __post_init__(self) -> None:
         if self.teacher is not None and self.teacher not in TRAINED_TEACHERS:
@@ -130,7 +137,7 @@ class Run:
             weights = made[part]["weights"]
             fixed = weights if isinstance(weights, str) else tuple(weights)
             made[part] = ClassifierTrainConfig(**{**made[part], "weights": fixed})
-        return cls(Study(**made), values["name"], Method(**known), values["teacher"], values["seed"])
+        return cls(Study(**made), values["name"], Method(**known), values["teacher"], values["seed"], values["apart"])
 
     @property
     def digest(self) -> str:
@@ -147,15 +154,15 @@ class Run:
         study = replace(
             self.study, student=self.study.teacher, training=self.study.teacher_training, select=rule
         )  # fmt: skip
-        return Run(study, self.teacher, METHODS[self.teacher], None, self.seed)
+        return Run(study, self.teacher, METHODS[self.teacher], None, self.seed, APART)
 
     def first_run(self) -> Run | None:
         """The plain student whose errors count, or whose features are kept; None: not needed."""
         if self.method.errors is not None:
             training = replace(self.study.training, epochs=self.method.errors.epochs)
-            return Run(replace(self.study, training=training, select="last"), "erm", METHODS["erm"], None, self.seed)
+            return Run(replace(self.study, training=training, select="last"), "erm", METHODS["erm"], None, self.seed, self.apart)
         if self.method.refit:
-            return Run(self.study, "erm", METHODS["erm"], None, self.seed)
+            return Run(self.study, "erm", METHODS["erm"], None, self.seed, self.apart)
         return None
 
 
@@ -224,11 +231,11 @@ def _settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     return merged
 
 
-def published(name: str) -> dict[str, Any]:
-    """The settings that come with the library for a published set.
+def bundled(name: str) -> dict[str, Any]:
+    """The settings that come with the library for a set.
 
     Args:
-        name: One of `PUBLISHED`.
+        name: One of `BUNDLED`.
 
     Returns:
         JSON values, for `study_from` and `runs`.

@@ -26,14 +26,15 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.outputs import collect
 from offramp.classifiers.saving import load
 from offramp.classifiers.trainer import train_classifier
-from offramp.distillation import dfr, objectives, teacher as teachers
-from offramp.distillation.config import Run
+from offramp.distillation import dfr, objectives
+from offramp.distillation import teacher as teachers
+from offramp.distillation.config import APART, Run
 from offramp.distillation.data import divided, group_counts, load_set, minority_of
 from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights
-from offramp.distillation.networks import Network, build, rows_for
-from offramp.distillation.simkd import features_of, with_teachers_classifier
+from offramp.distillation.networks import build, rows_for
+from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
 from offramp.exits import fingerprint
 from offramp.files import replace_file, write_json
 from offramp.metrics.group_exits import exits_by_group
@@ -41,12 +42,10 @@ from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.metrics.groups import flip_rate, group_report
 from offramp.metrics.selection import WITH_GROUPS, LabelBudget, judge
-from offramp.report.groups import _plain
+from offramp.report.groups import plain
 from offramp.tasks.group_sets import Grouped, GroupedSet
 
 RESULT = "result.json"
-SEEDS_APART = 1_000_003
-"""Between seeds of the networks of one run."""
 
 Need = Callable[[Run], Path]
 """Gives the folder of another run, finished."""
@@ -89,7 +88,7 @@ def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
     """
     began = time.process_time(), time.perf_counter()
     data = load_set(run.study.data, run.seed)
-    student = build(run.study.student, data.train.rows, run.seed)
+    student = build(run.study.student, data.train.rows, run.seed + run.apart)
     parts = _parts(run, data, student)
     objective, sampling, student = _learning(run, parts, student, need)
     history = History(folder / "history")
@@ -101,7 +100,7 @@ def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
         _train(run, parts, student, objective, sampling, folder, history)
     result = _judged(run, parts, student, history, folder)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
-    result = _plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
+    result = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
     write_json(folder / RESULT, result)
     return result
 
@@ -134,7 +133,7 @@ def _learning(
         counts = group_counts(parts.data.train)
         objective = objectives.GroupDRO(counts, step=method.step, adjustment=method.adjustment)
     elif method.loss == "lff":
-        biased = build(run.study.student, parts.data.train.rows, run.seed + SEEDS_APART)
+        biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART)
         objective = objectives.LearningFromFailure(parts.train.data.labels, biased, power=method.power)
     elif method.loss == "features":
         teacher, rows = _teacher(run, parts, need)
@@ -192,8 +191,6 @@ def _teacher(run: Run, parts: Parts, need: Need) -> tuple[EarlyExitClassifier, R
     trained = run.teacher_run()
     folder = need(trained) / "model" if trained is not None else Path((run.teacher or "")[7:]).expanduser()
     classifier = load(folder)
-    from offramp.distillation.simkd import require_same_classes
-
     require_same_classes(parts.data.classes, classifier.labels)
     return classifier, rows_for(classifier, parts.data.train.rows, longest=run.study.teacher.longest)
 
@@ -255,7 +252,7 @@ def _train(
     history: History,
 ) -> None:
     epochs = run.study.training.epochs
-    training = replace(_training(run), seed=run.seed, validate_every=epochs)
+    training = replace(_training(run), seed=run.seed + run.apart, validate_every=epochs)
     weights = _with_rates(run)
     minority = minority_of(parts.data.train)
 
@@ -311,7 +308,7 @@ def _record(history: History, epoch: int, student: EarlyExitClassifier, parts: P
     logits = teachers.logits_of_all(student, parts.select)[-1]
     val = judge(logits, select.rows.labels, select.groups, split="val")
     found = {"groups": _accuracies(logits, select.rows.labels, select.groups), **more}
-    history.add(epoch, val, _plain(found), student)
+    history.add(epoch, val, plain(found), student)
 
 
 # ---------------------------------------------------------------- judging
