@@ -14,6 +14,8 @@ import typer
 
 from offramp.cli.bench import bench
 from offramp.cli.calibrate import calibrate
+from offramp.cli.distill import distill
+from offramp.cli.distill_language_model import Commands, distill_language_model
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
@@ -21,6 +23,7 @@ from offramp.cli.report import report
 from offramp.cli.train import train
 
 app = typer.Typer(
+    cls=Commands,
     name="offramp",
     help="Early-exit language models: easy tokens leave the network early.",
     no_args_is_help=True,
@@ -34,6 +37,8 @@ app.command()(evaluate)
 app.command()(calibrate)
 app.command()(generate)
 app.command()(bench)
+app.command()(distill)
+app.command()(distill_language_model)
 app.command()(report)
 
 
