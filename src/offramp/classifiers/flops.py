@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from offramp.classifiers.classifier import EarlyExitClassifier
 
 
-def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> Tensor:
+def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor], *, cut: bool = False) -> Tensor:
     """FLOPs of one row up to and including each exit, with the heads of all exits before it.
 
     Linear layers, convolutions and attention, a multiply-add counted as 2; no biases, norms, poolings and activation
@@ -24,21 +24,26 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) ->
     Args:
         classifier: The classifier; its weights are not touched.
         inputs: A batch; only the shapes count.
+        cut: Of networks cut after each exit instead: without the heads before it.
 
     Returns:
         [E], float64, ascending.
     """
-    counted, costs = 0, []
+    counted, before, costs = 0, [], []
 
     def count(module: Any, _: Any, output: Tensor) -> None:
         nonlocal counted
         weights = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
         counted += 2 * output.numel() * weights
 
+    def open_head(*_: Any) -> None:
+        before.append(counted)
+
     def close(*_: Any) -> None:
         costs.append(counted)
 
-    heads = [head.register_forward_hook(close) for head in classifier.heads]
+    heads = [head.register_forward_pre_hook(open_head) for head in classifier.heads]
+    heads += [head.register_forward_hook(close) for head in classifier.heads]
     hooks = [m.register_forward_hook(count) for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     try:
         _run_on_shapes(classifier, inputs)
@@ -46,9 +51,9 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) ->
         for hook in heads + hooks:
             hook.remove()
     mixing = classifier.backbone.mixing_flops(inputs)
-    return torch.tensor(
-        [cost + mixing * layer for cost, layer in zip(costs, classifier.layers, strict=True)], dtype=torch.float64
-    )
+    whole = torch.tensor([c + mixing * at for c, at in zip(costs, classifier.layers, strict=True)], dtype=torch.float64)
+    heads_of = torch.tensor([after - b for after, b in zip(costs, before, strict=True)], dtype=torch.float64)
+    return whole - (heads_of.cumsum(0) - heads_of) if cut else whole
 
 
 def _run_on_shapes(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> None:

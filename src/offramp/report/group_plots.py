@@ -59,7 +59,7 @@ def exits_figure(exits: ExitsByGroup) -> Any:
     count, groups = exits.accuracy.shape
     figure = require_matplotlib().figure.Figure(figsize=(3 + 1.5 * count, 2 + 0.6 * groups), layout="constrained")
     figure.suptitle(
-        f"{slowest} leave after exit {max(depth):.1f} on average, {fastest} after {min(depth):.1f}",
+        f"Latest to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
         x=0.01, ha="left", fontsize=13, fontweight="bold",
     )  # fmt: skip
     axes = figure.add_subplot()
@@ -110,11 +110,13 @@ def weights_figure(weights: Tensor, groups: Groups, *, epoch: int) -> Any:
         axes.hist(rows, edges, weights=np.full(len(rows), 1 / max(len(rows), 1)), color=BLUE)
         if name in means:
             axes.axvline(means[name], color=ORANGE, linewidth=1.5)
-        axes.set_ylim(0, 1.02)
-        axes.set_yticks([0, 1], ["0%", "100%"])
+        axes.set_yscale("log")
+        axes.set_ylim(5e-4, 1.5)
+        axes.set_yticks([0.001, 0.01, 0.1, 1], ["0.1%", "1%", "10%", "100%"])
+        axes.minorticks_off()
         axes.set_title(f"{name}, n = {len(rows):,}", loc="left", fontsize=9)
     panels[-1].set_xlabel("weight")
-    _footnote(figure, "share of each group's rows; line: mean weight")
+    _footnote(figure, "share of each group's rows, on a logarithmic scale; line: mean weight")
     return figure
 
 

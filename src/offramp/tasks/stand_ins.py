@@ -76,7 +76,9 @@ def mnist_on_colour(
     Args:
         images: [M, 28, 28], 0 to 255.
         digits: [M], 0 to 9.
-        agreement: Share of the training rows of each class whose background is the class's own colour, in (0, 1).
+        agreement: Share of the training rows of each class whose background is the class's own colour, in (0, 1). How
+            hard a set is depends on the network and how it is trained (`offramp.tasks.difficulty`); Fashion-MNIST needs
+            less than MNIST, about .90.
         seed: Of the division into splits, the colours and the noise.
         train: Images for training.
         val: Images for validation, each rendered twice.
