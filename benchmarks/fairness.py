@@ -285,7 +285,7 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
     return "\n\n".join(parts)
 
 
-def page(out: Path) -> None:
+def page(out: Path, target: Path) -> None:
     """Write the page and its pictures from all finished runs."""
     found = {name: (results_in(out / name), teachers_in(out / name)) for name in STUDIES}
     found = {name: pair for name, pair in found.items() if pair[0]}
@@ -296,7 +296,7 @@ def page(out: Path) -> None:
     for name, (results, _) in found.items():
         drawings[f"fair-{name}"] = lambda results=results: worst_figure(results)  # type: ignore[misc]
         drawings[f"fair-{name}-exits"] = lambda results=results: exits_figure(results)  # type: ignore[misc]
-    save_figures(drawings, PAGE.parent / "pictures")
+    save_figures(drawings, target.parent / "pictures")
     table = {name: dict(claims(*pair)) for name, pair in found.items()}
     first = next(iter(table.values()))
     rows = [[claim, *(answer(table[name][claim]) for name in table)] for claim in first]
@@ -320,9 +320,9 @@ these answers are not corrected for their number; the tables of methods give p-v
         )
         + "\n"
     )
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    print(f"wrote {target}")
 
 
 def worst_figure(results: list[dict[str, Any]]) -> Any:
@@ -380,9 +380,10 @@ def main() -> None:
     parser.add_argument("--teachers", default=",".join(TEACHERS))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", default="runs/fairness")
+    parser.add_argument("--page", default=str(PAGE), help="file to write")
     options = parser.parse_args()
     if options.study == "page":
-        page(Path(options.out))
+        page(Path(options.out), Path(options.page))
     else:
         run(options.study, options)
 

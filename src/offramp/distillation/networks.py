@@ -123,7 +123,7 @@ def word_tokenizer(train: Labelled) -> Any:
 
 def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -> EarlyExitClassifier:
     from offramp.classifiers.sources import load_encoder
-    from offramp.encoder_families import FAMILIES
+    from offramp.families.encoders import FAMILIES
 
     model, tokenizer, preprocessing = load_encoder(name)
     blocks = model.get_submodule(FAMILIES[model.config.model_type].blocks)
