@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.search import search
+from offramp.risk.intervals import exact_interval as exact_interval
 from offramp.tasks import split_groups
 
 if TYPE_CHECKING:
@@ -145,20 +145,3 @@ def validate(
         promise, repeats, len(examples), certifying / repeats, above_pool, above_held_out, uncertified,
         float(np.mean(held_out_losses)), float(np.mean(ratios)), dict(sorted(chosen.items())),
     )  # fmt: skip
-
-
-def exact_interval(count: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's (1934) interval of a probability.
-
-    Args:
-        count: Successes.
-        trials: Independent trials.
-        level: Probability with which it holds the true one, at least.
-
-    Returns:
-        Its ends, in [0, 1].
-    """
-    tail = (1 - level) / 2
-    low = float(special.betaincinv(count, trials - count + 1, tail)) if count else 0.0
-    high = float(special.betaincinv(count + 1, trials - count, 1 - tail)) if count < trials else 1.0
-    return low, high

@@ -1,0 +1,364 @@
+"""One threshold for all exits of a classifier that keeps a promise on what rows lose by leaving early.
+
+P( mean loss of new rows <= `tolerance` ) >= 1 - `failure` over the draw of the calibration rows, which must be
+independent, like the new ones, and used for nothing else. It is a promise about rows on average: not per class, per
+group or per row; `certify_groups` makes one per group. Losses come from `offramp.risk.classifier_losses`, or are any
+matrix of one per setting and row, such as "the set misses the class".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, wsr
+from offramp.risk.classifier_losses import exits_under, losses_under
+from offramp.risk.control import conformal_risk_control, fixed_sequence, split
+from offramp.risk.intervals import exact_interval
+from offramp.risk.losses import checked
+
+CRC = "crc"
+NAMES = ("wsr", "hoeffding-bentkus", "binomial", CRC)
+"""Bounds by name; "crc" is conformal risk control, which bounds the mean and promises no failure probability."""
+SCHEMA = "offramp/classifier-certificate/1"
+
+# ---------------------------------------------------------------- what is promised
+
+
+@dataclass(frozen=True)
+class RowPromise:
+    """What is to hold for new rows.
+
+    Attributes:
+        loss: What the losses are called, such as "consistency": for the record.
+        tolerance: What their mean is to stay below, in (0, 1).
+        failure: Probability with which that may fail, in (0, 1); no part of conformal risk control.
+        bound: One of `NAMES`. Only "wsr" lets rows that gain make up for others: the rest clip losses at 0, which
+            keeps the promise and gives much away. "binomial" is exact, for losses that are 0 or 1.
+    """
+
+    loss: str
+    tolerance: float = 0.05
+    failure: float = 0.05
+    bound: str = "wsr"
+
+    def __post_init__(self) -> None:
+        check_level("tolerance", self.tolerance)
+        check_level("failure", self.failure)
+        if self.bound not in NAMES:
+            raise ValueError(f"bound is {self.bound!r}; allowed are {', '.join(NAMES)}")
+
+    @property
+    def p_value(self) -> Bound:
+        """The bound at the level of this promise."""
+        return partial(wsr, failure=self.failure) if self.bound == "wsr" else BOUNDS[self.bound]
+
+    def needed(self, mean: float) -> int | None:
+        """How many rows certify a setting whose mean loss turns out to be `mean`; None if no number does."""
+        if self.bound != CRC:
+            return samples_needed(self.p_value, self.tolerance, self.failure, mean)
+        if mean >= self.tolerance:
+            return None
+        return math.ceil((1 - self.tolerance) / (self.tolerance - mean) - 1e-9)  # (n · mean + 1) / (n + 1) <= tolerance
+
+
+# ---------------------------------------------------------------- what is known about settings
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Settings tried on rows, from safe to bold; the first is "never leave early".
+
+    Attributes:
+        thresholds: Of each setting, [Λ], descending; the first is infinity.
+        losses: Of each setting and row, [Λ, N], at most 1.
+        exits: Where each row leaves, [Λ, N], 0..E-1.
+        costs: FLOPs of a row that leaves at each exit, [E].
+    """
+
+    thresholds: tuple[float, ...]
+    losses: Tensor
+    exits: Tensor
+    costs: Tensor
+
+    def __post_init__(self) -> None:
+        size = len(self.thresholds)
+        if self.losses.ndim != 2 or len(self.losses) != size or self.exits.shape != self.losses.shape:
+            raise ValueError(
+                f"losses have shape {list(self.losses.shape)} and exits {list(self.exits.shape)}; {size} thresholds "
+                "(settings) x rows are needed"
+            )
+        if not size or self.thresholds[0] != math.inf:
+            raise ValueError(
+                f"thresholds begin with {self.thresholds[:1]}; the first setting must be infinity, never leave early"
+            )
+
+    def take(self, rows: Tensor | NDArray[np.int64]) -> Trials:
+        """The same settings on some of the rows."""
+        rows = torch.as_tensor(rows)
+        return Trials(self.thresholds, self.losses[:, rows], self.exits[:, rows], self.costs)
+
+    def cost(self, setting: int) -> float:
+        """Cost of a row on average over the full cost."""
+        return float(self.costs.double()[self.exits[setting]].mean() / self.costs[-1])
+
+    def shares(self, setting: int) -> list[float]:
+        """Share of the rows that leave at each exit, [E]."""
+        counts = torch.bincount(self.exits[setting], minlength=len(self.costs))
+        return (counts.double() / self.exits.shape[1]).tolist()
+
+
+def try_thresholds(thresholds: Sequence[float], confidences: Tensor, losses: Tensor, costs: Tensor) -> Trials:
+    """What every threshold would do; "never leave early" is put first.
+
+    Args:
+        thresholds: Descending, chosen without a look at these rows (see `ladder`).
+        confidences: Of each exit and row, [E, N].
+        losses: Of each exit and row, [E, N], from `offramp.risk.classifier_losses`.
+        costs: FLOPs of a row that leaves at each exit, [E].
+
+    Returns:
+        The settings with losses and exits.
+
+    Raises:
+        ValueError: The thresholds do not descend, or a confidence is NaN.
+    """
+    settings = (math.inf, *(t for t in thresholds if t != math.inf))
+    exits = exits_under(settings, confidences)
+    return Trials(settings, losses_under(losses, exits), exits, costs)
+
+
+def ladder(confidences: Tensor, count: int = 50) -> tuple[float, ...]:
+    """Thresholds at evenly spread ranks of other rows' confidences at the exits before the last.
+
+    Args:
+        confidences: [E, N], of the tune or threshold split, never of the rows that calibrate.
+        count: How many, at most.
+
+    Returns:
+        Descending; under the last one all of these rows leave at the first exit.
+
+    Raises:
+        ValueError: There are fewer than 2 exits, no rows, or less than 2 thresholds are asked for.
+    """
+    if confidences.ndim != 2 or len(confidences) < 2 or not confidences.shape[1] or count < 2:
+        raise ValueError(
+            f"confidences have shape {list(confidences.shape)} and count is {count}; at least 2 exits, 1 row and 2 "
+            "thresholds are needed"
+        )
+    ranked = confidences[:-1].flatten().sort(descending=True).values
+    places = torch.linspace(0, len(ranked) - 1, count).round().long()
+    lowest = torch.nextafter(ranked[-1], ranked.new_tensor(-math.inf))
+    return tuple(dict.fromkeys([*ranked[places[:-1]].tolist(), float(lowest)]))
+
+
+# ---------------------------------------------------------------- the certificate
+
+
+@dataclass(frozen=True)
+class RowCertificate:
+    """What is certified, and how it was found.
+
+    Attributes:
+        promise: What holds.
+        certified: Whether anything does, if only for never leaving early.
+        threshold: Rows leave at the first exit whose confidence is above; infinity: never early.
+        index: Which setting that is; 0: never leave early.
+        n: Calibration rows.
+        seed: Of their order, which matters to betting.
+        tests: Settings that were looked at: threshold (None: infinity), mean loss, p-value (for conformal risk control
+            what is compared with the tolerance), cost over full cost, passed.
+        saving: 1 - cost over full cost, on the calibration rows.
+        exit_shares: Share of the calibration rows that leave at each exit, [E].
+        clipped: Whether negative losses were clipped at 0, for a bound that knows none.
+        needed: If no early leaving is certified, how many rows would certify the safest, with its mean loss; None: no
+            number would.
+    """
+
+    promise: RowPromise
+    certified: bool
+    threshold: float
+    index: int
+    n: int
+    seed: int
+    tests: tuple[dict[str, Any], ...]
+    saving: float
+    exit_shares: tuple[float, ...]
+    clipped: bool
+    needed: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; infinity is None, and conformal risk control has no failure probability."""
+        values = {"schema": SCHEMA, **asdict(self), "threshold": _json(self.threshold), "tests": list(self.tests)}
+        if self.promise.bound == CRC:
+            values["promise"]["failure"] = None
+        return values
+
+    def words(self) -> str:
+        """The statement in plain English."""
+        p = self.promise
+        wanted = f"a mean {p.loss} loss of at most {p.tolerance:g}"
+        if not self.index:
+            state = "only for never leaving early" if self.certified else "for no setting, so rows never leave early"
+            hint = (
+                "no number of rows would change that" if self.needed is None else f"about {self.needed} rows would do"
+            )
+            return f"By {self.n} rows {wanted} is certified {state}: {hint}, if the safest threshold's loss stays."
+        how = (
+            "on average over calibrations, while a single one may exceed it"
+            if p.bound == CRC
+            else f"with probability at least {1 - p.failure:g} over the draw of the {self.n} calibration rows"
+        )
+        return (
+            f"New rows that leave at the first exit with confidence above {self.threshold:.6g} have {wanted}, {how} "
+            f"(bound {p.bound}). It saves {self.saving:.1%} of the full cost on the calibration rows."
+        )
+
+
+def certify(trials: Trials, promise: RowPromise, *, seed: int = 0) -> RowCertificate:
+    """The boldest threshold for which the promise holds.
+
+    Angelopoulos et al. (2021), "Learn then Test": settings are tested from safe to bold, up to the first that fails;
+    the last that passed is taken, never one behind a gap. Or Angelopoulos et al. (2024), "Conformal Risk Control", on
+    losses made monotone from the safe side.
+
+    Args:
+        trials: Settings on the calibration rows; chosen, like the probabilities, without a look at these rows.
+        promise: What is to hold.
+        seed: Of the order of rows.
+
+    Returns:
+        The threshold and what is known about it.
+
+    Raises:
+        ValueError: A loss is outside of what the bound knows.
+    """
+    order = torch.as_tensor(np.random.default_rng(seed).permutation(trials.losses.shape[1]))
+    losses = checked(trials.losses[:, order], -math.inf, 1, ndim=2)
+    clipped = promise.bound != "wsr" and bool((losses < 0).any())
+    losses = np.maximum(losses, 0) if clipped else losses
+    if promise.bound == CRC:
+        controlled = conformal_risk_control(losses, promise.tolerance)
+        passed, values = controlled.passed, controlled.risks[: len(controlled.passed) + 1]
+    else:
+        sequence = fixed_sequence((promise.p_value(row, promise.tolerance) for row in losses), promise.failure)
+        passed, values = sequence.passed, sequence.p_values
+    index = passed[-1] if passed else 0
+    tests = tuple(
+        {
+            "threshold": _json(trials.thresholds[s]), "loss": float(losses[s].mean()), "p_value": value,
+            "cost": trials.cost(s), "passed": s in passed,
+        }
+        for s, value in enumerate(values)
+    )  # fmt: skip
+    safest = min(1, len(losses) - 1)
+    return RowCertificate(
+        promise, bool(passed), trials.thresholds[index], index, len(order), seed, tests, 1 - trials.cost(index),
+        tuple(trials.shares(index)), clipped, None if index else promise.needed(float(losses[safest].mean())),
+    )  # fmt: skip
+
+
+def certify_groups(trials: Trials, groups: Tensor, promise: RowPromise, *, seed: int = 0) -> dict[int, RowCertificate]:
+    """A certificate per group of rows, all of which hold together with probability 1 - failure.
+
+    Args:
+        trials: As for `certify`.
+        groups: A number per row, [N].
+        promise: What is to hold in each group.
+        seed: Of the order of rows.
+
+    Returns:
+        By group; each has its own threshold, and its promise its share of `failure`.
+    """
+    found = groups.unique().tolist()
+    share = RowPromise(promise.loss, promise.tolerance, promise.failure / len(found), promise.bound)
+    return {g: certify(trials.take((groups == g).nonzero()[:, 0]), share, seed=seed) for g in found}
+
+
+# ---------------------------------------------------------------- is it kept?
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Counts over calibrations repeated on random splits of a pool of rows.
+
+    Attributes:
+        promise: What was promised each time.
+        repeats: Calibrations R.
+        rows: The pool.
+        certifying: How many of them calibrated each time.
+        above_pool: Calibrations whose threshold loses more than the tolerance over the whole pool: what the promise is
+            about, if the pool is all there is.
+        above_held_out: The same on the rows held out, with the noise of those.
+        never: Calibrations after which rows never leave early.
+        loss: Mean of the held-out mean losses.
+        saving: Mean of the held-out savings.
+    """
+
+    promise: RowPromise
+    repeats: int
+    rows: int
+    certifying: int
+    above_pool: int
+    above_held_out: int
+    never: int
+    loss: float
+    saving: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with exact intervals of both counts."""
+        intervals = {
+            f"{name}_interval": list(exact_interval(getattr(self, name), self.repeats))
+            for name in ("above_pool", "above_held_out")
+        }
+        return {"schema": "offramp/classifier-validity/1", **asdict(self), **intervals}
+
+
+def validate(
+    trials: Trials, promise: RowPromise, *, share: float = 0.5, repeats: int = 200, seed: int = 0
+) -> Validity:  # fmt: skip
+    """Repeat a calibration on random parts of the rows and judge it on the others.
+
+    Args:
+        trials: Settings on the pool: calibrate and test rows together.
+        promise: What each calibration is to certify.
+        share: Of the rows that calibrate, in (0, 1).
+        repeats: How often; 100 or more tell something.
+        seed: Of the splits.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: No repeats, fewer than two rows, or a share outside (0, 1).
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; ask for at least 1 (100 or more tell something)")
+    pool = trials.losses.double().mean(dim=1)
+    above_pool = above_held_out = never = certifying = 0
+    losses, savings = [], []
+    for repeat in range(repeats):
+        part, rest = split(trials.losses.shape[1], seed + repeat, share)
+        index = certify(trials.take(part), promise, seed=seed + repeat).index
+        held_out = trials.take(rest)
+        losses.append(float(held_out.losses[index].double().mean()))
+        savings.append(1 - held_out.cost(index))
+        certifying, never = len(part), never + (index == 0)
+        above_pool += bool(pool[index] > promise.tolerance)
+        above_held_out += losses[-1] > promise.tolerance
+    return Validity(
+        promise, repeats, trials.losses.shape[1], certifying, above_pool, above_held_out, never,
+        float(np.mean(losses)), float(np.mean(savings)),
+    )  # fmt: skip
+
+
+def _json(threshold: float) -> float | None:
+    return None if threshold == math.inf else threshold

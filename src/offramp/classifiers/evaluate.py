@@ -1,0 +1,266 @@
+"""Calibration methods compared over budgets: the protocol of `offramp.risk.budgets` on test sets, all costs charged.
+
+Meronen et al. (2023), "Fixing Overconfidence in Dynamic Neural Networks". As there, all exits are computed and chosen
+afterwards: what is measured is quality and FLOPs, not seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offramp.classifiers.method import METRICS, SHARES, Floats, Interval, Method, Point, area, interpolate
+from offramp.metrics import resampled
+from offramp.metrics.calibration import Grades, grade, reliability
+from offramp.risk import budgets
+from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
+
+BASELINE = "temperature"
+"""What other methods are compared with: Laplace has to show what it adds to it."""
+STATIC = ("vanilla", "temperature")
+"""Methods of which one exit is also taken for all rows, the best affordable one or the last."""
+
+
+class Overhead(Protocol):
+    """FLOPs that a method adds to a row at an exit."""
+
+    @property
+    def counted(self) -> float:
+        """All that is done."""
+        ...
+
+
+class Posterior(Protocol):
+    """A fitted method, such as `offramp.uncertainty.posterior.Posterior`."""
+
+    def probabilities(self, outputs: ExitOutputs, /) -> Tensor:
+        """Of each exit, [E, N, C]."""
+        ...
+
+    def overhead(self, exit: int, /) -> Overhead:
+        """Of one exit, counted from 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation is done.
+
+    Attributes:
+        bins: Of the calibration error; 10 for the published tables.
+        resamples: Bootstrap draws of test rows, for the intervals; 0: none.
+        seed: Of the draws.
+        static_costs: FLOPs of a row in a network cut after each exit, without the exits before; None: static exits are
+            charged what exits cost in `ExitOutputs`, earlier exits' heads included.
+    """
+
+    bins: int = 15
+    resamples: int = 1000
+    seed: int = 0
+    static_costs: tuple[float, ...] | None = None
+
+
+def charged(costs: Tensor, posterior: Posterior) -> Tensor:
+    """FLOPs of a row up to and including each exit, with what the method adds at all exits so far.
+
+    Args:
+        costs: Without it, [E].
+        posterior: The method.
+
+    Returns:
+        [E], float64.
+    """
+    added = [float(posterior.overhead(exit).counted) for exit in range(len(costs))]
+    return costs.double().cpu() + torch.tensor(added, dtype=torch.float64).cumsum(0)
+
+
+def evaluate(
+    posteriors: Mapping[str, Posterior],
+    threshold: ExitOutputs,
+    tests: Mapping[str, ExitOutputs],
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+) -> list[Method]:
+    """Every method at the 39 budgets on every test set, next to static exits and the full model.
+
+    Thresholds are each method's own, fitted to its confidences (largest probabilities) on the threshold split, and the
+    same on all test sets. The static exit of a budget is the most accurate one on the threshold split among those that
+    cost no more than asked.
+
+    Args:
+        posteriors: By name, such as `offramp.uncertainty.posterior.METHODS`.
+        threshold: Rows that thresholds are fitted to.
+        tests: By name, such as "clean" and "noise".
+        settings: How.
+
+    Returns:
+        Methods of the first test set, then of the next.
+
+    Raises:
+        ValueError: There are no methods or tests, the threshold split shares rows with a test set, or they are not of
+            the same network.
+    """
+    if not posteriors or not tests:
+        raise ValueError(f"there are {len(posteriors)} methods and {len(tests)} test sets; at least one each is needed")
+    for name, test in tests.items():
+        require_disjoint(threshold=threshold, **{name: test})
+        if (test.exits, test.classes) != (threshold.exits, threshold.classes):
+            raise ValueError(
+                f"test set {name} has {test.exits} exits and {test.classes} classes, the threshold split "
+                f"{threshold.exits} and {threshold.classes}; they must be of one network"
+            )
+    prepared = {name: _prepare(posterior, threshold) for name, posterior in posteriors.items()}
+    found = []
+    for name, test in tests.items():
+        weights = resampled.draws(test.rows, settings.resamples, settings.seed)
+        tried: list[_Tried] = []
+        for method, posterior in posteriors.items():
+            p = posterior.probabilities(test)
+            rows = _Rows(tuple(grade(one, test.labels) for one in p), p.amax(-1), weights, settings.bins)
+            tried += _try(method, prepared[method], rows, settings.static_costs)
+        found += _compare(name, tried, float(threshold.costs[-1]))
+    return found
+
+
+# ---------------------------------------------------------------- one method on one test set
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a method takes from the threshold split."""
+
+    costs: Tensor
+    overhead: Tensor  # of each exit alone
+    budgets: tuple[budgets.Budget, ...]
+    accuracy: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A method's answers at all exits, graded."""
+
+    grades: tuple[Grades, ...]
+    confidences: Tensor
+    weights: resampled.Weights
+    bins: int
+
+    def leaving(self, exits: NDArray[np.int64], once: bool = False) -> dict[str, Floats]:
+        """Metrics of rows that leave at these exits, [1 + R], or [1]."""
+        rows = np.arange(len(exits))
+
+        def pick(name: str) -> Floats:
+            return np.stack([getattr(g, name) for g in self.grades])[exits, rows]
+
+        five = None if self.grades[0].among_five is None else pick("among_five")
+        names = ("confidence", "correct", "nlpd", "brier", "score")
+        left = Grades(**{name: pick(name) for name in names}, among_five=five, clamped=0)
+        return resampled.scores(left, self.weights[:1] if once else self.weights, self.bins)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A method with all its resamples, [1 + R]."""
+
+    name: str
+    points: tuple[Point, ...]
+    alone: tuple[Point, ...]
+    mean: dict[str, Floats]
+    rows: _Rows
+
+
+def _prepare(posterior: Posterior, threshold: ExitOutputs) -> _Prepared:
+    costs, p = charged(threshold.costs, posterior), posterior.probabilities(threshold)
+    overhead = torch.cat([costs[:1] - threshold.costs[:1], (costs - threshold.costs).diff()])
+    accuracy = tuple(float(grade(one, threshold.labels).correct.mean()) for one in p)
+    return _Prepared(costs, overhead, tuple(budgets.fit(p.amax(-1), costs, q) for q in budgets.QS), accuracy)
+
+
+def _try(method: str, ready: _Prepared, rows: _Rows, static_costs: Sequence[float] | None) -> list[_Tried]:
+    exits = [budgets.leave(rows.confidences, budget.thresholds).numpy() for budget in ready.budgets]
+    asked = [(budget.q, budget.target, budget.realised) for budget in ready.budgets]
+    found = [_at(method, asked, exits, ready.costs.numpy(), rows)]
+    if method not in STATIC:
+        return found
+    costs = ready.costs if static_costs is None else torch.tensor(static_costs, dtype=torch.float64) + ready.overhead
+    last = len(costs) - 1
+    chosen = [
+        max((e for e in range(last + 1) if costs[e] <= target or e == 0), key=lambda e: ready.accuracy[e])
+        for _, target, _ in asked
+    ]
+    alone = [np.full(len(exits[0]), e) for e in range(last + 1)]
+    fixed = [(q, target, float(costs[e])) for (q, target, _), e in zip(asked, chosen, strict=True)]
+    found.append(_at(f"static exit, {method}", fixed, [alone[e] for e in chosen], costs.numpy(), rows))
+    whole = [(None, float(costs[-1]), float(costs[-1]))]
+    return [*found, _at(f"full model, {method}", whole, [alone[-1]], costs.numpy(), rows)]
+
+
+def _at(
+    name: str,
+    asked: Sequence[tuple[float | None, float, float]],
+    exits: Sequence[NDArray[np.int64]],
+    costs: Floats,
+    rows: _Rows,
+) -> _Tried:
+    """A method at budgets (q, target, cost on the threshold split) under which rows leave at these exits."""
+    seen: dict[bytes, dict[str, Floats]] = {}  # static exits are the same at many budgets
+    values = []
+    for e in exits:
+        if (key := e.tobytes()) not in seen:
+            seen[key] = rows.leaving(e)
+        values.append(seen[key])
+    points = tuple(_point(a, e, costs, v) for a, e, v in zip(asked, exits, values, strict=True))
+    everyone = [np.full(len(exits[0]), e) for e in range(len(costs))]
+    alone = tuple(
+        _point((None, float(c), float(c)), e, costs, rows.leaving(e, once=True))
+        for c, e in zip(costs, everyone, strict=True)
+    )
+    mean = {metric: np.mean([v[metric] for v in values], axis=0) for metric in METRICS if metric in values[0]}
+    mean["cost"] = resampled.mean(np.mean([costs[e] for e in exits], axis=0)[None], rows.weights)[0]
+    return _Tried(name, points, alone, mean, rows)
+
+
+def _point(
+    asked: tuple[float | None, float, float], exits: NDArray[np.int64], costs: Floats, values: dict[str, Floats]
+) -> Point:
+    shares = np.bincount(exits, minlength=len(costs)) / len(exits)
+    return Point(
+        *asked, float(costs[exits].mean()), tuple(shares.tolist()), {name: float(v[0]) for name, v in values.items()}
+    )
+
+
+# ---------------------------------------------------------------- the methods of a test set
+
+
+def _compare(test: str, tried: Sequence[_Tried], full_cost: float) -> list[Method]:
+    """Figures of all methods, over the same costs and next to the baseline's."""
+    for one in tried:
+        one.mean["cost"] = one.mean["cost"] / full_cost
+    baseline = next((one.mean for one in tried if one.name == BASELINE), None)
+    low = max(one.alone[0].cost for one in tried) / full_cost
+    high = min(one.alone[-1].cost for one in tried) / full_cost
+    return [_method(test, one, baseline, full_cost, low, high) for one in tried]
+
+
+def _method(
+    test: str, tried: _Tried, baseline: dict[str, Floats] | None, full_cost: float, low: float, high: float
+) -> Method:
+    against = {} if baseline is None or tried.name == BASELINE else baseline
+    method = Method(
+        tried.name, test, full_cost, tried.points, tried.alone,
+        {metric: Interval.of(values) for metric, values in tried.mean.items()},
+        {metric: Interval.of(tried.mean[metric] - values) for metric, values in against.items()},
+        {}, {}, tuple(tuple(reliability(g, tried.rows.bins).bins()) for g in tried.rows.grades),
+        tuple(g.clamped for g in tried.rows.grades),
+    )  # fmt: skip
+    if method.is_curve:
+        for metric in method.metrics:
+            curve = method.curve(metric)
+            for share in SHARES:
+                method.at.setdefault(f"{share:.0%}", {})[metric] = interpolate(curve, share)
+            method.area[metric] = area(curve, low, high)
+    return method

@@ -1,0 +1,112 @@
+"""The metrics of `offramp.metrics.calibration` on many resamples of the same rows at once, for the bootstrap.
+
+A resample is how often each row is drawn, a row of weights [1 + R, N]. The first one is one of each, so that the first
+value of every metric is the metric itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from offramp.metrics.calibration import Grades
+
+Floats = NDArray[np.float64]
+Weights = NDArray[np.float32]
+_TOGETHER = 128
+"""Resamples worked on together."""
+
+
+def draws(rows: int, resamples: int, seed: int = 0) -> Weights:
+    """How often each row is drawn.
+
+    Args:
+        rows: N.
+        resamples: R; 0: none.
+        seed: Of the draws; numpy's PCG64, the same everywhere.
+
+    Returns:
+        [1 + R, N], float32; the first row is ones.
+
+    Raises:
+        ValueError: No rows, or a negative number of resamples.
+    """
+    if rows < 1 or resamples < 0:
+        raise ValueError(f"there are {rows} rows and {resamples} resamples; at least 1 row and 0 resamples are needed")
+    generator = np.random.default_rng(seed)
+    weights = np.ones((1 + resamples, rows), dtype=np.float32)
+    for draw in weights[1:]:
+        draw[:] = np.bincount(generator.integers(rows, size=rows), minlength=rows)
+    return weights
+
+
+def scores(grades: Grades, weights: Weights, bins: int = 15) -> dict[str, Floats]:
+    """All metrics of graded rows on each resample.
+
+    Args:
+        grades: The rows.
+        weights: [1 + R, N].
+        bins: Of the calibration error.
+
+    Returns:
+        "top1", "top5" (not with fewer than six classes), "nlpd", "ece", "aurc", "augrc" and "brier", [1 + R] each.
+    """
+    rows = np.arange(len(grades.nlpd))
+    gaps = np.zeros((bins, len(rows)))
+    edges = np.linspace(0, 1, bins + 1)[1:-1]  # the last bin holds 1 as well
+    gaps[np.searchsorted(edges, grades.confidence, side="right"), rows] = grades.correct - grades.confidence
+    five = [] if grades.among_five is None else [grades.among_five]
+    means = mean(np.stack([grades.correct, *five, grades.nlpd, grades.brier, *gaps]), weights)
+    found = {"top1": means[0]} | ({"top5": means[1]} if five else {})
+    found |= {"nlpd": means[len(five) + 1], "ece": np.abs(means[len(five) + 3 :]).sum(axis=0)}
+    found["aurc"], found["augrc"] = risk_coverage(grades.score, grades.correct, weights)
+    return found | {"brier": means[len(five) + 2]}
+
+
+def mean(values: Floats, weights: Weights) -> Floats:
+    """Mean over the rows drawn of values [K, N]: [K, 1 + R]; float64 for the rows themselves, float32 for resamples."""
+    means = (values.astype(np.float32) @ weights.T).astype(np.float64)
+    means[:, 0] = values.sum(axis=1)
+    return np.asarray(means / values.shape[1])
+
+
+def risk_coverage(score: Floats, correct: Floats, weights: Weights) -> tuple[Floats, Floats]:
+    """AURC and AUGRC, row by row instead of along the curve: only wrong rows add something.
+
+    An error at place k of N adds (1/k + ... + 1/N) / N to the mean over places of the error rate so far, and
+    (N + 1 - k) / N² to that of the errors so far over N. Equally sure rows add the mean over the places of all of them,
+    which is the expectation over their orders.
+
+    Args:
+        score: Larger is surer, [N].
+        correct: Whether the answer is right, [N].
+        weights: [1 + R, N].
+
+    Returns:
+        [1 + R] each.
+    """
+    rows = len(score)
+    order = np.argsort(-score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])  # of groups of equally sure rows
+    wrong = np.add.reduceat(1 - correct[order], starts) > 0
+    places = np.arange(rows + 1)
+    harmonic = np.r_[0.0, np.cumsum(1 / places[1:])]
+    later = np.r_[0.0, np.cumsum(harmonic[-1] - harmonic[:-1])]  # Σ of 1/k + ... + 1/N over places k
+    left = places * (rows + 1) - places * (places + 1) / 2  # Σ of N + 1 - k over places k
+    aurc, augrc = np.empty(len(weights)), np.empty(len(weights))
+    for some in range(0, len(weights), _TOGETHER):
+        part = slice(some, some + _TOGETHER)
+        sizes = np.take(weights[part], order, axis=1)
+        errors = sizes * (1 - correct[order]).astype(np.float32)
+        if len(starts) < rows:
+            sizes, errors = np.add.reduceat(sizes, starts, axis=1), np.add.reduceat(errors, starts, axis=1)
+        last = sizes.cumsum(axis=1)[:, wrong].astype(np.int32)  # whole numbers, exact up to 2^24
+        sizes = sizes[:, wrong]
+        first = last - sizes.astype(np.int32)
+        share = errors[:, wrong] / np.maximum(sizes, 1, dtype=np.float64)
+        aurc[part] = ((later[last] - later[first]) * share).sum(axis=1) / rows
+        augrc[part] = ((left[last] - left[first]) * share).sum(axis=1) / rows**2
+    return aurc, augrc
