@@ -4,10 +4,11 @@
 
 DATA is a folder with multi30k/, dialogsum/, samsum/ and xquad_en/ in their published layouts. Runs are kept in
 runs/results; each command goes on where it was interrupted and is not repeated once it is done. All of them take some
-four hours on two cores.
+seven hours on two cores.
 """
 
 import argparse
+import gzip
 import json
 import os
 import platform
@@ -15,13 +16,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
 
 import offramp
+from offramp.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGES = ROOT / "runs" / "results", ROOT / "docs" / "results"
@@ -48,11 +52,14 @@ class Study:
     steps: tuple[Step, ...]
 
 
+SCRIPTS = ("new_t5", "figures", "baseline")
+"""Commands that are a file in benchmarks/ of that name."""
 _TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
 _T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
 _QUESTIONS = "smollm2 --dtype bfloat16 --task question-answering"
+_FIGURES = "figures {run}/measures.json {run}/pruning.json --out {run}/figures"
 
 STUDIES = {
     "translation": Study(
@@ -72,7 +79,16 @@ STUDIES = {
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
                  "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --count 4000 "
                  "--objective consistency --epochs 1 --batch-size 32 --window 128 --learning-rate 1e-2", "classifier"),
+            Step("Sentences as prompts", "prompts {data}/multi30k/val.en.gz {run}/prompts.txt", "prompts", shows=False),
+            Step("Rank, confidence and saturation by layer (figures 1 to 3)", "probe {run}/train/model "
+                 "--exits {run}/classifier/exits --prompts {run}/prompts.txt --max-new-tokens 64 --min-layer 2",
+                 "probe"),
             Step("Every policy at one threshold", f"evaluate {_T5} --limit 300 --arms default", "evaluate"),
+            Step("Measures by minimum exit layer", f"evaluate {_T5} --limit 200 --confidence softmax,contrastive,jsd "
+                 "--threshold 0.9 --min-layer 2,3,4", "measures", folder="layers"),
+            Step("Pruning by minimum exit layer", f"evaluate {_T5} --limit 200 --confidence softmax,jsd "
+                 "--threshold 0.9 --min-layer 2,3,4 --vocabulary fixed,decaying,adaptive", "pruning", folder="layers"),
+            Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
             Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --sweep --confidence softmax "
                  "--threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 2,3 --vocabulary none,fixed", "sweep"),
             Step("A certificate at tolerance 0.05", f"calibrate {_T5} --batch-size 16 --tolerance 0.05 --validate 200",
@@ -100,6 +116,21 @@ STUDIES = {
             Step("The same on SAMSum", f"evaluate {_SMOLLM2} --task summarisation "
                  "--data {data}/samsum/validation.json --longest 512 --limit 30 --confidence softmax "
                  "--threshold 0.6,0.9 --prompt-layer 14", "samsum"),
+            Step("The baseline: the same training with full prompts", "train smollm2 --task summarisation "
+                 "--data {data}/dialogsum/train.jsonl.gz --count 1500 --trainable lora --lora-rank 32 --rank 128 "
+                 "--objective labels --weights layer --layers 14,18,22,26 --epochs 1 --batch-size 8 --window 448 "
+                 "--learning-rate 8e-4 --warmup 20 --dtype bfloat16 --held-out 0.03 --validate-every 90 "
+                 "--save-every 25", "train-full"),
+            Step("The baseline on the same dialogues", "evaluate {run}/train-full/model "
+                 f"--exits {{run}}/train-full/exits --dtype bfloat16 {_SUMMARIES} --limit 30", "evaluate-full"),
+            Step("Policies beside the baseline", "baseline {run}/evaluate {run}/evaluate-full", "baseline"),
+            Step("Measures by minimum exit layer", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 30 --prompt-layer 14 "
+                 "--confidence softmax,contrastive,jsd --threshold 0.9 --min-layer 14,18,22", "measures",
+                 folder="layers"),
+            Step("Pruning by minimum exit layer", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 30 --prompt-layer 14 "
+                 "--confidence softmax,jsd --threshold 0.9 --min-layer 14,18,22 --vocabulary fixed,decaying,adaptive",
+                 "pruning", folder="layers"),
+            Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
             Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
                  "--batch-size 8 --bound wsr --thresholds 0.95,0.8 --tolerance 0.05 --validate 200",
                  "calibrate-05", folder="calibrate"),
@@ -132,6 +163,18 @@ def split(source: Path, first: Path, rest: Path) -> None:
         path.write_text(json.dumps({"version": "1.1", "data": part}, ensure_ascii=False), encoding="utf-8")
 
 
+def prompts(source: Path, target: Path, count: int = 100) -> None:
+    """Write the first sentences as a T5 is asked to translate them, one per line."""
+    task = TASKS["translation"]
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        lines = [task.prefix.format(source=line.strip(), languages=task.languages) for line in islice(file, count)]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+PREPARATIONS: dict[str, Callable[..., None]] = {"split": split, "prompts": prompts}
+"""Commands that are a function of this script, and not shown."""
+
+
 def run(step: Step, place: dict[str, str]) -> None:
     """One command; its output is kept beside its run folder, where it is found again."""
     folder, output = Path(place["run"]) / (step.folder or step.name), Path(place["run"]) / f"{step.name}.txt"
@@ -139,12 +182,12 @@ def run(step: Step, place: dict[str, str]) -> None:
         return
     program, *arguments = shlex.split(step.command.format(**place))
     print(f"running: {step.title}", flush=True)
-    if program == "split":
-        split(*map(Path, arguments))
+    if program in PREPARATIONS:
+        PREPARATIONS[program](*map(Path, arguments))
         output.write_text("")
         return
-    if program == "new_t5":
-        command = [sys.executable, str(ROOT / "benchmarks" / "new_t5.py"), *arguments]
+    if program in SCRIPTS:
+        command = [sys.executable, str(ROOT / "benchmarks" / f"{program}.py"), *arguments]
     else:
         extra = ["--out", str(folder), "--json", str(output.with_suffix(".json"))]
         command = [*OFFRAMP, program, *arguments, *extra]
@@ -161,11 +204,11 @@ def page(name: str, study: Study, place: dict[str, str]) -> None:
     lines = [f"# {study.title}", "", study.about, "", f"{conditions()}"]
     for step in study.steps:
         shown = step.command.format(data="$DATA", run=f"runs/results/{name}")
-        program = "python benchmarks/new_t5.py" if step.command.startswith("new_t5") else "offramp"
-        shown = shown.removeprefix("new_t5 ") if program != "offramp" else shown
-        if step.command.startswith("split"):
+        program, _, arguments = shown.partition(" ")
+        if program in PREPARATIONS:
             continue
-        lines += ["", f"## {step.title}", "", "```", f"{program} {shown}", "```"]
+        shown = f"python benchmarks/{program}.py {arguments}" if program in SCRIPTS else f"offramp {shown}"
+        lines += ["", f"## {step.title}", "", "```", shown, "```"]
         output = runs / f"{step.name}.txt"
         if not output.exists():
             lines += ["", "Not run yet."]

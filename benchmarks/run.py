@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/run.py          # about twenty minutes on two idle cores; finished runs are not repeated
 
-Results are kept in runs/benchmarks, one JSON file per run; delete one to repeat it.
+Results are kept in runs/benchmarks, one JSON file and one folder per run; delete both to repeat it.
 """
 
 import json

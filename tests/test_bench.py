@@ -100,6 +100,66 @@ def test_progress_counts_every_generation(bench):
     assert sum(label.startswith("warm-up") for _, _, label in calls) == len(arms)
 
 
+# Rounds that are kept
+
+
+def kept(lm, folder, progress=None, **options):
+    arms = {"static 2": ExitPolicy("static", min_layer=2)}
+    options = {"max_new_tokens": 3, "repeats": 3, "folder": folder, "progress": progress, **options}
+    return run_bench(lm, random_prompts(lm, 2, length=4), arms, **options)
+
+
+def stopping(at):
+    def stop(_done, _total, what):
+        if what.startswith(at):
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_an_interrupted_bench_goes_on_behind_its_last_round(llama, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        kept(llama, tmp_path, stopping("round 3/3"))
+    path = tmp_path / "rounds.jsonl"
+    before = path.read_bytes()
+    assert before.count(b"\n") == 3  # the header and two rounds
+    path.write_bytes(before + b'{"order": [["st')  # killed while it wrote
+    calls = []
+    result = kept(llama, tmp_path, lambda *call: calls.append(call))
+    assert path.read_bytes().startswith(before)
+    assert sum(what.startswith("round 3/3") for *_, what in calls) == 2 * 3  # batches, arms
+    assert sum(what.startswith("warm-up") for *_, what in calls) == 3
+    assert len(calls) == 2 * 3 + 3 + 1
+    assert calls[-1][0] == calls[-1][1] == 3 + 3 * 2 * 3
+    rounds = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert result.arm("static 2").seconds == tuple(played["arms"]["static 2"]["seconds"] for played in rounds)
+    assert result.order == [played["order"] for played in rounds]
+    whole = kept(llama, None)  # without a folder, in one go: the same but for the time
+    assert result.order == whole.order
+    for name in ("exit_layers", "flops_ratio", "agreement", "tests", "confidence_flops"):
+        assert getattr(result.arm("static 2"), name) == getattr(whole.arm("static 2"), name)
+
+
+def test_a_finished_bench_is_read_and_more_rounds_can_be_added(llama, tmp_path):
+    first, calls = kept(llama, tmp_path), []
+    assert kept(llama, tmp_path, lambda *call: calls.append(call)) == first
+    assert [what for *_, what in calls] == ["done"]
+    more = kept(llama, tmp_path, repeats=4)
+    assert more.arm(FULL).seconds[:3] == first.arm(FULL).seconds
+    assert len(more.arm(FULL).seconds) == 4
+    assert kept(llama, tmp_path).arm(FULL).seconds == first.arm(FULL).seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_new_tokens": 4}, "new_tokens was 3 and is now 4"), ({"seed": 1}, "seed was 0 and is now 1")],
+)
+def test_another_bench_is_refused(llama, tmp_path, options, message):
+    kept(llama, tmp_path, repeats=1)
+    with pytest.raises(ValueError, match=f"holds rounds made otherwise .*{message}.*or use another folder"):
+        kept(llama, tmp_path, **options)
+
+
 # What an arm reports
 
 

@@ -200,6 +200,20 @@ def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
     assert "certificate does not apply: setting chat" in offramp(*use, "--no-chat").stderr
 
 
+def test_evaluate_warns_where_tokens_leave_elsewhere(folder, data, tmp_path):
+    out = tmp_path / "run"
+    assert calibrated(folder, data, out, "--thresholds", "1", "--test-share", 0.3).exit_code == 0
+    use = (
+        "evaluate", folder, "--task", "question-answering", "--data", data, "--max-new-tokens", 3, "--static", 3,
+        "--policy", out / "policy.json", "--resamples", 10, "--out", tmp_path / "evaluate",
+    )  # fmt: skip
+    assert "drift" not in offramp(*use).stderr  # at a threshold of 1 all tokens leave at the end, then and now
+    values = json.loads((out / "policy.json").read_text())
+    values["certificate"]["exits"] = ["1:3"] * 60
+    (out / "policy.json").write_text(json.dumps(values))
+    assert "may not apply: drift: an answer's tokens leave after layer 4.0 on average" in offramp(*use).stderr
+
+
 def test_thresholds_per_layer_from_a_tuning_part(folder, data, tmp_path):
     out = tmp_path / "run"
     run = calibrated(folder, data, out, "--per-layer", "--thresholds", "1,0.9", "--min-layers", "1", "--json", "-")

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import UnsupportedModelError
 from offramp.classifiers import EarlyExitClassifier, HeadConfig
-from offramp.encoder_families import FAMILIES, SplitEncoder
+from offramp.families.encoders import FAMILIES, SplitEncoder
 from tiny_encoders import CLASSES, EVERYTHING, LAYERS, MAKERS, TEXTS, build, encoder, inputs_for, tiny
 
 

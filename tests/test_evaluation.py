@@ -113,7 +113,7 @@ def test_two_processes_write_what_one_does(run, tmp_path):
 
 def test_more_processes_than_examples(tmp_path, monkeypatch):
     """The rank that gets nothing writes nothing and waits."""
-    from offramp.evaluation.evaluate import _shared
+    from offramp.evaluation.processes import shared
 
     calls = []
 
@@ -122,7 +122,7 @@ def test_more_processes_than_examples(tmp_path, monkeypatch):
         return []
 
     state = SimpleNamespace(process_index=2, num_processes=3, is_main_process=False, wait_for_everyone=lambda: None)
-    _shared(state, tmp_path / "arm", examples(2), answer)
+    shared(state, tmp_path / "arm", examples(2), 1, answer)
     assert calls == [(2, "arm.jsonl")]
 
 

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 from offramp import ExitPolicy, LanguageModel, SplitModel, UnsupportedModelError
 from offramp.costs import Ledger
 from offramp.families import FAMILIES as SUPPORTED
+from offramp.families import run_block
 from offramp.skipping import Defer, Propagate
 from offramp.state import Skipped
 from tiny import (
@@ -209,7 +210,7 @@ def test_fill_equals_running_the_block_and_discarding_its_output(name):
     rows, slots = torch.meshgrid(torch.arange(3), torch.arange(frame.queries), indexing="ij")
     skipped = Skipped(filled.hidden.flatten(0, 1), rows.flatten(), slots.flatten(), frame.queries)
     for layer in (2, 3):
-        split._block(layer, state.hidden, frame, context)
+        run_block(split, layer, state.hidden, frame, context)
         split.fill(filled.context, layer, skipped)
         ran, wrote = context.cache.layers[layer], filled.context.cache.layers[layer]
         wrote.length = ran.length
@@ -272,7 +273,7 @@ def test_skipped_layers_hold_what_the_next_token_needs(name):
         hidden = (
             exits.hidden if layer == 0 else torch.where((layer >= depth)[:, None, None], frozen[:, None], exits.hidden)
         )
-        ran = split._block(layer, hidden, exits.frame, other.context)
+        ran = run_block(split, layer, hidden, exits.frame, other.context)
         exits = type(exits)(exits.context, exits.frame, ran, layer + 1)
     last = split.run(split.start(token, context=other.context), 0, LAYERS)
     torch.testing.assert_close(way.state.hidden, last.hidden, atol=1e-5, rtol=1e-4)

@@ -205,7 +205,7 @@ def test_wrong_hub_names(hub, name, message):
 
 def test_without_datasets_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'offramp\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'offramp\[hub\]'"):
         read_examples(SUMMARISING, "hub:o/n:train")
 
 

@@ -197,7 +197,7 @@ def test_options_that_do_not_go_together(folder, tmp_path, arguments, message):
 def test_data_without_anything_in_it(folder, tmp_path, squad):
     path = tmp_path / "empty.json"
     for text, message in [
-        ("", "is empty; give a file with examples"),
+        ("", "is empty; give a file with text"),
         ("{", "is not JSON"),
         ('{"data": []}', "holds no example for question-answering"),
     ]:

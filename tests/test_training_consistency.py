@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel
 from offramp.training import Data, train
-from offramp.training.consistency import tally_classifiers
+from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
+from offramp.training.data import Windows
 from tiny import LAYERS, VOCABULARY, tiny, tokenizer
 from training_runs import config, windows
 
@@ -68,6 +69,19 @@ def test_nothing_else_changes(trained):
     assert lm.exits.classifiers is None  # a copy was trained
 
 
+def test_how_the_lenses_were_trained_is_kept(trained, tmp_path):
+    """Also where classifiers are trained once more, in place of those there are."""
+    _, lm, _, data, lenses, result = trained
+    wanted, settings = Exits.load(lenses.exits).settings, Exits.load(result.exits).settings
+    assert settings["lenses"] == wanted
+    assert (wanted["config"]["objective"], settings["config"]["objective"]) == ("forward-kl", "consistency")
+    lm.attach_exits(Exits.load(result.exits))
+    again = train(lm, data, config(objective="consistency-settled", **{**CLASSIFIERS, "steps": 1}), tmp_path)
+    lm.attach_exits(Exits.load(lenses.exits))
+    settings = Exits.load(again.exits).settings
+    assert (settings["lenses"], settings["config"]["objective"]) == (wanted, "consistency-settled")
+
+
 def test_verdicts_on_held_out_text_beat_the_majority(trained):
     _, lm, _, data, _, result = trained
     part, exits = data.held_out, Exits.load(result.exits)
@@ -121,7 +135,13 @@ def test_the_gradient_is_that_of_the_balanced_losses(kind):
     weights = [0.2, 0.3, 0.5]
     for parameter in exits.lenses.parameters():
         parameter.requires_grad_(False)
-    result = tally_classifiers(lm.split, exits, list(states), labels, rows=4, kind=kind, weights=weights, count=30)
+    own = ClassGradients(exits, weights)
+    parts = [
+        tally_classifiers(lm.split, exits, list(states[:, part]), labels[part], rows=4, kind=kind, gradients=own)
+        for part in torch.split(torch.arange(15), 6)  # the shares are those of all 15, whatever each part's are
+    ]
+    result, shares = balanced(parts[0] + parts[1] + parts[2])
+    own.settle(shares, 30)
     gradients = [p.grad.clone() for p in exits.classifiers.parameters()]
     exits.zero_grad()
     total, choices = 0, []
@@ -138,11 +158,33 @@ def test_the_gradient_is_that_of_the_balanced_losses(kind):
             p = 1 / (1 + torch.exp(-(linear.weight[0] @ states[index][n] + linear.bias[0])))
             losses.append(-(1 - share) * p.log() if agree else -share * (1 - p).log())
         total = total + weights[index] * torch.stack(losses).sum() / 30
+        assert float(shares[index]) == pytest.approx(share)
         assert float(result.losses[index]) == pytest.approx(float(torch.stack(losses).sum().detach()), rel=1e-4)
     total.backward()
     for got, parameter in zip(gradients, exits.classifiers.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-6)
     assert math.isfinite(result.last_loss)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_do_not_matter(micro_batch, tmp_path):
+    """Windows of one class only: by themselves they would teach nothing, or count for something else."""
+    lm = divided("llama")
+    ids = torch.randint(3, EDGE, (24, 12), generator=torch.manual_seed(3))
+    ids[::2] += EDGE - 3  # every position of every other window is one at which the last layer speaks up
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    counted[:, 0] = False
+    data = Data(Windows(ids, counted), windows(6, seed=1))
+    options = {**CLASSIFIERS, "objective": "consistency", "layers": (1, 3), "steps": 4, "batch_size": 6}
+    results = {
+        size: train(lm, data, config(**options, micro_batch=size), tmp_path / f"{size}") for size in (None, micro_batch)
+    }
+    got, expected = (load_file(results[size].exits / "exits.safetensors") for size in (micro_batch, None))
+    assert any(value.abs().max() > 0.01 for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+    assert results[micro_batch].loss_after == pytest.approx(results[None].loss_after, rel=1e-5)
+    assert results[micro_batch].agreement_after == results[None].agreement_after
 
 
 def test_without_exits_classifiers_are_trained_on_the_model_alone(tmp_path):
@@ -151,6 +193,7 @@ def test_without_exits_classifiers_are_trained_on_the_model_alone(tmp_path):
     result = train(lm, data, config(objective="consistency-settled", **{**CLASSIFIERS, "layers": (1, 3)}), tmp_path)
     exits = Exits.load(result.exits)
     assert (exits.rank, exits.layers) == (0, (1, 3))
+    assert "lenses" not in exits.settings  # there are none
     assert min(result.agreement_after) > 0.9
 
 

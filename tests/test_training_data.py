@@ -1,6 +1,7 @@
 """Texts and answers become windows; what is held out is never trained on."""
 
 import copy
+import gzip
 import json
 from dataclasses import replace
 
@@ -36,13 +37,18 @@ def test_layouts_of_texts(tmp_path):
     assert read_texts(lines) == ["one", "three"]
     assert read_texts(lines, ["text", "more"]) == ["one\ntwo", "three\nfour"]
     assert read_texts(listed, ["dialogue", "summary"]) == ["a\nb"]
+    for path in (plain, lines):  # as files of examples are
+        (packed := tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        assert read_texts(packed) == read_texts(path)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.txt", " \n", "is empty"),
-        ("a.jsonl", "", "holds no text under text"),
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", '{"text": " "}', "holds no text under text"),
+        ("a.txt.gz", "x", "is not a whole gzip file"),
         ("a.jsonl", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", '{"body": "x"}\n', "line 1 has no text under 'text'; it has 'body'"),
         ("a.jsonl", '"x"\n', "a JSON str stands where an object"),

@@ -41,7 +41,7 @@ def start(folder, *jobs):
 def two(tmp_path_factory):
     """Runs of two processes; the last one is interrupted in both, and then continued."""
     folder = tmp_path_factory.mktemp("two")
-    codes, errors = start(folder, "answers", "exits", "all", "again:", "again")
+    codes, errors = start(folder, "answers", "exits", "all", "classifiers", "again:", "again")
     assert codes == [0, 0], errors
     return folder
 
@@ -50,7 +50,7 @@ def rows(folder):
     return [{**row, "tokens_per_second": 0} for row in RunFolder(folder).rows()]
 
 
-@pytest.mark.parametrize("job", ["exits", "all"])
+@pytest.mark.parametrize("job", ["exits", "all", "classifiers"])
 def test_two_processes_train_what_one_does(two, tmp_path, job):
     training_runs.run(tmp_path, **training_runs.JOBS[job])
     assert {path.name for path in (two / job).iterdir()} == {path.name for path in tmp_path.iterdir()}

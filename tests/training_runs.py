@@ -20,6 +20,7 @@ BACKBONES = {
 JOBS = {
     "exits": {"micro_batch": 1, "batch_size": 3, "steps": 8, "validate_every": 4},
     "all": {"trainable": "all", "weights": "layerskip", "steps": 6, "save_every": 2, "positions": 6},
+    "classifiers": {"objective": "consistency", "micro_batch": 2, "batch_size": 5, "steps": 4},
 }  # fmt: skip
 """What several processes do."""
 JOBS["again"] = JOBS["all"]

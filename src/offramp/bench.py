@@ -8,11 +8,14 @@ from the same prepared token ids, in the same number format and with the same at
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +24,9 @@ from torch import Tensor
 
 from offramp import __version__
 from offramp.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, Spread, script_of
-from offramp.costs import PARTS, Costs
+from offramp.bench_rounds import Round, Turn, header_of, read_rounds, write_round
+from offramp.costs import PARTS
+from offramp.files import locked
 from offramp.language_model import LanguageModel
 from offramp.policy import ExitPolicy
 from offramp.vocabulary import KINDS
@@ -65,24 +70,6 @@ def default_arms(
     }
 
 
-@dataclass
-class _Runs:
-    """What is collected of one arm while the rounds go on."""
-
-    seconds: list[float] = field(default_factory=list)  # one per round
-    parts: list[dict[str, float]] = field(default_factory=list)  # seconds by part, one per round
-    costs: list[Costs] = field(default_factory=list)  # one per batch of the first round
-    tokens: list[list[int]] = field(default_factory=list)  # one per prompt, of the first round
-    layers: list[list[int]] = field(default_factory=list)  # likewise
-
-    def new_round(self) -> None:
-        self.seconds.append(0.0)
-        self.parts.append(dict.fromkeys(PARTS, 0.0))
-
-    def total(self, name: str) -> int:
-        return sum(getattr(costs, name) for costs in self.costs)
-
-
 def run_bench(
     lm: LanguageModel,
     prompts: Any,
@@ -95,6 +82,7 @@ def run_bench(
     chat: bool = False,
     seed: int = 0,
     name: str | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Generate with every arm, in turns, and compare.
@@ -110,14 +98,16 @@ def run_bench(
         chat: Apply the chat template to texts.
         seed: Of the order of the arms.
         name: What the conditions call the model; None: its own name.
+        folder: Where finished rounds are kept, and taken from: an interrupted bench goes on, more rounds may be asked
+            for. None: nowhere.
         progress: Called before every generation.
 
     Returns:
         Results by arm, with the conditions. A full depth that differs from `transformers` is recorded, not raised.
 
     Raises:
-        ValueError: No prompts, a count that is too small, a policy that does not fit the model, or a script with
-            several prompts per batch.
+        ValueError: No prompts, a count that is too small, a policy that does not fit the model, a script with several
+            prompts per batch, or a folder with another bench.
     """
     arms = {REFERENCE: None, FULL: None, **arms}
     _check(lm, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size)
@@ -125,27 +115,29 @@ def run_bench(
     batches = [lm.encode(prompts[i : i + batch_size], chat=chat) for i in range(0, len(prompts), batch_size)]
     if not batches:
         raise ValueError("there are no prompts; give at least one")
-    runs = {arm: _Runs() for arm in arms}
-    shuffle = random.Random(seed)
-    order: list[list[list[str]]] = []
-    done, total = 0, (warmup + repeats * len(batches)) * len(arms)
-    for turn in range(-warmup, repeats):
-        if turn >= 0:
-            order.append([[] for _ in batches])
-            for run in runs.values():
-                run.new_round()
-        for index, inputs in enumerate(batches[:1] if turn < 0 else batches):
-            for arm in shuffle.sample(list(arms), len(arms)):
-                if progress is not None:
-                    progress(done, total, f"{'warm-up' if turn < 0 else f'round {turn + 1}/{repeats}'}: {arm}")
-                _run(lm, arm, arms[arm], inputs, max_new_tokens, runs[arm] if turn >= 0 else None)
-                done += 1
-                if turn >= 0:
-                    order[turn][index].append(arm)
-    if progress is not None:
-        progress(done, total, "done")
     conditions = _conditions(lm, batches, name, max_new_tokens, repeats, warmup, batch_size, seed)
-    return Bench(conditions, [_result(arm, arms[arm], runs) for arm in arms], order)
+    with contextlib.nullcontext() if folder is None else locked(folder, "another bench runs"):
+        rounds = [] if folder is None else read_rounds(folder, header_of(lm, arms, batches, conditions))[:repeats]
+        play = partial(_play, lm, arms, tokens=max_new_tokens)
+        each = (len(arms), len(batches) * len(arms))  # generations of a warm-up, of a round
+        done, total = each[1] * len(rounds), each[0] * warmup + each[1] * repeats
+        for turn in range(-warmup if len(rounds) < repeats else 0, 0):
+            play(batches[:1], random.Random(f"{seed} {turn}"), partial(_count, progress, done, total, "warm-up"))
+            done += each[0]
+        for turn in range(len(rounds), repeats):
+            said = partial(_count, progress, done, total, f"round {turn + 1}/{repeats}")
+            rounds.append(play(batches, random.Random(f"{seed} {turn}"), said))
+            done += each[1]
+            if folder is not None:
+                write_round(folder, rounds[-1])
+    if progress is not None:
+        progress(total, total, "done")
+    return Bench(conditions, [_result(arm, arms[arm], rounds) for arm in arms], [played.order for played in rounds])
+
+
+def _count(progress: Progress | None, before: int, total: int, what: str, done: int, arm: str) -> None:
+    if progress is not None:
+        progress(before + done, total, f"{what}: {arm}")
 
 
 def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
@@ -160,10 +152,24 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
                 raise ValueError(f"batch_size is {counts['batch_size']}, but arm {arm!r} is scripted: use batch_size=1")
 
 
+def _play(
+    lm: LanguageModel, arms: Arms, batches: Sequence[dict[str, Tensor]], shuffle: random.Random,
+    said: Callable[[int, str], None], *, tokens: int,
+) -> Round:  # fmt: skip
+    """Generate every batch with every arm, in an order that is shuffled for each batch."""
+    played = Round([], {arm: Turn() for arm in arms})
+    for inputs in batches:
+        played.order.append(shuffle.sample(list(arms), len(arms)))
+        for arm in played.order[-1]:
+            said(sum(map(len, played.order[:-1])) + played.order[-1].index(arm), arm)
+            _run(lm, arm, arms[arm], inputs, tokens, played.arms[arm])
+    return played
+
+
 def _run(
-    lm: LanguageModel, arm: str, policy: ExitPolicy | None, inputs: dict[str, Tensor], tokens: int, runs: _Runs | None
+    lm: LanguageModel, arm: str, policy: ExitPolicy | None, inputs: dict[str, Tensor], tokens: int, turn: Turn
 ) -> None:
-    """One timed generation; without `runs`, only to warm up."""
+    """One timed generation."""
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
     settings = lm.model.generation_config
     if settings.pad_token_id is None and settings.eos_token_id is not None:  # as `LanguageModel` does
@@ -177,22 +183,14 @@ def _run(
         lm.model.generate(**inputs, **options) if arm == REFERENCE else lm.generate(inputs, policy=policy, **options)
     )
     _synchronize(lm)
-    seconds = time.perf_counter() - began
-    if runs is None:
-        return
-    runs.seconds[-1] += seconds
-    first = len(runs.seconds) == 1
+    turn.seconds += time.perf_counter() - began
     if isinstance(output, Tensor):
-        if first:
-            runs.tokens += output[:, -tokens:].tolist()
-            runs.layers += [[lm.num_layers] * tokens for _ in output]
+        turn.tokens += output[:, -tokens:].tolist()
+        turn.layers += [[lm.num_layers] * tokens for _ in output]
         return
-    for part, entry in output.costs.parts.items():
-        runs.parts[-1][part] += entry.seconds
-    if first:
-        runs.costs.append(output.costs)
-        runs.tokens += output.tokens
-        runs.layers += output.exit_layers
+    turn.add(output.costs)
+    turn.tokens += output.tokens
+    turn.layers += output.exit_layers
 
 
 def _synchronize(lm: LanguageModel) -> None:
@@ -200,34 +198,32 @@ def _synchronize(lm: LanguageModel) -> None:
         torch.cuda.synchronize()
 
 
-def _result(arm: str, policy: ExitPolicy | None, runs: Mapping[str, _Runs]) -> ArmResult:
-    run, reference, full = runs[arm], runs[REFERENCE], runs[FULL]
-    counted = full if arm == REFERENCE else run
-    tokens = sum(map(len, run.tokens))
-    prefixes = [_common(a, b) for a, b in zip(run.tokens, reference.tokens, strict=True)]
-    pairs = zip(run.tokens, reference.tokens, strict=True)
-    same = sum(a == b for mine, theirs in pairs for a, b in zip(mine, theirs, strict=False))
-    layers = [layer for row in run.layers for layer in row]
-    flops = sum(costs.parts[part].flops for costs in counted.costs for part in CONFIDENCE_PARTS)
+def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round]) -> ArmResult:
+    run, reference, full = ([played.arms[name] for played in rounds] for name in (arm, REFERENCE, FULL))
+    own, theirs = run[0], reference[0]  # greedy rounds repeat each other
+    counts, whole = (full if arm == REFERENCE else run)[0].counts, full[0].counts
+    tokens = sum(map(len, own.tokens))
+    pairs = list(zip(own.tokens, theirs.tokens, strict=True))
+    same = sum(a == b for mine, other in pairs for a, b in zip(mine, other, strict=False))
     return ArmResult(
         name=arm,
         policy=policy,
-        seconds=tuple(run.seconds),
-        tokens_per_second=Spread.of(tokens / seconds for seconds in run.seconds),
-        ratio=Spread.of(a / b for a, b in zip(reference.seconds, run.seconds, strict=True)),
-        mean_exit_layer=statistics.mean(layers),
-        exit_layers=run.layers,
-        agreement=same / sum(map(len, reference.tokens)),
-        identical=statistics.mean(a == b for a, b in zip(run.tokens, reference.tokens, strict=True)),
-        common_prefix=statistics.mean(prefixes),
-        tests=counted.total("tests") / tokens,
-        flops=counted.total("flops") / tokens,
-        bytes=counted.total("bytes") / tokens,
-        flops_ratio=counted.total("flops") / full.total("flops"),
-        bytes_ratio=counted.total("bytes") / full.total("bytes"),
-        draft_flops=counted.total("draft_flops") / tokens,
-        confidence_flops=flops / tokens,
-        confidence_seconds=() if arm == REFERENCE else _confidence_seconds(run),
+        seconds=tuple(turn.seconds for turn in run),
+        tokens_per_second=Spread.of(tokens / turn.seconds for turn in run),
+        ratio=Spread.of(a.seconds / b.seconds for a, b in zip(reference, run, strict=True)),
+        mean_exit_layer=statistics.mean(layer for row in own.layers for layer in row),
+        exit_layers=own.layers,
+        agreement=same / sum(map(len, theirs.tokens)),
+        identical=statistics.mean(a == b for a, b in pairs),
+        common_prefix=statistics.mean(_common(a, b) for a, b in pairs),
+        tests=counts["tests"] / tokens,
+        flops=counts["flops"] / tokens,
+        bytes=counts["bytes"] / tokens,
+        flops_ratio=counts["flops"] / whole["flops"],
+        bytes_ratio=counts["bytes"] / whole["bytes"],
+        draft_flops=counts["draft_flops"] / tokens,
+        confidence_flops=counts["confidence_flops"] / tokens,
+        confidence_seconds=() if arm == REFERENCE else tuple(_confidence_seconds(turn) for turn in run),
         shares={} if arm == REFERENCE else _shares(run),
     )
 
@@ -237,13 +233,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _confidence_seconds(run: _Runs) -> tuple[float, ...]:
-    return tuple(sum(parts[part] for part in CONFIDENCE_PARTS) for parts in run.parts)
+def _confidence_seconds(turn: Turn) -> float:
+    return sum(turn.parts[part] for part in CONFIDENCE_PARTS)
 
 
-def _shares(run: _Runs) -> dict[str, float]:
-    whole = sum(run.seconds)
-    shares = {part: sum(parts[part] for parts in run.parts) / whole for part in PARTS}
+def _shares(run: Sequence[Turn]) -> dict[str, float]:
+    whole = sum(turn.seconds for turn in run)
+    shares = {part: sum(turn.parts[part] for turn in run) / whole for part in PARTS}
     return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
 
 

@@ -92,7 +92,7 @@ class ArmResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        values = {**vars(self), "policy": _policy_values(self.policy)}
+        values = {**vars(self), "policy": policy_values(self.policy)}
         for name in ("tokens_per_second", "ratio"):
             values[name] = asdict(values[name])
         return values
@@ -185,7 +185,7 @@ def script_of(policy: ExitPolicy) -> Any:
     return getattr(policy.confidence, "script", None)
 
 
-def _policy_values(policy: ExitPolicy | None) -> dict[str, Any] | None:
+def policy_values(policy: ExitPolicy | None) -> dict[str, Any] | None:
     """A policy as JSON values; a callable confidence by its name."""
     if policy is None:
         return None

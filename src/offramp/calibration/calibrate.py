@@ -8,6 +8,9 @@ result.json               everything, with a picture of it
 Nothing is chosen on certification data but the setting that passes, and nothing at all on the held-out part. Several
 promises may be tried on one folder, its answers are used again; each certificate then holds for itself, not together
 with the others, and not for whichever looks best.
+
+Started several times by `accelerate launch` (or `torchrun`, on CPUs too), each process answers its part of the examples
+and all go through the same search; they must see the same folder.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import transformers
 from offramp import __version__
 from offramp.calibration.certificate import Certificate, conditions_of
 from offramp.calibration.decoded import Decoded
+from offramp.calibration.drift import packed
 from offramp.calibration.estimates import estimate, units
 from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, path_of, settings_of
 from offramp.calibration.promise import CRC, Promise
@@ -33,8 +37,9 @@ from offramp.calibration.result import CONFIG, Calibration
 from offramp.calibration.search import Outcome, search
 from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
 from offramp.calibration.validate import Validation, validate
+from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
-from offramp.files import locked, write_json
+from offramp.files import write_json
 from offramp.risk import pareto_front
 
 if TYPE_CHECKING:
@@ -115,13 +120,16 @@ def calibrate(
         "splits": sizes(parts), "conditions": conditions_of(lm, task, options, batch_size),
         "data": {**(about or {}), "sha256": digest(examples)},
     }))  # fmt: skip
+    state = state_of(lm.split.device.type)
     decoded = Decoded(
-        lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress
-    )
+        lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress,
+        state=state,
+    )  # fmt: skip
     decoded.most = _most(parts, grid, base, order, repeats)
-    with locked(folder, "another calibration runs"):
+    with locked_by_first(state, folder, "another calibration runs"):
         choices = settings_of(lm, base, grid, partial(decoded.layer_thresholds, TUNING))
-        write_json(folder / CONFIG, {"schema": "offramp/calibrate-config/1", **asked})
+        if state.is_main_process:
+            write_json(folder / CONFIG, {"schema": "offramp/calibrate-config/1", **asked})
         sequences = _sequences(order, choices, decoded, promise, seed)
         outcome = search(
             sequences,
@@ -132,7 +140,9 @@ def calibrate(
         certificate = _certificate(promise, outcome, choices, asked, decoded, seed=seed, resamples=resamples)
         validation = _validation(decoded, choices, sequences, promise, repeats, seed) if repeats else None
         result = Calibration(certificate, tuple(choices), outcome, validation)
-        result.save(folder)
+        if state.is_main_process:
+            result.save(folder)
+        state.wait_for_everyone()
     return result
 
 
@@ -210,7 +220,16 @@ def _certificate(
         data=asked["data"],
         estimates=estimates,
         versions={"offramp": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        exits=_exits(decoded, chosen, promise),
     )
+
+
+def _exits(decoded: Decoded, chosen: Setting | None, promise: Promise) -> list[str] | None:
+    """Where tokens of each answer leave under the chosen setting; on a part it was not chosen by, if there is one."""
+    if chosen is None or promise.unit != "prompt":
+        return None
+    records = decoded.of(TEST if decoded.parts[TEST] else CERTIFICATION, chosen)
+    return [text for text in (packed(record.exit_layers) for record in records) if text]
 
 
 def _validation(

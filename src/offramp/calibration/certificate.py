@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.promise import CRC, Promise
 from offramp.exits import fingerprint
 from offramp.files import write_json
@@ -51,6 +52,9 @@ class Certificate:
         estimates: By part, mean loss and costs with 95 % bootstrap intervals, and the histogram of exit layers. On the
             part "test", which nothing was chosen by, also an upper limit of the mean loss by the promise's bound.
         versions: Of offramp, torch and transformers.
+        exits: Where the tokens of each answer left (`offramp.calibration.drift.packed`), for `drift`: of the held-out
+            part, or without one of the certification part. None: nothing was certified, prompts of one group may be
+            alike, or the certificate is of an earlier version.
     """
 
     certified: bool
@@ -70,6 +74,7 @@ class Certificate:
     data: dict[str, Any]
     estimates: dict[str, Any]
     versions: dict[str, str]
+    exits: list[str] | None = None
 
     # ------------------------------------------------------------ files
 
@@ -91,10 +96,10 @@ class Certificate:
             ValueError: It is none, or one of another version.
         """
         names = {field.name for field in fields(cls)}
-        if values.get("schema") != SCHEMA or set(values) != names | {"schema"}:
+        if values.get("schema") != SCHEMA or {*values, "exits"} != names | {"schema"}:
             raise ValueError(f"this is no certificate of schema {SCHEMA!r}, or one of another version; calibrate again")
         promise = {name: value for name, value in values["promise"].items() if (name, value) != ("failure", None)}
-        given = {name: values[name] for name in names} | {"promise": Promise(**promise)}
+        given: dict[str, Any] = {name: values.get(name) for name in names} | {"promise": Promise(**promise)}
         given["level"] = given["promise"].failure if given["level"] is None else given["level"]
         return cls(**given)
 
@@ -150,6 +155,20 @@ class Certificate:
         if settings is not None:
             reasons += _differences("setting", have["settings"], now["settings"])
         return reasons
+
+    def drift(self, *, false_alarm: float = 0.01, seed: int = 0) -> Drift | None:
+        """What watches live answers for tokens that leave elsewhere than they did; one per stream of answers.
+
+        Args:
+            false_alarm: See `Drift`.
+            seed: See `Drift`.
+
+        Returns:
+            A new one; None if there is nothing to compare with.
+        """
+        if not self.exits:
+            return None
+        return Drift(map(unpacked, self.exits), false_alarm=false_alarm, seed=seed)
 
     # ------------------------------------------------------------ in words
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.grid import Setting
 from offramp.calibration.layer_thresholds import layer_thresholds
 from offramp.evaluation.arms import FULL
+from offramp.evaluation.processes import shared, state_of
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.records import decode_records
 from offramp.files import write_json
@@ -38,15 +39,19 @@ class Decoded:
         batch_size: Examples answered together.
         settings: Further options of `LanguageModel.stream`, as JSON values.
         progress: Called with the answers done, asked for at most, and what comes next.
+        state: `accelerate`'s; all processes ask for the same in the same order, and each answers its share. None: this
+            process is alone.
     """
 
     def __init__(
         self, lm: LanguageModel, task: Task, parts: Mapping[str, Sequence[Example]], folder: Path, *,
         max_new_tokens: int, batch_size: int, settings: Mapping[str, Any] | None, progress: Progress | None,
+        state: Any = None,
     ) -> None:  # fmt: skip
         self.lm, self.task, self.parts, self.folder = lm, task, parts, folder
         self.max_new_tokens, self.batch_size, self.settings = max_new_tokens, batch_size, dict(settings or {})
-        self.progress = progress
+        self.state = state or state_of(lm.split.device.type)
+        self.progress = progress if self.state.is_main_process else None
         self.most = 0  # answers, if no sequence ends early
         self._done = 0
         self._records: dict[tuple[str, str], list[Record]] = {}
@@ -57,11 +62,16 @@ class Decoded:
         if (part, name) not in self._records:
             full = None if setting is None else {record.id: record for record in self.of(part, None)}
             file = FULL.replace(" ", "-") if setting is None else setting.file_name
-            self._records[part, name] = decode_records(
-                self.lm, self.task, self.parts[part], name, None if setting is None else setting.policy,
-                self.folder / RECORDS / part / f"{file}.jsonl", full=full, max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size, settings=self.settings, progress=self._count(part),
-            )  # fmt: skip
+
+            def answer(examples: Sequence[Example], path: Path) -> list[Record]:
+                return decode_records(
+                    self.lm, self.task, examples, name, None if setting is None else setting.policy, path, full=full,
+                    max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, settings=self.settings,
+                    progress=self._count(part),
+                )  # fmt: skip
+
+            stem = self.folder / RECORDS / part / file
+            self._records[part, name] = shared(self.state, stem, self.parts[part], self.batch_size, answer)
             self._done += len(self.parts[part])
         return self._records[part, name]
 
@@ -77,23 +87,33 @@ class Decoded:
         key = json.dumps([header, list(shares)], sort_keys=True)
         path = self.folder / THRESHOLDS
         known: dict[str, list[list[float]]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.state.wait_for_everyone()  # all have read what there was before one of them writes
         if key not in known:
-            count = self._count(part)
+            count, mine = self._count(part), self.parts[part][self.state.process_index :: self.state.num_processes]
             made = layer_thresholds(
-                self.lm, self.task, self.parts[part], policy, shares, max_new_tokens=self.max_new_tokens,
-                settings=self.settings, progress=None if count is None else lambda done: count(done, 0, "thresholds"),
+                self.lm, self.task, mine, policy, shares, max_new_tokens=self.max_new_tokens, settings=self.settings,
+                progress=None if count is None else lambda done: count(done, len(mine), "thresholds"),
+                gather=self._gathered,
             )  # fmt: skip
             known[key] = [list(row) for row in made]
-            write_json(path, known)
+            if self.state.is_main_process:
+                write_json(path, known)
         self._done += len(self.parts[part])
         return [tuple(row) for row in known[key]]
+
+    def _gathered(self, values: list[float]) -> list[float]:
+        """Those of all processes."""
+        from accelerate.utils import gather_object
+
+        return values if self.state.num_processes == 1 else list(gather_object(values))
 
     def _count(self, part: str) -> Progress | None:
         if self.progress is None:
             return None
         progress, before, size = self.progress, self._done, len(self.parts[part])
 
-        def update(done: int, _: int, what: str = "") -> None:
+        def update(done: int, total: int, what: str = "") -> None:
+            done = done * size // max(total, 1)  # if the others are as far as this process
             progress(before + done, max(self.most, before + size), f"{part}: {what}")
 
         return update

@@ -64,6 +64,7 @@ def layer_thresholds(
     max_new_tokens: int,
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    gather: Callable[[list[float]], list[float]] = list,
 ) -> list[tuple[float, ...]]:
     """Thresholds for each share, from examples that are used for nothing else but choosing.
 
@@ -76,6 +77,7 @@ def layer_thresholds(
         max_new_tokens: Longest answer.
         settings: Further options of `LanguageModel.stream`.
         progress: Called with the number of examples done.
+        gather: Adds to some values those that other processes found on their examples.
 
     Returns:
         For each share, one threshold per exit of the policy.
@@ -96,6 +98,7 @@ def layer_thresholds(
                 if token != int(step.token[0]) and not math.isnan(confidence):
                     wrong[layer].append(confidence)
             seen.clear()
+    wrong = {layer: gather(values) for layer, values in wrong.items()}
     lowest = RANGES[str(policy.confidence)][0]
     table = [
         [

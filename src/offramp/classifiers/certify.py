@@ -278,7 +278,7 @@ def certify_groups(trials: Trials, groups: Tensor, promise: RowPromise, *, seed:
     Returns:
         By group; each has its own threshold, and its promise its share of `failure`.
     """
-    found = groups.unique().tolist()
+    found = sorted(set(groups.tolist()))
     share = RowPromise(promise.loss, promise.tolerance, promise.failure / len(found), promise.bound)
     return {g: certify(trials.take((groups == g).nonzero()[:, 0]), share, seed=seed) for g in found}
 

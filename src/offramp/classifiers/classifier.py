@@ -127,7 +127,7 @@ class EarlyExitClassifier(nn.Module):
             ModelError: There is no such encoder, or it is damaged.
             UnsupportedModelError: There is no family for it.
         """
-        from offramp.encoder_families import SplitEncoder
+        from offramp.families.encoders import SplitEncoder
 
         check_labels(num_classes, labels)  # before the encoder, which takes longer
         preprocessing: dict[str, Any] = {}

@@ -159,7 +159,8 @@ class _Rows:
         five = None if self.grades[0].among_five is None else pick("among_five")
         names = ("confidence", "correct", "nlpd", "brier", "score")
         left = Grades(**{name: pick(name) for name in names}, among_five=five, clamped=0)
-        return resampled.scores(left, self.weights[:1] if once else self.weights, self.bins)
+        found = resampled.scores(left, self.weights[:1] if once else self.weights, self.bins)
+        return {metric: found[metric] for metric in METRICS if metric in found}
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _at(
         _point((None, float(c), float(c)), e, costs, rows.leaving(e, once=True))
         for c, e in zip(costs, everyone, strict=True)
     )
-    mean = {metric: np.mean([v[metric] for v in values], axis=0) for metric in METRICS if metric in values[0]}
+    mean = {metric: np.mean([v[metric] for v in values], axis=0) for metric in values[0]}
     mean["cost"] = resampled.mean(np.mean([costs[e] for e in exits], axis=0)[None], rows.weights)[0]
     return _Tried(name, points, alone, mean, rows)
 

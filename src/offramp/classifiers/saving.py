@@ -136,7 +136,7 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
 def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
     from transformers import AutoConfig, AutoModel
 
-    from offramp.encoder_families import SplitEncoder
+    from offramp.families.encoders import SplitEncoder
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     return SplitEncoder(AutoModel.from_config(config, dtype=dtype))

@@ -63,7 +63,7 @@ def load_encoder(source: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, An
 
 
 def _require_family(name: str, source: str) -> None:
-    from offramp.encoder_families import FAMILIES
+    from offramp.families.encoders import FAMILIES
 
     if name not in FAMILIES:
         raise ModelError(f"{source} is a {name} model; classifiers can be made of {', '.join(FAMILIES)}")

@@ -31,20 +31,23 @@ def bench(
     device: o.Device = None,
     exits: o.Exits = None,
     seed: Annotated[int, typer.Option(help="Of the order of the arms and of random models.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw the table there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep finished rounds there, and draw the table.")
+    ] = None,
     json: o.JsonPath = None,
 ) -> None:
-    """Time every way to exit next to `transformers` generate: same prompts, in turns, one run."""
+    """Time every way to exit next to `transformers` generate: same prompts, in turns, one run.
+
+    With --out, an interrupted bench started again with the same options goes on behind its last finished round; with
+    more --repeats, further rounds are added. Another folder, or none, times everything anew.
+    """
     import offramp
     from offramp.bench import default_arms, run_bench
     from offramp.models import named_dtype
     from offramp.report.plots import save_bench
     from offramp.scripted import random_prompts, random_t5, scripted_arms
 
-    if (model is None) == (random is None):
-        raise typer.BadParameter("give a MODEL or --random SHAPE, one of them")
-    if random is not None and exits is not None:
-        raise typer.BadParameter("a --random model has no trained exits; leave --exits away")
+    _check_one(model, random, exits)
     if random is not None:
         o.note(f"building a random {random}")
         lm = random_t5(random, dtype=named_dtype(dtype), seed=seed)
@@ -58,7 +61,8 @@ def bench(
     with o.progress("timing") as progress:
         result = run_bench(
             lm, texts, arms, max_new_tokens=max_new_tokens, repeats=repeats, batch_size=batch_size, seed=seed,
-            chat=random is None and lm.has_chat_template, name=random or model, progress=progress,
+            chat=random is None and lm.has_chat_template, name=random or model, folder=out,
+            progress=progress,
         )  # fmt: skip
     if str(json) != "-":
         typer.echo(result.table())
@@ -66,3 +70,10 @@ def bench(
         for path in save_bench(result, out):
             o.note(f"wrote {path}")
     o.write_result(result.to_dict(), json)
+
+
+def _check_one(model: str | None, random: str | None, exits: str | None) -> None:
+    if (model is None) == (random is None):
+        raise typer.BadParameter("give a MODEL or --random SHAPE, one of them")
+    if random is not None and exits is not None:
+        raise typer.BadParameter("a --random model has no trained exits; leave --exits away")

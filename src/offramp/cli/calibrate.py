@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,11 +102,15 @@ def calibrate(
     """Find the cheapest exit policy that keeps a promise, and write it with its certificate.
 
     Settings are tried from safe to bold, until one fails. If none passes, the policy that is written never leaves
-    early. Started again with the same options, an interrupted calibration goes on.
+    early. Started again with the same options, an interrupted calibration goes on. `accelerate launch -m offramp
+    calibrate …` (on CPUs `torchrun --nproc-per-node N -m offramp calibrate …`) divides the examples among processes.
     """
+    import torch
+
     import offramp
     from offramp.calibration import Grid, Promise
     from offramp.calibration import calibrate as run
+    from offramp.evaluation.processes import state_of
     from offramp.policy import ExitPolicy
     from offramp.tasks import read_examples, take
 
@@ -122,6 +127,8 @@ def calibrate(
         per_layer,
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
+    state = state_of("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = str(state.device) if state.num_processes > 1 else device
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     examples, cut = o.fitting(lm, asked, examples, longest, max_new_tokens)
     folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
@@ -131,6 +138,8 @@ def calibrate(
             test=test_share, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate,
             about={"name": data, "limit": limit, "shortened": cut, "command": o.command_line()}, progress=progress,
         )  # fmt: skip
+    if not state.is_main_process:
+        return
     if str(json) != "-":
         typer.echo(result.table())
     if not result.certificate.certified:
@@ -139,6 +148,16 @@ def calibrate(
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
     o.note(f"wrote {folder}; use its policy with: offramp generate {model} --policy {folder / 'policy.json'}")
     o.write_result(result.to_dict(), json)
+
+
+def check_drift(file: Path | None, answers: Iterable[Sequence[int]]) -> None:
+    """Warn on standard error where the tokens of answers, given by their exit layers, left elsewhere than certified."""
+    from offramp.calibration import load
+
+    certificate = None if file is None else load(file)
+    drift = None if certificate is None else certificate.drift()
+    if drift is not None and any([drift.add(answer) for answer in answers]):
+        o.note(f"certificate may not apply: {drift.words()}")
 
 
 def check_certificate(

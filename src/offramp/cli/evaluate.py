@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.calibrate import check_certificate
+from offramp.cli.calibrate import check_certificate, check_drift
 
 if TYPE_CHECKING:
     from offramp.evaluation import Evaluation
@@ -98,6 +98,7 @@ def evaluate(
     from accelerate import PartialState
 
     import offramp
+    from offramp.evaluation import records_of
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if state.num_processes > 1:
@@ -123,6 +124,8 @@ def evaluate(
             result = _task(lm, what, data, target, chosen, policy or [], folder, limit, longest, max_new_tokens, shared)
     if not state.is_main_process:
         return
+    for file in (policy or []) if task != "perplexity" else []:
+        check_drift(file, [record.exit_layers for record in records_of(folder, file.stem)])
     if str(json) != "-":
         typer.echo(result.table())
     o.note(f"wrote {folder}: records, results.json, table.md and pictures")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.calibrate import check_certificate
+from offramp.cli.calibrate import check_certificate, check_drift
 
 if TYPE_CHECKING:
     from offramp.decoding import Step
@@ -74,6 +74,7 @@ def generate(
     results = [
         _one(lm, text, rule, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
     ]
+    check_drift(policy, [[token["exit_layer"] for token in result["tokens"]] for result in results])
     learnt = None if rule is None or not rule.adaptive else _learnt(lm, rule)
     o.write_result(
         {

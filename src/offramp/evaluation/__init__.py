@@ -9,6 +9,7 @@ from offramp.evaluation.bootstrap import Bootstrap as Bootstrap
 from offramp.evaluation.bootstrap import Interval as Interval
 from offramp.evaluation.evaluate import evaluate as evaluate
 from offramp.evaluation.evaluate import evaluate_perplexity as evaluate_perplexity
+from offramp.evaluation.evaluate import records_of as records_of
 from offramp.evaluation.perplexity import Passage as Passage
 from offramp.evaluation.perplexity import perplexity_records as perplexity_records
 from offramp.evaluation.perplexity import read_passages as read_passages

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from offramp.evaluation.arms import FULL, static_arms
 from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, perplexity_records
-from offramp.evaluation.record_file import Item, Progress, Record, conditions_of, digest, read_records, write_records
+from offramp.evaluation.processes import Run, locked_by_first, shared, state_of
+from offramp.evaluation.record_file import Item, Progress, Record, conditions_of, read_records
 from offramp.evaluation.records import decode_records
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, summarise
-from offramp.files import differences, locked, write_json
+from offramp.files import differences, write_json
 from offramp.machine import describe
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from offramp.tasks import Example, Task
 
 CONFIG, RECORDS = "config.json", "records"
-Run = Callable[..., list[Record]]
-"""(examples, arm=…, policy=…, path=…, full=…, progress=…) -> records, one per example."""
 
 
 def evaluate(
@@ -132,6 +131,11 @@ def evaluate_perplexity(
     )
 
 
+def records_of(folder: Path, arm: str) -> list[Record]:
+    """The records of an arm in a run folder, in the order of the examples."""
+    return read_records(folder / RECORDS / f"{_file_name(arm)}.jsonl")[1]
+
+
 def _evaluate(
     lm: LanguageModel, run: Run, examples: Sequence[Any], arms: Mapping[str, ExitPolicy], folder: Path,
     common: Mapping[str, Any], conditions: Mapping[str, Any], metric: str, static_layers: Sequence[int] | None,
@@ -140,16 +144,14 @@ def _evaluate(
     policies = {FULL: None, **static_arms(lm, static_layers), **arms}
     _check(lm, policies)
     bootstrap = Bootstrap([example.group for example in examples], resamples=resamples, seed=seed)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=lm.split.device.type == "cpu")
+    state = state_of(lm.split.device.type)
     records: dict[str, list[Record]] = {}
     with _opened(folder, common, about=conditions, state=state):
         for number, (arm, policy) in enumerate(policies.items()):
             full = {r.id: r for r in records[FULL]} if records else None
             counted = partial(_count, progress if state.is_main_process else None, number, len(policies))
             made = partial(run, arm=arm, policy=policy, full=full, progress=counted)
-            records[arm] = _shared(state, folder / RECORDS / _file_name(arm), examples, made)
+            records[arm] = shared(state, folder / RECORDS / _file_name(arm), examples, common["batch_size"], made)
         summaries = [
             summarise(
                 records[arm], records[FULL], policy=None if policy is None else policy.to_dict(),
@@ -205,43 +207,6 @@ def _conditions(
     }
 
 
-# ---------------------------------------------------------------- several processes, one folder
-
-
-def _shared(state: Any, stem: Path, examples: Sequence[Any], run: Run) -> list[Record]:
-    """The records of all examples, each process having answered its part.
-
-    Args:
-        state: `accelerate`'s.
-        stem: Of the file, without its ending.
-        examples: All of them.
-        run: Makes the records of some examples in the file `path`, or takes them from there.
-
-    Returns:
-        One record per example, in their order.
-    """
-    whole = stem.with_name(f"{stem.name}.jsonl")
-    rank, processes = state.process_index, state.num_processes
-    if not whole.exists():
-        parts = [stem.with_name(f"{stem.name}.{r}-of-{processes}.jsonl") for r in range(min(processes, len(examples)))]
-        if rank < len(parts):
-            run(examples[rank::processes], path=parts[rank])
-        state.wait_for_everyone()
-        if state.is_main_process:
-            _join(whole, parts, examples)
-        state.wait_for_everyone()
-    return run(examples, path=whole)  # nothing is left to do, but what is there is compared with what was asked for
-
-
-def _join(whole: Path, parts: Sequence[Path], examples: Sequence[Item]) -> None:
-    """Put the records of all processes into one file, in the order of the examples."""
-    header, _ = read_records(parts[0])
-    records = {record.id: record for part in parts for record in read_records(part)[1]}
-    write_records(whole, {**header, "examples": digest(examples)}, [records[example.id] for example in examples])
-    for part in parts:
-        part.unlink()
-
-
 @contextlib.contextmanager
 def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any], state: Any) -> Iterator[None]:
     """The run folder, for this evaluation alone; its configuration is written, or compared.
@@ -252,8 +217,7 @@ def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any]
     Raises:
         ValueError: Another evaluation is at work there, or was made of something else.
     """
-    mine = locked(folder, "another evaluation runs") if state.is_main_process else contextlib.nullcontext()
-    with mine:
+    with locked_by_first(state, folder, "another evaluation runs"):
         if state.is_main_process:
             (folder / RECORDS).mkdir(exist_ok=True)
             _configure(folder, json.loads(json.dumps(common)), about)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from offramp.exits import fingerprint
-from offramp.files import differences, replace_file
+from offramp.files import append_lines, differences, replace_file
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -161,7 +161,7 @@ def kept(
         if progress is not None:
             progress(at, len(examples), what)
         new = answer(examples[at : at + batch_size])
-        _append(path, [asdict(record) for record in new])
+        append_lines(path, [asdict(record) for record in new])
         records += new
     if progress is not None:
         progress(len(examples), len(examples), what)
@@ -194,7 +194,7 @@ def write_records(path: Path, header: Mapping[str, Any], records: Sequence[Recor
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(b"")
-        _append(temporary, [dict(header), *(asdict(record) for record in records)])
+        append_lines(temporary, [dict(header), *(asdict(record) for record in records)])
 
     replace_file(path, write)
 
@@ -205,7 +205,7 @@ def _open(path: Path, header: dict[str, Any], examples: Sequence[Item], batch_si
     have, records = read_records(path) if path.exists() else ({}, [])
     if not have:
         path.write_bytes(b"")
-        _append(path, [header])
+        append_lines(path, [header])
         return []
     if differing := differences(have, header):
         raise ValueError(
@@ -218,11 +218,3 @@ def _open(path: Path, header: dict[str, Any], examples: Sequence[Item], batch_si
     lines = path.read_bytes().split(b"\n")
     os.truncate(path, sum(len(line) + 1 for line in lines[: done + 1]))
     return records[:done]
-
-
-def _append(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("ab") as file:
-        text = "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())

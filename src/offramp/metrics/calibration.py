@@ -6,7 +6,6 @@ calibration error does not make a good exit rule, hence AURC, AUGRC and AUROC be
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.metrics import resampled
+
 Floats = NDArray[np.float64]
 
+NAMES = ("top1", "top5", "nlpd", "brier", "ece", "aurc", "augrc", "auroc")
 SMALLEST = 1e-12
 """Probabilities below it count as it in the NLPD, so that one row cannot make it infinite."""
 
@@ -118,7 +120,7 @@ class Reliability:
 
     def update(self, confidence: Floats, correct: Floats) -> Reliability:
         """With these rows added, confidences in [0, 1]; these sums stay."""
-        bins, place = len(self.count), _bins(confidence, len(self.count))
+        bins, place = len(self.count), resampled.bin_of(confidence, len(self.count))
         sums = [np.bincount(place, weights=w, minlength=bins) for w in (None, confidence, correct)]
         return self.merge(Reliability(*(s.astype(np.float64) for s in sums)))
 
@@ -147,11 +149,6 @@ def reliability(grades: Grades, bins: int = 15) -> Reliability:
     return Reliability.empty(bins).update(grades.confidence, grades.correct)
 
 
-def _bins(confidence: Floats, bins: int) -> NDArray[np.intp]:
-    place = np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="right") - 1
-    return np.clip(place, 0, bins - 1)
-
-
 # ---------------------------------------------------------------- does confidence tell right from wrong?
 
 
@@ -167,7 +164,7 @@ def aurc(score: Floats, correct: Floats) -> float:
     Returns:
         In [0, 1]; smaller is better.
     """
-    return float(_ranked(_aurc, score, 1 - correct)[0])
+    return _areas(score, correct)[0]
 
 
 def augrc(score: Floats, correct: Floats) -> float:
@@ -183,7 +180,7 @@ def augrc(score: Floats, correct: Floats) -> float:
     Returns:
         In [0, 1]; smaller is better.
     """
-    return float(_ranked(_augrc, score, 1 - correct)[0])
+    return _areas(score, correct)[1]
 
 
 def auroc(score: Floats, correct: Floats) -> float | None:
@@ -196,47 +193,13 @@ def auroc(score: Floats, correct: Floats) -> float | None:
     Returns:
         In [0, 1]; None if all rows are right, or none.
     """
-    value = float(_ranked(_auroc, score, 1 - correct)[0])
-    return None if np.isnan(value) else value
+    return _number(_areas(score, correct)[2])
 
 
-def _ranked(
-    area: Callable[[Floats, Floats], Floats], score: Floats, wrong: Floats, weights: Floats | None = None
-) -> Floats:
-    """An area under rows from sure to unsure; weights [R, N] say how often each row is there, None: once."""
-    # Rows with one score are one group: areas are made of the groups' sizes and their wrong rows, [R, groups] each.
-    order = np.argsort(-score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
-    times = np.ones((1, len(score))) if weights is None else weights[:, order]
-    sizes = np.add.reduceat(times, starts, axis=1)
-    return area(sizes, np.add.reduceat(times * wrong[order], starts, axis=1))
-
-
-def _aurc(sizes: Floats, errors: Floats) -> Floats:
-    # In a group of n rows after K others, with e errors after E, the j-th has an expected risk (E + e j/n) / (K + j);
-    # the sum over j is e + (E − e K/n) (H(K + n) − H(K)), with harmonic numbers H.
-    rows = sizes.sum(1)
-    last, wrong = sizes.cumsum(1), errors.cumsum(1)
-    first, before = last - sizes, wrong - errors
-    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, rows.max() + 1))]
-    steps = harmonic[last.astype(np.intp)] - harmonic[first.astype(np.intp)]
-    share = np.divide(errors, sizes, out=np.zeros_like(errors), where=sizes > 0)
-    area: Floats = (errors + (before - share * first) * steps).sum(1) / rows
-    return area
-
-
-def _augrc(sizes: Floats, errors: Floats) -> Floats:
-    before = errors.cumsum(1) - errors
-    area: Floats = (sizes * before + errors * (sizes + 1) / 2).sum(1) / sizes.sum(1) ** 2
-    return area
-
-
-def _auroc(sizes: Floats, errors: Floats) -> Floats:
-    right = sizes - errors
-    pairs = (errors * (right.cumsum(1) - right / 2)).sum(1)
-    possible = errors.sum(1) * right.sum(1)
-    area: Floats = np.divide(pairs, possible, out=np.full_like(pairs, np.nan), where=possible > 0)
-    return area
+def _areas(score: Floats, correct: Floats) -> tuple[float, float, float]:
+    under, generalised = resampled.risk_coverage(score, correct, np.ones((1, len(score)), dtype=np.float32))
+    ordered = resampled.auroc(correct.mean(keepdims=True), generalised, len(score))
+    return float(under[0]), float(generalised[0]), float(ordered[0])
 
 
 # ---------------------------------------------------------------- everything
@@ -253,7 +216,8 @@ def scores(grades: Grades, *, bins: int = 15) -> dict[str, float | None]:
         "top1", "top5" (None with fewer than six classes), "nlpd", "brier", "ece", "aurc", "augrc", "auroc" (None if all
         rows are right, or none).
     """
-    return {name: _number(values[0]) for name, values in _scores(grades, np.ones((1, len(grades.nlpd))), bins).items()}
+    found = resampled.scores(grades, np.ones((1, len(grades.nlpd)), dtype=np.float32), bins)
+    return {name: _number(found[name][0]) if name in found else None for name in NAMES}
 
 
 def intervals(
@@ -280,39 +244,18 @@ def intervals(
         raise ValueError(f"level is {level}; it must be in (0, 1)")
     rows, random = len(grades.nlpd), np.random.default_rng(seed)
     height = max(1, 2**22 // rows)  # draws that are worked on together
-    parts = []
-    for start in range(0, resamples, height):
-        drawn = random.multinomial(rows, np.full(rows, 1 / rows), size=min(height, resamples - start))
-        parts.append(_scores(grades, drawn.astype(np.float64), bins))
+    parts = [
+        resampled.scores(grades, resampled.draws(rows, min(height, resamples - start), random)[1:], bins)
+        for start in range(0, resamples, height)
+    ]
     ends = [(1 - level) / 2, (1 + level) / 2]
     found: dict[str, tuple[float, float] | None] = {}
-    for name in parts[0]:
-        values = np.concatenate([part[name] for part in parts])
+    for name in NAMES:
+        values = np.concatenate([part[name] for part in parts if name in part] or [np.empty(0)])
         values = values[~np.isnan(values)]  # a draw may hold no wrong row
-        found[name] = (
-            (float(np.quantile(values, ends[0])), float(np.quantile(values, ends[1]))) if len(values) else None
-        )
+        low, high = np.quantile(values, ends) if len(values) else (None, None)
+        found[name] = None if low is None or high is None else (float(low), float(high))
     return found
-
-
-def _scores(grades: Grades, weights: Floats, bins: int) -> dict[str, Floats]:
-    """Each metric for R draws of the rows, weights [R, N] -> [R]; NaN where there is none."""
-    rows = weights.sum(1)
-    none = np.full(len(weights), np.nan)
-    gap = np.zeros((len(grades.nlpd), bins))
-    gap[np.arange(len(gap)), _bins(grades.confidence, bins)] = grades.correct - grades.confidence
-    areas = {
-        name: _ranked(area, grades.score, 1 - grades.correct, weights)
-        for name, area in (("aurc", _aurc), ("augrc", _augrc), ("auroc", _auroc))
-    }
-    return {
-        "top1": weights @ grades.correct / rows,
-        "top5": none if grades.among_five is None else weights @ grades.among_five / rows,
-        "nlpd": weights @ grades.nlpd / rows,
-        "brier": weights @ grades.brier / rows,
-        "ece": np.abs(weights @ gap).sum(1) / rows,
-        **areas,
-    }
 
 
 def _number(value: float) -> float | None:

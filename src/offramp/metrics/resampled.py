@@ -20,13 +20,13 @@ _TOGETHER = 128
 """Resamples worked on together."""
 
 
-def draws(rows: int, resamples: int, seed: int = 0) -> Weights:
+def draws(rows: int, resamples: int, seed: int | np.random.Generator = 0) -> Weights:
     """How often each row is drawn.
 
     Args:
         rows: N.
         resamples: R; 0: none.
-        seed: Of the draws; numpy's PCG64, the same everywhere.
+        seed: Of the draws, numpy's PCG64, the same everywhere; or where to go on drawing.
 
     Returns:
         [1 + R, N], float32; the first row is ones.
@@ -52,18 +52,25 @@ def scores(grades: Grades, weights: Weights, bins: int = 15) -> dict[str, Floats
         bins: Of the calibration error.
 
     Returns:
-        "top1", "top5" (not with fewer than six classes), "nlpd", "ece", "aurc", "augrc" and "brier", [1 + R] each.
+        "top1", "top5" (not with fewer than six classes), "nlpd", "brier", "ece", "aurc", "augrc" and "auroc" (NaN
+        where all rows are right, or none), [1 + R] each.
     """
     rows = np.arange(len(grades.nlpd))
     gaps = np.zeros((bins, len(rows)))
-    edges = np.linspace(0, 1, bins + 1)[1:-1]  # the last bin holds 1 as well
-    gaps[np.searchsorted(edges, grades.confidence, side="right"), rows] = grades.correct - grades.confidence
+    gaps[bin_of(grades.confidence, bins), rows] = grades.correct - grades.confidence
     five = [] if grades.among_five is None else [grades.among_five]
     means = mean(np.stack([grades.correct, *five, grades.nlpd, grades.brier, *gaps]), weights)
     found = {"top1": means[0]} | ({"top5": means[1]} if five else {})
-    found |= {"nlpd": means[len(five) + 1], "ece": np.abs(means[len(five) + 3 :]).sum(axis=0)}
+    found["nlpd"], found["brier"], gaps = means[len(five) + 1], means[len(five) + 2], means[len(five) + 3 :]
+    found["ece"] = np.abs(gaps).sum(axis=0)
     found["aurc"], found["augrc"] = risk_coverage(grades.score, grades.correct, weights)
-    return found | {"brier": means[len(five) + 2]}
+    found["auroc"] = auroc(found["top1"], found["augrc"], len(rows))
+    return found
+
+
+def bin_of(confidence: Floats, bins: int) -> NDArray[np.intp]:
+    """Which of the bins of equal width each confidence is in, [N]: lower ends belong to them, and 1 to the last."""
+    return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="right")
 
 
 def mean(values: Floats, weights: Weights) -> Floats:
@@ -110,3 +117,22 @@ def risk_coverage(score: Floats, correct: Floats, weights: Weights) -> tuple[Flo
         aurc[part] = ((later[last] - later[first]) * share).sum(axis=1) / rows
         augrc[part] = ((left[last] - left[first]) * share).sum(axis=1) / rows**2
     return aurc, augrc
+
+
+def auroc(top1: Floats, augrc: Floats, rows: int) -> Floats:
+    """Probability that a right row is surer than a wrong one, from AUGRC.
+
+    N²·AUGRC - E(E + 1)/2 counts the pairs of one of E errors and a right row that is no surer, ties by half.
+
+    Args:
+        top1: Share of right rows, [1 + R].
+        augrc: [1 + R].
+        rows: N.
+
+    Returns:
+        [1 + R]; NaN where there are no pairs.
+    """
+    errors = np.round(rows * (1 - top1))
+    pairs = errors * (rows - errors)
+    wrong = np.round(2 * rows**2 * augrc - errors * (errors + 1)) / 2
+    return np.divide(pairs - wrong, pairs, out=np.full_like(wrong, np.nan), where=pairs > 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ def save_classifiers(evaluation: ClassifierEvaluation, folder: Path) -> list[Pat
     """
     if not available():
         return []
-    drawings = {}
+    drawings: dict[str, Callable[[], Any]] = {}
     for test in evaluation.tests:
         name = "".join(c if c.isalnum() else "-" for c in test)
         drawings[f"classify-reliability-{name}"] = partial(reliability_figure, evaluation, test)

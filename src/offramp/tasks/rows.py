@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line} is not UTF-8; convert the file") from None
     if not text.strip():
-        raise ValueError(f"{path} is empty; give a file with examples")
+        raise ValueError(f"{path} is empty; give a file with text")
     return text
 
 
@@ -120,7 +120,7 @@ def hub_rows(name: str) -> Iterator[Row]:
         load_dataset = import_module("datasets").load_dataset
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{name} needs datasets; install it with: pip install 'offramp[eval]', or give a local file"
+            f"{name} needs datasets; install it with: pip install 'offramp[hub]', or give a local file"
         ) from error
     rows = load_dataset(data_set, config, split=parts[0] if parts else None)
     if isinstance(rows, dict):

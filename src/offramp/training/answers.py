@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from offramp.exits import fingerprint
-from offramp.files import differences
+from offramp.files import append_lines, open_lines
 from offramp.training.data import Document, Progress
 
 if TYPE_CHECKING:
@@ -90,12 +89,12 @@ def answer_documents(
     header = {"model": fingerprint(lm.model), "prompts": digest, **asdict(config)}
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
-        records = _open_cache(cache, header, config.batch_size, len(jobs))
+        records = open_lines(cache, header, "answers", lambda done: _whole_batches(done, len(jobs), config.batch_size))
         for at in range(len(records), len(jobs), config.batch_size):
             if progress is not None:
                 progress(at, len(jobs), "answers")
             new = _answer(lm, jobs[at : at + config.batch_size], config, seed=config.seed + at)
-            _append(cache, new)
+            append_lines(cache, new)
             records += new
     if progress is not None:
         progress(len(jobs), len(jobs), "answers")
@@ -106,6 +105,10 @@ def answer_documents(
         Document(tuple(record["ids"]), start, name, tuple(record.get("source", ())))
         for record, start, name in zip(records, starts, names, strict=True)
     ]
+
+
+def _whole_batches(done: int, total: int, size: int) -> int:
+    return done if done == total else done - done % size
 
 
 def _name(prompt: Prompt) -> str:
@@ -128,27 +131,3 @@ def _answer(lm: LanguageModel, prompts: list[Prompt], config: AnswerConfig, seed
         else:
             records.append({**record, "start": len(ids), "ids": ids + tokens})
     return records
-
-
-def _append(cache: Path, records: list[dict[str, Any]]) -> None:
-    with cache.open("ab") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _open_cache(cache: Path, header: dict[str, Any], batch: int, total: int) -> list[dict[str, Any]]:
-    """The answers of finished batches; whatever an interruption left behind them is cut off."""
-    lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []  # behind the last line end: half a line
-    if not lines:
-        cache.write_bytes(b"")
-        _append(cache, [header])
-        return []
-    if differing := differences(json.loads(lines[0]), header):
-        raise ValueError(
-            f"{cache} holds answers made otherwise ({'; '.join(differing)}); remove it, or use another folder"
-        )
-    done = len(lines) - 1
-    done -= done % batch if done < total else 0
-    os.truncate(cache, sum(len(line) + 1 for line in lines[: done + 1]))
-    return [json.loads(line) for line in lines[1 : done + 1]]

@@ -71,8 +71,7 @@ class TrainConfig:
         tokens: stop at the first step that reaches so many trained positions.
         batch_size: Windows per step, over all processes.
         micro_batch: Windows that go through the model at once; a step adds up their gradients. None: all. The result
-            is the same, except for what is chosen by the windows at hand: deep layers in `hidden_loss`, the balance of
-            classifiers' classes.
+            is the same, except for what is chosen by the windows at hand: deep layers in `hidden_loss`.
         positions: Most positions per window whose readouts are trained, drawn anew each time; None: all.
         precision: "bf16": compute in bfloat16 under autocast, weights stay as they are; None: as loaded.
         warmup: Steps over which the learning rate rises.

@@ -8,8 +8,7 @@ anything is cut into windows; answers to the same prompt and repeated texts alwa
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.tasks import task_documents
+from offramp.tasks.rows import json_rows, kind, read_text
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -109,7 +109,7 @@ def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     """The documents of a file: the objects of a `.json` list or of `.jsonl` lines, or the whole file as one.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, UTF-8, gzipped if its name ends in `.gz`.
         fields: Keys of an object whose texts are joined by line ends.
 
     Returns:
@@ -118,35 +118,13 @@ def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     Raises:
         ValueError: Not of that layout, or without any text.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        if not text.strip():
-            raise ValueError(f"{path} is empty; give a file with text")
-        return [text]
-    texts = [_joined(value, fields, place) for place, value in _objects(path, text)]
+    if kind(path) not in (".json", ".jsonl"):
+        return [read_text(path)]
+    texts = [_joined(row.value, fields, row.place) for row in json_rows(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path} holds no text under {' + '.join(fields)}; give a file with text, or other fields")
     return texts
-
-
-def _objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(place for messages, JSON value) of each entry."""
-    if path.suffix.lower() == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); JSON Lines need the ending .jsonl") from None
-        if not isinstance(values, list):
-            raise ValueError(f"{path} holds a JSON {type(values).__name__}, but a list of objects is needed")
-        yield from ((f"{path}, entry {number}", value) for number, value in enumerate(values, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
 
 
 def _joined(value: Any, fields: Sequence[str], place: str) -> str:

@@ -110,7 +110,8 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
         lm: The model, adapters merged.
         exits: Its exits.
         folder: Where the exits go.
-        record: How they were trained.
+        record: How they were trained. For classifiers, what the exits already say of their lenses is kept beside it,
+            under "lenses".
         model: Where the model goes; None: it did not change.
     """
     if model is not None:
@@ -123,4 +124,6 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
 
         replace_folder(model, write)
         exits.fingerprint = fingerprint(lm.model)
-    exits.save(folder, settings=record)
+    before = exits.settings.get("lenses", {} if "lenses" in exits.settings.get("model", ()) else exits.settings)
+    lenses = {"lenses": before} if exits.classifiers is not None and before else {}
+    exits.save(folder, settings={**record, **lenses})

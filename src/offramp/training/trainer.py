@@ -7,8 +7,8 @@ ends with the same bits as one that was not, on the same machine with the same n
 
 Several processes (`accelerate launch`, on CPUs `torchrun --nproc-per-node N`) divide each step's windows and add up
 their gradients; the result is that of one process but for rounding, and but for what each decides by its own windows:
-dropout, FREE's choice of deep layers, and how classifiers' classes are balanced. Every process holds the whole model:
-weights that are divided between processes (FSDP, DeepSpeed ZeRO) are not supported.
+dropout and FREE's choice of deep layers. Every process holds the whole model: weights that are divided between
+processes (FSDP, DeepSpeed ZeRO) are not supported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from offramp.families import SplitModel
 from offramp.machine import describe
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
-from offramp.training.consistency import tally_classifiers
+from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropping
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
@@ -252,7 +252,10 @@ class _Trainer:
         count = windows.positions
         with torch.random.fork_rng(devices=[self.split.device] if self.split.device.type == "cuda" else []):
             torch.manual_seed(hash((config.seed, clock.step, self.workers.process_index)) & 0x7FFFFFFF)
-            result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
+            if config.classifiers:
+                result = self._learn_classifiers(windows)
+            else:
+                result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
         norm = self._reduce_gradients()
         loss = sum(w * value for w, value in zip(self.weights, [*result.loss, result.last_loss], strict=False))
         self._check(clock.step + 1, result, norm)
@@ -281,6 +284,16 @@ class _Trainer:
                 term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
                 roots, gradients = [*roots, term], [*gradients, None]
             torch.autograd.backward(roots, gradients)
+        return result
+
+    def _learn_classifiers(self, windows: Windows) -> Tally:
+        """The same for classifiers and all windows of the step, whose classes are balanced over all of them."""
+        gradients = ClassGradients(self.exits, self.weights)
+        parts = self._shared(
+            windows, self.config.micro_batch, lambda part: self._tally(*self._states(part), gradients=gradients)
+        )
+        result, shares = balanced(parts)
+        gradients.settle(shares, result.positions)
         return result
 
     def _states(self, windows: Windows) -> tuple[list[Tensor], Tensor]:
@@ -319,7 +332,7 @@ class _Trainer:
         world, rank = self.workers.num_processes, self.workers.process_index
         mine = torch.arange(rank, len(windows), world)
         tallies = [work(windows[part]) for part in torch.split(mine, size or max(len(mine), 1)) if len(part)]
-        width, device = len(self.exits.layers) + 1, self.split.device
+        width, device = (2 if self.config.classifiers else 1) * len(self.exits.layers) + 1, self.split.device
         nothing = Tally(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
         own = functools.reduce(operator.add, tallies, nothing)
         if world == 1:
@@ -368,6 +381,7 @@ class _Trainer:
         training = self.split.model.training
         self.split.model.eval()
         try:
-            return self._shared(windows, self.config.micro_batch or self.config.batch_size, judge)
+            result = self._shared(windows, self.config.micro_batch or self.config.batch_size, judge)
+            return balanced(result)[0] if self.config.classifiers else result
         finally:
             self.split.model.train(training)

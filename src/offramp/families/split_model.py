@@ -1,18 +1,14 @@
-"""Any supported model as start / run(lo, hi) / fill / readout: the only door to the internals of `transformers`.
+"""Any supported model as start / run(lo, hi) / fill / readout.
 
 Layers count from 1 in all public signatures of this project: "after layer l" means that blocks 0..l-1 of the module
 list ran. `run(state, lo, hi)` takes a state after `lo` layers to one after `hi`.
-
-Everything family-specific stands in the `FAMILIES` table and the few functions above it. `tests/test_families.py` runs
-the same contract over every row of the table; an architecture without a row is refused.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
-from transformers.masking_utils import (
-    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
-    create_bidirectional_mask,
-)
 
 from offramp.cache import LayerCache
+from offramp.families.block_calls import rotation, run_block
+from offramp.families.table import FAMILIES
 from offramp.module_sizes import model_shape
 from offramp.state import Context, Frame, HeadRows, Skipped, State
 
@@ -41,128 +35,6 @@ Edit = Callable[[int, Tensor, Tensor], Tensor]
 
 class UnsupportedModelError(ValueError):
     """The architecture has no tested family here; the message names those that have."""
-
-
-# ---------------------------------------------------------------- keys and values of a skipped block
-
-
-def _split_heads(x: Tensor, width: int) -> Tensor:
-    """[N, n, H * width] -> [N, H, n, width]."""
-    return x.view(*x.shape[:-1], -1, width).transpose(1, 2)
-
-
-def _rotary_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values of a decoder-only block, [N, n, D] -> two of [N, H, n, D_head]."""
-    attention, x = layer.self_attn, hidden
-    if hasattr(layer, "input_layernorm"):  # OLMo 2 normalises after attention instead
-        x = layer.input_layernorm(hidden)
-    if hasattr(attention, "qkv_proj"):  # Phi-3
-        width, fused = attention.num_key_value_heads * attention.head_dim, attention.qkv_proj
-        plain = type(fused) is nn.Linear  # an adapter or a quantised layer is more than its weight
-        both = F.linear(x, fused.weight[-2 * width :]) if plain else fused(x)[..., -2 * width :]
-        keys, values = both[..., :width], both[..., width:]
-    else:
-        keys, values = attention.k_proj(x), attention.v_proj(x)
-    norm = getattr(attention, "k_norm", None)  # over a head (Qwen3, Gemma 3) or over all heads (OLMo 2)
-    if norm is not None and norm.weight.shape[0] == keys.shape[-1]:
-        keys, norm = norm(keys), None
-    keys, values = _split_heads(keys, attention.head_dim), _split_heads(values, attention.head_dim)
-    if norm is not None:
-        keys = norm(keys)
-    if getattr(attention, "use_rope", True):  # SmolLM3 leaves every fourth layer without
-        keys = sys.modules[type(attention).__module__].apply_rotary_pos_emb(keys, keys, *rope)[1]
-    return keys, values
-
-
-def _t5_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
-    sub = layer.layer[0]
-    x, width = sub.layer_norm(hidden), sub.SelfAttention.key_value_proj_dim
-    return _split_heads(sub.SelfAttention.k(x), width), _split_heads(sub.SelfAttention.v(x), width)
-
-
-def _bart_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
-    return _projected(layer.self_attn, hidden)
-
-
-def _whisper_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
-    return _projected(layer.self_attn, layer.self_attn_layer_norm(hidden))
-
-
-def _projected(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _split_heads(attention.k_proj(x), attention.head_dim), _split_heads(attention.v_proj(x), attention.head_dim)
-
-
-def _t5_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
-    attention = layer.layer[1].EncDecAttention
-    width = attention.key_value_proj_dim
-    return _split_heads(attention.k(memory), width), _split_heads(attention.v(memory), width)
-
-
-def _bart_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
-    return _projected(layer.encoder_attn, memory)
-
-
-# ---------------------------------------------------------------- before the first block
-
-
-def _embed_plain(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    embedded: Tensor = decoder.embed_tokens(ids)
-    return embedded
-
-
-def _embed_bart(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    embedded = decoder.embed_tokens(ids)
-    return decoder.layernorm_embedding(embedded + decoder.embed_positions(ids, 0, position_ids=positions[0]))  # type: ignore[no-any-return]
-
-
-def _embed_whisper(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    return decoder.embed_tokens(ids) + decoder.embed_positions(ids, position_ids=positions)  # type: ignore[no-any-return]
-
-
-# ---------------------------------------------------------------- the families
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between architectures, by attribute paths and functions.
-
-    Attributes:
-        decoder: Path from the model to its decoder.
-        layers: Name of the block list in the decoder.
-        norm: Name of the final norm in the decoder; None where there is none (BART).
-        head: Path from the model to the head.
-        keys_values: (block, states [N, n, D], rotation) -> keys and values [N, H, n, D_head].
-        embed: (decoder, ids [A, n], positions [A, n]) -> states entering the first block.
-        cross: (block, memory) -> cross-attention keys and values; None for a decoder-only model.
-    """
-
-    decoder: str = "model"
-    layers: str = "layers"
-    norm: str | None = "norm"
-    head: str = "lm_head"
-    keys_values: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor]] = _rotary_keys_values
-    embed: Callable[[Any, Tensor, Tensor], Tensor] = _embed_plain
-    cross: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
-
-
-_T5 = Family("decoder", "block", "final_layer_norm", "lm_head", _t5_keys_values, _embed_plain, _t5_cross)
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma3_text": Family(),
-    "phi3": Family(),
-    "olmo2": Family(),
-    "smollm3": Family(),
-    "t5": _T5,
-    "mt5": _T5,
-    "bart": Family("model.decoder", "layers", None, "lm_head", _bart_keys_values, _embed_bart, _bart_cross),
-    "whisper": Family(
-        "model.decoder", "layers", "layer_norm", "proj_out", _whisper_keys_values, _embed_whisper, _bart_cross
-    ),
-}
-"""Supported values of `config.model_type`."""
 
 
 class SplitModel:
@@ -323,92 +195,8 @@ class SplitModel:
             )
         hidden = state.hidden
         for index in range(lo, hi):
-            hidden = self._block(index, hidden, state.frame, state.context)
+            hidden = run_block(self, index, hidden, state.frame, state.context)
         return replace(state, hidden=hidden, depth=hi)
-
-    def _block(self, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
-        cache: Any = context.cache.layers[index]
-        cache.rows, cache.length = frame.rows, frame.start
-        kind = self.types[index]
-        block, mask = self.blocks[index], self._mask(kind, index, hidden, frame, context)
-        if self.family.cross is None:
-            return block(  # type: ignore[no-any-return]
-                hidden,
-                attention_mask=mask,
-                position_ids=_positions(frame, context),
-                past_key_values=context.past,
-                position_embeddings=self._rope(kind, hidden, frame, context),
-            )
-        self._prepare_cross(index, frame, context)
-        arguments = {
-            "attention_mask": mask,
-            "encoder_hidden_states": context.memory,
-            "encoder_attention_mask": self._cross_mask(hidden, frame, context),
-            "past_key_values": context.past,
-        }
-        if self.name in ("t5", "mt5"):
-            return block(hidden, position_bias=self._bias(frame), **arguments)[0]  # type: ignore[no-any-return]
-        return block(hidden, **arguments)  # type: ignore[no-any-return]
-
-    def _prepare_cross(self, index: int, frame: Frame, context: Context) -> None:
-        """Cross-attention keys and values, for all rows, at the first visit of a block."""
-        past: Any = context.past
-        cache = past.cross_attention_cache.layers[index]
-        if index not in context.crossed:
-            assert self.family.cross is not None
-            assert context.memory is not None
-            cache.update(*self.family.cross(self.blocks[index], context.memory))
-            past.is_updated[index] = True
-            context.crossed.append(index)
-        cache.rows = frame.rows
-
-    def _mask(self, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
-        if ("mask", kind) not in frame.memo:
-            padding = context.padding
-            if padding is not None:
-                padding = padding[frame.rows, : frame.start + frame.queries]
-            build: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
-            frame.memo["mask", kind] = build(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=padding,
-                past_key_values=context.cache,
-                position_ids=_positions(frame, context),
-                layer_idx=index,
-            )
-        return frame.memo["mask", kind]
-
-    def _cross_mask(self, hidden: Tensor, frame: Frame, context: Context) -> Any:
-        if context.memory_mask is None or self.name == "whisper":  # Whisper attends to all of its padded input
-            return None
-        if ("mask", "cross") not in frame.memo:
-            frame.memo["mask", "cross"] = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=context.memory_mask[frame.rows],
-                encoder_hidden_states=context.memory[: len(hidden)],  # type: ignore[index] # only its shape is used
-            )
-        return frame.memo["mask", "cross"]
-
-    def _rope(self, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
-        key = ("rope", kind if self.rotary_by_type else "")
-        if key not in frame.memo:
-            frame.memo[key] = self._rotation(kind, hidden, _positions(frame, context))
-        return frame.memo[key]
-
-    def _rotation(self, kind: str, hidden: Tensor, positions: Tensor) -> Any:
-        if self.rotary is None:
-            return None
-        return self.rotary(hidden, positions, *([kind] if self.rotary_by_type else []))
-
-    def _bias(self, frame: Frame) -> Tensor:
-        """T5's relative position bias, which the first block owns and all blocks share, [1, H, n, T]."""
-        if ("bias", "") not in frame.memo:
-            attention = self.blocks[0].layer[0].SelfAttention
-            frame.memo["bias", ""] = attention.compute_bias(
-                frame.queries, frame.start + frame.queries, device=self.device, past_seen_tokens=frame.start
-            )
-        return frame.memo["bias", ""]  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------ a whole pass
 
@@ -474,7 +262,7 @@ class SplitModel:
         x, kind = skipped.hidden[:, None], self.types[layer]  # [N, 1, D]
         if kind not in skipped.memo:
             positions = context.positions[skipped.rows, skipped.slots][:, None]
-            skipped.memo[kind] = self._rotation(kind, x, positions)
+            skipped.memo[kind] = rotation(self, kind, x, positions)
         keys, values = self.family.keys_values(self.blocks[layer], x, skipped.memo[kind])  # [N, H, 1, D_head]
         cache: Any = context.cache.layers[layer]
         cache.write(skipped.rows, skipped.slots, keys[:, :, 0], values[:, :, 0], stop=skipped.stop)
@@ -559,11 +347,3 @@ class SplitModel:
             Logits, [..., V].
         """
         return self.project(self.readout_input(hidden, layer))
-
-
-def _positions(frame: Frame, context: Context) -> Tensor:
-    """Positions of a frame's tokens, [A, n]."""
-    if ("positions", "") not in frame.memo:
-        frame.memo["positions", ""] = context.positions[frame.rows, frame.start : frame.start + frame.queries]
-    positions: Tensor = frame.memo["positions", ""]
-    return positions

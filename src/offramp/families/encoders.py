@@ -1,4 +1,4 @@
-"""Transformers' encoders as start / run(lo, hi): the door to its internals for classifiers, as `families` is for text.
+"""Transformers' encoders as start / run(lo, hi), for classifiers.
 
 Blocks are those that `output_hidden_states` counts: layers of a transformer, stages of a ResNet. After block l stands
 `hidden_states[l]`, before any final norm.

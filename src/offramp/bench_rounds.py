@@ -1,0 +1,99 @@
+"""Rounds of a bench: what one arm did in one of them, and a file that an interrupted bench goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offramp.bench_results import CONFIDENCE_PARTS, Arms, policy_values
+from offramp.costs import PARTS, Costs
+from offramp.exits import fingerprint
+from offramp.files import append_lines, open_lines
+from offramp.language_model import LanguageModel
+
+ROUNDS = "rounds.jsonl"
+SCHEMA = "offramp/bench-rounds/1"
+COUNTS = ("tests", "flops", "bytes", "draft_flops", "confidence_flops")
+
+
+@dataclass
+class Turn:
+    """One arm in one round, over all batches.
+
+    Attributes:
+        seconds: Wall-clock time.
+        parts: Seconds by part of the generation.
+        counts: Sums by `COUNTS`; of a model's own `generate` they stay 0.
+        tokens: Of each prompt.
+        layers: After which they left.
+    """
+
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    tokens: list[list[int]] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+
+    def add(self, costs: Costs) -> None:
+        """The costs of one batch."""
+        for part, entry in costs.parts.items():
+            self.parts[part] += entry.seconds
+        for name in COUNTS[:-1]:
+            self.counts[name] += getattr(costs, name)
+        self.counts[COUNTS[-1]] += sum(costs.parts[part].flops for part in CONFIDENCE_PARTS)
+
+
+@dataclass
+class Round:
+    """All prompts with all arms.
+
+    Attributes:
+        order: Of each batch, the names of the arms as they ran.
+        arms: What each did.
+    """
+
+    order: list[list[str]]
+    arms: dict[str, Turn]
+
+
+def header_of(
+    lm: LanguageModel, arms: Arms, batches: Sequence[Mapping[str, Tensor]], conditions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How rounds come about, as JSON values: all but their number, which may be asked for later."""
+    content = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
+    return {
+        "schema": SCHEMA,
+        "weights": fingerprint(lm.model),
+        "exits": None if lm.exits is None else fingerprint(lm.exits),
+        "prompt_ids": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        "arms": {name: policy_values(policy) for name, policy in arms.items()},
+        **{name: value for name, value in conditions.items() if name != "repeats"},
+    }
+
+
+def read_rounds(folder: Path, header: Mapping[str, Any]) -> list[Round]:
+    """The finished rounds in a folder, where further ones may now be written.
+
+    Args:
+        folder: Of the run.
+        header: From `header_of`.
+
+    Returns:
+        The rounds.
+
+    Raises:
+        ValueError: They are of another bench.
+    """
+    values = open_lines(folder / ROUNDS, header, "rounds")
+    return [Round(value["order"], {arm: Turn(**turn) for arm, turn in value["arms"].items()}) for value in values]
+
+
+def write_round(folder: Path, played: Round) -> None:
+    """Add a finished round."""
+    append_lines(folder / ROUNDS, [asdict(played)])

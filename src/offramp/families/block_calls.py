@@ -1,0 +1,128 @@
+"""Calling one block of a model from outside: masks, positions, rotations and biases as the model itself makes them.
+
+What all blocks of a kind share is computed once per frame and kept in its memo.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_bidirectional_mask
+
+from offramp.state import Context, Frame
+
+if TYPE_CHECKING:
+    from offramp.families.split_model import SplitModel
+
+
+def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
+    """States after a block; its keys and values go into the context's cache.
+
+    Args:
+        split: The model.
+        index: The block, counted from 0.
+        hidden: States before it, [A, n, D].
+        frame: Whose they are.
+        context: That of the batch.
+
+    Returns:
+        States, [A, n, D].
+    """
+    cache: Any = context.cache.layers[index]
+    cache.rows, cache.length = frame.rows, frame.start
+    kind = split.types[index]
+    block, mask = split.blocks[index], _mask(split, kind, index, hidden, frame, context)
+    if split.family.cross is None:
+        return block(  # type: ignore[no-any-return]
+            hidden,
+            attention_mask=mask,
+            position_ids=_positions(frame, context),
+            past_key_values=context.past,
+            position_embeddings=_rope(split, kind, hidden, frame, context),
+        )
+    _prepare_cross(split, index, frame, context)
+    arguments = {
+        "attention_mask": mask,
+        "encoder_hidden_states": context.memory,
+        "encoder_attention_mask": _cross_mask(split, hidden, frame, context),
+        "past_key_values": context.past,
+    }
+    if split.name in ("t5", "mt5"):
+        return block(hidden, position_bias=_bias(split, frame), **arguments)[0]  # type: ignore[no-any-return]
+    return block(hidden, **arguments)  # type: ignore[no-any-return]
+
+
+def _prepare_cross(split: SplitModel, index: int, frame: Frame, context: Context) -> None:
+    """Cross-attention keys and values, for all rows, at the first visit of a block."""
+    past: Any = context.past
+    cache = past.cross_attention_cache.layers[index]
+    if index not in context.crossed:
+        assert split.family.cross is not None
+        assert context.memory is not None
+        cache.update(*split.family.cross(split.blocks[index], context.memory))
+        past.is_updated[index] = True
+        context.crossed.append(index)
+    cache.rows = frame.rows
+
+
+def _mask(split: SplitModel, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
+    if ("mask", kind) not in frame.memo:
+        padding = context.padding
+        if padding is not None:
+            padding = padding[frame.rows, : frame.start + frame.queries]
+        build: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+        frame.memo["mask", kind] = build(
+            config=split.config,
+            inputs_embeds=hidden,
+            attention_mask=padding,
+            past_key_values=context.cache,
+            position_ids=_positions(frame, context),
+            layer_idx=index,
+        )
+    return frame.memo["mask", kind]
+
+
+def _cross_mask(split: SplitModel, hidden: Tensor, frame: Frame, context: Context) -> Any:
+    if context.memory_mask is None or split.name == "whisper":  # Whisper attends to all of its padded input
+        return None
+    if ("mask", "cross") not in frame.memo:
+        frame.memo["mask", "cross"] = create_bidirectional_mask(
+            config=split.config,
+            inputs_embeds=hidden,
+            attention_mask=context.memory_mask[frame.rows],
+            encoder_hidden_states=context.memory[: len(hidden)],  # type: ignore[index] # only its shape is used
+        )
+    return frame.memo["mask", "cross"]
+
+
+def _rope(split: SplitModel, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
+    key = ("rope", kind if split.rotary_by_type else "")
+    if key not in frame.memo:
+        frame.memo[key] = rotation(split, kind, hidden, _positions(frame, context))
+    return frame.memo[key]
+
+
+def rotation(split: SplitModel, kind: str, hidden: Tensor, positions: Tensor) -> Any:
+    """Cosines and sines for blocks of a kind; None for models without rotary positions."""
+    if split.rotary is None:
+        return None
+    return split.rotary(hidden, positions, *([kind] if split.rotary_by_type else []))
+
+
+def _bias(split: SplitModel, frame: Frame) -> Tensor:
+    """T5's relative position bias, which the first block owns and all blocks share, [1, H, n, T]."""
+    if ("bias", "") not in frame.memo:
+        attention = split.blocks[0].layer[0].SelfAttention
+        frame.memo["bias", ""] = attention.compute_bias(
+            frame.queries, frame.start + frame.queries, device=split.device, past_seen_tokens=frame.start
+        )
+    return frame.memo["bias", ""]  # type: ignore[no-any-return]
+
+
+def _positions(frame: Frame, context: Context) -> Tensor:
+    """Positions of a frame's tokens, [A, n]."""
+    if ("positions", "") not in frame.memo:
+        frame.memo["positions", ""] = context.positions[frame.rows, frame.start : frame.start + frame.queries]
+    positions: Tensor = frame.memo["positions", ""]
+    return positions

@@ -1,0 +1,154 @@
+"""Exits by group: is a minority made to wait longer, or dropped earlier?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import SMALLEST
+from offramp.uncertainty.outputs import ExitOutputs
+
+
+@dataclass(frozen=True)
+class ExitsByGroup:
+    """E exits and G groups; shares are in [0, 1].
+
+    Attributes:
+        names: Of the groups, G.
+        counts: Rows of each, [G].
+        costs: FLOPs up to each exit, [E].
+        accuracy: Of each exit if all rows left there, [E, G].
+        confidence: Mean largest probability of each exit, likewise, [E, G].
+        exit_rate: Share of a group's rows that leave at each exit, [E, G]; columns add up to 1.
+        early_accuracy: Accuracy of the rows that leave at each exit, [E, G]; NaN where none does.
+        chosen_accuracy: Accuracy of a group, each row at the exit it leaves at, [G].
+        depth: Mean number of the exit, counted from 1, [G].
+        flops: Mean FLOPs, [G].
+        average: Accuracy over all rows at their exits, and their mean FLOPs.
+    """
+
+    names: tuple[str, ...]
+    counts: Tensor
+    costs: Tensor
+    accuracy: Tensor
+    confidence: Tensor
+    exit_rate: Tensor
+    early_accuracy: Tensor
+    chosen_accuracy: Tensor
+    depth: Tensor
+    flops: Tensor
+    average: tuple[float, float]
+
+    def worst(self, smallest: int = SMALLEST) -> tuple[str, float] | None:
+        """Name and accuracy of the worst group at the chosen exits; None if all have fewer rows than `smallest`."""
+        judged = [g for g in range(len(self.names)) if int(self.counts[g]) >= smallest]
+        if not judged:
+            return None
+        at = min(judged, key=lambda g: float(self.chosen_accuracy[g]))
+        return self.names[at], float(self.chosen_accuracy[at])
+
+
+def exits_by_group(
+    outputs: ExitOutputs,
+    chosen: Tensor,
+    groups: Groups | None = None,
+    *,
+    split: str,
+    confidence: Tensor | None = None,
+) -> ExitsByGroup:
+    """Who leaves where, and how well each group is served there.
+
+    Args:
+        outputs: Of all exits.
+        chosen: The exit each row leaves at, in 0..E-1, [N], int64.
+        groups: Of the rows; None: those of `outputs`, by number.
+        split: Its name, for messages.
+        confidence: Of each exit and row, [E, N], if it is not the largest softmax probability.
+
+    Returns:
+        Accuracy, confidence, exit rates, depth and FLOPs by group.
+
+    Raises:
+        ValueError: A group has no row, there are no groups, or shapes do not agree.
+    """
+    groups = _groups(outputs, groups)
+    groups.require_rows(split)
+    if chosen.shape != (outputs.rows,) or bool(((chosen < 0) | (chosen >= outputs.exits)).any()):
+        raise ValueError(
+            f"the chosen exits have shape {list(chosen.shape)}; one in 0..{outputs.exits - 1} for each of the "
+            f"{outputs.rows} rows is needed"
+        )
+    members, counts = groups.members.double(), groups.counts
+    right = (outputs.logits.argmax(-1) == outputs.labels).double()  # [E, N]
+    if confidence is None:
+        confidence = outputs.logits.double().softmax(-1).amax(-1)
+    left = (torch.arange(outputs.exits)[:, None] == chosen).double()  # [E, N]
+    leavers = left @ members  # [E, G]
+    at_exit = (right * left).sum(0)  # whether a row is right where it leaves, [N]
+    cost = outputs.costs.double()[chosen]
+    return ExitsByGroup(
+        groups.names, counts, outputs.costs, right @ members / counts, confidence.double() @ members / counts,
+        leavers / counts, (right * left) @ members / leavers, at_exit @ members / counts,
+        (chosen + 1).double() @ members / counts, cost @ members / counts, (float(at_exit.mean()), float(cost.mean())),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BudgetByGroup:
+    """One budget of many.
+
+    Attributes:
+        flops: Mean over all rows.
+        average: Accuracy over all rows.
+        worst: Accuracy of the worst group; None if all groups are too small.
+        group: Its name; "" likewise.
+        group_flops: Mean FLOPs of each group, [G].
+    """
+
+    flops: float
+    average: float
+    worst: float | None
+    group: str
+    group_flops: Tensor
+
+
+def budgets_by_group(
+    outputs: ExitOutputs,
+    chosen: Sequence[Tensor],
+    groups: Groups | None = None,
+    *,
+    split: str,
+    smallest: int = SMALLEST,
+) -> list[BudgetByGroup]:
+    """The worst group at each of several budgets.
+
+    Args:
+        outputs: Of all exits.
+        chosen: The exits rows leave at under each budget, each [N].
+        groups: As for `exits_by_group`.
+        split: Its name, for messages.
+        smallest: Fewest rows for a group to be called the worst.
+
+    Returns:
+        One entry for each budget, in their order.
+    """
+    found = []
+    for exits in chosen:
+        table = exits_by_group(outputs, exits, groups, split=split)
+        name, worst = table.worst(smallest) or ("", None)
+        found.append(BudgetByGroup(table.average[1], table.average[0], worst, name, table.flops))
+    return found
+
+
+def _groups(outputs: ExitOutputs, groups: Groups | None) -> Groups:
+    if groups is None:
+        if outputs.groups is None:
+            raise ValueError("the rows have no groups; give them, or outputs that have")
+        groups = Groups.by_number(outputs.groups, [f"group {g}" for g in range(int(outputs.groups.max()) + 1)])
+    if groups.rows != outputs.rows:
+        raise ValueError(f"groups are of {groups.rows} rows, outputs of {outputs.rows}; give those of the same split")
+    return groups

@@ -1,0 +1,128 @@
+"""What instance weights do: how many rows they touch, whom they favour, and whether they find the minority."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.metrics.calibration import auroc
+from offramp.metrics.group_members import Groups
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+TOO_FEW = 0.005
+"""Share of reweighted rows below which a readout has no errors left to weight."""
+
+
+@dataclass(frozen=True)
+class WeightDiagnostics:
+    """The weights of one epoch.
+
+    Attributes:
+        reweighted: Share of the rows whose weight is not 1.
+        mean: Of all weights.
+        quantiles: Of all weights, at `QUANTILES`.
+        by_group: Mean weight of each group, by name; NaN for a group without rows; empty if groups are unknown.
+        minority: Share of the rows that are minority; None: unknown, and so are the rest.
+        precision: Share of the reweighted rows that are minority; None also if there are none.
+        recall: Share of the minority that is reweighted; None also if there is none.
+        auroc: Probability that a minority row weighs more than another, ties counting half; None also if all rows are
+            minority, or none is.
+    """
+
+    reweighted: float
+    mean: float
+    quantiles: tuple[float, ...]
+    by_group: dict[str, float]
+    minority: float | None
+    precision: float | None
+    recall: float | None
+    auroc: float | None
+
+    @property
+    def too_few(self) -> bool:
+        """Whether so few rows are reweighted that weights do nothing: the readout is too deep or too strong."""
+        return self.reweighted < TOO_FEW
+
+
+def weight_diagnostics(
+    weights: Tensor, groups: Groups | None = None, minority: Tensor | None = None
+) -> WeightDiagnostics:  # fmt: skip
+    """Look at weights.
+
+    Args:
+        weights: Of the N training rows, [N]; 1: not reweighted.
+        groups: Of these rows; None: unknown.
+        minority: Whether a row is of the minority, [N], bool, such as by `minority_rows`; None: unknown.
+
+    Returns:
+        The diagnostics.
+
+    Raises:
+        ValueError: There are no weights, one is negative or not finite, or numbers of rows differ.
+    """
+    if weights.ndim != 1 or not len(weights):
+        raise ValueError(f"weights have shape {list(weights.shape)}; one per row is needed")
+    bad = ~weights.isfinite() | (weights < 0)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"the weight of row {row} is {float(weights[row])}; a finite number from 0 on is needed")
+    for what, rows in (("groups", groups and groups.rows), ("minority", None if minority is None else len(minority))):
+        if rows is not None and rows != len(weights):
+            raise ValueError(
+                f"{what} are given for {rows} rows, weights for {len(weights)}; give those of the same rows"
+            )
+    w = weights.double()
+    touched = w != 1
+    quantiles = np.quantile(w.numpy(), QUANTILES)  # torch's takes at most 2^24 numbers
+    by_group = {}
+    if groups is not None:
+        means = (w @ groups.members.double()) / groups.counts
+        by_group = dict(zip(groups.names, means.tolist(), strict=True))
+    share = precision = recall = area = None
+    if minority is not None:
+        minority = minority.bool()
+        share = float(minority.double().mean())
+        precision, recall = _mean(minority[touched]), _mean(touched[minority])
+        area = auroc(w.numpy(), minority.double().numpy())
+    return WeightDiagnostics(
+        float(touched.double().mean()),
+        float(w.mean()),
+        tuple(quantiles.tolist()),
+        by_group,
+        share,
+        precision,
+        recall,
+        area,
+    )
+
+
+def minority_rows(labels: Tensor, attribute: Tensor) -> Tensor:
+    """Rows for which the shortcut from attribute to label fails, as far as counts tell.
+
+    A class with a value of the attribute is minority if it has fewer rows than it would have if label and attribute
+    were independent, and less than an equal share of its class: landbirds on water and waterbirds on land; entailed
+    and neutral hypotheses with negation, but not contradictions without it.
+
+    Args:
+        labels: [N], from 0 on.
+        attribute: [N], from 0 on; -1: unknown, never minority.
+
+    Returns:
+        [N], bool.
+    """
+    known = attribute >= 0
+    counts = torch.zeros(int(labels.max()) + 1, int(attribute.max()) + 1, dtype=torch.float64)
+    counts.index_put_(
+        (labels[known], attribute[known]), torch.ones(int(known.sum()), dtype=torch.float64), accumulate=True
+    )
+    expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum()
+    values = (counts.sum(0) > 0).sum()
+    minority = (counts < expected - 1e-9) & (counts < counts.sum(1, keepdim=True) / values)
+    return known & minority[labels, attribute.clamp(min=0)]
+
+
+def _mean(hits: Tensor) -> float | None:
+    return float(hits.double().mean()) if len(hits) else None

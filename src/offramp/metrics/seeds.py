@@ -1,0 +1,178 @@
+"""Statistics over seeds: the two kinds of worst group, paired comparisons, and correction for many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity over seeds.
+
+    Attributes:
+        mean: Over the seeds.
+        sd: Standard deviation, with S - 1 below; NaN for one seed.
+    """
+
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """Accuracies of G groups in S runs that differ in the seed.
+
+    The minimum over groups is biased low, and which group it is changes; so both orders of mean and minimum are given.
+
+    Attributes:
+        seeds: S.
+        groups: Of each group, by name.
+        mean_of_minima: Of the worst group of each run.
+        minimum_of_means: The smallest of the groups' means.
+        minimum_group: The group of that.
+        worst_counts: In how many runs each group was the worst, the first of several; by name.
+    """
+
+    seeds: int
+    groups: dict[str, Spread]
+    mean_of_minima: Spread
+    minimum_of_means: float
+    minimum_group: str
+    worst_counts: dict[str, int]
+
+
+def summarise_seeds(accuracies: ArrayLike, names: Sequence[str]) -> SeedSummary:
+    """Summarise runs.
+
+    Args:
+        accuracies: [S, G].
+        names: Of the groups, G.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: There is no run, or the shape is another one.
+    """
+    table = np.asarray(accuracies, dtype=np.float64)
+    if table.ndim != 2 or not len(table) or table.shape[1] != len(names):
+        raise ValueError(
+            f"accuracies have shape {list(table.shape)}; [runs, {len(names)} groups] is needed, one run or more"
+        )
+    means, worst = table.mean(axis=0), table.argmin(axis=1)
+    at = int(means.argmin())
+    return SeedSummary(
+        len(table), {name: spread(column) for name, column in zip(names, table.T, strict=True)},
+        spread(table.min(axis=1)), float(means[at]), names[at],
+        {name: int((worst == g).sum()) for g, name in enumerate(names)},
+    )  # fmt: skip
+
+
+def spread(values: ArrayLike) -> Spread:
+    """Mean and standard deviation, with S - 1 below."""
+    array = np.asarray(values, dtype=np.float64)
+    return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan"))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A method against a reference, seed by seed.
+
+    Attributes:
+        seeds: S.
+        difference: Mean of method minus reference, with the standard deviation of the differences.
+        low: Lower end of its t interval.
+        high: Upper end.
+        t_p: P-value of the paired t test, two-sided; None if all differences are equal but for rounding.
+        wilcoxon_p: P-value of Wilcoxon's signed-rank test, two-sided, exact for few seeds; 1 if no difference is not 0.
+        holm_p: `t_p` corrected for the other methods compared by `compare`; None likewise, and before.
+    """
+
+    seeds: int
+    difference: Spread
+    low: float
+    high: float
+    t_p: float | None
+    wilcoxon_p: float
+    holm_p: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """In words, by the t interval."""
+        if self.low > 0:
+            return "higher"
+        return "lower" if self.high < 0 else "no difference shown"
+
+
+def paired(method: ArrayLike, reference: ArrayLike, level: float = 0.95) -> Paired:
+    """Compare runs with the same seeds, data order and teacher.
+
+    Args:
+        method: A figure of each run, [S].
+        reference: The same of the reference, [S], seeds in the same order.
+        level: Of the interval, in (0, 1).
+
+    Returns:
+        The difference, its interval and p-values.
+
+    Raises:
+        ValueError: Fewer than two seeds, different numbers of them, or a figure is not finite.
+    """
+    first, second = np.asarray(method, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+        raise ValueError(
+            f"figures have shapes {list(first.shape)} and {list(second.shape)}; one per seed of each is needed, for "
+            "two seeds or more"
+        )
+    differences = first - second
+    if not np.isfinite(differences).all():
+        raise ValueError("a figure is not finite; leave out the seed in both")
+    n, found = len(differences), spread(differences)
+    half = float(stats.t.isf((1 - level) / 2, n - 1)) * found.sd / n**0.5
+    alike = found.sd <= 1e-12 * max(1.0, abs(found.mean))
+    t_p = None if alike else float(2 * stats.t.sf(abs(found.mean) / (found.sd / n**0.5), n - 1))
+    signed = differences[np.abs(differences) > 1e-12]  # Wilcoxon: without the zeros
+    wilcoxon_p = float(stats.wilcoxon(signed).pvalue) if len(signed) else 1.0
+    return Paired(n, found, found.mean - half, found.mean + half, t_p, wilcoxon_p)
+
+
+def compare(methods: Mapping[str, ArrayLike], reference: ArrayLike, level: float = 0.95) -> dict[str, Paired]:
+    """Compare several methods with one reference, p-values of the t tests corrected by Holm's method.
+
+    Args:
+        methods: A figure of each run of each method, [S], by name.
+        reference: The same of the reference, [S].
+        level: Of the intervals, which are not corrected.
+
+    Returns:
+        The comparisons by name.
+    """
+    found = {name: paired(values, reference, level) for name, values in methods.items()}
+    tested = [name for name, result in found.items() if result.t_p is not None]
+    corrected = dict(zip(tested, holm([found[name].t_p or 0.0 for name in tested]), strict=True))
+    return {
+        name: Paired(
+            r.seeds, r.difference, r.low, r.high, r.t_p, r.wilcoxon_p, corrected.get(name)
+        ) for name, r in found.items()
+    }  # fmt: skip
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number (Holm, 1979), in their order.
+
+    Args:
+        p_values: In [0, 1].
+
+    Returns:
+        The k-th smallest times (m - k + 1), at least its predecessor and at most 1.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected

@@ -1,0 +1,135 @@
+"""Pictures of groups: how each is served, where each leaves, and what its rows weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from offramp.metrics.group_exits import ExitsByGroup
+from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import GroupReport
+from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib
+
+COLOURS = (BLUE, ORANGE, GREEN, GREY)
+"""Of the models in one picture, in turn."""
+
+
+def groups_figure(reports: Mapping[str, GroupReport]) -> Any:
+    """Accuracy of every group with its interval, side by side for several models; lines at their averages.
+
+    Args:
+        reports: By name of the model, at least one, all of the same groups.
+
+    Returns:
+        The figure.
+    """
+    first = next(iter(reports.values()))
+    names = [group.name for group in first.groups]
+    figure = require_matplotlib().figure.Figure(figsize=(max(6.0, 2.4 + 1.3 * len(names)), 5), layout="constrained")
+    figure.suptitle(_worst(reports), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    axes = figure.add_subplot()
+    width = 0.8 / len(reports)
+    for place, (model, report) in enumerate(reports.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        x = np.arange(len(names)) - 0.4 + width * (place + 0.5)
+        values = [group.accuracy for group in report.groups]
+        whiskers = [
+            [max(g.accuracy - g.right.low, 0.0) for g in report.groups],
+            [max(g.right.high - g.accuracy, 0.0) for g in report.groups],
+        ]
+        axes.bar(x, values, 0.92 * width, color=colour, label=model)
+        axes.errorbar(x, values, yerr=whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        axes.axhline(report.average, color=colour, linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, 1.02)
+    axes.set_xticks(range(len(names)), [_two_lines(f"{g.name}\nn = {g.n:,}") for g in first.groups])
+    axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("accuracy")
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=9)
+    _footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: Wilson intervals; dotted: average over all rows")
+    return figure
+
+
+def exits_figure(exits: ExitsByGroup) -> Any:
+    """Exit x group: accuracy as colour, and in each cell accuracy, confidence and the share that leaves there."""
+    depth = exits.depth.tolist()
+    slowest, fastest = (exits.names[depth.index(choose(depth))] for choose in (max, min))
+    count, groups = exits.accuracy.shape
+    figure = require_matplotlib().figure.Figure(figsize=(3 + 1.5 * count, 2 + 0.6 * groups), layout="constrained")
+    figure.suptitle(
+        f"Latest to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
+        x=0.01, ha="left", fontsize=13, fontweight="bold",
+    )  # fmt: skip
+    axes = figure.add_subplot()
+    picture = axes.imshow(exits.accuracy.T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    for e in range(count):
+        for g in range(groups):
+            axes.text(
+                e, g, f"{exits.accuracy[e, g]:.0%} | {exits.confidence[e, g]:.0%}\n{exits.exit_rate[e, g]:.0%} leave",
+                ha="center", va="center", fontsize=8, color="white" if exits.accuracy[e, g] < 0.6 else "black",
+            )  # fmt: skip
+    axes.set_xticks(range(count), [f"exit {e + 1}\n{cost:.3g} FLOPs" for e, cost in enumerate(exits.costs.tolist())])
+    axes.set_yticks(
+        range(groups), [f"{name}\nn = {int(n):,}" for name, n in zip(exits.names, exits.counts, strict=True)]
+    )
+    axes.grid(visible=False)
+    percent = require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
+    figure.colorbar(picture, ax=axes, format=percent, label="accuracy if all left here", shrink=0.8)
+    _footnote(figure, "in a cell: accuracy | mean confidence, and share of the group's rows that leave there")
+    return figure
+
+
+def weights_figure(weights: Tensor, groups: Groups, *, epoch: int) -> Any:
+    """Histograms of the weights of each group's rows, one below the other on the same axis.
+
+    Args:
+        weights: Of the N training rows, [N], above 0.
+        groups: Of these rows.
+        epoch: After which they were set.
+
+    Returns:
+        The figure.
+    """
+    figure = require_matplotlib().figure.Figure(figsize=(8, 1.4 + 1.1 * len(groups.names)), layout="constrained")
+    means = {
+        n: float(weights[i].double().mean()) for n, i in zip(groups.names, groups.members.T, strict=True) if i.any()
+    }
+    heaviest = max(means, key=lambda name: means[name])
+    figure.suptitle(
+        f"Epoch {epoch}: {heaviest} weigh most, {means[heaviest]:.2f} on average",
+        x=0.01, ha="left", fontsize=13, fontweight="bold",
+    )  # fmt: skip
+    values = weights.double().numpy()
+    low, high = float(values.min()), float(values.max())
+    edges = np.linspace(low, high if high > low else low + 1, 41)
+    panels = figure.subplots(len(groups.names), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name, inside in zip(panels, groups.names, groups.members.T, strict=True):
+        rows = values[inside.numpy()]
+        axes.hist(rows, edges, weights=np.full(len(rows), 1 / max(len(rows), 1)), color=BLUE)
+        if name in means:
+            axes.axvline(means[name], color=ORANGE, linewidth=1.5)
+        axes.set_yscale("log")
+        axes.set_ylim(5e-4, 1.5)
+        axes.set_yticks([0.001, 0.01, 0.1, 1], ["0.1%", "1%", "10%", "100%"])
+        axes.minorticks_off()
+        axes.set_title(f"{name}, n = {len(rows):,}", loc="left", fontsize=9)
+    panels[-1].set_xlabel("weight")
+    _footnote(figure, "share of each group's rows, on a logarithmic scale; line: mean weight")
+    return figure
+
+
+def _worst(reports: Mapping[str, GroupReport]) -> str:
+    said = [
+        f"{model} {report.worst.accuracy:.0%}" for model, report in reports.items() if report.worst is not None
+    ]  # fmt: skip
+    return f"Worst group: {', '.join(said)}" if said else "All groups are too small to call one the worst"
+
+
+def _two_lines(name: str) -> str:
+    return name.replace(", ", ",\n", 1)
+
+
+def _footnote(figure: Any, text: str) -> None:
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)

@@ -1,0 +1,238 @@
+"""Any set with groups from a CSV or JSON Lines file, or from arrays as WILDS keeps them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offramp.metrics.group_members import UNKNOWN, Groups
+from offramp.tasks.group_images import SquareImages, existing_images
+from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
+from offramp.tasks.group_tables import table_rows
+from offramp.tasks.labelled import Inputs, Labelled
+from offramp.tasks.rows import Row, json_rows, kind
+
+NOT_KNOWN = ("", "?", "-1", "null", "None")
+"""What stands for an attribute that is not known."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where things stand in a file.
+
+    Attributes:
+        label: Column of the class.
+        attributes: Columns of the attributes; may be empty, and blank in some rows or splits.
+        text: Column of the text; None: the inputs are images.
+        pair: Column of a second text; None: there is one only.
+        filename: Column of image files, relative to the file; used if `text` is None.
+        split: Column with train, val, test or 0, 1, 2.
+        id: Column of the ids; None: line numbers.
+        classes: As written, in the order of the classes; None: what there is, numbers by size, words by alphabet.
+        overlapping: Attributes are yes or no (1 or 0), and a group is an attribute that holds x a class; else a group
+            is a class x a value of the one attribute.
+        size: Side of images in pixels.
+
+    Raises:
+        ValueError: Several attributes without `overlapping`.
+    """
+
+    label: str = "y"
+    attributes: tuple[str, ...] = ("a",)
+    text: str | None = None
+    pair: str | None = None
+    filename: str = "filename"
+    split: str = "split"
+    id: str | None = "id"
+    classes: tuple[str, ...] | None = None
+    overlapping: bool = False
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        if len(self.attributes) > 1 and not self.overlapping:
+            raise ValueError(
+                f"the attributes are {', '.join(self.attributes)}; give one, or say that groups overlap "
+                "(overlapping=True), one for each attribute that holds"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that must be there."""
+        inputs = (self.filename,) if self.text is None else (self.text, self.pair)
+        return tuple(c for c in (self.id, *inputs, self.split, self.label, *self.attributes) if c is not None)
+
+
+def load_grouped(path: str | Path, layout: GroupLayout | None = None) -> GroupedSet:
+    """The set in a file: CSV with a header, or JSON Lines, each also with `.gz`.
+
+    Args:
+        path: The file, UTF-8.
+        layout: Where things stand in it; None: id, filename, split, y, a.
+
+    Returns:
+        Texts, pairs of texts, or images [size, size, 3]. Splits whose attributes are all unknown have no groups.
+
+    Raises:
+        FileNotFoundError: The file or an image is missing.
+        ValueError: Another format, an absent column, or a wrong row.
+    """
+    path, layout = Path(path), layout or GroupLayout()
+    rows = _rows(path, layout)
+    splits = {name: name for name in SPLITS} | {str(i): name for i, name in enumerate(SPLITS)}
+    for row in rows:
+        if row.value[layout.split] not in splits:
+            raise ValueError(f"{row.place} has the split {row.value[layout.split]!r}; allowed are {', '.join(splits)}")
+    classes = layout.classes or _values(row.value[layout.label] for row in rows)
+    values = {
+        name: ("0", "1") if layout.overlapping else _values(row.value[name] for row in rows)
+        for name in layout.attributes
+    }
+    found = {}
+    for split in SPLITS:
+        inside = [row for row in rows if splits[row.value[layout.split]] == split]
+        if inside:
+            found[split] = _split(path, split, inside, layout, classes, values)
+    return GroupedSet(path.name.split(".")[0], found, f"split of {path.name}")
+
+
+def from_metadata(
+    name: str,
+    inputs: Inputs,
+    labels: Tensor,
+    splits: Tensor,
+    metadata: Tensor,
+    fields: Sequence[str],
+    by: Sequence[str],
+    *,
+    classes: Sequence[str] | None = None,
+    values: Mapping[str, Sequence[str]] | None = None,
+) -> GroupedSet:
+    """A set from arrays as WILDS keeps them, with the groups of its `CombinatorialGrouper`.
+
+    Args:
+        name: Of the set.
+        inputs: N images, texts or pairs.
+        labels: `y_array`, [N], int64.
+        splits: `split_array`, [N]: 0 train, 1 val, 2 test; other rows are left out.
+        metadata: `metadata_array`, [N, M], int64.
+        fields: `metadata_fields`, the names of the M columns.
+        by: The fields that groups are made of, the fastest first: ("background", "y") for Waterbirds.
+        classes: Names of the classes; None: numbers.
+        values: `metadata_map`: names of the values of fields; numbers for the others.
+
+    Returns:
+        The set; group = by[0] + size of by[0] x (by[1] + …). Its ids are places in the arrays.
+
+    Raises:
+        ValueError: Shapes that do not agree, or a field that is not there.
+    """
+    if metadata.ndim != 2 or metadata.shape != (len(labels), len(fields)):
+        raise ValueError(f"metadata have shape {list(metadata.shape)}; {[len(labels), len(fields)]} is needed")
+    if absent := [field for field in by if field not in fields]:
+        raise ValueError(f"groups are to be made by {absent[0]!r}; the fields are {', '.join(fields)}")
+    columns = {field: metadata[:, fields.index(field)].long() for field in by}
+    named = {f: list((values or {}).get(f) or map(str, range(int(columns[f].max()) + 1))) for f in by}
+    numbers, factor, names = torch.zeros_like(labels), 1, [""]
+    for field in by:
+        numbers = numbers + factor * columns[field]
+        factor *= len(named[field])
+        names = [
+            f"{before}, {field} {value}" if before else f"{field} {value}" for value in named[field] for before in names
+        ]
+    groups = Groups.by_number(numbers, names)
+    known = tuple(classes or map(str, range(int(labels.max()) + 1)))
+    whole = Labelled(tuple(map(str, range(len(labels)))), inputs, labels, known, source=name)
+    everything = Grouped.of(whole, columns, groups)
+    found = {split: everything.take((splits == i).nonzero().flatten()) for i, split in enumerate(SPLITS)}
+    return GroupedSet(name, {split: rows for split, rows in found.items() if len(rows)}, "split of the metadata")
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _rows(path: Path, layout: GroupLayout) -> list[Row]:
+    """Rows whose values are text, by column."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give a .csv or .jsonl file with labels and groups")
+    if kind(path) == ".csv":
+        rows = list(table_rows(path, layout.columns, what="rows with groups"))
+    elif kind(path) == ".jsonl":
+        rows = [_object(row, layout) for row in json_rows(path)]
+    else:
+        raise ValueError(f"{path} ends in {kind(path) or 'nothing'}; give .csv or .jsonl, also with .gz")
+    if not rows:
+        raise ValueError(f"{path} holds no row; give a file with some")
+    return rows
+
+
+def _object(row: Row, layout: GroupLayout) -> Row:
+    if not isinstance(row.value, dict):
+        raise ValueError(f"{row.place} is a JSON {type(row.value).__name__}, but an object is needed")
+    found = {}
+    for column in layout.columns:
+        value = row.value.get(column)
+        if value is None and column in layout.attributes:
+            value = ""  # not known
+        if isinstance(value, bool):
+            value = int(value)
+        if not isinstance(value, str | int):
+            keys = ", ".join(map(repr, row.value)) or "nothing"
+            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {keys}")
+        found[column] = str(value)
+    return row._replace(value=found)
+
+
+def _values(written: object) -> tuple[str, ...]:
+    """What there is, without what is not known: numbers by size, words by alphabet."""
+    found = set(written) - set(NOT_KNOWN)  # type: ignore[call-overload]
+    numbers = all(value.lstrip("-").isdecimal() for value in found)
+    return tuple(sorted(found, key=lambda value: (int(value) if numbers else math.inf, value)))
+
+
+def _split(
+    path: Path,
+    split: str,
+    rows: Sequence[Row],
+    layout: GroupLayout,
+    classes: tuple[str, ...],
+    values: Mapping[str, tuple[str, ...]],
+) -> Grouped:
+    labels = torch.tensor([_place(row, layout.label, classes) for row in rows])
+    attributes = {
+        name: torch.tensor([_place(row, name, values[name], unknown=True) for row in rows])
+        for name in layout.attributes
+    }
+    ids = tuple(row.place.rpartition(", ")[2] if layout.id is None else row.value[layout.id] for row in rows)
+    labelled = Labelled(ids, _inputs(path, rows, layout), labels, classes, source=f"{path.name}, {split}")
+    groups = None
+    if any(bool((a != UNKNOWN).any()) for a in attributes.values()):
+        if layout.overlapping:
+            groups = Groups.mentioned(labels, classes, attributes)
+        else:
+            ((name, attribute),) = attributes.items()
+            groups = Groups.crossed(labels, classes, attribute, [f"{name} {value}" for value in values[name]])
+    return Grouped.of(labelled, attributes, groups)
+
+
+def _inputs(path: Path, rows: Sequence[Row], layout: GroupLayout) -> Inputs:
+    text, pair = layout.text, layout.pair
+    if text is None:
+        files = existing_images(rows, [path.parent / row.value[layout.filename] for row in rows])
+        return SquareImages(files, layout.size)
+    if pair is None:
+        return tuple(row.value[text] for row in rows)
+    return tuple((row.value[text], row.value[pair]) for row in rows)
+
+
+def _place(row: Row, column: str, names: tuple[str, ...], *, unknown: bool = False) -> int:
+    value = row.value[column]
+    if unknown and value in NOT_KNOWN:
+        return UNKNOWN
+    if value not in names:
+        raise ValueError(f"{row.place} has {value!r} as {column}; allowed are {', '.join(names)}")
+    return names.index(value)

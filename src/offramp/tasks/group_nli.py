@@ -1,0 +1,171 @@
+"""MultiNLI and SNLI with groups of label x negation, from local files as they are published. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from offramp.metrics.group_members import Groups
+from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
+from offramp.tasks.group_tables import choice, table_rows
+from offramp.tasks.labelled import Labelled, split
+from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, read_labelled_text
+from offramp.tasks.negation import EXTENDED, PUBLISHED, VALUES, has_negation
+from offramp.tasks.rows import Row, json_rows
+
+CLASSES = ("contradiction", "entailment", "neutral")
+MULTINLI = ("multinli_1.0_train.jsonl", "multinli_1.0_dev_matched.jsonl", "multinli_1.0_dev_mismatched.jsonl")
+METADATA = "metadata_random.csv"
+SNLI_FILES = ("snli_1.0_train.jsonl", "snli_1.0_dev.jsonl", "snli_1.0_test.jsonl")
+SHARES: Mapping[str, float] = MappingProxyType({"train": 0.5, "val": 0.2, "test": 0.3})
+
+_DISPUTED = "-"
+"""Stands for a label that the annotators did not agree on."""
+
+
+def load_multinli(folder: str | Path, *, rule: str = PUBLISHED, seed: int = 0) -> GroupedSet:
+    """MultiNLI (Williams et al., 2018) with the groups of group_DRO: 2y + negation in the hypothesis.
+
+    The three files are pooled (412,702 rows), divided 50/20/30, and disputed rows dropped. The published division was
+    drawn without a seed: results compare with others' only if metadata_random.csv is there.
+
+    Args:
+        folder: Holds `MULTINLI`, and metadata_random.csv if the published split is wanted.
+        rule: A name in `offramp.tasks.negation.RULES`.
+        seed: Of our own split, without metadata_random.csv.
+
+    Returns:
+        Pairs (premise, hypothesis), with the attribute "negation"; `source` says which split it is.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A row is wrong, or metadata_random.csv belongs to other files.
+    """
+    folder = Path(folder)
+    rows = [row for name in MULTINLI for row in _objects(folder / name)]
+    if (folder / METADATA).exists():
+        where: Mapping[int, str] = _published_split(folder / METADATA, rows)
+        source = "published split"
+    else:
+        where, source = dict(enumerate(_own_split(len(rows), seed))), f"own split, seed {seed}"
+    found = {}
+    for name in SPLITS:
+        at = [i for i in range(len(rows)) if where[i] == name and rows[i].value["gold_label"] != _DISPUTED]
+        found[name] = _grouped([rows[i] for i in at], [f"row {i}" for i in at], rule, f"MultiNLI, {name}")
+    return GroupedSet("multinli", found, f"{source}, negation by {rule}")
+
+
+def load_snli(
+    path: str | Path, *, rule: str = EXTENDED, seed: int = 0, files: Sequence[str] = SNLI_FILES
+) -> GroupedSet:
+    """SNLI (Bowman et al., 2015), pooled and divided anew by premise, 50/20/30.
+
+    The official development and test splits cannot measure worst groups: they have 2 and 5 entailed and neutral
+    hypotheses with one of the four words. So all is pooled, no premise is in two splits, every split has its share of
+    each group, and negation is looked for with the longer list.
+
+    Args:
+        path: Folder with the official files, or one file with the header premise, hypothesis, label (0 entailment, 1
+            neutral, 2 contradiction), such as `.tsv`, also with `.gz`.
+        rule: A name in `offramp.tasks.negation.RULES`.
+        seed: Of the split.
+        files: Names in the folder.
+
+    Returns:
+        Pairs (premise, hypothesis), with the attribute "negation". Look at `counts`: a report calls no group the worst
+        that has fewer than 100 test rows.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A row is wrong, or there are too few rows for three splits.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in files:
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{path / name} is missing; nothing is downloaded, give SNLI as published")
+        rows = [row for name in files for row in _objects(path / name) if row.value["gold_label"] != _DISPUTED]
+        whole = _grouped(rows, [row.value.get("pairID", row.place) for row in rows], rule, str(path))
+    else:
+        layout = SNLI if path.suffix != ".jsonl" else SNLI_PUBLISHED
+        read = read_labelled_text(path, layout)
+        renumbered = torch.tensor([CLASSES.index(name) for name in read.classes])[read.labels]
+        whole = _with_groups(replace(read, labels=renumbered, classes=CLASSES), rule)
+    numbered = replace(whole.rows, clusters=tuple(premise for premise, _ in _pairs(whole.rows)))
+    place = {id: i for i, id in enumerate(numbered.ids)}
+    parts = split(numbered, SHARES, seed)
+    found = {name: whole.take([place[id] for id in part.ids]) for name, part in parts.items()}
+    return GroupedSet("snli", found, f"own split by premise, seed {seed}, negation by {rule}")
+
+
+def _objects(path: Path) -> list[Row]:
+    """The rows of an official file, their fields checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; nothing is downloaded, give the folder with the official files")
+    rows = []
+    for row in json_rows(path):
+        if not isinstance(row.value, dict):
+            raise ValueError(f"{row.place} is a JSON {type(row.value).__name__}, but an object is needed")
+        for key in ("gold_label", "sentence1", "sentence2"):
+            if not isinstance(row.value.get(key), str):
+                raise ValueError(f"{row.place} has no text under {key!r}; give the file as published")
+        if row.value["gold_label"] not in (*CLASSES, _DISPUTED):
+            raise ValueError(
+                f"{row.place} has the label {row.value['gold_label']!r}; allowed are {', '.join(CLASSES)} and "
+                f"{_DISPUTED!r} for none"
+            )
+        rows.append(row)
+    return rows
+
+
+def _grouped(rows: Sequence[Row], ids: Sequence[str], rule: str, source: str) -> Grouped:
+    pairs = tuple((row.value["sentence1"], row.value["sentence2"]) for row in rows)
+    labels = torch.tensor([CLASSES.index(row.value["gold_label"]) for row in rows], dtype=torch.long)
+    return _with_groups(Labelled(tuple(ids), pairs, labels, CLASSES, source=source), rule)
+
+
+def _with_groups(rows: Labelled, rule: str) -> Grouped:
+    negation = torch.tensor([int(has_negation(hypothesis, rule)) for _, hypothesis in _pairs(rows)], dtype=torch.long)
+    return Grouped.of(rows, {"negation": negation}, Groups.crossed(rows.labels, CLASSES, negation, VALUES))
+
+
+def _pairs(rows: Labelled) -> tuple[tuple[str, str], ...]:
+    return rows.inputs  # type: ignore[return-value]  # of both sets, these are pairs
+
+
+def _own_split(rows: int, seed: int) -> list[str]:
+    """group_DRO's division, but seeded: 20 % and 30 % of all rows, rounded down, and the rest for training."""
+    val, test = int(SHARES["val"] * rows), int(SHARES["test"] * rows)
+    names = np.repeat(np.array(SPLITS), [rows - val - test, val, test])
+    return np.random.default_rng(seed).permutation(names).tolist()  # type: ignore[no-any-return]
+
+
+def _published_split(path: Path, rows: Sequence[Row]) -> dict[int, str]:
+    """The split of each row that metadata_random.csv names, which must be all but the disputed ones."""
+    labels = {str(number): number for number in range(len(CLASSES))}
+    where: dict[int, str] = {}
+    for row in table_rows(path, ("gold_label", "sentence2_has_negation", "split"), what="MultiNLI's groups"):
+        number = next(iter(row.value.values()))  # its first column has no name
+        if not number.isdecimal() or int(number) >= len(rows):
+            raise ValueError(f"{row.place} is about row {number!r}; the three files have rows 0..{len(rows) - 1}")
+        at = int(number)
+        label, said = CLASSES[choice(row, "gold_label", labels)], rows[at].value
+        negation = choice(row, "sentence2_has_negation", {"0": False, "1": True})
+        if label != said["gold_label"] or negation != has_negation(said["sentence2"]):
+            raise ValueError(
+                f"{row.place} says {label}, {VALUES[negation]}, but {rows[at].place} says {said['gold_label']}, "
+                f"{VALUES[has_negation(said['sentence2'])]}: these files do not belong together"
+            )
+        if at in where:
+            raise ValueError(f"{row.place} names row {at} a second time; give the file as published")
+        where[at] = choice(row, "split", {str(i): name for i, name in enumerate(SPLITS)})
+    for at, row in enumerate(rows):
+        if at not in where and row.value["gold_label"] != _DISPUTED:
+            raise ValueError(f"{path} says nothing of row {at}, {row.place}; give the file as published")
+        where.setdefault(at, "")
+    return where

@@ -1,0 +1,174 @@
+"""Digits on coloured backgrounds: small stand-ins for Waterbirds that need no download.
+
+A digit below five or not is the label, the colour of its background the attribute; in training they agree in most
+rows. Every validation and test digit is rendered on both backgrounds, so that groups are equal but for the colour and
+it can be counted how often the colour alone changes an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp.metrics.group_members import Groups
+from offramp.tasks.group_sets import Grouped, GroupedSet
+from offramp.tasks.labelled import Labelled
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+GREEN, BLUE = (0.15, 0.40, 0.15), (0.15, 0.15, 0.40)
+COLOURS = ("green", "blue")
+JITTER, NOISE = 0.05, 0.07
+"""Standard deviations: of a background's colour from image to image, and of every pixel."""
+CLASSES = ("low", "high")
+HIGH = (5, 6, 7, 8, 9)
+"""Digits of class 1; in Fashion-MNIST sandal, shirt, sneaker, bag and ankle boot."""
+
+
+def digits_on_colour(
+    *, agreement: float = 0.92, seed: int = 0, train: int = 1000, val: int = 300, test: int = 497
+) -> GroupedSet:  # fmt: skip
+    """The 1797 digits of scikit-learn, 8 x 8 pixels, on green and blue.
+
+    Args:
+        agreement: Share of the training rows of each class whose background is the class's own colour, in (0, 1).
+        seed: Of the division into splits, the colours and the noise.
+        train: Digits for training.
+        val: Digits for validation, each rendered twice.
+        test: Digits for testing, each rendered twice.
+
+    Returns:
+        Images [8, 8, 3].
+
+    Raises:
+        ValueError: More digits are asked for than there are, or the agreement leaves a group of training rows empty.
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        load_digits = import_module("sklearn.datasets").load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "digits-on-colour needs the digits of scikit-learn; install it with: pip install 'offramp[fair]'"
+        ) from error
+    digits, labels = load_digits(return_X_y=True)
+    images = digits.reshape(-1, 8, 8) / 16
+    return _on_colour("digits-on-colour", images, labels, agreement, seed, (train, val, test), HIGH)
+
+
+def mnist_on_colour(
+    images: NDArray[np.uint8],
+    digits: NDArray[np.integer],
+    *,
+    agreement: float = 0.97,
+    seed: int = 0,
+    train: int = 6000,
+    val: int = 800,
+    test: int = 2500,
+    high: Sequence[int] = HIGH,
+) -> GroupedSet:
+    """MNIST or Fashion-MNIST, averaged down to 14 x 14 pixels, on green and blue.
+
+    Args:
+        images: [M, 28, 28], 0 to 255.
+        digits: [M], 0 to 9.
+        agreement: Share of the training rows of each class whose background is the class's own colour, in (0, 1). How
+            hard a set is depends on the network and how it is trained (`offramp.tasks.difficulty`); Fashion-MNIST needs
+            less than MNIST, about .90.
+        seed: Of the division into splits, the colours and the noise.
+        train: Images for training.
+        val: Images for validation, each rendered twice.
+        test: Images for testing, each rendered twice.
+        high: The digits that make class 1.
+
+    Returns:
+        Images [14, 14, 3].
+
+    Raises:
+        ValueError: Fewer images are given than asked for, or the agreement leaves a group of training rows empty.
+    """
+    pooled = images.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)) / 255
+    return _on_colour("mnist-on-colour", pooled, digits, agreement, seed, (train, val, test), high)
+
+
+def _on_colour(
+    name: str,
+    images: Floats,
+    digits: NDArray[np.integer],
+    agreement: float,
+    seed: int,
+    sizes: tuple[int, int, int],
+    high: Sequence[int],
+) -> GroupedSet:
+    if not 0 < agreement < 1:
+        raise ValueError(f"{name}: agreement is {agreement}; it must be in (0, 1), such as 0.95")
+    if sum(sizes) > len(images):
+        raise ValueError(
+            f"{name}: {sizes[0]} + {sizes[1]} + {sizes[2]} images are asked for, but there are {len(images)}; ask for "
+            "fewer"
+        )
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(len(images))
+    train, val, test = np.split(order[: sum(sizes)], [sizes[0], sizes[0] + sizes[1]])
+    labels = np.isin(digits, list(high)).astype(np.int64)
+    attribute = agreeing(labels[train], agreement, draw)
+    splits = {"train": _split("train", train, images, labels, attribute, draw)}
+    for split, rows in (("val", val), ("test", test)):
+        both = np.repeat(rows, 2)
+        splits[split] = _split(split, both, images, labels, np.tile([0, 1], len(rows)), draw, paired=True)
+    made = GroupedSet(name, splits, f"generated, agreement {agreement:g}, seed {seed}")
+    made.require_groups("train")
+    return made
+
+
+def agreeing(labels: Integers, agreement: float, draw: np.random.Generator) -> Integers:
+    """An attribute of two values that equals the label in a share, not left to chance, of the rows of each class.
+
+    Args:
+        labels: [N], 0 or 1.
+        agreement: The share.
+        draw: Says which rows.
+
+    Returns:
+        [N], 0 or 1; within a class, agreement x rows, rounded, equal the label.
+    """
+    attribute = labels.copy()
+    for label in (0, 1):
+        rows = draw.permutation(np.flatnonzero(labels == label))
+        attribute[rows[round(agreement * len(rows)) :]] = 1 - label
+    return attribute
+
+
+def _split(
+    name: str,
+    rows: Integers,
+    images: Floats,
+    labels: Integers,
+    attribute: Integers,
+    draw: np.random.Generator,
+    *,
+    paired: bool = False,
+) -> Grouped:
+    y, a = torch.from_numpy(labels[rows]), torch.from_numpy(attribute)
+    ids = tuple(f"{row}-{COLOURS[value]}" for row, value in zip(rows.tolist(), attribute.tolist(), strict=True))
+    return Grouped.of(
+        Labelled(ids, _rendered(images[rows], attribute, draw), y, CLASSES, source=name), {"background": a},
+        Groups.crossed(y, CLASSES, a, COLOURS), torch.from_numpy(rows) if paired else None,
+    )  # fmt: skip
+
+
+def _rendered(images: Floats, attribute: Integers, draw: np.random.Generator) -> NDArray[np.uint8]:
+    """Bright digits on backgrounds of their own shade each, [N, H, W, 3]."""
+    shade = np.array([GREEN, BLUE])[attribute] + draw.normal(0, JITTER, (len(images), 3))
+    mask = images[..., None]  # [N, H, W, 1]
+    pixels = mask + (1 - mask) * shade[:, None, None]
+    return as_bytes(pixels + draw.normal(0, NOISE, pixels.shape))
+
+
+def as_bytes(pixels: Floats) -> NDArray[np.uint8]:
+    """Values around 0 to 1 as 0..255."""
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)

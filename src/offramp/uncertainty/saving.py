@@ -1,0 +1,118 @@
+"""Fitted states on disk: a description, `state.json`, and its tensors, `state.safetensors`. Never pickle.
+
+Any frozen dataclass can be saved whose fields are tensors, numbers, texts, None, tuples of those, or such dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from offramp.files import replace_folder
+
+SCHEMA = "offramp/uncertainty/1"
+DESCRIPTION, TENSORS = "state.json", "state.safetensors"
+
+State = TypeVar("State")
+
+
+def save(state: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a state: the folder appears complete, or stays what it was.
+
+    Args:
+        state: Of a `fit` of this package.
+        folder: A new or empty folder, or one with a state, which is replaced.
+
+    Raises:
+        FileExistsError: There is something else of that name.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= {DESCRIPTION, TENSORS}):
+        raise FileExistsError(f"{folder} exists and holds something else than a fitted state; name a new folder")
+    tensors: dict[str, Tensor] = {}
+    values = {"schema": SCHEMA, "kind": type(state).__name__, "state": _encode(state, "state", tensors)}
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def put(temporary: Path) -> None:
+        save_file(tensors, temporary / TENSORS)
+        (temporary / TENSORS).chmod(0o644)  # it is written for its owner's eyes only
+        (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
+
+    replace_folder(target, put)
+
+
+def load(kind: type[State], folder: str | os.PathLike[str]) -> State:
+    """Read a state.
+
+    Args:
+        kind: Its class, such as `NestedConformal`.
+        folder: Where `save` wrote it.
+
+    Returns:
+        The same state.
+
+    Raises:
+        ValueError: There is none, it is damaged, or it is of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    place = Path(folder).expanduser()
+    try:
+        values = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
+        tensors = load_file(place / TENSORS)
+        schema, name, state = values["schema"], values["kind"], values["state"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{place} holds no fitted state: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the fitted state in {place} is damaged ({error}); fit it again") from error
+    if (schema, name) != (SCHEMA, kind.__name__):
+        raise ValueError(f"{place} holds {name!r} of the schema {schema!r}; {kind.__name__!r} of {SCHEMA!r} was asked")
+    try:
+        return typing.cast(State, _decode(state, kind, tensors))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the fitted state in {place} is damaged ({error!r}); fit it again") from error
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A JSON value; tensors are replaced by their names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone().contiguous()  # tensors that share memory cannot be saved
+        return name
+    if dataclasses.is_dataclass(value):
+        return {f.name: _encode(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_encode(item, f"{name}.{place}", tensors) for place, item in enumerate(value)]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}, which states do not hold")
+
+
+def _decode(value: Any, kind: Any, tensors: dict[str, Tensor]) -> Any:
+    """What a JSON value stands for, by the annotation of its field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(value, kind, tensors)
+    if kind is Tensor:
+        return tensors[value]
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        names = {field.name for field in dataclasses.fields(kind)}
+        if set(value) != names:
+            raise ValueError(f"fields are {sorted(value)}, not {sorted(names)}")
+        return typing.cast(Any, kind)(**{name: _decode(value[name], hints[name], tensors) for name in names})
+    if origin is not None and origin is not typing.Literal:  # tuples and other sequences
+        return tuple(_decode(item, arguments[0], tensors) for item in value)
+    return value

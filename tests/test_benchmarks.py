@@ -1,0 +1,134 @@
+"""The studies behind docs/results: their commands exist, and their figures say what the evaluations found."""
+
+import json
+import shlex
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import typer
+
+import evaluation_runs
+from offramp import cli
+from offramp.evaluation import evaluate, grid, read_records
+from offramp.metrics.text import METRICS
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import baseline  # noqa: E402 - no package: it is found by the line above
+import figures  # noqa: E402
+import results  # noqa: E402
+
+mpl = pytest.importorskip("matplotlib")
+LAYERS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Two evaluations of a tiny model in one folder, as the steps "measures" and "pruning" make them."""
+    torch.set_num_threads(1)
+    lm, folder = evaluation_runs.model(), tmp_path_factory.mktemp("layers")
+    shared = {"thresholds": (0.1,), "min_layers": LAYERS}
+    made = []
+    for arms in (
+        grid(lm, confidences=("softmax", "contrastive", "jsd"), **shared),
+        grid(lm, confidences=("softmax", "jsd"), vocabularies=("fixed", "adaptive"), vocabulary_size=8, **shared),
+    ):
+        options = {"static_layers": (2,), "max_new_tokens": 4, "resamples": 50, "about": {"data": "own"}}
+        made.append(
+            evaluate(lm, evaluation_runs.TASK, evaluation_runs.examples(4), arms, folder, **options)
+        )  # fmt: skip
+    return folder, made
+
+
+def test_every_command_of_a_study_exists():
+    group = typer.main.get_command(cli.app)
+    place = {"data": "data", "run": "run"}
+    names = []
+    for study in results.STUDIES.values():
+        for step in study.steps:
+            program, *arguments = shlex.split(step.command.format(**place))
+            if program in results.SCRIPTS:
+                assert (results.ROOT / "benchmarks" / f"{program}.py").exists()
+            elif program not in results.PREPARATIONS:
+                names.append(program)
+                command = group.get_command(click.Context(group), program)
+                command.make_context(program, arguments)  # raises on an option it does not have
+    assert {"train", "evaluate", "calibrate", "probe"} <= set(names)
+
+
+def test_the_baseline_is_trained_alike_but_for_its_prompts():
+    steps = {step.name: step.command for step in results.STUDIES["summarisation"].steps}
+    assert "--prompt-layer" not in steps["train-full"]
+    assert steps["train"].replace("--prompt-layer 14 ", "") == steps["train-full"]
+    data = [steps[name].partition("--task")[2].partition("--arms")[0] for name in ("evaluate", "evaluate-full")]
+    assert data[0].strip() == data[1].strip()
+
+
+def test_both_evaluations_are_read_together(found):
+    whole = figures.together(found[1])
+    assert len({arm.name for arm in whole.arms}) == len(whole.arms) == 2 + 3 * 2 + 2 * 2 * 2
+    assert list(figures.by_layer(whole, ("jsd", "adaptive"))) == list(LAYERS)
+    other = replace(found[1][0], conditions={**found[1][0].conditions, "examples": 99})
+    with pytest.raises(SystemExit, match="differ in examples"):
+        figures.together([found[1][0], other])
+
+
+def test_the_table_has_means_over_the_minimum_layers(found):
+    whole = figures.together(found[1])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in figures.table(whole).splitlines()]
+    assert [row[0] for row in rows[2:]] == ["jsd", "jsd + fixed", "jsd + adaptive"]
+    records = [read_records(found[0] / "records" / f"jsd-0.1-from-{layer}-fixed.jsonl")[1] for layer in LAYERS]
+    layers = [statistics.mean(layer for r in some for layer in r.exit_layers) for some in records]
+    assert rows[3][1] == f"{statistics.mean(layers):.2f} ± {statistics.stdev(layers):.2f}"
+    scores = [100 * statistics.mean(r.scores[whole.metric] for r in some) for some in records]
+    assert rows[3][2] == f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}"
+
+
+def test_figures_are_drawn_of_what_there_is(found, tmp_path, monkeypatch, capsys):
+    files = [tmp_path / f"{number}.json" for number in range(2)]
+    for file, evaluation in zip(files, found[1], strict=True):
+        file.write_text(json.dumps(evaluation.to_dict()))
+    for some, pictures in ((files, 3), (files[:1], 3)):
+        out = tmp_path / str(len(some))
+        monkeypatch.setattr(sys, "argv", ["figures", *map(str, some), "--out", str(out)])
+        figures.main()
+        assert len(list(out.glob("*.svg"))) == pictures
+        assert ("jsd + fixed" in capsys.readouterr().out) == (len(some) == 2)
+    text = (tmp_path / "2" / "figures-6-7-measures.svg").read_text()
+    assert all(name in text for name in ("softmax", "contrastive", "jsd", "full model", "mean exit layer"))
+
+
+def test_policies_are_compared_with_the_other_models_full_one(found, tmp_path):
+    theirs = tmp_path / "full"
+    evaluate(
+        evaluation_runs.model("qwen2"), evaluation_runs.TASK, evaluation_runs.examples(4), {}, theirs,
+        static_layers=(1,), max_new_tokens=4, resamples=50,
+    )  # fmt: skip
+    head, rows = baseline.comparison(found[0], theirs)
+    assert head[1] == found[1][0].metric == "f1"
+    table = {row[0]: row for row in rows}
+    assert {"baseline", "full model", "static 2", "baseline's static 1", "softmax > 0.1, from 1"} <= set(table)
+    assert "baseline's full model" not in table
+    means = {}
+    for name, path in (("mine", found[0] / "records/static-2.jsonl"), ("theirs", theirs / "records/full-model.jsonl")):
+        records = read_records(path)[1]
+        examples = {example.id: example for example in evaluation_runs.examples(4)}
+        scores = [METRICS["f1"](record.text, examples[record.id].references) for record in records]
+        means[name] = 100 * statistics.mean(scores), sum(record.flops for record in records)
+    assert table["static 2"][1] == f"{means['mine'][0]:.1f}"
+    assert table["static 2"][2].split()[0] == f"{means['mine'][0] - means['theirs'][0]:+.1f}"
+    assert table["static 2"][3] == f"{means['mine'][1] / means['theirs'][1]:.3f}"
+
+
+def test_prompts_are_what_a_t5_is_asked(tmp_path):
+    import gzip
+
+    with gzip.open(tmp_path / "en.gz", "wt", encoding="utf-8") as file:
+        file.write("A dog.\nTwo men.\nNo one.\n")
+    results.prompts(tmp_path / "en.gz", tmp_path / "prompts.txt", count=2)
+    lines = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert lines == ["translate English to German: A dog.", "translate English to German: Two men."]

@@ -1,0 +1,60 @@
+"""Calibration by two processes, as `torchrun --nproc-per-node 2` starts them, against one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import calibration_runs
+from offramp.evaluation import read_records
+
+JOBS = calibration_runs.JOBS
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, calibration_runs.__file__, folder],
+            env={**os.environ, **common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    return folder
+
+
+def records(folder):
+    found = {path.relative_to(folder): read_records(path) for path in folder.rglob("*.jsonl")}
+    return {name: (header, [replace(r, seconds=0) for r in some]) for name, (header, some) in found.items()}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_give_the_certificate_of_one(two, tmp_path, job):
+    one = calibration_runs.run(tmp_path, **JOBS[job])
+    assert one.certificate.certified == (job == "path")  # thresholds of a few tokens are not worth much
+    for file in ("policy.json", "result.json", "config.json", *(["thresholds.json"] if job == "per-layer" else [])):
+        assert json.loads((two / job / file).read_text()) == json.loads((tmp_path / file).read_text())
+    assert records(two / job) == records(tmp_path)
+    assert not list((two / job).rglob("*-of-2*"))
+
+
+def test_one_process_goes_on_where_two_were_and_finds_everything_done(two, monkeypatch):
+    monkeypatch.setattr("offramp.evaluation.records._generate", None)  # nothing is decoded any more
+    again = calibration_runs.run(two / "path", **JOBS["path"])
+    assert again.certificate.to_dict() == json.loads((two / "path" / "policy.json").read_text())["certificate"]
