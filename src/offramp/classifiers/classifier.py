@@ -99,7 +99,8 @@ class EarlyExitClassifier(nn.Module):
         self.heads = nn.ModuleList(
             ExitHead(backbone, layer, self.num_classes, self.head_config) for layer in self.layers
         )
-        self.to(memory_format=torch.channels_last)  # weights of convolutions: 1.3 to 1.7 times as fast on CPUs
+        # weights of convolutions: 1.3 to 1.7 times as fast on CPUs
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def from_encoder(

@@ -14,6 +14,11 @@ import typer
 
 from offramp.cli.bench import bench
 from offramp.cli.calibrate import calibrate
+from offramp.cli.classifiers.calibrate import calibrate_classifier
+from offramp.cli.classifiers.classify import classify
+from offramp.cli.classifiers.dispatch import ByTask
+from offramp.cli.classifiers.evaluate import evaluate_classifier
+from offramp.cli.classifiers.train import train_classifier
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
@@ -22,7 +27,8 @@ from offramp.cli.train import train
 
 app = typer.Typer(
     name="offramp",
-    help="Early-exit language models: easy tokens leave the network early.",
+    cls=ByTask,
+    help="Early-exit models: what is easy leaves the network early.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,13 +41,18 @@ app.command()(calibrate)
 app.command()(generate)
 app.command()(bench)
 app.command()(report)
+# classifiers: the first three are also what train, calibrate and evaluate do with --task ...-classification
+app.command()(train_classifier)
+app.command()(calibrate_classifier)
+app.command()(evaluate_classifier)
+app.command()(classify)
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Early-exit language models: easy tokens leave the network early."""
+    """Early-exit models: what is easy leaves the network early."""
 
 
 def main() -> None:
