@@ -21,7 +21,7 @@ from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.flops import head_costs
 from offramp.classifiers.method import Method
 from offramp.classifiers.passes import Passes
-from offramp.classifiers.result import ClassifierEvaluation
+from offramp.classifiers.result import RESULTS, SCHEMA, ClassifierEvaluation
 from offramp.files import replace_file
 from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
@@ -94,6 +94,7 @@ def compare(
     """
     if not networks:
         raise ValueError("there is no network to evaluate; name at least one")
+    _require_free(folder)
     steps = len(networks) * (len(config.methods) + 1)
     seeds: list[tuple[Method, ...]] = []
     _require_alike(networks)
@@ -111,12 +112,20 @@ def compare(
         settings = replace(config.settings, static_costs=_static_costs(network, threshold))
         seeds.append(tuple(evaluate(posteriors, threshold, tests, settings)))
         for name, rows in tests.items():
-            _write_records(folder / f"records-{place}-{name}.jsonl.gz", posteriors, rows)
+            _write_records(folder / f"records-{place}-{name.replace(' ', '-')}.jsonl.gz", posteriors, rows)
     if progress is not None:
         progress(steps, steps, "writing")
     result = ClassifierEvaluation(conditions, tuple(seeds))
     result.save(folder)
     return result
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder with results of another kind, which would be replaced."""
+    if (folder / RESULTS).is_file():
+        values = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"{folder} holds results of another kind, {values.get('schema')}; name a new folder")
 
 
 def _require_alike(networks: Sequence[Passes]) -> None:

@@ -55,6 +55,7 @@ def evaluate_classifier(
     from offramp.classifiers.evaluate import Settings
     from offramp.classifiers.passes import Passes
     from offramp.machine import describe
+    from offramp.tables import markdown
     from offramp.uncertainty.posterior import METHODS, PosteriorConfig
 
     config = ComparisonConfig(
@@ -78,8 +79,11 @@ def evaluate_classifier(
         }  # fmt: skip
         result = compare(networks, config, folder, conditions=conditions, progress=progress)
     if str(json) != "-":
-        typer.echo(result.table())
-    o.note(f"wrote {folder}: results.json, table.md, records and pictures; read it with: offramp report {folder}")
+        for test in result.tests:
+            typer.echo(f"## {test}, mean over the budgets\n\n{markdown(*result.mean_table(test))}\n")
+        typer.echo(result.notes()[0])
+    o.note(f"wrote {folder}: results.json, records, pictures and, with more tables, table.md")
+    o.note(f"read it with: offramp report {folder}")
     o.write_result(result.to_dict(), json)
 
 
