@@ -6,10 +6,9 @@ import torch
 
 from classifier_data import save_bert, save_resnet, write_texts
 from classifier_runs import images
-from offramp.classifiers import EarlyExitClassifier, in_order
+from offramp.classifiers import in_order
 from offramp.classifiers.architectures import build, rows_of, usual
 from offramp.classifiers.divided import TEXTS, DataConfig, divide
-from offramp.classifiers.flops import head_costs
 from offramp.tasks.labelled import Labelled
 
 
@@ -85,19 +84,6 @@ def test_rows_of_texts_come_in_the_order_of_their_lengths(bert, texts):
     labels = dict(zip(texts.ids, texts.labels.tolist(), strict=True))
     assert [labels[i] for i in rows.data.ids] == rows.data.labels.tolist()
     assert max(rows.lengths) == 6
-
-
-@pytest.mark.parametrize("kind", ["msdnet", "bert"])
-def test_heads_cost_what_a_network_without_them_saves(kind, bert, texts):
-    """A network with an exit after layer l alone costs there what the full one does without the earlier heads."""
-    model = build("msdnet-small", images(6)) if kind == "msdnet" else build(bert, texts)
-    inputs = {"pixel_values": torch.zeros(1, 1, 8, 8)}
-    if kind == "bert":
-        inputs = {name: torch.ones(1, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    costs, heads = model.costs(inputs), head_costs(model, inputs)
-    for place, layer in enumerate(model.layers[:-1]):
-        alone = EarlyExitClassifier(model.backbone, (layer,), labels=model.labels).costs(inputs)[0]
-        assert float(costs[place] - heads[:place].sum()) == float(alone)
 
 
 def test_what_does_not_fit_is_refused(bert, texts, tmp_path):

@@ -134,9 +134,8 @@ def test_evaluate_compares_all_methods_over_seeds(images, monkeypatch):
     assert len(values["seeds"]) == 2
     assert "test 60" in values["conditions"]["rows"]
     names = {path.name for path in out.iterdir()}
-    assert names == {
-        "results.json", "table.md", *(f"records-{n}-{test}.jsonl.gz" for n in (0, 1) for test in ("clean", "contrast-3"))
-    }  # fmt: skip
+    records = {f"records-{seed}-{test}.jsonl.gz" for seed in (0, 1) for test in ("clean", "contrast-3")}
+    assert names == {"results.json", "table.md", *records}
 
 
 def test_a_report_needs_nothing_beside_it(images, calibrated):
@@ -144,8 +143,8 @@ def test_a_report_needs_nothing_beside_it(images, calibrated):
     place, data, runs, _ = images
     out = place / "reported"
     offramp(
-        "evaluate", runs[0] / "model", "--task", IMAGES, "--data", data, "--methods", "vanilla,temperature", "--resamples",
-        5, "--out", out,
+        "evaluate", runs[0] / "model", "--task", IMAGES, "--data", data, "--methods", "vanilla,temperature",
+        "--resamples", 5, "--out", out,
     )  # fmt: skip
     assert {"classify-curves-clean.svg", "classify-reliability-clean.png"} <= {path.name for path in out.iterdir()}
     folders = (out, calibrated[0], runs[0])

@@ -203,3 +203,20 @@ def test_impossible_heads_are_refused(options, message):
 def test_inputs_without_the_main_one_are_refused():
     with pytest.raises(ValueError, match="inputs have pixel_values; this classifier needs input_ids"):
         tiny("bert")({"pixel_values": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "msdnet"])
+@torch.no_grad()
+def test_a_cut_network_does_not_pay_for_the_heads_before(name):
+    classifier = build(name, hidden=7) if name != "msdnet" else tiny("msdnet")
+    inputs = inputs_for(name, batch=1)
+    alone = []
+    for layer, head in zip(classifier.layers, classifier.heads, strict=True):
+        with FlopCounterMode(display=False) as counter:
+            head(classifier.backbone.run(classifier.backbone.start(inputs), 0, layer))
+        alone.append(counter.get_total_flops())
+    if name == "msdnet":  # fused attention of the others is counted otherwise
+        assert classifier.costs(inputs, cut=True).tolist() == alone
+    whole, cut = classifier.costs(inputs), classifier.costs(inputs, cut=True)
+    assert cut[0] == whole[0]
+    assert bool((cut[1:] < whole[1:]).all())

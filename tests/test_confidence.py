@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from offramp.confidence import HEADLESS, MEASURES, RANGES, Contrast, Contrastive, gap_of, jensen_shannon
 from offramp.policy import ExitPolicy
+from offramp.uncertainty import token_laplace, token_sets
+from offramp.uncertainty.shortlist import shortlist
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 ROWS, WIDTH, VOCABULARY, LAYERS, LAYER = 5, 7, 23, 12, 8
@@ -48,6 +50,22 @@ class Scripted:
 
     def classified(self):
         return self.verdicts
+
+    def posterior_gap(self):
+        """Through a posterior that is certain, so that the numbers are those of the trained head."""
+        width, vocabulary = 2, self.logits.shape[1]
+        state = token_laplace.TokenLaplace(
+            torch.eye(width), None, None, torch.zeros(vocabulary), torch.ones(3, vocabulary)
+        )
+        x = torch.ones(len(self.logits), width)
+        return token_laplace.gap(state, x, shortlist(self.logits, vocabulary))
+
+    def active(self, kind):
+        """Tokens of probability 0.2 or more."""
+        short, normaliser = shortlist(self.logits, self.logits.shape[1]), self.logits.logsumexp(-1)
+        sets = token_sets.ConformalSets(0.1, -math.log(0.2), {})
+        running = sets.step(token_sets.start(short.ids), self.layer, short.logits, normaliser, 0)
+        return running.active.sum(-1).float().masked_fill(~normaliser.isfinite(), math.nan)
 
     def earlier(self, layer, columns=None):
         self.asked.append((layer, None if columns is None else columns.shape[1]))
@@ -356,7 +374,9 @@ def test_classifiers_that_overflow_never_exit(bad):
 
 
 def test_every_named_measure_has_a_range_up_to_one():
-    assert set(MEASURES) == set(RANGES) == {*HEADLESS, "softmax", "max", "entropy", "contrastive", "jsd"}
+    assert set(MEASURES) == set(RANGES) == {
+        *HEADLESS, "softmax", "max", "entropy", "contrastive", "jsd", "laplace", "conformal", "avcs",
+    }  # fmt: skip
     assert {name: low for name, (low, _) in RANGES.items()} == {name: -(name == "state") for name in MEASURES}
     assert {high for _, high in RANGES.values()} == {1.0}
 

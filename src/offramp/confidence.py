@@ -57,6 +57,17 @@ class Reading(Protocol):
         """Logits of the consistency classifier trained for this exit, [A], float32; needs no head."""
         ...
 
+    def posterior_gap(self) -> Tensor:
+        """Gap of the two largest probabilities averaged over the posterior of this exit's head, [A], float32."""
+        ...
+
+    def active(self, kind: str) -> Tensor:
+        """Size of the running set of tokens after this exit, [A], float32; NaN for logits that are not finite.
+
+        Whoever leaves here emits a token of the set, if there is one.
+        """
+        ...
+
 
 class Confidence(Protocol):
     """A measure: a plain function, or a frozen dataclass with parameters."""
@@ -117,6 +128,39 @@ def consistency(reading: Reading) -> Tensor:
     """
     logits = reading.classified()
     return torch.where(logits.isfinite(), logits.sigmoid(), torch.nan)
+
+
+def laplace(reading: Reading) -> Tensor:
+    """Gap of the two largest probabilities, averaged over a last-layer Laplace posterior, in [0, 1].
+
+    p̄_(1) - p̄_(2) over the candidates, as Meronen et al. (arXiv 2302.06359) for classifiers; see
+    `offramp.uncertainty.token_laplace`. It changes when a token leaves, not which one: that is the trained head's best.
+
+    Returns:
+        One gap per row, [A]; NaN for logits that are not finite.
+    """
+    return reading.posterior_gap()
+
+
+@dataclass(frozen=True)
+class ActiveSet:
+    """1 / n of the n tokens in the running set, 0 for an empty one: any threshold in [1/2, 1) asks for a single token.
+
+    The set is the intersection over the exits of a token, see `offramp.uncertainty.token_sets`. A threshold of
+    1 / (n + 1) lets a token leave as soon as at most n are left, of which it emits the best. Whose set is empty goes
+    through all layers.
+
+    Attributes:
+        kind: "conformal" or "avcs".
+    """
+
+    kind: str
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """One value per row, [A], in [0, 1]; NaN for logits that are not finite."""
+        size = reading.active(self.kind)
+        # Rounded down: in float32, 1/3 is above a threshold of 1/3.
+        return torch.where(size > 1, torch.nextafter(1 / size.clamp(min=1), size.new_zeros(())), size)
 
 
 def certain(reading: Reading) -> Tensor:
@@ -289,6 +333,9 @@ MEASURES: dict[str, Callable[[Contrast], Confidence]] = {
     "classifier": lambda _: consistency,
     "contrastive": lambda options: Contrastive(options, discounted=False),
     "jsd": lambda options: Contrastive(options, discounted=True),
+    "laplace": lambda _: laplace,
+    "conformal": lambda _: ActiveSet("conformal"),
+    "avcs": lambda _: ActiveSet("avcs"),
 }
 """Measures by the names that `ExitPolicy` and the command line take, besides "static"."""
 

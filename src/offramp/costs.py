@@ -17,7 +17,7 @@ import torch
 PARTS = ("encoder", "blocks", "fill", "readout", "pruned_readout", "select", "confidence")
 """encoder · blocks (attention, FFN, first-visit cross keys and values) · fill (keys and values of skipped layers) ·
 readout (lenses; all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself;
-only classifiers have products, and so FLOPs)."""
+only classifiers and posteriors have products, and so FLOPs)."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,12 @@ class Ledger:
     def classifier(self, states: int) -> None:
         """A consistency classifier on `states` states."""
         self._add("confidence", states * 2 * self.shape.width, self.shape.width)
+
+    def posterior(self, states: int, flops: int, shared: int, own: int) -> None:
+        """A posterior's confidence of `states` states: FLOPs of each, float32 numbers read for all and for each."""
+        part = self.costs.parts["confidence"]
+        part.flops += states * flops
+        part.bytes += 4 * (shared + states * own)
 
     def readout(self, states: int) -> None:
         """A readout of `states` states on the full vocabulary, in one product."""

@@ -48,7 +48,7 @@ class _Read:
     scores: Tensor
     layers: list[int]
     confidences: list[float]
-    states: Tensor | None = None  # readout inputs [B, D] of rows that left on a pruned vocabulary
+    states: Tensor | None = None  # readout inputs [B, D] of rows that left with some tokens excluded
     processed: Tensor = field(default_factory=lambda: torch.empty(0))
     token: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -172,7 +172,7 @@ class _Generation:
     def _with_tests(self) -> _Read:
         plan, way, batch = self.plan, self.way, len(self.buffer)
         read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
-        reader = Reader(self.model, plan, self.ledger, self.protected)
+        reader = Reader(self.model, plan, self.ledger, self.protected, self.length - self.prompt)
         exits = tuple(plan.thresholds)
         for layer in plan.stops:
             way.advance(layer)
@@ -195,7 +195,7 @@ class _Generation:
             if gone:
                 kept = [i for i in range(len(confidences)) if i not in set(gone)]
                 self._put(read, [way.rows[i] for i in gone], exit.emission(gone), layer)
-                if exit.kept:
+                if exit.restricted:
                     self._remember(read, [way.rows[i] for i in gone], exit.input[gone])
                 way.leave(gone, kept)
                 if not kept:
@@ -264,7 +264,7 @@ class _Generation:
             read.scores[rows] = scores
 
     def _remember(self, read: _Read, rows: list[int], inputs: Tensor) -> None:
-        """Keep the readout inputs of rows that leave on a pruned vocabulary."""
+        """Keep the readout inputs of rows that leave with tokens excluded, by pruning or by a set."""
         if read.states is None:
             read.states = inputs.new_zeros(len(self.buffer), inputs.shape[1])
         read.states[rows] = inputs

@@ -69,7 +69,7 @@ def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     schema = values.pop("schema", None) if isinstance(values, dict) else None
     if schema != SCHEMA:
         raise ModelError(f"{file} has the schema {schema!r}, not {SCHEMA!r}: no exits, or those of another version")
-    values.setdefault("classifier", False)  # younger than the schema
+    values.setdefault("classifier", False)  # younger than the schema, as the posterior is
     types = {
         "model": str, "fingerprint": str, "num_layers": int, "width": int, "layers": list, "settings": dict,
         "classifier": bool,
@@ -79,7 +79,7 @@ def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     wrong += [] if wrong or all(type(layer) is int for layer in values["layers"]) else ["layers"]
     if wrong:
         raise ModelError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type; {AGAIN}")
-    return {name: values[name] for name in (*types, "rank")}
+    return {**{name: values[name] for name in (*types, "rank")}, "posterior": values.get("posterior")}
 
 
 def weights(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:

@@ -2,8 +2,9 @@
 
 A lens is affine, h + W h + b on the residual state [..., D] (Belrose et al. 2023, arXiv 2303.08112), and begins as
 nothing: W = 0 and b = 0. The model itself is untouched, so its full output stays what it is, bit for bit. Beside the
-lens there may be a consistency classifier, which says from the readout input alone whether to leave there. Both are
-kept and saved in float32, with the name and the fingerprint of the weights they were made for.
+lens there may be a consistency classifier, which says from the readout input alone whether to leave there, and for all
+exits a posterior that was fitted on text (`offramp.posterior`). All are kept and saved in float32, with the name and
+the fingerprint of the weights they were made for.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch.nn import functional as F
 from offramp import exit_files
 from offramp.exit_files import AGAIN, CONFIG
 from offramp.packaged import ModelError, first_line
+from offramp.posterior import Posterior
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel
 
+_POSTERIOR = "posterior."  # what its tensors' names begin with
 _CHUNK = 1 << 22  # elements hashed at a time
 
 
@@ -161,6 +164,7 @@ class Exits(nn.Module):
         lensed = () if rank == 0 else self.layers
         self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in lensed})
         self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
+        self.posterior: Posterior | None = None
 
     def _untrained(self, device: torch.device | None) -> nn.ModuleDict:
         """A classifier per exit whose logit is 0 for every state."""
@@ -204,6 +208,21 @@ class Exits(nn.Module):
         made.classifiers = made._untrained(next((p.device for p in self.parameters()), None))
         return made
 
+    def only(self, layers: Sequence[int]) -> Exits:
+        """A copy with some of the exits, without a posterior."""
+        made = self.with_posterior(None)
+        made.layers = tuple(layers)
+        for parts in filter(None, (made.lenses, made.classifiers)):
+            for name in set(parts) - {str(layer) for layer in layers}:
+                del parts[name]
+        return made
+
+    def with_posterior(self, posterior: Posterior | None) -> Exits:
+        """A copy with a posterior that was fitted for these exits, or with none."""
+        made = copy.deepcopy(self)
+        made.posterior = posterior
+        return made
+
     def classify(self, layer: int, x: Tensor) -> Tensor:
         """Logit that what is chosen after `layer` is what the last layer would choose: w_l · x + b_l, in float32.
 
@@ -233,9 +252,13 @@ class Exits(nn.Module):
 
     def placed(self, dtype: torch.dtype, device: torch.device) -> Exits:
         """These exits in a model's number format and place: themselves if they are, else a copy not for training."""
-        if all(p.dtype == dtype and p.device == device for p in self.parameters()):
+        there = all(b.device == device for b in self.buffers())
+        if there and all(p.dtype == dtype and p.device == device for p in self.parameters()):
             return self
-        return copy.deepcopy(self).to(dtype=dtype, device=device).requires_grad_(False)
+        made = self.with_posterior(None).to(dtype=dtype, device=device).requires_grad_(False)
+        if self.posterior is not None:  # stays in float32
+            made.posterior = copy.deepcopy(self.posterior).to(device)
+        return made
 
     # ------------------------------------------------------------ files
 
@@ -263,8 +286,12 @@ class Exits(nn.Module):
             "layers": list(self.layers), "rank": self.rank, "classifier": self.classifiers is not None,
             "fingerprint": self.fingerprint if fingerprint is None else fingerprint,
             "settings": self.settings if settings is None else dict(settings),
+            **({} if self.posterior is None else {"posterior": self.posterior.settings}),
         }  # fmt: skip
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
+        tensors = {
+            name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
+            for name, t in self.state_dict().items()
+        }
         exit_files.write(folder, values, tensors)
 
     @classmethod
@@ -278,19 +305,41 @@ class Exits(nn.Module):
             ModelError: There are none, or a file is missing or damaged.
         """
         values = exit_files.description(folder)
+        posterior = values.pop("posterior")
         try:
             with torch.device("meta"):
                 exits = cls(**values)
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the latter from impossible sizes
             raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
         file, tensors = exit_files.weights(folder)
+        fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
         expected = {name: t.shape for name, t in exits.state_dict().items()}
         if {name: t.shape for name, t in tensors.items()} != expected:
             raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ModelError(f"{file} holds numbers that are not finite: their training diverged; train them again")
         exits.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, assign=True)
+        if posterior is not None or fitted:
+            exits.posterior = exits._fitted(folder, posterior, fitted)
         return exits
+
+    def _fitted(self, folder: str | os.PathLike[str], values: Any, tensors: dict[str, Tensor]) -> Posterior:
+        """The posterior of what was read, if it was fitted for these exits."""
+        tensors = {name.removeprefix(_POSTERIOR): t.clone() for name, t in tensors.items()}
+        try:
+            if not isinstance(values, dict) or not all(bool(t.isfinite().all()) for t in tensors.values()):
+                raise ValueError("its settings are missing, or numbers are not finite")
+            posterior = Posterior(values, tensors)
+            if not set(posterior.layers) <= set(self.layers):
+                raise ValueError(f"it is for layers {posterior.layers}")
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"the posterior in {folder} is damaged ({first_line(error)}); {AGAIN}") from error
+        if posterior.settings.get("lenses") != fingerprint(self.lenses):
+            raise ModelError(
+                f"the posterior in {folder} was fitted for other lenses than those beside it; fit it again with: "
+                "offramp calibrate --posterior"
+            )
+        return posterior
 
     def require(self, split: SplitModel, name: str, folder: str | os.PathLike[str]) -> None:
         """Raise a ModelError unless these exits, from `folder`, were made for the model called `name`."""

@@ -44,9 +44,10 @@ class ExitPolicy:
 
     Attributes:
         confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "classifier" (of the
-            model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "static"
-            (always leaves after `min_layer`; under "verify", every token is drafted there), or a callable (see
-            `offramp.confidence.Confidence`).
+            model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "laplace",
+            "conformal", "avcs" (these three of the exits' posterior, see `offramp.posterior`; test only where it was
+            fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a
+            callable (see `offramp.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth

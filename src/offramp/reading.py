@@ -9,6 +9,10 @@ from offramp.costs import Ledger
 from offramp.exits import require_classifiers
 from offramp.families import SplitModel
 from offramp.plan import Plan
+from offramp.posterior import METHODS, require_posterior
+from offramp.uncertainty import token_laplace, token_sets
+from offramp.uncertainty.shortlist import Shortlist, shortlist
+from offramp.uncertainty.token_sets import Running
 from offramp.vocabulary import Kept
 
 
@@ -16,7 +20,7 @@ def check(model: SplitModel, plan: Plan) -> None:
     """See that a model can be read out as a plan demands.
 
     Raises:
-        ValueError: Single rows of the head are wanted but cannot be had, or classifiers that it has not.
+        ValueError: Single rows of the head are wanted but cannot be had, or classifiers or a posterior that it has not.
     """
     if plan.pruning is not None and not model.head_is_plain:
         kind = type(model.head).__name__
@@ -26,6 +30,8 @@ def check(model: SplitModel, plan: Plan) -> None:
         )
     if plan.policy.confidence == "classifier" and plan.thresholds:
         require_classifiers(model.exits, plan.thresholds)
+    if plan.policy.confidence in METHODS and plan.thresholds:
+        require_posterior(model.exits, str(plan.policy.confidence), plan)
 
 
 class Reader:
@@ -36,14 +42,16 @@ class Reader:
         plan: Where to look.
         ledger: Where the work is written down.
         protected: Ids that pruning never drops, [P].
+        position: Of the token, counted from the first generated one.
     """
 
-    def __init__(self, model: SplitModel, plan: Plan, ledger: Ledger, protected: Tensor) -> None:
-        self.model, self.plan, self.ledger, self.protected = model, plan, ledger, protected
+    def __init__(self, model: SplitModel, plan: Plan, ledger: Ledger, protected: Tensor, position: int = 0) -> None:
+        self.model, self.plan, self.ledger, self.protected, self.position = model, plan, ledger, protected, position
         self.kept: Kept | None = None
         self.previous: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}  # readout inputs of candidate layers, [A, D] each
         self.earlier: dict[int, Tensor] = {}  # logits of candidate layers on the current columns, [A, K or V] each
+        self.running: dict[str, Running] = {}  # sets of tokens by kind
 
     def capture(self, layer: int, hidden: Tensor) -> None:
         """Keep the readout input of a candidate layer."""
@@ -84,6 +92,7 @@ class Reader:
         self.previous = None if self.previous is None else self.previous[rows]
         self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
         self.earlier = {layer: z[rows] for layer, z in self.earlier.items()}
+        self.running = {kind: running.select(rows) for kind, running in self.running.items()}
 
     def project(self, x: Tensor) -> Tensor:
         """Logits in float32 of readout inputs [A, D], on the kept tokens if there are any."""
@@ -113,6 +122,7 @@ class Exit:
         self.judged = False  # whether the measure read the logits
         self._logits: Tensor | None = None
         self._input: Tensor | None = None
+        self._sets: dict[str, Running] = {}
 
     @property
     def input(self) -> Tensor:
@@ -149,6 +159,36 @@ class Exit:
         exits = require_classifiers(self.reader.model.exits, [self.layer])
         self.reader.ledger.classifier(len(self.hidden))
         return exits.classify(self.layer, self.input)
+
+    def posterior_gap(self) -> Tensor:
+        """The gap averaged over this exit's posterior, [A], float32."""
+        reader = self.reader
+        posterior = require_posterior(reader.model.exits, "laplace")
+        state, short = posterior.laplace(self.layer), self._shortlist(posterior.candidates)
+        k, n = short.ids.shape[1], len(state.draws)
+        reader.ledger.posterior(len(short.ids), token_laplace.flops(state, k), token_laplace.size(state), k * (n + 1))
+        return token_laplace.gap(state, self.input, short)
+
+    def _shortlist(self, size: int) -> Shortlist:
+        """The best tokens that are scored here."""
+        return shortlist(self.logits, size, None if self.columns is None else self.columns.ids)
+
+    def active(self, kind: str) -> Tensor:
+        """How many tokens the running sets hold after this exit, [A], float32; NaN for logits that are not finite."""
+        reader, normaliser = self.reader, self.logits.logsumexp(-1)
+        if kind not in self._sets:
+            posterior = require_posterior(reader.model.exits, kind)
+            running = reader.running.get(kind) or token_sets.start(self._shortlist(posterior.candidates).ids)
+            scored = self.logits if self.columns is None else self.columns.scatter(self.logits, reader.plan.vocabulary)
+            logits = scored.gather(1, running.ids)
+            running = posterior.sets(kind).step(running, self.layer, logits, normaliser, reader.position)
+            reader.running[kind] = self._sets[kind] = running
+        return self._sets[kind].active.sum(-1).float().masked_fill(~normaliser.isfinite(), torch.nan)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether `emission` leaves tokens out: those that pruning or a set of tokens excludes."""
+        return self.kept or bool(self._sets)
 
     def plausible(self) -> Tensor | None:
         """Which columns survive pruning, bool [A, K or V]; None without pruning."""
@@ -201,8 +241,10 @@ class Exit:
                 scores = plan.measure.scores(self).log()  # type: ignore[union-attr]
         if len(index) < len(scores):
             scores = scores[index]
-        if self.columns is None:
-            return scores
-        columns = self.columns if len(index) == len(self.hidden) else self.columns.select(index)
-        with self.reader.ledger.time("select"):
-            return columns.scatter(scores, plan.vocabulary)
+        if self.columns is not None:
+            columns = self.columns if len(index) == len(self.hidden) else self.columns.select(index)
+            with self.reader.ledger.time("select"):
+                scores = columns.scatter(scores, plan.vocabulary)
+        for running in self._sets.values():
+            scores = running.select(torch.tensor(index, device=scores.device)).among(scores)
+        return scores

@@ -8,6 +8,7 @@ shrinks from the current size (theirs, relative to V, never binds).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,15 @@ class Pruning:
             least = min(self.smallest, self.first_size())
             size = math.floor(self.first_size() * self.decayed(layer) / self.decayed(self.first_layer))
         return min(previous, max(least, size))
+
+    def sizes(self, layers: Sequence[int]) -> dict[int, int | None]:
+        """Tokens scored at tested layers, ascending; None (all V) at the first. Not for "adaptive" sizes."""
+        found: dict[int, int | None] = {}
+        size = self.first_size()
+        for layer in layers:
+            size = self.next_size(layer, size, math.nan) if found else size
+            found[layer] = size if found else None
+        return found
 
 
 class Kept:

@@ -14,6 +14,9 @@ from offramp.calibration.grid import Grid as Grid
 from offramp.calibration.grid import Setting as Setting
 from offramp.calibration.grid import settings_of as settings_of
 from offramp.calibration.layer_thresholds import layer_thresholds as layer_thresholds
+from offramp.calibration.posterior import PosteriorConfig as PosteriorConfig
+from offramp.calibration.posterior import fit_posterior as fit_posterior
+from offramp.calibration.posterior_report import PosteriorReport as PosteriorReport
 from offramp.calibration.promise import KINDS as KINDS
 from offramp.calibration.promise import Promise as Promise
 from offramp.calibration.result import Calibration as Calibration

@@ -202,11 +202,12 @@ class EarlyExitClassifier(nn.Module):
             outputs.append(head(state))
         return outputs
 
-    def costs(self, inputs: Inputs | None = None) -> Tensor:
+    def costs(self, inputs: Inputs | None = None, *, cut: bool = False) -> Tensor:
         """FLOPs of one row up to and including each exit, all heads on the way counted.
 
         Args:
             inputs: A batch of the length or image size asked for; None: images of the size the backbone is made for.
+            cut: Of networks cut after each exit instead, static exits: without the heads before it.
 
         Returns:
             [E], float64, ascending.
@@ -214,7 +215,7 @@ class EarlyExitClassifier(nn.Module):
         Raises:
             ValueError: None was given for texts, whose cost depends on their length.
         """
-        return exit_costs(self, self._example() if inputs is None else self._named(inputs))
+        return exit_costs(self, self._example() if inputs is None else self._named(inputs), cut=cut)
 
     def outputs(
         self,

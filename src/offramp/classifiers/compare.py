@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
-from offramp.classifiers.flops import head_costs
+from offramp.classifiers.flops import exit_costs
 from offramp.classifiers.method import Method
 from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import RESULTS, SCHEMA, ClassifierEvaluation
@@ -177,8 +177,9 @@ def fitted(network: Passes, config: PosteriorConfig, fit_on: str) -> Posterior:
 
 def _static_costs(network: Passes, outputs: ExitOutputs) -> tuple[float, ...]:
     """FLOPs of a row in a network cut after each exit: without the heads of earlier ones."""
-    heads = head_costs(network.classifier, network.example("threshold"))
-    return tuple((outputs.costs - (heads.cumsum(0) - heads)).tolist())
+    example = network.example("threshold")
+    saved = exit_costs(network.classifier, example) - exit_costs(network.classifier, example, cut=True)
+    return tuple((outputs.costs - saved).tolist())
 
 
 def _write_records(path: Path, posteriors: Mapping[str, Posterior], rows: ExitOutputs) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from offramp.classifiers.classifier import EarlyExitClassifier
 
 
-def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> Tensor:
+def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor], *, cut: bool = False) -> Tensor:
     """FLOPs of one row up to and including each exit, with the heads of all exits before it.
 
     Linear layers, convolutions and attention, a multiply-add counted as 2; no biases, norms, poolings and activation
@@ -24,50 +24,36 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) ->
     Args:
         classifier: The classifier; its weights are not touched.
         inputs: A batch; only the shapes count.
+        cut: Of networks cut after each exit instead: without the heads before it.
 
     Returns:
         [E], float64, ascending.
     """
-    _, ends = _counted(classifier, inputs)
-    mixing = classifier.backbone.mixing_flops(inputs)
-    return torch.tensor(
-        [cost + mixing * layer for cost, layer in zip(ends, classifier.layers, strict=True)], dtype=torch.float64
-    )
-
-
-def head_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> Tensor:
-    """FLOPs of one row in each exit's head alone, which a network cut after a later exit need not run.
-
-    Args:
-        classifier: The classifier; its weights are not touched.
-        inputs: A batch; only the shapes count.
-
-    Returns:
-        [E], float64.
-    """
-    starts, ends = _counted(classifier, inputs)
-    return torch.tensor(ends, dtype=torch.float64) - torch.tensor(starts, dtype=torch.float64)
-
-
-def _counted(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
-    """FLOPs of linear layers and convolutions before and after each head."""
-    counted, starts, ends = 0, list[int](), list[int]()
+    counted, before, costs = 0, [], []
 
     def count(module: Any, _: Any, output: Tensor) -> None:
         nonlocal counted
         weights = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
         counted += 2 * output.numel() * weights
 
+    def open_head(*_: Any) -> None:
+        before.append(counted)
+
+    def close(*_: Any) -> None:
+        costs.append(counted)
+
+    heads = [head.register_forward_pre_hook(open_head) for head in classifier.heads]
+    heads += [head.register_forward_hook(close) for head in classifier.heads]
     hooks = [m.register_forward_hook(count) for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    for head in classifier.heads:
-        hooks.append(head.register_forward_pre_hook(lambda *_: starts.append(counted)))
-        hooks.append(head.register_forward_hook(lambda *_: ends.append(counted)))
     try:
         _run_on_shapes(classifier, inputs)
     finally:
-        for hook in hooks:
+        for hook in heads + hooks:
             hook.remove()
-    return starts, ends
+    mixing = classifier.backbone.mixing_flops(inputs)
+    whole = torch.tensor([c + mixing * at for c, at in zip(costs, classifier.layers, strict=True)], dtype=torch.float64)
+    heads_of = torch.tensor([after - b for after, b in zip(costs, before, strict=True)], dtype=torch.float64)
+    return whole - (heads_of.cumsum(0) - heads_of) if cut else whole
 
 
 def _run_on_shapes(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> None:

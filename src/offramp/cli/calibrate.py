@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
+from offramp.cli import posterior as p
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -85,6 +86,14 @@ def calibrate(
     validate: Annotated[
         int, typer.Option(metavar="R", help="Repeat the calibration over R random splits, and count broken promises.")
     ] = 0,
+    posterior: p.Posterior = None,
+    alpha: p.Alpha = 0.1,
+    candidates: p.Candidates = 64,
+    draws: p.Draws = 20,
+    evidence: p.Evidence = 0.1,
+    to_text: p.ToText = False,
+    own_answers: p.OwnAnswers = False,
+    layers: p.Layers = None,
     exits: o.Exits = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
     longest: Annotated[
@@ -104,7 +113,18 @@ def calibrate(
     Settings are tried from safe to bold, until one fails. If none passes, the policy that is written never leaves
     early. Started again with the same options, an interrupted calibration goes on. `accelerate launch -m offramp
     calibrate …` (on CPUs `torchrun --nproc-per-node N -m offramp calibrate …`) divides the examples among processes.
+
+    With --posterior, fit what the confidences laplace, conformal and avcs need, on the tokens of texts, instead: exits
+    with a posterior are written, with how honest they are on held-out texts.
     """
+    if posterior is not None:
+        p.fit_posterior(
+            model, posterior, task=task, data=data, target=target, languages=languages, own_answers=own_answers,
+            limit=limit, max_new_tokens=max_new_tokens, longest=longest, exits=exits, layers=layers, dtype=dtype,
+            device=device, out=out, json=json, candidates=candidates, alpha=alpha, draws=draws, evidence=evidence,
+            vocabulary=vocabulary, vocabulary_size=_one_size(vocabulary_sizes), to_text=to_text, seed=seed,
+        )  # fmt: skip
+        return
     import torch
 
     import offramp
@@ -116,14 +136,14 @@ def calibrate(
 
     asked = o.task_named(task, languages)
     promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
-    layers = o.numbers(min_layers, "--min-layers", int)
-    first = None if layers is None or confidence != "static" else max(layers)  # a static policy cannot do without
+    starts = o.numbers(min_layers, "--min-layers", int)
+    first = None if starts is None or confidence != "static" else max(starts)  # a static policy cannot do without
     base = o.policy_from(
         policy, confidence=confidence, vocabulary=vocabulary, skipped=skipped, min_layer=first,
         prompt_layer=prompt_layer,
     )  # fmt: skip
     grid = Grid(
-        o.numbers(thresholds, "--thresholds", float), layers, o.numbers(vocabulary_sizes, "--vocabulary-sizes", int),
+        o.numbers(thresholds, "--thresholds", float), starts, o.numbers(vocabulary_sizes, "--vocabulary-sizes", int),
         per_layer,
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
@@ -148,6 +168,14 @@ def calibrate(
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
     o.note(f"wrote {folder}; use its policy with: offramp generate {model} --policy {folder / 'policy.json'}")
     o.write_result(result.to_dict(), json)
+
+
+def _one_size(sizes: str | None) -> int | None:
+    """The tokens kept by the pruning that a posterior is for."""
+    found = o.numbers(sizes, "--vocabulary-sizes", int)
+    if found is not None and len(found) > 1:
+        raise typer.BadParameter(f"--vocabulary-sizes {sizes}: a posterior is for one size")
+    return None if found is None else int(found[0])
 
 
 def check_drift(file: Path | None, answers: Iterable[Sequence[int]]) -> None:

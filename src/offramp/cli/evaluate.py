@@ -60,7 +60,10 @@ def evaluate(
     ] = False,
     confidence: Annotated[
         str | None,
-        typer.Option(help="softmax, max, entropy, state, contrastive or jsd; several with commas make several arms."),
+        typer.Option(
+            help="softmax, max, entropy, state, classifier, contrastive, jsd, laplace, conformal or avcs; several with "
+            "commas make several arms."
+        ),
     ] = None,
     threshold: Annotated[str | None, typer.Option(help="Leave above this confidence; several with commas.")] = None,
     min_layer: Annotated[

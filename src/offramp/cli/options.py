@@ -35,8 +35,8 @@ PromptFile = Annotated[
 Confidence = Annotated[
     str | None,
     typer.Option(
-        help="softmax, max, entropy, state, classifier (trained with the exits), contrastive, jsd, or static (always "
-        "leave after --min-layer)."
+        help="softmax, max, entropy, state, classifier (trained with the exits), contrastive, jsd, laplace, conformal, "
+        "avcs (fitted by calibrate --posterior), or static (always leave after --min-layer)."
     ),
 ]
 Threshold = Annotated[float | None, typer.Option(help="Leave when the confidence is above this; 1: never.")]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from offramp.policy import ExitPolicy
+from offramp.posterior import SETS
 from offramp.vocabulary import KINDS
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def document_arms(
     """The policies of "Early Exit LLMs" and "Dynamic Vocabulary Pruning", FREE and CALM's classifier, at one threshold.
 
     One threshold is not one test: the measures do not compare, read quality next to cost. FREE leaves at the first of
-    the exits; the classifier is there if the model's exits have one. With a `prompt_layer` comes an arm that has
-    nothing else, so that its share can be told.
+    the exits; the classifier is there if the model's exits have one, and so are the confidences of a posterior, with
+    the pruning it was fitted for (sets leave with a single token, at any threshold from 1/2 on). With a `prompt_layer`
+    comes an arm that has nothing else, so that its share can be told.
 
     Args:
         lm: The model.
@@ -70,8 +72,23 @@ def document_arms(
     }
     if lm.exits is not None and lm.exits.classifiers is not None:
         arms["classifier"] = replace(softmax, confidence="classifier")
+    arms |= _posterior_arms(lm, softmax, min_layer)
     if prompt_layer is not None:
         arms[f"prompt to {prompt_layer}"] = ExitPolicy(threshold=None, prompt_layer=prompt_layer)
+    return arms
+
+
+def _posterior_arms(lm: LanguageModel, base: ExitPolicy, min_layer: int | None) -> dict[str, ExitPolicy]:
+    """Each confidence of the exits' posterior, without those that were fitted for an earlier first test."""
+    posterior = None if lm.exits is None else lm.exits.posterior
+    arms: dict[str, ExitPolicy] = {}
+    if posterior is None:
+        return arms
+    for method in posterior.methods:
+        arm = posterior.policy(replace(base, confidence=method))
+        layers = tuple(layer for layer in posterior.layers if layer >= (min_layer or 1))
+        if layers == posterior.layers or (layers and method not in SETS and arm.vocabulary is None):
+            arms[method] = replace(arm, exit_layers=layers)
     return arms
 
 

@@ -109,8 +109,8 @@ def fit(
 
     if bool((coverage() <= 1 - config.alpha).any()):
         warnings.warn(
-            f"with tau = {config.start:g} at all exits the sets cover {float(coverage().min()):.3f} of the tuning "
-            f"rows, not {1 - config.alpha:g}: tau stays there; give a lower start, or a larger alpha",
+            f"with tau = {config.start:g} at all exits the sets cover {float(coverage().min()):.4f} of the tuning "
+            f"rows, not more than {1 - config.alpha:g}: tau stays there; give a lower start, or a larger alpha",
             stacklevel=2,
         )
     else:
