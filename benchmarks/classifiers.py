@@ -51,6 +51,7 @@ from offramp.tasks.labelled import Labelled, split
 from offramp.tasks.labelled_text import SNLI, SST2, read_labelled_text
 from offramp.uncertainty import avcs_classification, nested_conformal, per_exit
 from offramp.uncertainty.avcs_classification import AVCSClassificationConfig
+from offramp.uncertainty.conformal_scores import class_scores, label_scores
 from offramp.uncertainty.nested_conformal import NestedConformalConfig
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.per_exit import PerExitConfig
@@ -247,7 +248,8 @@ def sets(found: dict[str, ExitOutputs], posterior: Posterior, alpha: float = 0.0
         config = NestedConformalConfig(alpha, equalise=equalise)
         state = nested_conformal.fit_classes(calibrate, config, tune=tune if equalise else None)
         kinds[name] = nested_conformal.apply_classes(state, test)
-    plain = per_exit.apply_classes(per_exit.fit(calibrate, PerExitConfig(alpha, "raps")), test)
+    scores = label_scores(class_scores(calibrate, "raps"), calibrate.labels)
+    plain = per_exit.apply_classes(per_exit.fit(scores, PerExitConfig(alpha, "raps")), test)
     kinds["RAPS at each exit"], kinds["its running intersection"] = plain, plain.running()
     avcs = avcs_classification.fit(found["tune"], config=AVCSClassificationConfig(alpha))
     kinds["AVCS, running intersection"] = avcs_classification.apply(avcs, found["test"]).running()

@@ -10,7 +10,7 @@ from classifier_data import save_bert, save_resnet, write_idx, write_texts
 from offramp import cli
 from offramp.classifiers import load
 from offramp.classifiers.divided import TASKS
-from offramp.cli.classifiers import dispatch
+from offramp.cli import by_task
 from offramp.report.pages import pages_of
 
 IMAGES, TEXTS = "image-classification", "text-classification"
@@ -236,7 +236,7 @@ def test_texts_from_training_to_answers(texts):
 
 def test_the_task_chooses_the_options():
     assert all("classif" in task for task in TASKS)
-    for command in dispatch.COMMANDS:
+    for command in by_task.OF_CLASSIFIERS:
         plain = offramp(command, "--help").stdout
         for form in ((command, "--task", TEXTS), (command, f"--task={IMAGES}"), (f"{command}-classifier",)):
             help_ = offramp(*form, "--help").stdout

@@ -89,7 +89,7 @@ def fit_posterior(
     """
     tune = outputs("tune")
     shared = fit_on == "tune" or not config.is_laplace
-    fit = tune if shared else replace(outputs(fit_on), costs=tune.costs)  # texts of other lengths cost otherwise
+    fit = tune if shared else outputs(fit_on)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=__name__)
         return config.fit(fit, tune, network=network, shared=shared)

@@ -18,6 +18,7 @@ from offramp.backbone import Backbone
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING, TOKENIZER
 from offramp.files import replace_folder, write_json
 from offramp.models import named_dtype
@@ -26,6 +27,8 @@ from offramp.packaged import ModelError, first_line, quiet
 SCHEMA = "offramp/classifier/1"
 CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"
 AGAIN = "save the classifier again, or copy its whole folder"
+OWN: dict[str, tuple[Any, Any]] = {"msdnet": (MSDNet, MSDNetConfig), "small-cnn": (SmallCNN, SmallCNNConfig)}
+"""Networks of our own and their configurations, by the kind that is written."""
 
 
 def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> None:
@@ -46,10 +49,10 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
             f"{folder} exists and holds something else than a classifier, which is not replaced; name a new folder"
         )
     backbone: Any = classifier.backbone
-    msdnet = isinstance(backbone, MSDNet)
+    own = next((kind for kind, (network, _) in OWN.items() if isinstance(backbone, network)), None)
     values = {
         "schema": SCHEMA,
-        "backbone": {"kind": "msdnet", **backbone.config.as_dict()} if msdnet else {"kind": "encoder"},
+        "backbone": {"kind": own, **backbone.config.as_dict()} if own else {"kind": "encoder"},
         "exits": list(classifier.layers[:-1]),
         "labels": list(classifier.labels),
         "head": classifier.head_config.as_dict(),
@@ -61,7 +64,7 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         save_file(weights, temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)  # it is written for its owner's eyes only
         write_json(temporary / CONFIG, values)
-        if not msdnet:
+        if own is None:
             backbone.config.save_pretrained(temporary / ENCODER)
         if classifier.tokenizer is not None:
             classifier.tokenizer.save_pretrained(temporary / ENCODER)
@@ -121,7 +124,11 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
     shape = dict(values["backbone"])
     kind, dtype = shape.pop("kind"), named_dtype(values["dtype"])
     with torch.random.fork_rng(devices=[]):  # loading draws no random numbers that anyone sees
-        backbone = MSDNet(MSDNetConfig(**shape)).to(dtype) if kind == "msdnet" else _encoder(folder / ENCODER, dtype)
+        if kind in OWN:
+            network, config = OWN[kind]
+            backbone: Backbone = network(config(**shape)).to(dtype)
+        else:
+            backbone = _encoder(folder / ENCODER, dtype)
         classifier = EarlyExitClassifier(
             backbone,
             values["exits"],

@@ -13,12 +13,14 @@ from typing import Annotated
 import typer
 
 from offramp.cli.bench import bench
+from offramp.cli.by_task import ByTask
 from offramp.cli.calibrate import calibrate
 from offramp.cli.classifiers.calibrate import calibrate_classifier
 from offramp.cli.classifiers.classify import classify
-from offramp.cli.classifiers.dispatch import ByTask
 from offramp.cli.classifiers.evaluate import evaluate_classifier
 from offramp.cli.classifiers.train import train_classifier
+from offramp.cli.distill import distill
+from offramp.cli.distill_language_model import distill_language_model
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
@@ -40,8 +42,10 @@ app.command()(evaluate)
 app.command()(calibrate)
 app.command()(generate)
 app.command()(bench)
+app.command()(distill)
+app.command()(distill_language_model)
 app.command()(report)
-# classifiers: the first three are also what train, calibrate and evaluate do with --task ...-classification
+# the first three are also what train, calibrate and evaluate do with --task ...-classification
 app.command()(train_classifier)
 app.command()(calibrate_classifier)
 app.command()(evaluate_classifier)

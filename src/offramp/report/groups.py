@@ -182,7 +182,7 @@ def report_dict(
         "label_budget": {f"{use}, {split}": count for (use, split), count in budget.used.items()},
         "label_free": budget.label_free,
     }
-    return _plain(values)  # type: ignore[no-any-return]
+    return plain(values)  # type: ignore[no-any-return]
 
 
 def save_report(values: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -219,12 +219,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tensors as lists, and what is not a number as null."""
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, dict):
-        return {key: _plain(inside) for key, inside in value.items()}
+        return {key: plain(inside) for key, inside in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inside) for inside in value]
+        return [plain(inside) for inside in value]
     return None if isinstance(value, float) and value != value else value

@@ -61,6 +61,7 @@ def answer_documents(
     progress: Progress | None = None,
     *,
     groups: Sequence[str] | None = None,
+    by: str | None = None,
 ) -> list[Document]:
     """Let the full model answer prompts; only the answers are to be predicted, unless `config.prompts_too`.
 
@@ -75,6 +76,7 @@ def answer_documents(
         cache: Where answers are kept.
         progress: Called with the answers done and asked for.
         groups: Of the prompts: answers to those of one group are never divided; None: by prompt.
+        by: Whose answers these are, for a model that goes on changing; None: the fingerprint of its weights.
 
     Returns:
         One document per answer: prompt and answer.
@@ -86,7 +88,7 @@ def answer_documents(
         raise ValueError("there are no prompts; give at least two")
     jobs = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     digest = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
-    header = {"model": fingerprint(lm.model), "prompts": digest, **asdict(config)}
+    header = {"model": fingerprint(lm.model) if by is None else by, "prompts": digest, **asdict(config)}
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
         records = open_lines(cache, header, "answers", lambda done: _whole_batches(done, len(jobs), config.batch_size))

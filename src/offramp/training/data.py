@@ -33,12 +33,14 @@ class Document:
     """Token ids; those from `start` on are to be predicted. Documents of one `group` are never divided.
 
     For an encoder-decoder, `source` is what the encoder reads, and `ids` begins with the decoder's start token.
+    `attribute` is a number of the prompt, for reports that tell groups of prompts apart; -1: unknown.
     """
 
     ids: tuple[int, ...]
     start: int
     group: str
     source: tuple[int, ...] = ()
+    attribute: int = -1
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Windows:
     """N windows of up to T tokens: `ids` [N, T]; `counted` [N, T] marks the tokens whose prediction is trained.
 
     For an encoder-decoder also what the encoder reads, up to X tokens: `sources` and its mask `present`, [N, X] both.
-    Where only some of the tokens to be predicted are counted, `begins` [N] says where these begin.
+    Where only some of the tokens to be predicted are counted, `begins` [N] says where these begin. `weights` [N, T] of
+    tokens and `attributes` [N] of the documents go wherever the windows go; None: all weigh 1, nothing is known.
     """
 
     ids: Tensor
@@ -54,6 +57,8 @@ class Windows:
     sources: Tensor | None = None
     present: Tensor | None = None
     begins: Tensor | None = None
+    weights: Tensor | None = None
+    attributes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,6 +73,8 @@ class Windows:
         parts = [self.ids.to(torch.int32), self.counted.to(torch.uint8)]
         if self.sources is not None:
             parts.append(self.sources.to(torch.int32))
+        if self.attributes is not None:
+            parts.append(self.attributes.to(torch.int32))
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
     @property
@@ -86,11 +93,18 @@ class Windows:
         ids, counted = self.ids[rows], self.counted[rows]
         width = int(counted.any(0).nonzero().max()) + 1
         begins = None if self.begins is None else self.begins[rows]
-        if self.sources is None or self.present is None:
-            return Windows(ids[:, :width], counted[:, :width], begins=begins)
-        present = self.present[rows]
-        depth = int(present.sum(1).max())
-        return Windows(ids[:, :width], counted[:, :width], self.sources[rows][:, :depth], present[:, :depth], begins)
+        weights = None if self.weights is None else self.weights[rows][:, :width]
+        attributes = None if self.attributes is None else self.attributes[rows]
+        sources, present = None, None
+        if self.sources is not None and self.present is not None:
+            depth = int(self.present[rows].sum(1).max())
+            sources, present = self.sources[rows][:, :depth], self.present[rows][:, :depth]
+        return Windows(ids[:, :width], counted[:, :width], sources, present, begins, weights, attributes)
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """What `values` [N, T] or [N] say of the counted tokens, in the order in which their states are taken."""
+        whole = values if values.ndim == 2 else values[:, None].expand_as(self.counted)
+        return whole[:, 1:][self.counted[:, 1:]]
 
 
 @dataclass(frozen=True)
@@ -219,7 +233,8 @@ def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list
     if len(groups) == 1 and len(documents) == 1:
         ids, start = documents[0].ids, documents[0].start
         edge = round(len(ids) * (1 - share))
-        return [Document(ids[:edge], start, "")], [Document(ids[edge:], max(start - edge, 0), "")]
+        front, back = ids[:edge], ids[edge:]
+        return [replace(documents[0], ids=front)], [replace(documents[0], ids=back, start=max(start - edge, 0))]
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(share * len(groups))), len(groups) - 1)
     chosen = {groups[index] for index in order[: max(count, 0)]}
@@ -243,8 +258,9 @@ def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> W
     """
     pieces = []
     for document in documents:
+        kind = document.attribute
         if document.source:  # what the encoder read belongs to the beginning
-            pieces.append((document.ids, max(document.start, 1), document.source))
+            pieces.append((document.ids, max(document.start, 1), document.source, kind))
             continue
         head = document.ids[:1] if len(document.ids) > 1 and document.ids[0] == bos else ()
         body, first = document.ids[len(head) :], document.start - len(head)
@@ -252,12 +268,14 @@ def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> W
             piece = (*head, *body[at : at + window - len(head)])
             start = max(first - at + len(head), 1)
             if start < len(piece):
-                pieces.append((piece, start, ()))
-    ids, present = padded([piece for piece, _, _ in pieces])
-    counted = present & (torch.arange(ids.shape[1]) >= torch.tensor([start for _, start, _ in pieces])[:, None])
-    if any(source for _, _, source in pieces):
-        return Windows(ids, counted, *padded([source for _, _, source in pieces]))
-    return Windows(ids, counted)
+                pieces.append((piece, start, (), kind))
+    ids, present = padded([piece for piece, _, _, _ in pieces])
+    counted = present & (torch.arange(ids.shape[1]) >= torch.tensor([start for _, start, _, _ in pieces])[:, None])
+    kinds = torch.tensor([kind for _, _, _, kind in pieces])
+    attributes = kinds if bool((kinds >= 0).any()) else None
+    if any(source for _, _, source, _ in pieces):
+        return Windows(ids, counted, *padded([source for _, _, source, _ in pieces]), attributes=attributes)
+    return Windows(ids, counted, attributes=attributes)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

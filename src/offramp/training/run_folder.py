@@ -124,7 +124,11 @@ class RunFolder:
             for name in file.keys():  # noqa: SIM118 - it is not a dict
                 kind, rest = name.split(".", 1)
                 if kind == "weights":
-                    parameters[rest].data.copy_(file.get_tensor(name))
+                    tensor, place = file.get_tensor(name), parameters[rest]
+                    if place.shape == tensor.shape:
+                        place.data.copy_(tensor)
+                    else:  # not a weight: what the model is trained on may grow and shrink
+                        place.data = tensor.to(place.device)
                 else:
                     index, key = rest.split(".", 1)
                     states.setdefault(int(index), {})[key] = file.get_tensor(name)

@@ -115,15 +115,20 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
         model: Where the model goes; None: it did not change.
     """
     if model is not None:
-
-        def write(temporary: Path) -> None:
-            with quiet():
-                lm.model.save_pretrained(temporary)
-            if lm.tokenizer is not None:
-                lm.tokenizer.save_pretrained(temporary)
-
-        replace_folder(model, write)
+        save_model(lm, model)
         exits.fingerprint = fingerprint(lm.model)
     before = exits.settings.get("lenses", {} if "lenses" in exits.settings.get("model", ()) else exits.settings)
     lenses = {"lenses": before} if exits.classifiers is not None and before else {}
     exits.save(folder, settings={**record, **lenses})
+
+
+def save_model(lm: LanguageModel, folder: Path) -> None:
+    """Write model and tokenizer for `offramp.load`; the folder appears complete."""
+
+    def write(temporary: Path) -> None:
+        with quiet():
+            lm.model.save_pretrained(temporary)
+        if lm.tokenizer is not None:
+            lm.tokenizer.save_pretrained(temporary)
+
+    replace_folder(folder, write)

@@ -1,14 +1,10 @@
-"""The loop that trains exits, or a model together with its exits.
+"""Training exits, or a model together with its exits.
 
 One pass of the model gives the states at all exits and after the last layer; every readout's loss is then computed from
 the state there alone, a chunk at a time, and what reaches the states goes back through the blocks, if they are trained.
-The order of the data, dropout and all other draws are functions of (seed, step), so a run that was killed and continued
-ends with the same bits as one that was not, on the same machine with the same number of threads.
 
-Several processes (`accelerate launch`, on CPUs `torchrun --nproc-per-node N`) divide each step's windows and add up
-their gradients; the result is that of one process but for rounding, and but for what each decides by its own windows:
-dropout and FREE's choice of deep layers. Every process holds the whole model: weights that are divided between
-processes (FSDP, DeepSpeed ZeRO) are not supported.
+What several processes come to is what one does but for rounding, and but for what each decides by its own windows:
+dropout and FREE's choice of deep layers.
 """
 
 from __future__ import annotations
@@ -17,14 +13,13 @@ import contextlib
 import functools
 import math
 import operator
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.exits import Exits, fingerprint
 from offramp.families import SplitModel
@@ -34,9 +29,10 @@ from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropping
+from offramp.training.loop import Done, Loop
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
-from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened
+from offramp.training.run_folder import Clock, opened
 from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
 
@@ -136,11 +132,12 @@ def train(
     with opened(folder, writes=workers.is_main_process) as run:
         with trainable(lm, config) as learns:
             record = _record(lm, learns.exits, data, config)
-            trainer = _Trainer(lm.split, learns, data, config, run, workers)
+            loop = Loop(learns.parameters, config, run, workers, lm.split.device, columns=learns.exits.layers)
+            work = _Exits(lm.split, learns, data, config, loop)
             run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
-            clock = trainer.go(progress)
+            clock = loop.go(work, progress)
             for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
                 tracker.finish()
         if workers.is_main_process:
@@ -185,17 +182,11 @@ def _flat(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-class _Trainer:
-    """The loop; everything it needs to go on stands in the run folder."""
+class _Exits:
+    """The losses of exits and, where the backbone is trained, of the last layer."""
 
-    def __init__(
-        self, split: SplitModel, learns: Trainable, data: Data, config: TrainConfig, run: RunFolder, workers: Any
-    ) -> None:
-        self.split, self.exits, self.parameters = split, learns.exits, learns.parameters
-        self.data, self.config, self.run, self.workers = data, config, run, workers
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.rate(Clock()), weight_decay=config.weight_decay
-        )
+    def __init__(self, split: SplitModel, learns: Trainable, data: Data, config: TrainConfig, loop: Loop) -> None:
+        self.split, self.exits, self.data, self.config, self.loop = split, learns.exits, data, config, loop
         layers = (*self.exits.layers, split.num_layers) if config.backbone else self.exits.layers
         self.weights = WEIGHTS[config.weights](layers)
         if config.hidden_loss and len(self.exits.layers) != 1:
@@ -205,71 +196,33 @@ class _Trainer:
             )
         check_prompt_layer(split, config.prompt_layer)
 
-    def go(self, progress: Callable[..., None] | None) -> Clock:
-        """Train to the end."""
-        config = self.config
-        clock = self.run.restore(self.parameters, self.optimizer)
-        self.workers.wait_for_everyone()
-        if clock is None:
-            clock = Clock()
-            self._validate(clock)
-            self._save(clock)
-        what = ""
-        while config.done(clock) < config.total:
-            if progress is not None:
-                progress(config.done(clock), config.total, what)
-            clock, loss = self._step(clock)
-            what = f"loss {loss:.3f}"
-            ended = config.done(clock) >= config.total
-            if ended or (config.validate_every and clock.step % config.validate_every == 0):
-                self._validate(clock)
-            if ended or clock.step % config.save_every == 0:  # behind its metrics, which a continued run keeps
-                self._save(clock)
-        if progress is not None:
-            progress(config.total, config.total, what)
-        return clock
-
-    def _save(self, clock: Clock) -> None:
-        if self.workers.is_main_process:
-            self.run.save(self.parameters, self.optimizer, clock)
-
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.workers.is_main_process:
-            self.run.log(row)
-        values = {f"{row['kind']}/{name}": value for name, value in row.items() if isinstance(value, float)}
-        for name in ("loss", "agreement"):
-            named = zip(self.exits.layers, row[name], strict=True)
-            values |= {f"{row['kind']}/{name}_{layer}": value for layer, value in named}
-        self.workers.log(values, step=row["step"])
-
     # ------------------------------------------------------------ a step
 
-    def _step(self, clock: Clock) -> tuple[Clock, float]:
-        config, began = self.config, time.perf_counter()
-        rate = config.rate(clock)
-        self.optimizer.zero_grad()
-        windows = batch(self.data.train, clock.step, config.batch_size, config.seed, config.positions)
+    def begin(self, clock: Clock) -> None:
+        """Nothing to do."""
+
+    def settle(self, clock: Clock) -> None:
+        """Nothing to do."""
+
+    def learn(self, step: int) -> Done:
+        """Losses of a step, and their gradients."""
+        config = self.config
+        windows = batch(self.data.train, step, config.batch_size, config.seed, config.positions)
         count = windows.positions
-        with torch.random.fork_rng(devices=[self.split.device] if self.split.device.type == "cuda" else []):
-            torch.manual_seed(hash((config.seed, clock.step, self.workers.process_index)) & 0x7FFFFFFF)
-            if config.classifiers:
-                result = self._learn_classifiers(windows)
-            else:
-                result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
-        norm = self._reduce_gradients()
+        if config.classifiers:
+            result = self._learn_classifiers(windows)
+        else:
+            result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
+        return self._done(result)
+
+    def _done(self, result: Tally) -> Done:
+        strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
+        where = f"the exit after layer {strange[0]}" if strange else None
+        if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
+            where = "every exit, so perhaps in the model itself"
         loss = sum(w * value for w, value in zip(self.weights, [*result.loss, result.last_loss], strict=False))
-        self._check(clock.step + 1, result, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        seconds = time.perf_counter() - began
-        after = Clock(clock.step + 1, clock.tokens + result.positions, clock.seconds + seconds)
-        self._log({
-            "kind": "step", "step": after.step, "tokens": after.tokens, "loss": result.loss,
-            "agreement": result.agreement, "full_loss": result.last_loss, "learning_rate": rate, "gradient_norm": norm,
-            "tokens_per_second": result.positions / seconds,
-        })  # fmt: skip
-        return after, loss
+        row = {"loss": result.loss, "agreement": result.agreement, "full_loss": result.last_loss}
+        return Done(loss, result.positions, row, where)
 
     def _learn(self, windows: Windows, count: int) -> Tally:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
@@ -325,63 +278,30 @@ class _Trainer:
         enabled = self.config.precision == "bf16"
         return torch.autocast(self.split.device.type, torch.bfloat16, enabled=enabled)
 
-    # ------------------------------------------------------------ several processes
-
     def _shared(self, windows: Windows, size: int | None, work: Callable[[Windows], Tally]) -> Tally:
         """The sum of `work` over all windows, of which each process takes its share, `size` at a time."""
-        world, rank = self.workers.num_processes, self.workers.process_index
-        mine = torch.arange(rank, len(windows), world)
-        tallies = [work(windows[part]) for part in torch.split(mine, size or max(len(mine), 1)) if len(part)]
         width, device = (2 if self.config.classifiers else 1) * len(self.exits.layers) + 1, self.split.device
         nothing = Tally(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
-        own = functools.reduce(operator.add, tallies, nothing)
-        if world == 1:
-            return own
+        own = functools.reduce(operator.add, map(work, self.loop.mine(windows, size)), nothing)
         sums = torch.cat([own.losses, own.agreed.double(), own.losses.new_tensor([own.positions])])
-        sums = self.workers.reduce(sums, "sum")
+        sums = self.loop.summed(sums)
         return Tally(sums[:width], sums[width : 2 * width], int(sums[-1]))
-
-    def _reduce_gradients(self) -> float:
-        """Add up the gradients of all processes, clip them, and return their norm before."""
-        parameters = list(self.parameters.values())
-        if self.workers.num_processes > 1:
-            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            whole = self.workers.reduce(torch.cat([part.flatten() for part in parts]), "sum")
-            for parameter, part in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
-                parameter.grad = part.view_as(parameter)
-        return float(nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))
 
     # ------------------------------------------------------------ judging
 
-    def _check(self, step: int, result: Tally, norm: float) -> None:
-        strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
-        if strange or not math.isfinite(norm) or not math.isfinite(result.last_loss):
-            where = f"the exit after layer {strange[0]}" if strange else "the gradient"
-            if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
-                where = "every exit, so perhaps in the model itself"
-            raise TrainingError(f"training met NaN or infinity at step {step} in {where}; {self.run.advice()}")
-
-    def _validate(self, clock: Clock) -> None:
-        result = self.measure(self.data.held_out)
-        self._check(clock.step, result, 0.0)
-        self._log({
-            "kind": "validation", "step": clock.step, "tokens": clock.tokens, "positions": result.positions,
-            "loss": result.loss, "agreement": result.agreement, "full_loss": result.last_loss,
-            "full_accuracy": result.last_accuracy,
-        })  # fmt: skip
-
     @torch.no_grad()
-    def measure(self, windows: Windows) -> Tally:
-        """Losses and agreement over all windows, without dropout."""
+    def judge(self) -> Done:
+        """Losses and agreement over all held-out windows, without dropout."""
 
-        def judge(part: Windows) -> Tally:
+        def look(part: Windows) -> Tally:
             hidden, labels = self._states(part)
             return self._tally(hidden[: len(self.exits.layers) + 1], labels)
 
         training = self.split.model.training
         self.split.model.eval()
         try:
-            result = self._shared(windows, self.config.micro_batch or self.config.batch_size, judge)
-            return balanced(result)[0] if self.config.classifiers else result
+            result = self._shared(self.data.held_out, self.config.micro_batch or self.config.batch_size, look)
         finally:
             self.split.model.train(training)
+        done = self._done(balanced(result)[0] if self.config.classifiers else result)
+        return replace(done, row={**done.row, "full_accuracy": result.last_accuracy})

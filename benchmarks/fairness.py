@@ -1,0 +1,383 @@
+"""Write docs/results/fair-distillation.md: every method with biased and debiased teachers, group by group.
+
+    .venv/bin/python benchmarks/fairness.py digits-on-colour [--seeds 5] [--processes 2] [--methods kd,dedier]
+    .venv/bin/python benchmarks/fairness.py mnist-on-colour --data FOLDER   # MNIST's or Fashion-MNIST's four files
+    .venv/bin/python benchmarks/fairness.py template-nli
+    .venv/bin/python benchmarks/fairness.py snli-negation --data FILE       # MiniLM, packaged
+    .venv/bin/python benchmarks/fairness.py page                            # from all grids in --out
+
+A grid that was interrupted goes on. The page is made of the grids' results alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import offramp
+from offramp.distillation import DataConfig, Network, Study, run_grid, runs
+from offramp.distillation.config import bundled, study_from
+from offramp.distillation.report import (
+    Result,
+    budget_lines,
+    by_method,
+    detection_table,
+    exits_of_methods,
+    group_accuracies,
+    groups_of_methods,
+    methods_table,
+    rules_table,
+    worst,
+)
+from offramp.metrics.seeds import paired, spread
+from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib, save_figures
+from offramp.tables import markdown
+from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
+
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "fair-distillation.md"
+STUDIES = ("digits-on-colour", "mnist-on-colour", "template-nli", "snli-negation")
+IMAGES = STUDIES[:2]
+TEACHERS = ("erm", "group_dro")
+PLAIN = ("erm", "group_balanced", "group_dro", "jtt", "lff", "dfr")
+DISTILLED = ("kd", "simkd", "dett", "dedier")
+SIGNALS = ("laplace", "laplace_entropy", "laplace_variance", "avcs", "avcs_size", "nested", "nested_size")
+CONTROLS = ("dedier_gate", "dedier_permuted", "dedier_mean", "dedier_oracle")
+AT_ONE = tuple(f"{name}+alpha=1" for name in ("dedier", *SIGNALS))
+UNGATED = ("dedier+gate=all+alpha=1", "laplace+gate=all+alpha=1", "laplace+gate=all")
+TERMS = tuple(f"{name}+fraction=0.5" for name in ("kd", "dedier", "dedier_code", "dedier_permuted"))
+FRACTIONS = ("kd+fraction=0.1", "kd+fraction=1.0")
+SELF = ("kd+self",)
+METHODS = (*PLAIN, *DISTILLED, *SIGNALS, *CONTROLS, *AT_ONE, *UNGATED, *TERMS, *FRACTIONS)
+RULE, FREE_RULE = "val_worst_group", "val_average"
+
+# ---------------------------------------------------------------- running
+
+
+def study_of(name: str, data: str | None) -> tuple[Study, Mapping[str, Any]]:
+    """The study of the settings that come with the library."""
+    values = bundled(name)
+    path = {"mnist-on-colour": f"stand-in:mnist-on-colour:{data}", "snli-negation": data}.get(name, f"stand-in:{name}")
+    if path is None or "None" in path:
+        raise SystemExit(f"{name} needs --data, a local folder or file")
+    own = {key: dict(values[key]) for key in ("data", "student", "teacher")}
+    task = own["data"].pop("task", None)
+    own["data"].pop("path", None)
+    base = Study(DataConfig(path, task), Network(own["student"].pop("source")), Network(own["teacher"].pop("source")))
+    return replace(study_from({**values, **own}, base), select=RULE), values["methods"]
+
+
+def run(name: str, options: argparse.Namespace) -> None:
+    study, settings = study_of(name, options.data)
+    root = Path(options.out) / name
+    names = options.methods.split(",") if options.methods else list(METHODS)
+    teachers = options.teachers.split(",")
+    seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+    for seed in seeds:  # finished seeds are a result already
+        asked = runs(study, names, teachers, [seed], settings)
+        show = lambda done, total, key: print(f"seed {seed}: {done}/{total} {key}", flush=True)  # noqa: B023, E731
+        run_grid(asked, root, processes=options.processes, progress=show)
+    if not options.methods or "kd" in names:  # self-distillation: a teacher of the student's own size
+        same = replace(study, teacher=study.student, teacher_training=study.training)
+        run_grid(runs(same, ["kd"], teachers, seeds, settings), root / "self", processes=options.processes)
+
+
+def results_in(root: Path) -> list[dict[str, Any]]:
+    """All finished runs, with those of self-distillation under a name of their own."""
+    found = []
+    for place, suffix in ((root, ""), (root / "self", "+self")):
+        for path in sorted((place / "runs").glob("*/result.json")):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            result["name"] += suffix
+            found.append(result)
+    order = {name: at for at, name in enumerate((*METHODS, *SELF))}
+    return sorted(found, key=lambda r: (order.get(r["name"], 999), r["teacher"] or "", r["seed"]))
+
+
+def teachers_in(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results of the teachers themselves, by how they were trained: those that runs with a teacher waited for."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    wanted = [json.loads(p.read_text("utf-8")) for p in sorted((root / "runs").glob("kd--*/result.json"))]
+    sources = {(r["teacher"], r["seed"]): r["study"]["teacher"]["source"] for r in wanted}
+    for path in sorted((root / "shared").glob("*/result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if sources.get((result["name"], result["seed"])) == result["study"]["student"]["source"]:
+            found.setdefault(result["name"], []).append(result)
+    return {name: sorted(own, key=lambda r: r["seed"]) for name, own in found.items()}
+
+
+# ---------------------------------------------------------------- claims
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A paired difference that a claim says is above 0."""
+
+    what: str
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        return "yes" if self.low > 0 else "no" if self.high < 0 else "undecided"
+
+    def words(self) -> str:
+        return f"{self.what}: {self.mean:+.1%} ({self.low:+.1%} to {self.high:+.1%}, {self.seeds} seeds)"
+
+
+Kind = dict[str, list[Result]]
+
+
+def difference(what: str, first: Sequence[Result], second: Sequence[Result], rule: str = RULE) -> Evidence | None:
+    """First minus second, worst group, over the seeds that both have."""
+    seeds = sorted({r["seed"] for r in first} & {r["seed"] for r in second})
+    if len(seeds) < 2:
+        return None
+    a, b = ([worst([r], rule)[0] for s in seeds for r in own if r["seed"] == s] for own in (first, second))
+    found = paired(a, b)
+    return Evidence(what, found.difference.mean, found.low, found.high, found.seeds)
+
+
+def claims(
+    results: list[dict[str, Any]], teachers: Mapping[str, list[dict[str, Any]]]
+) -> list[tuple[str, list[Evidence]]]:
+    """Claims 1 to 10 with what speaks for each; all parts above 0 is a yes."""
+    methods = {teacher: by_method(results, teacher) for teacher in TEACHERS}
+    biased, fair = methods["erm"], methods["group_dro"]
+
+    def versus(own: Kind, a: str, b: str, rule: str = RULE, note: str = "") -> Evidence | None:
+        if a not in own or b not in own:
+            return None
+        return difference(f"{a} against {b}{note}", own[a], own[b], rule)
+
+    def both(a: str, b: str, rule: str = RULE) -> list[Evidence | None]:
+        return [versus(methods[t], a, b, rule, f", {t} teacher") for t in TEACHERS]
+
+    def exits(results: Sequence[Result], key: str) -> Evidence | None:
+        """How much more the first exit depends on the shortcut than the last: gaps between best and worst group."""
+        if len(results) < 2:
+            return None
+        table = np.array([r["exits"]["accuracy"] for r in results])  # [S, E, G]
+        gap = table.max(2) - table.min(2)
+        found = paired(gap[:, 0], gap[:, -1])
+        return Evidence(key, found.difference.mean, found.low, found.high, found.seeds)
+
+    teacher_gap = [
+        difference(f"{t} teacher against its kd student", teachers[t], methods[t]["kd"])
+        for t in TEACHERS if t in teachers and "kd" in methods[t]
+    ]  # fmt: skip
+    closer = [versus(methods[t], "kd+self", "kd", note=f", {t} teacher") for t in TEACHERS]
+    best = "dedier" if "dedier" in biased else "kd"
+    debiased = (
+        difference("kd of a group_dro teacher against dedier of an erm teacher", fair["kd"], biased[best])
+        if "kd" in fair and best in biased else None
+    )  # fmt: skip
+    confident = [
+        exits(biased[name], f"gap between groups at the first exit against the last, {name}")
+        for name in ("erm", "kd")
+        if name in biased
+    ]
+    items: list[tuple[str, list[Evidence | None]]] = [
+        ("1. KD from a biased teacher lowers the worst group below the ERM student", [versus(biased, "erm", "kd")]),
+        ("2. A debiased teacher is worth more than any weighting", [debiased]),
+        ("3a. The student is below its teacher on the worst group", teacher_gap),
+        ("3b. Self-distillation is above distillation from the larger teacher", closer),
+        ("4a. DEDIER is above KD with the same teacher", both("dedier", "kd")),
+        ("4b. … above SimKD and DeTT", [*both("dedier", "simkd"), *both("dedier", "dett")]),
+        ("4c. … above its permuted and its mean-matched weights", [*both("dedier", "dedier_permuted"), *both("dedier", "dedier_mean")]),
+        ("5. The margin matters beyond the gate (α = 1 against the gate alone)", both("dedier+alpha=1", "dedier_gate")),
+        ("6a. Laplace's margin is above the margin, gated, α = 1", both("laplace+alpha=1", "dedier+alpha=1")),
+        ("6b. … not gated, α = 1", both("laplace+gate=all+alpha=1", "dedier+gate=all+alpha=1")),
+        ("6c. … gated, at the published α", both("laplace", "dedier")),
+        ("6d. Nested sets (conformal) are above the margin, α = 1", both("nested+alpha=1", "dedier+alpha=1")),
+        ("6e. AVCS are above the margin, α = 1", both("avcs+alpha=1", "dedier+alpha=1")),
+        ("6f. Laplace's entropy or variance on all rows is above KD", [*both("laplace_entropy+alpha=1", "kd"), *both("laplace_variance+alpha=1", "kd")]),
+        ("7. Weights on both losses are above weights on KD alone (λ = 0.5)", both("dedier_code+fraction=0.5", "dedier+fraction=0.5")),
+        ("8. Early exits rely on the shortcut more than the last", confident),
+        ("9. DEDIER's gain over KD survives selection without group labels", both("dedier", "kd", FREE_RULE)),
+        ("10a. A larger λ helps with a debiased teacher (1 against 0.1)", [versus(fair, "kd+fraction=1.0", "kd+fraction=0.1")]),
+        ("10b. A larger λ hurts with a biased teacher (0.1 against 1)", [versus(biased, "kd+fraction=0.1", "kd+fraction=1.0")]),
+    ]  # fmt: skip
+    return [(claim, [e for e in found if e is not None]) for claim, found in items]
+
+
+def answer(found: Sequence[Evidence]) -> str:
+    """Yes if every part's interval is above 0, no if every part's is below, else undecided."""
+    verdicts = {e.verdict for e in found}
+    return verdicts.pop() if len(verdicts) == 1 else "undecided" if found else "not run"
+
+
+def claims_table(found: list[tuple[str, list[Evidence]]]) -> str:
+    return markdown(
+        ["claim", "answer", "evidence"], [[claim, answer(e), "; ".join(part.words() for part in e) or "–"] for claim, e in found]
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the page
+
+
+def difficulty(name: str, own: Kind) -> str:
+    """Whether the set can tell methods apart, at the epochs that the average chooses for plain training."""
+    oracles = [key for key in ("group_dro", "group_balanced") if key in own]
+    if "erm" not in own or not oracles or len(own["erm"]) < 2:
+        return "Difficulty not judged: plain training or an oracle is missing."
+    erm, oracle = worst(own["erm"], RULE), max((worst(own[key], RULE) for key in oracles), key=np.mean)
+    gain, plain = paired(oracle, erm), spread(erm)
+    adjusted = [
+        float(
+            np.dot(r["rules"][RULE]["groups"], list(r["groups"]["train"].values())) / sum(r["groups"]["train"].values())
+        )
+        for r in own["erm"]
+    ]
+    wrong = []
+    if not WORST[0] <= plain.mean <= WORST[1]:
+        wrong.append(f"plain training's worst group should be at {WORST[0]:.0%} to {WORST[1]:.0%}")
+    if gain.difference.mean < GAIN or gain.low <= 0:
+        wrong.append(f"the oracle should gain {GAIN:.0%} with an interval above 0")
+    if name in IMAGES and np.mean(adjusted) < AVERAGE:
+        wrong.append(f"the adjusted average should be {AVERAGE:.0%}")
+    return (
+        f"Difficulty: plain training's worst group {plain.mean:.1%} ± {plain.sd:.1%}, adjusted average "
+        f"{np.mean(adjusted):.1%}; the better oracle gains {gain.difference.mean:+.1%} ({gain.low:+.1%} to "
+        f"{gain.high:+.1%}). " + ("The set can be used for claims." if not wrong else "**Not fit for claims**: " + "; ".join(wrong) + ".")
+    )  # fmt: skip
+
+
+def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, list[dict[str, Any]]]) -> str:
+    seconds = [r["seconds"]["cpu"] for r in results]
+    study = results[0]["study"]
+    parts = [
+        f"## {name}",
+        f"Student {study['student']['source']}, teacher {study['teacher']['source']}, {study['training']['epochs']} epochs; "
+        f"{len(results)} runs, {np.median(seconds):.1f} s of one core each (median), {sum(seconds) / 3600:.2f} h in all. "
+        f"One teacher per seed. Options of the data: {json.dumps(study['data']['options'])}.",
+        difficulty(name, by_method(results, "erm")),
+        claims_table(claims(results, teachers)),
+        "Teachers themselves:", rules_table(teachers) if teachers else "none",
+    ]  # fmt: skip
+    for teacher in TEACHERS:
+        own = by_method(results, teacher)
+        if not any(r["teacher"] == teacher for r in results):
+            continue
+        parts += [
+            f"### {name}: {teacher} teacher", methods_table(own, RULE), groups_of_methods(own, RULE),
+            "Test worst group by selection rule:", rules_table(own), "Exits by group:",
+            exits_of_methods({key: own[key] for key in ("erm", "kd", "dedier") if key in own}),
+            "Weights as detectors of the minority:", detection_table(own), budget_lines(own),
+        ]  # fmt: skip
+    parts.append(
+        f"![Worst group by method](pictures/fair-{name}.svg)\n\n![Exits by group](pictures/fair-{name}-exits.svg)"
+    )
+    return "\n\n".join(parts)
+
+
+def page(out: Path) -> None:
+    found = {name: (results_in(out / name), teachers_in(out / name)) for name in STUDIES}
+    found = {name: pair for name, pair in found.items() if pair[0]}
+    if not found:
+        raise SystemExit(f"{out} holds no finished run")
+    require_matplotlib()
+    drawings: dict[str, Callable[[], Any]] = {}
+    for name, (results, _) in found.items():
+        drawings[f"fair-{name}"] = lambda results=results: worst_figure(results)  # type: ignore[misc]
+        drawings[f"fair-{name}-exits"] = lambda results=results: exits_figure(results)  # type: ignore[misc]
+    save_figures(drawings, PAGE.parent / "pictures")
+    table = {name: dict(claims(*pair)) for name, pair in found.items()}
+    first = next(iter(table.values()))
+    rows = [[claim, *(answer(table[name][claim]) for name in table)] for claim in first]
+    head = f"""# Fair distillation, really run
+
+Made by `benchmarks/fairness.py` with offramp {offramp.__version__}, torch {torch.__version__}, Python {platform.python_version()},
+{os.cpu_count()} cores. Students, teachers and data are drawn anew for every seed; all methods share a seed's data, order and
+teacher. Figures are test accuracies of the worst group, in the mean over seeds of each run's minimum, at the epoch that
+{RULE} chooses, unless said otherwise; ± is a standard deviation with S - 1 below.
+
+**Rule for answers.** A claim says that some paired difference is above 0. *Yes*: the 95 % t interval of every part lies above
+0; *no*: that of every part lies below; *undecided* otherwise, that is, no difference was shown or parts disagree. The
+variants laplace*, avcs* and nested* are our reading of arXiv 2505.01070, which does not say what it weights by. Intervals in
+these answers are not corrected for their number; the tables of methods give p-values corrected by Holm's method.
+
+## Answers
+"""
+    text = (
+        "\n\n".join(
+            [head + "\n" + markdown(["claim", *table], rows), *(section(n, *pair) for n, pair in found.items())]
+        )
+        + "\n"
+    )
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def worst_figure(results: list[dict[str, Any]]) -> Any:
+    """Worst groups of all runs by method, a colour for each teacher."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(r["name"] for r in results))
+    figure = Figure(figsize=(8, 0.28 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for at, (teacher, colour) in enumerate(((None, GREY), ("erm", ORANGE), ("group_dro", BLUE))):
+        own = {n: [r for r in results if r["name"] == n and r["teacher"] == teacher] for n in names}
+        for y, name in enumerate(names):
+            if own[name]:
+                values = worst(own[name], RULE)
+                axes.plot(values, [y + 0.2 * (at - 1)] * len(values), "o", color=colour, markersize=3, alpha=0.6)
+                axes.plot([values.mean()], [y + 0.2 * (at - 1)], "|", color=colour, markersize=10, markeredgewidth=2)
+        axes.plot([], [], "o", color=colour, label="no teacher" if teacher is None else f"{teacher} teacher")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy of the worst group")
+    axes.legend(loc="lower left", fontsize=7)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def exits_figure(results: list[dict[str, Any]]) -> Any:
+    """Accuracy of each exit by group, of plain training, distillation and DEDIER."""
+    from matplotlib.figure import Figure
+
+    own = by_method(results, "erm")
+    shown = [name for name in ("erm", "kd", "dedier") if name in own]
+    figure = Figure(figsize=(3.2 * max(len(shown), 1), 3.2), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(shown), 1), sharey=True)), shown, strict=False):
+        table = np.mean([r["exits"]["accuracy"] for r in own[name]], 0)  # [E, G]
+        for g, (group, colour) in enumerate(
+            zip(own[name][0]["groups"]["names"], (BLUE, ORANGE, GREEN, GREY, "black", "purple"), strict=False)
+        ):
+            axes.plot(range(1, len(table) + 1), table[:, g], "o-", color=colour, label=group)
+        axes.set_title(name)
+        axes.set_xlabel("exit")
+        axes.set_xticks(range(1, len(table) + 1))
+    figure.axes[0].set_ylabel("test accuracy")
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=(*STUDIES, "page"))
+    parser.add_argument("--data", help="folder of MNIST's files, or SNLI's file")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--methods", help="some only, with commas between them")
+    parser.add_argument("--teachers", default=",".join(TEACHERS))
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", default="runs/fairness")
+    options = parser.parse_args()
+    if options.study == "page":
+        page(Path(options.out))
+    else:
+        run(options.study, options)
+
+
+if __name__ == "__main__":
+    main()

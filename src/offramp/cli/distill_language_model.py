@@ -1,0 +1,253 @@
+"""`offramp distill --task language-modelling`, a command with options of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+
+if TYPE_CHECKING:
+    from offramp.distillation.language_models import TokenDistillation
+    from offramp.distillation.own_answers import OwnAnswers
+    from offramp.language_model import LanguageModel
+    from offramp.training import Data, TrainConfig
+
+
+def distill_language_model(
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="What is trained: packaged name (smollm2), local folder or hub id.")
+    ],
+    teacher: Annotated[
+        str, typer.Option(metavar="TEACHER", help="A model with the same tokenizer: packaged name, folder or hub id.")
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Learn on this text: .json (a list of objects), .jsonl, or plain text, one document per file; may be "
+            "given several times.",
+        ),
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of the text in JSON objects, several are joined; default: text."),
+    ] = None,
+    prompt_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Key of what stands before the text and is not learnt; default: nothing. Of --prompts: prompt."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Learn on the student's own answers to these prompts instead (on-policy): one per line, or JSON "
+            "objects.",
+        ),
+    ] = None,
+    group_field: Annotated[
+        str | None, typer.Option(help="Key of the group in JSON objects; results are then told apart by group.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Use only the first texts or prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest own answer, in tokens.")] = 128,
+    answer_temperature: Annotated[
+        float | None, typer.Option(help="Sample own answers at this temperature; default: greedy.")
+    ] = None,
+    answer_every: Annotated[int, typer.Option(help="Steps between own answers, which are then given anew.")] = 100,
+    chat: o.Chat = None,
+    window: Annotated[int | None, typer.Option(help="Longest piece of a document, in tokens; default: 256.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="kd: every token weighs the same. dedier, dedier_code, laplace, laplace_entropy, dedier_gate, "
+            "dedier_permuted, dedier_mean: tokens are weighted by what an early readout of the student says. Switches "
+            "stand behind a name: kd+temperature=1+fraction=0.5, dedier+alpha=1+normalise=mean."
+        ),
+    ] = "kd+temperature=1",
+    objective: Annotated[
+        str, typer.Option(help="forward-kl: the teacher's whole distribution; reverse-kl: its main mode.")
+    ] = "forward-kl",
+    layer: Annotated[
+        int | None, typer.Option(help="Layer of the early readout; default: a sixth of the student's depth.")
+    ] = None,
+    readout: Annotated[
+        str,
+        typer.Option(
+            help="head: the student's own head, through the lens of --exits if it has one there. lens: one that is "
+            "taught each time, and does not change the student."
+        ),
+    ] = "head",
+    fit: Annotated[str, typer.Option(help="What a lens is taught: labels, forward-kl or teacher-argmax.")] = "labels",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What a readout should say: the text's token, or the teacher's; default: text, with --prompts teacher."
+        ),
+    ] = None,
+    weigh_every: Annotated[int, typer.Option(help="Steps between two readouts.")] = 100,
+    exits: Annotated[
+        str | None, typer.Option("--exits", metavar="FOLDER", help="Exits of the student, for --readout head.")
+    ] = None,
+    trainable: Annotated[
+        str, typer.Option(help="all: every weight. lora: low-rank adapters, merged in the end.")
+    ] = "all",
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA's products.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Updates; default: 500.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Train on this many tokens instead of --steps.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 4,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows at once; their gradients are added up to a step's. Default: all.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW, after the warm-up; default: 1e-4 all, 2e-4 lora.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 10,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")] = "cosine",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16: compute in bfloat16, keep weights as --dtype; default: as --dtype.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the documents to judge by, never trained on.")] = 0.1,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between judgements; default: before and after.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the data's order and division, of first values and of samples.")] = 0,
+    report_to: Annotated[
+        str | None, typer.Option(help="Tracker to log to as well: tensorboard, wandb, … (what accelerate knows).")
+    ] = None,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/distill-STUDENT.")
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Distil a language model from one with the same tokenizer: also offramp distill --task language-modelling.
+
+    Printed are divergence from the teacher, agreement with it and cross-entropy to the text on held-out tokens, for
+    each group of --group-field. Started again with the same options, an interrupted run goes on. `accelerate launch -m
+    offramp distill …` divides each step among processes.
+    """
+    from accelerate import PartialState
+
+    import offramp
+    from offramp.distillation.language_models import distil
+    from offramp.training import TrainConfig
+
+    _check(text, prompts, steps, tokens)
+    state = PartialState(cpu=device is None or device.startswith("cpu"))
+    if state.num_processes > 1:
+        device = str(state.device)
+    lm = offramp.load(student, dtype=dtype, device=device, exits=exits)
+    guide = offramp.load(teacher, dtype=dtype, device=device)
+    data: Data | OwnAnswers
+    if prompts is None:
+        data, groups = _fixed(
+            lm, text or [], field or ["text"], prompt_field, group_field, count, window, held_out, seed
+        )
+    else:
+        answers = {"max_new_tokens": max_new_tokens, "temperature": answer_temperature, "seed": seed}
+        answers["chat"] = lm.has_chat_template if chat is None else chat
+        data, groups = _own(
+            prompts, prompt_field or "prompt", group_field, count, answers,
+            every=answer_every, window=window or lm.split.max_positions or 1024, share=held_out, seed=seed,
+        )  # fmt: skip
+    training: dict[str, Any] = {
+        "trainable": trainable, "lora_rank": lora_rank, "objective": objective, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "steps": 500 if steps is None and tokens is None else steps, "tokens": tokens,
+        "batch_size": batch_size, "micro_batch": micro_batch, "warmup": warmup, "schedule": schedule,
+        "precision": precision, "validate_every": validate_every, "save_every": save_every, "seed": seed,
+    }  # fmt: skip
+    target = target or ("text" if prompts is None else "teacher")
+    config = _settings(
+        method, lambda temperature: TrainConfig(temperature=temperature, **training), own=prompts is not None,
+        readout={"layer": layer, "kind": readout, "fit": fit}, weights={"target": target, "every": weigh_every},
+    )  # fmt: skip
+    folder = out or Path("runs") / f"distill-{Path(student).name}"
+    with o.progress("distilling") as progress:
+        bar = progress if state.is_main_process else None
+        about = {"command": o.command_line()}
+        result = distil(lm, guide, data, config, folder, groups=groups, progress=bar, report_to=report_to, about=about)
+    if not state.is_main_process:
+        return
+    if str(json) != "-":
+        typer.echo(result.table())
+    o.note(f"wrote {result.model}; train its exits with: offramp train {result.model}")
+    o.write_result({**result.to_dict(), "name": student, "teacher": teacher, "method": method, "dtype": dtype}, json)
+
+
+def _check(text: list[Path] | None, prompts: Path | None, steps: int | None, tokens: int | None) -> None:
+    """Options that do not go together."""
+    if (prompts is None) == (not text):
+        raise typer.BadParameter("give --text, or --prompts for the student's own answers; one of them is needed")
+    if steps is not None and tokens is not None:
+        raise typer.BadParameter("give one of --steps and --tokens")
+
+
+def _settings(
+    method: str,
+    training: Callable[[float], TrainConfig],
+    *,
+    own: bool,
+    readout: dict[str, Any],
+    weights: dict[str, Any],
+) -> TokenDistillation:
+    """What a method's name means for tokens; of own answers the teacher is all there is to learn."""
+    from offramp.distillation.language_models import TokenDistillation
+    from offramp.distillation.methods import method as named
+    from offramp.distillation.token_readout import TokenReadoutConfig
+    from offramp.distillation.token_weights import TokenWeights
+
+    found = named(method)
+    if found.loss != "kd" or found.errors is not None or found.balanced or found.refit:
+        raise typer.BadParameter(
+            f"--method {method} is for classifiers; language models learn by kd, dedier, laplace, …"
+        )
+    fraction = 1.0 if own and "fraction" not in method else found.fraction
+    if found.weights is None:
+        return TokenDistillation(training(found.temperature), fraction)
+    watched = TokenWeights(found.weights, TokenReadoutConfig(**readout), **weights)
+    return TokenDistillation(training(found.temperature), fraction, watched)
+
+
+def _fixed(
+    lm: LanguageModel,
+    files: list[Path],
+    fields: list[str],
+    prompt: str | None,
+    group: str | None,
+    count: int | None,
+    window: int | None,
+    share: float,
+    seed: int,
+) -> tuple[Data, tuple[str, ...]]:
+    from offramp.distillation.prompt_groups import entry_documents, group_names, read_entries
+    from offramp.training import prepare
+
+    entries = [entry for file in files for entry in read_entries(file, fields, prompt=prompt, group=group)][:count]
+    groups = group_names(entries)
+    documents = entry_documents(lm, entries, groups)
+    if dropped := len(entries) - len(documents):
+        o.note(f"left out {dropped} of {len(entries)} texts, which are shorter than two tokens")
+    parts = prepare(lm, documents, window=window or min(256, lm.split.max_positions or 256), share=share, seed=seed)
+    o.note(f"{len(documents)} documents: {parts.train.positions} tokens to learn, {parts.held_out.positions} held out")
+    return parts, groups
+
+
+def _own(
+    file: Path, key: str, group: str | None, count: int | None, answers: dict[str, Any], **options: Any
+) -> tuple[OwnAnswers, tuple[str, ...]]:
+    from offramp.distillation.own_answers import OwnAnswers
+    from offramp.distillation.prompt_groups import group_names, group_numbers, read_prompts
+    from offramp.training import AnswerConfig
+
+    entries = read_prompts(file, key, group=group)[:count]
+    groups = group_names(entries)
+    texts = [entry.text for entry in entries]
+    return OwnAnswers(texts, group_numbers(entries, groups), AnswerConfig(**answers), **options), groups

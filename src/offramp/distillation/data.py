@@ -1,0 +1,182 @@
+"""Sets with groups by a short description: published layouts in local folders, and stand-ins that are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.metrics.group_weights import minority_rows
+from offramp.tasks.group_sets import Grouped, GroupedSet
+from offramp.tasks.labelled import Labelled, split
+
+STAND_IN = "stand-in:"
+STAND_INS = (
+    "digits-on-colour", "mnist-on-colour", "spuco-mnist", "coloured-mnist", "template-nli", "template-toxicity",
+)  # fmt: skip
+TASKS = ("waterbirds", "celeba", "multinli", "snli", "civilcomments", "groups")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which set.
+
+    Attributes:
+        path: A local folder or file; or "stand-in:NAME", "stand-in:NAME:PATH" for those made of MNIST's files.
+        task: One of `TASKS`; None for stand-ins.
+        options: Of the loader or the generator, such as {"agreement": 0.95}.
+        tune: Share of the validation rows that weights may be tuned on, and no epoch is selected by.
+    """
+
+    path: str
+    task: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tune: float = 0.25
+
+    def __post_init__(self) -> None:
+        name = self.path.removeprefix(STAND_IN).partition(":")[0]
+        if self.path.startswith(STAND_IN):
+            if name not in STAND_INS:
+                raise ValueError(f"there is no stand-in {name!r}; choose one of {', '.join(STAND_INS)}")
+        elif self.task not in TASKS:
+            raise ValueError(f"the task is {self.task!r}; choose one of {', '.join(TASKS)}, or data stand-in:NAME")
+        if not 0 < self.tune < 1:
+            raise ValueError(f"tune is {self.tune}; it is a share of the validation rows, such as 0.25")
+
+
+def load_set(config: DataConfig, seed: int) -> GroupedSet:
+    """The set; a stand-in is drawn anew for every seed, published splits stay.
+
+    Args:
+        config: Which.
+        seed: Of what is drawn.
+
+    Returns:
+        The set, with the splits train, val and test.
+
+    Raises:
+        ValueError: Options that there are not, a split or groups missing.
+        FileNotFoundError: There are no such files.
+    """
+    made = _loaded(config.path, config.task, tuple(sorted((k, _frozen(v)) for k, v in config.options.items())), seed)
+    made.require_groups("val", "test")
+    return made
+
+
+@lru_cache(maxsize=2)  # several runs in one process share it
+def _loaded(path: str, task: str | None, options: tuple[tuple[str, Any], ...], seed: int) -> GroupedSet:
+    given = dict(options)
+    try:
+        if path.startswith(STAND_IN):
+            name, _, place = path.removeprefix(STAND_IN).partition(":")
+            return _stand_in(name, place, seed, given)
+        return _published(task or "", path, seed, given)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}; look at the options of the data") from error
+
+
+def _stand_in(name: str, place: str, seed: int, options: dict[str, Any]) -> GroupedSet:
+    from offramp.tasks import stand_ins, stand_ins_nli, stand_ins_spuco, stand_ins_toxicity
+
+    if name == "digits-on-colour":
+        return stand_ins.digits_on_colour(seed=seed, **options)
+    if name == "template-nli":
+        return stand_ins_nli.template_nli(seed=seed, **options)
+    if name == "template-toxicity":
+        return stand_ins_toxicity.template_toxicity(seed=seed, **options)
+    if not place:
+        raise ValueError(f"{name} is made of MNIST's or Fashion-MNIST's files; give stand-in:{name}:FOLDER")
+    make: Callable[..., GroupedSet] = {
+        "mnist-on-colour": stand_ins.mnist_on_colour, "spuco-mnist": stand_ins_spuco.spuco_mnist,
+        "coloured-mnist": stand_ins_spuco.coloured_mnist,
+    }[name]  # fmt: skip
+    return make(*_digits(place), seed=seed, **options)
+
+
+@lru_cache(maxsize=1)
+def _digits(folder: str) -> tuple[Any, Any]:
+    """All images [M, 28, 28] and digits [M] of MNIST's files."""
+    from offramp.tasks.images import read_idx
+
+    parts = list(read_idx(folder).values())
+    images = np.concatenate([np.asarray(part.inputs)[..., 0] for part in parts])
+    return images, np.concatenate([part.labels.numpy() for part in parts])
+
+
+def _published(task: str, path: str, seed: int, options: dict[str, Any]) -> GroupedSet:
+    from offramp.tasks.group_files import GroupLayout, load_grouped
+    from offramp.tasks.group_image_sets import load_celeba, load_waterbirds
+    from offramp.tasks.group_nli import load_multinli, load_snli
+    from offramp.tasks.group_toxicity import load_civilcomments
+
+    if not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"{path} is missing; nothing is downloaded, name a local folder or file")
+    place = Path(path).expanduser()
+    if task == "waterbirds":
+        return load_waterbirds(place, **options)
+    if task == "celeba":
+        return load_celeba(place, **options)
+    if task == "multinli":
+        return load_multinli(place, seed=seed, **options)
+    if task == "snli":
+        return load_snli(place, seed=seed, **options)
+    if task == "civilcomments":
+        return load_civilcomments(place, **options)
+    return load_grouped(place, GroupLayout(**options) if options else None)
+
+
+def divided(val: Grouped, share: float, seed: int) -> tuple[Grouped, Grouped]:
+    """Validation rows to select epochs by, and those to tune weights on; two renderings of one thing stay together.
+
+    Args:
+        val: The validation split.
+        share: Of the second.
+        seed: Of the division.
+
+    Returns:
+        The two.
+    """
+    clusters = val.rows.clusters or (tuple(map(str, val.pairs.tolist())) if val.pairs is not None else ())
+    rows = Labelled(val.rows.ids, val.rows.inputs, val.rows.labels, val.rows.classes, val.rows.groups, clusters)
+    place = {id: at for at, id in enumerate(rows.ids)}
+    parts = split(rows, {"select": 1 - share, "tune": share}, seed)
+    chosen = [val.take([place[id] for id in parts[name].ids]) for name in ("select", "tune")]
+    return chosen[0], chosen[1]
+
+
+def minority_of(grouped: Grouped) -> Tensor | None:
+    """Rows for which the shortcut fails, [N], bool; None where attributes are unknown, or several make groups."""
+    name = "identity_any" if "identity_any" in grouped.attributes else next(iter(grouped.attributes), None)
+    if name is None or (
+        len(grouped.attributes) > 1 and name != "identity_any" and "conflict" not in grouped.attributes
+    ):
+        return None
+    if "conflict" in grouped.attributes:
+        return grouped.attributes["conflict"] == 1
+    values = grouped.attributes[name]
+    return None if bool((values < 0).all()) else minority_rows(grouped.rows.labels, values)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def group_counts(grouped: Grouped) -> Tensor:
+    """Rows of each group where they do not overlap, [G], for methods that train by them.
+
+    Raises:
+        ValueError: Groups are unknown or overlap, or a row is in none, or a group is empty.
+    """
+    if grouped.groups is None or grouped.rows.groups is None:
+        raise ValueError(
+            f"{grouped.rows.source or 'the training split'} has no groups, or rows in several or none; this method "
+            "trains by groups and needs each row in one"
+        )
+    grouped.groups.require_rows("train")
+    return torch.bincount(grouped.rows.groups, minlength=len(grouped.groups.names))

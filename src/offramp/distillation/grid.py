@@ -1,0 +1,146 @@
+"""Many runs: method x teacher x seed, one folder each, over processes; what is finished is not done again.
+
+Started again after an interruption, a grid goes on with the runs that have no result yet, each from its last epoch.
+Several grids may work in one folder, also from several machines that share it: a run belongs to whoever has its lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from offramp.distillation.config import Run
+from offramp.files import differences, write_json
+
+Progress = Callable[[int, int, str], None]
+
+
+def ensure(run: Run, root: Path, *, place: str = "runs") -> Path:
+    """The folder of a run, which is trained now unless it was; waits for another process that does it.
+
+    Args:
+        run: What.
+        root: The grid's folder.
+        place: "runs", or "shared" for teachers and first students.
+
+    Returns:
+        `root`/`place`/name, with result.json.
+
+    Raises:
+        ValueError: The folder holds another run.
+    """
+    from filelock import FileLock
+
+    from offramp.distillation.run import RESULT, train_run
+
+    folder = root / place / (run.key if place == "runs" else f"{run.key}--{run.digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        _same(run, folder)
+        if not (folder / RESULT).is_file():
+            train_run(run, folder, lambda other: ensure(other, root, place="shared"))
+    return folder
+
+
+def _same(run: Run, folder: Path) -> None:
+    asked, path = json.loads(json.dumps(run.to_dict())), folder / "config.json"
+    if not path.is_file():
+        write_json(path, asked)
+        return
+    if differing := differences(json.loads(path.read_text("utf-8")), asked):
+        raise ValueError(
+            f"{folder} holds another run: {'; '.join(differing[:3])}; give the same options, or another folder"
+        )
+
+
+def execute(values: dict[str, Any], root: str, threads: int = 1) -> dict[str, Any]:
+    """One run in a process of its own, from JSON values to its outcome: {"key", "error"}, the error None or in words."""
+    import torch
+
+    torch.set_num_threads(threads)
+    run = Run.from_dict(values)
+    error = Path(root) / "runs" / run.key / "error.txt"
+    try:
+        ensure(run, Path(root))
+    except Exception as problem:  # noqa: BLE001 - the other runs go on
+        error.parent.mkdir(parents=True, exist_ok=True)
+        error.write_text(traceback.format_exc(), encoding="utf-8")
+        return {"key": run.key, "error": " ".join(str(problem).split()) or type(problem).__name__}
+    error.unlink(missing_ok=True)
+    return {"key": run.key, "error": None}
+
+
+def run_grid(
+    runs: Sequence[Run],
+    root: Path,
+    *,
+    processes: int = 1,
+    engine: str = "processes",
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """All runs.
+
+    Args:
+        runs: What.
+        root: The grid's folder, on a disk that all machines see.
+        processes: How many at a time, 1: in this process.
+        engine: "processes", or "ray" for machines of a Ray cluster.
+        threads: Of each process.
+        progress: Called with runs done, runs to do and the last one's name.
+
+    Returns:
+        The results, in the order of the runs.
+
+    Raises:
+        ValueError: Two runs have the same name, there is no such engine, or the folder holds other runs.
+        RuntimeError: Runs failed; the others are finished.
+    """
+    if engine not in ("processes", "ray"):
+        raise ValueError(f"engine is {engine!r}; choose processes or ray")
+    keys = [run.key for run in runs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"two runs are named {twice}; give each method and seed once")
+    for run in runs:  # before anything is trained
+        if (root / "runs" / run.key / "config.json").is_file():
+            _same(run, root / "runs" / run.key)
+    waiting = [run.to_dict() for run in runs if not (root / "runs" / run.key / "result.json").is_file()]
+    done, failed = len(runs) - len(waiting), []
+    for outcome in _outcomes(waiting, root, processes, engine, threads):
+        done += 1
+        if progress is not None:
+            progress(done, len(runs), outcome["key"])
+        if outcome["error"] is not None:
+            failed.append(outcome)
+    if failed:
+        first = failed[0]
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} runs failed, the first is {first['key']}: {first['error']} (error.txt in its "
+            "folder shows where); the others are finished, start again to go on"
+        )
+    return [json.loads((root / "runs" / key / "result.json").read_text("utf-8")) for key in keys]
+
+
+def _outcomes(
+    waiting: list[dict[str, Any]], root: Path, processes: int, engine: str, threads: int
+) -> Iterable[dict[str, Any]]:
+    if engine == "ray":
+        from offramp.distillation.ray_engine import outcomes
+
+        yield from outcomes(waiting, root, threads)
+    elif processes == 1:
+        for values in waiting:
+            yield execute(values, str(root), threads)
+    else:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        spawning = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawning) as pool:
+            for future in as_completed([pool.submit(execute, values, str(root), threads) for values in waiting]):
+                yield future.result()

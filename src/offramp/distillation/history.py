@@ -1,0 +1,68 @@
+"""What a run knows after each epoch, and the weights of the epochs that some selection rule would choose.
+
+Only validation rows are looked at here; test rows are judged once, when training is over, at the epochs chosen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from offramp.files import replace_file, write_json
+from offramp.metrics.selection import Epoch, Judged, choices
+
+
+class History:
+    """The epochs of a run, in a folder.
+
+    Args:
+        folder: Holds history.json, and N.safetensors for each epoch N that a rule would choose so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "history.json"
+        self.rows: list[dict[str, Any]] = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else []
+
+    def add(self, epoch: int, val: Judged, more: Mapping[str, Any], model: nn.Module) -> None:
+        """Record an epoch; one that is repeated after an interruption replaces what was recorded of it and later.
+
+        Args:
+            epoch: Counted from 1.
+            val: On validation rows.
+            more: JSON values.
+            model: As it is.
+        """
+        self.rows = [row for row in self.rows if row["epoch"] < epoch]
+        self.rows.append({"epoch": epoch, "val": asdict(val), **more})
+        chosen = {found.number for found in choices(self.epochs()).values()}
+        if epoch in chosen:
+            self._keep(epoch, model)
+        write_json(self.file, self.rows)
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem.isdecimal() and int(path.stem) not in chosen:
+                path.unlink()
+
+    def epochs(self) -> list[Epoch]:
+        """As selection rules take them."""
+        return [Epoch(row["epoch"], Judged(**row["val"])) for row in self.rows]
+
+    def choices(self) -> dict[str, int]:
+        """The epoch that each rule chooses."""
+        return {rule: epoch.number for rule, epoch in choices(self.epochs()).items()}
+
+    def weights(self, epoch: int) -> dict[str, Tensor]:
+        """The state of the model after an epoch that a rule chooses."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / f"{epoch}.safetensors")
+
+    def _keep(self, epoch: int, model: nn.Module) -> None:
+        from safetensors.torch import save_file
+
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        replace_file(self.folder / f"{epoch}.safetensors", lambda temporary: save_file(state, temporary))

@@ -1,0 +1,210 @@
+"""Weights of training rows from what an early readout says: signal x gate x map.
+
+DEDIER (Tiwari et al., WACV 2024) weights exp(β cm^α) the rows its readout gets wrong, by their confidence margin cm. The
+uncertainty variants follow arXiv 2505.01070, which leaves open what scalar is used, where, and through which map: these
+presets are our reading of it. Every row gets a new weight each time, so one that turns right goes back to 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offramp.classifiers.batches import Rows
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
+from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, share_of_rank, signal
+
+GATES = ("wrong", "all", "correct", "excluded")
+MAPS = ("power", "linear", "rank")
+TERMS = ("kd", "ce", "both")
+NORMALISATIONS = ("none", "mean", "clip")
+CONTROLS = ("none", "permuted", "mean-matched", "oracle")
+
+
+@dataclass(frozen=True)
+class InstanceWeights:
+    """Weight = map(signal) where the gate holds, else 1. The defaults are DEDIER's, for Waterbirds.
+
+    Attributes:
+        signal: One of `offramp.distillation.signals.SIGNALS`.
+        gate: "wrong": the answer is not the label; "all"; "correct"; "excluded": the label is not in the set.
+        map: "power": exp(β u^α); "linear": 1 + β u; "rank": exp(β rank(u)), ranks from 0 to 1.
+        alpha: A power; 0 leaves the gate alone. Near 0.05 the weight is almost the same for all rows it touches.
+        beta: The weight of u = 1 is exp(β), with "linear" 1 + β.
+        weight_on: The term that is weighted: "kd", "ce" or "both".
+        normalise: "none", as published; "mean": divided by their mean; "clip": at most `largest`.
+        largest: With "clip".
+        every: L, epochs between two readouts.
+        warmup: Epochs before the first.
+        control: "permuted": the same weights in another order; "mean-matched": their mean for every row; "oracle":
+            exp(β) for the rows that true groups call minority, which uses group labels.
+        readout: The readout.
+        n_mc: Draws of Laplace's logits.
+        prior_variance: Of Laplace; None: tuned on rows outside training.
+        sets: "nested" (conformal) or "avcs".
+        miss: One minus the coverage that sets aim at.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    signal: str = "margin"
+    gate: str = "wrong"
+    map: str = "power"
+    alpha: float = 0.05
+    beta: float = 4.0
+    weight_on: str = "kd"
+    normalise: str = "none"
+    largest: float | None = None
+    every: int = 1
+    warmup: int = 0
+    control: str = "none"
+    readout: ReadoutConfig = field(default_factory=ReadoutConfig)
+    n_mc: int = 50
+    prior_variance: float | None = 1.0
+    sets: str = "nested"
+    miss: float = 0.05
+
+    def __post_init__(self) -> None:
+        choices = {
+            "signal": SIGNALS, "gate": GATES, "map": MAPS, "weight_on": TERMS, "normalise": NORMALISATIONS,
+            "control": CONTROLS, "sets": SETS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} of the weights is {value!r}; choose one of {', '.join(allowed)}")
+        if self.alpha < 0 or self.beta < 0:
+            raise ValueError(f"alpha is {self.alpha} and beta {self.beta}; neither may be negative")
+        if self.every < 1 or self.warmup < 0 or self.n_mc < 1:
+            raise ValueError(
+                f"every is {self.every}, warmup {self.warmup}, n_mc {self.n_mc}; they count from 1, 0 and 1"
+            )
+        if (self.normalise == "clip") != (self.largest is not None) or (self.largest or 1) < 1:
+            raise ValueError(f"normalise is {self.normalise!r} and largest {self.largest}; clip needs one from 1 on")
+        if self.prior_variance is not None and not self.prior_variance > 0:
+            raise ValueError(f"prior_variance is {self.prior_variance}; it must be above 0, or None to tune it")
+
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether rows outside training are needed."""
+        tuned = self.prior_variance is None and (self.signal.startswith("laplace_") or self.signal == "distance")
+        return self.signal.startswith("set_") or self.gate == "excluded" or tuned
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether there is a new readout behind an epoch, counted from 0, of so many."""
+        return self.warmup <= epoch < epochs - 1 and (epoch - self.warmup) % self.every == 0
+
+
+def mapped(u: Tensor, config: InstanceWeights) -> Tensor:
+    """Weights of signals in [0, 1]: [N] -> [N]."""
+    if config.map == "power":
+        return (config.beta * u**config.alpha).exp()
+    if config.map == "linear":
+        return 1 + config.beta * u
+    return (config.beta * share_of_rank(u)).exp()
+
+
+def weights_of(evidence: Evidence, config: InstanceWeights) -> Tensor:
+    """Weights of the training rows, before control and normalisation.
+
+    Args:
+        evidence: Of the readout.
+        config: Signal, gate and map.
+
+    Returns:
+        [N], float64; 1 where the gate does not hold.
+    """
+    u, answers = signal(config.signal, evidence)
+    outside = excluded(evidence) if config.gate == "excluded" else None
+    return gated(u, answers == evidence.reading.labels, config, outside)
+
+
+def gated(u: Tensor, right: Tensor, config: InstanceWeights, outside: Tensor | None = None) -> Tensor:
+    """Weights where the gate holds, else 1.
+
+    Args:
+        u: The signal, [N].
+        right: Whether the answer is the label, [N], bool.
+        config: Gate and map.
+        outside: Whether the label is not in the set, [N], bool; for "excluded".
+
+    Returns:
+        [N].
+    """
+    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right, "excluded": outside}[config.gate]
+    assert gate is not None
+    return torch.where(gate, mapped(u, config), 1.0)
+
+
+def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tensor | None = None) -> Tensor:
+    """Control and normalisation.
+
+    Args:
+        weights: Of `weights_of`, [N].
+        config: Which.
+        seed: Of a permutation.
+        minority: Whether a row is of the minority, [N], bool; for "oracle".
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: The minority is needed and not known.
+    """
+    if config.control == "permuted":
+        order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(seed))
+        weights = weights[order]
+    elif config.control == "mean-matched":
+        weights = torch.full_like(weights, float(weights.mean()))
+    elif config.control == "oracle":
+        if minority is None:
+            raise ValueError("the control 'oracle' weights by true groups, but those of training rows are unknown")
+        weights = torch.where(minority, mapped(torch.ones_like(weights), config), 1.0)
+    if config.normalise == "mean":
+        return weights / weights.mean()
+    return weights.clamp(max=config.largest) if config.normalise == "clip" else weights
+
+
+def new_weights(
+    student: EarlyExitClassifier,
+    train: Rows,
+    config: InstanceWeights,
+    *,
+    epoch: int,
+    seed: int,
+    tune: Rows | None = None,
+    minority: Tensor | None = None,
+) -> Tensor:
+    """Teach a new readout on the student as it is, and weight all training rows by it.
+
+    Args:
+        student: Not changed in any way.
+        train: The training rows, N.
+        config: What weights; the readout's learning rate is given.
+        epoch: That ended.
+        seed: Of the run.
+        tune: Rows outside training, for sets.
+        minority: For the control "oracle".
+
+    Returns:
+        [N], float32, in the order of the rows.
+    """
+    here = (seed << 12) + epoch
+    if config.control == "oracle":
+        return finished(torch.ones(len(train.data), dtype=torch.float64), config, here, minority).float()
+    depth = config.readout.depth
+    if depth >= student.backbone.num_layers:
+        raise ValueError(
+            f"the readout reads after block {depth} of {student.backbone.num_layers}; that is not early: lower depth"
+        )
+    states = states_at(student, train, depth)
+    readout = teach(states, train.data.labels.to(states.device), student.num_classes, config.readout, here)
+    reading = read(readout, states, train, epoch)
+    other = None
+    if tune is not None and config.needs_tuning:
+        other = read(readout, states_at(student, tune, depth), tune, epoch)
+    evidence = Evidence(reading, other, config.n_mc, config.prior_variance, config.sets, config.miss, seed)
+    return finished(weights_of(evidence, config), config, here, minority).float()

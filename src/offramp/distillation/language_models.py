@@ -1,0 +1,369 @@
+"""A language model that learns from another one with the same tokens, watched by an early readout of its own.
+
+Distillation as in Hinton et al. (2015), token by token, on fixed texts or on the student's own answers; tokens are
+weighted by what a readout of the student's early layers says (`offramp.distillation.token_weights`), and everything is
+judged by groups of prompts. The steps, their order, processes and checkpoints are those of `offramp.training.loop`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import evaluating
+from offramp.distillation.own_answers import OwnAnswers
+from offramp.distillation.token_losses import TokenLoss, TokenSums, token_losses
+from offramp.distillation.token_report import TokenDistillResult, summary
+from offramp.distillation.token_weights import TokenWeights, new_token_weights
+from offramp.exits import fingerprint
+from offramp.machine import describe
+from offramp.metrics.group_members import Groups
+from offramp.metrics.group_weights import weight_diagnostics
+from offramp.training.config import TrainConfig
+from offramp.training.data import Data, Windows, batch
+from offramp.training.layer_dropout import dropping
+from offramp.training.loop import Done, Loop
+from offramp.training.objectives import OBJECTIVES, SOFTENED
+from offramp.training.passes import states_of
+from offramp.training.run_folder import Clock, opened
+from offramp.training.tally import chunk_rows
+from offramp.training.trainable import save_model, trainable
+
+if TYPE_CHECKING:
+    from offramp.language_model import LanguageModel
+
+SCHEMA = "offramp/distill-language-model/1"
+
+
+def _training() -> TrainConfig:
+    return TrainConfig(trainable="all", steps=500)
+
+
+@dataclass(frozen=True)
+class TokenDistillation:
+    """How a language model learns from another one.
+
+    Attributes:
+        training: Steps, learning rate and so on. `trainable` is "all" or "lora"; `objective` is "forward-kl",
+            KL(teacher || student), or "reverse-kl"; `temperature` is T. Whatever is about exits does not apply.
+        fraction: λ of the divergence, 1 - λ of the cross-entropy to the text. Must be 1 for own answers.
+        weights: Of tokens; None: all are 1.
+
+    Raises:
+        ValueError: A value out of range, or one that does not apply.
+    """
+
+    training: TrainConfig = field(default_factory=_training)
+    fraction: float = 0.9
+    weights: TokenWeights | None = None
+
+    def __post_init__(self) -> None:
+        training = self.training
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}; it is the share of the teacher in the loss, in [0, 1]")
+        if training.objective not in SOFTENED:
+            raise ValueError(
+                f"objective is {training.objective!r}; choose {' or '.join(SOFTENED)} to learn from a teacher"
+            )
+        if not training.backbone:
+            raise ValueError("trainable is 'exits', but a student is trained; give 'all' or 'lora'")
+        of_exits = (training.layers, training.hidden_loss, training.prompt_layer, training.rank)
+        if any(of_exits) or training.weights != "uniform":
+            raise ValueError(
+                "layers, rank, weights, hidden_loss and prompt_layer are for exits; leave them away, and train exits "
+                "of the finished student with offramp train"
+            )
+
+    @property
+    def loss(self) -> TokenLoss:
+        """The loss of tokens."""
+        on = "both" if self.weights is None else self.weights.rule.weight_on
+        return TokenLoss(OBJECTIVES[self.training.objective], self.training.temperature, self.fraction, on)
+
+
+def distil(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    data: Data | OwnAnswers,
+    config: TokenDistillation,
+    folder: Path,
+    *,
+    groups: Sequence[str] = (),
+    progress: Callable[..., None] | None = None,
+    report_to: Any = None,
+    about: Mapping[str, Any] | None = None,
+) -> TokenDistillResult:
+    """Distil a student, or go on where an earlier call in the same folder was interrupted.
+
+    Args:
+        student: Its weights change.
+        teacher: With the same vocabulary; does not change.
+        data: Fixed texts from `offramp.training.data.prepare`, whose documents may have an `attribute`, or prompts.
+        config: How.
+        folder: Where everything is written, see `offramp.training.run_folder`; own answers as answers-STEP.jsonl.
+        groups: Names of the groups that attributes are numbers of, G.
+        progress: Called with the steps (or tokens) done and to do, and the loss.
+        report_to: Trackers, see `offramp.training.train`.
+        about: What else config.json should say, as JSON values; nobody compares it.
+
+    Returns:
+        What was reached, by group.
+
+    Raises:
+        ValueError: The vocabularies differ; a group has no text in one of the parts; options do not go together; or the
+            folder holds a run with other options.
+        TrainingError: The loss is not finite.
+    """
+    from accelerate import Accelerator
+
+    require_same_vocabulary(student, teacher)
+    own = isinstance(data, OwnAnswers)
+    _check(student, teacher, config, own=own)
+    workers = Accelerator(cpu=student.split.device.type == "cpu", log_with=report_to, project_dir=folder)
+    with opened(folder, writes=workers.is_main_process) as run:
+        record = _record(student, teacher, data, config, groups)
+        run.check(record, about={**(about or {}), **describe(student.split.device)})
+        fixed, answers = (None, data) if isinstance(data, OwnAnswers) else (data, None)
+        source = _Texts(student, answers, run.path, f"{record['student']['fingerprint']} in this run", progress, fixed)
+        with trainable(student, config.training) as learns, evaluating(teacher.model):
+            parameters = {name: p for name, p in learns.parameters.items() if name.startswith("model.")}
+            weights = torch.empty(0)
+            kept = {} if config.weights is None else {"token_weights": weights}
+            loop = Loop(parameters, config.training, run, workers, student.split.device, columns=groups, kept=kept)
+            work = _Tokens(student, teacher, source, config, groups, weights, loop)
+            if report_to is not None:
+                workers.init_trackers("offramp", config={})
+            clock = loop.go(work, progress)
+            for tracker in workers.trackers:
+                tracker.finish()
+        if workers.is_main_process:
+            save_model(student, run.model)
+        workers.wait_for_everyone()
+        return summary(run.rows(), groups, clock, run.model)
+
+
+def require_same_vocabulary(student: LanguageModel, teacher: LanguageModel) -> None:
+    """Raise a ValueError that names the first token id which does not mean the same to both models."""
+    ours, theirs = (
+        {} if lm.tokenizer is None else {i: token for token, i in lm.tokenizer.get_vocab().items()}
+        for lm in (student, teacher)
+    )
+    if ours and theirs:
+        strange = [i for i in sorted({*ours, *theirs}) if ours.get(i) != theirs.get(i)]
+        if strange:
+            first = strange[0]
+            raise ValueError(
+                f"token id {first} is {ours.get(first)!r} to the student and {theirs.get(first)!r} to the teacher; "
+                "distillation needs models that share a tokenizer"
+            )
+    if student.vocabulary != teacher.vocabulary:
+        first = min(student.vocabulary, teacher.vocabulary)
+        raise ValueError(
+            f"the student's head has {student.vocabulary} tokens and the teacher's {teacher.vocabulary}, so token id "
+            f"{first} is known to one only; if the rest is padding, call resize_token_embeddings({first}) on the "
+            "larger model"
+        )
+
+
+def _check(student: LanguageModel, teacher: LanguageModel, config: TokenDistillation, *, own: bool) -> None:
+    if student.model is teacher.model:
+        raise ValueError("student and teacher are the same object, which would follow itself; load the model twice")
+    if student.split.is_encoder_decoder or teacher.split.is_encoder_decoder:
+        raise ValueError("distillation of language models is for decoder-only models; an encoder-decoder is given")
+    if student.num_layers < 2:
+        raise ValueError("the student has one layer; a model with early exits has two at least")
+    if config.weights is not None:
+        config.weights.readout.at(student.split)
+    if own and config.fraction != 1:
+        raise ValueError(f"fraction is {config.fraction}, but own answers are no labels to learn; give fraction 1")
+    if own and config.weights is not None and config.weights.target == "text":
+        raise ValueError("own answers are no labels for a readout; give target 'teacher' to the token weights")
+
+
+def _record(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    data: Data | OwnAnswers,
+    config: TokenDistillation,
+    groups: Sequence[str],
+) -> dict[str, Any]:
+    """What a run is."""
+    who = {
+        name: {
+            "name": lm.name,
+            "fingerprint": fingerprint(lm.model),
+            "dtype": f"{lm.model.dtype}".removeprefix("torch."),
+        }
+        for name, lm in (("student", student), ("teacher", teacher))
+    }
+    content = {} if isinstance(data, OwnAnswers) else {"train": data.train.digest(), "held_out": data.held_out.digest()}
+    made = {
+        "schema": SCHEMA,
+        **who,
+        "config": asdict(config),
+        "data": {**data.settings, **content},
+        "groups": [*groups],
+    }
+    return made if config.weights is None or student.exits is None else {**made, "exits": fingerprint(student.exits)}
+
+
+class _Texts:
+    """What is learnt from: fixed windows, or own answers given anew."""
+
+    def __init__(
+        self, lm: LanguageModel, own: OwnAnswers | None, folder: Path, by: str, progress: Any, fixed: Data | None
+    ) -> None:
+        self.lm, self.own, self.folder, self.by, self.progress, self.fixed = lm, own, folder, by, progress, fixed
+
+    def at(self, step: int) -> Windows:
+        """What is learnt from after so many steps."""
+        if self.own is None:
+            assert self.fixed is not None
+            return self.fixed.train
+        began = self.own.round(step) * self.own.every
+        return self._answers(self.own.parts()[0], f"answers-{began:06d}.jsonl", began)
+
+    def held_out(self) -> Windows:
+        """What is judged by; own answers must first be asked for before training begins."""
+        if self.own is None:
+            assert self.fixed is not None
+            return self.fixed.held_out
+        return self._answers(self.own.parts()[1], "answers-held-out.jsonl", 0)
+
+    def renewed(self, step: int) -> bool:
+        """Whether there are other windows from this step on than before it."""
+        return self.own is not None and step > 0 and step % self.own.every == 0
+
+    def _answers(self, places: list[int], file: str, step: int) -> Windows:
+        assert self.own is not None
+        by = f"{self.by} after {step} steps"
+        return self.own.answered(self.lm, places, self.folder / file, by, self.progress)
+
+
+class _Tokens:
+    """The losses of a student's tokens, and their weights, which the loop keeps."""
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        teacher: LanguageModel,
+        texts: _Texts,
+        config: TokenDistillation,
+        groups: Sequence[str],
+        weights: Tensor,
+        loop: Loop,
+    ) -> None:
+        self.student, self.teacher, self.texts, self.config, self.groups = student, teacher, texts, config, groups
+        self.loss, self.weights, self.loop = config.loss, weights, loop
+        self.rows = chunk_rows(student.vocabulary)
+
+    # ------------------------------------------------------------ what is learnt from
+
+    def begin(self, clock: Clock) -> None:
+        """Find the windows where the run stands, and the weights they have."""
+        self.held_out = self.texts.held_out()
+        self._learn_from(self.texts.at(clock.step))
+        for name, part in (("training", self.train), ("held-out", self.held_out)):
+            if self.groups:
+                Groups.by_number(self._groups_of(part), self.groups).require_rows(name)
+
+    def _groups_of(self, windows: Windows) -> Tensor:
+        """Of the tokens, [M]; -1 where they are unknown, or nobody asks."""
+        known = windows.attributes if self.groups else None
+        return windows.of_tokens(torch.full((len(windows),), -1) if known is None else known)
+
+    def _learn_from(self, windows: Windows) -> None:
+        known = self.weights.shape == windows.ids.shape
+        self.train = replace(windows, weights=self.weights if known else None)
+
+    def settle(self, clock: Clock) -> None:
+        """Answer anew and weight anew, where it is time; only at the end nothing needs to be new."""
+        config, step = self.config, clock.step
+        if config.training.done(clock) >= config.training.total:
+            return
+        renewed = self.texts.renewed(step)
+        if renewed:
+            self.weights.data = torch.empty(0)
+            self._learn_from(self.texts.at(step))
+        rule = config.weights
+        if rule is None or not (rule.due(step) or (renewed and rule.started(step))):
+            return
+        self.weights.data = new_token_weights(
+            self.student.split, self.teacher.split, self.train, rule, step=step, seed=config.training.seed,
+            size=config.training.micro_batch or config.training.batch_size, loop=self.loop,
+        )  # fmt: skip
+        self._learn_from(self.train)
+        self._log_weights(clock)
+
+    def _log_weights(self, clock: Clock) -> None:
+        of_tokens = self.train.of_tokens
+        groups = Groups.by_number(self._groups_of(self.train), self.groups) if self.groups else None
+        found = weight_diagnostics(of_tokens(self.weights), groups)
+        self.loop.log({
+            "kind": "weights", "step": clock.step, "reweighted": found.reweighted, "mean": found.mean,
+            "largest": found.quantiles[-1], **({"weight": list(found.by_group.values())} if groups else {}),
+        })  # fmt: skip
+
+    # ------------------------------------------------------------ a step
+
+    def learn(self, step: int) -> Done:
+        """Losses of a step, and their gradients."""
+        training = self.config.training
+        windows = batch(self.train, step, training.batch_size, training.seed, training.positions)
+        return self._done(self._sums(windows, training.micro_batch, windows.positions))
+
+    @torch.no_grad()
+    def judge(self) -> Done:
+        """Losses of all held-out tokens, unweighted, without dropout."""
+        training = self.config.training
+        with evaluating(self.student.model):
+            sums = self._sums(self.held_out, training.micro_batch or training.batch_size, None)
+        done = self._done(sums)
+        lists = {f"group_{name}": sums.by_group(name) for name in ("kd", "ce", "agreement", "accuracy")}
+        tokens = sums.values[:-1, 0].long().tolist()
+        return replace(done, row={**done.row, **(lists | {"group_tokens": tokens} if self.groups else {})})
+
+    def _sums(self, windows: Windows, size: int | None, count: int | None) -> TokenSums:
+        sums = TokenSums.nothing(len(self.groups), self.student.split.device)
+        for part in self.loop.mine(windows, size):
+            sums = sums + self._of(part, count)
+        flat = self.loop.summed(torch.cat([sums.values.flatten(), sums.loss[None]]))
+        return TokenSums(flat[:-1].view_as(sums.values), flat[-1])
+
+    def _of(self, windows: Windows, count: int | None) -> TokenSums:
+        """Of some windows; with `count`, the gradient goes back through the student's blocks."""
+        mine, other = self.student.split, self.teacher.split
+        with self._autocast(), torch.set_grad_enabled(count is not None):
+            edit = dropping(mine, self.config.training.layer_dropout)
+            (hidden,), labels = states_of(mine, windows, (mine.num_layers,), edit=edit)
+        with torch.no_grad():
+            (guide,), _ = states_of(other, windows, (other.num_layers,))
+        weights = None
+        if windows.weights is not None and count is not None:
+            weights = windows.of_tokens(windows.weights).to(labels.device)
+        leaf = hidden.detach().requires_grad_(count is not None)
+        with self._autocast():
+            sums = token_losses(
+                (leaf, mine.readout), (guide, other.readout), labels, self._groups_of(windows),
+                self.loss, rows=self.rows, names=len(self.groups), weights=weights, count=count,
+            )  # fmt: skip
+        if count is not None:
+            hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        return sums
+
+    def _done(self, sums: TokenSums) -> Done:
+        loss = float(sums.loss) / max(sums.tokens, 1)
+        row = {"objective": loss, **{name: sums.mean(name) for name in ("kd", "ce", "agreement", "accuracy")}}
+        strange = None if math.isfinite(loss) else "the loss of the student"
+        return Done(loss, sums.tokens, row, strange)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.config.training.precision == "bf16"
+        return torch.autocast(self.student.split.device.type, torch.bfloat16, enabled=enabled)

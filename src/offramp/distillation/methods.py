@@ -1,0 +1,223 @@
+"""Ways to train a student, every switch explicit: the published ones by name, with their papers' values.
+
+Where a paper leaves something open, the value is our reading and says so here. What depends on the data (α, β, d, the
+learning rate) is in the files of `offramp/data/distill`.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from offramp.distillation.instance_weights import InstanceWeights
+
+LOSSES = ("labels", "kd", "features", "group_dro", "lff")
+
+
+@dataclass(frozen=True)
+class ErrorSet:
+    """Rows that a first student, trained plainly for a few epochs, gets wrong; the second one sees more of them.
+
+    Attributes:
+        epochs: Of the first student.
+        factor: How much more.
+        by: "sampling": they are drawn so much more often (JTT repeats them; an epoch of ours still has N rows);
+            "weights": their loss is multiplied (DeTT).
+    """
+
+    epochs: int = 1
+    factor: float = 50.0
+    by: str = "sampling"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.factor > 0 or self.by not in ("sampling", "weights"):
+            raise ValueError(
+                f"the error set has epochs {self.epochs}, factor {self.factor}, by {self.by!r}; epochs count from 1, "
+                "the factor is above 0, and by is sampling or weights"
+            )
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a student.
+
+    Attributes:
+        loss: "labels", "kd", "features" (SimKD), "group_dro" or "lff".
+        temperature: T of "kd".
+        fraction: λ of "kd"; 1: no cross-entropy.
+        weights: Of rows, by an early readout.
+        errors: Rows that a first student gets wrong.
+        balanced: Whether groups are drawn equally often; uses group labels of training rows.
+        step: η of GroupDRO.
+        adjustment: K of GroupDRO.
+        power: q of LfF.
+        refit: Whether the last layer is fitted anew on validation rows, balanced over groups (DFR).
+        learning_rate: Instead of the one that all students have; None: that one.
+        weight_decay: Likewise, such as a strong one for GroupDRO.
+
+    Raises:
+        ValueError: A value out of range, or parts that do not go together.
+    """
+
+    loss: str = "kd"
+    temperature: float = 4.0
+    fraction: float = 0.9
+    weights: InstanceWeights | None = None
+    errors: ErrorSet | None = None
+    balanced: bool = False
+    step: float = 0.01
+    adjustment: float = 0.0
+    power: float = 0.7
+    refit: bool = False
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss is {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        if not self.temperature > 0 or not 0 <= self.fraction <= 1:
+            raise ValueError(
+                f"temperature is {self.temperature} and fraction {self.fraction}; they are above 0, and in [0, 1]"
+            )
+        if self.weights is not None and self.loss not in ("labels", "kd", "features"):
+            raise ValueError(f"weights of rows go with labels, kd and features, not with {self.loss}")
+        if self.weights is not None and self.errors is not None and self.errors.by == "weights":
+            raise ValueError("rows can have weights of a readout or of an error set, not of both")
+        if not self.step > 0 or self.adjustment < 0 or not 0 < self.power <= 1:
+            raise ValueError(
+                f"step is {self.step}, adjustment {self.adjustment}, power {self.power}; they are above 0, at least 0, "
+                "and in (0, 1]"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is a teacher."""
+        return self.loss in ("kd", "features")
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether groups of training rows are used."""
+        oracle = self.weights is not None and self.weights.control == "oracle"
+        return self.balanced or self.loss == "group_dro" or oracle
+
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether rows outside training are needed by the weights."""
+        return self.weights is not None and self.weights.needs_tuning
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def _dedier(fraction: float = 1.0, **weights: Any) -> Method:
+    """T = 3 and λ = 1 are the reference code's."""
+    return Method(temperature=3.0, fraction=fraction, weights=InstanceWeights(**weights))
+
+
+_BOTH: Mapping[str, Any] = {"weight_on": "both"}
+METHODS: Mapping[str, Method] = types.MappingProxyType(
+    {
+        # without a teacher
+        "erm": Method("labels"),
+        "jtt": Method("labels", errors=ErrorSet()),
+        "group_balanced": Method("labels", balanced=True),
+        "group_dro": Method("group_dro", balanced=True),
+        "lff": Method("lff"),
+        "dfr": Method("labels", refit=True),
+        # distilled
+        "kd": Method("kd"),
+        "simkd": Method("features"),
+        "dett": Method("features", errors=ErrorSet(by="weights")),
+        "dedier": _dedier(),
+        "dedier_code": _dedier(**_BOTH),
+        # our readings of arXiv 2505.01070 and of nested sets as signals
+        "laplace": _dedier(signal="laplace_margin", **_BOTH),
+        "laplace_entropy": _dedier(signal="laplace_entropy", gate="all", **_BOTH),
+        "laplace_variance": _dedier(signal="laplace_variance", gate="all", **_BOTH),
+        "avcs": _dedier(signal="set_sharpness", gate="excluded", sets="avcs", **_BOTH),
+        "avcs_size": _dedier(signal="set_size", gate="all", sets="avcs", **_BOTH),
+        "nested": _dedier(signal="set_sharpness", gate="excluded", sets="nested", **_BOTH),
+        "nested_size": _dedier(signal="set_size", gate="all", sets="nested", **_BOTH),
+        # controls of dedier
+        "dedier_permuted": _dedier(control="permuted"),
+        "dedier_mean": _dedier(control="mean-matched"),
+        "dedier_gate": _dedier(alpha=0.0),
+        "dedier_oracle": _dedier(control="oracle"),
+    }
+)
+"""By name. All names, also with "+key=value" behind them, such as "laplace+alpha=1+fraction=0.5", make a method."""
+
+SHORT = {"alpha", "beta", "gate", "signal", "map", "weight_on", "control", "normalise", "largest", "every", "warmup",
+         "sets", "miss", "n_mc", "prior_variance"}  # fmt: skip
+
+
+def method(text: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """A method by its name, with changes.
+
+    Args:
+        text: A name in `METHODS`, maybe followed by changes: "dedier+alpha=1".
+        settings: Changes for it from a file, as nested JSON values; those in the name come later.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: There is no such method or switch.
+    """
+    name, *changes = text.split("+")
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose of {', '.join(METHODS)}")
+    found = updated(METHODS[name], settings or {}, name)
+    for change in changes:
+        key, _, value = change.partition("=")
+        parsed = _value(value)
+        inner = {"weights": {key: parsed}} if key in SHORT else {key: parsed}
+        found = updated(found, inner, text)
+    return found
+
+
+def updated(value: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A frozen dataclass with some values replaced, also inside of it.
+
+    Args:
+        value: The dataclass.
+        changes: Nested, by name; an inner dataclass that is None stays None.
+        where: For messages.
+
+    Returns:
+        The new one.
+
+    Raises:
+        ValueError: There is no field of that name, or a value of another type.
+    """
+    known = {f.name: f for f in fields(value)}
+    kinds, made = typing.get_type_hints(type(value)), {}
+    for key, change in changes.items():
+        if key not in known:
+            raise ValueError(f"{where} has no {key!r}; it has {', '.join(known)}")
+        own = getattr(value, key)
+        if isinstance(change, Mapping):
+            if own is None:
+                raise ValueError(f"{where} has no {key}, so nothing of it can be changed")
+            made[key] = updated(own, change, f"{where}.{key}") if is_dataclass(own) else dict(change)
+            continue
+        allowed = typing.get_args(kinds[key]) or (kinds[key],)
+        plain = {bool: (bool,), int: (int,), float: (int, float), str: (str,), type(None): (type(None),)}
+        types_ = tuple(t for kind in allowed for t in plain.get(kind, ()))
+        if types_ and (not isinstance(change, types_) or (isinstance(change, bool) and bool not in types_)):
+            raise ValueError(f"{where}: {key} is {change!r}; a {' or '.join(t.__name__ for t in types_)} is needed")
+        made[key] = tuple(change) if isinstance(change, list) else change
+    return replace(value, **made)
+
+
+def _value(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)

@@ -1,0 +1,205 @@
+"""Students and teachers by a short description, and rows prepared for them once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
+from offramp.tasks.labelled import Labelled
+
+MEMORY = 2**30
+"""Bytes that prepared inputs of a split may take; larger splits are prepared batch by batch."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is built.
+
+    Attributes:
+        source: "small-cnn:8" (images of a few pixels; its width), "text:2x128" (layers x width, trained from nothing,
+            with the words of the training split), an encoder by packaged name, folder or hub id, maybe with ":3" for its
+            first three layers; or a folder with a classifier that was saved.
+        exits: After which layers there are exits besides the last; None: after all.
+        longest: Most tokens of a text; None: what the tokenizer says.
+    """
+
+    source: str
+    exits: tuple[int, ...] | None = None
+    longest: int | None = None
+
+
+def build(network: Network, train: Labelled, seed: int) -> EarlyExitClassifier:
+    """A classifier; new parts of it are drawn from the seed, as if nothing else had been drawn before.
+
+    Args:
+        network: What.
+        train: The training split: classes, size of images, words.
+        seed: Of first values.
+
+    Returns:
+        The classifier in training mode.
+
+    Raises:
+        ValueError: The description cannot be read, or does not go with the data.
+    """
+    kind, _, size = network.source.rpartition(":")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "small-cnn":
+            return _small_cnn(network, train, _numbers(network, size, 1)[0])
+        if kind == "text":
+            return _text(network, train, *_numbers(network, size, 2))
+        if Path(network.source).expanduser().joinpath("model.safetensors").is_file() and is_classifier(network.source):
+            return _saved(network.source, train)
+        name, layers = (kind, int(size)) if kind and size.isdecimal() else (network.source, None)
+        return _encoder(network, train, name, layers)
+
+
+def _numbers(network: Network, text: str, count: int) -> list[int]:
+    parts = text.split("x")
+    if len(parts) != count or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{network.source!r} cannot be read; write small-cnn:WIDTH or text:LAYERSxWIDTH")
+    return [int(part) for part in parts]
+
+
+def _exits(network: Network, layers: int) -> Sequence[int]:
+    return range(1, layers) if network.exits is None else network.exits
+
+
+def _small_cnn(network: Network, train: Labelled, width: int) -> EarlyExitClassifier:
+    if isinstance(train.inputs, tuple):
+        raise ValueError(f"{network.source} is for images, but {train.source or 'the data'} holds texts")
+    side, _, channels = train.inputs[torch.arange(1).numpy()].shape[1:]
+    backbone = SmallCNN(SmallCNNConfig(width, image_size=side, in_channels=channels))
+    preprocessing = ImagePreprocessing.of(train).settings
+    return EarlyExitClassifier(
+        backbone, _exits(network, backbone.num_layers), labels=train.classes, preprocessing=preprocessing
+    )
+
+
+def _text(network: Network, train: Labelled, layers: int, width: int) -> EarlyExitClassifier:
+    from transformers import BertConfig, BertModel
+
+    tokenizer = word_tokenizer(train)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 32, 1),
+        intermediate_size=2 * width, max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False)
+    return EarlyExitClassifier.from_encoder(model, _exits(network, layers), labels=train.classes, tokenizer=tokenizer)
+
+
+def word_tokenizer(train: Labelled) -> Any:
+    """A tokenizer of lower-cased words and marks, those of the training split."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    if not isinstance(train.inputs, tuple):
+        raise ValueError(f"a text network needs texts, but {train.source or 'the data'} holds images")
+    cut = pre_tokenizers.BertPreTokenizer()
+    texts = [text for row in train.inputs for text in (row if isinstance(row, tuple) else (row,))]
+    words = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(text.lower())})
+    vocabulary = {word: number for number, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = cut
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=128, model_input_names=names, **special
+    )  # fmt: skip
+
+
+def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -> EarlyExitClassifier:
+    from offramp.classifiers.sources import load_encoder
+    from offramp.encoder_families import FAMILIES
+
+    model, tokenizer, preprocessing = load_encoder(name)
+    blocks = model.get_submodule(FAMILIES[model.config.model_type].blocks)
+    if layers is not None:
+        if not 1 <= layers <= len(blocks) or model.config.model_type == "resnet":
+            raise ValueError(f"{network.source} asks for {layers} layers of {len(blocks)}; a ResNet keeps all")
+        del blocks[layers:]
+        model.config.num_hidden_layers = layers
+    made = EarlyExitClassifier.from_encoder(
+        model, _exits(network, len(blocks)), labels=train.classes, tokenizer=tokenizer
+    )  # fmt: skip
+    made.preprocessing = preprocessing
+    return made
+
+
+def is_classifier(folder: str) -> bool:
+    """Whether a folder holds a classifier that was saved."""
+    import json
+
+    from offramp.classifiers.saving import CONFIG
+
+    path = Path(folder).expanduser() / CONFIG
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return str(values.get("schema", "")).startswith("offramp/classifier/")
+
+
+def _saved(folder: str, train: Labelled) -> EarlyExitClassifier:
+    from offramp.classifiers.saving import load
+    from offramp.distillation.simkd import require_same_classes
+
+    made = load(folder)
+    require_same_classes(train.classes, made.labels)
+    return made.train()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def rows_for(
+    classifier: EarlyExitClassifier, data: Labelled, *, longest: int | None = None, augment: Augmentation | None = None
+) -> Rows:
+    """Rows as this classifier takes them; prepared once where memory allows and nothing is augmented.
+
+    Args:
+        classifier: With its tokenizer or preprocessing.
+        data: The rows.
+        longest: Most tokens of a text.
+        augment: Random changes of images while training.
+
+    Returns:
+        The rows.
+    """
+    if isinstance(data.inputs, tuple):
+        rows: Rows = TextRows(data, classifier.tokenizer, longest)
+        return Prepared(rows) if len(data) * int(rows.lengths.max()) * 24 <= MEMORY else rows
+    settings = classifier.preprocessing
+    means = ImagePreprocessing.from_settings(settings) if "image_mean" in settings else IMAGENET
+    images = ImageRows(data, means, augment)
+    size = data.inputs[torch.arange(1).numpy()].size * 4
+    return Prepared(images) if augment is None and len(data) * size <= MEMORY else images
+
+
+class Prepared:
+    """Rows whose inputs are all made beforehand.
+
+    Args:
+        rows: Without augmentation; texts padded to the right.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.data, self.lengths, self.settings = rows.data, rows.lengths, rows.settings
+        self.table = rows.inputs(torch.arange(len(rows.data)))
+
+    def inputs(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor | dict[str, Tensor]:
+        """Inputs of the rows at these places; a batch of texts is as long as its longest."""
+        if isinstance(self.table, Tensor):
+            return self.table[rows]
+        longest = int(self.lengths[rows].max())
+        return {name: values[rows, :longest] for name, values in self.table.items()}

@@ -1,0 +1,200 @@
+"""What a student learns: labels, a teacher's probabilities, a teacher's features; row by row, then weighted, then averaged.
+
+Hinton et al. (2015), arXiv 1503.02531: L_i = (1 - λ) ce_i + λ T² kl_i with the teacher's and the student's
+probabilities at temperature T. λ = 1 is no cross-entropy at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from offramp.classifiers.batches import Batch
+from offramp.classifiers.objectives import logits_of
+
+Targets = Callable[[Batch], Tensor]
+"""What a teacher says about a batch, [B, ...], without gradients."""
+Loss = tuple[Tensor, Mapping[str, Tensor]]
+"""The loss of a step, and its terms by name, for the log."""
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row, in nats: [B, C], [B, C] -> [B].
+
+    T² keeps the gradient's size roughly the same at every temperature.
+
+    Raises:
+        ValueError: Student and teacher have different classes.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher's logits have shape {list(teacher.shape)}, the student's {list(student.shape)}: they have "
+            "different classes; distil from a teacher of the same ones"
+        )
+    soft, own = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+    return temperature**2 * (soft.exp() * (soft - own)).sum(-1)
+
+
+class Distilled(nn.Module):
+    """Labels and a teacher's probabilities, each row with a weight that may change between epochs.
+
+    The loss is the mean over the batch of (1 - λ) v_i ce_i + λ u_i T² kl_i, where v and u are the weights or 1. The
+    weights are kept by the row's place in the training split, so no shuffling parts them from their rows.
+
+    Args:
+        rows: N, of the training split.
+        teacher: Its logits [B, C]; None: labels alone.
+        fraction: λ.
+        temperature: T.
+        weight_on: "kd", "ce" or "both": which term is weighted.
+        exits: Weight of each exit's loss; None: the last exit alone.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        teacher: Targets | None = None,
+        *,
+        fraction: float = 0.9,
+        temperature: float = 4.0,
+        weight_on: str = "both",
+        exits: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.teacher, self.fraction, self.temperature = teacher, fraction if teacher else 0.0, temperature
+        self.weight_on, self.exits = weight_on, exits
+        self.register_buffer("weights", torch.ones(rows))
+
+    def forward(self, outputs: Sequence[Any], batch: Batch) -> Loss:
+        """The loss of a step."""
+        weights = self.weights[batch.rows.to(self.weights.device)].to(batch.labels.device)
+        target = None if self.teacher is None else self.teacher(batch)
+        logits = logits_of(outputs)
+        if self.exits is None:
+            return self._of(logits[-1], target, weights, batch.labels)
+        found = [self._of(z, target, weights, batch.labels) for z in logits]
+        loss = torch.stack([share * one for share, (one, _) in zip(self.exits, found, strict=True)]).sum()
+        return loss, found[-1][1]
+
+    def _of(self, logits: Tensor, target: Tensor | None, weights: Tensor, labels: Tensor) -> Loss:
+        hard = F.cross_entropy(logits, labels, reduction="none")
+        terms = {"ce": hard.mean()}
+        weighted = weights * hard if self.weight_on != "kd" else hard
+        if target is None:
+            return weighted.mean(), terms
+        soft = divergence(logits, target, self.temperature)
+        terms |= {"kd": soft.mean()}
+        both = weights * soft if self.weight_on != "ce" else soft
+        return ((1 - self.fraction) * weighted + self.fraction * both).mean(), terms
+
+
+class FeatureMatching(nn.Module):
+    """SimKD (Chen et al. 2022, arXiv 2203.14001): the squared distance to the teacher's features, and nothing else.
+
+    With weights of rows it is the student's loss of DeTT (arXiv 2302.11187).
+
+    Args:
+        rows: N, of the training split.
+        teacher: Its features [B, ...], see `offramp.distillation.simkd`.
+    """
+
+    weights: Tensor
+
+    def __init__(self, rows: int, teacher: Targets) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("weights", torch.ones(rows))
+
+    def forward(self, outputs: Sequence[Any], batch: Batch) -> Loss:
+        """The loss of a step."""
+        made, target = outputs[-1].matched, self.teacher(batch)
+        if made.ndim == 4 and made.shape[2:] != target.shape[2:]:
+            target = F.adaptive_avg_pool2d(target, made.shape[2:])
+        distance = (made - target).square().flatten(1).mean(1)
+        weights = self.weights[batch.rows.to(self.weights.device)].to(distance.device)
+        return (weights * distance).mean(), {"features": distance.mean()}
+
+
+class GroupDRO(nn.Module):
+    """Group distributionally robust optimisation (Sagawa et al. 2020, arXiv 1911.08731), with labels.
+
+    q_g ← q_g exp(η (ℓ_g + K / √n_g)), then normalised; the loss is Σ q_g ℓ_g with the batch's mean loss of each group,
+    0 for a group that is not in it. To be used with batches balanced over groups.
+
+    Args:
+        counts: Training rows of each group, [G].
+        step: η.
+        adjustment: K.
+    """
+
+    q: Tensor
+    margins: Tensor
+
+    def __init__(self, counts: Tensor, *, step: float = 0.01, adjustment: float = 0.0) -> None:
+        super().__init__()
+        self.step = step
+        self.register_buffer("q", torch.ones(len(counts)) / len(counts))
+        self.register_buffer("margins", adjustment / counts.float().sqrt(), persistent=False)
+
+    def forward(self, outputs: Sequence[Any], batch: Batch) -> Loss:
+        """The loss of a step, after q moved."""
+        assert batch.groups is not None
+        losses = F.cross_entropy(logits_of(outputs)[-1], batch.labels, reduction="none")
+        inside = F.one_hot(batch.groups, len(self.q)).to(losses.dtype)  # [B, G]
+        counts = inside.sum(0)
+        means = (losses @ inside) / counts.clamp(min=1)
+        if self.training:
+            seen = (counts > 0).to(losses.dtype)
+            q = self.q * (self.step * seen * (means.detach() + self.margins)).exp()
+            self.q.copy_(q / q.sum())
+        return (self.q.clone() * means).sum(), {"ce": losses.mean()}
+
+
+class LearningFromFailure(nn.Module):
+    """LfF (Nam et al. 2020, arXiv 2007.02561): a second network follows the shortcut, and its failures weigh more.
+
+    The second one learns by generalised cross-entropy, whose gradient is p_y^q times that of cross-entropy. The first
+    one's cross-entropy is weighted by ℓ_b / (ℓ_b + ℓ_d), of losses that are averaged over time for each row and divided
+    by the largest of their class. The two are stepped by one optimiser.
+
+    Args:
+        labels: Of the training split, [N].
+        biased: The second network, of the student's kind.
+        power: q.
+        memory: Share of the old value in the averages.
+    """
+
+    averages: Tensor
+    weights: Tensor
+    labels: Tensor
+
+    def __init__(self, labels: Tensor, biased: nn.Module, *, power: float = 0.7, memory: float = 0.7) -> None:
+        super().__init__()
+        self.biased, self.power, self.memory = biased, power, memory
+        self.register_buffer("averages", torch.zeros(2, len(labels)))
+        self.register_buffer("weights", torch.ones(len(labels)))
+        self.register_buffer("labels", labels, persistent=False)
+
+    def forward(self, outputs: Sequence[Any], batch: Batch) -> Loss:
+        """The loss of a step."""
+        logits = [logits_of(found)[-1] for found in (self.biased(batch.inputs), outputs)]
+        losses = torch.stack([F.cross_entropy(z, batch.labels, reduction="none") for z in logits])  # [2, B]
+        rows = batch.rows.to(self.averages.device)
+        if self.training:
+            new = losses.detach()
+            self.averages[:, rows] = self.memory * self.averages[:, rows] + (1 - self.memory) * new
+        now = self.averages[:, rows]
+        largest = torch.stack([self.averages[:, self.labels == label].amax(1) for label in self.labels.unique()], 1)
+        place = torch.searchsorted(self.labels.unique(), batch.labels)
+        scaled = now / largest[:, place].clamp(min=1e-12)
+        weights = scaled[0] / scaled.sum(0).clamp(min=1e-8)
+        self.weights[rows] = weights
+        sure = logits[0].detach().softmax(-1).gather(1, batch.labels[:, None])[:, 0]
+        shortcut = (self.power * sure**self.power * losses[0]).mean()
+        return shortcut + (weights * losses[1]).mean(), {"ce": losses[1].mean(), "shortcut": losses[0].mean()}

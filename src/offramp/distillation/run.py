@@ -1,0 +1,415 @@
+"""One student, from data to result: train, look at groups after every epoch, and judge the test rows in the end.
+
+config.json             what was asked for
+training/               see `offramp.classifiers.trainer`; an interrupted run goes on from there
+history/                validation after each epoch, and the weights of epochs that a rule would choose
+model/                  the student at the epoch that `select` chose
+predictions.safetensors logits of the test rows, of all exits at that epoch and of the last exit at the last epoch
+result.json             everything the report needs; it is there when the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.classifiers.batches import Augmentation, Rows
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.config import ClassifierTrainConfig
+from offramp.classifiers.outputs import collect
+from offramp.classifiers.saving import load
+from offramp.classifiers.trainer import train_classifier
+from offramp.distillation import dfr, objectives
+from offramp.distillation import teacher as teachers
+from offramp.distillation.config import APART, Run
+from offramp.distillation.data import divided, group_counts, load_set, minority_of
+from offramp.distillation.early_exits import fit_early_exits
+from offramp.distillation.history import History
+from offramp.distillation.instance_weights import InstanceWeights, new_weights
+from offramp.distillation.networks import build, rows_for
+from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
+from offramp.exits import fingerprint
+from offramp.files import replace_file, write_json
+from offramp.metrics.group_exits import exits_by_group
+from offramp.metrics.group_members import Groups
+from offramp.metrics.group_weights import weight_diagnostics
+from offramp.metrics.groups import flip_rate, group_report
+from offramp.metrics.selection import WITH_GROUPS, LabelBudget, judge
+from offramp.report.groups import plain
+from offramp.tasks.group_sets import Grouped, GroupedSet
+
+RESULT = "result.json"
+
+Need = Callable[[Run], Path]
+"""Gives the folder of another run, finished."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows of a run, as the student takes them.
+
+    Attributes:
+        data: The set.
+        train: Training rows, with groups only where the method uses them.
+        select: Validation rows that epochs are chosen by.
+        tune: Other validation rows.
+        test: Test rows.
+        kept: `select` and `tune` with their groups.
+    """
+
+    data: GroupedSet
+    train: Rows
+    select: Rows
+    tune: Rows
+    test: Rows
+    kept: tuple[Grouped, Grouped]
+
+
+def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
+    """Train a student and judge it, or go on with it.
+
+    Args:
+        run: What.
+        folder: Of the run, for this process alone.
+        need: For teachers and first students.
+
+    Returns:
+        The result, as it stands in result.json.
+
+    Raises:
+        ValueError: Something does not go together; see the parts.
+    """
+    began = time.process_time(), time.perf_counter()
+    data = load_set(run.study.data, run.seed)
+    student = build(run.study.student, data.train.rows, run.seed + run.apart)
+    parts = _parts(run, data, student)
+    objective, sampling, student = _learning(run, parts, student, need)
+    history = History(folder / "history")
+    if run.method.refit:
+        student = load(need(_required(run.first_run())) / "model")
+        student = _refitted(student, parts, run.seed)
+        _record(history, 1, student, parts, {})
+    else:
+        _train(run, parts, student, objective, sampling, folder, history)
+    result = _judged(run, parts, student, history, folder)
+    seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
+    result = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
+    write_json(folder / RESULT, result)
+    return result
+
+
+def _parts(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
+    study = run.study
+    select, tune = divided(data.val, study.data.tune, run.seed)
+    known = data.train if run.method.needs_groups else data.train.without_groups()
+    if run.method.needs_groups:
+        group_counts(data.train)
+    augment = Augmentation(study.pad, study.flip) if study.augments else None
+    longest = study.student.longest
+    train = rows_for(student, known.rows, longest=longest, augment=augment)
+    others = [rows_for(student, part.rows, longest=longest) for part in (select, tune, data.test)]
+    return Parts(data, train, others[0], others[1], others[2], (select, tune))
+
+
+# ---------------------------------------------------------------- what it learns
+
+
+def _learning(
+    run: Run, parts: Parts, student: EarlyExitClassifier, need: Need
+) -> tuple[nn.Module, Tensor | None, EarlyExitClassifier]:
+    """The objective, how often rows are drawn, and the student, with another last exit where the method says so."""
+    method, count = run.method, len(parts.train.data)
+    exits = [1.0] * len(student.layers) if run.study.early_exits == "joint" else None
+    sampling: Tensor | None = None
+    objective: nn.Module
+    if method.loss == "group_dro":
+        counts = group_counts(parts.data.train)
+        objective = objectives.GroupDRO(counts, step=method.step, adjustment=method.adjustment)
+    elif method.loss == "lff":
+        biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART)
+        objective = objectives.LearningFromFailure(parts.train.data.labels, biased, power=method.power)
+    elif method.loss == "features":
+        teacher, rows = _teacher(run, parts, need)
+        table = features_of(teacher, rows)
+        student = with_teachers_classifier(student, teacher, table.shape[1:])
+        if run.study.augments:
+            raise ValueError(f"{run.name} keeps the teacher's features, so training images must not be augmented")
+        objective = objectives.FeatureMatching(count, teachers.from_table(table))
+    else:
+        target = _targets(run, parts, need) if method.loss == "kd" else None
+        objective = objectives.Distilled(
+            count, target, fraction=method.fraction, temperature=method.temperature, exits=exits,
+            weight_on="ce" if target is None else method.weights.weight_on if method.weights else "both",
+        )  # fmt: skip
+    if method.balanced:
+        sampling = 1 / group_counts(parts.data.train)[parts.data.train.rows.groups].double()
+    if method.errors is not None:
+        factors = 1 + (method.errors.factor - 1) * _errors(run, parts, need).double()
+        if method.errors.by == "weights":
+            objective.weights.copy_(factors)  # type: ignore[operator, union-attr]
+        else:
+            sampling = factors if sampling is None else sampling * factors
+    return objective, sampling, student
+
+
+def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
+    teacher = run.teacher or ""
+    rows = parts.data.train.rows
+    if teacher.startswith("logits:"):
+        if run.study.augments:
+            raise ValueError(f"{teacher} are of images as they are, so training images must not be augmented")
+        return teachers.from_table(teachers.load_logits(Path(teacher[7:]).expanduser(), rows))
+    classifier, prepared = _teacher(run, parts, need)
+    if run.study.augments:
+        return teachers.live(classifier)
+    folder = Path(teacher[7:]).expanduser() if teacher.startswith("folder:") else None
+    key = f"{fingerprint(classifier)} {json.dumps(prepared.settings, sort_keys=True)} {rows.digest()}"
+    if folder is None:
+        run_of = run.teacher_run()
+        assert run_of is not None
+        kept = need(run_of) / "train_logits.safetensors"
+        if kept.is_file():
+            try:
+                return teachers.from_table(teachers.load_logits(kept, rows, key))
+            except ValueError:
+                kept.unlink(missing_ok=True)  # of an older teacher: made again below
+    logits = teachers.logits_of_all(classifier, prepared)[-1]
+    if folder is None:
+        teachers.save_logits(kept, logits, rows.ids, rows.classes, key)
+    return teachers.from_table(logits)
+
+
+def _teacher(run: Run, parts: Parts, need: Need) -> tuple[EarlyExitClassifier, Rows]:
+    """The teacher, and the training rows as it takes them."""
+    trained = run.teacher_run()
+    folder = need(trained) / "model" if trained is not None else Path((run.teacher or "")[7:]).expanduser()
+    classifier = load(folder)
+    require_same_classes(parts.data.classes, classifier.labels)
+    return classifier, rows_for(classifier, parts.data.train.rows, longest=run.study.teacher.longest)
+
+
+def _errors(run: Run, parts: Parts, need: Need) -> Tensor:
+    """Rows that the first student gets wrong, [N], bool."""
+    first = load(need(_required(run.first_run())) / "model")
+    answers = teachers.logits_of_all(first, parts.train)[-1].argmax(-1)
+    wrong = answers != parts.train.data.labels
+    if not bool(wrong.any()):
+        assert run.method.errors is not None
+        raise ValueError(
+            f"{run.name}: after {run.method.errors.epochs} epochs the first student gets no training row wrong, so no "
+            "row can count more; give it fewer epochs (errors.epochs), or more weight decay"
+        )
+    return wrong
+
+
+def _required(run: Run | None) -> Run:
+    assert run is not None
+    return run
+
+
+def _refitted(student: EarlyExitClassifier, parts: Parts, seed: int) -> EarlyExitClassifier:
+    """The last layer from validation rows."""
+    select = parts.kept[0]
+    if select.rows.groups is None:
+        raise ValueError("dfr trains by groups of validation rows, which are unknown here or overlap")
+    outputs = collect(student, ((parts.select.inputs(p), select.rows.labels[p]) for p in _chunks(len(select))))
+    layer = dfr.refitted(outputs.features[-1], select.rows.labels, select.rows.groups, student.num_classes, seed=seed)
+    linear: Any = student.heads[-1].linear
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight)
+        linear.bias.copy_(layer.bias)
+    return student
+
+
+# ---------------------------------------------------------------- training
+
+
+class _Unsaved(nn.Module):
+    """The student for the trainer, which is not to save it: what is saved is chosen here."""
+
+    def __init__(self, classifier: EarlyExitClassifier) -> None:
+        super().__init__()
+        self.classifier, self.labels = classifier, classifier.labels
+
+    def forward(self, inputs: Any) -> Any:
+        return self.classifier(inputs)
+
+
+def _train(
+    run: Run,
+    parts: Parts,
+    student: EarlyExitClassifier,
+    objective: nn.Module,
+    sampling: Tensor | None,
+    folder: Path,
+    history: History,
+) -> None:
+    epochs = run.study.training.epochs
+    training = replace(_training(run), seed=run.seed + run.apart, validate_every=epochs)
+    weights = _with_rates(run)
+    minority = minority_of(parts.data.train)
+
+    def after_epoch(epoch: int, _: nn.Module) -> None:
+        more: dict[str, Any] = {}
+        if weights is not None and weights.due(epoch, epochs):
+            found = new_weights(
+                student, parts.train, weights, epoch=epoch, seed=run.seed, tune=parts.tune, minority=minority
+            )  # fmt: skip
+            objective.weights.copy_(found)  # type: ignore[operator, union-attr]
+        if run.method.weights is not None or run.method.loss == "lff" or run.method.errors is not None:
+            now: Any = objective.weights
+            if run.method.errors is not None and run.method.errors.by == "sampling":
+                assert sampling is not None
+                now = sampling
+            groups = parts.data.train.groups
+            more["weights"] = asdict(weight_diagnostics(now.detach().cpu(), groups, minority))
+        if isinstance(objective, objectives.GroupDRO):
+            more["q"] = objective.q.tolist()
+        _record(history, epoch + 1, student, parts, more)
+
+    settings = {"run": run.digest}
+    train_classifier(
+        _Unsaved(student), parts.train, parts.select, training, folder / "training", objective=objective,
+        after_epoch=after_epoch, sampling=sampling, settings=settings,
+    )  # fmt: skip
+    (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _training(run: Run) -> ClassifierTrainConfig:
+    """Of all students, with what the method has of its own."""
+    own = {name: getattr(run.method, name) for name in ("learning_rate", "weight_decay")}
+    return replace(run.study.training, **{name: value for name, value in own.items() if value is not None})
+
+
+def _with_rates(run: Run) -> InstanceWeights | None:
+    """The weights, with the readout's optimiser, learning rate and decay: the student's unless given."""
+    weights, training = run.method.weights, _training(run)
+    if weights is None:
+        return None
+    readout = weights.readout
+    rate = training.learning_rate if readout.learning_rate is None else readout.learning_rate
+    decay = training.weight_decay if readout.weight_decay is None else readout.weight_decay
+    optimiser = readout.optimiser or training.optimiser
+    return replace(
+        weights, readout=replace(readout, optimiser=optimiser, learning_rate=rate, weight_decay=decay)
+    )  # fmt: skip
+
+
+def _record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:
+    """Validation after an epoch."""
+    select = parts.kept[0]
+    logits = teachers.logits_of_all(student, parts.select)[-1]
+    val = judge(logits, select.rows.labels, select.groups, split="val")
+    found = {"groups": _accuracies(logits, select.rows.labels, select.groups), **more}
+    history.add(epoch, val, plain(found), student)
+
+
+# ---------------------------------------------------------------- judging
+
+
+def _judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: History, folder: Path) -> dict[str, Any]:
+    chosen, test = history.choices(), parts.data.test
+    labels, groups = test.rows.labels, test.groups
+    assert groups is not None
+    logits, rules = {}, {}
+    for epoch in sorted(set(chosen.values())):
+        student.load_state_dict(history.weights(epoch))
+        logits[epoch] = teachers.logits_of_all(student, parts.test)[-1]
+    vals = {row["epoch"]: row for row in history.rows}
+    for rule, epoch in chosen.items():
+        found = judge(logits[epoch], labels, groups, split="test")
+        rules[rule] = {
+            "epoch": epoch, "val": vals[epoch]["val"], "test": asdict(found),
+            "groups": _accuracies(logits[epoch], labels, groups),
+        }  # fmt: skip
+    epoch = chosen[run.study.select] if run.study.select in chosen else chosen["last"]
+    student.load_state_dict(history.weights(epoch))
+    if run.study.early_exits == "readout":
+        fit_early_exits(student, parts.train)
+    if run.method.loss != "features":  # a classifier file cannot hold another model's exit
+        student.save(folder / "model")
+    outputs = collect(
+        student, ((parts.test.inputs(places), labels[places]) for places in _chunks(len(test))), ids=test.rows.ids
+    )
+    _save_predictions(folder / "predictions.safetensors", outputs.logits, logits[chosen["last"]], test.rows.ids)
+    sure = outputs.logits.softmax(-1).amax(-1) > run.study.threshold
+    sure[-1] = True
+    exits = exits_by_group(outputs, sure.long().argmax(0), groups, split="test")
+    counts = parts.data.counts().get("train")
+    report = group_report(outputs.logits[-1], labels, groups, split="test", train_counts=counts)
+    flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
+    metrics = [json.loads(line) for line in _lines(folder / "training" / "metrics.jsonl")]
+    return {
+        "groups": {"names": groups.names, "train": counts, "test": groups.counts.tolist()},
+        "selected": epoch,
+        "rules": rules,
+        "history": history.rows,
+        "terms": _terms(metrics),
+        "adjusted": report.adjusted,
+        "exits": asdict(exits),
+        "flip_rate": None if flips is None else asdict(flips),
+        "budget": [[use, split, count] for (use, split), count in label_budget(run, parts).used.items()],
+        "parameters": sum(p.numel() for p in student.parameters()),
+    }
+
+
+def _accuracies(logits: Tensor, labels: Tensor, groups: Groups | None) -> list[float]:
+    if groups is None:
+        return []
+    right = (logits.argmax(-1) == labels).double()
+    found: list[float] = (right @ groups.members.double() / groups.counts).tolist()
+    return found
+
+
+def _chunks(count: int) -> Sequence[Tensor]:
+    return torch.split(torch.arange(count), 256)
+
+
+def _save_predictions(path: Path, selected: Tensor, last: Tensor, ids: Sequence[str]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"selected": selected.float().contiguous(), "last": last.float().contiguous()}
+    header = {"ids": json.dumps(list(ids))}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each term of the loss, its mean over the logged steps of every epoch."""
+    sums: dict[str, dict[int, list[float]]] = {}
+    for row in metrics:
+        for name, value in row.get("terms", {}).items():
+            sums.setdefault(name, {}).setdefault(row["epoch"], []).append(value)
+    return {name: [sum(v) / len(v) for v in epochs.values()] for name, epochs in sums.items()}
+
+
+def label_budget(run: Run, parts: Parts) -> LabelBudget:
+    """Where group labels were used, the teacher's included."""
+    train, select, test = len(parts.data.train), len(parts.kept[0]), len(parts.data.test)
+    budget = LabelBudget().plus("reporting", "test", test)
+    if parts.data.train.groups is not None:
+        budget = budget.plus("reporting", "train", train)
+    taught = run.teacher_run()
+    if taught is not None:
+        if taught.method.needs_groups:
+            budget = budget.plus("teacher training", "train", train)
+        if taught.method.refit or taught.study.select in WITH_GROUPS:
+            budget = budget.plus("teacher training", "val", select)
+    method = run.method
+    if method.balanced or method.loss == "group_dro":
+        budget = budget.plus("student training", "train", train)
+    if method.refit:
+        budget = budget.plus("student training", "val", select)
+    if method.weights is not None and method.weights.control == "oracle":
+        budget = budget.plus("weights", "train", train)
+    return budget.plus("selection", "val", select) if run.study.select in WITH_GROUPS else budget

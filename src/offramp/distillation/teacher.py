@@ -1,0 +1,102 @@
+"""What a teacher says about training rows: worked out once and kept on disk by row id, or anew for every batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import evaluating
+from offramp.classifiers.batches import Batch, Rows
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.distillation.objectives import Targets
+from offramp.distillation.simkd import require_same_classes
+from offramp.files import replace_file
+from offramp.packaged import first_line
+from offramp.tasks.labelled import Labelled
+
+SCHEMA = "offramp/teacher-logits/1"
+
+
+@torch.no_grad()
+def logits_of_all(classifier: EarlyExitClassifier, rows: Rows, chunk: int = 256) -> Tensor:
+    """Logits of all exits for all rows, without augmentation and dropout, [E, N, C], float32 on the CPU."""
+    found = []
+    with evaluating(classifier):
+        for places in torch.split(torch.arange(len(rows.data)), chunk):
+            found.append(torch.stack([output.logits.float().cpu() for output in classifier(rows.inputs(places))]))
+    return torch.cat(found, 1)
+
+
+def from_table(table: Tensor) -> Targets:
+    """Targets of rows by their place in the training split, from a table [N, ...]; not for augmented inputs."""
+
+    def targets(batch: Batch) -> Tensor:
+        return table[batch.rows].to(batch.labels.device)
+
+    return targets
+
+
+def live(teacher: EarlyExitClassifier) -> Targets:
+    """The teacher's logits for the very inputs that the student sees, for augmented ones."""
+    teacher = teacher.eval().requires_grad_(False)
+
+    def targets(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return teacher(batch.inputs)[-1].logits.float()
+
+    return targets
+
+
+def save_logits(path: Path, logits: Tensor, ids: Sequence[str], classes: Sequence[str], teacher: str) -> None:
+    """Keep a teacher's logits.
+
+    Args:
+        path: File in the format safetensors.
+        logits: [N, C].
+        ids: Of the rows.
+        classes: Their names.
+        teacher: Fingerprint of the teacher and its preprocessing, or where the logits come from.
+    """
+    from safetensors.torch import save_file
+
+    header = {
+        "schema": SCHEMA, "ids": json.dumps(list(ids)), "classes": json.dumps(list(classes)), "teacher": teacher
+    }  # fmt: skip
+    replace_file(path, lambda temporary: save_file({"logits": logits.float().contiguous()}, temporary, header))
+
+
+def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tensor:
+    """A teacher's logits in the order of these rows.
+
+    Args:
+        path: What `save_logits` wrote.
+        rows: The training rows.
+        teacher: The fingerprint that must have been given; None: any.
+
+    Returns:
+        [N, C].
+
+    Raises:
+        ValueError: The file is missing, damaged or of another teacher, a row is missing, or classes differ.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("schema") != SCHEMA:
+                raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
+            logits = file.get_tensor("logits")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); save the logits again") from error
+    if teacher is not None and header["teacher"] != teacher:
+        raise ValueError(f"{path} was made by another teacher or preprocessing; save the logits again")
+    require_same_classes(rows.classes, tuple(json.loads(header["classes"])))
+    place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
+    if missing := next((id for id in rows.ids if id not in place), None):
+        raise ValueError(f"{path} says nothing of the training row {missing!r}; it has {len(place)} other rows")
+    return logits[[place[id] for id in rows.ids]]
