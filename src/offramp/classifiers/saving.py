@@ -1,7 +1,8 @@
 """The folder a classifier is saved in; it is loaded again without a network and without the encoder it began with.
 
 `config.json` says what is built, `model.safetensors` holds all weights. Beside them stand, in `encoder/`, the encoder's
-own configuration and tokenizer as transformers writes them, and in `preprocessor_config.json` how images are prepared.
+own configuration and tokenizer as transformers writes them, in `preprocessor_config.json` how images are prepared, and
+in `trained_on.json` how the training data was read and divided.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING, TOKENIZER
-from offramp.files import replace_folder
+from offramp.files import replace_folder, write_json
 from offramp.models import named_dtype
 from offramp.packaged import ModelError, first_line, quiet
 
 SCHEMA = "offramp/classifier/1"
-CONFIG, WEIGHTS, ENCODER = "config.json", "model.safetensors", "encoder"
+CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"
 AGAIN = "save the classifier again, or copy its whole folder"
 OWN: dict[str, tuple[Any, Any]] = {"msdnet": (MSDNet, MSDNetConfig), "small-cnn": (SmallCNN, SmallCNNConfig)}
 """Networks of our own and their configurations, by the kind that is written."""
@@ -57,20 +58,19 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         "head": classifier.head_config.as_dict(),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
 
     def put(temporary: Path) -> None:
         save_file(weights, temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)  # it is written for its owner's eyes only
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        write_json(temporary / CONFIG, values)
         if own is None:
             backbone.config.save_pretrained(temporary / ENCODER)
         if classifier.tokenizer is not None:
             classifier.tokenizer.save_pretrained(temporary / ENCODER)
-        if classifier.preprocessing:
-            settings = json.dumps(classifier.preprocessing, indent=2, ensure_ascii=False, allow_nan=False)
-            (temporary / PREPROCESSING).write_text(settings + "\n", encoding="utf-8")
+        for name, given in ((PREPROCESSING, classifier.preprocessing), (TRAINED_ON, classifier.trained_on)):
+            if given:
+                write_json(temporary / name, given)
 
     replace_folder(target, put)
 
@@ -123,21 +123,28 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
     """A classifier of the right shape, with weights of no meaning."""
     shape = dict(values["backbone"])
     kind, dtype = shape.pop("kind"), named_dtype(values["dtype"])
-    settings = folder / PREPROCESSING
     with torch.random.fork_rng(devices=[]):  # loading draws no random numbers that anyone sees
         if kind in OWN:
             network, config = OWN[kind]
             backbone: Backbone = network(config(**shape)).to(dtype)
         else:
             backbone = _encoder(folder / ENCODER, dtype)
-        return EarlyExitClassifier(
+        classifier = EarlyExitClassifier(
             backbone,
             values["exits"],
             labels=values["labels"],
             head=HeadConfig.from_dict(values["head"]),
             tokenizer=_tokenizer(folder / ENCODER),
-            preprocessing=json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None,
+            preprocessing=_json(folder / PREPROCESSING),
         )
+    classifier.trained_on = _json(folder / TRAINED_ON)
+    return classifier
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Its content; nothing if it is not there."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
@@ -162,7 +169,7 @@ def _may_go(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    if not names <= {CONFIG, WEIGHTS, ENCODER, PREPROCESSING}:
+    if not names <= {CONFIG, WEIGHTS, ENCODER, PREPROCESSING, TRAINED_ON}:
         return False
     try:
         return not names or str(_description(folder).get("schema")).startswith("offramp/classifier/")

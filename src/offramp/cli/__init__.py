@@ -13,9 +13,14 @@ from typing import Annotated
 import typer
 
 from offramp.cli.bench import bench
+from offramp.cli.by_task import ByTask
 from offramp.cli.calibrate import calibrate
+from offramp.cli.classifiers.calibrate import calibrate_classifier
+from offramp.cli.classifiers.classify import classify
+from offramp.cli.classifiers.evaluate import evaluate_classifier
+from offramp.cli.classifiers.train import train_classifier
 from offramp.cli.distill import distill
-from offramp.cli.distill_language_model import Commands, distill_language_model
+from offramp.cli.distill_language_model import distill_language_model
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
 from offramp.cli.probe import probe
@@ -23,9 +28,9 @@ from offramp.cli.report import report
 from offramp.cli.train import train
 
 app = typer.Typer(
-    cls=Commands,
     name="offramp",
-    help="Early-exit language models: easy tokens leave the network early.",
+    cls=ByTask,
+    help="Early-exit models: what is easy leaves the network early.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,13 +45,18 @@ app.command()(bench)
 app.command()(distill)
 app.command()(distill_language_model)
 app.command()(report)
+# the first three are also what train, calibrate and evaluate do with --task ...-classification
+app.command()(train_classifier)
+app.command()(calibrate_classifier)
+app.command()(evaluate_classifier)
+app.command()(classify)
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Early-exit language models: easy tokens leave the network early."""
+    """Early-exit models: what is easy leaves the network early."""
 
 
 def main() -> None:

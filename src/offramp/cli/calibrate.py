@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 def calibrate(
     model: o.Model,
     task: Annotated[
-        str, typer.Option(help="summarisation, question-answering, translation, or prompts (of your own).")
+        str,
+        typer.Option(
+            help="summarisation, question-answering, translation, or prompts (of your own). With image-classification "
+            "and text-classification this is calibrate-classifier."
+        ),
     ],
     data: Annotated[
         str, typer.Option(metavar="FILE", help="The examples, in the layouts of evaluate; or hub:OWNER/NAME.")

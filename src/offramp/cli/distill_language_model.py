@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from offramp.cli import options as o
 
@@ -16,28 +15,6 @@ if TYPE_CHECKING:
     from offramp.distillation.own_answers import OwnAnswers
     from offramp.language_model import LanguageModel
     from offramp.training import Data, TrainConfig
-
-TASK = "language-modelling"
-NAME = "distill-language-model"
-
-
-class Commands(TyperGroup):
-    """`distill … --task language-modelling …` is the command `distill-language-model`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """The command that is meant, and its arguments."""
-        return super().resolve_command(ctx, _routed(args))
-
-
-def _routed(arguments: list[str]) -> list[str]:
-    if arguments[:1] != ["distill"]:
-        return arguments
-    for place, argument in enumerate(arguments):
-        if argument == f"--task={TASK}":
-            return [NAME, *arguments[1:place], *arguments[place + 1 :]]
-        if argument == "--task" and arguments[place + 1 : place + 2] == [TASK]:
-            return [NAME, *arguments[1:place], *arguments[place + 2 :]]
-    return arguments
 
 
 def distill_language_model(

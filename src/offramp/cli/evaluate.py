@@ -24,7 +24,8 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(
-            help="summarisation, question-answering, translation, prompts (of your own), or perplexity of a text."
+            help="summarisation, question-answering, translation, prompts (of your own), or perplexity of a text. With "
+            "image-classification and text-classification this is evaluate-classifier."
         ),
     ],
     data: Annotated[

@@ -15,7 +15,10 @@ def train(
     model: o.Model,
     task: Annotated[
         str | None,
-        typer.Option(help="Train on examples of a task, from --data: question-answering, summarisation, translation."),
+        typer.Option(
+            help="Train on examples of a task, from --data: question-answering, summarisation, translation. With "
+            "image-classification and text-classification this is train-classifier."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

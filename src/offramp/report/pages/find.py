@@ -10,10 +10,13 @@ from typing import Any
 
 from offramp.calibration.result import RESULT
 from offramp.calibration.result import SCHEMA as CALIBRATION
+from offramp.classifiers.calibrate import SCHEMA as CLASSIFIER_CALIBRATION
+from offramp.classifiers.result import SCHEMA as CLASSIFIER_EVALUATION
+from offramp.classifiers.trainer import SCHEMA as CLASSIFIER_TRAINING
 from offramp.evaluation.result import RESULTS
 from offramp.evaluation.result import SCHEMA as EVALUATION
 from offramp.probe import SCHEMA as PROBE
-from offramp.report.pages import calibration, evaluation, probe, training
+from offramp.report.pages import calibration, classifiers, evaluation, probe, training
 from offramp.report.pages.blocks import Page
 from offramp.training.trainer import SCHEMA as TRAINING
 
@@ -35,12 +38,15 @@ def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
     Raises:
         ValueError: There is no such run, it is not finished, or it was written by another version.
     """
-    kinds: dict[str, tuple[str, Callable[[Path, dict[str, Any]], Page]]] = {
-        RESULTS: (EVALUATION, partial(evaluation.page, examples=examples, seed=seed)),
-        "config.json": (TRAINING, training.page),
-        RESULT: (CALIBRATION, calibration.page),
-        "probe.json": (PROBE, probe.page),
-    }
+    kinds: list[tuple[str, str, Callable[[Path, dict[str, Any]], Page]]] = [
+        (RESULTS, EVALUATION, partial(evaluation.page, examples=examples, seed=seed)),
+        ("config.json", TRAINING, training.page),
+        (RESULT, CALIBRATION, calibration.page),
+        ("probe.json", PROBE, probe.page),
+        (RESULTS, CLASSIFIER_EVALUATION, classifiers.evaluation_page),
+        ("config.json", CLASSIFIER_TRAINING, classifiers.training_page),
+        (RESULT, CLASSIFIER_CALIBRATION, classifiers.calibration_page),
+    ]
     if not path.exists():
         raise ValueError(f"there is no {path}; give a folder of offramp train, evaluate, calibrate or probe")
     if path.is_file():
@@ -48,7 +54,7 @@ def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
         if probed.get("schema") != PROBE:
             raise ValueError(f"{path} is a file that is no probe; give the folder of the run")
         return [_page(probe.page, path, probed)]
-    found = [(make, values) for name, (schema, make) in kinds.items() if (values := _of(path / name, schema))]
+    found = [(make, values) for name, schema, make in kinds if (values := _of(path / name, schema))]
     if not found:
         config = _read(path / "config.json") if (path / "config.json").is_file() else {}
         if (what := UNFINISHED.get(str(config.get("schema")))) is not None:

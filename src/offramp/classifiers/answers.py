@@ -1,0 +1,165 @@
+"""Single images and texts classified by a trained classifier that really stops early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.classifiers.architectures import rows_of
+from offramp.classifiers.calibrated import Calibrated, Recorded
+from offramp.classifiers.classifier import Classification, EarlyExitClassifier
+from offramp.classifiers.divided import config_of
+from offramp.tasks.images import read_image
+from offramp.tasks.labelled import Labelled
+from offramp.uncertainty import nested_conformal
+
+Thresholds = float | Sequence[float] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one input is classified as.
+
+    Attributes:
+        given: The image's file, or the text.
+        label: The answer.
+        probability: Of the answer, at the exit taken.
+        confidence: What the exit was taken by.
+        exit: The exit taken, from 1.
+        layer: After how many blocks it stands.
+        flops: Of this input, with what the posterior adds.
+        share: The same over the full network's FLOPs.
+        probabilities: By label.
+        set: Classes in the conformal set at the exit taken, most probable first; None: no sets were calibrated.
+    """
+
+    given: str
+    label: str
+    probability: float
+    confidence: float
+    exit: int
+    layer: int
+    flops: float
+    share: float
+    probabilities: dict[str, float]
+    set: list[str] | None = None
+
+
+def answers(
+    classifier: EarlyExitClassifier,
+    given: Sequence[str],
+    *,
+    calibrated: Calibrated | None = None,
+    thresholds: Thresholds = None,
+    confidence: str = "max",
+    batch_size: int = 32,
+) -> list[Answer]:
+    """Classify images or texts.
+
+    Args:
+        classifier: One that `offramp train` wrote: it knows how its inputs are made.
+        given: Files of images, or texts; pairs of texts with a tab between them.
+        calibrated: What makes probabilities; None: softmax.
+        thresholds: One for all exits, or one each; None: no input leaves early.
+        confidence: A name in `offramp.classifiers.CONFIDENCES`.
+        batch_size: Inputs at once.
+
+    Returns:
+        The answers, in the order of the inputs.
+
+    Raises:
+        FileNotFoundError: An image is missing.
+        ValueError: There is nothing to classify, an image cannot be read, or a pair has no second text.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    rows = rows_of(classifier, _labelled(classifier, given), longest=_longest(classifier))
+    found: dict[int, Answer] = {}
+    for places in torch.split(torch.arange(len(given)), batch_size):
+        inputs = rows.inputs(places)
+        recorded = None if calibrated is None else Recorded(calibrated.posterior, len(places))
+        result = classifier.classify(inputs, recorded, thresholds, confidence)
+        network = classifier.costs(_named(classifier, inputs))
+        costs = network if calibrated is None else network + _added(calibrated, len(network))
+        sets = None
+        if calibrated is not None and calibrated.sets is not None and recorded is not None:
+            members = nested_conformal.apply_classes(calibrated.sets, recorded.seen).members
+            sets = members[result.exits.cpu(), torch.arange(len(places))]  # [B, C]
+        for row, place in enumerate(places.tolist()):
+            original = int(rows.data.ids[place])
+            found[original] = _answer(
+                classifier, given[original], result, row, costs, float(network[-1]), None if sets is None else sets[row]
+            )
+    return [found[place] for place in range(len(given))]
+
+
+def _answer(
+    classifier: EarlyExitClassifier, given: str, result: Classification, row: int, costs: Tensor, full: float,
+    members: Tensor | None,
+) -> Answer:  # fmt: skip
+    exit_, p = int(result.exits[row]), result.probabilities[row].tolist()
+    label = classifier.labels[int(result.classes[row])]
+    inside = None
+    if members is not None:
+        inside = [classifier.labels[c] for c in np.argsort(p)[::-1].tolist() if bool(members[c])]
+    flops = float(costs[exit_])
+    return Answer(
+        given, label, max(p), float(result.confidence[row]), exit_ + 1, classifier.layers[exit_], flops, flops / full,
+        dict(zip(classifier.labels, p, strict=True)), inside,
+    )  # fmt: skip
+
+
+def _added(calibrated: Calibrated, exits: int) -> Tensor:
+    """FLOPs of the posterior up to each exit, [E]."""
+    return torch.tensor(
+        [calibrated.posterior.overhead(exit).counted for exit in range(exits)], dtype=torch.float64
+    ).cumsum(0)
+
+
+def _named(classifier: EarlyExitClassifier, inputs: Any) -> Any:
+    return {classifier.backbone.main_input: inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def _longest(classifier: EarlyExitClassifier) -> int | None:
+    return config_of(classifier.trained_on).longest if classifier.trained_on else None
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def _labelled(classifier: EarlyExitClassifier, given: Sequence[str]) -> Labelled:
+    """Inputs as rows, whose ids are their places and whose labels mean nothing."""
+    if not given:
+        raise ValueError("there is nothing to classify; give an image or a text")
+    ids, labels = tuple(map(str, range(len(given)))), torch.zeros(len(given), dtype=torch.long)
+    inputs: Any
+    if classifier.tokenizer is None:
+        inputs = _images(classifier, given)
+    elif classifier.trained_on and config_of(classifier.trained_on).pairs:
+        inputs = tuple(_pair(text) for text in given)
+    else:
+        inputs = tuple(given)
+    return Labelled(ids, inputs, labels, classifier.labels, source="the input")
+
+
+def _images(classifier: EarlyExitClassifier, given: Sequence[str]) -> Any:
+    """Images as large as those the classifier was trained with, and of as many colours."""
+    settings = classifier.preprocessing
+    if "image_mean" not in settings:
+        raise ValueError("the classifier does not say how its images are normalised; train it with offramp train")
+    size = settings.get("size", {})
+    height, width = size.get("height"), size.get("width")
+    side = height if height == width else None
+    return np.stack([read_image(path, size=side, grey=len(settings["image_mean"]) == 1) for path in given])
+
+
+def _pair(text: str) -> tuple[str, str]:
+    first, tab, second = text.partition("\t")
+    if not tab or not first.strip() or not second.strip():
+        raise ValueError(f"the input {text!r:.80} is no pair of texts; put a tab between the two")
+    return first, second

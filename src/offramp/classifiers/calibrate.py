@@ -1,0 +1,303 @@
+"""Make the exits of one classifier honest: a posterior, and if asked for a certified threshold and conformal sets.
+
+Each step reads a split of its own: factors "train" (or "tune"), temperatures and prior variances "tune", thresholds
+"threshold", guarantees "calibrate"; "test" only tells whether they were kept.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.classifiers.calibrated import SETS, Calibrated
+from offramp.classifiers.certify import RowCertificate, RowPromise, certify, ladder, try_thresholds
+from offramp.files import replace_file, write_json
+from offramp.metrics.calibration import grade
+from offramp.metrics.calibration import scores as scores_of
+from offramp.metrics.sets import SetSummary, summarise
+from offramp.risk import classifier_losses
+from offramp.tables import markdown
+from offramp.uncertainty import nested_conformal
+from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
+from offramp.uncertainty.outputs import ExitOutputs
+from offramp.uncertainty.posterior import Posterior, PosteriorConfig
+
+SCHEMA = "offramp/classifier-calibration/1"
+RESULT, TABLE = "result.json", "table.md"
+FIT_ON = ("train", "tune")
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "consistency": (lambda p, labels: classifier_losses.consistency(p), "binomial"),
+    "gap": (classifier_losses.performance_gap, "wsr"),
+    "brier": (classifier_losses.brier_gap, "wsr"),
+    "brier-consistency": (lambda p, labels: classifier_losses.brier_gap(p), "wsr"),
+}
+"""Losses of probabilities [E, N, C] by name, with the bound that suits them: exact for 0 and 1, else betting."""
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What to fit.
+
+    Attributes:
+        posterior: The posterior.
+        fit_on: Which split gives a Laplace approximation its factors: "train", as published, without augmentation; or
+            "tune", rows the network has not seen, which then also tune it.
+        promise: What a threshold is to keep, its loss one of `LOSSES`; None: no certificate.
+        alpha: Probability that conformal sets of some exit miss the right class; None: no sets.
+        bins: Of the calibration error.
+        seed: Of the order of rows in the certificate.
+    """
+
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
+    fit_on: str = "train"
+    promise: RowPromise | None = None
+    alpha: float | None = None
+    bins: int = 15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fit_on not in FIT_ON:
+            raise ValueError(f"fit_on is {self.fit_on!r}; allowed are {', '.join(FIT_ON)}")
+        if self.promise is not None and self.promise.loss not in LOSSES:
+            raise ValueError(f"the loss is {self.promise.loss!r}; allowed are {', '.join(LOSSES)}")
+        if self.bins < 1:
+            raise ValueError(f"bins is {self.bins}; it must be at least 1")
+        if self.alpha is not None:
+            NestedConformalConfig(alpha=self.alpha)
+
+
+def fit_posterior(
+    config: PosteriorConfig, fit_on: str, outputs: Callable[[str], ExitOutputs], network: str
+) -> Posterior:
+    """A posterior, from the splits it is meant for.
+
+    Args:
+        config: What to fit.
+        fit_on: See `CalibrationConfig`.
+        outputs: From the name of a split to what all exits say about it.
+        network: Fingerprint of the classifier.
+
+    Returns:
+        The posterior; what there is to warn of stands in its `messages`.
+    """
+    tune = outputs("tune")
+    shared = fit_on == "tune" or not config.is_laplace
+    fit = tune if shared else outputs(fit_on)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=__name__)
+        return config.fit(fit, tune, network=network, shared=shared)
+
+
+# ---------------------------------------------------------------- the result
+
+
+@dataclass(frozen=True)
+class ClassifierCalibration:
+    """What was fitted, and how good it is.
+
+    Attributes:
+        calibrated: What later steps use.
+        before: Metrics of each exit's softmax on the threshold split, by name.
+        after: The same of the posterior.
+        rows: Of the threshold split.
+        certificate: The certified threshold; None: none was asked for.
+        kept: Mean loss and share of the full cost on the test split under the certificate, and its rows.
+        sets: Of the test split; None: none were asked for.
+        config: What was asked for.
+        conditions: What was held fixed, and versions; JSON values.
+    """
+
+    calibrated: Calibrated
+    before: tuple[dict[str, float | None], ...]
+    after: tuple[dict[str, float | None], ...]
+    rows: int
+    certificate: RowCertificate | None
+    kept: dict[str, float] | None
+    sets: SetSummary | None
+    config: CalibrationConfig
+    conditions: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        posterior = self.calibrated.posterior
+        exits = [
+            {
+                "before": self.before[e], "after": self.after[e], "temperature": exit.temperature, "omega": exit.omega,
+                "edges": list(exit.tuned.edges), "cost": float(self.calibrated.costs[e]),
+                "overhead": posterior.overhead(e)._asdict(),
+            }
+            for e, exit in enumerate(posterior.exits)
+        ]  # fmt: skip
+        certificate = self.certificate and {**self.certificate.to_dict(), "words": self.certificate.words()}
+        return {
+            "schema": SCHEMA, "config": asdict(self.config), "conditions": self.conditions, "rows": self.rows,
+            "exits": exits, "messages": list(posterior.messages), "certificate": certificate, "kept": self.kept,
+            "sets": self.sets and _finite(asdict(self.sets)),
+        }  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """Write what later steps use, result.json and table.md."""
+        self.calibrated.save(folder)
+        write_json(folder / RESULT, self.to_dict())
+        text = self.table() + "\n"
+        replace_file(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    # ------------------------------------------------------------ in words
+
+    def table(self) -> str:
+        """Tables for a terminal that are Markdown as well, and what else to know."""
+        posterior = self.calibrated.posterior
+        verdicts = [f"exit {e + 1}: {x.comparison.words()}" for e, x in enumerate(posterior.exits) if x.comparison]
+        blocks = [
+            markdown(*self.exit_table()),
+            f"Softmax -> {posterior.config.method}, on the {self.rows} rows of the threshold split; cost in FLOPs over "
+            "the full network's.",
+            *(f"* {message}" for message in posterior.messages),
+            *verdicts,
+        ]
+        if self.certificate is not None:
+            blocks.append(self.certificate.words())
+        if self.kept is not None:
+            blocks.append(
+                f"On the {self.kept['rows']:g} test rows: mean loss {self.kept['loss']:.4f}, saving "
+                f"{self.kept['saving']:.1%}."
+            )
+        if self.sets is not None:
+            blocks += [
+                markdown(*self.set_table()),
+                f"Nested conformal sets on the {self.sets.rows} test rows, asked to hold the right class at all exits "
+                f"with probability {1 - (self.config.alpha or 0):g}.",
+            ]
+        return "\n\n".join(blocks)
+
+    def exit_table(self) -> tuple[list[str], list[list[str]]]:
+        """A row per exit, * where a setting sits on the end of its grid."""
+        posterior, costs = self.calibrated.posterior, self.calibrated.costs
+        laplace = posterior.config.is_laplace
+        head = ["exit", "cost", "accuracy", "NLPD", "ECE", "T", *(["ω"] if laplace else []), "added FLOPs"]
+        rows = []
+        for e, exit in enumerate(posterior.exits):
+            before, after, added = self.before[e], self.after[e], posterior.overhead(e)
+            pairs = [f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("top1", "nlpd", "ece")]
+            omega = [f"{exit.omega:.3g}"] if laplace else []
+            more = f"{added.counted} (published formula {added.formula})" if added.formula else f"{added.counted}"
+            mark = "*" if exit.tuned.edges else ""
+            share = float(costs[e] / posterior.costs[-1])
+            rows.append([f"{e + 1}{mark}", f"{share:.3f}", *pairs, f"{exit.temperature:.3g}", *omega, more])
+        return head, rows
+
+    def set_table(self) -> tuple[list[str], list[list[str]]]:
+        """A row per exit; none without sets."""
+        head = ["exit", "mean size", "holds the class", "so far at all exits", "empty", "one class"]
+        rows = [
+            [
+                f"{e}", f"{s.size:.2f}", f"{s.coverage.value:.3f}",
+                f"{s.simultaneous.value:.3f} ({s.simultaneous.low:.3f} to {s.simultaneous.high:.3f})",
+                f"{s.empty.value:.3f}", f"{s.small:.3f}",
+            ]
+            for e, s in enumerate(self.sets.exits if self.sets else (), 1)
+        ]  # fmt: skip
+        return head, rows
+
+
+def _finite(value: Any) -> Any:
+    """JSON values, infinities and NaN as None."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------- the steps
+
+
+def calibrate(
+    outputs: Callable[[str], ExitOutputs],
+    config: CalibrationConfig,
+    folder: Path,
+    *,
+    network: str,
+    conditions: dict[str, Any] | None = None,
+) -> ClassifierCalibration:
+    """Fit everything, and write it into a folder.
+
+    Args:
+        outputs: From the name of a split to what all exits say about it, such as `Passes.outputs`; splits that are not
+            needed are not asked for.
+        config: What to fit.
+        folder: Where to; what an earlier calibration left there is replaced.
+        network: Fingerprint of the classifier.
+        conditions: What else result.json should say.
+
+    Returns:
+        What was fitted.
+
+    Raises:
+        ValueError: Splits share rows, a class or all but one is missing, or numbers are not finite.
+        FileExistsError: The folder holds something else.
+    """
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} holds something else than a calibration; name a new folder")
+    posterior = fit_posterior(config.posterior, config.fit_on, outputs, network)
+    threshold = outputs("threshold")
+    calibrated = Calibrated.of(posterior, threshold)
+    certificate = kept = sets = summary = None
+    if config.promise is not None:
+        certificate, kept = _certify(config.promise, calibrated, outputs, config.seed)
+    if config.alpha is not None:
+        sets, summary = _sets(config.alpha, posterior, outputs)
+    calibrated = replace(calibrated, certificate=None if certificate is None else certificate.to_dict(), sets=sets)
+    plain, honest = threshold.logits.double().softmax(-1), posterior.probabilities(threshold)
+    before, after = (
+        tuple(scores_of(grade(one, threshold.labels), bins=config.bins) for one in p) for p in (plain, honest)
+    )
+    result = ClassifierCalibration(
+        calibrated, before, after, threshold.rows, certificate, kept, summary, config, conditions or {}
+    )
+    if sets is None and (folder / SETS).is_dir():  # of an earlier calibration
+        for file in (folder / SETS).iterdir():
+            file.unlink()
+        (folder / SETS).rmdir()
+    result.save(folder)
+    return result
+
+
+def _certify(
+    promise: RowPromise, calibrated: Calibrated, outputs: Callable[[str], ExitOutputs], seed: int
+) -> tuple[RowCertificate, dict[str, float]]:
+    """The certificate, and what it comes to on the test split."""
+    loss = LOSSES[promise.loss][0]
+    thresholds = ladder(calibrated.confidences)
+
+    def tried(split: str) -> Any:
+        rows = outputs(split)
+        p = calibrated.posterior.probabilities(rows)
+        return try_thresholds(thresholds, p.amax(-1), loss(p, rows.labels), calibrated.costs)
+
+    found, test = certify(tried("calibrate"), promise, seed=seed), tried("test")
+    at = found.index
+    mean, saving = float(test.losses[at].mean()), 1 - test.cost(at)
+    return found, {"rows": test.losses.shape[1], "loss": mean, "saving": saving}
+
+
+def _sets(
+    alpha: float, posterior: Posterior, outputs: Callable[[str], ExitOutputs]
+) -> tuple[NestedConformal, SetSummary]:
+    """Conformal sets of the posterior's probabilities, and what they come to on the test split."""
+
+    def honest(split: str) -> ExitOutputs:
+        rows = outputs(split)
+        return replace(rows, logits=posterior.probabilities(rows).clamp(min=torch.finfo(torch.float64).tiny).log())
+
+    state = nested_conformal.fit_classes(honest("calibrate"), NestedConformalConfig(alpha=alpha), tune=honest("tune"))
+    test = outputs("test")
+    found = nested_conformal.apply_classes(state, posterior.probabilities(test))
+    return state, summarise(found, test.labels)

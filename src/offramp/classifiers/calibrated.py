@@ -1,0 +1,129 @@
+"""A fitted posterior with what it takes to leave early by it: a folder that `offramp calibrate` writes.
+
+posterior/   temperatures, prior variances, factors (`offramp.uncertainty.posterior`)
+thresholds/  confidences of the threshold split, from which any budget gets its thresholds; maybe a certificate
+sets/        maybe where conformal sets end
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.classifiers.evaluate import charged
+from offramp.risk import budgets
+from offramp.uncertainty import artefact, saving
+from offramp.uncertainty.nested_conformal import NestedConformal
+from offramp.uncertainty.outputs import ExitOutputs
+from offramp.uncertainty.posterior import Posterior, load_posterior
+
+SCHEMA = "offramp/classifier-thresholds/1"
+POSTERIOR, THRESHOLDS, SETS = "posterior", "thresholds", "sets"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A posterior in use.
+
+    Attributes:
+        posterior: What makes probabilities.
+        confidences: Largest probabilities of the threshold split's rows, [E, N], float64.
+        costs: FLOPs of a row up to and including each exit, the posterior's own included, [E].
+        certificate: A `RowCertificate` as JSON values; None: none was asked for.
+        sets: Where conformal sets end; None: none were asked for.
+    """
+
+    posterior: Posterior
+    confidences: Tensor
+    costs: Tensor
+    certificate: dict[str, Any] | None = None
+    sets: NestedConformal | None = None
+
+    @classmethod
+    def of(cls, posterior: Posterior, threshold: ExitOutputs) -> Calibrated:
+        """From the outputs of the threshold split."""
+        return cls(posterior, posterior.probabilities(threshold).amax(-1), charged(threshold.costs, posterior))
+
+    def budget(self, asked: float) -> budgets.Budget:
+        """Thresholds for a budget.
+
+        Args:
+            asked: Share of the full cost, in (0, 1], or more than 1: FLOPs per row, on average.
+
+        Returns:
+            The budget, met on the threshold split.
+
+        Raises:
+            ValueError: It is below the first exit's cost or above the full one; the message says what can be had.
+        """
+        q = budgets.q_of(self.costs, **({"share": asked} if asked <= 1 else {"flops": asked}))
+        return budgets.fit(self.confidences, self.costs, q)
+
+    @property
+    def certified(self) -> float | None:
+        """The certified threshold, infinity if rows never leave early; None without a certificate."""
+        if self.certificate is None:
+            return None
+        threshold = self.certificate["threshold"]
+        return math.inf if threshold is None else float(threshold)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a folder, over what an earlier calibration left there."""
+        place = Path(folder)
+        self.posterior.save(place / POSTERIOR)
+        values = {"posterior": self.posterior.fingerprint, "certificate": self.certificate}
+        tensors = {"confidences": self.confidences.contiguous(), "costs": self.costs}
+        artefact.write(place / THRESHOLDS, SCHEMA, values, tensors)
+        if self.sets is not None:
+            saving.save(self.sets, place / SETS)
+
+
+def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
+    """What `Calibrated.save` wrote.
+
+    Args:
+        folder: The folder.
+        network: Fingerprint of the classifier it is used with.
+
+    Returns:
+        The posterior and what belongs to it.
+
+    Raises:
+        ValueError: There is none, it was changed, or it was fitted on another classifier.
+    """
+    place = Path(folder).expanduser()
+    if not (place / POSTERIOR).is_dir():
+        raise ValueError(f"{place} holds no posterior of a classifier; give a folder that offramp calibrate wrote")
+    posterior = load_posterior(place / POSTERIOR, {"network": network})
+    values, tensors = artefact.read(place / THRESHOLDS, SCHEMA)
+    if values["posterior"] != posterior.fingerprint:
+        raise ValueError(f"the thresholds in {place} are of another posterior; calibrate again")
+    sets = saving.load(NestedConformal, place / SETS) if (place / SETS).is_dir() else None
+    return Calibrated(posterior, tensors["confidences"], tensors["costs"], values["certificate"], sets)
+
+
+class Recorded:
+    """A posterior that also keeps the probabilities of every exit a row came to; for sets, which look at all of them.
+
+    Args:
+        posterior: What makes the probabilities.
+        rows: N.
+    """
+
+    def __init__(self, posterior: Posterior, rows: int) -> None:
+        self.posterior = posterior
+        self.seen = torch.full((len(posterior.exits), rows, posterior.classes), 1 / posterior.classes).double()
+        """[E, N, C]; uniform at exits that were not come to."""
+
+    def at(self, exit: int, features: Tensor, logits: Tensor, carried: Any = None) -> tuple[Tensor, Any]:
+        """As `Posterior.at`; which rows are left is carried along."""
+        inner, rows = (None, torch.arange(len(logits))) if carried is None else carried
+        p, inner = self.posterior.at(exit, features, logits, inner)
+        self.seen[exit, rows.cpu()] = p.cpu()
+        return p, (inner, rows.to(logits.device))

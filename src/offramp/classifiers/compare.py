@@ -1,0 +1,202 @@
+"""All calibration methods on trained classifiers and test sets, clean and corrupted, from fitting to files.
+
+Posteriors are kept beside the passes they were fitted on, so that an interrupted comparison goes on, and more test sets
+cost their own pass only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.classifiers.calibrate import FIT_ON, fit_posterior
+from offramp.classifiers.evaluate import Settings, evaluate
+from offramp.classifiers.flops import exit_costs
+from offramp.classifiers.method import Method
+from offramp.classifiers.passes import Passes
+from offramp.classifiers.result import RESULTS, SCHEMA, ClassifierEvaluation
+from offramp.files import replace_file
+from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from offramp.tasks.labelled import Labelled
+from offramp.uncertainty import fingerprint
+from offramp.uncertainty.outputs import ExitOutputs
+from offramp.uncertainty.posterior import METHODS, Posterior, PosteriorConfig, load_posterior
+
+CLEAN = "clean"
+"""Name of the test split as it is."""
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """What is compared.
+
+    Attributes:
+        methods: Of `offramp.uncertainty.posterior.METHODS`.
+        posterior: How they are fitted; its method has no say.
+        fit_on: Which split gives Laplace approximations their factors, see `CalibrationConfig`.
+        corruptions: Of the test images, besides the clean ones.
+        severity: Of the corruptions, 1 to 5.
+        limit: Test rows, drawn at random; None: all.
+        settings: Of the evaluation.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    posterior: PosteriorConfig = PosteriorConfig()
+    fit_on: str = "train"
+    corruptions: tuple[str, ...] = ()
+    severity: int = 3
+    limit: int | None = None
+    settings: Settings = Settings()
+
+    def __post_init__(self) -> None:
+        for what, given, allowed in (("method", self.methods, METHODS), ("corruption", self.corruptions, CORRUPTIONS)):
+            if unknown := [name for name in given if name not in allowed]:
+                raise ValueError(f"there is no {what} {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        if not self.methods:
+            raise ValueError(f"no method is named; name some of {', '.join(METHODS)}")
+        if self.severity not in SEVERITIES:
+            raise ValueError(f"severity is {self.severity}; give 1 to 5")
+        if self.fit_on not in FIT_ON:
+            raise ValueError(f"fit_on is {self.fit_on!r}; allowed are {', '.join(FIT_ON)}")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit is {self.limit}; at least 2 test rows are needed")
+
+
+def compare(
+    networks: Sequence[Passes],
+    config: ComparisonConfig,
+    folder: Path,
+    *,
+    conditions: dict[str, Any],
+    progress: Callable[..., None] | None = None,
+) -> ClassifierEvaluation:
+    """Fit every method to every network, and judge them over budgets.
+
+    Args:
+        networks: Trained alike with other seeds: what is found is averaged over them.
+        config: What to compare.
+        folder: Where to write results.json, table.md, pictures and records; an earlier evaluation there is replaced.
+        conditions: What else the results should say.
+        progress: Called with steps done, steps to do and what comes next.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: There are no networks, or they have other exits, classes or test rows; or texts are to be corrupted.
+    """
+    if not networks:
+        raise ValueError("there is no network to evaluate; name at least one")
+    _require_free(folder)
+    steps = len(networks) * (len(config.methods) + 1)
+    seeds: list[tuple[Method, ...]] = []
+    _require_alike(networks)
+    for place, network in enumerate(networks):
+        done = place * (len(config.methods) + 1)
+        tests = {name: network.on(*named) for name, named in _tests(network, config)}
+        posteriors = {}
+        for count, method in enumerate(config.methods):
+            if progress is not None:
+                progress(done + count, steps, f"fitting {method}")
+            posteriors[method] = fitted(network, replace(config.posterior, method=method), config.fit_on)
+        if progress is not None:
+            progress(done + len(config.methods), steps, "comparing")
+        threshold = network.outputs("threshold")
+        settings = replace(config.settings, static_costs=_static_costs(network, threshold))
+        seeds.append(tuple(evaluate(posteriors, threshold, tests, settings)))
+        for name, rows in tests.items():
+            _write_records(folder / f"records-{place}-{name.replace(' ', '-')}.jsonl.gz", posteriors, rows)
+    if progress is not None:
+        progress(steps, steps, "writing")
+    result = ClassifierEvaluation(conditions, tuple(seeds))
+    result.save(folder)
+    return result
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder with results of another kind, which would be replaced."""
+    if (folder / RESULTS).is_file():
+        values = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"{folder} holds results of another kind, {values.get('schema')}; name a new folder")
+
+
+def _require_alike(networks: Sequence[Passes]) -> None:
+    """Refuse networks that cannot be averaged over."""
+    first = networks[0]
+    for other in networks[1:]:
+        for what in ("layers", "labels"):
+            if (a := getattr(first.classifier, what)) != (b := getattr(other.classifier, what)):
+                raise ValueError(f"{what} of one network are {a}, of another {b}; evaluate them one by one")
+    seen = [network.network for network in networks]
+    if len(set(seen)) < len(seen):
+        raise ValueError("two of the networks are the same; name each once, or train them with other seeds")
+
+
+def _tests(network: Passes, config: ComparisonConfig) -> Iterator[tuple[str, tuple[str, Labelled]]]:
+    """The name of each test set, the name its outputs are kept by, and its rows."""
+    test, end = network.splits["test"], ""
+    if config.limit is not None and config.limit < len(test):
+        drawn = torch.randperm(len(test), generator=torch.Generator().manual_seed(config.settings.seed))
+        test, end = test.take(drawn[: config.limit].sort().values), f"-{config.limit}"
+    yield CLEAN, (f"test{end}", test)
+    for kind in config.corruptions:
+        name = f"{kind} {config.severity}"
+        yield name, (f"test-{kind}-{config.severity}{end}", corrupted(test, kind, config.severity))
+
+
+def fitted(network: Passes, config: PosteriorConfig, fit_on: str) -> Posterior:
+    """A posterior of a network, fitted now or before.
+
+    Args:
+        network: The network.
+        config: What to fit.
+        fit_on: Which split gives a Laplace approximation its factors.
+
+    Returns:
+        The posterior; it is kept beside the passes.
+    """
+    place = network.folder / f"posterior-{config.method}-{fit_on}"
+    inputs = {"network": network.network, "tune": fingerprint.of_outputs(network.outputs("tune"))}
+    try:
+        if (found := load_posterior(place, inputs)).config == config:
+            return found
+    except ValueError:  # none, or one of other rows
+        pass
+    posterior = fit_posterior(config, fit_on, network.outputs, network.network)
+    posterior.save(place)
+    return posterior
+
+
+def _static_costs(network: Passes, outputs: ExitOutputs) -> tuple[float, ...]:
+    """FLOPs of a row in a network cut after each exit: without the heads of earlier ones."""
+    example = network.example("threshold")
+    saved = exit_costs(network.classifier, example) - exit_costs(network.classifier, example, cut=True)
+    return tuple((outputs.costs - saved).tolist())
+
+
+def _write_records(path: Path, posteriors: Mapping[str, Posterior], rows: ExitOutputs) -> None:
+    """A line per row: its id, label, and by method the class and confidence of each exit."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, posterior in posteriors.items():
+        top = posterior.probabilities(rows).max(-1)
+        found[name] = (top.indices.T, top.values.T)  # [N, E]
+    ids = rows.ids or tuple(map(str, range(rows.rows)))
+
+    def put(temporary: Path) -> None:
+        with gzip.open(temporary, "wt", encoding="utf-8") as file:
+            for row, (id, label) in enumerate(zip(ids, rows.labels.tolist(), strict=True)):
+                methods = {
+                    name: {"class": c[row].tolist(), "confidence": [round(v, 6) for v in p[row].tolist()]}
+                    for name, (c, p) in found.items()
+                }
+                file.write(json.dumps({"id": id, "label": label, "methods": methods}) + "\n")
+
+    replace_file(path, put)

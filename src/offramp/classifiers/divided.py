@@ -1,0 +1,197 @@
+"""Labelled data as a user has it: read from files, divided by a seed, and the same again for every later step.
+
+What thresholds and guarantees are fitted on must be no row the network or its temperatures have seen. So the division
+is a function of the files and of a seed, its record travels with the model, and later steps read the files again,
+divide them again, and refuse rows that are not those of the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.tasks.images import read_cifar10, read_cifar100, read_idx, read_image_folder
+from offramp.tasks.labelled import SHARES, Labelled, split
+from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, SST2, Column, TextLayout, read_labelled_text
+
+IMAGES, TEXTS = "image-classification", "text-classification"
+TASKS = (IMAGES, TEXTS)
+IMAGE_LAYOUTS = ("idx", "cifar10", "cifar100", "folder")
+TEXT_LAYOUTS = {"sst2": SST2, "snli": SNLI, "snli-published": SNLI_PUBLISHED}
+COLUMNS = "columns"
+"""Layout of texts whose columns are named by the user."""
+SCHEMA = "offramp/divided-data/1"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How data is read and divided.
+
+    Attributes:
+        task: One of `TASKS`.
+        layout: For images one of `IMAGE_LAYOUTS`, None: by the names of the files; for texts one of `TEXT_LAYOUTS` or
+            "columns", None: that.
+        text: Column of the text with "columns": a name in the header, or a place counted from 0 without header.
+        label: Column of the label.
+        pair: Column of the second text; None: there is one only.
+        cluster: Column of what must not be divided between splits, such as a premise; None: nothing.
+        classes: Names of the classes in their order: as labels are written ("columns", "folder"), or for numbered ones
+            ("idx"). Empty: as the files have them.
+        count: Rows that are used, drawn at random; a published test split stays whole. None: all.
+        seed: Of that draw and of the division.
+        image_size: Side that images of a "folder" are brought to; None: they are all of one size.
+        longest: Most tokens of a text; None: what its model takes.
+    """
+
+    task: str
+    layout: str | None = None
+    text: Column = "text"
+    label: Column = "label"
+    pair: Column | None = None
+    cluster: Column | None = None
+    classes: tuple[str, ...] = ()
+    count: int | None = None
+    seed: int = 0
+    image_size: int | None = None
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))  # a list, if it comes from JSON
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; allowed are {', '.join(TASKS)}")
+        allowed = IMAGE_LAYOUTS if self.task == IMAGES else (*TEXT_LAYOUTS, COLUMNS)
+        if self.layout not in (None, *allowed):
+            raise ValueError(f"layout is {self.layout!r}; allowed for {self.task} are {', '.join(allowed)}")
+        for name in ("count", "image_size", "longest"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.classes and len(self.classes) < 2:
+            raise ValueError(f"the only class named is {self.classes[0]!r}; name two or more")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are pairs of texts."""
+        return self.task == TEXTS and _text_layout(self).pair is not None
+
+
+# ---------------------------------------------------------------- reading
+
+
+def divide(config: DataConfig, data: Path, test: Path | None = None) -> dict[str, Labelled]:
+    """Read and divide.
+
+    Args:
+        config: How.
+        data: A folder of images, or a file of texts.
+        test: Such with the published test split; None: that of `data` if it has one, else a share of it.
+
+    Returns:
+        The splits of `offramp.tasks.labelled.SHARES` by name.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged or of another layout, there are too few rows, or the test split shares rows.
+    """
+    found = _read(config, data)
+    published = found.get("test")
+    if test is not None:
+        if published is not None:
+            raise ValueError(f"{data} has a test split of its own; leave out {test}")
+        published = _read(config, test)["train"]
+        if published.classes != found["train"].classes:
+            raise ValueError(
+                f"{test} has the classes {', '.join(published.classes)} and {data} {', '.join(found['train'].classes)};"
+                " name all of them in the same order"
+            )
+    rows = found["train"]
+    if config.count is not None and config.count < len(rows):
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.count]
+        rows = rows.take(drawn.sort().values)
+    return split(rows, SHARES, config.seed, test=published)
+
+
+def _read(config: DataConfig, data: Path) -> dict[str, Labelled]:
+    """Training rows, and a published test split where the layout has one."""
+    if config.task == TEXTS:
+        return {"train": read_labelled_text(data, _text_layout(config))}
+    layout = config.layout or _looks_like(data)
+    if layout == "folder":
+        return {"train": read_image_folder(data, size=config.image_size, classes=config.classes or None)}
+    if layout == "idx":
+        return read_idx(data, config.classes or None)
+    return read_cifar10(data) if layout == "cifar10" else read_cifar100(data)
+
+
+def _text_layout(config: DataConfig) -> TextLayout:
+    if config.layout not in (None, COLUMNS):
+        return TEXT_LAYOUTS[config.layout]
+    return TextLayout(config.text, config.label, config.pair, config.classes or None, cluster=config.cluster)
+
+
+def _looks_like(folder: Path) -> str:
+    """Which layout the images in a folder have."""
+    for layout, sign in (("idx", "*idx3-ubyte*"), ("cifar10", "data_batch_1.bin"), ("cifar100", "train.bin")):
+        if any(folder.glob(sign)):
+            return layout
+    return "folder"
+
+
+# ---------------------------------------------------------------- the record
+
+
+def record(config: DataConfig, splits: Mapping[str, Labelled]) -> dict[str, Any]:
+    """What later steps need to make the same division, and to see that it is the same; JSON values."""
+    return {
+        "schema": SCHEMA,
+        **asdict(config),
+        "classes": list(config.classes),
+        "splits": {name: {"rows": len(rows), "digest": rows.digest()} for name, rows in splits.items()},
+    }
+
+
+def config_of(saved: Mapping[str, Any]) -> DataConfig:
+    """How data was read and divided, from its record."""
+    return DataConfig(**{name: value for name, value in saved.items() if name not in ("schema", "splits")})
+
+
+def read_again(
+    saved: Mapping[str, Any], task: str, data: Path, test: Path | None = None
+) -> tuple[DataConfig, dict[str, Labelled]]:
+    """The division a model was trained with.
+
+    Args:
+        saved: Its record, `EarlyExitClassifier.trained_on`.
+        task: What the user thinks it is made for.
+        data: What it was trained on.
+        test: The published test split it was given, if any.
+
+    Returns:
+        How data is read, and the splits by name.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: There is no record, the model is for another task, or this is other data.
+    """
+    if saved.get("schema") != SCHEMA:
+        raise ValueError(
+            "the model does not say what it was trained on, so rows it has seen cannot be kept apart; train it with "
+            "offramp train"
+        )
+    config = config_of(saved)
+    if config.task != task:
+        raise ValueError(f"the model was trained for {config.task}, not for {task}; give that as task")
+    splits = divide(config, data, test)
+    for name, rows in splits.items():
+        have = saved["splits"][name]
+        if (len(rows), rows.digest()) != (have["rows"], have["digest"]):
+            what = f"{len(rows)} rows for {have['rows']}" if len(rows) != have["rows"] else "other rows (or file names)"
+            source = test if name == "test" and test is not None else data
+            raise ValueError(
+                f"{source} is not what the model was trained and divided with: its {name} split has {what}; give the "
+                "same files, or train again"
+            )
+    return config, splits

@@ -1,0 +1,106 @@
+"""`offramp calibrate MODEL --task image-classification`, or text-classification."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.cli import options as o
+from offramp.cli.classifiers import options as c
+
+
+def calibrate_classifier(
+    model: c.Model,
+    task: c.Task,
+    data: c.DataAgain,
+    test_data: c.TestDataAgain = None,
+    posterior: Annotated[
+        str,
+        typer.Option(
+            help="What makes probabilities honest: vanilla (nothing), temperature, mie (model-internal ensemble of the "
+            "exits), mie+temperature, laplace (last layer, with temperature), mie+laplace."
+        ),
+    ] = "mie+temperature",
+    n_mc: c.NMc = 50,
+    grid: c.Grid = None,
+    predictive: Annotated[str, typer.Option(help="With Laplace: mc, means over draws, or probit, without any.")] = "mc",
+    damping: Annotated[str, typer.Option(help="Of Laplace: factored, as published, or exact.")] = "factored",
+    fit_on: c.FitOn = "train",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Certify a threshold: what the mean loss of new rows is to stay below; default: none."),
+    ] = None,
+    failure: Annotated[float, typer.Option(help="Probability with which that may fail.")] = 0.05,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="Of a row that leaves early. consistency: its class is not the full model's; gap: it is wrong where "
+            "the full model is right (less where it is the other way round); brier: half the difference of Brier "
+            "scores; brier-consistency: the same against the full model's class, without labels."
+        ),
+    ] = "consistency",
+    bound: Annotated[
+        str | None,
+        typer.Option(
+            help="wsr (betting), hoeffding-bentkus, binomial (losses of 0 or 1), or crc (a guarantee on the mean, "
+            "without failure probability); default: binomial for consistency, else wsr."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Calibrate nested sets of classes: the right one is in those of all exits with probability 1 - alpha; "
+            "default: none."
+        ),
+    ] = None,
+    bins: c.Bins = 15,
+    seed: Annotated[int, typer.Option(help="Of Laplace's draws and of the order of rows.")] = 0,
+    batch_size: c.BatchSize = 64,
+    cache: c.Cache = None,
+    device: o.Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the result is written; default: runs/calibrate-NAME-POSTERIOR."),
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Make the exits of a classifier honest, for `offramp classify`; certify a threshold, calibrate sets.
+
+    Each step has rows of its own, see `offramp train --task image-classification --help`. What exits say about a split
+    is computed once and kept.
+    """
+    from offramp.classifiers.calibrate import LOSSES, CalibrationConfig
+    from offramp.classifiers.calibrate import calibrate as run
+    from offramp.classifiers.certify import RowPromise
+    from offramp.classifiers.passes import Passes
+    from offramp.machine import describe
+    from offramp.uncertainty.posterior import PosteriorConfig
+
+    _check(loss, LOSSES)
+    promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
+    config = CalibrationConfig(
+        PosteriorConfig(posterior, n_mc, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed
+    )
+    folder = out or Path("runs") / f"calibrate-{c.title(model)}-{posterior}"
+    with c.noted(), o.progress("calibrating") as progress:
+        passes = Passes.of(
+            model, task, data, test_data, folder=cache, device=device, batch_size=batch_size, progress=progress
+        )
+        about = {
+            "model": c.title(model), "data": str(data), "command": o.command_line(),
+            **describe(passes.classifier.device),
+        }  # fmt: skip
+        result = run(passes.outputs, config, folder, network=passes.network, conditions=about)
+    if str(json) != "-":
+        typer.echo(result.table())
+    o.note(f"wrote {folder}; use it with: offramp classify {model} INPUT --posterior {folder} --budget 0.5")
+    o.write_result(result.to_dict(), json)
+
+
+def _check(loss: str, losses: Collection[str]) -> None:
+    """Options that do not exist."""
+    if loss not in losses:
+        raise typer.BadParameter(f"--loss {loss}: choose one of {', '.join(losses)}")

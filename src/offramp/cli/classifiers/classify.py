@@ -1,0 +1,116 @@
+"""`offramp classify`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+from offramp.cli.classifiers import options as c
+
+if TYPE_CHECKING:
+    from offramp.classifiers.answers import Answer
+    from offramp.classifiers.calibrated import Calibrated
+
+SCHEMA = "offramp/classify/1"
+
+
+def classify(
+    model: c.Model,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT]...",
+            help="Files of images, or texts (pairs with a tab between them); default: one per line of standard input.",
+        ),
+    ] = None,
+    posterior: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Result of offramp calibrate for this model; default: its plain softmax."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Cost on average: a share of the full one, such as 0.5, or FLOPs; needs --posterior."),
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(help="Leave when the confidence is above this, one number or one per exit, instead of --budget."),
+    ] = None,
+    confidence: Annotated[str, typer.Option(help="Compared with --threshold: max, gap or entropy.")] = "max",
+    batch_size: c.BatchSize = 32,
+    device: o.Device = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Classify images or texts, each at the first exit that is sure enough; later blocks are not run for it.
+
+    Without --budget and --threshold the certified threshold is used, if --posterior holds one; else no input leaves
+    early.
+    """
+    from offramp.classifiers import load
+    from offramp.classifiers.answers import answers
+    from offramp.classifiers.calibrated import load_calibrated
+    from offramp.exits import fingerprint
+
+    _check(budget, threshold, posterior, confidence)
+    classifier = load(model, device=device or "cpu")
+    calibrated = None if posterior is None else load_calibrated(posterior, fingerprint(classifier))
+    thresholds, rule = _rule(calibrated, budget, o.numbers(threshold, "--threshold", float))
+    given = inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    found = answers(
+        classifier, given, calibrated=calibrated, thresholds=thresholds, confidence=confidence, batch_size=batch_size
+    )
+    if str(json) != "-":
+        width = max(len(answer.label) for answer in found)
+        for answer in found:
+            typer.echo(_line(answer, width, len(classifier.layers)))
+    mean = sum(answer.share for answer in found) / len(found)
+    o.note(f"{rule['words']}; {len(found)} inputs, on average {mean:.3f} of the full model's FLOPs")
+    values = {
+        "schema": SCHEMA, "model": c.title(model), "posterior": None if posterior is None else str(posterior),
+        "rule": rule, "mean_share": mean, "answers": [asdict(answer) for answer in found],
+    }  # fmt: skip
+    o.write_result(values, json)
+
+
+def _check(budget: float | None, threshold: str | None, posterior: Path | None, confidence: str) -> None:
+    """Options that do not go together."""
+    if budget is not None and threshold is not None:
+        raise typer.BadParameter("give one of --budget and --threshold")
+    if budget is not None and posterior is None:
+        raise typer.BadParameter("--budget needs --posterior: thresholds come from the rows of offramp calibrate")
+    if budget is not None and confidence != "max":
+        raise typer.BadParameter("--budget has thresholds for --confidence max only")
+
+
+def _rule(
+    calibrated: Calibrated | None, budget: float | None, threshold: tuple[float, ...] | None
+) -> tuple[Any, dict[str, Any]]:
+    """Thresholds, and where they come from."""
+    if budget is not None and calibrated is not None:
+        found, full = calibrated.budget(budget), float(calibrated.costs[-1])
+        met = f"{found.target / full:.3f} of the full cost (on the threshold split {found.realised / full:.3f})"
+        limits = found.thresholds.tolist()
+        said = [value if abs(value) != float("inf") else None for value in limits]
+        return limits, {"words": f"a budget of {met}", "budget": budget, "q": _finite(found.q), "thresholds": said}
+    if threshold is not None:
+        limit = threshold[0] if len(threshold) == 1 else threshold
+        return limit, {"words": f"leaving above {limit}", "thresholds": list(threshold)}
+    if calibrated is not None and calibrated.certified is not None:
+        certified = calibrated.certified
+        return certified, {"words": f"the certified threshold, {certified:.6g}", "thresholds": [_finite(certified)]}
+    return None, {"words": "full depth, for want of --budget or --threshold", "thresholds": []}
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def _line(answer: Answer, width: int, exits: int) -> str:
+    inside = "" if answer.set is None else f"  {{{', '.join(answer.set)}}}"
+    where = f"exit {answer.exit}/{exits}  {answer.share:.3f} of the FLOPs"
+    shown = " ".join(answer.given.split())
+    return f"{answer.label.ljust(width)}  {answer.probability:.3f}  {where}{inside}  {shown:.60}"

@@ -1,0 +1,162 @@
+"""`offramp train ARCHITECTURE --task image-classification`, or text-classification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+from offramp.cli.classifiers import options as c
+
+if TYPE_CHECKING:
+    from offramp.classifiers import Augmentation
+
+AUGMENTATIONS = {"crop-flip": (4, True), "crop": (4, False), "flip": (0, True), "none": None}
+
+
+def train_classifier(
+    architecture: Annotated[
+        str,
+        typer.Argument(
+            metavar="ARCHITECTURE",
+            help="For images msdnet-small, msdnet-medium, msdnet-large or resnet, trained from nothing; or a "
+            "pretrained encoder: packaged name (minilm), local folder or hub id.",
+        ),
+    ],
+    task: c.Task,
+    data: c.Data,
+    test_data: c.TestData = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Of images: idx (MNIST and its kin), cifar10, cifar100, folder (one folder per class); default: by "
+            "the files. Of texts: sst2, snli, snli-published, or columns, the default."
+        ),
+    ] = None,
+    text_column: Annotated[
+        str, typer.Option(help="Of texts in columns: a name in the header, or a place from 0 without header.")
+    ] = "text",
+    label_column: Annotated[str, typer.Option(help="Likewise.")] = "label",
+    pair_column: Annotated[str | None, typer.Option(help="Likewise, of the second text of pairs.")] = None,
+    cluster_column: Annotated[
+        str | None, typer.Option(help="Likewise: rows that are the same there are never divided between splits.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names of the classes, with commas, in their order; default: as the files say.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Use only so many rows, drawn at random; a published test split stays whole.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Bring images of a folder to this side; default: they are all of one size.")
+    ] = None,
+    longest: Annotated[int | None, typer.Option(help="Most tokens of a text; default: what the encoder takes.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Exits after these layers besides the last, such as 2,4; default: all, of many layers six."),
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Of states: mean, or first (CLS); default: first for ViT, mean for texts.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of a dense layer in each exit; default: none.")] = None,
+    dropout: Annotated[float, typer.Option(help="Of the exits' features.")] = 0.0,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: 20, of an encoder 3.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step; default: 64, of an encoder 32.")] = None,
+    optimiser: Annotated[str | None, typer.Option(help="sgd, or adamw, an encoder's default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 0.1 for sgd, 5e-5 for adamw.")] = None,
+    momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
+    nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov's momentum.")] = False,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 1e-4, of an encoder 0.01.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="step, cosine, linear (an encoder's default) or constant.")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps of rising learning rate; default: 0, of an encoder 20.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Of the exits' losses: uniform, layer, or numbers with commas.")
+    ] = "uniform",
+    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient; default: any, of an encoder 1.")
+    ] = None,
+    augment: Annotated[
+        str, typer.Option(help="Of images: crop-flip, crop (for digits and letters), flip or none.")
+    ] = "crop-flip",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16: compute in bfloat16, faster where the processor can; default: float32.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the division, of first weights, and of all draws.")] = 0,
+    validate_every: Annotated[int, typer.Option(help="Epochs between judgements on the tune split.")] = 1,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    device: o.Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/train-ARCHITECTURE-DATA."),
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Train a classifier with early exits on images or texts, all exits jointly.
+
+    The rows are divided by the seed: 60 % train the network; 10 % each tune temperatures, give thresholds for budgets,
+    calibrate guarantees and test. The model remembers the division, and later commands keep to it. Started again with
+    the same options, an interrupted run goes on from its last checkpoint.
+    """
+    from offramp.classifiers import ClassifierTrainConfig, HeadConfig
+    from offramp.classifiers import train_classifier as run
+    from offramp.classifiers.architectures import build, rows_of, usual
+    from offramp.classifiers.divided import DataConfig, divide, record
+
+    options: dict[str, Any] = {
+        "epochs": epochs, "batch_size": batch_size, "optimiser": optimiser, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip,
+    }  # fmt: skip
+    config = ClassifierTrainConfig(
+        **{**usual(architecture), **{name: value for name, value in options.items() if value is not None}},
+        momentum=momentum, nesterov=nesterov, label_smoothing=label_smoothing, precision=precision, seed=seed,
+        weights=weights if weights.isalpha() else o.numbers(weights, "--weights", float) or weights,
+        validate_every=validate_every, save_every=save_every,
+    )  # fmt: skip
+    reading = DataConfig(
+        task, layout, text=_column(text_column), label=_column(label_column), pair=_column(pair_column),
+        cluster=_column(cluster_column), count=count, seed=seed, image_size=image_size, longest=longest,
+        classes=() if classes is None else tuple(name.strip() for name in classes.split(",")),
+    )  # fmt: skip
+    augmentation = _augmentation(augment)
+    with c.noted():
+        splits = divide(reading, data, test_data)
+        o.note("rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in splits.items()))
+        model = build(
+            architecture, splits["train"], layers=o.numbers(layers, "--layers", int), seed=seed,
+            head=HeadConfig(pooling, hidden, dropout),
+        ).to(device or "cpu")  # fmt: skip
+        model.trained_on = record(reading, splits)
+        train_rows = rows_of(model, splits["train"], augmentation=augmentation, longest=longest)
+        judged = rows_of(model, splits["tune"], longest=longest)
+        folder = out or Path("runs") / f"train-{Path(architecture).name}-{c.stem(data)}"
+        with o.progress("training") as progress:
+            result = run(
+                model, train_rows, judged, config, folder, settings={"division": model.trained_on}, progress=progress,
+                about={"command": o.command_line(), "architecture": architecture, "data": str(data)},
+            )  # fmt: skip
+    if str(json) != "-":
+        typer.echo(result.table())
+    test = "" if test_data is None else f" --test-data {test_data}"
+    o.note(f"wrote {result.model}; next: offramp evaluate {result.model} --task {task} --data {data}{test}")
+    o.write_result({**result.to_dict(), "architecture": architecture}, json)
+
+
+def _column(given: str | None) -> Any:
+    """A name, or a place."""
+    return int(given) if given is not None and given.isdecimal() else given
+
+
+def _augmentation(name: str) -> Augmentation | None:
+    from offramp.classifiers import Augmentation
+
+    if name not in AUGMENTATIONS:
+        raise typer.BadParameter(f"--augment {name}: choose one of {', '.join(AUGMENTATIONS)}")
+    chosen = AUGMENTATIONS[name]
+    return None if chosen is None else Augmentation(*chosen)

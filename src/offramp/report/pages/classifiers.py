@@ -1,0 +1,156 @@
+"""The pages of classifiers: methods compared, one calibration, a training.
+
+They are made from results.json, result.json, and config.json with metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offramp.classifiers.result import ClassifierEvaluation
+from offramp.report import classifier_plots
+from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
+from offramp.training.run_folder import RunFolder
+
+
+def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
+    """The page of an evaluation.
+
+    Args:
+        folder: The run folder.
+        values: Its results.json.
+
+    Returns:
+        The page.
+    """
+    found = ClassifierEvaluation.from_dict(values)
+    conditions = dict(found.conditions)
+    sections = []
+    for test in found.tests:
+        blocks: list[Block] = [
+            _table(*found.mean_table(test)),
+            draw(
+                partial(classifier_plots.curves_figure, found, test),
+                f"Accuracy, NLPD and calibration error of every method over FLOPs, on {test}",
+            ),
+            draw(
+                partial(classifier_plots.reliability_figure, found, test),
+                f"Accuracy over confidence of each exit, by method, on {test}",
+            ),
+        ]
+        if (differences := found.difference_table(test))[1]:
+            blocks += [Text(("The same minus temperature's:",)), _table(*differences)]
+        blocks += [Text(("Along the curve over realised costs:",)), _table(*found.curve_table(test))]
+        sections.append(Section(f"On {test}: mean over the budgets", blocks))
+    first = found.tests[0]
+    sections += [
+        Section(f"Each exit alone, on {first}", [_table(*found.anytime_table(first))]),
+        Section("Asked and realised cost", [_table(*found.cost_table(first))]),
+        Section("How to read this", [Text(tuple(found.notes()))]),
+    ]
+    command = conditions.pop("command", None)
+    seeds = {"trained models": len(found.seeds)}
+    title = f"Classifier: {conditions.get('model', folder.name)}"
+    return Page(title, str(folder), [*sections, repeat(command, {**conditions, **seeds})])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Table:
+    marks = [
+        "static" if row[0].startswith("static") else "full" if row[0].startswith("full model") else "" for row in rows
+    ]
+    return Table(head, rows, marks)
+
+
+# ---------------------------------------------------------------- one calibration
+
+
+def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
+    """The page of a calibration.
+
+    Args:
+        folder: The run folder.
+        values: Its result.json.
+
+    Returns:
+        The page.
+    """
+    config, conditions = values["config"], dict(values["conditions"])
+    method = config["posterior"]["method"]
+    blocks: list[Block] = [_exits(values)]
+    if values["messages"]:
+        blocks.append(Text(tuple(f"* {message}" for message in values["messages"]), "bad"))
+    sections = [Section(f"Each exit, softmax -> {method}, on {values['rows']} threshold rows", blocks)]
+    if (certificate := values["certificate"]) is not None:
+        kept = values["kept"]
+        said = f"On the {kept['rows']} test rows: mean loss {kept['loss']:.4f}, saving {kept['saving']:.1%}."
+        mark = "good" if certificate["certified"] else "bad"
+        sections.append(Section("The certificate", [Text((certificate["words"], said), mark)]))
+    if values["sets"] is not None:
+        sections.append(Section("Nested sets, on the test rows", [_sets(values["sets"])]))
+    command = conditions.pop("command", None)
+    title = f"Calibration of a classifier: {conditions.get('model', folder.name)}, {method}"
+    return Page(title, str(folder), [*sections, repeat(command, conditions, config)])
+
+
+def _exits(values: Mapping[str, Any]) -> Table:
+    head = ["exit", "accuracy", "NLPD", "ECE", "T", "ω", "added FLOPs"]
+    rows = [
+        [
+            f"{place}{'*' if exit['edges'] else ''}",
+            *(f"{exit['before'][name]:.4f} → {exit['after'][name]:.4f}" for name in ("top1", "nlpd", "ece")),
+            f"{exit['temperature']:.3g}", "" if exit["omega"] is None else f"{exit['omega']:.3g}",
+            f"{exit['overhead']['counted']}",
+        ]
+        for place, exit in enumerate(values["exits"], 1)
+    ]  # fmt: skip
+    return Table(head, rows)
+
+
+def _sets(sets: Mapping[str, Any]) -> Table:
+    head = ["exit", "mean size", "holds the class", "so far at all exits", "empty", "one class"]
+    rows = []
+    for place, exit in enumerate(sets["exits"], 1):
+        shares = [exit[name]["value"] for name in ("coverage", "simultaneous", "empty")]
+        rows.append([f"{place}", f"{exit['size']:.2f}", *(f"{share:.3f}" for share in shares), f"{exit['small']:.3f}"])
+    return Table(head, rows)
+
+
+# ---------------------------------------------------------------- a training
+
+
+def training_page(folder: Path, config: dict[str, Any]) -> Page:
+    """The page of a training, finished or not.
+
+    Args:
+        folder: The run folder.
+        config: Its config.json.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: Nothing has been measured yet.
+    """
+    judged = [row for row in RunFolder(folder, writes=False).rows() if row["kind"] == "validation"]
+    if not judged:
+        raise ValueError(f"the training in {folder} has measured nothing yet; start it again to go on")
+    before, after, options = judged[0], judged[-1], config["config"]
+    rows = [
+        [f"{place + 1}", *(f"{row[name][place]:.3f}" for name in ("accuracy", "loss") for row in (before, after))]
+        for place in range(len(after["accuracy"]))
+    ]
+    done, wanted = after["epoch"], options["epochs"]
+    state = f"{done} of {wanted} epochs; judged on {after['rows']} rows of the tune split."
+    blocks: list[Block] = [Text((state,), "bad" if done < wanted else "")]
+    blocks.append(Table(["exit", "accuracy before", "after", "loss before (nats)", "after"], rows))
+    about = dict(config.get("about", {}))
+    command = about.pop("command", None)
+    division = config["settings"].get("division", {})
+    splits = {name: entry["rows"] for name, entry in division.get("splits", {}).items()}
+    conditions = {**about, "classes": config["data"]["classes"], "rows": splits or None}
+    title = f"Training of a classifier: {about.get('architecture', config['model']['kind'])}"
+    sections = [Section("What each exit reached", blocks), Section("Options", [facts(options)])]
+    return Page(title, str(folder), [*sections, repeat(command, conditions, options)])

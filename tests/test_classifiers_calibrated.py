@@ -1,0 +1,405 @@
+"""From a trained classifier to answers: passes that are kept, posteriors that belong to it, exits really taken."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from classifier_data import save_bert, write_idx, write_texts
+from offramp.classifiers import load
+from offramp.classifiers import passes as passes_module
+from offramp.classifiers.answers import answers
+from offramp.classifiers.architectures import build
+from offramp.classifiers.calibrate import CalibrationConfig, calibrate
+from offramp.classifiers.calibrated import Calibrated, load_calibrated
+from offramp.classifiers.certify import RowPromise
+from offramp.classifiers.compare import ComparisonConfig, compare
+from offramp.classifiers.divided import IMAGES, TEXTS, DataConfig, divide, record
+from offramp.classifiers.evaluate import Settings, charged
+from offramp.classifiers.passes import Passes
+from offramp.metrics.calibration import grade
+from offramp.risk import budgets, classifier_losses
+from offramp.uncertainty import nested_conformal
+from offramp.uncertainty.outputs import ExitOutputs
+from offramp.uncertainty.posterior import PosteriorConfig
+
+QUICK = PosteriorConfig("mie+laplace", n_mc=8, grid="meronen")
+
+
+def saved(architecture, config, data, folder, seed=0):
+    """A classifier in a folder with the record of its data; its heads are drawn wide, so that it is sure at times."""
+    splits = divide(config, data)
+    model = build(architecture, splits["train"], seed=seed).eval()
+    for place, head in enumerate(model.heads):
+        torch.nn.init.normal_(
+            head.linear.weight, std=1.5 * (place + 1), generator=torch.Generator().manual_seed(seed + place)
+        )
+    model.trained_on = record(config, splits)
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    place = tmp_path_factory.mktemp("images")
+    data = write_idx(place / "idx", train=180, test=40)
+    return saved("msdnet-small", DataConfig(IMAGES), data, place / "run" / "model"), data
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    place = tmp_path_factory.mktemp("texts")
+    bert, data = save_bert(place / "bert"), write_texts(place / "rows.tsv", 400)
+    return saved(str(bert), DataConfig(TEXTS, layout="sst2", longest=9), data, place / "run" / "model"), data
+
+
+@pytest.fixture(scope="module")
+def fitted(images, tmp_path_factory):
+    """Everything calibrated for the images."""
+    passes = Passes.of(images[0], IMAGES, images[1])
+    folder = tmp_path_factory.mktemp("calibrated") / "out"
+    config = CalibrationConfig(QUICK, promise=RowPromise("gap", 0.3, 0.2), alpha=0.2)
+    return passes, folder, calibrate(passes.outputs, config, folder, network=passes.network)
+
+
+# ---------------------------------------------------------------- passes
+
+
+def counted(monkeypatch):
+    """Which passes are made."""
+    made, collect = [], passes_module.collect
+
+    def counting(*arguments, path, **options):
+        made.append(path.name)
+        return collect(*arguments, path=path, **options)
+
+    monkeypatch.setattr(passes_module, "collect", counting)
+    return made
+
+
+def test_a_pass_is_made_once_and_says_what_the_exits_say(texts, tmp_path, monkeypatch):
+    made = counted(monkeypatch)
+    heard = []
+    passes = Passes.of(texts[0], TEXTS, texts[1], folder=tmp_path, batch_size=16, progress=lambda *a: heard.append(a))
+    found = passes.outputs("tune")
+    again = Passes.of(texts[0], TEXTS, texts[1], folder=tmp_path).outputs("tune")
+    assert made == ["tune.safetensors"]
+    count = len(passes.splits["tune"])
+    assert heard[0] == (0, count, "tune")
+    assert heard[-1] == (count, count, "tune")
+    assert torch.equal(found.logits, again.logits)
+    assert set(found.ids) == set(passes.splits["tune"].ids)
+    # row by row, without padding, against the classifier itself
+    model, by_id = load(texts[0]), dict(zip(found.ids, range(found.rows), strict=True))
+    rows = passes.splits["tune"]
+    for place in range(0, count, 7):
+        inputs = model.tokenizer(rows.inputs[place], return_tensors="pt", truncation=True, max_length=9)
+        with torch.no_grad():
+            logits = torch.stack([one.logits[0] for one in model(dict(inputs))])
+        at = by_id[rows.ids[place]]
+        torch.testing.assert_close(found.logits[:, at], logits, atol=1e-5, rtol=1e-4)
+        assert found.labels[at] == rows.labels[place]
+
+
+def test_a_pass_of_other_weights_or_rows_is_made_anew(texts, tmp_path, monkeypatch):
+    made = counted(monkeypatch)
+    passes = Passes.of(texts[0], TEXTS, texts[1], folder=tmp_path)
+    passes.outputs("tune")
+    passes.on("tune", passes.splits["test"])
+    other = replace(passes, classifier=load(texts[0]))
+    torch.nn.init.normal_(other.classifier.heads[0].linear.weight)
+    other.on("tune", passes.splits["test"])
+    other.on("tune", passes.splits["test"])
+    assert made == ["tune.safetensors"] * 3
+
+
+def test_a_run_of_another_task_or_data_has_no_passes(texts, images):
+    with pytest.raises(ValueError, match="not for image-classification"):
+        Passes.of(texts[0], IMAGES, texts[1])
+    with pytest.raises(FileNotFoundError):
+        Passes.of(images[0], IMAGES, texts[1])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Passes.of(images[0], IMAGES, images[1], batch_size=0)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_each_step_reads_its_own_split(images, tmp_path):
+    """Outputs of the splits that a step must not see are made unreadable."""
+    passes = Passes.of(images[0], IMAGES, images[1])
+    reads = []
+
+    def outputs(name):
+        reads.append(name)
+        return passes.outputs(name)
+
+    def run(**options):
+        reads.clear()
+        calibrate(outputs, CalibrationConfig(**options), tmp_path / "out", network="n")
+        return set(reads)
+
+    assert run(posterior=PosteriorConfig("temperature")) == {"tune", "threshold"}
+    assert run(posterior=QUICK) == {"train", "tune", "threshold"}
+    assert run(posterior=QUICK, fit_on="tune") == {"tune", "threshold"}
+    promise = RowPromise("consistency", 0.4, bound="binomial")
+    assert run(posterior=PosteriorConfig("vanilla"), promise=promise) == {"tune", "threshold", "calibrate", "test"}
+
+
+def test_metrics_before_and_after_are_those_of_the_threshold_split(fitted):
+    passes, _, result = fitted
+    rows = passes.outputs("threshold")
+    p = result.calibrated.posterior.probabilities(rows)
+    for e in range(4):
+        soft = rows.logits[e].double().softmax(-1)
+        assert result.before[e]["top1"] == pytest.approx(float((soft.argmax(-1) == rows.labels).double().mean()))
+        nlpd = -p[e][torch.arange(rows.rows), rows.labels].clamp(min=1e-12).log().mean()
+        assert result.after[e]["nlpd"] == pytest.approx(float(nlpd))
+        assert result.after[e]["ece"] == pytest.approx(float(_ece(p[e], rows.labels)))
+    table = result.table()
+    assert table.count("published formula") == 4
+    assert all(message in table for message in result.calibrated.posterior.messages)
+
+
+def _ece(p, labels, bins=15):
+    """As a loop over bins."""
+    sure, right, total = p.amax(-1), (p.argmax(-1) == labels).double(), 0.0
+    for b in range(bins):
+        inside = (sure >= b / bins) & ((sure < (b + 1) / bins) | (b == bins - 1))
+        if inside.any():
+            total += inside.double().mean() * (right[inside].mean() - sure[inside].mean()).abs()
+    return total
+
+
+def test_the_certificate_is_about_the_calibrate_rows_and_checked_on_the_test_rows(fitted):
+    passes, _, result = fitted
+    threshold = result.calibrated.certified
+    assert result.certificate.n == passes.outputs("calibrate").rows
+    rows = passes.outputs("test")
+    p = result.calibrated.posterior.probabilities(rows)
+    exits = budgets.leave(p.amax(-1), torch.full((4,), threshold, dtype=torch.float64))
+    losses = classifier_losses.performance_gap(p, rows.labels)[exits, torch.arange(rows.rows)]
+    assert result.kept["loss"] == pytest.approx(float(losses.mean()))
+    costs = charged(rows.costs, result.calibrated.posterior)
+    assert result.kept["saving"] == pytest.approx(1 - float(costs[exits].mean() / costs[-1]))
+
+
+def test_what_was_calibrated_comes_back_from_its_folder(fitted, images):
+    passes, folder, result = fitted
+    got = load_calibrated(folder, passes.network)
+    rows = passes.outputs("test")
+    assert torch.equal(got.posterior.probabilities(rows), result.calibrated.posterior.probabilities(rows))
+    assert torch.equal(got.confidences, result.calibrated.confidences)
+    assert torch.equal(got.costs, result.calibrated.costs)
+    assert got.certified == result.calibrated.certified
+    members = nested_conformal.apply_classes(got.sets, got.posterior.probabilities(rows)).members
+    expected = nested_conformal.apply_classes(result.calibrated.sets, got.posterior.probabilities(rows)).members
+    assert torch.equal(members, expected)
+    written = json.loads((folder / "result.json").read_text())
+    assert written["certificate"]["words"] == result.certificate.words()
+    assert len(written["exits"]) == 4
+    with pytest.raises(ValueError, match="was fitted on another network"):
+        load_calibrated(folder, "0" * 64)
+    with pytest.raises(ValueError, match="holds no posterior of a classifier"):
+        load_calibrated(images[0], passes.network)
+
+
+def test_thresholds_of_another_posterior_are_refused_and_old_sets_go(fitted, tmp_path):
+    passes, _, _ = fitted
+    both = (tmp_path / "one", tmp_path / "two")
+    for folder, method in zip(both, ("temperature", "mie"), strict=True):
+        alpha = 0.2 if method == "mie" else None
+        config = CalibrationConfig(PosteriorConfig(method), alpha=alpha)
+        calibrate(passes.outputs, config, folder, network=passes.network)
+    assert (both[1] / "sets").is_dir()
+    calibrate(passes.outputs, CalibrationConfig(PosteriorConfig("mie")), both[1], network=passes.network)
+    assert load_calibrated(both[1], passes.network).sets is None
+    (both[0] / "thresholds").rename(both[0] / "aside")
+    (both[1] / "thresholds").rename(both[0] / "thresholds")
+    with pytest.raises(ValueError, match="are of another posterior"):
+        load_calibrated(both[0], passes.network)
+
+
+def test_a_folder_with_something_else_is_left_alone(fitted, images):
+    passes, _, _ = fitted
+    with pytest.raises(FileExistsError, match="something else"):
+        calibrate(passes.outputs, CalibrationConfig(), images[0], network=passes.network)
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("asked", [0.3, 0.55, 0.9])
+def test_a_budget_is_met_on_the_threshold_rows(fitted, asked):
+    calibrated = fitted[2].calibrated
+    budget = calibrated.budget(asked)
+    full = float(calibrated.costs[-1])
+    assert budget.target == pytest.approx(asked * full)
+    exits = budgets.leave(calibrated.confidences, budget.thresholds)
+    assert budget.realised == pytest.approx(float(calibrated.costs[exits].mean()))
+    assert abs(budget.realised - budget.target) < 0.1 * full  # of 18 rows
+    same = calibrated.budget(asked * full)  # in FLOPs
+    assert torch.equal(same.thresholds, budget.thresholds)
+
+
+@pytest.mark.parametrize("asked", [0.01, -1.0, 3.0, float("nan"), 1e15])
+def test_a_budget_out_of_reach_says_what_can_be_had(fitted, asked):
+    calibrated = fitted[2].calibrated
+    with pytest.raises(ValueError, match=r"allowed are \d+ FLOPs per row .* to \d+"):
+        calibrated.budget(asked)
+
+
+def test_answers_are_those_of_all_exits_chosen_afterwards(texts, tmp_path):
+    passes = Passes.of(texts[0], TEXTS, texts[1], folder=tmp_path)
+    config = CalibrationConfig(replace(QUICK, n_mc=5), alpha=0.3)
+    calibrate(passes.outputs, config, tmp_path / "out", network=passes.network)
+    calibrated = load_calibrated(tmp_path / "out", passes.network)
+    thresholds = calibrated.budget(0.6).thresholds
+    rows = passes.splits["test"]
+    outputs = passes.outputs("test")
+    p = calibrated.posterior.probabilities(outputs)
+    exits = budgets.leave(p.amax(-1), thresholds)
+    members = nested_conformal.apply_classes(calibrated.sets, p).members
+    assert len(set(exits.tolist())) > 1
+    found = answers(passes.classifier, rows.inputs, calibrated=calibrated, thresholds=thresholds, batch_size=7)
+    by_id = dict(zip(rows.ids, found, strict=True))
+    added = [calibrated.posterior.overhead(e).counted for e in range(3)]
+    for at, name in enumerate(outputs.ids):
+        got, e = by_id[name], int(exits[at])
+        assert got.exit == e + 1
+        assert got.layer == passes.classifier.layers[e]
+        assert got.probability == pytest.approx(float(p[e, at].max()), abs=1e-4)
+        assert got.label == rows.classes[int(p[e, at].argmax())]
+        assert set(got.set) == {rows.classes[c] for c in members[e, at].nonzero()[:, 0].tolist()}
+        ratio = (got.flops - sum(added[: e + 1])) / (got.flops / got.share)
+        assert ratio == pytest.approx((e + 1) / 3, abs=0.02)  # three like blocks
+
+
+def test_later_blocks_are_not_run(fitted, images, monkeypatch):
+    passes, _, result = fitted
+    files = _pictures(passes, 3, images[1].parent)
+    deepest = []
+    run = passes.classifier.backbone.run
+    monkeypatch.setattr(passes.classifier.backbone, "run", lambda s, lo, hi: deepest.append(hi) or run(s, lo, hi))
+    found = answers(passes.classifier, files, calibrated=result.calibrated, thresholds=-1.0)
+    assert {a.exit for a in found} == {1}
+    assert max(deepest[:1]) == 1  # the costs are counted after that, on shapes
+    found = answers(passes.classifier, files, calibrated=result.calibrated)
+    assert {a.exit for a in found} == {4}
+    assert all(a.share > 1 for a in found)  # the full network and the posterior
+
+
+def _pictures(passes, count, folder):
+    image = pytest.importorskip("PIL.Image")
+    rows, files = passes.splits["test"], []
+    for place in range(count):
+        files.append(str(folder / f"{place}.png"))
+        image.fromarray(rows.inputs[place, ..., 0]).save(files[-1])
+    return files
+
+
+def test_an_image_is_classified_as_the_row_it_was(fitted, images):
+    passes, _, result = fitted
+    files = _pictures(passes, 4, images[1].parent)
+    found = answers(passes.classifier, files, calibrated=result.calibrated)
+    outputs = passes.outputs("test")
+    p = result.calibrated.posterior.probabilities(outputs)[-1]
+    for place, answer in enumerate(found):
+        at = outputs.ids.index(passes.splits["test"].ids[place])
+        assert list(answer.probabilities.values()) == pytest.approx(p[at].tolist(), abs=1e-4)
+    with pytest.raises(FileNotFoundError, match="is missing; give an image"):
+        answers(passes.classifier, ["none.png"])
+
+
+def test_pairs_need_two_texts(tmp_path):
+    bert = save_bert(tmp_path / "bert")
+    lines = [f"a film\tgood plot {i % 5}\t{i % 3}" for i in range(120)]
+    (tmp_path / "pairs.tsv").write_text("one\ttwo\tlabel\n" + "\n".join(lines) + "\n")
+    config = DataConfig(TEXTS, text="one", pair="two")
+    model = load(saved(str(bert), config, tmp_path / "pairs.tsv", tmp_path / "model"))
+    (answer,) = answers(model, ["a film\tgood plot"])
+    inputs = model.tokenizer("a film", "good plot", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(dict(inputs))[-1].logits.softmax(-1)[0]
+    assert list(answer.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    for wrong in ("a film", "a film\t"):
+        with pytest.raises(ValueError, match="is no pair of texts; put a tab"):
+            answers(model, [wrong])
+    with pytest.raises(ValueError, match="nothing to classify"):
+        answers(model, [])
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("offramp.report.classifier_plots.available", lambda: False)  # they take long
+    model, data = images
+    other = saved("msdnet-small", DataConfig(IMAGES, seed=1), data, tmp_path / "other" / "model", seed=1)
+    methods = ("vanilla", "temperature", "mie")
+    config = ComparisonConfig(methods, QUICK, corruptions=("noise",), limit=24, settings=Settings(resamples=20))
+
+    def run():
+        networks = [Passes.of(path, IMAGES, data) for path in (model, other)]
+        return compare(networks, config, tmp_path / "out", conditions={"model": "tiny"}), networks
+
+    found, networks = run()
+    assert found.tests == ("clean", "noise 3")
+    assert len(found.seeds) == 2
+    summary = found.mean("clean", "temperature", "nlpd")
+    each = [m.mean["nlpd"].value for m in found.of("clean", "temperature")]
+    assert (summary.mean, summary.sd) == (pytest.approx(np.mean(each)), pytest.approx(np.std(each, ddof=1)))
+    # records agree with the posterior and the outputs they were made of
+    rows = [json.loads(line) for line in gzip.open(tmp_path / "out" / "records-1-noise-3.jsonl.gz", "rt")]
+    assert len(rows) == 24
+    outputs = networks[1].outputs("threshold")
+    assert isinstance(outputs, ExitOutputs)
+    alone = found.of("noise 3", "vanilla")[1].alone
+    for exit_ in range(4):
+        right = np.mean([row["methods"]["vanilla"]["class"][exit_] == row["label"] for row in rows])
+        assert alone[exit_].metrics["top1"] == pytest.approx(right)
+    # a static exit is charged a network cut there
+    static = found.of("clean", "static exit, vanilla")[0]
+    heads = static.alone[3].cost
+    assert heads < found.of("clean", "vanilla")[0].alone[3].cost
+    # again: no pass and no fit
+    made = counted(monkeypatch)
+    monkeypatch.setattr("offramp.classifiers.compare.fit_posterior", None)
+    again, _ = run()
+    assert made == []
+    assert again.to_dict() == found.to_dict()
+
+
+def test_networks_that_cannot_be_averaged_are_refused(images, texts, tmp_path):
+    passes = Passes.of(images[0], IMAGES, images[1])
+    with pytest.raises(ValueError, match="are the same"):
+        compare([passes, passes], ComparisonConfig(), tmp_path, conditions={})
+    with pytest.raises(ValueError, match="layers of one network"):
+        compare([passes, Passes.of(texts[0], TEXTS, texts[1])], ComparisonConfig(), tmp_path, conditions={})
+    config = ComparisonConfig(("vanilla",), corruptions=("blur",))
+    with pytest.raises(ValueError, match="corruptions are for images"):
+        compare([Passes.of(texts[0], TEXTS, texts[1])], config, tmp_path, conditions={})
+    for options, words in (
+        ({"methods": ("lapalce",)}, "no method 'lapalce'"), ({"methods": ()}, "no method is named"),
+        ({"corruptions": ("fog",)}, "no corruption 'fog'"), ({"severity": 6}, "severity is 6"),
+        ({"limit": 1}, "limit is 1"), ({"fit_on": "test"}, "fit_on is 'test'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            ComparisonConfig(**options)
+    (tmp_path / "results.json").write_text('{"schema": "offramp/evaluate/1"}')
+    with pytest.raises(ValueError, match="results of another kind"):
+        compare([passes], ComparisonConfig(), tmp_path, conditions={})
+
+
+def test_calibrated_of_a_split_charges_the_posterior(fitted):
+    passes, _, result = fitted
+    found = Calibrated.of(result.calibrated.posterior, passes.outputs("threshold"))
+    outputs = passes.outputs("threshold")
+    for e in range(4):
+        added = sum(result.calibrated.posterior.overhead(at).counted for at in range(e + 1))
+        assert float(found.costs[e]) == float(outputs.costs[e]) + added
+    graded = grade(result.calibrated.posterior.probabilities(outputs)[2], outputs.labels)
+    assert np.array_equal(found.confidences[2].numpy(), graded.confidence)

@@ -1,0 +1,133 @@
+"""The division of a user's data: the same again later, and nothing else passes for it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from classifier_data import write_idx, write_texts
+from offramp.classifiers.divided import IMAGES, SCHEMA, TEXTS, DataConfig, divide, read_again, record
+from offramp.tasks.labelled import SHARES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_idx(tmp_path_factory.mktemp("data") / "idx")
+
+
+def again(config, splits, task, *files):
+    """Read by a record that went through a file."""
+    return read_again(json.loads(json.dumps(record(config, splits))), task, *files)
+
+
+def test_a_published_test_split_stays_whole_and_the_rest_is_divided(folder):
+    splits = divide(DataConfig(IMAGES), folder)
+    assert list(splits) == list(SHARES)
+    assert set(splits["test"].ids) == {f"test/{i}" for i in range(60)}
+    others = [rows for name, rows in splits.items() if name != "test"]
+    assert sorted(i for rows in others for i in rows.ids) == sorted(f"train/{i}" for i in range(240))
+    assert len(splits["train"]) == 240 * 6 // 9
+    for name, rows in splits.items():  # each with every class
+        assert min(rows.counts) > 0, name
+
+
+def test_the_same_division_again_and_another_with_another_seed(folder):
+    config = DataConfig(IMAGES, classes=("a", "b", "c"), seed=3, count=120)
+    splits = divide(config, folder)
+    read, found = again(config, splits, IMAGES, folder)
+    assert read == config
+    for name, rows in splits.items():
+        assert found[name].ids == rows.ids
+        assert found[name].classes == ("a", "b", "c")
+        assert np.array_equal(found[name].inputs, rows.inputs)
+    assert sum(len(rows) for name, rows in splits.items() if name != "test") == 120
+    assert divide(DataConfig(IMAGES, seed=4, count=120), folder)["train"].ids != splits["train"].ids
+
+
+@settings(max_examples=20, deadline=None)
+@given(change=st.sampled_from(["label", "word", "row", "order", "name"]), place=st.integers(0, 99))
+def test_any_other_row_is_refused(tmp_path_factory, change, place):
+    path = write_texts(tmp_path_factory.mktemp("texts") / "rows.tsv", 100)
+    config = DataConfig(TEXTS, layout="sst2")
+    splits = divide(config, path)
+    lines = path.read_text().splitlines()
+    text, label = lines[place].split("\t")
+    if change == "label":
+        lines[place] = f"{text}\t{1 - int(label)}"
+    elif change == "word":
+        lines[place] = f"{text} film\t{label}"
+    elif change == "row":
+        del lines[place]
+    elif change == "order":
+        if lines[place] == lines[place - 1]:
+            return
+        lines[place], lines[place - 1] = lines[place - 1], lines[place]
+    other = path.with_name("other.tsv") if change == "name" else path
+    other.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="is not what the model was trained and divided with"):
+        again(config, splits, TEXTS, other)
+
+
+def test_a_test_file_of_its_own(tmp_path):
+    path, test = write_texts(tmp_path / "train.tsv"), write_texts(tmp_path / "dev.tsv", 50, seed=1)
+    config = DataConfig(TEXTS, layout="sst2")
+    splits = divide(config, path, test)
+    assert len(splits["test"]) == 50
+    assert sum(map(len, splits.values())) == 290
+    assert again(config, splits, TEXTS, path, test)[1]["test"].digest() == splits["test"].digest()
+    with pytest.raises(ValueError, match="its train split has"):  # which the test file had no share in
+        again(config, splits, TEXTS, path)
+    with pytest.raises(ValueError, match="splits train and test share"):
+        divide(config, path, path)
+
+
+def test_texts_by_columns_of_any_name_or_place(tmp_path):
+    named = write_texts(tmp_path / "named.tsv", 60, header=True)
+    placed = write_texts(tmp_path / "placed.tsv", 60)
+    by_name = divide(DataConfig(TEXTS), named)
+    by_place = divide(DataConfig(TEXTS, text=0, label=1, classes=("0", "1")), placed)
+    assert [sorted(s.inputs) for s in by_name.values()] == [sorted(s.inputs) for s in by_place.values()]
+    assert by_name["train"].classes == ("0", "1")
+
+
+def test_the_layout_of_images_is_seen_by_their_files(tmp_path):
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (50, 3072)), np.arange(50) % 10
+    content = np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8)
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        (tmp_path / name).write_bytes(content.tobytes())
+    splits = divide(DataConfig(IMAGES), tmp_path)
+    assert splits["test"].inputs.shape == (50, 32, 32, 3)
+    assert len(splits["test"].classes) == 10
+
+
+def test_bad_input_is_said_in_a_line(folder, tmp_path):
+    with pytest.raises(ValueError, match="allowed are image-classification, text-classification"):
+        DataConfig("images")
+    with pytest.raises(ValueError, match="allowed for text-classification are sst2"):
+        DataConfig(TEXTS, layout="idx")
+    with pytest.raises(ValueError, match="count is 0"):
+        DataConfig(IMAGES, count=0)
+    with pytest.raises(ValueError, match="the only class named is 'a'"):
+        DataConfig(IMAGES, classes=("a",))
+    with pytest.raises(ValueError, match=r"label 2; allowed are 0\.\.1"):
+        divide(DataConfig(IMAGES, classes=("a", "b")), folder)
+    with pytest.raises(ValueError, match="has a test split of its own"):
+        divide(DataConfig(IMAGES), folder, folder)
+    with pytest.raises(ValueError, match="too few"):
+        divide(DataConfig(IMAGES, count=5), folder)
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        divide(DataConfig(TEXTS), tmp_path / "none.tsv")
+    with pytest.raises(ValueError, match="does not say what it was trained on"):
+        read_again({}, IMAGES, folder)
+    with pytest.raises(ValueError, match="was trained for image-classification, not for text-classification"):
+        read_again({**record(DataConfig(IMAGES), {}), "schema": SCHEMA}, TEXTS, folder)
+
+
+def test_drawing_rows_leaves_the_outer_draws_alone(folder):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    divide(DataConfig(IMAGES, count=50), folder)
+    assert torch.equal(before, torch.get_rng_state())
