@@ -53,9 +53,10 @@ CONTROLS = ("dedier_gate", "dedier_permuted", "dedier_mean", "dedier_oracle")
 AT_ONE = tuple(f"{name}+alpha=1" for name in ("dedier", *SIGNALS))
 UNGATED = ("dedier+gate=all+alpha=1", "laplace+gate=all+alpha=1", "laplace+gate=all")
 TERMS = tuple(f"{name}+fraction=0.5" for name in ("kd", "dedier", "dedier_code", "dedier_permuted"))
+SCALED = ("dedier_gate+normalise=mean", "dedier+alpha=1+normalise=mean")
 FRACTIONS = ("kd+fraction=0.1", "kd+fraction=1.0")
 SELF = ("kd+self",)
-METHODS = (*PLAIN, *DISTILLED, *SIGNALS, *CONTROLS, *AT_ONE, *UNGATED, *TERMS, *FRACTIONS)
+METHODS = (*PLAIN, *DISTILLED, *SIGNALS, *CONTROLS, *AT_ONE, *UNGATED, *TERMS, *SCALED, *FRACTIONS)
 RULE, FREE_RULE = "val_worst_group", "val_average"
 
 # ---------------------------------------------------------------- running
@@ -198,6 +199,7 @@ def claims(
         ("4b. … above SimKD and DeTT", [*both("dedier", "simkd"), *both("dedier", "dett")]),
         ("4c. … above its permuted and its mean-matched weights", [*both("dedier", "dedier_permuted"), *both("dedier", "dedier_mean")]),
         ("5. The margin matters beyond the gate (α = 1 against the gate alone)", both("dedier+alpha=1", "dedier_gate")),
+        ("5b. … with weights divided by their mean", both("dedier+alpha=1+normalise=mean", "dedier_gate+normalise=mean")),
         ("6a. Laplace's margin is above the margin, gated, α = 1", both("laplace+alpha=1", "dedier+alpha=1")),
         ("6b. … not gated, α = 1", both("laplace+gate=all+alpha=1", "dedier+gate=all+alpha=1")),
         ("6c. … gated, at the published α", both("laplace", "dedier")),
@@ -219,11 +221,13 @@ def answer(found: Sequence[Evidence]) -> str:
     return verdicts.pop() if len(verdicts) == 1 else "undecided" if found else "not run"
 
 
-def claims_table(found: list[tuple[str, list[Evidence]]]) -> str:
+def claims_list(found: list[tuple[str, list[Evidence]]]) -> str:
     """Claims, answers and evidence."""
-    return markdown(
-        ["claim", "answer", "evidence"], [[claim, answer(e), "; ".join(part.words() for part in e) or "–"] for claim, e in found]
-    )  # fmt: skip
+    lines = []
+    for claim, evidence in found:
+        lines.append(f"- {claim}: **{answer(evidence)}**")
+        lines += [f"  - {part.words()}" for part in evidence]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the page
@@ -266,7 +270,7 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
         f"{len(results)} runs, {np.median(seconds):.1f} s of one core each (median), {sum(seconds) / 3600:.2f} h in all. "
         f"One teacher per seed. Options of the data: {json.dumps(study['data']['options'])}.",
         difficulty(name, by_method(results, "erm")),
-        claims_table(claims(results, teachers)),
+        claims_list(claims(results, teachers)),
         "Teachers themselves:", rules_table(teachers) if teachers else "none",
     ]  # fmt: skip
     for teacher in TEACHERS:

@@ -28,6 +28,7 @@ from offramp.classifiers.saving import load
 from offramp.classifiers.trainer import train_classifier
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
+from offramp.distillation.budget import label_budget
 from offramp.distillation.config import APART, Run
 from offramp.distillation.data import divided, group_counts, load_set, minority_of
 from offramp.distillation.early_exits import fit_early_exits
@@ -41,7 +42,7 @@ from offramp.metrics.group_exits import exits_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.metrics.groups import flip_rate, group_report
-from offramp.metrics.selection import WITH_GROUPS, LabelBudget, judge
+from offramp.metrics.selection import judge
 from offramp.report.groups import plain
 from offramp.tasks.group_sets import Grouped, GroupedSet
 
@@ -346,6 +347,7 @@ def _judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histo
     report = group_report(outputs.logits[-1], labels, groups, split="test", train_counts=counts)
     flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
     metrics = [json.loads(line) for line in _lines(folder / "training" / "metrics.jsonl")]
+    budget = label_budget(run, len(parts.data.train) if counts else 0, len(parts.kept[0]), len(test))
     return {
         "groups": {"names": groups.names, "train": counts, "test": groups.counts.tolist()},
         "selected": epoch,
@@ -355,7 +357,7 @@ def _judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histo
         "adjusted": report.adjusted,
         "exits": asdict(exits),
         "flip_rate": None if flips is None else asdict(flips),
-        "budget": [[use, split, count] for (use, split), count in label_budget(run, parts).used.items()],
+        "budget": [[use, split, count] for (use, split), count in budget.used.items()],
         "parameters": sum(p.numel() for p in student.parameters()),
     }
 
@@ -391,25 +393,3 @@ def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
         for name, value in row.get("terms", {}).items():
             sums.setdefault(name, {}).setdefault(row["epoch"], []).append(value)
     return {name: [sum(v) / len(v) for v in epochs.values()] for name, epochs in sums.items()}
-
-
-def label_budget(run: Run, parts: Parts) -> LabelBudget:
-    """Where group labels were used, the teacher's included."""
-    train, select, test = len(parts.data.train), len(parts.kept[0]), len(parts.data.test)
-    budget = LabelBudget().plus("reporting", "test", test)
-    if parts.data.train.groups is not None:
-        budget = budget.plus("reporting", "train", train)
-    taught = run.teacher_run()
-    if taught is not None:
-        if taught.method.needs_groups:
-            budget = budget.plus("teacher training", "train", train)
-        if taught.method.refit or taught.study.select in WITH_GROUPS:
-            budget = budget.plus("teacher training", "val", select)
-    method = run.method
-    if method.balanced or method.loss == "group_dro":
-        budget = budget.plus("student training", "train", train)
-    if method.refit:
-        budget = budget.plus("student training", "val", select)
-    if method.weights is not None and method.weights.control == "oracle":
-        budget = budget.plus("weights", "train", train)
-    return budget.plus("selection", "val", select) if run.study.select in WITH_GROUPS else budget

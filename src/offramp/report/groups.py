@@ -15,7 +15,7 @@ from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import ExitsByGroup
 from offramp.metrics.group_weights import WeightDiagnostics
 from offramp.metrics.groups import GroupReport
-from offramp.metrics.seeds import Paired, SeedSummary
+from offramp.metrics.seeds import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, LabelBudget, choices
 from offramp.tables import markdown
 
@@ -125,7 +125,7 @@ def seeds_table(summaries: Mapping[str, SeedSummary], comparisons: Mapping[str, 
         against = comparisons.get(name)
         rows.append(
             [
-                name, f"{s.seeds}", f"{s.mean_of_minima.mean:.1%} ± {s.mean_of_minima.sd:.1%}",
+                name, f"{s.seeds}", _spread(s.mean_of_minima),
                 f"{s.minimum_of_means:.1%} ({s.minimum_group})",
                 *(
                     ["", "", "reference"]
@@ -209,6 +209,10 @@ def save_report(values: Mapping[str, Any], folder: Path) -> list[Path]:
 
     replace_file(folder / "groups.csv", write)
     return [folder / "groups.json", folder / "groups.csv"]
+
+
+def _spread(value: Spread) -> str:
+    return f"{value.mean:.1%}" + (f" ± {value.sd:.1%}" if value.sd == value.sd else "")
 
 
 def _percent(value: float | None) -> str:
