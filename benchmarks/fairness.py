@@ -9,6 +9,8 @@
 A grid that was interrupted goes on. The page is made of the grids' results alone.
 """
 
+# ruff: noqa: E501 - one claim, one line
+
 import argparse
 import json
 import os
@@ -30,7 +32,6 @@ from offramp.distillation.report import (
     by_method,
     detection_table,
     exits_of_methods,
-    group_accuracies,
     groups_of_methods,
     methods_table,
     rules_table,
@@ -74,12 +75,13 @@ def study_of(name: str, data: str | None) -> tuple[Study, Mapping[str, Any]]:
 
 
 def run(name: str, options: argparse.Namespace) -> None:
+    """Train what is missing, seed by seed: finished seeds are a result already."""
     study, settings = study_of(name, options.data)
     root = Path(options.out) / name
     names = options.methods.split(",") if options.methods else list(METHODS)
     teachers = options.teachers.split(",")
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
-    for seed in seeds:  # finished seeds are a result already
+    for seed in seeds:
         asked = runs(study, names, teachers, [seed], settings)
         show = lambda done, total, key: print(f"seed {seed}: {done}/{total} {key}", flush=True)  # noqa: B023, E731
         run_grid(asked, root, processes=options.processes, progress=show)
@@ -127,9 +129,11 @@ class Evidence:
 
     @property
     def verdict(self) -> str:
+        """By the t interval."""
         return "yes" if self.low > 0 else "no" if self.high < 0 else "undecided"
 
     def words(self) -> str:
+        """What was compared, and the difference."""
         return f"{self.what}: {self.mean:+.1%} ({self.low:+.1%} to {self.high:+.1%}, {self.seeds} seeds)"
 
 
@@ -216,6 +220,7 @@ def answer(found: Sequence[Evidence]) -> str:
 
 
 def claims_table(found: list[tuple[str, list[Evidence]]]) -> str:
+    """Claims, answers and evidence."""
     return markdown(
         ["claim", "answer", "evidence"], [[claim, answer(e), "; ".join(part.words() for part in e) or "–"] for claim, e in found]
     )  # fmt: skip
@@ -252,6 +257,7 @@ def difficulty(name: str, own: Kind) -> str:
 
 
 def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, list[dict[str, Any]]]) -> str:
+    """What was found on one set."""
     seconds = [r["seconds"]["cpu"] for r in results]
     study = results[0]["study"]
     parts = [
@@ -279,7 +285,8 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
     return "\n\n".join(parts)
 
 
-def page(out: Path) -> None:
+def page(out: Path, target: Path) -> None:
+    """Write the page and its pictures from all finished runs."""
     found = {name: (results_in(out / name), teachers_in(out / name)) for name in STUDIES}
     found = {name: pair for name, pair in found.items() if pair[0]}
     if not found:
@@ -289,14 +296,14 @@ def page(out: Path) -> None:
     for name, (results, _) in found.items():
         drawings[f"fair-{name}"] = lambda results=results: worst_figure(results)  # type: ignore[misc]
         drawings[f"fair-{name}-exits"] = lambda results=results: exits_figure(results)  # type: ignore[misc]
-    save_figures(drawings, PAGE.parent / "pictures")
+    save_figures(drawings, target.parent / "pictures")
     table = {name: dict(claims(*pair)) for name, pair in found.items()}
     first = next(iter(table.values()))
     rows = [[claim, *(answer(table[name][claim]) for name in table)] for claim in first]
     head = f"""# Fair distillation, really run
 
-Made by `benchmarks/fairness.py` with offramp {offramp.__version__}, torch {torch.__version__}, Python {platform.python_version()},
-{os.cpu_count()} cores. Students, teachers and data are drawn anew for every seed; all methods share a seed's data, order and
+Made by `benchmarks/fairness.py` with offramp {offramp.__version__}, torch {torch.__version__},
+Python {platform.python_version()}, {os.cpu_count()} cores. Students, teachers and data are drawn anew for every seed; all methods share a seed's data, order and
 teacher. Figures are test accuracies of the worst group, in the mean over seeds of each run's minimum, at the epoch that
 {RULE} chooses, unless said otherwise; ± is a standard deviation with S - 1 below.
 
@@ -313,9 +320,9 @@ these answers are not corrected for their number; the tables of methods give p-v
         )
         + "\n"
     )
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    print(f"wrote {target}")
 
 
 def worst_figure(results: list[dict[str, Any]]) -> Any:
@@ -363,6 +370,7 @@ def exits_figure(results: list[dict[str, Any]]) -> Any:
 
 
 def main() -> None:
+    """Parse, and train or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=(*STUDIES, "page"))
     parser.add_argument("--data", help="folder of MNIST's files, or SNLI's file")
@@ -372,9 +380,10 @@ def main() -> None:
     parser.add_argument("--teachers", default=",".join(TEACHERS))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", default="runs/fairness")
+    parser.add_argument("--page", default=str(PAGE), help="file to write")
     options = parser.parse_args()
     if options.study == "page":
-        page(Path(options.out))
+        page(Path(options.out), Path(options.page))
     else:
         run(options.study, options)
 

@@ -8,15 +8,22 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from typer.testing import CliRunner
 
-from cli_runs import run_cli
+from offramp import cli
 from offramp.distillation.networks import word_tokenizer
-from offramp.tasks.labelled import Labelled
 from offramp.tasks.group_nli import MULTINLI
 from offramp.tasks.group_toxicity import FILE, IDENTITIES
+from offramp.tasks.labelled import Labelled
 
 Image = pytest.importorskip("PIL.Image")
 FEW = ["--seeds", "1", "--epochs", "1", "--method", "erm,kd,dedier"]
+
+
+def run_cli(*arguments):
+    """Exit status, standard output, and what went wrong."""
+    found = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return found.exit_code, found.stdout, found.stderr + str(found.exception or "")
 
 
 def write(path, head, rows):
@@ -71,7 +78,9 @@ def multinli(tmp_path):
             for n in range(count):
                 said = [draw.choice(WORDS[:7]) for _ in range(4)] + ["never"] * (n % 2)
                 label = ("contradiction", "entailment", "neutral")[n // 2 % 3]
-                out.write(json.dumps({"gold_label": label, "sentence1": "a dog runs", "sentence2": " ".join(said)}) + "\n")
+                out.write(
+                    json.dumps({"gold_label": label, "sentence1": "a dog runs", "sentence2": " ".join(said)}) + "\n"
+                )
     return ["--task", "multinli", "--data", str(folder)]
 
 
@@ -118,7 +127,8 @@ def test_published_image_sets(name, request, tmp_path):
         "--teacher-method", "group_dro", "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert code == 0, err
-    for said in ("Teacher: group_dro", "| dedier", "val_group_mean", "teacher training train", "cannot be trusted"):
+    assert "no worst group can be trusted" in out
+    for said in ("Teacher: group_dro", "| dedier", "val_group_mean", "teacher training train"):
         assert said in out
 
 
@@ -145,8 +155,28 @@ def run_settings(name):
 
 def test_a_stand_in_needs_nothing_else(tmp_path):
     pytest.importorskip("sklearn")
-    command = ["distill", "small-cnn:4", "--teacher", "small-cnn:4", "--data", "stand-in:digits-on-colour", "--seeds", "2"]
-    command += ["--epochs", "1", "--method", "erm,kd,dedier+alpha=1", "--teacher-method", "erm", "--out", str(tmp_path)]
+    command = [
+        "distill",
+        "small-cnn:4",
+        "--teacher",
+        "small-cnn:4",
+        "--data",
+        "stand-in:digits-on-colour",
+        "--seeds",
+        "2",
+    ]
+    command += [
+        "--seeds",
+        "2",
+        "--epochs",
+        "1",
+        "--method",
+        "erm,kd,dedier+alpha=1",
+        "--teacher-method",
+        "erm",
+        "--out",
+        str(tmp_path),
+    ]
     code, out, err = run_cli(*command, "--json", str(tmp_path / "found.json"))
     assert code == 0, err
     found = json.loads((tmp_path / "found.json").read_text())["teachers"]["erm"]

@@ -18,8 +18,8 @@ from offramp.distillation.data import divided, load_set, minority_of
 from offramp.distillation.dfr import balanced, l1_logistic, refitted
 from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.grid import ensure, execute
-from offramp.distillation.methods import METHODS as ALL
 from offramp.distillation.history import History
+from offramp.distillation.methods import METHODS as ALL
 from offramp.distillation.networks import Prepared, build, rows_for
 from offramp.distillation.simkd import ProjectedHead, features_of, with_teachers_classifier
 from offramp.distillation.teacher import load_logits, logits_of_all, save_logits
@@ -51,8 +51,8 @@ def result_of(folder):
 # ---------------------------------------------------------------- every method runs, and keeps what it should
 
 METHODS = [
-    "erm", "jtt", "group_balanced", "group_dro", "lff", "dfr", "kd", "simkd", "dett", "dedier", "laplace_variance", "avcs",
-    "nested", "dedier_permuted", "dedier_oracle",
+    "erm", "jtt", "group_balanced", "group_dro", "lff", "dfr", "kd", "simkd", "dett", "dedier", "laplace_variance",
+    "avcs", "nested", "dedier_permuted", "dedier_oracle",
 ]  # fmt: skip
 
 
@@ -272,11 +272,11 @@ def test_logits_on_disk_go_by_row_and_class(tmp_path):
     assert torch.equal(load_logits(path, rows), logits)
     with pytest.raises(ValueError, match="made by another teacher"):
         load_logits(path, rows, "someone else")
+    save_logits(path, logits[:7], rows.ids[:7], rows.classes, "someone")
     with pytest.raises(ValueError, match=f"says nothing of the training row '{rows.ids[7]}'"):
-        save_logits(path, logits[:7], rows.ids[:7], rows.classes, "someone")
         load_logits(path, rows)
+    save_logits(path, logits, rows.ids, ("low", "big"), "someone")
     with pytest.raises(ValueError, match="class 1 is 'high' for the student and 'big' for the teacher"):
-        save_logits(path, logits, rows.ids, ("low", "big"), "someone")
         load_logits(path, rows)
     with pytest.raises(ValueError, match="is missing or damaged"):
         load_logits(tmp_path / "nothing", rows)

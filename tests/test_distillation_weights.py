@@ -164,9 +164,8 @@ def test_doubt_makes_margins_smaller():
 
 def test_sets_of_another_readout_are_refused():
     evidence = evidence_of()
-    old = Evidence(
-        evidence.reading, Reading(7, *[getattr(evidence.tune, n) for n in ("features", "logits", "labels", "ids")])
-    )
+    parts = [getattr(evidence.tune, name) for name in ("features", "logits", "labels", "ids")]
+    old = Evidence(evidence.reading, Reading(7, *parts))
     with pytest.raises(ValueError, match="read after epoch 7, the training rows after epoch 0"):
         signal("set_size", old)
     with pytest.raises(ValueError, match="need rows outside training"):
@@ -222,8 +221,11 @@ def test_presets_are_what_the_papers_say():
     changed = method("laplace+alpha=1+fraction=0.5", {"weights": {"beta": 3.5, "readout": {"depth": 2}}})
     assert (changed.weights.alpha, changed.weights.beta, changed.fraction) == (1, 3.5, 0.5)
     assert changed.weights.readout.depth == 2
-    for text, said in (("dedeir", "there is no method 'dedeir'"), ("kd+alpha=1", "has no weights"),
-                       ("dedier+colour=1", "has no 'colour'"), ("dedier+alpha=x", "alpha is 'x'; a int or float")):  # fmt: skip
+    wrong = {
+        "dedeir": "there is no method 'dedeir'", "kd+alpha=1": "has no weights", "dedier+colour=1": "has no 'colour'",
+        "dedier+alpha=x": "alpha is 'x'; a int or float",
+    }  # fmt: skip
+    for text, said in wrong.items():
         with pytest.raises(ValueError, match=said):
             method(text)
 

@@ -15,17 +15,17 @@ def distill(
         str | None,
         typer.Argument(
             metavar="STUDENT",
-            help="What is trained: small-cnn:WIDTH (small images), text:LAYERSxWIDTH (new, with the words of the data), "
-            "or a pretrained encoder by packaged name, folder or hub id, maybe with :N for its first N layers. May stand "
-            "in --config.",
+            help="What is trained: small-cnn:WIDTH (small images), text:LAYERSxWIDTH (new, with the words of the "
+            "data), or a pretrained encoder by packaged name, folder or hub id, maybe with :N for its first N layers. "
+            "May stand in --config.",
         ),
     ] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NETWORK|FOLDER|logits:FILE",
-            help="A network, described as STUDENT, that is trained here first; a folder with a classifier that was saved; "
-            "or logits on disk. May be given several times, but only one network.",
+            help="A network, described as STUDENT, that is trained here first; a folder with a classifier that was "
+            "saved; or logits on disk. May be given several times, but only one network.",
         ),
     ] = None,
     teacher_method: Annotated[
@@ -56,8 +56,8 @@ def distill(
         str | None,
         typer.Option(
             metavar="FILE|NAME",
-            help="Settings as JSON; waterbirds, celeba, multinli and civilcomments come with the published ones, stand-ins with "
-            "ours, which are used without asking.",
+            help="Settings as JSON; waterbirds, celeba, multinli and civilcomments come with the published ones, "
+            "stand-ins with ours, which are used without asking.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
@@ -155,9 +155,9 @@ def study_of(
         raise typer.BadParameter("--data is missing; give a local folder, or stand-in:digits-on-colour")
     if source is None:
         raise typer.BadParameter("STUDENT is missing; give a network such as small-cnn:8")
-    of_teacher = networks[0] if networks else own["teacher"].get("source", source)
+    of_teacher = networks[0] if networks else own["teacher"].get("source")
     kind = task if task is not None or path.startswith("stand-in:") else own["data"].get("task")
-    base = Study(DataConfig(path, kind), Network(source), Network(of_teacher))
+    base = Study(DataConfig(path, kind), Network(source), Network(of_teacher or source))
     for key, name in (("data", "path"), ("data", "task"), ("student", "source"), ("teacher", "source")):
         own[key].pop(name, None)
     study: Study = study_from({**values, **own}, base)

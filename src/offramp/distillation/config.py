@@ -83,7 +83,7 @@ class Run:
         study: What it shares with others.
         name: Of the method, as it was asked for.
         method: What the name means.
-        teacher: A method in `TRAINED_TEACHERS`, "folder:PATH" of a saved classifier, "logits:FILE"; None: there is none.
+        teacher: A method in `TRAINED_TEACHERS`, "folder:PATH" of a saved classifier, "logits:FILE"; None: none.
         seed: Of data that is drawn, first values and the order of rows.
         apart: Added to the seed for the last two: a teacher is not to begin as its student does.
     """
@@ -160,7 +160,14 @@ class Run:
         """The plain student whose errors count, or whose features are kept; None: not needed."""
         if self.method.errors is not None:
             training = replace(self.study.training, epochs=self.method.errors.epochs)
-            return Run(replace(self.study, training=training, select="last"), "erm", METHODS["erm"], None, self.seed, self.apart)
+            return Run(
+                replace(self.study, training=training, select="last"),
+                "erm",
+                METHODS["erm"],
+                None,
+                self.seed,
+                self.apart,
+            )
         if self.method.refit:
             return Run(self.study, "erm", METHODS["erm"], None, self.seed, self.apart)
         return None

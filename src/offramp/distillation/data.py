@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -64,14 +65,14 @@ def load_set(config: DataConfig, seed: int) -> GroupedSet:
         ValueError: Options that there are not, a split or groups missing.
         FileNotFoundError: There are no such files.
     """
-    made = _loaded(config.path, config.task, tuple(sorted((k, _frozen(v)) for k, v in config.options.items())), seed)
+    made = _loaded(config.path, config.task, json.dumps(dict(config.options), sort_keys=True), seed)
     made.require_groups("val", "test")
     return made
 
 
 @lru_cache(maxsize=2)  # several runs in one process share it
-def _loaded(path: str, task: str | None, options: tuple[tuple[str, Any], ...], seed: int) -> GroupedSet:
-    given = dict(options)
+def _loaded(path: str, task: str | None, options: str, seed: int) -> GroupedSet:
+    given: dict[str, Any] = json.loads(options)
     try:
         if path.startswith(STAND_IN):
             name, _, place = path.removeprefix(STAND_IN).partition(":")
@@ -92,11 +93,11 @@ def _stand_in(name: str, place: str, seed: int, options: dict[str, Any]) -> Grou
         return stand_ins_toxicity.template_toxicity(seed=seed, **options)
     if not place:
         raise ValueError(f"{name} is made of MNIST's or Fashion-MNIST's files; give stand-in:{name}:FOLDER")
-    make: Callable[..., GroupedSet] = {
+    makers: dict[str, Callable[..., GroupedSet]] = {
         "mnist-on-colour": stand_ins.mnist_on_colour, "spuco-mnist": stand_ins_spuco.spuco_mnist,
         "coloured-mnist": stand_ins_spuco.coloured_mnist,
-    }[name]  # fmt: skip
-    return make(*_digits(place), seed=seed, **options)
+    }  # fmt: skip
+    return makers[name](*_digits(place), seed=seed, **options)
 
 
 @lru_cache(maxsize=1)
@@ -163,12 +164,14 @@ def minority_of(grouped: Grouped) -> Tensor | None:
     return None if bool((values < 0).all()) else minority_rows(grouped.rows.labels, values)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def group_counts(grouped: Grouped) -> Tensor:
-    """Rows of each group where they do not overlap, [G], for methods that train by them.
+    """Rows of each group, for methods that train by them.
+
+    Args:
+        grouped: The training split.
+
+    Returns:
+        [G], int64.
 
     Raises:
         ValueError: Groups are unknown or overlap, or a row is in none, or a group is empty.

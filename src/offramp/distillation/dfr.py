@@ -64,7 +64,7 @@ def refitted(
     for strength in STRENGTHS:
         weight, bias = l1_logistic((x[first][rows] - mean) / std, y[first][rows], classes, strength)
         right = (((x[second] - mean) / std) @ weight.mT + bias).argmax(1) == y[second]
-        worst = min(float(right[g[second] == group].double().mean()) for group in g[second].unique())
+        worst = min(float(right[g[second] == group].double().mean()) for group in torch.unique(g[second]))
         if worst > best:
             chosen, best = strength, worst
     mean, std = _scale(x)
@@ -78,8 +78,8 @@ def refitted(
 
 def balanced(groups: Tensor, random: torch.Generator) -> Tensor:
     """Places of as many rows of each group as the smallest has, drawn without replacement."""
-    each = int(groups.unique(return_counts=True)[1].min())
-    places = [(groups == group).nonzero()[:, 0] for group in groups.unique()]
+    each = int(torch.unique(groups, return_counts=True)[1].min())
+    places = [(groups == group).nonzero()[:, 0] for group in torch.unique(groups)]
     return torch.cat([rows[torch.randperm(len(rows), generator=random)[:each]] for rows in places])
 
 

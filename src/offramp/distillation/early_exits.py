@@ -1,4 +1,4 @@
-"""Exits of a student that was trained by its last exit alone: linear readouts of what is there, the student unchanged."""
+"""Exits of a student that was trained by its last exit alone: linear readouts of what is there; it is not changed."""
 
 from __future__ import annotations
 

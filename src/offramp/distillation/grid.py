@@ -58,7 +58,7 @@ def _same(run: Run, folder: Path) -> None:
 
 
 def execute(values: dict[str, Any], root: str, threads: int = 1) -> dict[str, Any]:
-    """One run in a process of its own, from JSON values to its outcome: {"key", "error"}, the error None or in words."""
+    """One run, from JSON values to its outcome: {"key", "error"}, the error in words or None."""
     import torch
 
     torch.set_num_threads(threads)
@@ -119,8 +119,8 @@ def run_grid(
     if failed:
         first = failed[0]
         raise RuntimeError(
-            f"{len(failed)} of {len(runs)} runs failed, the first is {first['key']}: {first['error']} (error.txt in its "
-            "folder shows where); the others are finished, start again to go on"
+            f"{len(failed)} of {len(runs)} runs failed, the first is {first['key']}: {first['error']} (error.txt in "
+            "its folder shows where); the others are finished, start again to go on"
         )
     return [json.loads((root / "runs" / key / "result.json").read_text("utf-8")) for key in keys]
 

@@ -1,8 +1,8 @@
 """Weights of training rows from what an early readout says: signal x gate x map.
 
-DEDIER (Tiwari et al., WACV 2024) weights exp(β cm^α) the rows its readout gets wrong, by their confidence margin cm. The
-uncertainty variants follow arXiv 2505.01070, which leaves open what scalar is used, where, and through which map: these
-presets are our reading of it. Every row gets a new weight each time, so one that turns right goes back to 1.
+DEDIER (Tiwari et al., WACV 2024) weights exp(β cm^α) the rows its readout gets wrong, by their confidence margin cm.
+The uncertainty variants follow arXiv 2505.01070, which leaves open what scalar is used, where, and through which map:
+these presets are our reading of it. Every row gets a new weight each time, so one that turns right goes back to 1.
 """
 
 from __future__ import annotations
@@ -191,6 +191,9 @@ def new_weights(
 
     Returns:
         [N], float32, in the order of the rows.
+
+    Raises:
+        ValueError: The readout is to read after the last block, or rows outside training or a minority are missing.
     """
     here = (seed << 12) + epoch
     if config.control == "oracle":

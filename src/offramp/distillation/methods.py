@@ -171,7 +171,7 @@ def method(text: str, settings: Mapping[str, Any] | None = None) -> Method:
     name, *changes = text.split("+")
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose of {', '.join(METHODS)}")
-    found = updated(METHODS[name], settings or {}, name)
+    found: Method = updated(METHODS[name], settings or {}, name)
     for change in changes:
         key, _, value = change.partition("=")
         parsed = _value(value)

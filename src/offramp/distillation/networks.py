@@ -25,8 +25,8 @@ class Network:
 
     Attributes:
         source: "small-cnn:8" (images of a few pixels; its width), "text:2x128" (layers x width, trained from nothing,
-            with the words of the training split), an encoder by packaged name, folder or hub id, maybe with ":3" for its
-            first three layers; or a folder with a classifier that was saved.
+            with the words of the training split), an encoder by packaged name, folder or hub id, maybe with ":3" for
+            its first three layers; or a folder with a classifier that was saved.
         exits: After which layers there are exits besides the last; None: after all.
         longest: Most tokens of a text; None: what the tokenizer says.
     """
@@ -123,7 +123,7 @@ def word_tokenizer(train: Labelled) -> Any:
 
 def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -> EarlyExitClassifier:
     from offramp.classifiers.sources import load_encoder
-    from offramp.encoder_families import FAMILIES
+    from offramp.families.encoders import FAMILIES
 
     model, tokenizer, preprocessing = load_encoder(name)
     blocks = model.get_submodule(FAMILIES[model.config.model_type].blocks)

@@ -1,4 +1,4 @@
-"""What a student learns: labels, a teacher's probabilities, a teacher's features; row by row, then weighted, then averaged.
+"""What a student learns: labels, a teacher's probabilities or features; row by row, then weighted, then averaged.
 
 Hinton et al. (2015), arXiv 1503.02531: L_i = (1 - λ) ce_i + λ T² kl_i with the teacher's and the student's
 probabilities at temperature T. λ = 1 is no cross-entropy at all.
@@ -23,9 +23,15 @@ Loss = tuple[Tensor, Mapping[str, Tensor]]
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row, in nats: [B, C], [B, C] -> [B].
+    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row; T² keeps the gradient's size at every temperature.
 
-    T² keeps the gradient's size roughly the same at every temperature.
+    Args:
+        student: Logits, [B, C].
+        teacher: Logits, [B, C].
+        temperature: T.
+
+    Returns:
+        In nats, [B].
 
     Raises:
         ValueError: Student and teacher have different classes.
@@ -190,8 +196,9 @@ class LearningFromFailure(nn.Module):
             new = losses.detach()
             self.averages[:, rows] = self.memory * self.averages[:, rows] + (1 - self.memory) * new
         now = self.averages[:, rows]
-        largest = torch.stack([self.averages[:, self.labels == label].amax(1) for label in self.labels.unique()], 1)
-        place = torch.searchsorted(self.labels.unique(), batch.labels)
+        present = torch.unique(self.labels)
+        largest = torch.stack([self.averages[:, self.labels == label].amax(1) for label in present], 1)
+        place = torch.searchsorted(present, batch.labels)
         scaled = now / largest[:, place].clamp(min=1e-12)
         weights = scaled[0] / scaled.sum(0).clamp(min=1e-8)
         self.weights[rows] = weights

@@ -71,14 +71,15 @@ class Reading:
 
 
 class Readout(nn.Module):
-    """Of maps [B, D, H, W]: two 3 x 3 convolutions with batch norm and ReLU, no skip, and an average; of vectors [B, D]:
-    a linear layer with GELU. Then a linear layer.
+    """Of maps [B, D, H, W] two convolutions and an average, of vectors [B, D] a layer with GELU; then a linear layer.
+
+    The convolutions are 3 x 3 with batch norm and ReLU, without a skip, as in the reference code.
 
     Args:
         shape: Of a row's state, without B.
         classes: C.
         width: Of the inner layers.
-    """  # noqa: D205
+    """
 
     def __init__(self, shape: torch.Size, classes: int, width: int) -> None:
         super().__init__()
@@ -138,11 +139,11 @@ def teach(states: Tensor, labels: Tensor, classes: int, config: ReadoutConfig, s
             optimiser = torch.optim.AdamW(readout.parameters(), config.learning_rate, weight_decay=decay)
         with torch.enable_grad():
             for _ in range(config.epochs):
-                for rows in torch.randperm(len(states)).split(config.batch_size):
+                for rows in torch.split(torch.randperm(len(states)), config.batch_size):
                     if len(rows) < 2:  # batch norm cannot do with one
                         continue
                     optimiser.zero_grad()
-                    F.cross_entropy(readout(states[rows])[1], labels[rows]).backward()
+                    F.cross_entropy(readout(states[rows])[1], labels[rows]).backward()  # type: ignore[no-untyped-call]
                     optimiser.step()
     return readout.eval()
 
@@ -150,5 +151,5 @@ def teach(states: Tensor, labels: Tensor, classes: int, config: ReadoutConfig, s
 @torch.no_grad()
 def read(readout: Readout, states: Tensor, rows: Rows, epoch: int) -> Reading:
     """What it says about rows."""
-    features, logits = (torch.cat(parts) for parts in zip(*map(readout, states.split(CHUNK)), strict=True))
+    features, logits = (torch.cat(parts) for parts in zip(*map(readout, torch.split(states, CHUNK)), strict=True))
     return Reading(epoch, features.cpu(), logits.cpu(), rows.data.labels, rows.data.ids)

@@ -98,7 +98,7 @@ def methods_table(methods: Mapping[str, Sequence[Result]], rule: str) -> str:
 def groups_of_methods(methods: Mapping[str, Sequence[Result]], rule: str) -> str:
     """Accuracy of every test group, raw and adjusted average, mean ± sd over seeds."""
     first = next(iter(methods.values()))[0]
-    names, counts, large = first["groups"]["names"], first["groups"]["test"], large_groups(first)
+    names, counts = first["groups"]["names"], first["groups"]["test"]
     head = ["method", *(f"{name} (n = {count:,})" for name, count in zip(names, counts, strict=True))]
     head += ["average", "adjusted"]
     rows = []
@@ -112,11 +112,15 @@ def groups_of_methods(methods: Mapping[str, Sequence[Result]], rule: str) -> str
                 "–" if None in adjusted else _cell(adjusted),
             ]
         )  # fmt: skip
-    small = [name for g, name in enumerate(names) if g not in large]
-    note = f"\n\nToo small to be called the worst (fewer than {SMALLEST} test rows): {', '.join(small)}."
-    if not any(count >= SMALLEST for count in counts):
-        note = f"\n\nAll groups have fewer than {SMALLEST} test rows: no worst group can be trusted."
-    return markdown(head, rows) + (note if small or len(large) == len(names) and max(counts) < SMALLEST else "")
+    return markdown(head, rows) + _too_small(names, counts)
+
+
+def _too_small(names: Sequence[str], counts: Sequence[int]) -> str:
+    """What to say of groups that no verdict can rest on."""
+    small = [name for name, count in zip(names, counts, strict=True) if count < SMALLEST]
+    if len(small) == len(names):
+        return f"\n\nAll groups have fewer than {SMALLEST} test rows: no worst group can be trusted."
+    return f"\n\nToo few test rows (below {SMALLEST}) to be called the worst: {', '.join(small)}." if small else ""
 
 
 def rules_table(methods: Mapping[str, Sequence[Result]]) -> str:

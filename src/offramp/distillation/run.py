@@ -100,9 +100,9 @@ def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
         _train(run, parts, student, objective, sampling, folder, history)
     result = _judged(run, parts, student, history, folder)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
-    result = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
-    write_json(folder / RESULT, result)
-    return result
+    found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
+    write_json(folder / RESULT, found)
+    return found
 
 
 def _parts(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
@@ -153,7 +153,7 @@ def _learning(
     if method.errors is not None:
         factors = 1 + (method.errors.factor - 1) * _errors(run, parts, need).double()
         if method.errors.by == "weights":
-            objective.weights.copy_(factors)  # type: ignore[operator, union-attr]
+            objective.weights.copy_(factors)  # type: ignore[operator]
         else:
             sampling = factors if sampling is None else sampling * factors
     return objective, sampling, student
@@ -262,7 +262,7 @@ def _train(
             found = new_weights(
                 student, parts.train, weights, epoch=epoch, seed=run.seed, tune=parts.tune, minority=minority
             )  # fmt: skip
-            objective.weights.copy_(found)  # type: ignore[operator, union-attr]
+            objective.weights.copy_(found)  # type: ignore[operator]
         if run.method.weights is not None or run.method.loss == "lff" or run.method.errors is not None:
             now: Any = objective.weights
             if run.method.errors is not None and run.method.errors.by == "sampling":

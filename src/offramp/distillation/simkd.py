@@ -1,7 +1,7 @@
 """A student that ends in its teacher's classifier: SimKD (Chen et al. 2022, arXiv 2203.14001) and DeTT.
 
-A projector takes the student's last states to the shape of the teacher's, and the teacher's own last exit, frozen, reads
-them. The projector is part of the deployed model, so costs count it.
+A projector takes the student's last states to the shape of the teacher's, and the teacher's own last exit, frozen,
+reads them. The projector is part of the deployed model, so costs count it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class ProjectedHead(nn.Module):
 @torch.no_grad()
 def features_of(teacher: EarlyExitClassifier, rows: Rows, chunk: int = 256) -> Tensor:
     """What a student is to match: the teacher's last maps [N, D, H, W], of texts its pooled states [N, D]."""
-    found, head = [], teacher.heads[-1]
+    found: list[Tensor] = []
+    head: Any = teacher.heads[-1]
     main, depth = teacher.backbone.main_input, teacher.backbone.num_layers
     with evaluating(teacher):
         for places in torch.split(torch.arange(len(rows.data)), chunk):

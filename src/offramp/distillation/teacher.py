@@ -46,7 +46,8 @@ def live(teacher: EarlyExitClassifier) -> Targets:
 
     def targets(batch: Batch) -> Tensor:
         with torch.no_grad():
-            return teacher(batch.inputs)[-1].logits.float()
+            logits: Tensor = teacher(batch.inputs)[-1].logits.float()
+        return logits
 
     return targets
 
@@ -90,7 +91,7 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
             header = file.metadata() or {}
             if header.get("schema") != SCHEMA:
                 raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
-            logits = file.get_tensor("logits")
+            logits: Tensor = file.get_tensor("logits")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged ({first_line(error)}); save the logits again") from error
     if teacher is not None and header["teacher"] != teacher:

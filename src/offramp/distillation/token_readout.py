@@ -152,7 +152,7 @@ def taught(split: SplitModel, teacher: SplitModel, kept: Kept, config: TokenRead
         readout, learns = TokenReadout(split, layer, lens), list(lens.parameters())
         optimizer = torch.optim.AdamW(learns, config.learning_rate)
         for _ in range(config.epochs):
-            for rows in torch.randperm(len(kept.states)).split(config.batch_size):
+            for rows in torch.split(torch.randperm(len(kept.states)), config.batch_size):
                 logits, guide = readout.logits(readout.inputs(kept.states[rows])), None
                 if config.fit == "forward-kl":
                     with torch.no_grad():
