@@ -97,7 +97,8 @@ def test_signals(posterior):
     if not posterior.config.is_laplace:
         assert torch.equal(found["map_gap"], found["gap"])
         return
-    assert found["map_max_prob"].mean() > found["max_prob"].mean()
+    if posterior.exits[2].omega >= 0.01:  # below, the noise does next to nothing
+        assert found["map_max_prob"].mean() > found["max_prob"].mean()
     assert (found["distance"] > 0).all()
     far = posterior.signals(2, 10 * TEST.features[2], TEST.logits[2])
     assert (far["distance"] > found["distance"]).all()

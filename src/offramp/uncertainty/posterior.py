@@ -38,7 +38,7 @@ class PosteriorConfig:
         n_mc: Draws of the logits, the same in tuning and use.
         damping: "factored", as published, or "exact".
         predictive: "mc", means over draws, or "probit", none.
-        grid: None: any temperature, prior variances from 0.01 to 100; "meronen": the published 10 x 10.
+        grid: None: any temperature, prior variances from 1e-6 to 100; "meronen": the published 10 x 10.
         evidence: Multiplies the number of rows, in (0, 1]; below 1 where rows depend on each other.
         seed: Of the draws.
         memory: Bytes that the work on chunks of rows and draws may take.
