@@ -192,13 +192,16 @@ def outputs(study: Study, splits: dict[str, Labelled], seed: int, folder: Path) 
 
 
 def posteriors(found: dict[str, ExitOutputs], folder: Path) -> dict[str, Posterior]:
-    """Every method, fitted now or before."""
+    """Every method, fitted now or before; Laplace also with the published grid, which cannot turn it off."""
+    configs = {method: PosteriorConfig(method) for method in METHODS}
+    for method in ("laplace", "mie+laplace"):
+        configs[f"{method}, published grid"] = PosteriorConfig(method, grid="meronen")
     made = {}
-    for method in METHODS:
-        path = folder / "posteriors" / method
+    for name, config in configs.items():
+        path = folder / "posteriors" / name
         if not path.exists():
-            PosteriorConfig(method).fit(found["fit"], found["tune"]).save(path)
-        made[method] = load_posterior(path)
+            config.fit(found["fit"], found["tune"]).save(path)
+        made[name] = load_posterior(path)
     return made
 
 
