@@ -158,7 +158,7 @@ def test_a_report_needs_nothing_beside_it(images, calibrated):
         "What each exit",
     ):
         assert said in text
-    assert len(re.findall(r"<pre>offramp .*?</pre>", text)) == 3  # how to repeat each
+    assert len(re.findall(r"<pre>offramp.*?</pre>", text)) == 3  # how to repeat each
     titles = [page.title for run in folders for page in pages_of(run, examples=0, seed=0)]
     assert titles == [
         "Classifier: bars-0", "Calibration of a classifier: bars-0, mie+laplace",
