@@ -10,6 +10,7 @@ Runs are kept in runs/results and go on where they were interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -309,8 +310,12 @@ def seconds(study: Study, model: EarlyExitClassifier, posterior: Posterior, foun
     return "; ".join(lines)
 
 
-def page(name: str, study: Study, evaluation: ClassifierEvaluation, more: list[str], command: str) -> None:
-    """Write docs/results/NAME.md."""
+def page(name: str, study: Study) -> None:
+    """Write docs/results/NAME.md from what `main` found."""
+    folder = RUNS / name / "evaluation"
+    evaluation = ClassifierEvaluation.from_dict(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    more = (folder / "more.md").read_text(encoding="utf-8")
+    command = f"python benchmarks/classifiers.py {name} ..."
     pictures = PAGES / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     lines = [f"# {study.title}", "", study.about, "", f"{conditions()}", "", "```", command, "```", ""]
@@ -321,11 +326,11 @@ def page(name: str, study: Study, evaluation: ClassifierEvaluation, more: list[s
     lines += ["## Along the curve", "", markdown(*evaluation.curve_table(first)), ""]
     lines += ["## Each exit alone", "", markdown(*evaluation.anytime_table(first)), ""]
     lines += ["## Asked and realised cost", "", markdown(*evaluation.cost_table(first)), ""]
-    for picture in sorted((RUNS / name / "evaluation").glob("classify-*.svg")):
+    for picture in sorted(folder.glob("classify-*.svg")):
         target = pictures / f"{name}-{picture.name}"
         shutil.copyfile(picture, target)
         lines += [f"![{picture.stem}](pictures/{target.name})", ""]
-    lines += [*more, "", *evaluation.notes()]
+    lines += [more, "", *evaluation.notes()]
     notes = PAGES / f"{name}-notes.md"
     if notes.exists():
         lines += ["", notes.read_text(encoding="utf-8").strip()]
@@ -346,11 +351,14 @@ def main() -> None:
     """Run a study and write its page."""
     parser = argparse.ArgumentParser(description="Calibration of early-exit classifiers over budgets.")
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("paths", type=Path, nargs="*", help="the data; none: write the page anew")
     parser.add_argument("--seeds", type=int, help="how many; default: the study's")
     options = parser.parse_args()
     warnings.simplefilter("once")
     study = STUDIES[options.study]
+    if not options.paths:
+        page(options.study, study)
+        return
     splits = study.splits(options.paths)
     print(", ".join(f"{name} {len(rows)}" for name, rows in splits.items()), flush=True)
     tests = ["test", *(kind for kind in CORRUPTIONS if kind in splits)]
@@ -387,8 +395,11 @@ def main() -> None:
     rows = [[str(seed), *row] for seed, row in enumerate(accuracies)]
     more = ["## Accuracy of each exit on clean test rows, by seed", "", markdown(["seed", *exits], rows), "", *more]
     evaluation = ClassifierEvaluation({"study": options.study}, tuple(seeds))
-    evaluation.save(RUNS / options.study / "evaluation")
-    page(options.study, study, evaluation, more, f"python benchmarks/classifiers.py {options.study} ...")
+    folder = RUNS / options.study / "evaluation"
+    evaluation.save(folder)
+    text = "\n".join(more)
+    replace_file(folder / "more.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    page(options.study, study)
 
 
 if __name__ == "__main__":
