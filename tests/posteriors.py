@@ -3,8 +3,8 @@
 import torch
 
 from offramp import Exits, LanguageModel
+from offramp.exit_posterior import Posterior
 from offramp.exits import fingerprint
-from offramp.posterior import Posterior
 from offramp.uncertainty import token_laplace
 from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets

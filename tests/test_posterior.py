@@ -14,8 +14,8 @@ from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.confidence import ActiveSet
 from offramp.evaluation import document_arms
 from offramp.evaluation.perplexity import Passage, perplexity_records
+from offramp.exit_posterior import METHODS, SETS, require_posterior
 from offramp.exits import fingerprint
-from offramp.posterior import METHODS, SETS, require_posterior
 from posteriors import CANDIDATES, LAYERS, with_posterior
 from test_brute_force import NO_END, batch_of, lively
 from test_exits import same

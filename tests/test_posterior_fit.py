@@ -15,8 +15,8 @@ from offramp.calibration import PosteriorConfig, fit_posterior
 from offramp.calibration.posterior_report import _rank_correlation, _standard_error
 from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
 from offramp.calibration.token_rows import factors_of, views_of
+from offramp.exit_posterior import METHODS
 from offramp.exits import fingerprint
-from offramp.posterior import METHODS
 from offramp.training.data import Document
 from offramp.uncertainty.shortlist import shortlist
 from offramp.vocabulary import Pruning

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from offramp.costs import Ledger
+from offramp.exit_posterior import METHODS, require_posterior
 from offramp.exits import require_classifiers
 from offramp.families import SplitModel
 from offramp.plan import Plan
-from offramp.posterior import METHODS, require_posterior
 from offramp.uncertainty import token_laplace, token_sets
 from offramp.uncertainty.shortlist import Shortlist, shortlist
 from offramp.uncertainty.token_sets import Running

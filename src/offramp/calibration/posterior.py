@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.posterior_report import PosteriorReport, judge
 from offramp.calibration.token_cache import cache_tokens
 from offramp.calibration.token_rows import TokenViews, factors_of, views_of
+from offramp.exit_posterior import METHODS, Posterior
 from offramp.exits import Exits, fingerprint
 from offramp.files import locked, write_json
 from offramp.machine import describe
 from offramp.policy import ExitPolicy
-from offramp.posterior import METHODS, Posterior
 from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets
 from offramp.uncertainty.token_tuning import Tuned, tune

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from offramp.calibration.token_rows import ExitView, TokenViews
+from offramp.exit_posterior import SETS, Posterior
 from offramp.metrics.calibration import Reliability
 from offramp.metrics.sets import binomial
-from offramp.posterior import SETS, Posterior
 from offramp.tables import markdown
 from offramp.uncertainty import token_laplace, token_sets
 from offramp.uncertainty.token_sets import share_outside

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from offramp.exit_posterior import SETS
 from offramp.policy import ExitPolicy
-from offramp.posterior import SETS
 from offramp.vocabulary import KINDS
 
 if TYPE_CHECKING:
