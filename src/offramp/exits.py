@@ -3,8 +3,8 @@
 A lens is affine, h + W h + b on the residual state [..., D] (Belrose et al. 2023, arXiv 2303.08112), and begins as
 nothing: W = 0 and b = 0. The model itself is untouched, so its full output stays what it is, bit for bit. Beside the
 lens there may be a consistency classifier, which says from the readout input alone whether to leave there, and for all
-exits a posterior that was fitted on text (`offramp.exit_posterior`). All are kept and saved in float32, with the name and
-the fingerprint of the weights they were made for.
+exits a posterior that was fitted on text (`offramp.exit_posterior`). All are kept and saved in float32, with the name
+and the fingerprint of the weights they were made for.
 """
 
 from __future__ import annotations

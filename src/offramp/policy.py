@@ -45,8 +45,8 @@ class ExitPolicy:
     Attributes:
         confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "classifier" (of the
             model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "laplace",
-            "conformal", "avcs" (these three of the exits' posterior, see `offramp.exit_posterior`; test only where it was
-            fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a
+            "conformal", "avcs" (these three of the exits' posterior, see `offramp.exit_posterior`; test only where it
+            was fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a
             callable (see `offramp.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
