@@ -325,6 +325,8 @@ these answers are not corrected for their number; the tables of methods give p-v
         + "\n"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
+    notes = target.with_name(f"{target.stem}-notes.md")
+    text += "\n" + notes.read_text(encoding="utf-8") if notes.exists() else ""
     target.write_text(text, encoding="utf-8")
     print(f"wrote {target}")
 

@@ -92,7 +92,7 @@ def methods_table(methods: Mapping[str, Sequence[Result]], rule: str) -> str:
     for name, own in methods.items():
         names = [own[0]["groups"]["names"][g] for g in large_groups(own[0])]
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
-    return seeds_table(summaries, comparisons(methods, rule))
+    return seeds_table(summaries, comparisons(methods, rule), REFERENCE)
 
 
 def groups_of_methods(methods: Mapping[str, Sequence[Result]], rule: str) -> str:

@@ -109,12 +109,15 @@ def weights_table(epochs: Mapping[int, WeightDiagnostics]) -> str:
     return markdown(head, rows)
 
 
-def seeds_table(summaries: Mapping[str, SeedSummary], comparisons: Mapping[str, Paired]) -> str:
+def seeds_table(
+    summaries: Mapping[str, SeedSummary], comparisons: Mapping[str, Paired], reference: str | None = None
+) -> str:
     """Methods over seeds.
 
     Args:
         summaries: By method.
         comparisons: Mean of minima against a reference, by method; the reference has none.
+        reference: Its name, where other methods may lack a comparison too, having run on other seeds.
 
     Returns:
         A table.
@@ -128,7 +131,7 @@ def seeds_table(summaries: Mapping[str, SeedSummary], comparisons: Mapping[str, 
                 name, f"{s.seeds}", _spread(s.mean_of_minima),
                 f"{s.minimum_of_means:.1%} ({s.minimum_group})",
                 *(
-                    ["", "", "reference"]
+                    ["", "", "reference" if reference in (None, name) else "not compared"]
                     if against is None
                     else [
                         f"{against.difference.mean:+.1%} ({against.low:+.1%} to {against.high:+.1%})",
