@@ -41,7 +41,7 @@ from offramp.classifiers import (
 from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresholds, validate
 from offramp.classifiers.evaluate import Settings, charged, evaluate
 from offramp.classifiers.result import ClassifierEvaluation
-from offramp.files import replace_file
+from offramp.files import write_text
 from offramp.metrics.sets import summarise
 from offramp.risk import budgets
 from offramp.risk.classifier_losses import consistency, performance_gap
@@ -335,7 +335,7 @@ def page(name: str, study: Study) -> None:
     if notes.exists():
         lines += ["", notes.read_text(encoding="utf-8").strip()]
     text = "\n".join(lines) + "\n"
-    replace_file(PAGES / f"{name}.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(PAGES / f"{name}.md", text)
     print(f"wrote {PAGES / name}.md")
 
 
@@ -398,7 +398,7 @@ def main() -> None:
     folder = RUNS / options.study / "evaluation"
     evaluation.save(folder)
     text = "\n".join(more)
-    replace_file(folder / "more.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(folder / "more.md", text)
     page(options.study, study)
 
 

@@ -1,15 +1,12 @@
 """Calibration by two processes, as `torchrun --nproc-per-node 2` starts them, against one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
 import calibration_runs
+import two_processes
 from offramp.evaluation import read_records
 
 JOBS = calibration_runs.JOBS
@@ -18,24 +15,8 @@ JOBS = calibration_runs.JOBS
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, calibration_runs.__file__, folder],
-            env={**os.environ, **common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
+    codes, errors = two_processes.run(calibration_runs.__file__, folder)
+    assert codes == [0, 0], errors
     return folder
 
 

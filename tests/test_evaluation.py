@@ -1,10 +1,6 @@
 """Whole evaluations: folders, several processes, arms, pictures, and the command."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import evaluation_runs
+import two_processes
 from evaluation_runs import POLICIES, SHORT, examples, model
 from offramp import ExitPolicy, Exits, cli
 from offramp.evaluation import document_arms, grid, read_records, static_arms, sweep_layers
@@ -87,24 +84,8 @@ def test_arms_that_share_a_name_are_refused_before_any_work(tmp_path, monkeypatc
 def test_two_processes_write_what_one_does(run, tmp_path):
     """Two processes with what `accelerate launch` and `torchrun` tell theirs, on the loopback device."""
     folder = tmp_path / "two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, evaluation_runs.__file__, folder],
-            env={**os.environ, **common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
+    codes, errors = two_processes.run(evaluation_runs.__file__, folder)
+    assert codes == [0, 0], errors
     assert timeless(folder) == timeless(run[0])
     results = json.loads((folder / "results.json").read_text())
     assert results["conditions"]["processes"] == 2

@@ -1,40 +1,20 @@
 """Training by two processes on the loopback device, as `torchrun --nproc-per-node 2` starts them, against one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import training_runs
+import two_processes
 from offramp.training.run_folder import RunFolder
 
 FILES = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "exits"}
 
 
 def start(folder, *jobs):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, training_runs.__file__, folder, *jobs],
-            env={**os.environ, **common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    return [process.returncode for process in started], errors
+    return two_processes.run(training_runs.__file__, folder, *jobs)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.files import replace_folder
+from offramp.files import replace_folder, write_json, write_tensors
 from offramp.packaged import ModelError, first_line
 
 SCHEMA = "offramp/exits/1"
@@ -32,19 +32,15 @@ def write(folder: str | os.PathLike[str], values: Mapping[str, Any], tensors: Ma
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
     """
-    from safetensors.torch import save_file
-
     target = Path(folder).expanduser().resolve()
     if target.exists() and not _may_go(target):
         raise FileExistsError(
             f"{folder} exists and holds something else than exits, which is not replaced; name a new folder"
         )
-    text = json.dumps({"schema": SCHEMA, **values}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def put(temporary: Path) -> None:
-        save_file(dict(tensors), temporary / WEIGHTS)
-        (temporary / WEIGHTS).chmod(0o644)  # it is written for its owner's eyes only
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        write_tensors(temporary / WEIGHTS, tensors)
+        write_json(temporary / CONFIG, {"schema": SCHEMA, **values})
 
     replace_folder(target, put)
 

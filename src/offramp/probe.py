@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offramp.break_even import break_even, exit_flops, ratios
 from offramp.costs import ModelShape
-from offramp.files import replace_file, write_json
+from offramp.files import write_json, write_text
 from offramp.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
 from offramp.prompts import bundled_prompts
 from offramp.vocabulary import Pruning
@@ -181,7 +181,7 @@ class Probe:
         folder = Path(folder)
         write_json(folder / "probe.json", self.to_dict())
         text = self.table() + "\n"
-        replace_file(folder / "probe.txt", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / "probe.txt", text)
         pictures = plots.save_probe(self, folder) if plots.available() else []
         return [folder / "probe.json", folder / "probe.txt", *pictures]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offramp.classifiers.calibrated import SETS, Calibrated
 from offramp.classifiers.certify import RowCertificate, RowPromise, certify, ladder, try_thresholds
-from offramp.files import replace_file, write_json
+from offramp.files import write_json, write_text
 from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
 from offramp.metrics.sets import SetSummary, summarise
@@ -146,8 +146,7 @@ class ClassifierCalibration:
         """Write what later steps use, result.json and table.md."""
         self.calibrated.save(folder)
         write_json(folder / RESULT, self.to_dict())
-        text = self.table() + "\n"
-        replace_file(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / TABLE, self.table() + "\n")
 
     # ------------------------------------------------------------ in words
 

@@ -14,7 +14,7 @@ from scipy import special
 
 from offramp.classifiers.evaluate import BASELINE
 from offramp.classifiers.method import SHARES, Method, Point
-from offramp.files import replace_file, write_json
+from offramp.files import write_json, write_text
 from offramp.tables import markdown
 
 SCHEMA = "offramp/classifier-evaluation/1"
@@ -147,8 +147,7 @@ class ClassifierEvaluation:
 
         folder = Path(folder)
         write_json(folder / RESULTS, self.to_dict())
-        text = self.table() + "\n"
-        replace_file(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / TABLE, self.table() + "\n")
         return [folder / RESULTS, folder / TABLE, *classifier_plots.save_classifiers(self, folder)]
 
     # ------------------------------------------------------------ tables

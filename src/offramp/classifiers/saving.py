@@ -20,7 +20,7 @@ from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING, TOKENIZER
-from offramp.files import replace_folder, write_json
+from offramp.files import replace_folder, write_json, write_tensors
 from offramp.models import named_dtype
 from offramp.packaged import ModelError, first_line, quiet
 
@@ -41,8 +41,6 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
     """
-    from safetensors.torch import save_file
-
     target = Path(folder).expanduser().resolve()
     if target.exists() and not _may_go(target):
         raise FileExistsError(
@@ -61,8 +59,7 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
 
     def put(temporary: Path) -> None:
-        save_file(weights, temporary / WEIGHTS)
-        (temporary / WEIGHTS).chmod(0o644)  # it is written for its owner's eyes only
+        write_tensors(temporary / WEIGHTS, weights)
         write_json(temporary / CONFIG, values)
         if own is None:
             backbone.config.save_pretrained(temporary / ENCODER)

@@ -85,7 +85,7 @@ def distill(
     from offramp.distillation.config import runs
     from offramp.distillation.grid import run_grid
     from offramp.distillation.report import summary, tables
-    from offramp.files import replace_file
+    from offramp.files import write_text
 
     values = settings_from(config, data)
     study, given = study_of(values, student, teacher or [], data, task, epochs, select)
@@ -97,7 +97,7 @@ def distill(
             asked, out, processes=processes, engine=engine, threads=threads, progress=progress
         )  # fmt: skip
     text = tables(results, study.select)
-    replace_file(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "report.md", text)
     if str(json) != "-":
         typer.echo(text)
     o.note(f"wrote {out / 'report.md'}; every run has a folder in {out / 'runs'}")

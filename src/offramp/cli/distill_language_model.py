@@ -32,10 +32,7 @@ def distill_language_model(
             "given several times.",
         ),
     ] = None,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(help="Key of the text in JSON objects, several are joined; default: text."),
-    ] = None,
+    field: o.Field = None,
     prompt_field: Annotated[
         str | None,
         typer.Option(
@@ -99,28 +96,20 @@ def distill_language_model(
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA's products.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Updates; default: 500.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many tokens instead of --steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per step, over all processes.")] = 4,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Windows at once; their gradients are added up to a step's. Default: all.")
-    ] = None,
+    batch_size: o.BatchSize = 4,
+    micro_batch: o.MicroBatch = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of AdamW, after the warm-up; default: 1e-4 all, 2e-4 lora.")
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
-    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 10,
-    schedule: Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")] = "cosine",
-    precision: Annotated[
-        str | None, typer.Option(help="bf16: compute in bfloat16, keep weights as --dtype; default: as --dtype.")
-    ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of the documents to judge by, never trained on.")] = 0.1,
-    validate_every: Annotated[
-        int | None, typer.Option(help="Steps between judgements; default: before and after.")
-    ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the data's order and division, of first values and of samples.")] = 0,
-    report_to: Annotated[
-        str | None, typer.Option(help="Tracker to log to as well: tensorboard, wandb, … (what accelerate knows).")
-    ] = None,
+    weight_decay: o.WeightDecay = 0.0,
+    warmup: o.Warmup = 10,
+    schedule: o.Schedule = "cosine",
+    precision: o.Precision = None,
+    held_out: o.HeldOut = 0.1,
+    validate_every: o.ValidateEvery = None,
+    save_every: o.SaveEvery = 50,
+    seed: o.TrainingSeed = 0,
+    report_to: o.ReportTo = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
     out: Annotated[

@@ -77,6 +77,29 @@ PolicyFile = Annotated[
 ]
 
 
+# of the commands that train language models
+Field = Annotated[
+    list[str] | None,
+    typer.Option(help="Key of the text in JSON objects, several are joined; default: text."),
+]
+BatchSize = Annotated[int, typer.Option(help="Windows per step, over all processes.")]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Windows at once; their gradients are added up to a step's. Default: all.")
+]
+WeightDecay = Annotated[float, typer.Option(help="Of AdamW.")]
+Warmup = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
+Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")]
+Precision = Annotated[
+    str | None, typer.Option(help="bf16: compute in bfloat16, keep weights as --dtype; default: as --dtype.")
+]
+HeldOut = Annotated[float, typer.Option(help="Share of the documents to judge by, never trained on.")]
+ValidateEvery = Annotated[int | None, typer.Option(help="Steps between judgements; default: before and after.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+TrainingSeed = Annotated[int, typer.Option(help="Of the data's order and division, of first values and of samples.")]
+ReportTo = Annotated[
+    str | None, typer.Option(help="Tracker to log to as well: tensorboard, wandb, … (what accelerate knows).")
+]
+
 Languages = Annotated[str | None, typer.Option(help="Source and target of a translation; default: English,German.")]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-from offramp.files import replace_file, write_json
+from offramp.files import write_json, write_text
 from offramp.risk.control import pareto_front
 from offramp.tables import markdown
 
@@ -114,8 +114,7 @@ class Evaluation:
 
         folder = Path(folder)
         write_json(folder / RESULTS, self.to_dict())
-        text = self.table() + "\n"
-        replace_file(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder / TABLE, self.table() + "\n")
         pictures = plots.save_evaluation(self, folder) if plots.available() else []
         return [folder / RESULTS, folder / TABLE, *pictures]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offramp import __version__
-from offramp.files import replace_file
+from offramp.files import write_text
 
 if TYPE_CHECKING:
     from offramp.report.pages import Page
@@ -42,7 +42,7 @@ def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0)
 
     require_matplotlib()  # before anything is read
     text = render([page for run in runs for page in pages_of(run, examples=examples, seed=seed)])
-    replace_file(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(out, text)
     return out
 
 

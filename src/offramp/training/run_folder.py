@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.files import differences, locked, replace_file, write_json
+from offramp.files import differences, locked, replace_file, write_json, write_text
 
 
 class TrainingError(RuntimeError):
@@ -94,7 +94,7 @@ class RunFolder:
         if not self.writes:
             return
         kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step)
-        replace_file(self.metrics, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
+        write_text(self.metrics, kept)
 
     # ------------------------------------------------------------ checkpoint
 

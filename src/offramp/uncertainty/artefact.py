@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.files import replace_folder
+from offramp.files import replace_folder, write_json, write_tensors
 from offramp.uncertainty import fingerprint
 
 DESCRIPTION, TENSORS = "state.json", "state.safetensors"
@@ -30,20 +30,30 @@ def write(
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
     """
-    from safetensors.torch import save_file
+    digest = fingerprint.of(dict(values), [tensors[name] for name in sorted(tensors)])
+    place(folder, {"schema": schema, "digest": digest, **values}, tensors)
 
+
+def place(folder: str | os.PathLike[str], values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a description as it is and its tensors; see `write`.
+
+    Args:
+        folder: A new or empty folder, or one with nothing but a state, which is replaced.
+        values: The description, as JSON values.
+        tensors: By name, contiguous.
+
+    Raises:
+        FileExistsError: There is something else of that name; it is left alone.
+    """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not (target.is_dir() and {p.name for p in target.iterdir()} <= {DESCRIPTION, TENSORS}):
         raise FileExistsError(
             f"{folder} exists and holds something else than a fitted state, which is not replaced; name a new folder"
         )
-    digest = fingerprint.of(dict(values), [tensors[name] for name in sorted(tensors)])
-    text = json.dumps({"schema": schema, "digest": digest, **values}, indent=2, ensure_ascii=False, allow_nan=False)
 
     def put(temporary: Path) -> None:
-        save_file(dict(tensors), temporary / TENSORS)
-        (temporary / TENSORS).chmod(0o644)  # it is written for its owner's eyes only
-        (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        write_tensors(temporary / TENSORS, tensors)
+        write_json(temporary / DESCRIPTION, values)
 
     replace_folder(target, put)
 

@@ -72,6 +72,11 @@ def residuals(prediction: RegressionPrediction, targets: Tensor) -> Tensor:
     return (targets - prediction.mean).abs() / prediction.total.sqrt()
 
 
+def conformal_rank(rows: int, alpha: float) -> int:
+    """⌈(n + 1)(1 - α)⌉, which of n ascending scores is the conformal quantile; above n if there are too few."""
+    return math.ceil((rows + 1) * (1 - alpha) - 1e-9)
+
+
 def conformal_quantile(scores: Tensor, alpha: float, name: str = "") -> float:
     """The ⌈(n + 1)(1 - α)⌉-th smallest score; for exchangeable scores a new one is above it with probability <= α.
 
@@ -85,7 +90,7 @@ def conformal_quantile(scores: Tensor, alpha: float, name: str = "") -> float:
         everything.
     """
     n = len(scores)
-    place = math.ceil((n + 1) * (1 - alpha) - 1e-9)
+    place = conformal_rank(n, alpha)
     if place > n:
         of = f" of {name}" if name else ""
         warnings.warn(

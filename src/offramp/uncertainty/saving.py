@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from offramp.files import replace_folder
+from offramp.uncertainty import artefact
+from offramp.uncertainty.artefact import DESCRIPTION, TENSORS
 
 SCHEMA = "offramp/uncertainty/1"
-DESCRIPTION, TENSORS = "state.json", "state.safetensors"
 
 State = TypeVar("State")
 
@@ -33,21 +33,9 @@ def save(state: Any, folder: str | os.PathLike[str]) -> None:
     Raises:
         FileExistsError: There is something else of that name.
     """
-    from safetensors.torch import save_file
-
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= {DESCRIPTION, TENSORS}):
-        raise FileExistsError(f"{folder} exists and holds something else than a fitted state; name a new folder")
     tensors: dict[str, Tensor] = {}
     values = {"schema": SCHEMA, "kind": type(state).__name__, "state": _encode(state, "state", tensors)}
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def put(temporary: Path) -> None:
-        save_file(tensors, temporary / TENSORS)
-        (temporary / TENSORS).chmod(0o644)  # it is written for its owner's eyes only
-        (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
-
-    replace_folder(target, put)
+    artefact.place(folder, values, tensors)
 
 
 def load(kind: type[State], folder: str | os.PathLike[str]) -> State:

@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from offramp.uncertainty.conformal_scores import conformal_rank
+
 KNOTS = 257
 """Most points of an equalising function."""
 _ODD = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7, 0xAEF17502108EF2D9)  # far apart, for hashing
@@ -153,7 +155,7 @@ def conformal(
     knots = {layer: equaliser(scores) for layer, scores in tuning.items()} if equalise else {}
     worst = torch.stack([equalised(scores.float(), knots.get(e)) for e, scores in calibration.items()]).amax(0)
     worst = worst.clamp(min=0)
-    index = math.ceil((len(worst) + 1) * (1 - alpha) - 1e-9)
+    index = conformal_rank(len(worst), alpha)
     limit = float(worst.sort().values[index - 1]) if index <= len(worst) else math.inf
     return ConformalSets(alpha, limit, knots)
 
