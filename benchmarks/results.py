@@ -73,7 +73,7 @@ STUDIES = {
                  "{data}/multi30k/train.de.gz", "base", shows=False),
             Step("Training", "train {run}/base --task translation --data {data}/multi30k/train.en.gz "
                  "--target {data}/multi30k/train.de.gz --trainable all --objective labels --weights layer "
-                 "--layers 2,3,4 --epochs 8 --batch-size 32 --window 128 --learning-rate 1e-3 --schedule linear "
+                 "--layers 2,3,4 --epochs 6 --batch-size 32 --window 128 --learning-rate 3e-4 --schedule linear "
                  "--warmup 100 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 444 "
                  "--save-every 222", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "

@@ -1,6 +1,7 @@
 """The studies behind docs/results: their commands exist, and their figures say what the evaluations found."""
 
 import json
+import random
 import shlex
 import statistics
 import sys
@@ -11,6 +12,7 @@ import click
 import pytest
 import torch
 import typer
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import evaluation_runs
 from offramp import cli
@@ -20,6 +22,7 @@ from offramp.metrics.text import METRICS
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baseline  # noqa: E402 - no package: it is found by the line above
 import figures  # noqa: E402
+import new_t5  # noqa: E402
 import results  # noqa: E402
 
 mpl = pytest.importorskip("matplotlib")
@@ -132,3 +135,51 @@ def test_prompts_are_what_a_t5_is_asked(tmp_path):
     results.prompts(tmp_path / "en.gz", tmp_path / "prompts.txt", count=2)
     lines = (tmp_path / "prompts.txt").read_text().splitlines()
     assert lines == ["translate English to German: A dog.", "translate English to German: Two men."]
+
+
+@pytest.fixture(scope="module")
+def new_model(tmp_path_factory):
+    """A new T5 for a language whose words w0 to w29 another one calls v0 to v29, in any order."""
+    folder, draw = tmp_path_factory.mktemp("new"), random.Random(0)
+    paths = [folder / "w.txt", folder / "v.txt"]
+    words = [draw.sample(range(30), 6) for _ in range(400)]
+    for path in paths:
+        lines = [" ".join(f"{path.stem}{word}" for word in draw.sample(line, 6)) for line in words]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", str(folder / "t5"), *map(str, paths), "--vocabulary", "250", "--width", "64"])
+        new_t5.main()
+    return AutoTokenizer.from_pretrained(folder / "t5"), T5ForConditionalGeneration.from_pretrained(
+        folder / "t5", attn_implementation="eager"
+    )
+
+
+def ids(tokenizer, language):
+    """The tokens of all words."""
+    found = [tokenizer(f"{language}{word}", add_special_tokens=False)["input_ids"] for word in range(30)]
+    assert all(len(word) == 1 for word in found)
+    return torch.tensor(found).flatten()
+
+
+def test_a_new_t5_holds_words_and_translations_alike(new_model):
+    tokenizer, model = new_model
+    w, v = (torch.nn.functional.normalize(model.shared.weight[ids(tokenizer, kind)], dim=1) for kind in "wv")
+    assert torch.equal((w @ v.T).argmax(1), torch.arange(30))  # by chance 1 of 30 each
+
+
+def test_a_new_t5_looks_at_what_it_translates(new_model):
+    tokenizer, model = new_model
+    w, v = ids(tokenizer, "w")[:8], ids(tokenizer, "v")[:8]
+    turned = v[torch.randperm(8, generator=torch.Generator().manual_seed(0))]
+    out = model(input_ids=w[None], decoder_input_ids=turned[None], output_attentions=True)
+    looks = out.cross_attentions[0][0].mean(0).argmax(1)  # [8]: the place of the source each word looks at
+    assert (v[looks] == turned).float().mean() >= 0.75  # by chance 1/8
+
+
+def test_a_new_t5_refuses_files_of_different_length(tmp_path):
+    tokenizer = new_t5.new_tokenizer([Path(__file__)], 300)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    paths[0].write_text("one\ntwo\n", encoding="utf-8")
+    paths[1].write_text("eins\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"\[2, 1\] lines"):
+        new_t5.mean_alike(torch.zeros(300, 8), tokenizer, paths)
