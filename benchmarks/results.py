@@ -66,8 +66,9 @@ STUDIES = {
         "Translation: a T5 trained from scratch with exits",
         "A T5 of 6 + 6 layers, width 256 (12 million parameters), trained on Multi30k English to German with weighted "
         "cross-entropy over the exits after layers 2 to 4 and the last layer (weights proportional to the layer, as "
-        "CALM and FREE). Judged on sentences of the validation set; nothing was chosen on them but what calibration "
-        "certifies, which has its own splits.",
+        "CALM and FREE), from first values that hold words and their translations alike (`benchmarks/new_t5.py`). "
+        "Judged on sentences of the validation set; nothing was chosen on them but what calibration certifies, which "
+        "has its own splits.",
         (
             Step("A new model and tokenizer", "new_t5 {run}/base {data}/multi30k/train.en.gz "
                  "{data}/multi30k/train.de.gz", "base", shows=False),
@@ -84,13 +85,14 @@ STUDIES = {
                  "--exits {run}/classifier/exits --prompts {run}/prompts.txt --max-new-tokens 64 --min-layer 2",
                  "probe"),
             Step("Every policy at one threshold", f"evaluate {_T5} --limit 300 --arms default", "evaluate"),
-            Step("Measures by minimum exit layer", f"evaluate {_T5} --limit 200 --confidence softmax,contrastive,jsd "
-                 "--threshold 0.9 --min-layer 2,3,4", "measures", folder="layers"),
-            Step("Pruning by minimum exit layer", f"evaluate {_T5} --limit 200 --confidence softmax,jsd "
+            Step("Measures by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 "
+                 "--confidence softmax,contrastive,jsd --threshold 0.9 --min-layer 2,3,4", "measures", folder="layers"),
+            Step("Pruning by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 --confidence softmax,jsd "
                  "--threshold 0.9 --min-layer 2,3,4 --vocabulary fixed,decaying,adaptive", "pruning", folder="layers"),
             Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
-            Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --sweep --confidence softmax "
-                 "--threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 2,3 --vocabulary none,fixed", "sweep"),
+            Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --batch-size 8 --sweep "
+                 "--confidence softmax --threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 2,3 "
+                 "--vocabulary none,fixed", "sweep"),
             Step("Sentences to fit on", "halves {data}/multi30k/val.en.gz {run}/fit.en {run}/judge.en", "halves-en",
                  shows=False),
             Step("Their translations", "halves {data}/multi30k/val.de.gz {run}/fit.de {run}/judge.de", "halves-de",
@@ -100,7 +102,8 @@ STUDIES = {
                  "--target {run}/fit.de --posterior laplace,conformal,avcs", "posterior"),
             Step("The same as exit rules, on the other half", "evaluate {run}/train/model --exits "
                  "{run}/posterior/exits --task translation --data {run}/judge.en --target {run}/judge.de --limit 200 "
-                 "--confidence softmax,laplace,conformal,avcs --threshold 0.3,0.5,0.7,0.9", "posteriors"),
+                 "--batch-size 8 --confidence softmax,laplace,conformal,avcs "
+                 "--threshold 0.3,0.5,0.7,0.9", "posteriors"),
             Step("A certificate at tolerance 0.05", f"calibrate {_T5} --batch-size 16 --tolerance 0.05 --validate 200",
                  "calibrate-05", folder="calibrate"),
             Step("A certificate at tolerance 0.10", f"calibrate {_T5} --batch-size 16 --tolerance 0.10 --validate 200",
