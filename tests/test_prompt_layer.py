@@ -14,7 +14,7 @@ from offramp import ExitPolicy, LanguageModel, cli
 from offramp.decoding import decode
 from scripted import ScriptedModel
 from test_brute_force import batch_of, compare, layers_of, reference, thresholds
-from tiny import DECODER_ONLY, ENCODER_DECODER, LAYERS, greedy, inputs_for, tiny, tokenizer
+from tiny import DECODER_ONLY, ENCODER_DECODER, LAYERS, greedy, inputs_for, tiny, tokenizer, truncated
 
 NO_END = 96
 
@@ -55,6 +55,20 @@ def test_without_any_exit(name):
         assert {layer for row in out.exit_layers for layer in row} == {LAYERS}
         changed |= out.tokens != full
     assert changed  # else the tests above would show nothing
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_a_static_exit_is_the_truncated_model_with_the_same_prompt(name):
+    for layer, depth in ((2, 1), (3, 1), (3, 2), (3, 3)):
+        policy = ExitPolicy("static", min_layer=layer, prompt_layer=depth)
+        short = ExitPolicy(threshold=None, prompt_layer=None if depth == layer else depth)
+        out, other = (
+            LanguageModel(model).generate(batch_of(name), policy=own, max_new_tokens=8, eos_token_id=NO_END)
+            for model, own in ((tiny(name), policy), (truncated(tiny(name), layer), short))
+        )
+        assert out.tokens == other.tokens
+        assert out.costs.flops == other.costs.flops
+        assert {exit for row in out.exit_layers for exit in row} == {layer}
 
 
 @pytest.mark.parametrize("skipped", ["propagate", "defer"])
@@ -144,7 +158,7 @@ def test_the_bill_of_a_prompt():
     ("options", "message"),
     [
         ({"skipped": "verify"}, "skipped='verify' gives the full model's text.*leave prompt_layer away"),
-        ({"confidence": "static", "min_layer": 2}, "a static policy's prompt stops after min_layer"),
+        ({"confidence": "static", "min_layer": 1}, "prompt_layer is 2; a static policy leaves after min_layer, 1"),
         ({"prompt_layer": 1.5}, "prompt_layer is 1.5; it must be a whole number"),
         ({"prompt_layer": True}, "prompt_layer is True; it must be a whole number"),
     ],

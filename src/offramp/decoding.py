@@ -165,7 +165,7 @@ class _Generation:
         batch = len(self.buffer)
         read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
         if self.plan.policy.prompt_layer is not None:
-            freeze_prompt(self.way, self.plan.policy.prompt_layer)
+            freeze_prompt(self.way, self.plan.policy.prompt_layer, self.plan.last)
         self._finish(read)
         return read
 

@@ -80,7 +80,8 @@ class ExitPolicy:
             one of `exit_layers`, or `min_layer`.
         prompt_layer: Layers that the whole prompt goes through; behind them only its last position goes on, and the
             others' keys and values are projected from where they stopped (approximate, as in SwiftKV, arXiv
-            2410.03960). None or L: the prompt runs at full depth. Decoder-only models, "propagate" and "defer" only.
+            2410.03960). None or L: the prompt runs at full depth (a static policy's: up to `min_layer`, and it may not go
+            deeper). Decoder-only models, "propagate" and "defer" only.
     """
 
     confidence: str | Confidence = "softmax"
@@ -158,8 +159,11 @@ class ExitPolicy:
             raise ValueError(
                 "skipped='verify' gives the full model's text, which no shortened prompt does; leave prompt_layer away"
             )
-        if self.confidence == "static":
-            raise ValueError("a static policy's prompt stops after min_layer as it is; leave prompt_layer away")
+        if self.confidence == "static" and self.min_layer is not None and self.prompt_layer > self.min_layer:
+            raise ValueError(
+                f"prompt_layer is {self.prompt_layer}; a static policy leaves after min_layer, {self.min_layer}, and "
+                "its prompt goes no deeper: give a prompt_layer up to there, or none"
+            )
 
     def _check_vocabulary(self) -> None:
         _choice("vocabulary", self.vocabulary, (None, *KINDS))

@@ -127,7 +127,7 @@ class Defer:
         self.advance(self.model.num_layers)
 
 
-def freeze_prompt(way: Propagate | Defer, depth: int) -> None:
+def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
     """Take a prompt up to `depth`; from there on only its last position goes.
 
     The other positions stay frozen, and deeper layers get keys and values projected from their states: one product per
@@ -135,14 +135,15 @@ def freeze_prompt(way: Propagate | Defer, depth: int) -> None:
 
     Args:
         way: At the start of a prompt's step; stands at its last position afterwards.
-        depth: Layers the whole prompt goes through, 1..L.
+        depth: Layers the whole prompt goes through, 1..last.
+        last: The deepest layer any token needs; what lies behind it gets no keys and values.
     """
     way.advance(depth)
     state = way.state
-    if state.frame.queries == 1 or depth == way.model.num_layers:
+    if state.frame.queries == 1 or depth == last:
         return
     frozen, way.state = parted(state, state.frame.queries - 1)
-    for layer in range(depth, way.model.num_layers):
+    for layer in range(depth, last):
         with way.ledger.time("fill"):
             way.model.fill(state.context, layer, frozen)
         way.ledger.fill(layer, len(frozen.rows))
