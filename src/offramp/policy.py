@@ -80,7 +80,7 @@ class ExitPolicy:
             one of `exit_layers`, or `min_layer`.
         prompt_layer: Layers that the whole prompt goes through; behind them only its last position goes on, and the
             others' keys and values are projected from where they stopped (approximate, as in SwiftKV, arXiv
-            2410.03960). None or L: the prompt runs at full depth (a static policy's: up to `min_layer`, and it may not go
+            2410.03960). None or L: the prompt runs at full depth (a static policy's: up to `min_layer`, and not
             deeper). Decoder-only models, "propagate" and "defer" only.
     """
 
