@@ -60,7 +60,8 @@ def test_perplexity_learns_over_all_passages_as_generation_does(tmp_path):
     expected, learnt = lm.adaptive_threshold(FREE), other.adaptive_threshold(FREE)
     assert (learnt.value, learnt.fits) == (expected.value, expected.fits)
     assert (learnt.agree.count, learnt.disagree.count) == (expected.agree.count, expected.disagree.count)
-    assert learnt.fits > 0 and learnt.value != FREE.threshold
+    assert learnt.fits > 0
+    assert learnt.value != FREE.threshold
 
 
 def test_each_arm_of_perplexity_begins_with_nothing_learnt(tmp_path):
