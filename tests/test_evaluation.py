@@ -12,7 +12,7 @@ import evaluation_runs
 import two_processes
 from evaluation_runs import POLICIES, SHORT, examples, model
 from offramp import ExitPolicy, Exits, cli
-from offramp.evaluation import document_arms, grid, read_records, static_arms, sweep_layers
+from offramp.evaluation import document_arms, grid, read_records, static_arms, static_sweep, sweep_layers
 from offramp.files import write_json
 from offramp.report import plots
 from tiny import LAYERS, tiny, tokenizer
@@ -119,6 +119,16 @@ def test_static_arms_sit_at_the_trained_exits():
         static_arms(lm, (4,))
 
 
+def test_a_sweep_stands_beside_every_static_exit_that_could_match_it():
+    lm = model()
+    arms = {"a": ExitPolicy(min_layer=2), "b": ExitPolicy(exit_layers=(1, 3)), "c": ExitPolicy(threshold=None)}
+    assert static_sweep(lm, arms) == (1, 2, 3)
+    assert static_sweep(lm, {"a": arms["a"]}) == (2, 3)
+    assert static_sweep(lm, {"c": arms["c"]}) is None
+    lm.attach_exits(Exits.fresh(lm.split, (2, 3)))
+    assert static_sweep(lm, {"a": arms["a"]}) == (2, 3)
+
+
 def test_with_trained_exits_only_they_are_tested():
     lm = model()
     lm.attach_exits(Exits.fresh(lm.split, (1, 3)))
@@ -140,6 +150,8 @@ def test_a_grid_has_every_combination_by_its_own_name():
     assert (policy.confidence, policy.threshold, policy.min_layer, policy.vocabulary_size) == ("max", 0.5, 2, 9)
     assert arms["softmax > 0.9"].vocabulary_size is None
     assert "jsd + adaptive" in document_arms(lm)
+    with pytest.raises(ValueError, match="vocabulary_size is 9, but nothing is pruned; name one of fixed, decaying"):
+        grid(lm, vocabulary_size=9)
 
 
 # ---------------------------------------------------------------- the command
@@ -195,12 +207,14 @@ def test_a_sweep_and_the_documents_arms(folder, squad, tmp_path):
     path = tmp_path / "all.json"
     run = offramp(
         folder, "--task", "question-answering", "--data", squad, "--limit", 1, "--sweep", "--threshold", "0.2",
-        "--arms", "default", "--max-new-tokens", 2, "--resamples", 20, "--out", tmp_path / "run", "--json", path,
+        "--min-layer", "1,2", "--arms", "default", "--max-new-tokens", 2, "--resamples", 20, "--out",
+        tmp_path / "run", "--json", path,
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     result = json.loads(path.read_text())
     names = [arm["name"] for arm in result["arms"]]
-    assert len(names) == 1 + 2 + 8 + 2 * 1 * 2 * 2
+    assert len(names) == 1 + 3 + 8 + 2 * 1 * 2 * 2
+    assert {"static 1", "static 2", "static 3"} <= set(names)  # every layer from the first one tested
     assert {"jsd + adaptive", "FREE", "jsd > 0.2, from 2, fixed"} <= set(names)
     assert set(result["front"]["flops_ratio"]) <= set(names)
     assert result["arms"][0]["quality"]["f1"]["low"] is None  # a single group
@@ -233,6 +247,12 @@ def test_perplexity_of_a_text(folder, tmp_path):
         (["--task", "question-answering", "--limit", "0"], "limit"),
         (["--task", "translation"], "squad.json"),
         (["--task", "question-answering", "--max-new-tokens", "999"], "999"),
+        (["--task", "question-answering", "--vocabulary-size", "9"], "--vocabulary-size 9: no readout is pruned"),
+        (["--task", "question-answering", "--arms", "default", "--vocabulary-size", "9"], "no readout is pruned"),
+        (["--task", "question-answering", "--window", "9"], "--window with --task question-answering"),
+        (["--task", "perplexity", "--max-new-tokens", "9"], "--max-new-tokens with --task perplexity"),
+        (["--task", "perplexity", "--longest", "9", "--target", "a.txt"], "--target, --longest with --task perplexity"),
+        (["--task", "perplexity", "--languages", "a,b"], "--languages with --task perplexity"),
     ],
 )
 def test_wrong_options(folder, squad, tmp_path, arguments, message):

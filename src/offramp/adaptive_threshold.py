@@ -16,9 +16,9 @@ as `readout`. The threshold is a heuristic **without any guarantee** and depends
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offramp.policy import ExitPolicy
@@ -110,6 +110,15 @@ class AdaptiveThreshold:
         """Forget everything learnt."""
         self.value, self.fits = self.start, 0
         self.agree, self.disagree = Moments(), Moments()
+
+    def learnt(self) -> dict[str, Any]:
+        """Everything learnt so far, as JSON values."""
+        return {"value": self.value, "fits": self.fits, "agree": asdict(self.agree), "disagree": asdict(self.disagree)}
+
+    def recall(self, learnt: Mapping[str, Any]) -> None:
+        """Go on from where `learnt` was, instead of from what is known now."""
+        self.value, self.fits = learnt["value"], learnt["fits"]
+        self.agree, self.disagree = Moments(**learnt["agree"]), Moments(**learnt["disagree"])
 
     def add(self, confidences: Iterable[float], agreed: Iterable[bool]) -> None:
         """Learn from pairs; NaN confidences are none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -170,7 +171,11 @@ def calibrate(
         needed = result.certificate.needed
         more = "no number of prompts would do" if needed is None else f"about {needed} certification {unit}s would do"
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
-    o.note(f"wrote {folder}; use its policy with: offramp generate {model} --policy {folder / 'policy.json'}")
+    room = asked.max_new_tokens if max_new_tokens is None else max_new_tokens
+    use = ["offramp", "generate", model, "--policy", str(folder / "policy.json"), "--max-new-tokens", str(room)]
+    use += [] if exits is None else ["--exits", exits]
+    use += [] if dtype == "float32" else ["--dtype", dtype]
+    o.note(f"wrote {folder}; use its policy with: {shlex.join(use)}")
     o.write_result(result.to_dict(), json)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.calibrate import check_certificate, check_drift
+from offramp.cli.certified import certified_task
 
 if TYPE_CHECKING:
     from offramp.evaluation import Evaluation
@@ -49,7 +50,11 @@ def evaluate(
         typer.Option(metavar="FILE", help="A policy saved as JSON; may be given several times."),
     ] = None,
     static: Annotated[
-        str | None, typer.Option(help="Static exits, such as 15,20,25; default: the trained exits, or three.")
+        str | None,
+        typer.Option(
+            help="Static exits, such as 15,20,25; default: the trained exits; without any, three layers, with --sweep "
+            "every layer from the first one tested."
+        ),
     ] = None,
     sweep: Annotated[
         bool,
@@ -79,7 +84,9 @@ def evaluate(
     prompt_layer: o.PromptLayer = None,
     exits: o.Exits = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a passage of text, for perplexity.")] = 256,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a passage of text, for perplexity; default: 256.")
+    ] = None,
     longest: Annotated[
         int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
     ] = None,
@@ -102,8 +109,12 @@ def evaluate(
     from accelerate import PartialState
 
     import offramp
-    from offramp.evaluation import records_of
+    from offramp.evaluation import records_of, static_sweep
 
+    _refuse_unused(
+        task, {"--target": target, "--languages": languages, "--max-new-tokens": max_new_tokens, "--longest": longest},
+        {"--window": window},
+    )  # fmt: skip
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if state.num_processes > 1:
         device = str(state.device)
@@ -115,14 +126,15 @@ def evaluate(
     )  # fmt: skip
     folder = out or Path("runs") / f"evaluate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     shared: dict[str, Any] = {
-        "static_layers": o.numbers(static, "--static", int), "batch_size": batch_size,
+        "static_layers": o.numbers(static, "--static", int) or (static_sweep(lm, chosen) if sweep else None),
+        "batch_size": batch_size,
         "resamples": resamples, "seed": seed,
         "about": {"data": ", ".join(data), "limit": limit, "seed": seed, "command": o.command_line()},
     }  # fmt: skip
     with o.progress("evaluating") as progress:
         shared["progress"] = progress
         if task == "perplexity":
-            result = _perplexity(lm, data, chosen, folder, window, limit, shared)
+            result = _perplexity(lm, data, chosen, policy or [], folder, window, limit, shared)
         else:
             what = o.task_named(task, languages)
             result = _task(lm, what, data, target, chosen, policy or [], folder, limit, longest, max_new_tokens, shared)
@@ -134,6 +146,13 @@ def evaluate(
         typer.echo(result.table())
     o.note(f"wrote {folder}: records, results.json, table.md and pictures")
     o.write_result(result.to_dict(), json)
+
+
+def _refuse_unused(task: str, of_answers: dict[str, Any], of_texts: dict[str, Any]) -> None:
+    """Rather than leave options of another kind of task aside."""
+    options, kind = (of_answers, "examples and answers") if task == "perplexity" else (of_texts, "perplexity")
+    if given := [name for name, value in options.items() if value is not None]:
+        raise typer.BadParameter(f"{', '.join(given)} with --task {task}: only for {kind}; leave it out")
 
 
 def _task(
@@ -156,18 +175,23 @@ def _task(
 
 
 def _perplexity(
-    lm: LanguageModel, data: list[str], arms: dict[str, ExitPolicy], folder: Path, window: int, limit: int | None,
-    shared: dict[str, Any],
+    lm: LanguageModel, data: list[str], arms: dict[str, ExitPolicy], files: list[Path], folder: Path,
+    window: int | None, limit: int | None, shared: dict[str, Any],
 ) -> Evaluation:  # fmt: skip
     import random
 
     from offramp.evaluation import evaluate_perplexity, read_passages
 
+    window = 256 if window is None else window
     passages = read_passages(lm, [Path(file) for file in data], window=window)
     if limit is not None and limit < len(passages):
         chosen = random.Random(shared["seed"]).sample(range(len(passages)), limit)
         passages = [passages[index] for index in sorted(chosen)]
     shared["about"]["window"] = window
+    for file in files:
+        check_certificate(file, lm, arms[file.stem])
+        if (certified := certified_task(file)) is not None:
+            o.note(f"certificate does not apply: it is about {certified}, not about the perplexity of a text")
     return evaluate_perplexity(lm, passages, arms, folder, **shared)
 
 
@@ -191,6 +215,11 @@ def _arms(
     if sweep:
         layers = ",".join(map(str, sweep_layers(lm)))
         given = {name: value or {**SWEEP, "min_layer": layers}[name] for name, value in given.items()}
+    kinds = [None if kind == "none" else kind for kind in (given["vocabulary"] or "none").split(",")]
+    if vocabulary_size is not None and not any(kinds):
+        raise typer.BadParameter(
+            f"--vocabulary-size {vocabulary_size}: no readout is pruned; add --vocabulary fixed, decaying or adaptive"
+        )
     if not sweep and not any((*given.values(), vocabulary_size, skipped, prompt_layer and arms is None)):
         return chosen
     return chosen | grid(
@@ -198,7 +227,7 @@ def _arms(
         confidences=(given["confidence"] or "softmax").split(","),
         thresholds=o.numbers(given["threshold"], "--threshold", float) or (0.9,),
         min_layers=o.numbers(given["min_layer"], "--min-layer", int) or (None,),
-        vocabularies=[None if kind == "none" else kind for kind in (given["vocabulary"] or "none").split(",")],
+        vocabularies=kinds,
         vocabulary_size=vocabulary_size,
         skipped=skipped or "propagate",
         prompt_layer=prompt_layer,

@@ -11,6 +11,7 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.calibrate import check_certificate, check_drift
+from offramp.cli.certified import certified_task
 
 if TYPE_CHECKING:
     from offramp.decoding import Step
@@ -71,6 +72,8 @@ def generate(
         policy, lm, rule, settings=given if in_template == lm.has_chat_template else {**given, "chat": in_template},
         batch_size=1,
     )  # fmt: skip
+    if (task := certified_task(policy)) not in (None, "prompts"):
+        o.note(f"the certificate is about {task} in its prompt template; whether these prompts are that is not checked")
     results = [
         _one(lm, text, rule, {**given, "chat": in_template}, show_exits, quiet=str(json) == "-") for text in texts
     ]

@@ -4,6 +4,7 @@ from offramp.evaluation.arms import FULL as FULL
 from offramp.evaluation.arms import document_arms as document_arms
 from offramp.evaluation.arms import grid as grid
 from offramp.evaluation.arms import static_arms as static_arms
+from offramp.evaluation.arms import static_sweep as static_sweep
 from offramp.evaluation.arms import sweep_layers as sweep_layers
 from offramp.evaluation.bootstrap import Bootstrap as Bootstrap
 from offramp.evaluation.bootstrap import Interval as Interval

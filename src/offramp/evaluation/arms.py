@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,23 @@ def static_arms(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[
     for policy in arms.values():
         policy.resolve(depth, lm.vocabulary, trained)
     return arms
+
+
+def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int, ...] | None:
+    """Layers of the static exits that a sweep is measured against: all that can match one of its policies.
+
+    Args:
+        lm: The model.
+        arms: The policies.
+
+    Returns:
+        The trained exits; without any, every layer from the first one that a policy tests. None: none tests any.
+    """
+    if lm.split.exit_layers:
+        return lm.split.exit_layers
+    plans = [policy.resolve(lm.num_layers, lm.vocabulary) for policy in arms.values()]
+    tested = [layer for plan in plans for layer in plan.thresholds]
+    return tuple(range(min(tested), lm.num_layers)) if tested else None
 
 
 def document_arms(
@@ -112,7 +129,7 @@ def grid(
         min_layers: First layer tested; if the model has trained exits, only they are tested from there on. None: half
             the depth, or at the model's trained exits.
         vocabularies: Kinds of pruning; None: all tokens are scored.
-        vocabulary_size: Tokens kept by those that prune.
+        vocabulary_size: Tokens kept by those that prune, of which there must be one.
         skipped: Keys and values of skipped layers.
         prompt_layer: Of all of them.
 
@@ -122,6 +139,8 @@ def grid(
     Raises:
         ValueError: A value that `ExitPolicy` or the model does not allow.
     """
+    if vocabulary_size is not None and not any(vocabularies):
+        raise ValueError(f"vocabulary_size is {vocabulary_size}, but nothing is pruned; name one of {', '.join(KINDS)}")
     arms = {}
     for confidence, threshold, layer, kind in itertools.product(confidences, thresholds, min_layers, vocabularies):
         name = f"{confidence} > {threshold:g}{'' if layer is None else f', from {layer}'}{f', {kind}' if kind else ''}"

@@ -26,10 +26,11 @@ from offramp.choosing import Choosing
 from offramp.costs import Ledger
 from offramp.decoding import decode
 from offramp.evaluation.record_file import Progress, Record, header_of, kept
-from offramp.evaluation.records import agreement, pieces, prefill_parts, require_full, shares, sure
+from offramp.evaluation.records import agreement, learner_of, pieces, prefill_parts, require_full, shares, sure
 from offramp.training.data import read_texts
 
 if TYPE_CHECKING:
+    from offramp.adaptive_threshold import AdaptiveThreshold
     from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
 
@@ -125,8 +126,10 @@ def perplexity_records(
         if policy.decode_from != "logits":
             raise ValueError(f"perplexity is that of an exit's logits; decode_from={policy.decode_from!r} has others")
 
+    learner = learner_of(lm, policy)
+
     def answer(batch: Sequence[Passage]) -> list[Record]:
-        forced, layers, confidences, bills = _score(lm, batch, policy)
+        forced, layers, confidences, bills = _score(lm, batch, policy, learner)
         records = []
         for row, passage in enumerate(batch):
             count = len(passage.ids) - 1
@@ -153,8 +156,9 @@ def perplexity_records(
             )
         return records
 
-    header = header_of(lm, {"name": PERPLEXITY}, passages, policy, {}, batch_size)
-    return kept(path, header, passages, batch_size, answer, progress, arm)
+    settings = {} if learner is None else {"learning": "over all passages"}  # an earlier version's arms learnt nothing
+    header = header_of(lm, {"name": PERPLEXITY}, passages, policy, settings, batch_size)
+    return kept(path, header, passages, batch_size, answer, progress, arm, learner)
 
 
 class _Forced:
@@ -203,7 +207,7 @@ class _Unending(Choosing):
 
 
 def _score(
-    lm: LanguageModel, batch: Sequence[Passage], policy: ExitPolicy | None
+    lm: LanguageModel, batch: Sequence[Passage], policy: ExitPolicy | None, learner: AdaptiveThreshold | None
 ) -> tuple[_Forced, list[list[int]], list[list[float | None]], list[dict[str, Any]]]:
     """What was noted; exit layers, confidences and costs of each row."""
     began = time.perf_counter()
@@ -222,7 +226,9 @@ def _score(
     layers: list[list[int]] = [[] for _ in batch]
     confidences: list[list[float | None]] = [[] for _ in batch]
     first: dict[str, int] = {}
-    steps = decode(lm.split, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger)
+    steps = decode(
+        lm.split, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger, adaptive=learner
+    )
     for step in steps:
         first = prefill_parts(ledger.costs) if step.prefill else first
         columns = zip(step.active.tolist(), step.exit_layer.tolist(), sure(step), strict=True)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from offramp.exits import fingerprint
 from offramp.files import append_lines, differences, replace_file
 
 if TYPE_CHECKING:
+    from offramp.adaptive_threshold import AdaptiveThreshold
     from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
 
@@ -62,6 +63,8 @@ class Record:
         sums: Further quantities that add up over examples: for perplexity, see `offramp.evaluation.perplexity`.
         pieces: What each token adds to the text, perhaps nothing; together they are the text.
         confidences: Of the last test of each token, to four places; None where none was made.
+        learnt: In the last record of a batch under an adaptive policy, what its threshold had learnt behind that batch;
+            else empty, and left out of the file.
     """
 
     id: str
@@ -80,6 +83,7 @@ class Record:
     sums: dict[str, float] = field(default_factory=dict)
     pieces: list[str] = field(default_factory=list)
     confidences: list[float | None] = field(default_factory=list)
+    learnt: dict[str, Any] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- the file
@@ -130,10 +134,12 @@ def kept(
     answer: Callable[[Sequence[T]], list[Record]],
     progress: Progress | None = None,
     what: str = "",
+    learner: AdaptiveThreshold | None = None,
 ) -> list[Record]:
     """The records of `path`, after those that are missing have been made and appended, batch by batch.
 
-    Batches are always the same, so nothing depends on where an earlier call was interrupted.
+    Batches are always the same, and an adaptive threshold goes on from what it had learnt behind the last of them, so
+    nothing depends on where an earlier call was interrupted.
 
     Args:
         path: JSON Lines file; made if missing.
@@ -143,6 +149,8 @@ def kept(
         answer: Makes the records of a batch.
         progress: Called with the examples done and asked for.
         what: For `progress`.
+        learner: The adaptive threshold that `answer` works with; what it knows by now counts for nothing. An unfinished
+            file that does not say what was learnt, of an earlier version, is begun anew. None: nothing is learnt.
 
     Returns:
         One record per example, in their order.
@@ -156,12 +164,18 @@ def kept(
         raise ValueError("two examples have the same id; give each one of its own")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    records = _open(path, json.loads(json.dumps(header)), examples, batch_size)
+    records = _open(path, json.loads(json.dumps(header)), examples, batch_size, learns=learner is not None)
+    if learner is not None:
+        learner.reset()
+        if records and records[-1].learnt:
+            learner.recall(records[-1].learnt)
     for at in range(len(records), len(examples), batch_size):
         if progress is not None:
             progress(at, len(examples), what)
         new = answer(examples[at : at + batch_size])
-        append_lines(path, [asdict(record) for record in new])
+        if learner is not None:
+            new[-1] = replace(new[-1], learnt=learner.learnt())
+        append_lines(path, map(_line, new))
         records += new
     if progress is not None:
         progress(len(examples), len(examples), what)
@@ -194,12 +208,20 @@ def write_records(path: Path, header: Mapping[str, Any], records: Sequence[Recor
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(b"")
-        append_lines(temporary, [dict(header), *(asdict(record) for record in records)])
+        append_lines(temporary, [dict(header), *map(_line, records)])
 
     replace_file(path, write)
 
 
-def _open(path: Path, header: dict[str, Any], examples: Sequence[Item], batch_size: int) -> list[Record]:
+def _line(record: Record) -> dict[str, Any]:
+    """A record as JSON values."""
+    values = asdict(record)
+    return values if record.learnt else {name: value for name, value in values.items() if name != "learnt"}
+
+
+def _open(
+    path: Path, header: dict[str, Any], examples: Sequence[Item], batch_size: int, *, learns: bool
+) -> list[Record]:
     """The records of finished batches; whatever an interruption left behind them is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     have, records = read_records(path) if path.exists() else ({}, [])
@@ -212,7 +234,9 @@ def _open(path: Path, header: dict[str, Any], examples: Sequence[Item], batch_si
             f"{path} holds records made otherwise ({'; '.join(differing)}); remove it, or use another folder"
         )
     done = len(records)
-    done -= done % batch_size if done < len(examples) else 0
+    if done < len(examples):
+        done -= done % batch_size
+        done = 0 if learns and done and not records[done - 1].learnt else done
     if [record.id for record in records[:done]] != [example.id for example in examples[:done]]:
         raise ValueError(f"{path} holds records of other examples; remove it, or use another folder")
     lines = path.read_bytes().split(b"\n")

@@ -17,6 +17,7 @@ from offramp.evaluation.record_file import Item, Progress, Record, header_of, ke
 from offramp.metrics.text import METRICS
 
 if TYPE_CHECKING:
+    from offramp.adaptive_threshold import AdaptiveThreshold
     from offramp.decoding import Step
     from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
@@ -96,10 +97,13 @@ def decode_records(
             )
         return records
 
-    if policy is not None and policy.adaptive:
-        lm.adaptive_threshold(policy).reset()  # what it learnt elsewhere is not part of this record
     header = header_of(lm, asdict(task), examples, policy, options, batch_size)
-    return kept(path, header, examples, batch_size, answer, progress, arm)
+    return kept(path, header, examples, batch_size, answer, progress, arm, learner_of(lm, policy))
+
+
+def learner_of(lm: LanguageModel, policy: ExitPolicy | None) -> AdaptiveThreshold | None:
+    """The threshold that an adaptive policy moves on this model; None of another policy."""
+    return lm.adaptive_threshold(policy) if policy is not None and policy.adaptive else None
 
 
 def agreement(mine: Sequence[int], theirs: Sequence[int]) -> float:

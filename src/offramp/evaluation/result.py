@@ -59,7 +59,7 @@ class Evaluation:
         return [self.arms[i].name for i in pareto_front([self.loss(arm) for arm in self.arms], costs)][::-1]
 
     def ahead(self, cost: str = "flops_ratio") -> list[str]:
-        """Policies that neither the full model nor a static exit matches: as good at no more cost.
+        """Policies that neither the full model nor one of the static exits here matches: as good at no more cost.
 
         Args:
             cost: As for `front`.
@@ -174,9 +174,9 @@ class Evaluation:
             f"In brackets {percent} intervals, over groups of examples{scale}; * on the Pareto front of {self.metric} "
             "over FLOPs",
             *(
-                [f"Neither the full model nor a static exit is as good for as few FLOPs: {'; '.join(ahead)}"]
+                [f"Neither the full model nor a static exit shown is as good for as few FLOPs: {'; '.join(ahead)}"]
                 if ahead
-                else ["Every policy is matched by a static exit or the full model: as good for as few FLOPs"]
+                else ["Every policy is matched by a static exit shown or the full model: as good for as few FLOPs"]
                 if any(not arm.is_static for arm in self.arms)
                 else []
             ),

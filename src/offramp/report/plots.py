@@ -262,11 +262,11 @@ def bench_figure(bench: Bench) -> Any:
 
 
 def pareto_figure(evaluation: Evaluation) -> Any:
-    """Quality over FLOPs and over seconds: policies, every static exit and the full model in one picture."""
+    """Quality over FLOPs and over seconds: policies, static exits and the full model in one picture."""
     figure = require_matplotlib().figure.Figure(figsize=(11, 5.4), layout="constrained")
     ahead, metric = evaluation.ahead(), evaluation.metric
     count = sum(not arm.is_static for arm in evaluation.arms)
-    title = f"{len(ahead)} of {count} policies are matched by no static exit" if count else "Static exits"
+    title = f"{len(ahead)} of {count} policies are matched by no static exit shown" if count else "Static exits"
     conditions = evaluation.conditions
     figure.suptitle(f"{title}: {metric} over compute\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
     left, right = figure.subplots(1, 2, sharey=True)
