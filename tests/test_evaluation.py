@@ -12,7 +12,7 @@ import evaluation_runs
 import two_processes
 from evaluation_runs import POLICIES, SHORT, examples, model
 from offramp import ExitPolicy, Exits, cli
-from offramp.evaluation import document_arms, grid, read_records, static_arms, static_sweep, sweep_layers
+from offramp.evaluation import document_arms, evaluate, grid, read_records, static_arms, static_sweep, sweep_layers
 from offramp.files import write_json
 from offramp.report import plots
 from tiny import LAYERS, tiny, tokenizer
@@ -117,6 +117,18 @@ def test_static_arms_sit_at_the_trained_exits():
     assert list(static_arms(lm)) == ["static 1", "static 3"]
     with pytest.raises(ValueError, match=r"1\.\.3"):
         static_arms(lm, (4,))
+
+
+def test_static_exits_have_the_prompts_of_the_policies_beside_them(tmp_path):
+    lm = model()
+    arms = {"softmax": ExitPolicy(threshold=0.1, min_layer=2, prompt_layer=2)}
+    result = evaluate(lm, evaluation_runs.TASK, examples(2), arms, tmp_path, max_new_tokens=SHORT, resamples=20)
+    assert [arm.name for arm in result.arms] == [
+        "full model", "static 2", "static 3", "static 3, prompt to 2", "softmax"
+    ]  # fmt: skip
+    whole, short = (result.arm(f"static 3{prompt}") for prompt in ("", ", prompt to 2"))
+    assert short.is_static
+    assert short.flops_ratio.value < whole.flops_ratio.value
 
 
 def test_a_sweep_stands_beside_every_static_exit_that_could_match_it():

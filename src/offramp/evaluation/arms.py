@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,15 @@ FULL = "full model"
 """The arm that all others are compared with."""
 
 
-def static_arms(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str, ExitPolicy]:
+def static_arms(
+    lm: LanguageModel, layers: Sequence[int] | None = None, prompt_layers: Collection[int] = ()
+) -> dict[str, ExitPolicy]:
     """The baseline to beat: leave after the same layer, always.
 
     Args:
         lm: The model.
         layers: Which; None: those of its trained exits, or half, three quarters, and two layers less than its depth.
+        prompt_layers: Where prompts of the policies beside them stop: each deeper exit is there with that prompt too.
 
     Returns:
         Policies by name.
@@ -35,6 +38,12 @@ def static_arms(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[
     if layers is None:
         layers = trained or sorted({layer for layer in (depth // 2, 3 * depth // 4, depth - 2) if 1 <= layer < depth})
     arms = {f"static {layer}": ExitPolicy("static", min_layer=layer) for layer in layers}
+    for stop in sorted(prompt_layers):
+        arms |= {
+            f"static {layer}, prompt to {stop}": ExitPolicy("static", min_layer=layer, prompt_layer=stop)
+            for layer in layers
+            if layer > stop
+        }
     for policy in arms.values():
         policy.resolve(depth, lm.vocabulary, trained)
     return arms

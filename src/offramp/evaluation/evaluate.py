@@ -141,7 +141,8 @@ def _evaluate(
     common: Mapping[str, Any], conditions: Mapping[str, Any], metric: str, static_layers: Sequence[int] | None,
     resamples: int, seed: int, progress: Progress | None, references: Sequence[Sequence[str]] | None = None,
 ) -> Evaluation:  # fmt: skip
-    policies = {FULL: None, **static_arms(lm, static_layers), **arms}
+    prompts = {policy.prompt_layer for policy in arms.values() if policy.prompt_layer is not None}
+    policies = {FULL: None, **static_arms(lm, static_layers, prompts), **arms}
     _check(lm, policies)
     bootstrap = Bootstrap([example.group for example in examples], resamples=resamples, seed=seed)
     state = state_of(lm.split.device.type)

@@ -311,9 +311,12 @@ def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
         )  # fmt: skip
 
     put([arm for arm in arms if arm.policy is None], fmt="*", color="black", label="full model", zorder=4)
-    statics = [arm for arm in arms if arm.is_static and arm.policy is not None]
-    if statics:
-        put(statics, fmt="-s", color=GREY, linewidth=1, label="static exits")
+    statics: dict[int | None, list[ArmSummary]] = {}
+    for arm in arms:
+        if arm.is_static and arm.policy is not None:
+            statics.setdefault(arm.policy.get("prompt_layer"), []).append(arm)
+    for (stop, some), line in zip(statics.items(), itertools.cycle(("-s", ":s")), strict=False):
+        put(some, fmt=line, color=GREY, linewidth=1, label="static exits" + (f", prompt to {stop}" if stop else ""))
     dynamic: dict[str, list[ArmSummary]] = {}
     for arm in arms:
         if not arm.is_static and arm.policy is not None:
