@@ -107,6 +107,19 @@ class Promise:
         """1 - metric; equal texts are at distance 0 even where the metric finds nothing to compare."""
         return 0.0 if text == other else 1 - METRICS[self.metric](text, [other])
 
+    def unit_of(self, groups: Sequence[str]) -> NDArray[np.intp]:
+        """The unit of each example, counted from 0: every prompt is one, or every group.
+
+        Args:
+            groups: Of each example.
+
+        Returns:
+            [N].
+        """
+        if self.unit == "prompt":
+            return np.arange(len(groups))
+        return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+
     def units(self, losses: NDArray[np.float64], groups: Sequence[str], seed: int) -> NDArray[np.float64]:
         """One loss for each independent draw, in an order that the losses have no part in.
 
@@ -118,9 +131,8 @@ class Promise:
         Returns:
             [N], or for groups one mean per group.
         """
-        if self.unit == "group":
-            _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-            losses = np.bincount(index, losses) / np.bincount(index)
+        index = self.unit_of(groups)
+        losses = np.bincount(index, losses) / np.bincount(index)
         return losses[np.random.default_rng(seed).permutation(len(losses))]
 
     # ------------------------------------------------------------ tests
