@@ -76,6 +76,25 @@ def test_nothing_certified_means_never_exit(scripted, tmp_path):
     assert certificate.estimates["test"]["flops_ratio"]["value"] == 1.0
 
 
+def test_what_betting_needs_is_told_by_the_losses_themselves(scripted, tmp_path):
+    script = Script(
+        at_most({0.9: 0.085, 0.5: 0.0, 0.1: 0.0}), draw=lambda rng, mean, count: rng.beta(2, 2 / mean - 2, count)
+    )
+    promise = Promise("f1", 0.1, 0.1, bound="wsr")
+    certificate = scripted(script, tmp_path, count=60, promise=promise).certificate
+    mean = certificate.tests[0]["loss"]
+    assert certificate.n < certificate.needed < promise.needed(0.1, mean) / 3  # as if losses were 0 or 1
+    assert f"losses stay as they are (lowest mean: {mean:.3g}), about {certificate.needed} certification prompts" in (
+        certificate.words()
+    )
+
+
+def test_a_mean_a_hair_below_the_tolerance_is_not_said_to_be_above_it(scripted, tmp_path):
+    script = Script(lambda policy: 0.0999999, draw=lambda rng, mean, count: np.full(count, mean))
+    certificate = scripted(script, tmp_path, promise=replace(PROMISE, bound="hoeffding")).certificate
+    assert "no reasonable number of prompts" in certificate.words()
+
+
 def test_if_no_number_of_prompts_would_do_it_says_so(scripted, tmp_path):
     certificate = scripted(Script(at_most({0.9: 0.6, 0.5: 0.0, 0.1: 0.0})), tmp_path).certificate
     assert certificate.needed is None
@@ -165,6 +184,21 @@ def test_groups_count_once_if_they_are_what_is_independent(scripted, tmp_path, m
         calibrate(lm, TASK, examples(290, per_group=5), BASE, promise, tmp_path, grid=GRID, test=0.0)
     result = calibrate(lm, TASK, examples(295, per_group=5), BASE, promise, tmp_path, grid=GRID, test=0.0, resamples=20)
     assert (result.certificate.n, result.certificate.splits["certification"]) == (59, [295, 59])
+
+
+def test_the_mean_loss_of_groups_has_an_interval_of_groups(tmp_path, monkeypatch):
+    # Groups of one that lose little and groups of nine that lose more: by prompts 0.18 is lost, by groups 0.1.
+    lm, promise = model(), Promise("f1", 0.4, 0.4, unit="group")
+    made = [Example(f"q{i}", "s", ("blue",), f"g{i // 9}" if i < 450 else f"h{i}", "why") for i in range(500)]
+    script = Script(lambda policy: 0.2, draw=lambda rng, mean, count: np.repeat([mean, 0.0], [450, 1550]))
+    monkeypatch.setattr(decoded, "decode_records", script)
+    result = calibrate(lm, TASK, made, BASE, promise, tmp_path, grid=Grid((0.5,)), test=0.0, resamples=500)
+    loss = result.certificate.estimates["certification"]["loss"]
+    assert loss["value"] == pytest.approx(0.1)
+    spread = 1.96 * 0.1 / math.sqrt(100)  # half of 100 groups lose 0.2, the others nothing
+    assert loss["low"] == pytest.approx(0.1 - spread, abs=0.005)
+    assert loss["high"] == pytest.approx(0.1 + spread, abs=0.005)
+    assert "the mean of their groups' mean losses was 0.1" in result.certificate.words()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +313,7 @@ def test_a_bound_that_halves_its_p_values_is_found(monkeypatch):
 
 
 def test_groups_are_drawn_whole_and_count_once():
-    # 40 groups: 4 of nine prompts that lose 1, 36 of one that loses nothing. Half is lost by prompts, a tenth by groups.
+    # 4 groups of nine prompts that lose 1, 36 of one that loses nothing: half is lost by prompts, a tenth by groups.
     made = [Example(f"q{i}", "s", ("r",), f"g{i // 9}" if i < 36 else f"h{i}", "why") for i in range(72)]
     losses, full = [np.array([1.0] * 36 + [0.0] * 36)], np.ones(72)
     options = {"share": 0.5, "repeats": 400}

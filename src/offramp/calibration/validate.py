@@ -100,10 +100,10 @@ class Validation:
 
 READING = (
     "The first count is what the promise is about, with the pool in the place of all prompts there are: draws with "
-    "replacement are independent and like the pool. It says nothing of prompts unlike the pool. The second has the noise "
-    "of {held_out:.0f} held-out prompts too, and a split that is lucky in certifying leaves the unlucky prompts to be "
-    "held out: it may be larger with the promise kept. The splits share their prompts, so its interval is about the "
-    "splitting, not about other data."
+    "replacement are independent and like the pool. It says nothing of prompts unlike the pool. The second has the "
+    "noise of {held_out:.0f} held-out prompts too, and a split that is lucky in certifying leaves the unlucky prompts "
+    "to be held out: it may be larger with the promise kept. The splits share their prompts, so its interval is about "
+    "the splitting, not about other data."
 )
 """How both counts are to be read."""
 

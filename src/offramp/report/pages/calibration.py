@@ -16,9 +16,9 @@ from offramp.report.pages.blocks import Block, Page, Section, Table, Text, facts
 PICTURE = "calibrate.svg"
 OLD_READING = (
     "The certifying part is itself part of the whole pool and drawn from it without replacement, so its mean is closer "
-    "to the pool's than that of independent prompts would be: the first count understates how often the promise fails, "
-    "calibrate again for one that does not. The second has the noise of {held_out:.0f} held-out prompts too. The splits "
-    "share their prompts: the intervals are about the splitting."
+    "to the pool's than that of independent prompts would be: the first count understates how often the promise fails; "
+    "calibrate again for one that does not. The second has the noise of {held_out:.0f} held-out prompts too. The "
+    "splits share their prompts: the intervals are about the splitting."
 )
 """How the counts of offramp/calibrate-validation/1 are to be read."""
 
