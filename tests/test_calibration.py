@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,25 @@ def test_nothing_certified_means_never_exit(scripted, tmp_path):
     assert needed > certificate.n
     assert f"about {needed} certification prompts" in certificate.words()
     assert certificate.estimates["test"]["flops_ratio"]["value"] == 1.0
+
+
+def test_what_betting_needs_is_told_by_the_losses_themselves(scripted, tmp_path):
+    script = Script(
+        at_most({0.9: 0.085, 0.5: 0.0, 0.1: 0.0}), draw=lambda rng, mean, count: rng.beta(2, 2 / mean - 2, count)
+    )
+    promise = Promise("f1", 0.1, 0.1, bound="wsr")
+    certificate = scripted(script, tmp_path, count=60, promise=promise).certificate
+    mean = certificate.tests[0]["loss"]
+    assert certificate.n < certificate.needed < promise.needed(0.1, mean) / 3  # as if losses were 0 or 1
+    assert f"losses stay as they are (lowest mean: {mean:.3g}), about {certificate.needed} certification prompts" in (
+        certificate.words()
+    )
+
+
+def test_a_mean_a_hair_below_the_tolerance_is_not_said_to_be_above_it(scripted, tmp_path):
+    script = Script(lambda policy: 0.0999999, draw=lambda rng, mean, count: np.full(count, mean))
+    certificate = scripted(script, tmp_path, promise=replace(PROMISE, bound="hoeffding")).certificate
+    assert "no reasonable number of prompts" in certificate.words()
 
 
 def test_if_no_number_of_prompts_would_do_it_says_so(scripted, tmp_path):
@@ -166,6 +186,21 @@ def test_groups_count_once_if_they_are_what_is_independent(scripted, tmp_path, m
     assert (result.certificate.n, result.certificate.splits["certification"]) == (59, [295, 59])
 
 
+def test_the_mean_loss_of_groups_has_an_interval_of_groups(tmp_path, monkeypatch):
+    # Groups of one that lose little and groups of nine that lose more: by prompts 0.18 is lost, by groups 0.1.
+    lm, promise = model(), Promise("f1", 0.4, 0.4, unit="group")
+    made = [Example(f"q{i}", "s", ("blue",), f"g{i // 9}" if i < 450 else f"h{i}", "why") for i in range(500)]
+    script = Script(lambda policy: 0.2, draw=lambda rng, mean, count: np.repeat([mean, 0.0], [450, 1550]))
+    monkeypatch.setattr(decoded, "decode_records", script)
+    result = calibrate(lm, TASK, made, BASE, promise, tmp_path, grid=Grid((0.5,)), test=0.0, resamples=500)
+    loss = result.certificate.estimates["certification"]["loss"]
+    assert loss["value"] == pytest.approx(0.1)
+    spread = 1.96 * 0.1 / math.sqrt(100)  # half of 100 groups lose 0.2, the others nothing
+    assert loss["low"] == pytest.approx(0.1 - spread, abs=0.005)
+    assert loss["high"] == pytest.approx(0.1 + spread, abs=0.005)
+    assert "the mean of their groups' mean losses was 0.1" in result.certificate.words()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -241,34 +276,78 @@ def pool_of(count, ones):
     return examples(count), [np.zeros(count), some, np.ones(count)], np.full(count, 100.0)
 
 
-def test_repeated_calibrations_break_the_promise_as_often_as_counting_says():
-    # 300 prompts of which 32 lose 1: above the tolerance 0.1. A split certifies that setting if few of them are in it.
-    made, losses, full = pool_of(300, 32)
-    promise = Promise("f1", 0.1, 0.2, kind="tail", margin=0.0)
+@pytest.mark.parametrize(("count", "ones", "share"), [(300, 32, 0.5), (200, 21, 0.75)])
+def test_repeated_calibrations_break_the_promise_as_often_as_counting_says(count, ones, share):
+    # The pool loses a little more than the tolerance under one setting, which few ones among those drawn certify.
+    made, losses, full = pool_of(count, ones)
+    promise, n = Promise("f1", 0.1, 0.2, kind="tail", margin=0.0), round(count * share)
     result = validate(
-        made, losses, [full * c for c in (0.9, 0.5, 0.2)], full, [[0, 1, 2]], promise, share=0.5, repeats=2000
+        made, losses, [full * c for c in (0.9, 0.5, 0.2)], full, [[0, 1, 2]], promise, share=share, repeats=2000
     )
-    most = max(count for count in range(150) if stats.binom.cdf(count, 150, 0.1) <= 0.2)
-    expected = stats.hypergeom.cdf(most, 300, 32, 150)
-    assert abs(result.exceeded_pool - 2000 * expected) < 5 * math.sqrt(2000 * expected * (1 - expected))
-    assert result.exceeded_pool <= 0.2 * 2000
-    assert result.chosen == {0: 2000 - result.exceeded_pool, 1: result.exceeded_pool}
+    most = max(k for k in range(n) if stats.binom.cdf(k, n, 0.1) <= 0.2)
+    near = {"drawn": stats.binom.cdf(most, n, ones / count), "split": stats.hypergeom.cdf(most, count, ones, n)}
+    slack = {way: 5 * math.sqrt(2000 * p * (1 - p)) for way, p in near.items()}
+    assert near["drawn"] > near["split"] + (slack["drawn"] + slack["split"]) / 2000  # the two are told apart
+    assert result.drawn == n
+    assert abs(result.exceeded_population - 2000 * near["drawn"]) < slack["drawn"]
+    assert result.exceeded_population <= 0.2 * 2000
+    assert result.loss_population == pytest.approx(ones / count * result.exceeded_population / 2000)
     # A split that is lucky in certifying always leaves more than its share to the other half.
-    assert result.exceeded_held_out == result.exceeded_pool
+    assert abs(result.exceeded_held_out - 2000 * near["split"]) < slack["split"]
+    assert result.chosen == {0: 2000 - result.exceeded_held_out, 1: result.exceeded_held_out}
     assert result.flops_ratio == pytest.approx((0.9 * result.chosen[0] + 0.5 * result.chosen[1]) / 2000)
-    assert "2000 calibrations" in result.words()
-    assert f"{result.exceeded_pool} of 2000" in result.words()
+    words = result.words()
+    assert f"2000 calibrations by {n} prompts drawn with replacement from the pool of {count} prompts" in words
+    assert f"mean loss of the pool above 0.1: {result.exceeded_population} of 2000" in words
+    assert f"mean loss of the held-out part above 0.1: {result.exceeded_held_out} of 2000" in words
+
+
+def test_a_bound_that_halves_its_p_values_is_found(monkeypatch):
+    made, losses, full = pool_of(200, 21)
+    promise = Promise("f1", 0.1, 0.2, kind="tail", margin=0.0)
+    honest = promise.bound_at(0.2)
+    monkeypatch.setattr(Promise, "bound_at", lambda self, level: lambda *given: honest(*given) / 2)
+    costs = [full * c for c in (0.9, 0.5, 0.2)]
+    result = validate(made, losses, costs, full, [[0, 1, 2]], promise, share=0.75, repeats=1000)
+    assert result.to_dict()["exceeded_population_interval"][0] > 0.2
+
+
+def test_groups_are_drawn_whole_and_count_once():
+    # 4 groups of nine prompts that lose 1, 36 of one that loses nothing: half is lost by prompts, a tenth by groups.
+    made = [Example(f"q{i}", "s", ("r",), f"g{i // 9}" if i < 36 else f"h{i}", "why") for i in range(72)]
+    losses, full = [np.array([1.0] * 36 + [0.0] * 36)], np.ones(72)
+    options = {"share": 0.5, "repeats": 400}
+    promise = Promise("f1", 0.09, 0.2, bound="wsr", unit="group")
+    result = validate(made, losses, [full / 2], full, [[0]], promise, **options)
+    assert result.drawn == 20
+    assert result.loss_population == pytest.approx(0.1 * result.exceeded_population / 400)
+    assert 0 < result.exceeded_population < 0.2 * 400
+    roomy = validate(made, losses, [full / 2], full, [[0]], replace(promise, tolerance=0.101), **options)
+    assert roomy.exceeded_population == 0
+
+
+def test_conformal_risk_control_keeps_its_mean_over_draws_with_replacement():
+    made, _, full = pool_of(100, 0)
+    rows = np.random.default_rng(0).random(100)
+    losses = [(rows < mean).astype(float) for mean in (0.02, 0.05, 0.08, 0.12, 0.3)]
+    promise = Promise("f1", 0.1, bound="crc")
+    costs = [full * c for c in (0.9, 0.8, 0.6, 0.4, 0.2)]
+    result = validate(made, losses, costs, full, [[0, 1, 2, 3, 4]], promise, share=0.5, repeats=1000)
+    assert 0.05 < result.loss_population <= 0.1
+    assert result.exceeded_population > 0  # single calibrations may exceed it
+    assert f"on average {result.loss_population:.3g} (promised: at most 0.1)" in result.words()
 
 
 def test_validation_finds_a_bound_that_lies_and_counts_what_certifies_nothing(monkeypatch):
     made, losses, full = pool_of(200, 0)
     options = {"share": 0.5, "repeats": 20}
     honest = validate(made, losses, [full] * 3, full, [[2]], PROMISE, **options)
-    assert (honest.uncertified, honest.exceeded_pool, honest.loss, honest.flops_ratio) == (20, 0, 0.0, 1.0)
+    assert (honest.uncertified, honest.uncertified_drawn, honest.exceeded_population) == (20, 20, 0)
+    assert (honest.loss, honest.loss_population, honest.flops_ratio) == (0.0, 0.0, 1.0)
     monkeypatch.setattr(Promise, "bound_at", lambda self, level: lambda losses, tolerance: 0.0)
     liar = validate(made, losses, [full, full, full / 2], full, [[0, 1, 2]], PROMISE, **options)
-    assert (liar.exceeded_pool, liar.exceeded_held_out) == (20, 20)
-    assert liar.to_dict()["exceeded_pool_interval"][0] > 0.8
+    assert (liar.exceeded_population, liar.exceeded_held_out) == (20, 20)
+    assert liar.to_dict()["exceeded_population_interval"][0] > 0.8
 
 
 def test_validation_of_a_run_uses_all_settings_and_its_own_numbers(scripted, tmp_path):
@@ -280,10 +359,10 @@ def test_validation_of_a_run_uses_all_settings_and_its_own_numbers(scripted, tmp
     assert result.validation.repeats == 50
     assert result.validation.chosen.get(2) is None
     assert (
-        json.loads((tmp_path / "result.json").read_text())["validation"]["schema"] == "offramp/calibrate-validation/1"
+        json.loads((tmp_path / "result.json").read_text())["validation"]["schema"] == "offramp/calibrate-validation/2"
     )
     parts = split_groups(examples(200), [0.75, 0.25], 0)
-    assert result.validation.certifying == len(parts[0])
+    assert result.validation.certifying == result.validation.drawn == len(parts[0])
 
 
 # ---------------------------------------------------------------- a tiny model

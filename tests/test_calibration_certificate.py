@@ -187,7 +187,7 @@ def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
     result = json.loads(path.read_text())
     assert result["schema"] == "offramp/calibrate/1"
     assert result["validation"]["repeats"] == 20
-    assert "20 calibrations over random splits of 30 prompts" in run.stdout
+    assert "20 calibrations by random splits of the pool" in run.stdout
     assert result["certificate"]["certified"]  # at a threshold of 1 no token leaves
     assert (out / "calibrate.svg").exists()
     policy = load(out / "policy.json").policy

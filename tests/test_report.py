@@ -372,7 +372,8 @@ def test_a_certificate_in_words(runs, tmp_path):
     assert [found[f"softmax &gt; {t}"][0][-1] for t in (0.9, 0.5, 0.1)] == ["passed", "chosen", "failed"]
     assert found["test"][0][:4] == ["40", "0.021 (0.010 to 0.040)", "0.049", "0.610 (0.580 to 0.660)"]
     assert found["certification"][0][2] == ""  # no limit where the policy was chosen
-    assert found["mean loss of the whole pool above 0.05"][0][0].startswith("1 of 20 (5.0%")
+    assert found["mean loss of the whole pool above 0.05"][0][1].startswith("1 of 20 (5.0%")  # by an earlier version
+    assert "the first count understates how often the promise fails" in page.text
     assert "offramp calibrate tiny --seed 3" in "".join(page.texts["pre"])
     assert {"class": "text good"} in page.of("div")
 
@@ -393,6 +394,10 @@ def test_what_a_calibration_writes_has_a_page(tmp_path, monkeypatch, bound):
     verdicts = [found[0][-1] for name, found in rows(page.path).items() if name.startswith("softmax")]
     assert verdicts == ["passed", "chosen", "failed"]
     assert ("guarantee on the mean" in page.text) == (bound == "crc")
+    draws, count = rows(page.path)["mean loss of the pool above 0.1"][0]
+    assert draws == f"{result.validation.drawn} prompts drawn with replacement"
+    assert count.startswith(f"{result.validation.exceeded_population} of 3")
+    assert "understates" not in page.text
     assert "offramp calibrate x" in "".join(page.texts["pre"])
 
 

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp.risk import BOUNDS, binomial, hoeffding, hoeffding_bentkus, hoeffding_signed, samples_needed, wsr
+from offramp.risk import (
+    BOUNDS,
+    binomial,
+    hoeffding,
+    hoeffding_bentkus,
+    hoeffding_signed,
+    samples_needed,
+    samples_needed_like,
+    wsr,
+)
 
 OF_MEAN = {name: bound for name, bound in BOUNDS.items() if name != "wsr"}
 
@@ -275,3 +284,32 @@ def test_betting_needs_about_as_many_as_it_says():
             losses = np.diff(np.ceil(np.arange(count + 1) * mean - 1e-9))
             assert losses.mean() == pytest.approx(mean, abs=1 / count)
             assert (wsr(losses, 0.1, failure=0.01) <= 0.01) is enough
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_betting_on_losses_of_small_variance_needs_as_many_as_pass_when_they_are_repeated(signed):
+    losses = np.random.default_rng(0).beta(0.4, 9, 150) - 0.2 * signed * (np.arange(150) % 9 == 0)
+    tolerance, bound = losses.mean() + 0.007, partial(wsr, failure=0.05)
+    n = samples_needed_like(bound, losses, tolerance, 0.05)
+    assert n == samples_needed_like(bound, losses, tolerance, 0.05)
+    assert n < samples_needed(bound, tolerance, 0.05, losses.mean()) / 2  # which takes them to be 0 or 1
+    shuffle = np.random.default_rng(1)
+
+    def passing(count):
+        return np.mean([wsr(shuffle.permutation(np.resize(losses, count)), tolerance) <= 0.05 for _ in range(60)])
+
+    # whole repetitions, which keep the mean: the next number of them, and half as many
+    assert passing(150 * -(-n // 150)) > 0.8
+    assert passing(150 * max(1, n // 300)) < 0.5
+
+
+def test_bounds_of_the_mean_need_the_same_in_both_ways():
+    losses = np.array([0.0] * 19 + [1.0])
+    assert samples_needed_like(binomial, losses, 0.1, 0.05) == pytest.approx(
+        samples_needed(binomial, 0.1, 0.05, 0.05), rel=0.1
+    )
+    assert samples_needed_like(wsr, losses, 0.05, 0.05) is None
+    with pytest.raises(ValueError, match="failure is 0"):
+        samples_needed_like(wsr, losses, 0.1, 0)
+    with pytest.raises(ValueError, match="allowed are"):
+        samples_needed_like(wsr, [2.0], 0.1, 0.1)

@@ -21,7 +21,7 @@ def start(folder, *jobs):
 def two(tmp_path_factory):
     """Runs of two processes; the last one is interrupted in both, and then continued."""
     folder = tmp_path_factory.mktemp("two")
-    codes, errors = start(folder, "answers", "exits", "all", "classifiers", "again:", "again")
+    codes, errors = start(folder, "answers", "exits", "all", "classifiers", "mixed", "again:", "again")
     assert codes == [0, 0], errors
     return folder
 
@@ -30,9 +30,13 @@ def rows(folder):
     return [{**row, "tokens_per_second": 0} for row in RunFolder(folder).rows()]
 
 
-@pytest.mark.parametrize("job", ["exits", "all", "classifiers"])
+@pytest.mark.parametrize("job", ["exits", "all", "classifiers", "mixed"])
 def test_two_processes_train_what_one_does(two, tmp_path, job):
     training_runs.run(tmp_path, **training_runs.JOBS[job])
+    coarse = (
+        job == "mixed"
+    )  # sums of bfloat16, which two processes round elsewhere: 2^-8, and a step where Adam divides
+    close = {"rtol": 2e-2, "atol": 8e-3} if coarse else {"rtol": 2e-3, "atol": 2e-5}
     assert {path.name for path in (two / job).iterdir()} == {path.name for path in tmp_path.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} - {".lock", "model"} == FILES
     configs = [json.loads((folder / "config.json").read_text()) for folder in (two / job, tmp_path)]
@@ -43,11 +47,11 @@ def test_two_processes_train_what_one_does(two, tmp_path, job):
             got, expected = (load_file(folder / f"{file}.safetensors") for folder in (two / job, tmp_path))
             assert got.keys() == expected.keys()
             for name in expected:
-                torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=2e-5, msg=name)
+                torch.testing.assert_close(got[name], expected[name], **close, msg=name)
     assert len(rows(two / job)) == len(rows(tmp_path))
     for got, expected in zip(rows(two / job), rows(tmp_path), strict=True):
         for name, value in expected.items():
-            assert got[name] == (value if name == "kind" else pytest.approx(value, rel=1e-3)), name
+            assert got[name] == (value if name == "kind" else pytest.approx(value, rel=1e-2 if coarse else 1e-3)), name
 
 
 def test_two_interrupted_processes_go_on(two):

@@ -251,6 +251,30 @@ def test_a_rate_that_is_too_high_is_an_error(tmp_path):
         training_runs.run(tmp_path, steps=9, learning_rate=1e37, warmup=0)
 
 
+def test_behind_nan_a_run_goes_on_with_another_rate_and_says_so(tmp_path):
+    options = {"steps": 9, "schedule": "constant", "warmup": 0}
+    with pytest.raises(TrainingError, match="start again in the same folder"):
+        training_runs.run(tmp_path, **options, learning_rate=1e37)
+    with pytest.raises(ValueError, match=r"config.clip was 1.0 and is now 0.5; config.seed was 0 and is now 1"):
+        training_runs.run(tmp_path, **options, learning_rate=1e37, seed=1, clip=0.5)
+    result = training_runs.run(tmp_path, **options, learning_rate=1e-3, clip=0.5)
+    assert result.steps == 9
+    steps = [row for row in rows(tmp_path) if row["kind"] == "step"]
+    assert [(row["step"], row["learning_rate"]) for row in steps] == [(step, 1e-3) for step in range(1, 10)]
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["config"]["learning_rate"], written["config"]["clip"]) == (1e-3, 0.5)
+    assert "stopped" not in written
+    (rate, clip) = written["changed"]
+    assert rate.startswith(
+        "config.learning_rate was 1e+37 and is now 0.001, after training met NaN or infinity at step"
+    )
+    assert clip.startswith("config.clip was 1.0 and is now 0.5, after ")
+    assert Exits.load(result.exits).settings["changed"] == written["changed"]
+    training_runs.run(tmp_path, **options, learning_rate=1e-3, clip=0.5)  # the same once more
+    with pytest.raises(ValueError, match=r"config.learning_rate was 0.001 and is now 0.002"):
+        training_runs.run(tmp_path, **options, learning_rate=2e-3, clip=0.5)  # nothing stopped it since
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,6 +21,7 @@ JOBS = {
     "exits": {"micro_batch": 1, "batch_size": 3, "steps": 8, "validate_every": 4},
     "all": {"trainable": "all", "weights": "layerskip", "steps": 6, "save_every": 2, "positions": 6},
     "classifiers": {"objective": "consistency", "micro_batch": 2, "batch_size": 5, "steps": 4},
+    "mixed": {"dtype": torch.bfloat16, "trainable": "all", "rank": 2, "steps": 4, "learning_rate": 1e-3},
 }  # fmt: skip
 """What several processes do."""
 JOBS["again"] = JOBS["all"]
@@ -61,9 +62,12 @@ def config(**options):
     return TrainConfig(**{"layers": (1, 3), "steps": 80, "save_every": 3, "learning_rate": 1e-2, **options})
 
 
-def run(folder, name="llama", progress=None, **options):
+def run(folder, name="llama", progress=None, *, dtype=None, **options):
+    """`dtype`: of the model; lenses are in float32 always."""
     torch.set_num_threads(1)
-    return train(model(name), data(name), config(**options), Path(folder), progress)
+    lm = model(name)
+    lm.model.to(dtype or lm.model.dtype)
+    return train(lm, data(name), config(**options), Path(folder), progress)
 
 
 def answers(folder):

@@ -196,7 +196,11 @@ def _certificate(
         for test in outcome.tests
     ]
     n = len(units(decoded, CERTIFICATION, None, promise, seed))
-    needed = [promise.needed(outcome.level, test.loss) for test in outcome.tests if not test.passed]
+    needed = [
+        promise.needed_like(outcome.level, units(decoded, CERTIFICATION, choices[test.setting], promise, seed), seed)
+        for test in outcome.tests
+        if chosen is None
+    ]
     estimates = {
         part: estimate(decoded, part, chosen, promise, unseen=part == TEST, seed=seed, resamples=resamples)
         for part in (CERTIFICATION, TEST)
@@ -215,7 +219,7 @@ def _certificate(
         tests=tests,
         selected=next((i for i, test in enumerate(outcome.tests) if test.setting == outcome.selected), None),
         level=outcome.level,
-        needed=min((count for count in needed if count is not None), default=None) if chosen is None else None,
+        needed=min((count for count in needed if count is not None), default=None),
         conditions=asked["conditions"],
         data=asked["data"],
         estimates=estimates,

@@ -44,8 +44,9 @@ class Certificate:
         tests: The settings that were looked at, in their order: name, policy values, mean loss, p-value, passed.
         selected: Which of them was chosen; None: none.
         level: At which each sequence was tested.
-        needed: If nothing is certified, how many draws would certify the safest setting that was looked at, with its
-            mean loss; None: no number would.
+        needed: If nothing is certified, about how many draws would certify one of the settings that were looked at, if
+            losses stay as they are: their mean, or for the bound "wsr" all of them, repeated and shuffled
+            (`Promise.needed_like`). None: no number would, or none within reason.
         conditions: Model, its weights' and exits' fingerprints, dtype, task, chat template, decoding settings, batch
             size: what the promise holds for.
         data: Name and SHA-256 of the examples.
@@ -220,7 +221,8 @@ class Certificate:
         loss, flops = seen["loss"], seen["flops_ratio"]
         where = "held-out" if part == "test" else "certification (which it was chosen by)"
         limit = f", at most {seen['upper']:.3g} with confidence {1 - self.promise.failure:g}" if "upper" in seen else ""
-        text = f"On the {seen['examples']} {where} prompts the mean loss was {loss['value']:.3g}{limit}, at "
+        mean = "mean loss" if self.promise.unit == "prompt" else "mean of their groups' mean losses"
+        text = f"On the {seen['examples']} {where} prompts the {mean} was {loss['value']:.3g}{limit}, at "
         text += f"{flops['value']:.3f} of the full model's FLOPs"
         if flops["low"] is not None:
             text += f" ({flops['low']:.3f} to {flops['high']:.3f})"
@@ -241,14 +243,20 @@ class Certificate:
         wanted = f"mean loss at most {p.tolerance:g}" + ("" if p.bound == CRC else f", failure {p.failure:g}")
         text = f"Nothing was certified ({wanted}): the policy never leaves early, which is the full model. "
         lowest = min(test["loss"] for test in self.tests)
+        if self.needed is None and lowest < p.tolerance:
+            return (
+                f"{text}The lowest mean loss, {lowest:.4g}, is so close to the tolerance that no reasonable number of "
+                "prompts would tell them apart."
+            )
         if self.needed is None:
             return (
                 f"{text}No number of prompts would change that: the mean loss of {safest['name']}, the safest that was "
                 f"looked at, is {safest['loss']:.3g} (lowest of all: {lowest:.3g})."
             )
+        stay = "losses stay as they are (lowest mean" if p.bound == "wsr" else "mean losses stay as they are (lowest"
         return (
-            f"{text}If mean losses stay as they are (lowest: {lowest:.3g}), about {self.needed} certification "
-            f"{p.unit}s would be needed; there were {self.n}."
+            f"{text}If {stay}: {lowest:.3g}), about {self.needed} certification {p.unit}s would be needed; there were "
+            f"{self.n}."
         )
 
 

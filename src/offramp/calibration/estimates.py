@@ -37,7 +37,7 @@ def units(decoded: Decoded, part: str, setting: Setting | None, promise: Promise
 def estimate(
     decoded: Decoded, part: str, setting: Setting | None, promise: Promise, *, unseen: bool, seed: int, resamples: int
 ) -> dict[str, Any]:
-    """Mean loss and costs with bootstrap intervals over groups.
+    """Mean loss, over the promise's units, and costs, over prompts, with bootstrap intervals over groups.
 
     Args:
         decoded: All answers.
@@ -57,8 +57,10 @@ def estimate(
     summary = asdict(
         summarise(records, full, policy=policy, num_layers=decoded.lm.num_layers, bootstrap=bootstrap)
     )  # fmt: skip
-    losses = promise.losses(records, full)
     values = units(decoded, part, setting, promise, seed)
-    loss = asdict(bootstrap.mean(losses.tolist())) | {"value": float(values.mean())}
+    if promise.unit == "group":  # one loss for each, as the promise counts
+        loss = Bootstrap([str(row) for row in range(len(values))], resamples=resamples, seed=seed).mean(values.tolist())
+    else:
+        loss = bootstrap.mean(promise.losses(records, full).tolist())
     upper = {"upper": promise.upper_limit(values)} if unseen and setting is not None else {}
-    return {"examples": len(full), "loss": loss, **upper, **{name: summary[name] for name in KEPT}}
+    return {"examples": len(full), "loss": asdict(loss), **upper, **{name: summary[name] for name in KEPT}}

@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from offramp.evaluation.record_file import Record
 from offramp.metrics.text import METRICS
-from offramp.risk import BOUNDS, Bound, risk_consistency, samples_needed, tail, textual_consistency, wsr
+from offramp.risk import (
+    BOUNDS,
+    Bound,
+    risk_consistency,
+    samples_needed,
+    samples_needed_like,
+    tail,
+    textual_consistency,
+    wsr,
+)
 from offramp.risk.bounds import check_level
 
 CRC = "crc"
@@ -107,6 +116,19 @@ class Promise:
         """1 - metric; equal texts are at distance 0 even where the metric finds nothing to compare."""
         return 0.0 if text == other else 1 - METRICS[self.metric](text, [other])
 
+    def unit_of(self, groups: Sequence[str]) -> NDArray[np.intp]:
+        """The unit of each example, counted from 0: every prompt is one, or every group.
+
+        Args:
+            groups: Of each example.
+
+        Returns:
+            [N].
+        """
+        if self.unit == "prompt":
+            return np.arange(len(groups))
+        return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+
     def units(self, losses: NDArray[np.float64], groups: Sequence[str], seed: int) -> NDArray[np.float64]:
         """One loss for each independent draw, in an order that the losses have no part in.
 
@@ -118,9 +140,8 @@ class Promise:
         Returns:
             [N], or for groups one mean per group.
         """
-        if self.unit == "group":
-            _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-            losses = np.bincount(index, losses) / np.bincount(index)
+        index = self.unit_of(groups)
+        losses = np.bincount(index, losses) / np.bincount(index)
         return losses[np.random.default_rng(seed).permutation(len(losses))]
 
     # ------------------------------------------------------------ tests
@@ -148,6 +169,22 @@ class Promise:
         if mean >= self.tolerance:
             return None
         return math.ceil((1 - self.tolerance) / (self.tolerance - mean) - 1e-9)  # (n · mean + 1) / (n + 1) <= tolerance
+
+    def needed_like(self, level: float, losses: NDArray[np.float64], seed: int) -> int | None:
+        """About how many draws certify a setting whose losses stay like the ones observed; None if no number does.
+
+        Args:
+            level: Of the test.
+            losses: Of the draws there are. Betting (`wsr`) looks at all of them, see
+                `offramp.risk.samples_needed_like`; other bounds at their mean only.
+            seed: Of the shuffles of the former.
+
+        Returns:
+            The number.
+        """
+        if self.bound == "wsr":
+            return samples_needed_like(self.bound_at(level), losses, self.tolerance, level, seed=seed)
+        return self.needed(level, float(losses.mean()))
 
     def upper_limit(self, losses: NDArray[np.float64]) -> float:
         """What the mean loss of new prompts is below with probability 1 - failure, by these losses and the same bound.

@@ -20,28 +20,42 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 
+SCHEMA = "offramp/calibrate-validation/2"
+"""Version 1 had no draws with replacement: its count over the pool was of splits, see `docs/evaluation.md`."""
+
+
 @dataclass(frozen=True)
 class Validation:
-    """Counts over repeated calibrations.
+    """Counts over repeated calibrations: from draws with replacement, which test the promise, and from splits.
 
     Attributes:
         promise: What was promised each time.
-        repeats: Calibrations R.
-        pool: Examples that were divided anew each time.
-        certifying: How many of them certified, on average.
-        exceeded_pool: Calibrations whose policy's mean loss over the whole pool is above the tolerance.
-        exceeded_held_out: Calibrations whose policy's mean loss over the held-out part is above it.
-        uncertified: Calibrations that certified nothing; the full model exceeds nothing.
-        loss: Mean of the held-out mean losses; 0 of calibrations that certified nothing.
-        flops_ratio: Mean of the held-out FLOPs over the full model's; 1 of calibrations that certified nothing.
-        chosen: How often each setting was selected, by its number.
+        repeats: Calibrations R of each sort.
+        pool: Examples that were drawn from, and divided.
+        drawn: Units of the promise (prompts or groups) drawn from the pool, independently and with replacement, for
+            each calibration of the first sort. The pool is the population of these draws.
+        exceeded_population: Calibrations of the first sort whose policy's mean loss over the pool is above the
+            tolerance: promised for at most the share `failure` in the long run.
+        uncertified_drawn: Calibrations of the first sort that certified nothing.
+        loss_population: Mean over the first sort of their policies' mean losses over the pool, with 0 where nothing was
+            certified: what conformal risk control promises about.
+        certifying: Examples that certified in a split, on average; the rest of the pool was held out.
+        exceeded_held_out: Splits whose policy's mean loss over the held-out part is above the tolerance. Nothing is
+            promised about it: it has the noise of the held-out part too, which is unlucky where the other is lucky.
+        uncertified: Splits that certified nothing; the full model exceeds nothing.
+        loss: Mean of the splits' held-out mean losses; 0 of those that certified nothing.
+        flops_ratio: Mean of the splits' held-out FLOPs over the full model's; 1 of those that certified nothing.
+        chosen: In how many splits each setting was selected, by its number.
     """
 
     promise: Promise
     repeats: int
     pool: int
+    drawn: int
+    exceeded_population: int
+    uncertified_drawn: int
+    loss_population: float
     certifying: float
-    exceeded_pool: int
     exceeded_held_out: int
     uncertified: int
     loss: float
@@ -52,33 +66,46 @@ class Validation:
         """JSON values, with the exact intervals of both counts."""
         intervals = {
             f"{name}_interval": exact_interval(getattr(self, name), self.repeats)
-            for name in ("exceeded_pool", "exceeded_held_out")
+            for name in ("exceeded_population", "exceeded_held_out")
         }
-        return {"schema": "offramp/calibrate-validation/1", **asdict(self), **intervals}
+        return {"schema": SCHEMA, **asdict(self), **intervals}
 
     def words(self) -> str:
         """The counts next to the promise, and how to read them."""
         p, held_out = self.promise, self.pool - self.certifying
-        promised = "none is promised" if p.bound == CRC else f"promised: at most {p.failure:.1%}"
-        average = f" (promised on the mean: at most {p.tolerance:g})" if p.bound == CRC else ""
+        if p.bound == CRC:
+            promised, average = "nothing is promised", f" (promised: at most {p.tolerance:g})"
+        else:
+            promised, average = f"promised: at most {p.failure:.1%}", ""
         return "\n".join(
             [
-                f"{self.repeats} calibrations over random splits of {self.pool} prompts, about {self.certifying:.0f} "
-                f"to certify and {held_out:.0f} held out:",
-                f"  mean loss of the whole pool above {p.tolerance:g}: {self._share(self.exceeded_pool)}; {promised}",
+                f"{self.repeats} calibrations by {self.drawn} {p.unit}s drawn with replacement from the pool of "
+                f"{self.pool} prompts:",
+                f"  mean loss of the pool above {p.tolerance:g}: {self._share(self.exceeded_population)}; {promised}",
+                f"  nothing certified: {self.uncertified_drawn} of {self.repeats}",
+                f"  mean loss of the pool, on average {self.loss_population:.3g}{average}",
+                f"{self.repeats} calibrations by random splits of the pool, about {self.certifying:.0f} prompts to "
+                f"certify and {held_out:.0f} held out:",
                 f"  mean loss of the held-out part above {p.tolerance:g}: {self._share(self.exceeded_held_out)}",
                 f"  nothing certified: {self.uncertified} of {self.repeats}",
-                f"  mean loss held out {self.loss:.3g}{average}; FLOPs {self.flops_ratio:.3f} of the full model's",
-                "The first count takes the pool for all prompts there are, and is what the promise is about. The "
-                f"second adds the noise of {held_out:.0f} prompts, and a split that is lucky in certifying leaves the "
-                "unlucky prompts to be held out: it may be larger with the promise kept. The splits share their "
-                "prompts, so the intervals are about the splitting, not about other data.",
+                f"  mean loss held out {self.loss:.3g}; FLOPs {self.flops_ratio:.3f} of the full model's",
+                READING.format(held_out=held_out),
             ]
         )
 
     def _share(self, count: int) -> str:
         low, high = exact_interval(count, self.repeats)
         return f"{count} of {self.repeats} ({count / self.repeats:.1%}, exact 95 % interval {low:.1%} to {high:.1%})"
+
+
+READING = (
+    "The first count is what the promise is about, with the pool in the place of all prompts there are: draws with "
+    "replacement are independent and like the pool. It says nothing of prompts unlike the pool. The second has the "
+    "noise of {held_out:.0f} held-out prompts too, and a split that is lucky in certifying leaves the unlucky prompts "
+    "to be held out: it may be larger with the promise kept. The splits share their prompts, so its interval is about "
+    "the splitting, not about other data."
+)
+"""How both counts are to be read."""
 
 
 def validate(
@@ -93,7 +120,7 @@ def validate(
     repeats: int,
     seed: int = 0,
 ) -> Validation:
-    """Repeat a calibration over random splits. What was chosen on the tuning part stays.
+    """Repeat a calibration over draws with replacement and over random splits. What the tuning part chose stays.
 
     Args:
         examples: The pool of N, divided by group.
@@ -102,9 +129,9 @@ def validate(
         full_flops: Of the full model, [N].
         sequences: As for `offramp.calibration.search`.
         promise: What each calibration is to certify.
-        share: Of the examples that certify, in (0, 1).
-        repeats: Calibrations.
-        seed: Of the splits.
+        share: Of the examples that certify, in (0, 1); as many units are drawn with replacement as this share of them.
+        repeats: Calibrations of each sort.
+        seed: Of the draws and the splits.
 
     Returns:
         The counts.
@@ -114,34 +141,82 @@ def validate(
     """
     if repeats < 1:
         raise ValueError(f"{repeats} repeats were asked for; ask for at least 1 (200 or more tell something)")
-    place = {example.id: index for index, example in enumerate(examples)}
-    groups = np.array([example.group for example in examples])
-    pool = {s: promise.units(losses[s], groups.tolist(), 0).mean() for sequence in sequences for s in sequence}
-    above_pool = above_held_out = uncertified = certifying = 0
-    held_out_losses, ratios, chosen = [], [], dict[int, int]()
-    for repeat in range(repeats):
-        part, rest = (
-            np.array([place[example.id] for example in some])
-            for some in split_groups(examples, [share, 1 - share], seed + repeat)
-        )
-        selected = search(
-            sequences,
-            lambda s, part=part, repeat=repeat: promise.units(losses[s][part], groups[part].tolist(), seed + repeat),  # type: ignore[misc]
-            lambda s, part=part: float(flops[s][part].sum() / full_flops[part].sum()),  # type: ignore[misc]
-            promise,
-        ).selected
-        certifying += len(part)
-        if selected is None:
-            uncertified += 1
-            held_out_losses.append(0.0)
-            ratios.append(1.0)
-            continue
-        chosen[selected] = chosen.get(selected, 0) + 1
-        held_out_losses.append(float(promise.units(losses[selected][rest], groups[rest].tolist(), 0).mean()))
-        ratios.append(float(flops[selected][rest].sum() / full_flops[rest].sum()))
-        above_pool += bool(pool[selected] > promise.tolerance)
-        above_held_out += held_out_losses[-1] > promise.tolerance
+    pool = _Pool(examples, losses, flops, full_flops, sequences, promise)
     return Validation(
-        promise, repeats, len(examples), certifying / repeats, above_pool, above_held_out, uncertified,
-        float(np.mean(held_out_losses)), float(np.mean(ratios)), dict(sorted(chosen.items())),
+        promise=promise, repeats=repeats, pool=len(examples), **pool.draws(share, repeats, seed),
+        **pool.splits(share, repeats, seed),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What calibrations are repeated on; the fields are arguments of `validate`."""
+
+    examples: Sequence[Example]
+    losses: Sequence[Floats]
+    flops: Sequence[Floats]
+    full_flops: Floats
+    sequences: Sequence[Sequence[int]]
+    promise: Promise
+
+    def draws(self, share: float, repeats: int, seed: int) -> dict[str, Any]:
+        """Units drawn independently from the pool, which then is the population."""
+        promise, index = self.promise, self.promise.unit_of([example.group for example in self.examples])
+        settings = sorted({setting for sequence in self.sequences for setting in sequence})
+        size, total = np.bincount(index), np.bincount(index, self.full_flops)
+        losses = {s: np.bincount(index, self.losses[s]) / size for s in settings}
+        flops = {s: np.bincount(index, self.flops[s]) for s in settings}
+        drawn, generator = max(1, round(share * len(size))), np.random.default_rng(seed)
+        means = []
+        for _ in range(repeats):
+            part = generator.integers(len(size), size=drawn)  # also the order that betting goes by
+            selected = search(
+                self.sequences,
+                lambda s, part=part: losses[s][part],  # type: ignore[misc]
+                lambda s, part=part: float(flops[s][part].sum() / total[part].sum()),  # type: ignore[misc]
+                promise,
+            ).selected
+            means.append(None if selected is None else float(losses[selected].mean()))
+        return {
+            "drawn": drawn,
+            "exceeded_population": sum(mean is not None and mean > promise.tolerance for mean in means),
+            "uncertified_drawn": means.count(None),
+            "loss_population": float(np.mean([mean or 0.0 for mean in means])),
+        }
+
+    def splits(self, share: float, repeats: int, seed: int) -> dict[str, Any]:
+        """Parts of the pool that certify, judged by the rest."""
+        promise, flops, full_flops = self.promise, self.flops, self.full_flops
+        place = {example.id: index for index, example in enumerate(self.examples)}
+        groups = np.array([example.group for example in self.examples])
+        above = uncertified = certifying = 0
+        held_out, ratios, chosen = [], [], dict[int, int]()
+        for repeat in range(seed, seed + repeats):
+            part, rest = (
+                np.array([place[example.id] for example in some])
+                for some in split_groups(self.examples, [share, 1 - share], repeat)
+            )
+            selected = search(
+                self.sequences,
+                lambda s, part=part, repeat=repeat: promise.units(self.losses[s][part], groups[part].tolist(), repeat),  # type: ignore[misc]
+                lambda s, part=part: float(flops[s][part].sum() / full_flops[part].sum()),  # type: ignore[misc]
+                promise,
+            ).selected
+            certifying += len(part)
+            if selected is None:
+                uncertified += 1
+                held_out.append(0.0)
+                ratios.append(1.0)
+                continue
+            chosen[selected] = chosen.get(selected, 0) + 1
+            held_out.append(float(promise.units(self.losses[selected][rest], groups[rest].tolist(), 0).mean()))
+            ratios.append(float(flops[selected][rest].sum() / full_flops[rest].sum()))
+            above += held_out[-1] > promise.tolerance
+        return {
+            "certifying": certifying / repeats,
+            "exceeded_held_out": above,
+            "uncertified": uncertified,
+            "loss": float(np.mean(held_out)),
+            "flops_ratio": float(np.mean(ratios)),
+            "chosen": dict(sorted(chosen.items())),
+        }

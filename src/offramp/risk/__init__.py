@@ -17,6 +17,7 @@ from offramp.risk.bounds import (
     hoeffding_bentkus,
     hoeffding_signed,
     samples_needed,
+    samples_needed_like,
     wsr,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "pareto_testing",
     "risk_consistency",
     "samples_needed",
+    "samples_needed_like",
     "split",
     "tail",
     "textual_consistency",

@@ -187,5 +187,5 @@ class Loop:
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             whole = self.summed(torch.cat([part.flatten() for part in parts]))
             for parameter, part in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
-                parameter.grad = part.view_as(parameter)
+                parameter.grad = part.view_as(parameter).to(parameter.dtype)  # summed in the widest format of all
         return float(nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))

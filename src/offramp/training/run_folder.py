@@ -1,6 +1,7 @@
 """What a training run writes, such that it can be killed at any moment and continued.
 
-config.json             what was asked for; a run with other options is refused here
+config.json             what was asked for; a run with other options is refused here, but for those that may change
+                        behind a stop for NaN
 metrics.jsonl           one line per step and per validation
 checkpoint.safetensors  what is trained, and the optimiser; step, tokens and seconds stand in its header. One file,
                         replaced by rename, so that weights and step can never disagree
@@ -25,6 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.files import differences, locked, replace_file, write_json, write_text
+
+MAY_CHANGE = [f"config.{part}{name}" for part in ("", "training.") for name in ("learning_rate", "clip")]
+"""Options that a run may go on with other values of, once NaN or infinity has stopped it."""
 
 
 class TrainingError(RuntimeError):
@@ -53,29 +57,45 @@ class RunFolder:
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
         self.checkpoint, self.exits, self.model = path / "checkpoint.safetensors", path / "exits", path / "model"
 
-    def check(self, record: dict[str, Any], about: Mapping[str, Any] | None = None) -> None:
+    def check(self, record: dict[str, Any], about: Mapping[str, Any] | None = None) -> list[str]:
         """Write what is asked for, or compare it with what was.
+
+        Where NaN or infinity stopped the run, what is in `MAY_CHANGE` may be other than it was; config.json then keeps
+        under "changed" what it was before.
 
         Args:
             record: What makes the run, as JSON values.
             about: What else is worth knowing of its first start; not compared.
+
+        Returns:
+            What was changed behind stops, in words.
 
         Raises:
             ValueError: The folder holds a run with other options.
         """
         record = json.loads(json.dumps(record))
         if not self.writes:
-            return
+            return []
         if not self.config.exists():
             write_json(self.config, {**record, "about": dict(about or {})})
-            return
+            return []
         have = json.loads(self.config.read_text(encoding="utf-8"))
-        have.pop("about", None)
-        if differing := differences(have, record):
+        about, stopped, changed = have.pop("about", {}), have.pop("stopped", None), have.pop("changed", [])
+        differing = differences(have, record)
+        if any(stopped is None or not _may_change(each) for each in differing):
             raise ValueError(
                 f"{self.path} holds another run: {'; '.join(differing)}; "
                 "give the same options to continue it, or another folder"
             )
+        if stopped is not None:  # once for each stop
+            changed = [*changed, *(f"{each}, after {stopped}" for each in differing)]
+            write_json(self.config, {**record, "about": about, **({"changed": changed} if changed else {})})
+        return list(changed)
+
+    def stopped(self, why: str) -> None:
+        """Keep in config.json that NaN or infinity stopped the run, so that it may go on with other `MAY_CHANGE`."""
+        if self.config.exists():
+            write_json(self.config, {**json.loads(self.config.read_text(encoding="utf-8")), "stopped": why})
 
     # ------------------------------------------------------------ metrics
 
@@ -139,7 +159,10 @@ class RunFolder:
     def advice(self) -> str:
         """What to do when training failed."""
         kept = f"the last good checkpoint is kept in {self.checkpoint}" if self.checkpoint.exists() else "nothing saved"
-        return f"{kept}; lower the learning rate or the clipping norm, or train with a float32 model"
+        return (
+            f"{kept}; lower the learning rate or the clipping norm and start again in the same folder to go on from "
+            "there, or change anything else, such as to a float32 model, in a new folder"
+        )
 
 
 @contextlib.contextmanager
@@ -151,6 +174,7 @@ def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
 
     Raises:
         ValueError: Another process trains there.
+        TrainingError: Raised within; that NaN or infinity stopped the run is kept.
     """
     if not writes:
         yield RunFolder(path, writes=False)
@@ -161,4 +185,14 @@ def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
                 leftover.unlink()
             elif leftover.name.startswith((".exits-", ".model-")):
                 shutil.rmtree(leftover)
-        yield RunFolder(path)
+        run = RunFolder(path)
+        try:
+            yield run
+        except TrainingError as error:
+            run.stopped(str(error).partition(";")[0])
+            raise
+
+
+def _may_change(difference: str) -> bool:
+    """Whether a line of `differences` is about one of `MAY_CHANGE`."""
+    return difference.partition(" was ")[0] in MAY_CHANGE

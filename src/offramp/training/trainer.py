@@ -134,13 +134,14 @@ def train(
             record = _record(lm, learns.exits, data, config)
             loop = Loop(learns.parameters, config, run, workers, lm.split.device, columns=learns.exits.layers)
             work = _Exits(lm.split, learns, data, config, loop)
-            run.check(record, about={**(about or {}), **describe(lm.split.device)})
+            changed = run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
             clock = loop.go(work, progress)
             for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
                 tracker.finish()
         if workers.is_main_process:
+            record |= {"changed": changed} if changed else {}
             save(lm, learns.exits, run.exits, record, model=run.model if config.backbone else None)
         workers.wait_for_everyone()
         judged = [row for row in run.rows() if row["kind"] == "validation"]

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from offramp.calibration.promise import CRC
+from offramp.calibration.validate import READING
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, facts, repeat, svg
 
 PICTURE = "calibrate.svg"
+OLD_READING = (
+    "The certifying part is itself part of the whole pool and drawn from it without replacement, so its mean is closer "
+    "to the pool's than that of independent prompts would be: the first count understates how often the promise fails; "
+    "calibrate again for one that does not. The second has the noise of {held_out:.0f} held-out prompts too. The "
+    "splits share their prompts: the intervals are about the splitting."
+)
+"""How the counts of offramp/calibrate-validation/1 are to be read."""
 
 
 def page(folder: Path, values: dict[str, Any]) -> Page:
@@ -102,20 +110,25 @@ def _validation(seen: Mapping[str, Any]) -> list[Block]:
         low, high = seen[f"{name}_interval"]
         return f"{seen[name]} of {repeats} ({seen[name] / repeats:.1%}; exact 95 % interval {low:.1%} to {high:.1%})"
 
-    crc = promise["bound"] == CRC
-    above = f"above {promise['tolerance']:g}"
+    crc, drawn = promise["bound"] == CRC, "exceeded_population" in seen
+    above, held_out = f"above {promise['tolerance']:g}", seen["pool"] - seen["certifying"]
+    split = f"splits, about {seen['certifying']:.0f} certifying"
     rows = [
-        ["promised", "a mean loss within the tolerance" if crc else f"at most {promise['failure']:.1%} failures"],
-        [f"mean loss of the whole pool {above}", share("exceeded_pool")],
-        [f"mean loss of the held-out part {above}", share("exceeded_held_out")],
-        ["nothing certified", f"{seen['uncertified']} of {repeats}"],
-        ["mean loss held out", f"{seen['loss']:.3g}"],
-        ["FLOPs held out (× full model)", f"{seen['flops_ratio']:.3f}"],
+        ["promised", "", "a mean loss within the tolerance" if crc else f"at most {promise['failure']:.1%} failures"],
+        [f"mean loss of the held-out part {above}", split, share("exceeded_held_out")],
+        ["nothing certified", split, f"{seen['uncertified']} of {repeats}"],
+        ["mean loss held out", split, f"{seen['loss']:.3g}"],
+        ["FLOPs held out (× full model)", split, f"{seen['flops_ratio']:.3f}"],
     ]
-    note = (
-        f"{repeats} calibrations over random splits of {seen['pool']} prompts, about {seen['certifying']:.0f} of them "
-        "to certify. The first count takes the pool for all prompts there are, and is what the promise is about; the "
-        "second adds the noise of the held-out prompts. The splits share their prompts: the intervals are about the "
-        "splitting."
-    )
-    return [Table(("", ""), rows), Text((note,))]
+    if drawn:
+        draws = f"{seen['drawn']} {promise['unit']}s drawn with replacement"
+        rows[1:1] = [
+            [f"mean loss of the pool {above}", draws, share("exceeded_population")],
+            ["mean loss of the pool, on average", draws, f"{seen['loss_population']:.3g}"],
+            ["nothing certified", draws, f"{seen['uncertified_drawn']} of {repeats}"],
+        ]
+    else:
+        rows[1:1] = [[f"mean loss of the whole pool {above}", split, share("exceeded_pool")]]
+    note = f"{repeats} calibrations in each way, on a pool of {seen['pool']} prompts. "
+    note += (READING if drawn else OLD_READING).format(held_out=held_out)
+    return [Table(("", "certified by", ""), rows), Text((note,))]
