@@ -31,6 +31,16 @@ def test_readme_code_runs(tmp_path, monkeypatch, capsys):
     assert "smollm2" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("error")
+def test_code_of_the_page_on_sets_runs(capsys):
+    code = "\n".join(blocks("python", (ROOT / "docs" / "nested-sets.md").read_text(encoding="utf-8")))
+    assert code.count("assert") >= 4
+    exec(compile(code, "nested-sets.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "K is small" in said
+    assert said.count("a mean consistency loss of at most 0.1, with probability at least 0.95") == 2
+
+
 def test_readme_commands_exist():
     commands = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert commands[0] == "$ make demo"

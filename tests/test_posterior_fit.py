@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel, cli
 from offramp.calibration import PosteriorConfig, fit_posterior
-from offramp.calibration.posterior_report import _rank_correlation, _standard_error
+from offramp.calibration.posterior_report import _rank_correlation, _standard_error, _warnings
 from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
 from offramp.calibration.token_rows import factors_of, views_of
-from offramp.exit_posterior import METHODS
+from offramp.exit_posterior import METHODS, Posterior
 from offramp.exits import fingerprint
 from offramp.training.data import Document
 from offramp.uncertainty.shortlist import shortlist
+from offramp.uncertainty.token_sets import EvidenceSets
 from offramp.vocabulary import Pruning
 from test_brute_force import NO_END, lively
 from tiny import VOCABULARY, inputs_for, tiny, tokenizer
@@ -275,6 +276,30 @@ def test_too_few_candidates_are_called_so(tmp_path):
     assert "no token leaves" in report.table()
     loaded = Exits.load(tmp_path / "exits").posterior
     assert loaded.sets("conformal").limit == math.inf
+
+
+def test_evidence_that_covers_too_little_is_told(tmp_path):
+    lm = with_exits("llama")
+    documents = documents_of(lm, "llama", 8, 6)
+    report = fit_posterior(lm, documents, tmp_path, PosteriorConfig(("avcs",), candidates=10, alpha=0.001))
+    covered = report.settings["avcs"]["coverage"]
+    assert covered <= 0.999
+    assert set(report.settings["avcs"]["thresholds"].values()) == {1.0}
+    said = f"avcs covers {covered:.1%} of the tuning tokens, not more than 1 - alpha = 99.9%"
+    assert any(said in warning for warning in report.warnings)
+    assert said in (tmp_path / "table.md").read_text()
+
+
+def test_evidence_sets_saved_without_their_coverage_can_be_used():
+    settings = {
+        "layers": [2], "candidates": 4, "sizes": {"2": None}, "pruning": None, "methods": ["avcs"],
+        "avcs": {"alpha": 0.1, "seed": 0, "thresholds": {"2": 1.5}},
+    }  # fmt: skip
+    assert Posterior(settings, {}).sets("avcs") == EvidenceSets(0.1, {2: 1.5}, 0)
+    assert _warnings(Posterior(settings, {}), {}) == []
+    enough = {**settings, "avcs": {**settings["avcs"], "coverage": 0.95}}
+    assert Posterior(enough, {}).sets("avcs").coverage == 0.95
+    assert _warnings(Posterior(enough, {}), {}) == []
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,18 @@ def test_thresholds_rise_as_far_as_the_coverage_of_the_tuning_tokens_allows():
         assert coverage({**sets.thresholds, 6: sets.thresholds[6] + 0.5}) <= 0.6
     else:
         assert set(sets.thresholds.values()) == {1.0}
+    assert sets.coverage == pytest.approx(coverage(sets.thresholds))
+
+
+def test_sets_that_cover_too_little_at_the_start_say_how_much():
+    logits, target = exits(400, 5, scale=0.3)
+    ids, z, normaliser, place = seen(logits, target, 30)
+    positions = torch.arange(400)
+    sets = ts.evidence_sets(ids, z, place, positions, 0.1)
+    assert set(sets.thresholds.values()) == {1.0}
+    last = ts.walk(ts.EvidenceSets(0.1, dict.fromkeys(LAYERS, 1.0)), ids, z, normaliser, positions)[-1]
+    assert sets.coverage == pytest.approx(float(covers(last, target).double().mean()))
+    assert sets.coverage < 0.9
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

@@ -1,6 +1,7 @@
 """Confidence sequences against root finding, plain loops and simulations of what they promise and what they do not."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -310,6 +311,64 @@ def test_a_start_that_covers_too_little_is_told():
     with pytest.warns(UserWarning, match="lower start"):
         state = avcs_classification.fit(weak)
     assert state.thresholds.tolist() == [1.0] * 3
+
+
+def unsure_at_first(rows=400):
+    """No centred logit reaches 1 at the first exit, as at the first exits of fine-tuned encoders."""
+    given = classes(rows=rows, strength=5.0)
+    poor = given.logits[:1] / given.logits[0].abs().max() / 2
+    return ExitOutputs(given.features, torch.cat([poor, given.logits[1:]]), given.labels, given.costs, given.ids)
+
+
+@pytest.mark.parametrize(("start", "first"), [(1.0, 0), (0.01, 0), (1.0, 1)])
+def test_causes_of_too_little_coverage_are_counted(start, first):
+    given = classes(rows=300, strength=2.0)
+    given.logits[0] /= 8
+    config = AVCSClassificationConfig(start=start, first_exit=first)
+    with pytest.warns(UserWarning, match="tau stays there") as told:
+        state = avcs_classification.fit(given, config=config)
+    below, small = [], []
+    for row, label in enumerate(given.labels.tolist()):
+        own = [float(z[row, label] - z[row].mean()) for z in given.logits[first:]]
+        below.append([value <= 0 for value in own])
+        small.append(any(value < start for value in own) and not any(below[-1]))
+    poor, hard = np.any(below, axis=1).mean(), np.mean(small)
+    drawn = 1 - float(state.coverage.min()) - poor - hard
+    worst = int(np.argmax(np.mean(below, axis=0)))
+    said = [float(share) / 100 for share in re.findall(r"([\d.]+)%", str(told[0].message))]
+    assert said == pytest.approx([poor, np.mean(below, axis=0)[worst], hard, drawn], abs=6e-4)
+    assert f"most at exit {first + worst + 1}:" in str(told[0].message)
+    assert min(poor, drawn if start < 1 else hard) > 0.005, "else this tests too little"
+
+
+def test_of_two_classes_no_set_holds_both():
+    given = classes(count=2, strength=1.0)
+    config = AVCSClassificationConfig(alpha=1e-9, start=1e-6)
+    with pytest.warns(UserWarning, match="a later first_exit or a larger alpha"):
+        state = avcs_classification.fit(given, config=config)
+    assert float(avcs_classification.apply(state, given).size.max()) == 1
+
+
+def test_a_first_exit_leaves_poor_exits_out():
+    given = unsure_at_first()
+    state = avcs_classification.fit(given, config=AVCSClassificationConfig(first_exit=1))  # and no warning
+    sets = avcs_classification.apply(state, given)
+    assert bool(sets.members[0].all())
+    assert float(state.coverage[0]) == 1
+    assert float(state.coverage.min()) > 0.95
+    assert float(state.thresholds[0]) == 1
+    # What a rule without the first exit says of the same draws: nothing of the first exit is left.
+    evidence = avcs_classification._evidence(given.logits, state.config)
+    gammas = avcs_classification._log_gammas(evidence, 0, given.ids)[1:]
+    kept = evidence[1:].masked_fill(evidence[1:] < state.thresholds[1:, None, None], 0)
+    assert torch.equal(sets.members[1:], avcs_classification.log_ratios(kept, gammas) <= math.log(20))
+
+
+def test_first_exits_that_there_are_not():
+    with pytest.raises(ValueError, match="first_exit is 3; there are exits 0..2"):
+        avcs_classification.fit(classes(), config=AVCSClassificationConfig(first_exit=3))
+    with pytest.raises(ValueError, match="first_exit is -1"):
+        AVCSClassificationConfig(first_exit=-1)
 
 
 def test_wrong_input():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offramp.uncertainty.laplace import Exact, Factored, Factors, damping
 from offramp.uncertainty.predictive import Noisy, Plain, Shrunk, draws
@@ -210,6 +211,32 @@ def test_work_stays_within_memory():
     sizes = [x.numel() * 8 for _, _, x in rows.samples(1.0)]
     assert max(sizes) <= 16 * 1024
     assert sum(sizes) == 1000 * 300 * C * 8
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation, kinds, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("kind", DAMPINGS)
+def test_no_answer_takes_more_than_memory(kind):
+    memory = 64 * 1024  # all draws of one number per row would be 2.4 MB
+    rows = noisy(damping(some_factors(), kind)(2.0), random(300, D), random(300, C), n=1000, memory=memory)
+    labels = torch.zeros(300, dtype=torch.int64)
+    for ask in (rows.probabilities, rows.moments, lambda t: rows.log_probabilities(labels, t)):
+        with Largest() as largest:
+            ask(1.3)
+        assert 0 < largest.bytes <= memory
 
 
 def test_moments_against_all_samples_at_once():

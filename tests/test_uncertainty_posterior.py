@@ -109,6 +109,29 @@ def test_signals(posterior):
         assert (far["variance"] > found["variance"]).float().mean() > 0.9
 
 
+class Elsewhere:
+    """A tensor on another device: nothing can be worked out with it before it has come to the CPU."""
+
+    def __init__(self, tensor, device):
+        self.cpu, self.shape, self.device = lambda: tensor, tensor.shape, torch.device(device)
+
+    def __len__(self):
+        return self.shape[0]
+
+
+def test_rows_may_be_on_another_device(posterior):
+    here = TEST.features[0], TEST.logits[0]
+    for device in ("cpu", "meta"):
+        there = [Elsewhere(tensor, device) for tensor in here]
+        p, found = posterior.at(0, *there)[0], posterior.signals(0, *there)
+        expected = posterior.signals(0, *here)
+        assert list(found) == list(expected)
+        assert {value.device.type for value in [p, *found.values()]} == {device}
+        if device == "cpu":
+            assert torch.equal(p, posterior.at(0, *here)[0])
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ---------------------------------------------------------------- cost, counted
 
 

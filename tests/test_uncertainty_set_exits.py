@@ -162,6 +162,20 @@ def test_states_come_back_as_they_were(tmp_path):
         assert saving.load(type(state), folder) is not state
 
 
+def test_states_from_before_a_field_was_added_come_back(tmp_path):
+    state = list(states())[2]
+    saving.save(state, tmp_path / "state")
+    file = tmp_path / "state" / "state.json"
+    values = json.loads(file.read_text())
+    del values["state"]["config"]["first_exit"]
+    file.write_text(json.dumps(values))
+    assert same(saving.load(type(state), tmp_path / "state"), state)
+    del values["state"]["rows"]  # has no default
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="damaged"):
+        saving.load(type(state), tmp_path / "state")
+
+
 def test_infinite_quantiles_come_back(tmp_path):
     with pytest.warns(UserWarning, match="too few"):
         state = nested_conformal.fit(torch.rand(2, 3), NestedConformalConfig(equalise=False))

@@ -115,7 +115,9 @@ class Posterior(nn.Module):
             parts["conformal"] = {"alpha": conformal.alpha, "limit": limit}
         if avcs is not None:
             thresholds = {str(layer): tau for layer, tau in avcs.thresholds.items()}
-            parts["avcs"] = {"alpha": avcs.alpha, "seed": avcs.seed, "thresholds": thresholds}
+            parts["avcs"] = {
+                "alpha": avcs.alpha, "seed": avcs.seed, "thresholds": thresholds, "coverage": avcs.coverage
+            }  # fmt: skip
         record = json.loads(json.dumps({**settings, "methods": list(parts), **parts}))
         return cls(record, {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
 
@@ -157,7 +159,7 @@ class Posterior(nn.Module):
         settings = self.settings[kind]
         if kind == "avcs":
             thresholds = {int(layer): float(tau) for layer, tau in settings["thresholds"].items()}
-            return EvidenceSets(settings["alpha"], thresholds, settings["seed"])
+            return EvidenceSets(settings["alpha"], thresholds, settings["seed"], settings.get("coverage"))
         knots = {layer: getattr(self, f"knots_{layer}", None) for layer in self.layers}
         return ConformalSets(
             settings["alpha"], float(settings["limit"]), {e: k for e, k in knots.items() if k is not None}

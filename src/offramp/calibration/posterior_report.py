@@ -198,6 +198,16 @@ def _warnings(posterior: Posterior, views: Mapping[str, TokenViews]) -> list[str
                 f"{posterior.candidates} candidates{hint}"
             )
         found.append(f"conformal sets exclude nothing, so that no token leaves ({why})")
+    settings = posterior.settings.get("avcs")
+    if settings is not None and (covered := settings.get("coverage")) is not None and covered <= 1 - settings["alpha"]:
+        tuning = views["tune"]
+        outside = share_outside(tuning.place, tuning.ids.shape[1])
+        found.append(
+            f"avcs covers {covered:.1%} of the tuning tokens, not more than 1 - alpha = {1 - settings['alpha']:.1%}, "
+            f"though tau is 1 at all exits, the least there is ({outside:.1%} of the true tokens are no candidates; of "
+            "the others missed, evidence at some exit is too small or a draw too far off): begin at a deeper layer, or "
+            "give a larger alpha"
+        )
     for layer, tuned in posterior.settings.get("laplace", {}).get("exits", {}).items():
         if tuned["edges"]:
             found.append(f"exit {layer}: {' and '.join(tuned['edges'])} of laplace at the end of what was tried")

@@ -7,7 +7,9 @@ centred logit if it is at least τ_e and positive, else none) and π_e ~ Dir(a_e
 
 and a class without evidence at some exit never comes back. Nested (after `running()`) with a model-based coverage
 target, which τ is tuned for; a guarantee needs `nested_conformal`. Deviates from the paper in centring the logits,
-whose offset is arbitrary, in tuning τ on the running intersection, and in draws that belong to rows, not to batches.
+whose offset is arbitrary, in tuning τ on the running intersection, in draws that belong to rows, not to batches, and in
+leaving out the first exits where asked to: a class that has no evidence at a poor exit is lost for all later ones. Of
+two classes only one is above the mean, so that no set holds both, and coverage is at most the accuracy.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class AVCSClassificationConfig:
         start: τ of every exit to begin with.
         step: By how much it is raised.
         seed: Of the draws; sets of the same seed and row id are the same.
+        first_exit: Exits before it, counted from 0, are not looked at: their sets hold everything.
     """
 
     alpha: float = 0.05
@@ -43,12 +46,15 @@ class AVCSClassificationConfig:
     start: float = 1.0
     step: float = 0.5
     seed: int = 0
+    first_exit: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha is {self.alpha}; allowed are values strictly between 0 and 1, e.g. 0.05")
         if not self.step > 0 or self.seed < 0:
             raise ValueError(f"step is {self.step}, seed {self.seed}; a positive step and a seed >= 0 are needed")
+        if self.first_exit < 0:
+            raise ValueError(f"first_exit is {self.first_exit}; exits count from 0")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class AVCSClassification:
     """The tuned thresholds.
 
     Attributes:
-        thresholds: τ of each exit, [E], float64.
+        thresholds: τ of each exit, [E], float64; of exits before the first that is looked at, the start.
         coverage: Of the running intersection on the tuning rows, [E]: in-sample, so an optimist's.
         rows: Tuning rows.
         config: How they were tuned.
@@ -84,10 +90,10 @@ def fit(
         ids: Of the rows, with logits only; the row numbers if none are given.
 
     Returns:
-        The thresholds. If coverage is too low already at the start, they stay there, with a warning.
+        The thresholds. If coverage is too low already at the start, they stay there, with a warning that says why.
 
     Raises:
-        ValueError: Labels are missing or out of range, or logits are not finite.
+        ValueError: Labels are missing or out of range, logits are not finite, or there is no first exit of that number.
     """
     config = config or AVCSClassificationConfig()
     if isinstance(given, ExitOutputs):
@@ -100,25 +106,40 @@ def fit(
     exits, rows, classes = values.shape
     if not rows or labels.shape != (rows,) or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"{rows} labels in 0..{classes - 1} are needed, at least one; their shape is {labels.shape}")
+    if config.first_exit >= exits:
+        raise ValueError(f"first_exit is {config.first_exit}; there are exits 0..{exits - 1}")
     gammas = _log_gammas(values, config.seed, _ids(ids, rows))
     thresholds = torch.full((exits,), config.start, dtype=torch.float64)
 
     def coverage() -> Tensor:
-        sets = _sets(values, gammas, thresholds, config.alpha).running()
+        sets = _sets(values, gammas, thresholds, config).running()
         return sets.contains(labels).double().mean(dim=1)
 
     if bool((coverage() <= 1 - config.alpha).any()):
-        warnings.warn(
-            f"with tau = {config.start:g} at all exits the sets cover {float(coverage().min()):.4f} of the tuning "
-            f"rows, not more than {1 - config.alpha:g}: tau stays there; give a lower start, or a larger alpha",
-            stacklevel=2,
-        )
+        warnings.warn(_too_low(values, labels, float(coverage().min()), config), stacklevel=2)
     else:
-        for place in range(exits):
+        for place in range(config.first_exit, exits):
             while bool((coverage() > 1 - config.alpha).all()):
                 thresholds[place] += config.step
             thresholds[place] -= config.step
     return AVCSClassification(thresholds, coverage(), rows, config)
+
+
+def _too_low(values: Tensor, labels: Tensor, coverage: float, config: AVCSClassificationConfig) -> str:
+    """What to say of a coverage that is too low before any τ is raised: how many rows each of the causes loses."""
+    own = values.gather(-1, labels.expand(len(values), -1).unsqueeze(-1)).squeeze(-1)[config.first_exit :]
+    none = (own <= 0).double().mean(dim=1)
+    worst = int(none.argmax())
+    poor = float((own <= 0).any(dim=0).double().mean())
+    hard = float(((own <= 0) | (own < config.start)).any(dim=0).double().mean()) - poor
+    return (
+        f"with tau = {config.start:g} at all exits the sets cover {coverage:.4f} of the tuning rows, not more than "
+        f"{1 - config.alpha:g}: tau stays there. At some exit {poor:.1%} of the rows have no evidence for their class, "
+        f"a logit above {'the mean of all classes' if config.centre else '0'} (most at exit "
+        f"{config.first_exit + worst + 1}: {float(none[worst]):.1%}): only a later first_exit or a larger alpha helps; "
+        f"{hard:.1%} more have less than tau: give a lower start; {abs(1 - coverage - poor - hard):.1%} are lost by "
+        "the draws, which spread widely where evidence is small"
+    )
 
 
 def apply(state: AVCSClassification, given: ExitOutputs | Tensor, *, ids: Sequence[str] = ()) -> ClassSets:
@@ -146,7 +167,7 @@ def apply(state: AVCSClassification, given: ExitOutputs | Tensor, *, ids: Sequen
         raise ValueError(f"logits are those of {len(logits)} exits; tau was tuned for {len(state.thresholds)}")
     values = _evidence(logits, state.config)
     gammas = _log_gammas(values, state.config.seed, _ids(ids, logits.shape[1]))
-    return _sets(values, gammas, state.thresholds, state.config.alpha)
+    return _sets(values, gammas, state.thresholds, state.config)
 
 
 def log_ratios(evidence: Tensor, log_gammas: Tensor) -> Tensor:
@@ -165,9 +186,13 @@ def log_ratios(evidence: Tensor, log_gammas: Tensor) -> Tensor:
     return steps.masked_fill(~support, torch.inf).cumsum(dim=0)
 
 
-def _sets(values: Tensor, log_gammas: Tensor, thresholds: Tensor, alpha: float) -> ClassSets:
-    evidence = values.masked_fill(values < thresholds[:, None, None], 0.0)
-    return ClassSets(log_ratios(evidence, log_gammas) <= -math.log(alpha))
+def _sets(
+    values: Tensor, log_gammas: Tensor, thresholds: Tensor, config: AVCSClassificationConfig
+) -> ClassSets:  # fmt: skip
+    first = config.first_exit
+    evidence = values.masked_fill(values < thresholds[:, None, None], 0.0)[first:]
+    members = log_ratios(evidence, log_gammas[first:]) <= -math.log(config.alpha)
+    return ClassSets(torch.cat([torch.ones_like(values[:first], dtype=torch.bool), members]))
 
 
 def _evidence(logits: Tensor, config: AVCSClassificationConfig) -> Tensor:

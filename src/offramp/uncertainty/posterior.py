@@ -220,7 +220,7 @@ class Posterior:
         return result
 
     def signals(self, exit: int, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        """What an exit alone knows about rows, also in an ensemble.
+        """What an exit alone knows about rows, also in an ensemble. Worked out on the CPU in float64.
 
         Args:
             exit: Counted from 0.
@@ -231,8 +231,12 @@ class Posterior:
             By name, [B] each: "max_prob", "gap" of the two largest probabilities, "entropy" in nats; the same with
             "map_" before them, without noise, at the same temperature; with Laplace "distance", s(x), for the exact
             damping the mean variance of the logits; and with draws "mutual_information" in nats, and "variance" of the
-            probabilities, summed over classes.
+            probabilities, summed over classes. All on the device of `logits`.
         """
+        found = self._signals(exit, features.cpu(), logits.cpu())
+        return {name: value.to(logits.device) for name, value in found.items()}
+
+    def _signals(self, exit: int, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         fitted, t = self.exits[exit], self.exits[exit].temperature
         found = {f"map_{name}": value for name, value in _of(predictive.Plain(logits).probabilities(t)).items()}
         if (laplace := fitted.laplace) is None:

@@ -115,11 +115,12 @@ class Noisy:
 
     def log_probabilities(self, labels: Tensor, temperature: float) -> Tensor:
         """Logarithm of the labels' mean probability, [B]: what tuning needs, at half the price."""
-        drawn = torch.empty(len(self.directions), len(self.logits), dtype=torch.float64)  # [n, B]
-        for rows, some, x in self.samples(temperature):
+        total = torch.full((len(self.logits),), -torch.inf, dtype=torch.float64)
+        for rows, _, x in self.samples(temperature):
             own = _own(x, labels[rows])
-            drawn[some, rows] = own - x.exp_().sum(-1).log_()
-        return drawn.logsumexp(0) - math.log(len(drawn))
+            own -= x.exp_().sum(-1).log_()
+            total[rows] = torch.logaddexp(total[rows], own.logsumexp(0))
+        return total - math.log(len(self.directions))
 
     def moments(self, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of the drawn probabilities: mean [B, C], mean entropy [B] in nats, sum over classes of the variance [B]."""

@@ -1,6 +1,7 @@
 """Fitted states on disk: a description, `state.json`, and its tensors, `state.safetensors`. Never pickle.
 
 Any frozen dataclass can be saved whose fields are tensors, numbers, texts, None, tuples of those, or such dataclasses.
+A field that is added later needs a default that means what was done before there was one: earlier states lack it.
 """
 
 from __future__ import annotations
@@ -98,9 +99,10 @@ def _decode(value: Any, kind: Any, tensors: dict[str, Tensor]) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         names = {field.name for field in dataclasses.fields(kind)}
-        if set(value) != names:
+        needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+        if not needed <= set(value) <= names:
             raise ValueError(f"fields are {sorted(value)}, not {sorted(names)}")
-        return typing.cast(Any, kind)(**{name: _decode(value[name], hints[name], tensors) for name in names})
+        return typing.cast(Any, kind)(**{name: _decode(value[name], hints[name], tensors) for name in value})
     if origin is not None and origin is not typing.Literal:  # tuples and other sequences
         return tuple(_decode(item, arguments[0], tensors) for item in value)
     return value

@@ -176,11 +176,13 @@ class EvidenceSets:
         alpha: Of the target 1 - alpha.
         thresholds: τ by exit, each at least 1.
         seed: Of the draws.
+        coverage: Share of the tuning tokens that are in their sets at all exits; None: not known.
     """
 
     alpha: float
     thresholds: Mapping[int, float]
     seed: int = 0
+    coverage: float | None = None
 
     def step(self, running: Running, layer: int, logits: Tensor, normaliser: Tensor, position: int | Tensor) -> Running:
         """See `TokenSets`; the normaliser has no influence."""
@@ -220,7 +222,7 @@ def evidence_sets(
         seed: Of the draws.
 
     Returns:
-        The sets; with all τ at 1 if already those do not cover enough.
+        The sets; with all τ at 1 if already those do not cover enough: then their coverage is 1 - alpha or less.
 
     Raises:
         ValueError: alpha is out of range.
@@ -243,7 +245,7 @@ def evidence_sets(
                 break
             thresholds[layer] += 0.5
             ratios[layer] = raised
-    return EvidenceSets(alpha, thresholds, seed)
+    return EvidenceSets(alpha, thresholds, seed, _coverage(ratios, alpha))
 
 
 def _coverage(ratios: Mapping[int, Tensor], alpha: float) -> float:
