@@ -203,6 +203,11 @@ def test_classify_by_budget_threshold_and_certificate(images, calibrated):
     # with a certificate that is the rule
     certified = json.loads((out / "result.json").read_text())["certificate"]["threshold"]
     assert answers(*files, "--posterior", out)["rule"]["thresholds"] == [certified]
+    for other in ("entropy", "gap"):  # not what was certified
+        fails("classify", model, files[0], "--posterior", out, "--confidence", other,
+              words=f"is certified for --confidence max, not for {other}")  # fmt: skip
+    own = answers(*files, "--posterior", out, "--confidence", "gap", "--threshold", 0.5)
+    assert own["rule"]["thresholds"] == [0.5]
     run = offramp("classify", model, files[0], "--posterior", out, "--budget", 0.7)
     assert re.fullmatch(
         r"(lying|standing|spot) +0\.\d{3}  exit [123]/3  [01]\.\d{3} of the FLOPs  \{.*\}  .*\n", run.stdout
