@@ -28,15 +28,21 @@ def write_idx(folder, *, train=240, test=60):
     return folder
 
 
-def write_texts(path, count=240, *, seed=0, header=False):
-    """Sentences of few words: positive if there are more good words than bad ones, tab, label."""
+def write_texts(path, count=240, *, seed=0, header=False, apart=None):
+    """Sentences of few words: positive if there are more good words than bad ones, tab, label.
+
+    No sentence comes twice, nor stands in the file `apart`.
+    """
     random = np.random.default_rng(seed)
     lines = ["text\tlabel"] if header else []
+    known = set() if apart is None else set(apart.read_text(encoding="utf-8").splitlines())
     while len(lines) < count + header:
         words = random.choice(WORDS, size=random.integers(2, 12)).tolist()
         score = sum(word in GOOD for word in words) - sum(word in BAD for word in words)
-        if score:
-            lines.append(f"{' '.join(words)}\t{int(score > 0)}")
+        line = f"{' '.join(words)}\t{int(score > 0)}"
+        if score and line not in known:
+            known.add(line)
+            lines.append(line)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from offramp.classifiers.evaluate import Settings, charged
 from offramp.classifiers.passes import Passes
 from offramp.metrics.calibration import grade
 from offramp.risk import budgets, classifier_losses
-from offramp.uncertainty import nested_conformal
+from offramp.uncertainty import nested_conformal, saving
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
 
@@ -219,8 +220,25 @@ def test_thresholds_of_another_posterior_are_refused_and_old_sets_go(fitted, tmp
     assert load_calibrated(both[1], passes.network).sets is None
     (both[0] / "thresholds").rename(both[0] / "aside")
     (both[1] / "thresholds").rename(both[0] / "thresholds")
-    with pytest.raises(ValueError, match="are of another posterior"):
+    with pytest.raises(ValueError, match="thresholds in .* are of another posterior"):
         load_calibrated(both[0], passes.network)
+
+
+def test_sets_of_another_posterior_are_refused_and_go_when_there_are_none(fitted, tmp_path):
+    passes, folder, result = fitted
+    shutil.copytree(folder, tmp_path / "own")
+    outputs = passes.outputs
+    other = CalibrationConfig(PosteriorConfig("temperature"), alpha=0.2)
+    calibrate(outputs, other, tmp_path / "other", network=passes.network)
+    shutil.rmtree(tmp_path / "own" / "sets")
+    shutil.copytree(tmp_path / "other" / "sets", tmp_path / "own" / "sets")
+    with pytest.raises(ValueError, match="sets in .* are of another posterior; calibrate again"):
+        load_calibrated(tmp_path / "own", passes.network)
+    replace(result.calibrated, sets=None).save(tmp_path / "own")  # nor may they stay behind
+    assert load_calibrated(tmp_path / "own", passes.network).sets is None
+    saving.save(result.calibrated.sets, tmp_path / "own" / "sets")  # as they were once saved, without a posterior
+    with pytest.raises(ValueError, match="cannot be read .*; calibrate again"):
+        load_calibrated(tmp_path / "own", passes.network)
 
 
 def test_a_folder_with_something_else_is_left_alone(fitted, images):

@@ -50,7 +50,8 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     place = tmp_path_factory.mktemp("texts")
-    data, dev = write_texts(place / "train.tsv", 360), write_texts(place / "dev.tsv", 60, seed=1)
+    data = write_texts(place / "train.tsv", 360)
+    dev = write_texts(place / "dev.tsv", 60, seed=1, apart=data)
     arguments = ("--task", TEXTS, "--data", data, "--test-data", dev)
     run = offramp(
         "train", save_bert(place / "bert"), *arguments, "--layout", "sst2", "--epochs", 2, "--learning-rate", 0.01,
@@ -203,6 +204,11 @@ def test_classify_by_budget_threshold_and_certificate(images, calibrated):
     # with a certificate that is the rule
     certified = json.loads((out / "result.json").read_text())["certificate"]["threshold"]
     assert answers(*files, "--posterior", out)["rule"]["thresholds"] == [certified]
+    for other in ("entropy", "gap"):  # not what was certified
+        fails("classify", model, files[0], "--posterior", out, "--confidence", other,
+              words=f"is certified for --confidence max, not for {other}")  # fmt: skip
+    own = answers(*files, "--posterior", out, "--confidence", "gap", "--threshold", 0.5)
+    assert own["rule"]["thresholds"] == [0.5]
     run = offramp("classify", model, files[0], "--posterior", out, "--budget", 0.7)
     assert re.fullmatch(
         r"(lying|standing|spot) +0\.\d{3}  exit [123]/3  [01]\.\d{3} of the FLOPs  \{.*\}  .*\n", run.stdout
@@ -265,7 +271,14 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     one.write_text("".join(f"a good film {i}\t1\n" for i in range(50)))
     fails("train", texts[0] / "bert", *words, one, "--layout", "sst2", words="rows of one class only")
     same = ("--test-data", texts[0] / "dev.tsv", "--layout", "sst2")
-    fails("train", texts[0] / "bert", *words, texts[0] / "dev.tsv", *same, words="splits train and test share")
+    fails(
+        "train",
+        texts[0] / "bert",
+        *words,
+        texts[0] / "dev.tsv",
+        *same,
+        words=r"60 rows of .*dev\.tsv are in .* too",
+    )
     other = write_idx(tmp_path / "other", train=230)
     for command in ("calibrate", "evaluate"):
         fails(command, model, *task, other, words="is not what the model was trained and divided with")

@@ -1,6 +1,8 @@
 """The division of a user's data: the same again later, and nothing else passes for it."""
 
+import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -72,7 +74,8 @@ def test_any_other_row_is_refused(tmp_path_factory, change, place):
 
 
 def test_a_test_file_of_its_own(tmp_path):
-    path, test = write_texts(tmp_path / "train.tsv"), write_texts(tmp_path / "dev.tsv", 50, seed=1)
+    path = write_texts(tmp_path / "train.tsv")
+    test = write_texts(tmp_path / "dev.tsv", 50, seed=1, apart=path)
     config = DataConfig(TEXTS, layout="sst2")
     splits = divide(config, path, test)
     assert len(splits["test"]) == 50
@@ -80,8 +83,40 @@ def test_a_test_file_of_its_own(tmp_path):
     assert again(config, splits, TEXTS, path, test)[1]["test"].digest() == splits["test"].digest()
     with pytest.raises(ValueError, match="its train split has"):  # which the test file had no share in
         again(config, splits, TEXTS, path)
-    with pytest.raises(ValueError, match="splits train and test share"):
+    with pytest.raises(ValueError, match=r"240 rows of .*train.tsv are in .*train.tsv too"):
         divide(config, path, path)
+
+
+def test_rows_are_the_same_by_their_texts_not_by_the_names_of_their_files(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / name).mkdir()
+    path = write_texts(tmp_path / "train" / "data.tsv")
+    test = write_texts(tmp_path / "dev" / "data.tsv", 50, seed=1, apart=path)
+    config = DataConfig(TEXTS, layout="sst2")
+    splits = divide(config, path, test)
+    assert len({id for rows in splits.values() for id in rows.ids}) == 290
+    assert again(config, splits, TEXTS, path, test)[1]["test"].ids == splits["test"].ids
+    copy = tmp_path / "copy.tsv"
+    copy.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:14]))
+    with pytest.raises(ValueError, match=r"14 rows of .*copy\.tsv are in .*data\.tsv too, such as 'copy.tsv/1'"):
+        divide(config, path, copy)
+    path.write_text(path.read_text() + copy.read_text())  # copies in the file itself
+    parts = list(divide(config, path).values())
+    for place, part in enumerate(parts):
+        assert not set(part.inputs) & {text for other in parts[place + 1 :] for text in other.inputs}
+
+
+def test_images_of_a_published_test_split_are_left_out_of_the_rest(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "idx")
+    images = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    train = bytearray(gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes()))
+    train[16 : 16 + 64] = images[16 : 16 + 64]  # the first image of 8 x 8
+    (tmp_path / "idx" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(train)))
+    with pytest.warns(UserWarning, match="1 rows that its test split has too were left out"):
+        splits = divide(DataConfig(IMAGES), tmp_path / "idx")
+    assert {id for rows in splits.values() for id in rows.ids} == {
+        *(f"train/{i}" for i in range(1, 240)), *(f"test/{i}" for i in range(60)),
+    }  # fmt: skip
 
 
 def test_texts_by_columns_of_any_name_or_place(tmp_path):
@@ -96,7 +131,8 @@ def test_texts_by_columns_of_any_name_or_place(tmp_path):
 def test_the_layout_of_images_is_seen_by_their_files(tmp_path):
     pixels, labels = np.random.default_rng(0).integers(0, 256, (50, 3072)), np.arange(50) % 10
     content = np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8)
-    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+    for place, name in enumerate((*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")):
+        content[:, 1] = place
         (tmp_path / name).write_bytes(content.tobytes())
     splits = divide(DataConfig(IMAGES), tmp_path)
     assert splits["test"].inputs.shape == (50, 32, 32, 3)

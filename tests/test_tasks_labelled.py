@@ -1,6 +1,7 @@
 """Labelled rows: what may be one, and splits that keep proportions and never tear a cluster or share a row."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from offramp.tasks.labelled import SHARES, Labelled, require_apart, split
+from offramp.tasks import labelled_inputs
+from offramp.tasks.images import ImageFiles
+from offramp.tasks.labelled import SHARES, Labelled, require_apart, split, without
+from offramp.tasks.labelled_inputs import Part, contents
 
 
 def texts(labels, *, groups=None, clusters=(), classes=3, prefix="r"):
@@ -81,8 +85,78 @@ def test_a_published_test_split_stays_as_it_is():
     parts = split(data, test=test)
     assert parts["test"] is test
     assert [len(part) for part in parts.values()] == [180, 30, 30, 30, 30]
-    with pytest.raises(ValueError, match="splits train and test share 1[0-9] rows"):
+    with pytest.raises(ValueError, match="27 rows of the test split are in the data too, such as 'r0', there 'r0'"):
         split(data, test=texts([0, 1, 2] * 9))
+
+
+# ---------------------------------------------------------------- equal rows
+
+
+def test_a_test_split_is_compared_by_what_its_rows_hold_not_by_where_they_stand():
+    data, test = texts([0, 1, 2] * 90), texts([0, 1, 2] * 10)
+    fresh = replace(test, inputs=tuple(f"new {text}" for text in test.inputs))  # the same ids
+    found = split(data, test=fresh)
+    assert found["test"].inputs == fresh.inputs
+    assert found["test"].ids == tuple(f"test/r{i}" for i in range(30))
+    assert len({id for part in found.values() for id in part.ids}) == 300
+    copied = replace(test, ids=tuple(f"s{i}" for i in range(30)), inputs=(*fresh.inputs[1:], data.inputs[7]))
+    with pytest.raises(ValueError, match="1 rows of the test split are in the data too, such as 's29', there 'r7'"):
+        split(data, test=copied)
+
+
+@given(st.integers(100, 200), st.integers(0, 500), st.booleans())
+def test_equal_rows_stay_in_one_split(count, seed, clustered):
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 3, count).tolist()  # copies may have other labels
+    clusters = [f"c{c}" for c in random.integers(0, count, count)] if clustered else ()
+    data = replace(texts(labels, clusters=clusters), inputs=tuple(map(str, random.integers(0, 3 * count, count))))
+    parts = split(data, {"a": 0.6, "b": 0.4}, seed)
+    assert not set(parts["a"].inputs) & set(parts["b"].inputs)
+    assert not set(parts["a"].clusters) & set(parts["b"].clusters)
+    assert sorted(parts["a"].ids + parts["b"].ids) == sorted(data.ids)
+
+
+def test_rows_without_copies_are_divided_as_if_there_were_none():
+    data = texts([0, 1, 2] * 100)
+    copies = replace(data, inputs=(data.inputs[17], *data.inputs[1:17], data.inputs[17], *data.inputs[18:]))
+    for clusters in ((), tuple(f"c{i % 60}" for i in range(300))):
+        before, after = (split(replace(rows, clusters=clusters), seed=4) for rows in (data, copies))
+        of = [{id: name for name, part in parts.items() for id in part.ids} for parts in (before, after)]
+        if not clusters:
+            assert {id for id in data.ids if of[0][id] != of[1][id]} <= {"r17"}
+        assert of[1]["r0"] == of[1]["r17"]
+    assert {part.digest() for part in before.values()} == {
+        part.digest() for part in split(replace(data, clusters=clusters), seed=4).values()
+    }
+
+
+def test_images_in_memory_are_equal_by_their_values():
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 3, 1), dtype=np.uint8)
+    images[31] = images[4]
+    labels = torch.arange(40) % 2
+    data = Labelled(tuple(f"i{row}" for row in range(40)), images, labels, ("a", "b"))
+    for seed in range(6):
+        homes = {id: name for name, part in split(data, {"x": 0.5, "y": 0.5}, seed).items() for id in part.ids}
+        assert homes["i4"] == homes["i31"]
+    test = data.take([0, 4])
+    assert without(data, test).ids == tuple(f"i{row}" for row in range(40) if row not in (0, 4, 31))
+    assert without(data.take([1, 2]), test).ids == ("i1", "i2")
+
+
+def test_files_are_compared_by_their_bytes_and_read_if_another_is_as_long(tmp_path, monkeypatch):
+    for name, content in (("a", b"123"), ("b", b"124"), ("c", b"12345"), ("d", b"123")):
+        (tmp_path / name).write_bytes(content)
+    files = ImageFiles(tuple(tmp_path / name for name in "abcd"))
+    read, digest = [], labelled_inputs._digest
+    monkeypatch.setattr(labelled_inputs, "_digest", lambda path: read.append(path.name) or digest(path))
+    ((a, b, c, d),) = contents(files)
+    assert a == d
+    assert len({a, b, c}) == 3
+    assert read == ["a", "b", "d"]
+    part = Part(Part(files, np.array([3, 2, 1])), np.array([0, 1]))
+    (one, two) = contents(files, part)
+    assert [key in one for key in two] == [True, True]
+    assert two[0] == one[0] == one[3]
 
 
 def test_rows_and_clusters_may_be_in_one_split_only():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.classifiers.calibrated import SETS, Calibrated
+from offramp.classifiers.calibrated import Calibrated
 from offramp.classifiers.certify import RowCertificate, RowPromise, certify, ladder, try_thresholds
 from offramp.files import write_json, write_text
 from offramp.metrics.calibration import grade
@@ -261,10 +261,6 @@ def calibrate(
     result = ClassifierCalibration(
         calibrated, before, after, threshold.rows, certificate, kept, summary, config, conditions or {}
     )
-    if sets is None and (folder / SETS).is_dir():  # of an earlier calibration
-        for file in (folder / SETS).iterdir():
-            file.unlink()
-        (folder / SETS).rmdir()
     result.save(folder)
     return result
 

@@ -3,6 +3,8 @@
 posterior/   temperatures, prior variances, factors (`offramp.uncertainty.posterior`)
 thresholds/  confidences of the threshold split, from which any budget gets its thresholds; maybe a certificate
 sets/        maybe where conformal sets end
+
+Thresholds and sets hold for the probabilities of one posterior, and name its fingerprint.
 """
 
 from __future__ import annotations
@@ -25,6 +27,19 @@ from offramp.uncertainty.posterior import Posterior, load_posterior
 
 SCHEMA = "offramp/classifier-thresholds/1"
 POSTERIOR, THRESHOLDS, SETS = "posterior", "thresholds", "sets"
+
+
+@dataclass(frozen=True)
+class SetsOf:
+    """Conformal sets as they are saved.
+
+    Attributes:
+        posterior: Fingerprint of the posterior whose probabilities they are sets of.
+        ends: Where they end.
+    """
+
+    posterior: str
+    ends: NestedConformal
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,11 @@ class Calibrated:
         tensors = {"confidences": self.confidences.contiguous(), "costs": self.costs}
         artefact.write(place / THRESHOLDS, SCHEMA, values, tensors)
         if self.sets is not None:
-            saving.save(self.sets, place / SETS)
+            saving.save(SetsOf(self.posterior.fingerprint, self.sets), place / SETS)
+        elif (place / SETS).is_dir():
+            for name in (artefact.DESCRIPTION, artefact.TENSORS):
+                (place / SETS / name).unlink(missing_ok=True)
+            (place / SETS).rmdir()
 
 
 def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
@@ -95,7 +114,8 @@ def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
         The posterior and what belongs to it.
 
     Raises:
-        ValueError: There is none, it was changed, or it was fitted on another classifier.
+        ValueError: There is none, it was changed, or it was fitted on another classifier; or thresholds or sets are of
+            another posterior.
     """
     place = Path(folder).expanduser()
     if not (place / POSTERIOR).is_dir():
@@ -104,8 +124,19 @@ def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
     values, tensors = artefact.read(place / THRESHOLDS, SCHEMA)
     if values["posterior"] != posterior.fingerprint:
         raise ValueError(f"the thresholds in {place} are of another posterior; calibrate again")
-    sets = saving.load(NestedConformal, place / SETS) if (place / SETS).is_dir() else None
+    sets = _sets(place / SETS, posterior) if (place / SETS).is_dir() else None
     return Calibrated(posterior, tensors["confidences"], tensors["costs"], values["certificate"], sets)
+
+
+def _sets(place: Path, posterior: Posterior) -> NestedConformal:
+    """The sets in a folder, if they are this posterior's."""
+    try:
+        found = saving.load(SetsOf, place)
+    except ValueError as error:
+        raise ValueError(f"the sets of this posterior cannot be read ({error}); calibrate again") from error
+    if found.posterior != posterior.fingerprint:
+        raise ValueError(f"the sets in {place} are of another posterior; calibrate again")
+    return found.ends
 
 
 class Recorded:

@@ -7,6 +7,7 @@ divide them again, and refuse rows that are not those of the record.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from offramp.tasks.images import read_cifar10, read_cifar100, read_idx, read_image_folder
-from offramp.tasks.labelled import SHARES, Labelled, split
+from offramp.tasks.labelled import SHARES, Labelled, split, without
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, SST2, Column, TextLayout, read_labelled_text
 
 IMAGES, TEXTS = "image-classification", "text-classification"
@@ -84,6 +85,9 @@ class DataConfig:
 def divide(config: DataConfig, data: Path, test: Path | None = None) -> dict[str, Labelled]:
     """Read and divide.
 
+    Rows of `data` that its own published test split has too, as some published sets of images do, are left out with a
+    warning. A test split of its own file must not have any: then the files are not what they seem.
+
     Args:
         config: How.
         data: A folder of images, or a file of texts.
@@ -108,6 +112,10 @@ def divide(config: DataConfig, data: Path, test: Path | None = None) -> dict[str
                 " name all of them in the same order"
             )
     rows = found["train"]
+    if "test" in found:
+        rows = without(rows, found["test"])
+        if left_out := len(found["train"]) - len(rows):
+            warnings.warn(f"{data}: {left_out} rows that its test split has too were left out", stacklevel=2)
     if config.count is not None and config.count < len(rows):
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.count]
         rows = rows.take(drawn.sort().values)

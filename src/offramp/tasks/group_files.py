@@ -14,7 +14,8 @@ from offramp.metrics.group_members import UNKNOWN, Groups
 from offramp.tasks.group_images import SquareImages, existing_images
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.group_tables import table_rows
-from offramp.tasks.labelled import Inputs, Labelled
+from offramp.tasks.labelled import Labelled
+from offramp.tasks.labelled_inputs import Inputs
 from offramp.tasks.rows import Row, json_rows, kind
 
 NOT_KNOWN = ("", "?", "-1", "null", "None")

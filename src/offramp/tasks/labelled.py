@@ -2,44 +2,32 @@
 
 Two kinds of groups must not be confused. `groups` is what fairness looks at, such as (label, attribute): every split
 gets its share of each. A *cluster* is what must not be torn apart, such as the pairs of SNLI with the same premise: all
-of it falls into one split.
+of it falls into one split. Rows with equal inputs stay together like that too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, combinations
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+
+from offramp.tasks.labelled_inputs import Inputs, contents, firsts
+from offramp.tasks.labelled_inputs import chosen as inputs_at
 
 SHARES: Mapping[str, float] = MappingProxyType(
     {"train": 0.6, "tune": 0.1, "threshold": 0.1, "calibrate": 0.1, "test": 0.1}
 )
 """What a split is for: the network; temperatures and grids; thresholds for budgets; guarantees; the report."""
-
-
-class Images(Protocol):
-    """N images, in memory or read when they are asked for."""
-
-    def __len__(self) -> int:
-        """N."""
-        ...
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Those at some places, [n, H, W, channels], channels 1 or 3, in 0..255."""
-        ...
-
-
-Inputs = Images | tuple[str, ...] | tuple[tuple[str, str], ...]
-"""Images, texts, or pairs of texts."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ class Labelled:
         return replace(
             self,
             ids=tuple(self.ids[i] for i in chosen.tolist()),
-            inputs=_chosen(self.inputs, chosen),
+            inputs=inputs_at(self.inputs, chosen),
             labels=self.labels[chosen],
             groups=None if self.groups is None else self.groups[chosen],
             clusters=tuple(self.clusters[i] for i in chosen.tolist()) if self.clusters else (),
@@ -121,29 +109,6 @@ class Labelled:
         return found.hexdigest()
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some of a collection of images, by their places."""
-
-    whole: Images
-    rows: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self.whole[self.rows[rows]]
-
-
-def _chosen(inputs: Inputs, rows: Tensor) -> Inputs:
-    if isinstance(inputs, tuple):
-        return tuple(inputs[i] for i in rows.tolist())
-    if isinstance(inputs, np.ndarray):
-        images: NDArray[np.uint8] = inputs[rows.numpy()]
-        return images
-    return Part(inputs, rows.numpy())
-
-
 # ---------------------------------------------------------------- splits
 
 
@@ -155,18 +120,22 @@ def split(
     Without clusters, a split's rows of one label and group differ by less than one from its share of them. With
     clusters they come as near as whole clusters allow: the largest go first, each to where it mends most.
 
+    Rows with equal inputs (see `contents`) are never divided, whatever their labels: without clusters each goes where
+    the first of them went, and clusters that share one are divided as one. So, for data in which a row occurs more than
+    once, the splits are others than those of versions that divided such rows; for all other data they are the same.
+
     Args:
         data: All rows.
         shares: Of the rows, by name of the split, adding up to 1.
         seed: Of the division.
         test: A published test split: it becomes "test" as it is, and the other shares, in their proportions, divide
-            `data`.
+            `data`. Its ids may be those of `data`, such as lines of another file: then "test/" is put before them.
 
     Returns:
         The splits by name, in the order of `shares`, each with its rows in the order of `data`.
 
     Raises:
-        ValueError: Shares out of range, a split that would be empty, or one that overlaps with `test`.
+        ValueError: Shares out of range, a split that would be empty, or `test` has a row or cluster of `data`.
     """
     if not shares or min(shares.values()) <= 0 or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
         given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
@@ -174,10 +143,14 @@ def split(
     own = {name: share for name, share in shares.items() if test is None or name != "test"}
     values = np.array(list(own.values())) / sum(own.values())
     generator = np.random.default_rng(seed)
+    keys, *others = contents(data.inputs, *([] if test is None else [test.inputs]))
+    if test is not None:
+        test = _apart(data, test, keys, others[0])
     strata = _strata(data)
-    part = (
-        _by_cluster(data.clusters, strata, values, generator) if data.clusters else _by_row(strata, values, generator)
-    )
+    if data.clusters:
+        part = _by_cluster(_merged(data.clusters, keys), strata, values, generator)
+    else:
+        part = _by_row(strata, values, generator)[firsts(keys)]
     found = {name: data.take(np.flatnonzero(part == at).tolist()) for at, name in enumerate(own)}
     if empty := [name for name, rows in found.items() if not len(rows)]:
         units = f" in {len(set(data.clusters))} clusters" if data.clusters else ""
@@ -234,6 +207,54 @@ def _by_cluster(
         where[at] = cost.argmin()
         have[where[at]] += counts[at]
     return where[cluster]
+
+
+def _merged(clusters: Sequence[str], keys: Sequence[Hashable]) -> list[str]:
+    """Clusters, those that hold rows with equal keys made one, which has the name of the first; [N]."""
+    rows, links = np.arange(len(keys)), np.concatenate([firsts(clusters), firsts(keys)])
+    graph = coo_array((np.ones(len(links)), (np.tile(rows, 2), links)), shape=(len(rows), len(rows)))
+    return [clusters[row] for row in firsts(connected_components(graph, directed=False)[1].tolist())]
+
+
+# ---------------------------------------------------------------- rows that are in two places
+
+
+def without(data: Labelled, test: Labelled) -> Labelled:
+    """The rows of `data` whose inputs no row of `test` has."""
+    keys, others = contents(data.inputs, test.inputs)
+    known = set(others)
+    kept = [row for row, key in enumerate(keys) if key not in known]
+    return data if len(kept) == len(data) else data.take(kept)
+
+
+def _apart(data: Labelled, test: Labelled, keys: Sequence[Hashable], others: Sequence[Hashable]) -> Labelled:
+    """A test split that shares no row with the data.
+
+    Ids say where a row stands, so they do not tell whether it is the same: inputs do.
+
+    Args:
+        data: All other rows.
+        test: The test split.
+        keys: Of the data's rows, by `contents`.
+        others: Of the test split's.
+
+    Returns:
+        The test split with ids that the data does not have.
+
+    Raises:
+        ValueError: A row is in both.
+    """
+    places = {key: row for row, key in enumerate(keys)}
+    if shared := [row for row, key in enumerate(others) if key in places]:
+        one, other = data.ids[places[others[shared[0]]]], test.ids[shared[0]]
+        raise ValueError(
+            f"{len(shared)} rows of {test.source or 'the test split'} are in {data.source or 'the data'} too, such as "
+            f"{other!r:.80}, there {one!r:.80}; a row may be in one of them only, so remove them from one"
+        )
+    ids = test.ids
+    while set(data.ids) & set(ids):
+        ids = tuple(f"test/{id}" for id in ids)
+    return test if ids is test.ids else replace(test, ids=ids)
 
 
 def require_apart(**splits: Labelled) -> None:

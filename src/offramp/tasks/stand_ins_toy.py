@@ -13,7 +13,7 @@ from offramp.tasks.labelled import Labelled
 from offramp.tasks.stand_ins import agreeing
 
 if TYPE_CHECKING:
-    from offramp.tasks.labelled import Images
+    from offramp.tasks.labelled_inputs import Images
 
 VALUES = ("0", "1")
 

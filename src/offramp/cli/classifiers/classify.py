@@ -58,7 +58,7 @@ def classify(
     _check(budget, threshold, posterior, confidence)
     classifier = load(model, device=device or "cpu")
     calibrated = None if posterior is None else load_calibrated(posterior, fingerprint(classifier))
-    thresholds, rule = _rule(calibrated, budget, o.numbers(threshold, "--threshold", float))
+    thresholds, rule = _rule(calibrated, budget, o.numbers(threshold, "--threshold", float), confidence)
     given = inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     found = answers(
         classifier, given, calibrated=calibrated, thresholds=thresholds, confidence=confidence, batch_size=batch_size
@@ -87,7 +87,7 @@ def _check(budget: float | None, threshold: str | None, posterior: Path | None, 
 
 
 def _rule(
-    calibrated: Calibrated | None, budget: float | None, threshold: tuple[float, ...] | None
+    calibrated: Calibrated | None, budget: float | None, threshold: tuple[float, ...] | None, confidence: str
 ) -> tuple[Any, dict[str, Any]]:
     """Thresholds, and where they come from."""
     if budget is not None and calibrated is not None:
@@ -100,6 +100,11 @@ def _rule(
         limit = threshold[0] if len(threshold) == 1 else threshold
         return limit, {"words": f"leaving above {limit}", "thresholds": list(threshold)}
     if calibrated is not None and calibrated.certified is not None:
+        if confidence != "max":
+            raise typer.BadParameter(
+                f"the threshold in --posterior is certified for --confidence max, not for {confidence}; give a "
+                "--threshold for it, or leave out --confidence"
+            )
         certified = calibrated.certified
         return certified, {"words": f"the certified threshold, {certified:.6g}", "thresholds": [_finite(certified)]}
     return None, {"words": "full depth, for want of --budget or --threshold", "thresholds": []}
