@@ -84,7 +84,7 @@ STUDIES = {
             Step("Rank, confidence and saturation by layer (figures 1 to 3)", "probe {run}/train/model "
                  "--exits {run}/classifier/exits --prompts {run}/prompts.txt --max-new-tokens 64 --min-layer 2",
                  "probe"),
-            Step("Every policy at one threshold", f"evaluate {_T5} --limit 300 --arms default", "evaluate"),
+            Step("Every policy at one threshold", f"evaluate {_T5} --limit 200 --arms default", "evaluate"),
             Step("Measures by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 "
                  "--confidence softmax,contrastive,jsd --threshold 0.9 --min-layer 2,3,4", "measures", folder="layers"),
             Step("Pruning by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 --confidence softmax,jsd "
