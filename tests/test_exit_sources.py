@@ -32,9 +32,9 @@ class Hub:
         (self.place / repository).mkdir(parents=True, exist_ok=exist_ok)
         return f"https://hub/{repository}"
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns):
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns=None):
         self._check("upload", repo_id)
-        for name in allow_patterns:
+        for name in allow_patterns or [path.name for path in Path(folder_path).iterdir()]:
             shutil.copy(Path(folder_path) / name, self.place / repo_id)
 
     def snapshot_download(self, repository, *, allow_patterns):
@@ -146,25 +146,27 @@ def test_bundled_exits(hub, saved, tmp_path, monkeypatch):
     assert hub.calls == []
 
 
-def test_the_command_pushes_what_it_trained(hub, saved, tmp_path):
+@pytest.mark.parametrize("trainable", ["exits", "lora", "all"])
+def test_the_command_pushes_what_it_trained(hub, saved, tmp_path, trainable):
     text = tmp_path / "a.txt"
     text.write_text("the sky is blue . " * 20)
-    arguments = [
-        "train",
-        saved[0],
-        "--text",
-        text,
-        "--window",
-        8,
-        "--steps",
-        1,
-        "--layers",
-        2,
-        "--out",
-        tmp_path / "run",
-    ]
-    run = CliRunner().invoke(cli.app, [str(a) for a in [*arguments, "--push-to-hub", OWNER]])
+    arguments = ["train", saved[0], "--text", text, "--window", 8, "--steps", 1, "--layers", 2, "--warmup", 0]
+    arguments += ["--trainable", trainable, "--learning-rate", 0.1, "--out", tmp_path / "run", "--push-to-hub", OWNER]
+    run = CliRunner().invoke(cli.app, [str(a) for a in arguments])
     assert run.exit_code == 0, run.output
-    assert f"pushed the exits to https://hub/{OWNER}" in run.stderr
-    assert Exits.load(hub.place / OWNER).layers == (2,)
-    assert exits_folder(OWNER, "tiny") == hub.place / OWNER
+    pushed = hub.place / OWNER
+    exits = Exits.load(pushed)
+    assert exits.layers == (2,)
+    assert exits.settings["config"]["trainable"] == trainable
+    assert exits_folder(OWNER, "tiny") == pushed
+    if trainable == "exits":
+        assert f"pushed the exits to https://hub/{OWNER}" in run.stderr
+        assert {path.name for path in pushed.iterdir()} == {"exits.json", "exits.safetensors"}
+        assert offramp.load(saved[0], exits=OWNER).exits.layers == (2,)
+        return
+    assert f"offramp generate {OWNER} --exits {OWNER}" in run.stderr
+    assert (exits.model, Exits.load(tmp_path / "run" / "exits").model) == (OWNER, str(tmp_path / "run" / "model"))
+    lm = offramp.load(pushed, exits=OWNER)  # the stand-in gives models by their folders only
+    assert lm.exits.layers == (2,)
+    with pytest.raises(ModelError, match=f"were made for {OWNER} with weights"):
+        offramp.load(saved[0], exits=OWNER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from offramp.exit_files import CONFIG, WEIGHTS
@@ -49,13 +50,21 @@ def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
         ) from error
 
 
-def push(folder: str | os.PathLike[str], repository: str, *, private: bool | None = None) -> str:
+def push(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    private: bool | None = None,
+    model: str | os.PathLike[str] | None = None,
+) -> str:
     """Put a folder of exits on the hub, for `offramp.load(name, exits=repository)`.
 
     Args:
         folder: What `save_exits` wrote.
         repository: OWNER/NAME; made if it does not exist.
         private: Whether a new repository is; None: the owner's default.
+        model: Folder of the model they are for, if it was trained with them: it goes to the same repository, for
+            `offramp.load(repository, exits=repository)`, and the exits there name the repository as their model.
 
     Returns:
         Its address.
@@ -67,14 +76,19 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool | Non
 
     from offramp.exits import Exits
 
-    Exits.load(folder)  # nothing half-written goes out
+    exits = Exits.load(folder)  # nothing half-written goes out
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=Path(folder), allow_patterns=[CONFIG, WEIGHTS])
+        if model is not None:
+            hub.upload_folder(repo_id=repository, folder_path=Path(model))
+        with tempfile.TemporaryDirectory() as place:
+            exits.save(place, model=None if model is None else repository)
+            hub.upload_folder(repo_id=repository, folder_path=Path(place), allow_patterns=[CONFIG, WEIGHTS])
     except Exception as error:
+        what = "exits" if model is None else f"model (kept in {model}) and its exits"
         raise ModelError(
-            f"the hub does not take the exits as {repository} ({first_line(error)}); they are kept in {folder}. Give "
+            f"the hub does not take the {what} as {repository} ({first_line(error)}); they are kept in {folder}. Give "
             "OWNER/NAME of your own, after hf auth login"
         ) from error
     return str(address)

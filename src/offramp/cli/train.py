@@ -136,7 +136,11 @@ def train(
     seed: o.TrainingSeed = 0,
     report_to: o.ReportTo = None,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Put the trained exits there in the end.")
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Put the trained exits there in the end, with lora and all beside the trained model.",
+        ),
     ] = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
@@ -199,7 +203,12 @@ def train(
     if push_to_hub is not None:
         from offramp.exit_sources import push
 
-        o.note(f"pushed the exits to {push(result.exits, push_to_hub)}")
+        address = push(result.exits, push_to_hub, model=result.model)
+        if result.model is None:
+            o.note(f"pushed the exits to {address}")
+        else:
+            use = f"offramp generate {push_to_hub} --exits {push_to_hub} --threshold 0.9"
+            o.note(f"pushed the model and its exits to {address}; use them with: {use}")
     o.write_result({**result.to_dict(), "name": model, "dtype": dtype}, json)
 
 

@@ -116,7 +116,7 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
     """
     if model is not None:
         save_model(lm, model)
-        exits.fingerprint = fingerprint(lm.model)
+        exits.model, exits.fingerprint = str(model), fingerprint(lm.model)
     before = exits.settings.get("lenses", {} if "lenses" in exits.settings.get("model", ()) else exits.settings)
     lenses = {"lenses": before} if exits.classifiers is not None and before else {}
     exits.save(folder, settings={**record, **lenses})
