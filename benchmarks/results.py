@@ -80,7 +80,8 @@ STUDIES = {
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
                  "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --count 4000 "
                  "--objective consistency --epochs 1 --batch-size 32 --window 128 --learning-rate 1e-2", "classifier"),
-            Step("Sentences as prompts", "prompts {data}/multi30k/val.en.gz {run}/prompts.txt", "prompts", shows=False),
+            Step("Sentences as prompts", "prompts {data}/multi30k/val.en.gz {run}/prompts.txt", "sentences",
+                 shows=False),
             Step("Rank, confidence and saturation by layer (figures 1 to 3)", "probe {run}/train/model "
                  "--exits {run}/classifier/exits --prompts {run}/prompts.txt --max-new-tokens 64 --min-layer 2",
                  "probe"),
