@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -18,9 +19,11 @@ from offramp.classifiers.calibrate import CalibrationConfig, calibrate
 from offramp.classifiers.calibrated import Calibrated, load_calibrated
 from offramp.classifiers.certify import RowPromise
 from offramp.classifiers.compare import ComparisonConfig, compare
+from offramp.classifiers.compare import fitted as fit_method
 from offramp.classifiers.divided import IMAGES, TEXTS, DataConfig, divide, record
 from offramp.classifiers.evaluate import Settings, charged
 from offramp.classifiers.passes import Passes
+from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics.calibration import grade
 from offramp.risk import budgets, classifier_losses
 from offramp.uncertainty import nested_conformal, saving
@@ -163,6 +166,35 @@ def test_metrics_before_and_after_are_those_of_the_threshold_split(fitted):
     table = result.table()
     assert table.count("published formula") == 4
     assert all(message in table for message in result.calibrated.posterior.messages)
+
+
+def test_costs_in_the_table_are_over_those_of_the_same_rows(images, tmp_path):
+    """Texts of two splits are not equally long: a posterior's costs are those of the tune split."""
+    passes = Passes.of(images[0], IMAGES, images[1])
+
+    def outputs(name):
+        rows = passes.outputs(name)
+        return replace(rows, costs=rows.costs * (2 if name == "tune" else 1))
+
+    config = CalibrationConfig(PosteriorConfig("temperature"))
+    result = calibrate(outputs, config, tmp_path / "out", network=passes.network)
+    costs = passes.outputs("threshold").costs
+    assert result.calibrated.full_cost == pytest.approx(float(costs[-1]))
+    shares = [float(row[1]) for row in result.exit_table()[1]]
+    assert shares == pytest.approx((result.calibrated.costs / costs[-1]).tolist(), abs=6e-4)
+    assert shares[-1] >= 1
+
+
+def test_verdicts_name_the_rows_they_are_about(fitted):
+    text = fitted[2].table()
+    said = text.index("On the rows of the tune split, on which both were tuned:")
+    assert text.index("of the threshold split") < said < text.index("exit 1: Laplace is")
+    assert "tune split" not in replace(fitted[2], calibrated=_without_laplace(fitted[2].calibrated)).table()
+
+
+def _without_laplace(calibrated):
+    exits = tuple(replace(exit_, comparison=None) for exit_ in calibrated.posterior.exits)
+    return replace(calibrated, posterior=replace(calibrated.posterior, exits=exits))
 
 
 def _ece(p, labels, bins=15):
@@ -357,7 +389,7 @@ def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
     monkeypatch.setattr("offramp.report.classifier_plots.available", lambda: False)  # they take long
     model, data = images
     other = saved("msdnet-small", DataConfig(IMAGES, seed=1), data, tmp_path / "other" / "model", seed=1)
-    methods = ("vanilla", "temperature", "mie")
+    methods = ("vanilla", "temperature", "mie", "laplace")
     config = ComparisonConfig(methods, QUICK, corruptions=("noise",), limit=24, settings=Settings(resamples=20))
 
     def run():
@@ -379,6 +411,24 @@ def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
     for exit_ in range(4):
         right = np.mean([row["methods"]["vanilla"]["class"][exit_] == row["label"] for row in rows])
         assert alone[exit_].metrics["top1"] == pytest.approx(right)
+    # how they were fitted is kept and told, with what there was to warn of
+    for network, fits in zip(networks, found.fitted, strict=True):
+        for method in methods:
+            posterior = fit_method(network, replace(QUICK, method=method), "train")
+            assert fits[method].temperatures == tuple(exit_.temperature for exit_ in posterior.exits)
+            assert fits[method].messages == posterior.messages
+        assert fits["laplace"].priors == tuple(exit_.omega for exit_ in posterior.exits)
+        assert fits["temperature"].priors is None
+    messages = [message for fits in found.fitted for message in fits["laplace"].messages]
+    assert messages  # of a tiny network some setting is at an edge
+    assert all(any(message in note for note in found.notes()) for message in messages)
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert ClassifierEvaluation.from_dict(kept) == found
+    del kept["fitted"]  # as it once was
+    assert ClassifierEvaluation.from_dict(kept).fitted == ()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"* {warning}" in table for warning in found.warnings())
+    assert re.search(rf"laplace, network 2 +\| +ω \| +{found.fitted[1]['laplace'].priors[0]:.3g} ", table)
     # a static exit is charged a network cut there
     static = found.of("clean", "static exit, vanilla")[0]
     heads = static.alone[3].cost

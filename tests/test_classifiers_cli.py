@@ -130,7 +130,11 @@ def test_evaluate_compares_all_methods_over_seeds(images, monkeypatch):
     for method in ("vanilla", "mie+temperature", "mie+laplace", "full model, vanilla", "static exit, temperature"):
         assert f"| {method} " in run.stdout
     assert "standard deviation over 2 training seeds" in run.stdout
+    assert re.search(r"\| temperature, network 2 +\| T \|", run.stdout)
     values = json.loads((out / "results.json").read_text())
+    messages = {m for fits in values["fitted"] for fit in fits.values() for m in fit["messages"]}
+    assert messages
+    assert all(message in run.stdout for message in messages)
     assert values["schema"] == "offramp/classifier-evaluation/1"
     assert len(values["seeds"]) == 2
     assert "test 60" in values["conditions"]["rows"]

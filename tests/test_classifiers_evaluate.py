@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from offramp.classifiers.evaluate import Settings, charged, evaluate
-from offramp.classifiers.method import Interval, Method, Point, area, curve, interpolate
+from offramp.classifiers.method import Fitted, Interval, Method, Point, area, curve, interpolate
 from offramp.classifiers.result import ClassifierEvaluation, summarise
 from offramp.metrics import resampled
 from offramp.metrics.calibration import grade, scores
@@ -306,6 +306,27 @@ def test_seeds_must_be_alike(evaluation, found):
         ClassifierEvaluation({}, (tuple(found), tuple(found[1:])))
     with pytest.raises(ValueError, match="each must have the same"):
         ClassifierEvaluation({}, ())
+    with pytest.raises(ValueError, match="fits of 2 networks for 1 seeds"):
+        ClassifierEvaluation({}, (tuple(found),), ({}, {}))
+
+
+def test_warnings_are_told_once_with_whom_they_are_about(found):
+    edge, jitter = "exit 1: its temperature, 5, is at an end", "exit 2: its class factor was singular"
+    fits = (
+        {"temperature": Fitted((1.5, 2, 5), None, (edge,)), "laplace": Fitted((1, 1, 1), (0.1, 1, 9), (edge, jitter))},
+        {"temperature": Fitted((1, 2, 3), None, (edge,)), "laplace": Fitted((1, 1, 1), (2, 2, 2))},
+    )
+    both = ClassifierEvaluation({}, (tuple(found), tuple(found)), fits)
+    assert both.warnings() == [
+        f"temperature (network 1, 2), laplace (network 1): {edge}", f"laplace (network 1): {jitter}",
+    ]  # fmt: skip
+    assert both.notes()[-2:] == [f"* {warning}" for warning in both.warnings()]
+    one = ClassifierEvaluation({}, (tuple(found),), fits[:1])
+    assert one.warnings() == [f"temperature, laplace: {edge}", f"laplace: {jitter}"]
+    assert one.fitted_table()[1] == [
+        ["temperature", "T", "1.5", "2", "5"], ["laplace", "T", "1", "1", "1"], ["laplace", "ω", "0.1", "1", "9"],
+    ]  # fmt: skip
+    assert one.notes()[:-2] == ClassifierEvaluation({}, (tuple(found),)).notes()
 
 
 # ---------------------------------------------------------------- files

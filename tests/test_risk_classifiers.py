@@ -290,6 +290,21 @@ def test_conformal_risk_control_keeps_the_mean(monotone):
         assert np.mean(np.array(found) > TOLERANCE) > 0.1  # a single calibration is not promised anything
 
 
+@pytest.mark.parametrize("failure", [0.05, 0.11])
+def test_a_promise_about_a_pool_is_broken_as_often_as_it_may_be(failure):
+    """The pool's risk is just above the tolerance: an exact test fails as often as a binomial count is that small."""
+    rows, ones, repeats = 872, 45, 1000
+    trials = scripted([0, 0, ones / rows], n=rows)  # the second always passes
+    promise = RowPromise("consistency", 0.05, failure, "binomial")
+    most_losses = max(k for k in range(60) if stats.binom.cdf(k, 436, 0.05) <= failure)
+    expected = stats.binom.cdf(most_losses, 436, ones / rows)
+    assert 0.5 * failure < expected <= failure
+    validity = validate(trials, promise, repeats=repeats)
+    low, high = stats.binom.ppf([1e-4, 1 - 1e-4], repeats, expected)
+    assert low <= validity.above_pool <= high
+    assert validity.certifying == 436
+
+
 def test_validity_counts_agree_with_a_loop():
     sure, losses = rows(torch.Generator().manual_seed(8), 1000)
     trials = try_thresholds(STEPS, sure, losses, torch.tensor([1.0, 4.0]))
@@ -297,9 +312,10 @@ def test_validity_counts_agree_with_a_loop():
     validity = validate(trials, promise, share=0.4, repeats=120, seed=3)
     above = 0
     for repeat in range(120):
-        order = np.random.default_rng(3 + repeat).permutation(1000)
-        index = certify(trials.take(order[:400]), promise).index
-        above += float(losses_under(losses, trials.exits)[index][order[400:]].mean()) > TOLERANCE
+        drawn = np.random.default_rng(3 + repeat).integers(0, 1000, 400)
+        index = certify(trials.take(drawn), promise).index
+        others = [row for row in range(1000) if row not in drawn]
+        above += float(losses_under(losses, trials.exits)[index][others].mean()) > TOLERANCE
     assert validity.above_held_out == above
     assert validity.above_pool <= most(120)
     assert (validity.rows, validity.certifying, validity.repeats) == (1000, 400, 120)

@@ -154,6 +154,8 @@ class ClassifierCalibration:
         """Tables for a terminal that are Markdown as well, and what else to know."""
         posterior = self.calibrated.posterior
         verdicts = [f"exit {e + 1}: {x.comparison.words()}" for e, x in enumerate(posterior.exits) if x.comparison]
+        if verdicts:
+            verdicts.insert(0, "On the rows of the tune split, on which both were tuned:")
         blocks = [
             markdown(*self.exit_table()),
             f"Softmax -> {posterior.config.method}, on the {self.rows} rows of the threshold split; cost in FLOPs over "
@@ -188,7 +190,7 @@ class ClassifierCalibration:
             omega = [f"{exit.omega:.3g}"] if laplace else []
             more = f"{added.counted} (published formula {added.formula})" if added.formula else f"{added.counted}"
             mark = "*" if exit.tuned.edges else ""
-            share = float(costs[e] / posterior.costs[-1])
+            share = float(costs[e]) / self.calibrated.full_cost
             rows.append([f"{e + 1}{mark}", f"{share:.3f}", *pairs, f"{exit.temperature:.3g}", *omega, more])
         return head, rows
 

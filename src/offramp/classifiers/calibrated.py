@@ -81,6 +81,12 @@ class Calibrated:
         return budgets.fit(self.confidences, self.costs, q)
 
     @property
+    def full_cost(self) -> float:
+        """FLOPs of a row of the threshold split in the full network, without the posterior."""
+        added = sum(self.posterior.overhead(exit).counted for exit in range(len(self.costs)))
+        return float(self.costs[-1]) - added
+
+    @property
     def certified(self) -> float | None:
         """The certified threshold, infinity if rows never leave early; None without a certificate."""
         if self.certificate is None:

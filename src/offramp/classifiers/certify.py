@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, wsr
 from offramp.risk.classifier_losses import exits_under, losses_under
-from offramp.risk.control import conformal_risk_control, fixed_sequence, split
+from offramp.risk.control import conformal_risk_control, fixed_sequence
 from offramp.risk.intervals import exact_interval
 from offramp.risk.losses import checked
 
@@ -288,7 +288,7 @@ def certify_groups(trials: Trials, groups: Tensor, promise: RowPromise, *, seed:
 
 @dataclass(frozen=True)
 class Validity:
-    """Counts over calibrations repeated on random splits of a pool of rows.
+    """Counts over calibrations repeated on rows drawn from a pool.
 
     Attributes:
         promise: What was promised each time.
@@ -297,7 +297,8 @@ class Validity:
         certifying: How many of them calibrated each time.
         above_pool: Calibrations whose threshold loses more than the tolerance over the whole pool: what the promise is
             about, if the pool is all there is.
-        above_held_out: The same on the rows held out, with the noise of those.
+        above_held_out: The same on the rows that were not drawn: with their noise, and worse where those drawn were
+            better than the pool, so that it may be more than the promise allows.
         never: Calibrations after which rows never leave early.
         loss: Mean of the held-out mean losses.
         saving: Mean of the held-out savings.
@@ -325,14 +326,18 @@ class Validity:
 def validate(
     trials: Trials, promise: RowPromise, *, share: float = 0.5, repeats: int = 200, seed: int = 0
 ) -> Validity:  # fmt: skip
-    """Repeat a calibration on random parts of the rows and judge it on the others.
+    """Repeat a calibration on rows drawn from a pool, with replacement, and judge it on the pool.
+
+    Drawn so, calibration rows are independent, and their distribution is the pool: of it the promise holds exactly.
+    (A part of the pool that is drawn without replacement tells more about the pool than as many independent rows would,
+    and the promise is broken too seldom.) Also judged on the rows that were not drawn.
 
     Args:
         trials: Settings on the pool: calibrate and test rows together.
         promise: What each calibration is to certify.
-        share: Of the rows that calibrate, in (0, 1).
+        share: Of the pool's number of rows, how many calibrate, in (0, 1).
         repeats: How often; 100 or more tell something.
-        seed: Of the splits.
+        seed: Of the draws.
 
     Returns:
         The counts.
@@ -343,19 +348,24 @@ def validate(
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; ask for at least 1 (100 or more tell something)")
     pool = trials.losses.double().mean(dim=1)
-    above_pool = above_held_out = never = certifying = 0
+    check_level("share", share)
+    if (rows := trials.losses.shape[1]) < 2:
+        raise ValueError(f"there are {rows} rows; at least 2 are needed, to calibrate and to judge by")
+    certifying = min(max(round(share * rows), 1), rows - 1)
+    above_pool = above_held_out = never = 0
     losses, savings = [], []
     for repeat in range(repeats):
-        part, rest = split(trials.losses.shape[1], seed + repeat, share)
+        part = np.random.default_rng(seed + repeat).integers(0, rows, certifying)
+        rest = np.setdiff1d(np.arange(rows), part)
         index = certify(trials.take(part), promise, seed=seed + repeat).index
         held_out = trials.take(rest)
         losses.append(float(held_out.losses[index].double().mean()))
         savings.append(1 - held_out.cost(index))
-        certifying, never = len(part), never + (index == 0)
+        never += index == 0
         above_pool += bool(pool[index] > promise.tolerance)
         above_held_out += losses[-1] > promise.tolerance
     return Validity(
-        promise, repeats, trials.losses.shape[1], certifying, above_pool, above_held_out, never,
+        promise, repeats, rows, certifying, above_pool, above_held_out, never,
         float(np.mean(losses)), float(np.mean(savings)),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.flops import exit_costs
-from offramp.classifiers.method import Method
+from offramp.classifiers.method import Fitted, Method
 from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import RESULTS, SCHEMA, ClassifierEvaluation
 from offramp.files import replace_file
@@ -97,6 +97,7 @@ def compare(
     _require_free(folder)
     steps = len(networks) * (len(config.methods) + 1)
     seeds: list[tuple[Method, ...]] = []
+    fits: list[dict[str, Fitted]] = []
     _require_alike(networks)
     for place, network in enumerate(networks):
         done = place * (len(config.methods) + 1)
@@ -111,11 +112,12 @@ def compare(
         threshold = network.outputs("threshold")
         settings = replace(config.settings, static_costs=_static_costs(network, threshold))
         seeds.append(tuple(evaluate(posteriors, threshold, tests, settings)))
+        fits.append({name: _fitted(posterior) for name, posterior in posteriors.items()})
         for name, rows in tests.items():
             _write_records(folder / f"records-{place}-{name.replace(' ', '-')}.jsonl.gz", posteriors, rows)
     if progress is not None:
         progress(steps, steps, "writing")
-    result = ClassifierEvaluation(conditions, tuple(seeds))
+    result = ClassifierEvaluation(conditions, tuple(seeds), tuple(fits))
     result.save(folder)
     return result
 
@@ -173,6 +175,12 @@ def fitted(network: Passes, config: PosteriorConfig, fit_on: str) -> Posterior:
     posterior = fit_posterior(config, fit_on, network.outputs, network.network)
     posterior.save(place)
     return posterior
+
+
+def _fitted(posterior: Posterior) -> Fitted:
+    """Settings of a posterior, and what there is to know of its fit."""
+    priors = tuple(exit.omega for exit in posterior.exits if exit.omega is not None)
+    return Fitted(tuple(exit.temperature for exit in posterior.exits), priors or None, posterior.messages)
 
 
 def _static_costs(network: Passes, outputs: ExitOutputs) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,27 @@ class Point:
     def overshoot(self) -> float:
         """Realised over asked cost, minus 1."""
         return self.cost / self.target - 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a method was fitted to a network.
+
+    Attributes:
+        temperatures: T of each exit, [E].
+        priors: Prior variance ω of each exit, [E]; None: the method has none.
+        messages: What to know: settings at the ends of their grids, singular factors, classes without rows.
+    """
+
+    temperatures: tuple[float, ...]
+    priors: tuple[float, ...] | None
+    messages: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fitted:
+        """From its fields as JSON values."""
+        priors = values["priors"]
+        return cls(tuple(values["temperatures"]), None if priors is None else tuple(priors), tuple(values["messages"]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from offramp.classifiers.evaluate import BASELINE
-from offramp.classifiers.method import SHARES, Method, Point
+from offramp.classifiers.method import SHARES, Fitted, Method, Point
 from offramp.files import write_json, write_text
 from offramp.tables import markdown
 
@@ -60,10 +60,12 @@ class ClassifierEvaluation:
     Attributes:
         conditions: What was held fixed, and versions; JSON values.
         seeds: Of each network, the same methods on the same test sets.
+        fitted: Of each network, by method, how it was fitted; empty: unknown.
     """
 
     conditions: dict[str, Any]
     seeds: tuple[tuple[Method, ...], ...]
+    fitted: tuple[Mapping[str, Fitted], ...] = ()
 
     def __post_init__(self) -> None:
         names = [[(m.test, m.name) for m in methods] for methods in self.seeds]
@@ -71,6 +73,8 @@ class ClassifierEvaluation:
             raise ValueError(
                 f"the {len(names)} seeds have {[len(n) for n in names]} methods on test sets; each must have the same"
             )
+        if self.fitted and len(self.fitted) != len(names):
+            raise ValueError(f"there are fits of {len(self.fitted)} networks for {len(names)} seeds; give one of each")
 
     @property
     def tests(self) -> tuple[str, ...]:
@@ -117,7 +121,10 @@ class ClassifierEvaluation:
             for test in self.tests
         }
         seeds = [[method.to_dict() for method in methods] for methods in self.seeds]
-        return {"schema": SCHEMA, "conditions": self.conditions, "summary": summary, "seeds": seeds}
+        fitted = [{name: asdict(fit) for name, fit in fits.items()} for fits in self.fitted]
+        return {
+            "schema": SCHEMA, "conditions": self.conditions, "summary": summary, "fitted": fitted, "seeds": seeds,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassifierEvaluation:
@@ -132,7 +139,11 @@ class ClassifierEvaluation:
         if values.get("schema") != SCHEMA:
             raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: no evaluation of classifiers")
         seeds = tuple(tuple(Method.from_dict(method) for method in methods) for methods in values["seeds"])
-        return cls(dict(values["conditions"]), seeds)
+        fitted = tuple(
+            {name: Fitted.from_dict(fit) for name, fit in fits.items()}
+            for fits in values.get("fitted", ())  # which older results do not have
+        )
+        return cls(dict(values["conditions"]), seeds, fitted)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write results.json, table.md and, if matplotlib is installed, the pictures as SVG and PNG.
@@ -162,6 +173,8 @@ class ClassifierEvaluation:
             blocks += ["Along the curve over realised costs", markdown(*self.curve_table(test))]
             blocks += ["Each exit alone", markdown(*self.anytime_table(test))]
             blocks += ["Asked and realised cost over the full cost", markdown(*self.cost_table(test))]
+        if self.fitted:
+            blocks += ["## Temperatures T and prior variances ω of the exits", markdown(*self.fitted_table())]
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
         return "\n\n".join([*blocks, *self.notes(), *([f"Conditions: {conditions}."] if conditions else [])])
 
@@ -231,8 +244,38 @@ class ClassifierEvaluation:
             rows.append([name, *cells, f"{worst:+.1%}"])
         return [*head, "largest overshoot"], rows
 
+    def fitted_table(self) -> tuple[list[str], list[list[str]]]:
+        """Settings as fitted: the head, and a row per method, network and kind; none of methods without any."""
+        exits = len(self.seeds[0][0].alone)
+        rows = []
+        for network, fits in enumerate(self.fitted, 1):
+            name = f", network {network}" if len(self.fitted) > 1 else ""
+            for method, fit in fits.items():
+                if fit.priors is not None or set(fit.temperatures) != {1.0}:
+                    rows.append([f"{method}{name}", "T", *(f"{t:.3g}" for t in fit.temperatures)])
+                if fit.priors is not None:
+                    rows.append([f"{method}{name}", "ω", *(f"{omega:.3g}" for omega in fit.priors)])
+        return ["method", "", *(f"exit {exit}" for exit in range(1, exits + 1))], rows
+
+    def warnings(self) -> list[str]:
+        """What the fits warned of: each once, with the methods it is about, and of several networks which."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for network, fits in enumerate(self.fitted, 1):
+            for method, fit in fits.items():
+                for message in fit.messages:
+                    found.setdefault(message, {}).setdefault(method, []).append(str(network))
+        several = len(self.fitted) > 1
+        return [
+            ", ".join(
+                f"{method} (network {', '.join(networks)})" if several else method
+                for method, networks in methods.items()
+            )
+            + f": {message}"
+            for message, methods in found.items()
+        ]
+
     def notes(self) -> list[str]:
-        """How to read the tables."""
+        """How to read the tables, and what the fits warned of."""
         count = len(self.seeds)
         if count > 1:
             spread = (
@@ -254,7 +297,7 @@ class ClassifierEvaluation:
         if clamped:
             words = ", ".join(f"{name} {n}" for name, n in clamped.items())
             notes.append(f"Probabilities below 1e-12 that count as that in the NLPD, over all exits: {words}.")
-        return notes
+        return [*notes, *(f"* {message}" for message in self.warnings())]
 
     def _columns(self, test: str) -> list[str]:
         first = self.of(test, self.methods(test)[0])[0]

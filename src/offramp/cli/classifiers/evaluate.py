@@ -81,7 +81,8 @@ def evaluate_classifier(
     if str(json) != "-":
         for test in result.tests:
             typer.echo(f"## {test}, mean over the budgets\n\n{markdown(*result.mean_table(test))}\n")
-        typer.echo(result.notes()[0])
+        typer.echo(f"## Temperatures T and prior variances ω of the exits\n\n{markdown(*result.fitted_table())}\n")
+        typer.echo("\n\n".join(result.notes()))
     o.note(f"wrote {folder}: results.json, records, pictures and, with more tables, table.md")
     o.note(f"read it with: offramp report {folder}")
     o.write_result(result.to_dict(), json)

@@ -49,6 +49,7 @@ def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
     sections += [
         Section(f"Each exit alone, on {first}", [_table(*found.anytime_table(first))]),
         Section("Asked and realised cost", [_table(*found.cost_table(first))]),
+        *([Section("Temperatures T and prior variances ω", [_table(*found.fitted_table())])] if found.fitted else []),
         Section("How to read this", [Text(tuple(found.notes()))]),
     ]
     command = conditions.pop("command", None)
