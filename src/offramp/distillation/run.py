@@ -63,6 +63,7 @@ class Parts:
         tune: Other validation rows.
         test: Test rows.
         kept: `select` and `tune` with their groups.
+        device: Where networks are.
     """
 
     data: GroupedSet
@@ -71,15 +72,17 @@ class Parts:
     tune: Rows
     test: Rows
     kept: tuple[Grouped, Grouped]
+    device: torch.device
 
 
-def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
+def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[str, Any]:
     """Train a student and judge it, or go on with it.
 
     Args:
         run: What.
         folder: Of the run, for this process alone.
         need: For teachers and first students.
+        device: Where all networks are.
 
     Returns:
         The result, as it stands in result.json.
@@ -89,12 +92,12 @@ def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
     """
     began = time.process_time(), time.perf_counter()
     data = load_set(run.study.data, run.seed)
-    student = build(run.study.student, data.train.rows, run.seed + run.apart)
+    student = build(run.study.student, data.train.rows, run.seed + run.apart, device)
     parts = _parts(run, data, student)
     objective, sampling, student = _learning(run, parts, student, need)
     history = History(folder / "history")
     if run.method.refit:
-        student = load(need(_required(run.first_run())) / "model")
+        student = load(need(_required(run.first_run())) / "model", device=device)
         student = _refitted(student, parts, run.seed)
         _record(history, 1, student, parts, {})
     else:
@@ -116,7 +119,7 @@ def _parts(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
     longest = study.student.longest
     train = rows_for(student, known.rows, longest=longest, augment=augment)
     others = [rows_for(student, part.rows, longest=longest) for part in (select, tune, data.test)]
-    return Parts(data, train, others[0], others[1], others[2], (select, tune))
+    return Parts(data, train, others[0], others[1], others[2], (select, tune), student.device)
 
 
 # ---------------------------------------------------------------- what it learns
@@ -134,12 +137,12 @@ def _learning(
         counts = group_counts(parts.data.train)
         objective = objectives.GroupDRO(counts, step=method.step, adjustment=method.adjustment)
     elif method.loss == "lff":
-        biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART)
+        biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART, parts.device)
         objective = objectives.LearningFromFailure(parts.train.data.labels, biased, power=method.power)
     elif method.loss == "features":
         teacher, rows = _teacher(run, parts, need)
         table = features_of(teacher, rows)
-        student = with_teachers_classifier(student, teacher, table.shape[1:])
+        student = with_teachers_classifier(student, teacher, table.shape[1:], run.seed + run.apart)
         if run.study.augments:
             raise ValueError(f"{run.name} keeps the teacher's features, so training images must not be augmented")
         objective = objectives.FeatureMatching(count, teachers.from_table(table))
@@ -157,7 +160,7 @@ def _learning(
             objective.weights.copy_(factors)  # type: ignore[operator]
         else:
             sampling = factors if sampling is None else sampling * factors
-    return objective, sampling, student
+    return objective.to(parts.device), sampling, student
 
 
 def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
@@ -191,14 +194,14 @@ def _teacher(run: Run, parts: Parts, need: Need) -> tuple[EarlyExitClassifier, R
     """The teacher, and the training rows as it takes them."""
     trained = run.teacher_run()
     folder = need(trained) / "model" if trained is not None else Path((run.teacher or "")[7:]).expanduser()
-    classifier = load(folder)
+    classifier = load(folder, device=parts.device)
     require_same_classes(parts.data.classes, classifier.labels)
     return classifier, rows_for(classifier, parts.data.train.rows, longest=run.study.teacher.longest)
 
 
 def _errors(run: Run, parts: Parts, need: Need) -> Tensor:
     """Rows that the first student gets wrong, [N], bool."""
-    first = load(need(_required(run.first_run())) / "model")
+    first = load(need(_required(run.first_run())) / "model", device=parts.device)
     answers = teachers.logits_of_all(first, parts.train)[-1].argmax(-1)
     wrong = answers != parts.train.data.labels
     if not bool(wrong.any()):
@@ -334,8 +337,7 @@ def _judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histo
     student.load_state_dict(history.weights(epoch))
     if run.study.early_exits == "readout":
         fit_early_exits(student, parts.train)
-    if run.method.loss != "features":  # a classifier file cannot hold another model's exit
-        student.save(folder / "model")
+    student.save(folder / "model")
     outputs = collect(
         student, ((parts.test.inputs(places), labels[places]) for places in _chunks(len(test))), ids=test.rows.ids
     )
