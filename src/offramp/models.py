@@ -88,6 +88,9 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def named_device(device: str | torch.device | None) -> torch.device:
     """The device of that name; None: the CPU.
 
+    Returns:
+        The device.
+
     Raises:
         ValueError: This machine has none of that name.
     """

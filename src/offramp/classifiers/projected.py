@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +41,9 @@ class ProjectedConfig:
     @classmethod
     def of(cls, exit_: ExitHead, shape: tuple[int, ...], factor: int = 2) -> ProjectedConfig:
         """Of an exit that reads this shape.
+
+        Returns:
+            The shape of an exit that takes it over.
 
         Raises:
             ValueError: Its body is of a kind that cannot be built again.
