@@ -5,13 +5,17 @@ import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import tiny_encoders as encoders
+from offramp.classifiers import EarlyExitClassifier
 from offramp.classifiers.saving import load
-from offramp.distillation import DataConfig, Network, Study, run_grid, runs
+from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
+from offramp.distillation import DataConfig, Network, Study, networks, run_grid, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.config import BUNDLED, PUBLISHED, Run, bundled, study_from
 from offramp.distillation.data import divided, load_set, minority_of
@@ -24,6 +28,7 @@ from offramp.distillation.networks import Prepared, build, rows_for
 from offramp.distillation.simkd import ProjectedHead, features_of, with_teachers_classifier
 from offramp.distillation.teacher import load_logits, logits_of_all, save_logits
 from offramp.metrics.selection import Judged
+from offramp.tasks.labelled import Labelled
 
 pytest.importorskip("sklearn")
 SMALL = {"train": 200, "val": 60, "test": 110, "agreement": 0.85}
@@ -80,8 +85,7 @@ def test_every_method_is_judged(grid):
         assert np.shape(result["exits"]["accuracy"]) == (3, 4)
         assert np.allclose(np.sum(result["exits"]["exit_rate"], 0), 1)
         assert np.allclose(result["exits"]["accuracy"][-1], result["rules"]["val_worst_group"]["groups"])
-        if name not in ("simkd", "dett"):
-            assert load(folder / "model").labels == ("low", "high")
+        assert load(folder / "model").labels == ("low", "high")
 
 
 def test_predictions_are_kept_of_the_last_and_the_selected_epoch(grid):
@@ -91,6 +95,8 @@ def test_predictions_are_kept_of_the_last_and_the_selected_epoch(grid):
     data = load_set(STUDY.data, 0)
     for result in results:
         kept = load_file(root / "runs" / result["key"] / "predictions.safetensors")
+        model = load(root / "runs" / result["key"] / "model")  # of SimKD with the teacher's exit too
+        assert torch.equal(logits_of_all(model, rows_for(model, data.test.rows)), kept["selected"])
         for logits, rule in ((kept["selected"][-1], "val_worst_group"), (kept["last"], "last")):
             right = (logits.argmax(-1) == data.test.rows.labels).double()
             found = right @ data.test.groups.members.double() / data.test.groups.counts
@@ -309,7 +315,7 @@ def test_simkd_moves_encoder_and_projector_only(tmp_path):
     student = with_teachers_classifier(student, teacher, table.shape[1:])
     head = student.heads[-1]
     assert isinstance(head, ProjectedHead)
-    images = rows.inputs(torch.arange(64))
+    images, table = rows.inputs(torch.arange(64)), table.kept
     student.train()
     before = {name: t.clone() for name, t in student.state_dict().items()}
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], 1e-2)
@@ -329,6 +335,83 @@ def test_simkd_moves_encoder_and_projector_only(tmp_path):
 
     given = head(Activations((table[:8],)))
     torch.testing.assert_close(given.logits, teacher.eval()(images[:8])[-1].logits)
+
+
+@pytest.mark.parametrize("name", ["simkd", "dedier"])
+def test_what_does_not_fit_in_memory_is_made_batch_by_batch(grid, tmp_path, monkeypatch, name):
+    """A run that may keep nothing ends like one that keeps all."""
+    root, results = grid
+    kept = results[METHODS.index(name)]
+    shutil.copytree(root / "shared", tmp_path / "shared")
+    monkeypatch.setattr(networks, "MEMORY", 0)
+    found = result_of(ensure(one(name, "group_dro"), tmp_path))
+    for term, values in kept["terms"].items():
+        assert found["terms"][term] == pytest.approx(values, rel=1e-3)
+    for a, b in zip(found["history"], kept["history"], strict=True):
+        assert a["val"]["loss"] == pytest.approx(b["val"]["loss"], rel=1e-2)
+
+
+def small_cnn(size, channels=3):
+    torch.manual_seed(size)
+    config = SmallCNNConfig(4, image_size=size, in_channels=channels)
+    return EarlyExitClassifier(SmallCNN(config), [1, 2], 5).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["resnet of cnn", "cnn of msdnet", "bert of bert"])
+def test_a_student_with_its_teachers_exit_is_saved(tmp_path, kind):
+    student, teacher, inputs = {
+        "resnet of cnn": (encoders.build("resnet basic"), small_cnn(32), torch.rand(5, 3, 32, 32)),
+        "cnn of msdnet": (small_cnn(32, 1), encoders.build("msdnet"), torch.rand(5, 1, 32, 32)),
+        "bert of bert": (encoders.build("bert"), encoders.build("bert", hidden=7, dropout=0.5),
+                         encoders.inputs_for("bert")),
+    }[kind]  # fmt: skip
+    data = Labelled(("0", "1"), np.zeros((2, 1)), torch.tensor([0, 1]), teacher.labels)
+    given = inputs if isinstance(inputs, torch.Tensor) else inputs["input_ids"]
+    rows = SimpleNamespace(data=data, inputs=lambda places: given[places])
+    student = with_teachers_classifier(student, teacher, features_of(teacher, rows).shape[1:], seed=1).eval()
+    student.save(tmp_path / "model")
+    again = load(tmp_path / "model")
+    for a, b in zip(student(inputs), again(inputs), strict=True):
+        assert torch.equal(a.logits, b.logits)
+    assert torch.equal(again.heads[-1].linear.weight, teacher.heads[-1].linear.weight)
+    assert not any(p.requires_grad for p in again.heads[-1].classifier.parameters())
+    assert torch.equal(again.costs(inputs), student.costs(inputs))
+    assert again.device.type == "cpu"
+
+
+def test_a_projector_depends_on_its_seed_alone():
+    drawn = []
+    for seed in (1, 1, 2):
+        student = with_teachers_classifier(small_cnn(16), small_cnn(16), torch.Size((16, 4, 4)), seed)
+        drawn.append(student.heads[-1].projector[0].weight)
+        torch.rand(3)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("name", ["dedier", "simkd", "dett", "lff", "dfr"])
+def test_every_network_goes_to_the_device(tmp_path, monkeypatch, name):
+    """Those that are built and those that are loaded: students, teachers, first students, LfF's second network."""
+    told = []
+
+    def watched(make):
+        def made(*args, **options):
+            told.append(options.get("device", args[3] if len(args) > 3 else None))
+            return make(*args, **options)
+
+        return made
+
+    monkeypatch.setattr(run_module, "build", watched(build))
+    monkeypatch.setattr(run_module, "load", watched(load))
+    study = replace(
+        STUDY, training=replace(STUDY.training, epochs=1), teacher_training=replace(STUDY.teacher_training, epochs=1)
+    )
+    ensure(one(name, "erm", study), tmp_path, device="cpu:0")
+    assert len(told) >= 2
+    assert {str(device) for device in told} <= {"cpu:0", "cpu"}
+    with pytest.raises(ValueError, match="device 'moon' is not available on this machine; choose one of cpu"):
+        run_grid([one(name, "erm", study)], tmp_path, device="moon")
 
 
 # ---------------------------------------------------------------- DFR, early exits, data

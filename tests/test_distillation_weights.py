@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from hypothesis import strategies as st
 
 from classifier_runs import rows
 from offramp.classifiers import EarlyExitClassifier
+from offramp.classifiers.batches import TextRows
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
+from offramp.distillation import networks
 from offramp.distillation.instance_weights import GATES, MAPS, InstanceWeights, finished, new_weights, weights_of
 from offramp.distillation.methods import METHODS, method
+from offramp.distillation.networks import Network, build
 from offramp.distillation.readout import Reading, ReadoutConfig, states_at, teach
 from offramp.distillation.signals import SIGNALS, Evidence, margin, share_of_rank, signal
+from offramp.distillation.states import CHUNK
+from offramp.tasks.labelled import Labelled
 
 
 def reading_of(logits, labels, epoch=0, width=5, seed=0, prefix="r"):
@@ -278,7 +284,7 @@ def test_every_row_gets_a_new_weight(student):
     states = states_at(student, train, 1)
     for epoch, found in enumerate(weights):
         readout = teach(states, train.data.labels, 3, READOUT, epoch)
-        right = readout(states)[1].argmax(1) == train.data.labels
+        right = readout(states.kept)[1].argmax(1) == train.data.labels
         assert torch.equal(found == 1, right)
     turned = (weights[0] > 1) & (weights[-1] == 1)
     assert bool(turned.any())
@@ -289,9 +295,33 @@ def test_every_row_gets_a_new_weight(student):
 def test_the_readout_learns_what_is_there(student):
     train = rows(90, augment=False)
     states = states_at(student, train, 2)
-    assert states.shape == (90, 8, 2, 2)
+    assert states.shape == states.kept.shape == (90, 8, 2, 2)
     readout = teach(states, train.data.labels, 3, ReadoutConfig(epochs=40, optimiser="adamw", learning_rate=1e-2), 0)
-    assert (readout(states)[1].argmax(1) == train.data.labels).double().mean() > 0.8
+    assert (readout(states.kept)[1].argmax(1) == train.data.labels).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["images", "texts"])
+def test_states_that_do_not_fit_in_memory_are_made_batch_by_batch(student, monkeypatch, name):
+    """The weights are those of kept states, and no more rows than a batch are ever looked at."""
+    train = rows(300, augment=False)
+    if name == "texts":
+        texts = tuple(" ".join(["a dog runs never"] * (1 + n % 5)) for n in range(300))
+        data = Labelled(tuple(map(str, range(300))), texts, torch.arange(300) % 3 % 2, ("x", "y"))
+        student = build(Network("text:2x32"), data, 0)
+        train = TextRows(data, student.tokenizer)
+    seen, plain = [], type(train).inputs
+    monkeypatch.setattr(type(train), "inputs", lambda self, places, *r: seen.append(len(places)) or plain(self, places))
+    config = InstanceWeights("laplace_entropy", "all", alpha=1.0, readout=replace(READOUT, epochs=2))
+    kept = new_weights(student, train, config, epoch=1, seed=3)
+    assert sum(seen) == 300
+    seen.clear()
+    monkeypatch.setattr(networks, "MEMORY", 0)
+    assert states_at(student, train, 1).kept is None
+    made = new_weights(student, train, config, epoch=1, seed=3)
+    assert max(seen) <= CHUNK
+    assert sum(seen) > 3 * 300
+    assert float(kept.std()) > 0.01
+    torch.testing.assert_close(made, kept, rtol=1e-4, atol=1e-4)
 
 
 def test_a_readout_must_be_early(student):

@@ -52,7 +52,7 @@ def load(
         ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
             damaged or were made for another model.
     """
-    torch_dtype, torch_device = named_dtype(dtype), _torch_device(device)
+    torch_dtype, torch_device = named_dtype(dtype), named_device(device)
     source, local = resolve(name)
     from offramp.exit_sources import exits_folder
     from offramp.exits import Exits
@@ -85,7 +85,15 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return chosen
 
 
-def _torch_device(device: str | torch.device | None) -> torch.device:
+def named_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None: the CPU.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: This machine has none of that name.
+    """
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

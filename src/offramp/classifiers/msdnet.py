@@ -208,6 +208,7 @@ class ConvBody(nn.Module):
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__()
+        self.channels = ins, outs
         self.layers = nn.Sequential(_conv(ins, outs, stride=2), _conv(outs, outs, stride=2), nn.AvgPool2d(2))
         _initialise(self)
 

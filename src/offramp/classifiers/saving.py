@@ -18,6 +18,7 @@ from offramp.backbone import Backbone
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING, TOKENIZER
 from offramp.files import replace_folder, write_json, write_tensors
@@ -56,6 +57,8 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         "head": classifier.head_config.as_dict(),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
+    if isinstance(last := classifier.heads[-1], ProjectedHead):
+        values["projected"] = last.config.as_dict()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
 
     def put(temporary: Path) -> None:
@@ -134,6 +137,10 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
             tokenizer=_tokenizer(folder / ENCODER),
             preprocessing=_json(folder / PREPROCESSING),
         )
+        if (projected := values.get("projected")) is not None:
+            classifier.heads[-1] = ProjectedHead(
+                backbone, classifier.head_config.pooling, classifier.num_classes, ProjectedConfig.from_dict(projected)
+            )
     classifier.trained_on = _json(folder / TRAINED_ON)
     return classifier
 

@@ -73,6 +73,7 @@ def distill(
     processes: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     engine: Annotated[str, typer.Option(help="processes, or ray for the machines of a Ray cluster.")] = "processes",
     threads: Annotated[int, typer.Option(help="Of each process.")] = 1,
+    device: o.Device = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the grid is written.")] = Path("runs/distill"),
     json: o.JsonPath = None,
 ) -> None:
@@ -94,7 +95,8 @@ def distill(
     asked = runs(study, names, taught, list(range(first_seed, first_seed + seeds)), values.get("methods"))
     with o.progress("distilling") as progress:
         results = run_grid(
-            asked, out, processes=processes, engine=engine, threads=threads, progress=progress
+            asked, out, processes=processes, engine=engine, threads=threads, device=device or "cpu",
+            progress=progress,
         )  # fmt: skip
     text = tables(results, study.select)
     write_text(out / "report.md", text)

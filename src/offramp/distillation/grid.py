@@ -15,17 +15,19 @@ from typing import Any
 
 from offramp.distillation.config import Run
 from offramp.files import differences, write_json
+from offramp.models import named_device
 
 Progress = Callable[[int, int, str], None]
 
 
-def ensure(run: Run, root: Path, *, place: str = "runs") -> Path:
+def ensure(run: Run, root: Path, *, place: str = "runs", device: str = "cpu") -> Path:
     """The folder of a run, which is trained now unless it was; waits for another process that does it.
 
     Args:
         run: What.
         root: The grid's folder.
         place: "runs", or "shared" for teachers and first students.
+        device: Where it is trained.
 
     Returns:
         `root`/`place`/name, with result.json.
@@ -42,7 +44,7 @@ def ensure(run: Run, root: Path, *, place: str = "runs") -> Path:
     with FileLock(folder / ".lock"):
         _same(run, folder)
         if not (folder / RESULT).is_file():
-            train_run(run, folder, lambda other: ensure(other, root, place="shared"))
+            train_run(run, folder, lambda other: ensure(other, root, place="shared", device=device), device)
     return folder
 
 
@@ -57,7 +59,7 @@ def _same(run: Run, folder: Path) -> None:
         )
 
 
-def execute(values: dict[str, Any], root: str, threads: int = 1) -> dict[str, Any]:
+def execute(values: dict[str, Any], root: str, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
     """One run, from JSON values to its outcome: {"key", "error"}, the error in words or None."""
     import torch
 
@@ -65,7 +67,7 @@ def execute(values: dict[str, Any], root: str, threads: int = 1) -> dict[str, An
     run = Run.from_dict(values)
     error = Path(root) / "runs" / run.key / "error.txt"
     try:
-        ensure(run, Path(root))
+        ensure(run, Path(root), device=device)
     except Exception as problem:  # noqa: BLE001 - the other runs go on
         error.parent.mkdir(parents=True, exist_ok=True)
         error.write_text(traceback.format_exc(), encoding="utf-8")
@@ -81,6 +83,7 @@ def run_grid(
     processes: int = 1,
     engine: str = "processes",
     threads: int = 1,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """All runs.
@@ -91,17 +94,20 @@ def run_grid(
         processes: How many at a time, 1: in this process.
         engine: "processes", or "ray" for machines of a Ray cluster.
         threads: Of each process.
+        device: Where all runs are trained; it is no part of a run, so a grid may go on on another one.
         progress: Called with runs done, runs to do and the last one's name.
 
     Returns:
         The results, in the order of the runs.
 
     Raises:
-        ValueError: Two runs have the same name, there is no such engine, or the folder holds other runs.
+        ValueError: Two runs have the same name, there is no such engine or device, or the folder holds other runs.
         RuntimeError: Runs failed; the others are finished.
     """
     if engine not in ("processes", "ray"):
         raise ValueError(f"engine is {engine!r}; choose processes or ray")
+    if engine == "processes":  # with Ray it is the other machines that need it
+        named_device(device)
     keys = [run.key for run in runs]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         of = list(dict.fromkeys(run.teacher for run in runs if run.key == twice))
@@ -112,7 +118,7 @@ def run_grid(
             _same(run, root / "runs" / run.key)
     waiting = [run.to_dict() for run in runs if not (root / "runs" / run.key / "result.json").is_file()]
     done, failed = len(runs) - len(waiting), []
-    for outcome in _outcomes(waiting, root, processes, engine, threads):
+    for outcome in _outcomes(waiting, root, processes, engine, threads, device):
         done += 1
         if progress is not None:
             progress(done, len(runs), outcome["key"])
@@ -128,15 +134,15 @@ def run_grid(
 
 
 def _outcomes(
-    waiting: list[dict[str, Any]], root: Path, processes: int, engine: str, threads: int
+    waiting: list[dict[str, Any]], root: Path, processes: int, engine: str, threads: int, device: str
 ) -> Iterable[dict[str, Any]]:
     if engine == "ray":
         from offramp.distillation.ray_engine import outcomes
 
-        yield from outcomes(waiting, root, threads)
+        yield from outcomes(waiting, root, threads, device)
     elif processes == 1:
         for values in waiting:
-            yield execute(values, str(root), threads)
+            yield execute(values, str(root), threads, device)
     else:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -144,5 +150,6 @@ def _outcomes(
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         spawning = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=spawning) as pool:
-            for future in as_completed([pool.submit(execute, values, str(root), threads) for values in waiting]):
+            futures = [pool.submit(execute, values, str(root), threads, device) for values in waiting]
+            for future in as_completed(futures):
                 yield future.result()

@@ -204,7 +204,7 @@ def new_weights(
             f"the readout reads after block {depth} of {student.backbone.num_layers}; that is not early: lower depth"
         )
     states = states_at(student, train, depth)
-    readout = teach(states, train.data.labels.to(states.device), student.num_classes, config.readout, here)
+    readout = teach(states, train.data.labels, student.num_classes, config.readout, here)
     reading = read(readout, states, train, epoch)
     other = None
     if tune is not None and config.needs_tuning:

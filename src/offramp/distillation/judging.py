@@ -67,8 +67,7 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     student.load_state_dict(history.weights(epoch))
     if not run.joint:
         fit_early_exits(student, parts.train)
-    if run.method.loss != "features":  # a classifier file cannot hold another model's exit
-        student.save(folder / "model")
+    student.save(folder / "model")
     outputs = collect(
         student, ((parts.test.inputs(places), labels[places]) for places in chunks(len(test))), ids=test.rows.ids
     )

@@ -36,13 +36,16 @@ class Network:
     longest: int | None = None
 
 
-def build(network: Network, train: Labelled, seed: int) -> EarlyExitClassifier:
+def build(
+    network: Network, train: Labelled, seed: int, device: str | torch.device = "cpu"
+) -> EarlyExitClassifier:  # fmt: skip
     """A classifier; new parts of it are drawn from the seed, as if nothing else had been drawn before.
 
     Args:
         network: What.
         train: The training split: classes, size of images, words.
-        seed: Of first values.
+        seed: Of first values, which are the same on all devices.
+        device: Where to put it.
 
     Returns:
         The classifier in training mode.
@@ -50,17 +53,21 @@ def build(network: Network, train: Labelled, seed: int) -> EarlyExitClassifier:
     Raises:
         ValueError: The description cannot be read, or does not go with the data.
     """
-    kind, _, size = network.source.rpartition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "small-cnn":
-            return _small_cnn(network, train, _numbers(network, size, 1)[0])
-        if kind == "text":
-            return _text(network, train, *_numbers(network, size, 2))
-        if Path(network.source).expanduser().joinpath("model.safetensors").is_file() and is_classifier(network.source):
-            return _saved(network.source, train)
-        name, layers = (kind, int(size)) if kind and size.isdecimal() else (network.source, None)
-        return _encoder(network, train, name, layers)
+        return _built(network, train).to(device)
+
+
+def _built(network: Network, train: Labelled) -> EarlyExitClassifier:
+    kind, _, size = network.source.rpartition(":")
+    if kind == "small-cnn":
+        return _small_cnn(network, train, _numbers(network, size, 1)[0])
+    if kind == "text":
+        return _text(network, train, *_numbers(network, size, 2))
+    if Path(network.source).expanduser().joinpath("model.safetensors").is_file() and is_classifier(network.source):
+        return _saved(network.source, train)
+    name, layers = (kind, int(size)) if kind and size.isdecimal() else (network.source, None)
+    return _encoder(network, train, name, layers)
 
 
 def _numbers(network: Network, text: str, count: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from offramp.classifiers.batches import Augmentation, Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.config import Run
@@ -24,6 +26,7 @@ class Parts:
         tune: Other validation rows.
         test: Test rows.
         kept: `select` and `tune` with their groups; those of `select` are unknown too where one of them has no row.
+        device: Where networks are.
     """
 
     data: GroupedSet
@@ -32,6 +35,7 @@ class Parts:
     tune: Rows
     test: Rows
     kept: tuple[Grouped, Grouped]
+    device: torch.device
 
 
 def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
@@ -58,7 +62,7 @@ def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
     longest = study.student.longest
     train = rows_for(student, known.rows, longest=longest, augment=augment)
     others = [rows_for(student, part.rows, longest=longest) for part in (select, tune, data.test)]
-    return Parts(data, train, others[0], others[1], others[2], (select, tune))
+    return Parts(data, train, others[0], others[1], others[2], (select, tune), student.device)
 
 
 def _selectable(run: Run, name: str, select: Grouped) -> Grouped:

@@ -10,13 +10,14 @@ from typing import Any
 from offramp.distillation.grid import execute
 
 
-def outcomes(waiting: list[dict[str, Any]], root: Path, threads: int) -> Iterator[dict[str, Any]]:
+def outcomes(waiting: list[dict[str, Any]], root: Path, threads: int, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """What becomes of each run, as they end.
 
     Args:
         waiting: Runs as JSON values.
         root: The grid's folder, on a disk that all machines see.
         threads: Of each task, which asks for as many CPUs.
+        device: Of each task, which asks for one GPU unless it is the CPU.
 
     Yields:
         See `execute`.
@@ -34,8 +35,8 @@ def outcomes(waiting: list[dict[str, Any]], root: Path, threads: int) -> Iterato
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
-        task = ray.remote(num_cpus=threads)(execute)
-        left = [task.remote(values, str(root.resolve()), threads) for values in waiting]
+        task = ray.remote(num_cpus=threads, num_gpus=0 if device == "cpu" else 1)(execute)
+        left = [task.remote(values, str(root.resolve()), threads, device) for values in waiting]
         while left:
             ended, left = ray.wait(left)
             yield from ray.get(ended)

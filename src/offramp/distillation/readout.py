@@ -1,7 +1,7 @@
 """The auxiliary readout: a small network that is taught, from scratch and again and again, what early layers know.
 
-DEDIER (Tiwari et al., WACV 2024, arXiv 2310.18590). It learns from features that are computed once, in evaluation mode
-and without gradients; so the student, its batch norms and its optimiser are what they were.
+DEDIER (Tiwari et al., WACV 2024, arXiv 2310.18590). It learns from features that are computed in evaluation mode and
+without gradients; so the student, its batch norms and its optimiser are what they were.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import evaluating
-from offramp.classifiers.batches import Inputs, Rows
+from offramp.backbone import Activations
+from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import PooledBody
-
-CHUNK = 256
-"""Rows at once where nothing is learnt."""
+from offramp.distillation.states import CHUNK, States
 
 
 @dataclass(frozen=True)
@@ -99,38 +97,36 @@ class Readout(nn.Module):
         return features, self.linear(features)
 
 
-@torch.no_grad()
-def states_at(student: EarlyExitClassifier, rows: Rows, depth: int) -> Tensor:
+def states_at(student: EarlyExitClassifier, rows: Rows, depth: int) -> States:
     """What all rows are after `depth` blocks, without augmentation: maps [N, D, H, W]; of texts means [N, D]."""
-    found, pool = [], PooledBody("mean")
-    main = student.backbone.main_input
-    with evaluating(student):
-        for places in torch.split(torch.arange(len(rows.data)), CHUNK):
-            given: Inputs = rows.inputs(places)
-            named = {main: given} if isinstance(given, Tensor) else given
-            state = student.backbone.run(student.backbone.start(named), 0, depth)
-            found.append(state.hidden if state.hidden.ndim == 4 else pool(state))
-    return torch.cat(found).float()
+    pool = PooledBody("mean")
+
+    def read(state: Activations) -> Tensor:
+        found: Tensor = state.hidden if state.hidden.ndim == 4 else pool(state)
+        return found.float()
+
+    return States(student, rows, depth, read)
 
 
-def teach(states: Tensor, labels: Tensor, classes: int, config: ReadoutConfig, seed: int) -> Readout:
+def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, seed: int) -> Readout:
     """A new readout, taught by plain unweighted cross-entropy.
 
     Args:
         states: Of the training rows, from `states_at`.
-        labels: [N].
+        labels: [N], on any device.
         classes: C.
         config: How; optimiser, learning rate and weight decay given.
         seed: Of its first weights and the order of rows.
 
     Returns:
-        The readout, in evaluation mode.
+        The readout, in evaluation mode, where the states are.
     """
     assert config.learning_rate is not None
     decay = config.weight_decay or 0.0
-    with torch.random.fork_rng(devices=[]):
+    labels = labels.to(states.device)
+    with torch.random.fork_rng(devices=[states.device] if states.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        width = config.width or states.shape[1] * (2 if states.ndim == 4 else 1)
+        width = config.width or states.shape[1] * (2 if len(states.shape) == 4 else 1)
         readout = Readout(states.shape[1:], classes, width).to(states.device)
         optimiser: torch.optim.Optimizer
         if config.optimiser == "sgd":
@@ -149,7 +145,8 @@ def teach(states: Tensor, labels: Tensor, classes: int, config: ReadoutConfig, s
 
 
 @torch.no_grad()
-def read(readout: Readout, states: Tensor, rows: Rows, epoch: int) -> Reading:
-    """What it says about rows."""
-    features, logits = (torch.cat(parts) for parts in zip(*map(readout, torch.split(states, CHUNK)), strict=True))
-    return Reading(epoch, features.cpu(), logits.cpu(), rows.data.labels, rows.data.ids)
+def read(readout: Readout, states: States, rows: Rows, epoch: int) -> Reading:
+    """What it says about rows, on the CPU."""
+    found = [readout(states[places]) for places in torch.split(torch.arange(len(states)), CHUNK)]
+    features, logits = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
+    return Reading(epoch, features, logits, rows.data.labels, rows.data.ids)

@@ -48,13 +48,14 @@ Need = Callable[[Run], Path]
 """Gives the folder of another run, finished."""
 
 
-def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
+def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[str, Any]:
     """Train a student and judge it, or go on with it.
 
     Args:
         run: What.
         folder: Of the run, for this process alone.
         need: For teachers and first students.
+        device: Where all networks are.
 
     Returns:
         The result, as it stands in result.json.
@@ -64,14 +65,14 @@ def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
     """
     began = time.process_time(), time.perf_counter()
     data = load_set(run.study.data, run.seed)
-    student = build(run.study.student, data.train.rows, run.seed + run.apart)
+    student = build(run.study.student, data.train.rows, run.seed + run.apart, device)
     if not run.joint:
         require_linear(student)  # before anything is trained
     parts = parts_of(run, data, student)
     objective, sampling, student = _learning(run, parts, student, need)
     history = History(folder / "history")
     if run.method.refit:
-        student = load(need(_required(run.first_run())) / "model")
+        student = load(need(_required(run.first_run())) / "model", device=device)
         student = _refitted(student, parts, run.seed)
         record(history, 1, student, parts, {})
     else:
@@ -99,12 +100,12 @@ def _learning(
         counts = group_counts(parts.data.train)
         objective = objectives.GroupDRO(counts, step=method.step, adjustment=method.adjustment)
     elif method.loss == "lff":
-        biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART)
+        biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART, parts.device)
         objective = objectives.LearningFromFailure(parts.train.data.labels, biased, power=method.power)
     elif method.loss == "features":
         teacher, rows = _teacher(run, parts, need)
         table = features_of(teacher, rows)
-        student = with_teachers_classifier(student, teacher, table.shape[1:])
+        student = with_teachers_classifier(student, teacher, table.shape[1:], run.seed + run.apart)
         if run.study.augments:
             raise ValueError(f"{run.name} keeps the teacher's features, so training images must not be augmented")
         objective = objectives.FeatureMatching(count, teachers.from_table(table))
@@ -122,7 +123,7 @@ def _learning(
             objective.weights.copy_(factors)  # type: ignore[operator]
         else:
             sampling = factors if sampling is None else sampling * factors
-    return objective, sampling, student
+    return objective.to(parts.device), sampling, student
 
 
 def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
@@ -156,14 +157,14 @@ def _teacher(run: Run, parts: Parts, need: Need) -> tuple[EarlyExitClassifier, R
     """The teacher, and the training rows as it takes them."""
     trained = run.teacher_run()
     folder = need(trained) / "model" if trained is not None else Path((run.teacher or "")[7:]).expanduser()
-    classifier = load(folder)
+    classifier = load(folder, device=parts.device)
     require_same_classes(parts.data.classes, classifier.labels)
     return classifier, rows_for(classifier, parts.data.train.rows, longest=run.study.teacher.longest)
 
 
 def _errors(run: Run, parts: Parts, need: Need) -> Tensor:
     """Rows that the first student gets wrong, [N], bool."""
-    first = load(need(_required(run.first_run())) / "model")
+    first = load(need(_required(run.first_run())) / "model", device=parts.device)
     answers = teachers.logits_of_all(first, parts.train)[-1].argmax(-1)
     wrong = answers != parts.train.data.labels
     if not bool(wrong.any()):

@@ -14,6 +14,7 @@ from offramp.classifiers.batches import Batch, Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
+from offramp.distillation.states import States
 from offramp.files import replace_file
 from offramp.packaged import first_line
 from offramp.tasks.labelled import Labelled
@@ -31,8 +32,8 @@ def logits_of_all(classifier: EarlyExitClassifier, rows: Rows, chunk: int = 256)
     return torch.cat(found, 1)
 
 
-def from_table(table: Tensor) -> Targets:
-    """Targets of rows by their place in the training split, from a table [N, ...]; not for augmented inputs."""
+def from_table(table: Tensor | States) -> Targets:
+    """Targets of rows by their place in the training split, of N in all; not for augmented inputs."""
 
     def targets(batch: Batch) -> Tensor:
         return table[batch.rows].to(batch.labels.device)
