@@ -48,7 +48,10 @@ def found_by_group(
     test = data.test
     assert test.groups is not None
     labels, logits = test.rows.labels, _selected(folder, test)
-    report = group_report(logits[-1], labels, test.groups, split="test", train_counts=data.counts().get("train"))
+    report = group_report(
+        logits[-1], labels, test.groups, split="test", attribute=suggested(data),
+        train_counts=data.counts().get("train"),
+    )  # fmt: skip
     outputs = ExitOutputs([logits.new_empty(len(test), 0)] * len(logits), logits, labels, torch.as_tensor(costs))
     chosen = [_leaving(logits, threshold) for threshold in THRESHOLDS]
     budgets = budgets_by_group(outputs, chosen, test.groups, split="test")
@@ -61,6 +64,29 @@ def found_by_group(
         "budgets": [{"threshold": at, **asdict(found)} for at, found in zip(THRESHOLDS, budgets, strict=True)],
         "changes": None if changes is None else [asdict(change) for change in changes],
     }
+
+
+def suggested(data: GroupedSet) -> Tensor | None:
+    """The class that the shortcut suggests for each test row: the most frequent one among training rows that look so.
+
+    Args:
+        data: A set.
+
+    Returns:
+        [N], -1 where the attribute is unknown; None if there is not one attribute with a value for each class.
+    """
+    train, test = data.train, data.test
+    names = [name for name in train.attributes if name != "conflict"]
+    if len(names) != 1 or not bool((train.attributes[names[0]] >= 0).any()):
+        return None
+    values, classes = train.attributes[names[0]], len(train.rows.classes)
+    known = values >= 0
+    counts = torch.zeros(int(values.max()) + 1, classes)
+    counts.index_put_((values[known], train.rows.labels[known]), torch.ones(int(known.sum())), accumulate=True)
+    stands_for, looks = counts.argmax(1), test.attributes[names[0]]
+    if sorted(stands_for.tolist()) != list(range(classes)) or int(looks.max()) >= classes:
+        return None
+    return torch.where(looks >= 0, stands_for[looks.clamp(min=0)], -1)
 
 
 def keep_weights(folder: Path, weights: Tensor, groups: Groups | None, epoch: int) -> None:
