@@ -127,8 +127,8 @@ def methods_table(methods: Methods, rule: str) -> GroupTable:
         names = [own[0]["groups"]["names"][g] for g in large_groups(own[0])]
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
     table = seeds_table(summaries, comparisons(methods, rule), REFERENCE)
-    note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds; differences to {REFERENCE}."
-    return GroupTable("Worst group", table.head, table.rows, (note,))
+    note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds."
+    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.",))
 
 
 def groups_of_methods(methods: Methods, rule: str) -> GroupTable:
@@ -160,10 +160,7 @@ def _too_small(names: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
 
 
 def changes_of_methods(methods: Methods) -> GroupTable:
-    """Accuracy of the teacher, and what distillation changed of it, for all rows and every group.
-
-    It is at the selected epoch of student and teacher.
-    """
+    """Accuracy of the teacher, and what distillation changed of it, at the selected epochs of both."""
     changes = {name: found for name, own in methods.items() if (found := mean_changes(own))}
     taught = [name for name, own in methods.items() if own[0]["teacher"] is not None]
     title = "What distillation cost each group"
@@ -217,7 +214,7 @@ def detection_table(methods: Methods) -> GroupTable:
         ])  # fmt: skip
     head = ["method", "reweighted", "mean weight", *groups, "AUROC", "from to", "epochs"]
     notes = (
-        "Means over epochs and seeds; under a group: its rows' mean weight; AUROC: of weights as detectors of the minority.",
+        "Means over epochs and seeds; under a group: its rows' mean weight. AUROC: of weights as detectors of minorities.",
         *([TOO_FEW_NOTE] if warned else []),
     )
     return GroupTable("Weights of training rows", head, rows, notes if rows else ())

@@ -67,8 +67,9 @@ def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
     slowest, fastest = (exits.names[depth.index(choose(depth))] for choose in (max, min))
     count, groups = exits.accuracy.shape
     figure = require_matplotlib().figure.Figure(figsize=(3 + 1.5 * count, 2 + 0.6 * groups), layout="constrained")
+    begin = f"{model}: latest" if model else "Latest"
     figure.suptitle(
-        f"{model}{': latest' if model else 'Latest'} to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
+        f"{begin} to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
         x=0.01, ha="left", fontsize=13, fontweight="bold",
     )  # fmt: skip
     axes = figure.add_subplot()

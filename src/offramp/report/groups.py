@@ -39,8 +39,8 @@ class GroupTable:
 
 
 TOO_FEW_NOTE = (
-    f"Too few: below {TOO_FEW:.1%} of the rows weigh more than the others, so weights do next to nothing; the readout has "
-    "hardly an error left: read at an earlier block, or teach the readout less."
+    f"Too few: below {TOO_FEW:.1%} of the rows weigh more than the others, so weights do next to nothing; the readout "
+    "has hardly an error left: read at an earlier block, or teach the readout less."
 )
 EXITS_NOTE = "Under an exit: accuracy if all left there / mean confidence there / share that leaves there."
 

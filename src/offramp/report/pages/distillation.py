@@ -156,9 +156,8 @@ def _groups(methods: dict[str, list[Result]], rule: str) -> Picture:
     reports = {name: mean_report(own, rule) for name, own in methods.items()}
     several = any(len(own) > 1 for own in methods.values())
     whiskers = "t intervals over seeds" if several else "Wilson intervals"
-    return draw(
-        partial(group_plots.groups_figure, reports, whiskers), f"Accuracy of every group with its interval: {', '.join(reports)}"
-    )  # fmt: skip
+    figure = partial(group_plots.groups_figure, reports, whiskers)
+    return draw(figure, f"Accuracy of every group with its interval: {', '.join(reports)}")
 
 
 def _exits(name: str, own: Sequence[Result]) -> Picture:
