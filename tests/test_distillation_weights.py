@@ -223,7 +223,7 @@ def test_presets_are_what_the_papers_say():
     assert changed.weights.readout.depth == 2
     wrong = {
         "dedeir": "there is no method 'dedeir'", "kd+alpha=1": "has no weights", "dedier+colour=1": "has no 'colour'",
-        "dedier+alpha=x": "alpha is 'x'; a int or float",
+        "dedier+alpha=x": "alpha is 'x'; a float",
     }  # fmt: skip
     for text, said in wrong.items():
         with pytest.raises(ValueError, match=said):

@@ -16,13 +16,15 @@ def label_budget(run: Run, train: int, select: int, test: int) -> LabelBudget:
         test: Test rows.
 
     Returns:
-        Counts of labels by use and split.
+        Counts of labels by use and split; None for a teacher that was not trained here, of which nothing is known.
     """
     budget = LabelBudget().plus("reporting", "test", test)
     if train:
         budget = budget.plus("reporting", "train", train)
     taught = run.teacher_run()
-    if taught is not None:
+    if taught is None and run.teacher is not None:
+        budget = budget.plus("teacher training", "train", None)
+    elif taught is not None:
         if taught.method.needs_groups:
             budget = budget.plus("teacher training", "train", train)
         if taught.method.refit or taught.study.select in WITH_GROUPS:

@@ -13,7 +13,7 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.distillation.data import DataConfig
 from offramp.distillation.methods import METHODS, Method, method, updated
 from offramp.distillation.networks import Network
-from offramp.metrics.selection import RULES
+from offramp.metrics.selection import RULES, WITH_GROUPS
 
 SCHEMA = "offramp/distill/1"
 EARLY_EXITS = ("readout", "joint")
@@ -46,7 +46,8 @@ class Study:
         select: The rule by which a run's epoch is chosen, one of `offramp.metrics.selection.RULES`.
         teacher_select: The same for teachers that use group labels anyway; others go by "val_average".
         early_exits: "readout": exits before the last are fitted when training is over and do not change the student;
-            "joint": they are trained with it, by the same loss.
+            "joint": they are trained with it, by the same loss, where that is of labels or of a teacher's logits; those
+            of GroupDRO, LfF, SimKD and DeTT look at the last exit alone, so that others are fitted then too.
         threshold: A row leaves at the first exit whose largest probability is above it, in the table of exits.
         pad: Of augmentation: random crops from a frame of so many pixels.
         flip: Of augmentation: left and right exchanged.
@@ -86,6 +87,7 @@ class Run:
         teacher: A method in `TRAINED_TEACHERS`, "folder:PATH" of a saved classifier, "logits:FILE"; None: none.
         seed: Of data that is drawn, first values and the order of rows.
         apart: Added to the seed for the last two: a teacher is not to begin as its student does.
+        taught: How a teacher that is trained here learns; None: as its name says in `METHODS`.
     """
 
     study: Study
@@ -94,6 +96,7 @@ class Run:
     teacher: str | None
     seed: int
     apart: int = 0
+    taught: Method | None = None
 
     def __post_init__(self) -> None:
         if self.teacher is not None and self.teacher not in TRAINED_TEACHERS:
@@ -109,26 +112,28 @@ class Run:
     @property
     def key(self) -> str:
         """Name of its folder."""
-        teacher = "" if self.teacher is None else f"--{Path(self.teacher.partition(':')[2] or self.teacher).name}"
+        teacher = "" if self.teacher is None else f"--{_short(self.teacher)}"
         return f"{self.name}{teacher}--seed{self.seed}".replace("/", "_")
 
+    @property
+    def joint(self) -> bool:
+        """Whether its early exits are trained with it."""
+        return self.study.early_exits == "joint" and self.method.loss in ("labels", "kd")
+
+    @property
+    def needs_val_groups(self) -> bool:
+        """Whether it cannot do without groups of validation rows."""
+        return self.method.refit or self.study.select in WITH_GROUPS
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """JSON values; without `taught` where it is None."""
+        values = asdict(self)
+        return {"schema": SCHEMA, **{name: value for name, value in values.items() if name != "taught" or value}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """From `to_dict`, also after a turn through JSON."""
-        from offramp.distillation.instance_weights import InstanceWeights
-        from offramp.distillation.methods import ErrorSet
-        from offramp.distillation.readout import ReadoutConfig
-
-        known, made = dict(values["method"]), dict(values["study"])
-        if known["weights"] is not None:
-            inner = {**known["weights"], "readout": ReadoutConfig(**known["weights"]["readout"])}
-            known["weights"] = InstanceWeights(**inner)
-        if known["errors"] is not None:
-            known["errors"] = ErrorSet(**known["errors"])
+        made, taught = dict(values["study"]), values.get("taught")
         made["data"] = DataConfig(**made["data"])
         for part in ("student", "teacher"):
             exits = made[part]["exits"]
@@ -137,7 +142,10 @@ class Run:
             weights = made[part]["weights"]
             fixed = weights if isinstance(weights, str) else tuple(weights)
             made[part] = ClassifierTrainConfig(**{**made[part], "weights": fixed})
-        return cls(Study(**made), values["name"], Method(**known), values["teacher"], values["seed"], values["apart"])
+        return cls(
+            Study(**made), values["name"], Method.from_dict(values["method"]), values["teacher"], values["seed"],
+            values["apart"], None if taught is None else Method.from_dict(taught),
+        )  # fmt: skip
 
     @property
     def digest(self) -> str:
@@ -150,31 +158,33 @@ class Run:
         """The run that trains the teacher; None: it is given, or there is none."""
         if self.teacher not in TRAINED_TEACHERS:
             return None
-        rule = self.study.teacher_select if _debiased(self.teacher) else "val_average"
+        own = self.taught or METHODS[self.teacher]
+        rule = self.study.teacher_select if own.needs_groups or own.refit else "val_average"
         study = replace(
             self.study, student=self.study.teacher, training=self.study.teacher_training, select=rule
         )  # fmt: skip
-        return Run(study, self.teacher, METHODS[self.teacher], None, self.seed, APART)
+        return Run(study, self.teacher, own, None, self.seed, APART)
 
     def first_run(self) -> Run | None:
         """The plain student whose errors count, or whose features are kept; None: not needed."""
-        if self.method.errors is not None:
-            training = replace(self.study.training, epochs=self.method.errors.epochs)
-            return Run(
-                replace(self.study, training=training, select="last"),
-                "erm",
-                METHODS["erm"],
-                None,
-                self.seed,
-                self.apart,
-            )
-        if self.method.refit:
-            return Run(self.study, "erm", METHODS["erm"], None, self.seed, self.apart)
-        return None
+        study, own = self.study, self.method
+        if own.errors is not None:
+            study = replace(study, training=replace(study.training, epochs=own.errors.epochs), select="last")
+        elif not own.refit:
+            return None
+        # as fast and with as much decay as its method says, as in JTT's code
+        plain = replace(METHODS["erm"], learning_rate=own.learning_rate, weight_decay=own.weight_decay)
+        return Run(study, "erm", plain, None, self.seed, self.apart)
 
 
-def _debiased(teacher: str) -> bool:
-    return METHODS[teacher].needs_groups or METHODS[teacher].refit
+def _short(teacher: str) -> str:
+    """A teacher in the name of a folder; saved classifiers, which all are called "model", by run and path."""
+    kind, _, path = teacher.partition(":")
+    place = Path(path or teacher)
+    if kind != "folder":
+        return place.name
+    name = place.parent.name if place.name == "model" else place.name
+    return f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def study_from(values: Mapping[str, Any], base: Study) -> Study:
@@ -202,7 +212,8 @@ def runs(
         methods: Names, maybe with changes, see `offramp.distillation.methods.method`.
         teachers: See `Run`.
         seeds: Of the runs.
-        settings: Changes of methods by name, from a file; those under "*" are for all that have such a part.
+        settings: Changes of methods by name, from a file, also for teachers that are trained here; those under "*" are
+            for all that have such a part.
 
     Returns:
         The runs, ordered so that seeds are finished one by one.
@@ -210,14 +221,23 @@ def runs(
     Raises:
         ValueError: There is no such method, or one needs a teacher and there is none.
     """
-    found = []
+    found, given = [], settings or {}
+    taught = {name: method(name, _settings(given, name)) for name in teachers if name in TRAINED_TEACHERS}
+    taught = {name: made for name, made in taught.items() if made != METHODS[name]}
     for seed in seeds:
         for name in methods:
             plain = name.partition("+")[0]
-            made = method(name, _settings(settings or {}, plain))
+            made = method(name, _settings(given, plain))
             for teacher in (teachers if made.needs_teacher else [None]) or [None]:
-                found.append(Run(study, name, made, teacher, seed))
+                found.append(Run(study, name, made, _placed(teacher), seed, taught=taught.get(teacher or "")))
     return found
+
+
+def _placed(teacher: str | None) -> str | None:
+    """A teacher; its folder by one path, from wherever it is asked for."""
+    if teacher is None or not teacher.startswith("folder:"):
+        return teacher
+    return f"folder:{Path(teacher[7:]).expanduser().resolve()}"
 
 
 def _settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -59,14 +59,16 @@ def load_set(config: DataConfig, seed: int) -> GroupedSet:
         seed: Of what is drawn.
 
     Returns:
-        The set, with the splits train, val and test.
+        The set, with the splits train, val and test; groups are known of test rows, maybe of no others.
 
     Raises:
-        ValueError: Options that there are not, a split or groups missing.
+        ValueError: Options that there are not, a split or groups of test rows missing.
         FileNotFoundError: There are no such files.
     """
     made = _loaded(config.path, config.task, json.dumps(dict(config.options), sort_keys=True), seed)
-    made.require_groups("val", "test")
+    if missing := [name for name in ("train", "val") if name not in made.splits]:
+        raise ValueError(f"{made.name} has no split {missing[0]!r}; it has {', '.join(made.splits)}")
+    made.require_groups("test")
     return made
 
 

@@ -26,15 +26,10 @@ def fit_early_exits(student: EarlyExitClassifier, rows: Rows, steps: int = 40) -
         steps: Of LBFGS.
 
     Raises:
-        ValueError: An exit has more than a linear layer to train.
+        ValueError: See `require_linear`.
     """
+    require_linear(student)
     heads: list[Any] = list(student.heads)[:-1]
-    for number, head in enumerate(heads, 1):
-        if any(True for part in (head.body, head.dense) for _ in part.parameters()):
-            raise ValueError(
-                f"exit {number} has more than a linear layer, which only training can give; train exits jointly "
-                "(early_exits joint)"
-            )
     if not heads:
         return
     found: list[list[Tensor]] = [[] for _ in heads]
@@ -44,6 +39,27 @@ def fit_early_exits(student: EarlyExitClassifier, rows: Rows, steps: int = 40) -
                 parts.append(output.features.float())
     for head, parts in zip(heads, found, strict=True):
         _fit(head.linear, torch.cat(parts), rows.data.labels.to(student.device), steps)
+
+
+def require_linear(student: EarlyExitClassifier) -> None:
+    """Check that exits before the last can be fitted when training is over.
+
+    A copy of the network's final norm is no obstacle: the linear layer reads what the copy gives, as it is.
+
+    Args:
+        student: With its exits.
+
+    Raises:
+        ValueError: An exit has more than a linear layer and a norm.
+    """
+    heads: list[Any] = list(student.heads)[:-1]
+    for number, head in enumerate(heads, 1):
+        parts = [part for made in (head.body, head.dense) for part in made.modules()]
+        if any(not isinstance(part, nn.LayerNorm) and list(part.parameters(recurse=False)) for part in parts):
+            raise ValueError(
+                f"exit {number} has more than a linear layer to learn, which only training can give; train exits "
+                "jointly (early_exits joint, a method that learns from labels or logits), or leave them out (exits [])"
+            )
 
 
 def _fit(linear: nn.Linear, features: Tensor, labels: Tensor, steps: int) -> None:

@@ -104,7 +104,9 @@ def run_grid(
         raise ValueError(f"engine is {engine!r}; choose processes or ray")
     keys = [run.key for run in runs]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"two runs are named {twice}; give each method and seed once")
+        of = list(dict.fromkeys(run.teacher for run in runs if run.key == twice))
+        way = "give each method and seed once" if len(of) == 1 else f"rename the file of {of[0]} or that of {of[1]}"
+        raise ValueError(f"two runs are named {twice}; {way}")
     for run in runs:  # before anything is trained
         if (root / "runs" / run.key / "config.json").is_file():
             _same(run, root / "runs" / run.key)

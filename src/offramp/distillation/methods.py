@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from offramp.distillation.instance_weights import InstanceWeights
+from offramp.distillation.readout import ReadoutConfig
 
 LOSSES = ("labels", "kd", "features", "group_dro", "lff")
 
@@ -112,6 +113,14 @@ class Method:
         """JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Method:
+        """From `to_dict`, also after a turn through JSON."""
+        weights, errors = values["weights"], values["errors"]
+        if weights is not None:
+            weights = InstanceWeights(**{**weights, "readout": ReadoutConfig(**weights["readout"])})
+        return cls(**{**values, "weights": weights, "errors": None if errors is None else ErrorSet(**errors)})
+
 
 def _dedier(fraction: float = 1.0, **weights: Any) -> Method:
     """T = 3 and λ = 1 are the reference code's."""
@@ -151,15 +160,20 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
 )
 """By name. All names, also with "+key=value" behind them, such as "laplace+alpha=1+fraction=0.5", make a method."""
 
-SHORT = {"alpha", "beta", "gate", "signal", "map", "weight_on", "control", "normalise", "largest", "every", "warmup",
-         "sets", "miss", "n_mc", "prior_variance"}  # fmt: skip
+SHORT: Mapping[str, tuple[str, ...]] = {
+    **{f.name: ("weights",) for f in fields(InstanceWeights) if f.name != "readout"},
+    **dict.fromkeys(("depth", "width"), ("weights", "readout")),
+    **dict.fromkeys(("factor", "by"), ("errors",)),
+}
+"""Switches of a method's parts that need no dots, and where they are. Others could be taken for a student's."""
 
 
 def method(text: str, settings: Mapping[str, Any] | None = None) -> Method:
     """A method by its name, with changes.
 
     Args:
-        text: A name in `METHODS`, maybe followed by changes: "dedier+alpha=1".
+        text: A name in `METHODS`, maybe followed by changes: "dedier+alpha=1", "dedier+readout.epochs=2",
+            "jtt+errors.epochs=3".
         settings: Changes for it from a file, as nested JSON values; those in the name come later.
 
     Returns:
@@ -172,12 +186,18 @@ def method(text: str, settings: Mapping[str, Any] | None = None) -> Method:
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose of {', '.join(METHODS)}")
     found: Method = updated(METHODS[name], settings or {}, name)
+    asked: dict[str, Any] = {}
     for change in changes:
         key, _, value = change.partition("=")
-        parsed = _value(value)
-        inner = {"weights": {key: parsed}} if key in SHORT else {key: parsed}
-        found = updated(found, inner, text)
-    return found
+        *way, last = key.split(".")
+        place = asked
+        for part in SHORT.get(key) or (("weights", *way) if way[:1] == ["readout"] else way):
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{text} sets {part} and something of it; set the latter alone")
+        place[last] = _value(value)
+    made: Method = updated(found, asked, text)  # at once: some switches go together
+    return made
 
 
 def updated(value: Any, changes: Mapping[str, Any], where: str) -> Any:
@@ -200,18 +220,35 @@ def updated(value: Any, changes: Mapping[str, Any], where: str) -> Any:
         if key not in known:
             raise ValueError(f"{where} has no {key!r}; it has {', '.join(known)}")
         own = getattr(value, key)
-        if isinstance(change, Mapping):
-            if own is None:
-                raise ValueError(f"{where} has no {key}, so nothing of it can be changed")
-            made[key] = updated(own, change, f"{where}.{key}") if is_dataclass(own) else dict(change)
+        if isinstance(change, Mapping) and own is None:
+            raise ValueError(f"{where} has no {key}, so nothing of it can be changed")
+        if isinstance(change, Mapping) and is_dataclass(own):
+            made[key] = updated(own, change, f"{where}.{key}")
             continue
-        allowed = typing.get_args(kinds[key]) or (kinds[key],)
-        plain = {bool: (bool,), int: (int,), float: (int, float), str: (str,), type(None): (type(None),)}
-        types_ = tuple(t for kind in allowed for t in plain.get(kind, ()))
-        if types_ and (not isinstance(change, types_) or (isinstance(change, bool) and bool not in types_)):
-            raise ValueError(f"{where}: {key} is {change!r}; a {' or '.join(t.__name__ for t in types_)} is needed")
+        union = typing.get_origin(kinds[key]) in (typing.Union, types.UnionType)
+        allowed = typing.get_args(kinds[key]) if union else (kinds[key],)
+        if not any(_fits(change, kind) for kind in allowed):
+            raise ValueError(f"{where}: {key} is {change!r}; {' or '.join(map(_words, allowed))} is needed")
         made[key] = tuple(change) if isinstance(change, list) else change
     return replace(value, **made)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a field's type: lists stand for tuples, whole numbers also for floats."""
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(part, typing.get_args(kind)[0]) for part in value)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _words(kind: Any) -> str:
+    """A type, as a user of JSON calls it."""
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {typing.get_args(kind)[0].__name__}"
+    names = {type(None): "null", int: "an int"}
+    return names.get(kind) or f"a {getattr(typing.get_origin(kind) or kind, '__name__', 'value')}"
 
 
 def _value(text: str) -> Any:

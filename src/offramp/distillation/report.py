@@ -214,7 +214,7 @@ def detection_table(methods: Methods) -> GroupTable:
         ])  # fmt: skip
     head = ["method", "reweighted", "mean weight", *groups, "AUROC", "from to", "epochs"]
     notes = (
-        "Means over epochs and seeds; under a group: its rows' mean weight. AUROC: of weights as detectors of minorities.",
+        "Means over epochs and seeds; under a group: its rows' mean weight. AUROC: of weights as minority detectors.",
         *([TOO_FEW_NOTE] if warned else []),
     )
     return GroupTable("Weights of training rows", head, rows, notes if rows else ())

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.classifiers.batches import Augmentation, Rows
+from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.outputs import collect
@@ -29,50 +29,25 @@ from offramp.classifiers.saving import load
 from offramp.classifiers.trainer import train_classifier
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
-from offramp.distillation.budget import label_budget
 from offramp.distillation.by_group import found_by_group, keep_weights
 from offramp.distillation.config import APART, Run
-from offramp.distillation.data import divided, group_counts, load_set, minority_of
-from offramp.distillation.early_exits import fit_early_exits
+from offramp.distillation.data import group_counts, load_set, minority_of
+from offramp.distillation.early_exits import require_linear
 from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights
+from offramp.distillation.judging import chunks, judged, record
 from offramp.distillation.networks import build, rows_for
+from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
 from offramp.exits import fingerprint
-from offramp.files import replace_file, write_json
-from offramp.metrics.group_exits import exits_by_group
-from offramp.metrics.group_members import Groups
+from offramp.files import write_json
 from offramp.metrics.group_weights import weight_diagnostics
-from offramp.metrics.groups import flip_rate, group_report
-from offramp.metrics.selection import judge
 from offramp.report.groups import plain
-from offramp.tasks.group_sets import Grouped, GroupedSet
 
 RESULT = "result.json"
 
 Need = Callable[[Run], Path]
 """Gives the folder of another run, finished."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The rows of a run, as the student takes them.
-
-    Attributes:
-        data: The set.
-        train: Training rows, with groups only where the method uses them.
-        select: Validation rows that epochs are chosen by.
-        tune: Other validation rows.
-        test: Test rows.
-        kept: `select` and `tune` with their groups.
-    """
-
-    data: GroupedSet
-    train: Rows
-    select: Rows
-    tune: Rows
-    test: Rows
-    kept: tuple[Grouped, Grouped]
 
 
 def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
@@ -92,34 +67,24 @@ def train_run(run: Run, folder: Path, need: Need) -> dict[str, Any]:
     began = time.process_time(), time.perf_counter()
     data = load_set(run.study.data, run.seed)
     student = build(run.study.student, data.train.rows, run.seed + run.apart)
-    parts = _parts(run, data, student)
+    if not run.joint:
+        require_linear(student)  # before anything is trained
+    parts = parts_of(run, data, student)
     objective, sampling, student = _learning(run, parts, student, need)
     history = History(folder / "history")
     if run.method.refit:
         student = load(need(_required(run.first_run())) / "model")
         student = _refitted(student, parts, run.seed)
-        _record(history, 1, student, parts, {})
+        record(history, 1, student, parts, {})
     else:
         _train(run, parts, student, objective, sampling, folder, history)
-    result = _judged(run, parts, student, history, folder)
+    result = judged(run, parts, student, history, folder)
     result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
     found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
     write_json(folder / RESULT, found)
+    (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)  # only now is nothing to be lost
     return found
-
-
-def _parts(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
-    study = run.study
-    select, tune = divided(data.val, study.data.tune, run.seed)
-    known = data.train if run.method.needs_groups else data.train.without_groups()
-    if run.method.needs_groups:
-        group_counts(data.train)
-    augment = Augmentation(study.pad, study.flip) if study.augments else None
-    longest = study.student.longest
-    train = rows_for(student, known.rows, longest=longest, augment=augment)
-    others = [rows_for(student, part.rows, longest=longest) for part in (select, tune, data.test)]
-    return Parts(data, train, others[0], others[1], others[2], (select, tune))
 
 
 # ---------------------------------------------------------------- what it learns
@@ -130,7 +95,7 @@ def _learning(
 ) -> tuple[nn.Module, Tensor | None, EarlyExitClassifier]:
     """The objective, how often rows are drawn, and the student, with another last exit where the method says so."""
     method, count = run.method, len(parts.train.data)
-    exits = [1.0] * len(student.layers) if run.study.early_exits == "joint" else None
+    exits = [1.0] * len(student.layers) if run.joint else None
     sampling: Tensor | None = None
     objective: nn.Module
     if method.loss == "group_dro":
@@ -223,7 +188,7 @@ def _refitted(student: EarlyExitClassifier, parts: Parts, seed: int) -> EarlyExi
     select = parts.kept[0]
     if select.rows.groups is None:
         raise ValueError("dfr trains by groups of validation rows, which are unknown here or overlap")
-    outputs = collect(student, ((parts.select.inputs(p), select.rows.labels[p]) for p in _chunks(len(select))))
+    outputs = collect(student, ((parts.select.inputs(p), select.rows.labels[p]) for p in chunks(len(select))))
     layer = dfr.refitted(outputs.features[-1], select.rows.labels, select.rows.groups, student.num_classes, seed=seed)
     linear: Any = student.heads[-1].linear
     with torch.no_grad():
@@ -277,14 +242,13 @@ def _train(
             keep_weights(folder, now.detach().cpu(), groups, epoch + 1)
         if isinstance(objective, objectives.GroupDRO):
             more["q"] = objective.q.tolist()
-        _record(history, epoch + 1, student, parts, more)
+        record(history, epoch + 1, student, parts, more)
 
     settings = {"run": run.digest}
     train_classifier(
         _Unsaved(student), parts.train, parts.select, training, folder / "training", objective=objective,
         after_epoch=after_epoch, sampling=sampling, settings=settings,
     )  # fmt: skip
-    (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def _training(run: Run) -> ClassifierTrainConfig:
@@ -305,95 +269,3 @@ def _with_rates(run: Run) -> InstanceWeights | None:
     return replace(
         weights, readout=replace(readout, optimiser=optimiser, learning_rate=rate, weight_decay=decay)
     )  # fmt: skip
-
-
-def _record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:
-    """Validation after an epoch."""
-    select = parts.kept[0]
-    logits = teachers.logits_of_all(student, parts.select)[-1]
-    val = judge(logits, select.rows.labels, select.groups, split="val")
-    found = {"groups": _accuracies(logits, select.rows.labels, select.groups), **more}
-    history.add(epoch, val, plain(found), student)
-
-
-# ---------------------------------------------------------------- judging
-
-
-def _judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: History, folder: Path) -> dict[str, Any]:
-    chosen, test = history.choices(), parts.data.test
-    labels, groups = test.rows.labels, test.groups
-    assert groups is not None
-    logits, rules = {}, {}
-    for epoch in sorted(set(chosen.values())):
-        student.load_state_dict(history.weights(epoch))
-        logits[epoch] = teachers.logits_of_all(student, parts.test)[-1]
-    vals = {row["epoch"]: row for row in history.rows}
-    for rule, epoch in chosen.items():
-        found = judge(logits[epoch], labels, groups, split="test")
-        rules[rule] = {
-            "epoch": epoch, "val": vals[epoch]["val"], "test": asdict(found),
-            "groups": _accuracies(logits[epoch], labels, groups),
-        }  # fmt: skip
-    epoch = chosen[run.study.select] if run.study.select in chosen else chosen["last"]
-    student.load_state_dict(history.weights(epoch))
-    if run.study.early_exits == "readout":
-        fit_early_exits(student, parts.train)
-    if run.method.loss != "features":  # a classifier file cannot hold another model's exit
-        student.save(folder / "model")
-    outputs = collect(
-        student, ((parts.test.inputs(places), labels[places]) for places in _chunks(len(test))), ids=test.rows.ids
-    )
-    _save_predictions(folder / "predictions.safetensors", outputs.logits, logits[chosen["last"]], test.rows.ids)
-    sure = outputs.logits.softmax(-1).amax(-1) > run.study.threshold
-    sure[-1] = True
-    exits = exits_by_group(outputs, sure.long().argmax(0), groups, split="test")
-    counts = parts.data.counts().get("train")
-    report = group_report(outputs.logits[-1], labels, groups, split="test", train_counts=counts)
-    flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
-    metrics = [json.loads(line) for line in _lines(folder / "training" / "metrics.jsonl")]
-    budget = label_budget(run, len(parts.data.train) if counts else 0, len(parts.kept[0]), len(test))
-    return {
-        "groups": {"names": groups.names, "train": counts, "test": groups.counts.tolist()},
-        "selected": epoch,
-        "rules": rules,
-        "history": history.rows,
-        "terms": _terms(metrics),
-        "adjusted": report.adjusted,
-        "exits": asdict(exits),
-        "flip_rate": None if flips is None else asdict(flips),
-        "budget": [[use, split, count] for (use, split), count in budget.used.items()],
-        "parameters": sum(p.numel() for p in student.parameters()),
-    }
-
-
-def _accuracies(logits: Tensor, labels: Tensor, groups: Groups | None) -> list[float]:
-    if groups is None:
-        return []
-    right = (logits.argmax(-1) == labels).double()
-    found: list[float] = (right @ groups.members.double() / groups.counts).tolist()
-    return found
-
-
-def _chunks(count: int) -> Sequence[Tensor]:
-    return torch.split(torch.arange(count), 256)
-
-
-def _save_predictions(path: Path, selected: Tensor, last: Tensor, ids: Sequence[str]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {"selected": selected.float().contiguous(), "last": last.float().contiguous()}
-    header = {"ids": json.dumps(list(ids))}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-
-
-def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Each term of the loss, its mean over the logged steps of every epoch."""
-    sums: dict[str, dict[int, list[float]]] = {}
-    for row in metrics:
-        for name, value in row.get("terms", {}).items():
-            sums.setdefault(name, {}).setdefault(row["epoch"], []).append(value)
-    return {name: [sum(v) / len(v) for v in epochs.values()] for name, epochs in sums.items()}

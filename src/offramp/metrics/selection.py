@@ -126,13 +126,13 @@ class LabelBudget:
     """How many group labels were used, for what and of which split.
 
     Attributes:
-        used: Counts by (use, split), such as ("selection", "val"); what is missing is 0.
+        used: Counts by (use, split), such as ("selection", "val"); what is missing is 0, and None is unknown.
 
     Raises:
         ValueError: A use, a split or a count that there cannot be.
     """
 
-    used: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    used: Mapping[tuple[str, str], int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for (use, split), count in self.used.items():
@@ -140,23 +140,26 @@ class LabelBudget:
                 raise ValueError(f"the use is {use!r}; allowed are {', '.join(USES)}")
             if split not in SPLITS:
                 raise ValueError(f"the split is {split!r}; allowed are {', '.join(SPLITS)}")
-            if count < 0:
+            if count is not None and count < 0:
                 raise ValueError(f"{use} is to have used {count} group labels of {split}; a count from 0 on is needed")
 
-    def plus(self, use: str, split: str, count: int) -> LabelBudget:
-        """With labels used for something more; what was used for it before stays."""
-        return LabelBudget({**self.used, (use, split): self.used.get((use, split), 0) + count})
+    def plus(self, use: str, split: str, count: int | None) -> LabelBudget:
+        """With labels used for something more; what was used for it before stays, and an unknown count unknown."""
+        before = self.used.get((use, split), 0)
+        return LabelBudget({**self.used, (use, split): None if before is None or count is None else before + count})
 
     @property
-    def label_free(self) -> bool:
-        """Whether group labels served for nothing but the report."""
-        return not any(count for (use, _), count in self.used.items() if use != "reporting")
+    def label_free(self) -> bool | None:
+        """Whether group labels served for nothing but the report; None: they did as far as is known."""
+        counts = [count for (use, _), count in self.used.items() if use != "reporting"]
+        return False if any(counts) else None if None in counts else True
 
     def line(self) -> str:
         """One sentence for under a table."""
         said = []
         for use in USES:
-            counts = [f"{split} {self.used[use, split]:,}" for split in SPLITS if self.used.get((use, split))]
-            said.append(f"{use} {' and '.join(counts) or 'none'}")
-        free = "label-free" if self.label_free else "not label-free"
+            of_use = {split: self.used.get((use, split), 0) for split in SPLITS}
+            counts = [f"{split} {count:,}" for split, count in of_use.items() if count]
+            said.append(f"{use} {'unknown' if None in of_use.values() else ' and '.join(counts) or 'none'}")
+        free = {True: "label-free", False: "not label-free", None: "label-free as far as is known"}[self.label_free]
         return f"Group labels used ({free}): {'; '.join(said)}."

@@ -1,0 +1,129 @@
+"""A student judged: on validation rows after each epoch, on test rows once, at the epochs that rules chose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.outputs import collect
+from offramp.distillation import teacher as teachers
+from offramp.distillation.budget import label_budget
+from offramp.distillation.config import Run
+from offramp.distillation.early_exits import fit_early_exits
+from offramp.distillation.history import History
+from offramp.distillation.parts import Parts
+from offramp.files import replace_file
+from offramp.metrics.group_exits import exits_by_group
+from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import flip_rate, group_report
+from offramp.metrics.selection import judge
+from offramp.report.groups import plain
+
+
+def record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:
+    """Judge validation rows after an epoch, counted from 1, and write down `more` besides."""
+    select = parts.kept[0]
+    logits = teachers.logits_of_all(student, parts.select)[-1]
+    val = judge(logits, select.rows.labels, select.groups, split="val")
+    found = {"groups": _accuracies(logits, select.rows.labels, select.groups), **more}
+    history.add(epoch, val, plain(found), student)
+
+
+def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: History, folder: Path) -> dict[str, Any]:
+    """Judge a student whose training is over, and save it and its predictions.
+
+    Args:
+        run: What.
+        parts: Its rows.
+        student: Left as it was at the selected epoch, with all exits fitted.
+        history: Of its epochs.
+        folder: Of the run.
+
+    Returns:
+        The findings of result.json.
+    """
+    chosen, test = history.choices(), parts.data.test
+    labels, groups = test.rows.labels, test.groups
+    assert groups is not None
+    logits, rules = {}, {}
+    for epoch in sorted(set(chosen.values())):
+        student.load_state_dict(history.weights(epoch))
+        logits[epoch] = teachers.logits_of_all(student, parts.test)[-1]
+    vals = {row["epoch"]: row for row in history.rows}
+    for rule, epoch in chosen.items():
+        found = judge(logits[epoch], labels, groups, split="test")
+        rules[rule] = {
+            "epoch": epoch, "val": vals[epoch]["val"], "test": asdict(found),
+            "groups": _accuracies(logits[epoch], labels, groups),
+        }  # fmt: skip
+    epoch = chosen[run.study.select]
+    student.load_state_dict(history.weights(epoch))
+    if not run.joint:
+        fit_early_exits(student, parts.train)
+    if run.method.loss != "features":  # a classifier file cannot hold another model's exit
+        student.save(folder / "model")
+    outputs = collect(
+        student, ((parts.test.inputs(places), labels[places]) for places in chunks(len(test))), ids=test.rows.ids
+    )
+    _save_predictions(folder / "predictions.safetensors", outputs.logits, logits[chosen["last"]], test.rows.ids)
+    sure = outputs.logits.softmax(-1).amax(-1) > run.study.threshold
+    sure[-1] = True
+    exits = exits_by_group(outputs, sure.long().argmax(0), groups, split="test")
+    counts = parts.data.counts().get("train")
+    report = group_report(outputs.logits[-1], labels, groups, split="test", train_counts=counts)
+    flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
+    metrics = [json.loads(line) for line in _lines(folder / "training" / "metrics.jsonl")]
+    budget = label_budget(run, len(parts.data.train) if counts else 0, len(parts.kept[0]), len(test))
+    return {
+        "groups": {"names": groups.names, "train": counts, "test": groups.counts.tolist()},
+        "selected": epoch,
+        "rules": rules,
+        "history": history.rows,
+        "terms": _terms(metrics),
+        "adjusted": report.adjusted,
+        "exits": asdict(exits),
+        "flip_rate": None if flips is None else asdict(flips),
+        "budget": [[use, split, count] for (use, split), count in budget.used.items()],
+        "parameters": sum(p.numel() for p in student.parameters()),
+    }
+
+
+def _accuracies(logits: Tensor, labels: Tensor, groups: Groups | None) -> list[float]:
+    if groups is None:
+        return []
+    right = (logits.argmax(-1) == labels).double()
+    found: list[float] = (right @ groups.members.double() / groups.counts).tolist()
+    return found
+
+
+def chunks(count: int) -> Sequence[Tensor]:
+    """Places of so many rows, some at a time."""
+    return torch.split(torch.arange(count), 256)
+
+
+def _save_predictions(path: Path, selected: Tensor, last: Tensor, ids: Sequence[str]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"selected": selected.float().contiguous(), "last": last.float().contiguous()}
+    header = {"ids": json.dumps(list(ids))}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each term of the loss, its mean over the logged steps of every epoch."""
+    sums: dict[str, dict[int, list[float]]] = {}
+    for row in metrics:
+        for name, value in row.get("terms", {}).items():
+            sums.setdefault(name, {}).setdefault(row["epoch"], []).append(value)
+    return {name: [sum(v) / len(v) for v in epochs.values()] for name, epochs in sums.items()}

@@ -1,0 +1,158 @@
+"""What files and names may set, what a run is called, and what is said of teachers that were not trained here."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from offramp.distillation import DataConfig, Network, Study, runs
+from offramp.distillation.budget import label_budget
+from offramp.distillation.config import Run, bundled, study_from
+from offramp.distillation.grid import run_grid
+from offramp.distillation.methods import METHODS, method
+from offramp.metrics.selection import LabelBudget
+
+STUDY = Study(DataConfig("folder", "groups"), Network("small-cnn:4"), Network("small-cnn:6"))
+
+
+def one(name, teacher=None, settings=None, study=STUDY):
+    return runs(study, [name], [teacher] if teacher else [], [0], settings)[0]
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_lists_in_a_file_become_tuples():
+    made = study_from(
+        {"student": {"exits": [1, 2]}, "teacher": {"exits": None}, "training": {"weights": [0, 1.5, 2]}}, STUDY
+    )
+    assert made.student.exits == (1, 2)
+    assert made.teacher.exits is None
+    assert made.training.weights == (0, 1.5, 2)
+    assert study_from({"training": {"weights": "uniform"}}, made).training.weights == "uniform"
+    run = one("erm", study=made)
+    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"student": {"exits": [1, "2"]}}, r"exits is \[1, '2'\]; a list of int or null is needed"),
+        ({"student": {"exits": 2}}, "exits is 2; a list of int or null is needed"),
+        ({"student": {"exits": [True]}}, "exits is"),
+        ({"training": {"weights": ["a"]}}, r"weights is \['a'\]; a str or a list of float is needed"),
+        ({"training": {"epochs": {"a": 1}}}, "epochs is .*; an int is needed"),
+        ({"training": {"epochs": 1.5}}, "epochs is 1.5; an int is needed"),
+        ({"training": {"clip": True}}, "clip is True; a float or null is needed"),
+        ({"training": 3}, "training is 3; a ClassifierTrainConfig is needed"),
+        ({"data": {"options": "size"}}, "options is 'size'; a Mapping is needed"),
+        ({"flip": 1}, "flip is 1; a bool is needed"),
+    ],
+)
+def test_values_of_another_type_are_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        study_from(values, STUDY)
+
+
+# ---------------------------------------------------------------- switches behind a name
+
+
+def test_switches_of_all_parts_can_be_set_behind_a_name():
+    found = method("dedier+depth=2+readout.epochs=3+readout.learning_rate=0.1+width=7+learning_rate=0.2")
+    readout = found.weights.readout
+    assert (readout.depth, readout.epochs, readout.learning_rate, readout.width) == (2, 3, 0.1, 7)
+    assert found.learning_rate == 0.2
+    assert method("jtt+factor=20+errors.epochs=3").errors == replace(METHODS["jtt"].errors, factor=20, epochs=3)
+    assert method("dett+errors.by=sampling").errors.by == "sampling"
+    clipped = method("dedier+normalise=clip+largest=10").weights  # neither can be set without the other
+    assert (clipped.normalise, clipped.largest) == ("clip", 10)
+    for text, said in {
+        "kd+depth=2": "has no weights", "jtt+epochs=3": "has no 'epochs'", "dedier+readout.deep=2": "has no 'deep'",
+        "dedier+readout=2": "readout", "dedier+weights=null+alpha=1": "sets weights and something of it",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            method(text)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_switch_can_be_set_behind_a_name(name):
+    """Each field of a method, set to the value that it has, leaves the method as it is."""
+
+    def switches(values, prefix=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from switches(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}={json.dumps(value)}"
+
+    found = METHODS[name]
+    assert method("+".join((name, *switches(found.to_dict())))) == found
+
+
+# ---------------------------------------------------------------- teachers that are trained here
+
+
+def test_a_teacher_learns_by_the_settings_of_the_file():
+    settings = bundled("waterbirds")["methods"]
+    taught = one("kd", "jtt", settings).teacher_run()
+    assert (taught.method.errors.epochs, taught.method.errors.factor) == (60, 100)
+    assert (taught.method.learning_rate, taught.method.weight_decay) == (1e-5, 1.0)
+    first = taught.first_run()
+    assert first.study.training.epochs == 60
+    assert (first.method.learning_rate, first.method.weight_decay) == (1e-5, 1.0)
+    dro = one("kd", "group_dro", {"group_dro": {"adjustment": 2.0, "step": 0.1}}).teacher_run()
+    assert (dro.method.adjustment, dro.method.step) == (2.0, 0.1)
+    assert dro.study.select == STUDY.teacher_select
+    for teacher in ("jtt", "dfr"):
+        run = one("kd", teacher, settings)
+        again = Run.from_dict(json.loads(json.dumps(run.to_dict())))
+        assert again == run
+        assert again.teacher_run() == run.teacher_run()
+
+
+def test_runs_without_settings_for_their_teacher_are_what_they_were():
+    """So that grids that were begun by an older version go on."""
+    for settings in (None, bundled("digits-on-colour")["methods"]):
+        for teacher in ("erm", "group_dro"):
+            found = one("dedier", teacher, settings).to_dict()
+            assert list(found) == ["schema", "study", "name", "method", "teacher", "seed", "apart"]
+            assert one("kd", teacher, settings).teacher_run().method == METHODS[teacher]
+    run = one("kd", "erm")
+    assert (run.key, run.digest) == ("kd--erm--seed0", "a116183e791f")
+
+
+# ---------------------------------------------------------------- teachers that are given
+
+
+def test_teachers_of_one_name_have_runs_of_their_own(tmp_path, monkeypatch):
+    folders = [f"folder:{tmp_path / name / 'model'}" for name in ("a", "b")]
+    keys = [run.key for run in runs(STUDY, ["kd"], folders, [0])]
+    assert len(set(keys)) == 2
+    assert [key.rpartition("-")[0].rpartition("-")[0] for key in keys] == [
+        "kd--a-" + keys[0][6:14],
+        "kd--b-" + keys[1][6:14],
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert one("kd", "folder:a/model") == one("kd", folders[0])  # by whatever path
+    assert one("kd", "erm").key == "kd--erm--seed0"
+    assert one("kd", "logits:x/y.safetensors").key == "kd--y.safetensors--seed0"
+    both = runs(STUDY, ["kd"], ["logits:x/y.safetensors", "logits:z/y.safetensors"], [0])
+    with pytest.raises(ValueError, match=r"rename the file of logits:x/y.safetensors or that of logits:z/y"):
+        run_grid(both, tmp_path)
+
+
+@pytest.mark.parametrize("teacher", ["folder:somewhere/model", "logits:somewhere"])
+def test_what_a_given_teacher_was_trained_on_is_unknown(teacher):
+    run = one("kd", teacher, study=replace(STUDY, select="val_average"))
+    budget = label_budget(run, 100, 20, 30)
+    assert budget.label_free is None
+    assert budget.line() == (
+        "Group labels used (label-free as far as is known): teacher training unknown; student training none; weights "
+        "none; selection none; calibration none; reporting train 100 and test 30."
+    )
+    rows = json.loads(json.dumps([[use, split, count] for (use, split), count in budget.used.items()]))
+    assert LabelBudget({(use, split): count for use, split, count in rows}) == budget
+    selected = label_budget(replace(run, study=STUDY), 100, 20, 30)
+    assert selected.label_free is False
+    assert "teacher training unknown" in selected.line()
+    assert label_budget(one("erm", study=replace(STUDY, select="last")), 100, 20, 30).label_free is True
