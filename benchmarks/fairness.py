@@ -27,16 +27,16 @@ import offramp
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import bundled, study_from
 from offramp.distillation.report import (
-    Result,
-    budget_lines,
     by_method,
     detection_table,
     exits_of_methods,
     groups_of_methods,
+    labels_table,
     methods_table,
     rules_table,
     worst,
 )
+from offramp.distillation.results import Result
 from offramp.metrics.seeds import paired, spread
 from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib, save_figures
 from offramp.tables import markdown
@@ -278,17 +278,17 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
         f"One teacher per seed. Options of the data: {json.dumps(study['data']['options'])}.",
         difficulty(name, by_method(results, "erm")),
         claims_list(claims(results, teachers)),
-        "Teachers themselves:", rules_table(teachers) if teachers else "none",
+        "Teachers themselves:", str(rules_table(teachers)) if teachers else "none",
     ]  # fmt: skip
     for teacher in TEACHERS:
         own = by_method(results, teacher)
         if not any(r["teacher"] == teacher for r in results):
             continue
         parts += [
-            f"### {name}: {teacher} teacher", methods_table(own, RULE), groups_of_methods(own, RULE),
-            "Test worst group by selection rule:", rules_table(own), "Exits by group:",
-            exits_of_methods({key: own[key] for key in ("erm", "kd", "dedier") if key in own}),
-            "Weights as detectors of the minority:", detection_table(own), budget_lines(own),
+            f"### {name}: {teacher} teacher", str(methods_table(own, RULE)), str(groups_of_methods(own, RULE)),
+            "Test worst group by selection rule:", str(rules_table(own)), "Exits by group:",
+            str(exits_of_methods({key: own[key] for key in ("erm", "kd", "dedier") if key in own})),
+            "Weights as detectors of the minority:", str(detection_table(own)), str(labels_table(own)),
         ]  # fmt: skip
     parts.append(
         f"![Worst group by method](pictures/fair-{name}.svg)\n\n![Exits by group](pictures/fair-{name}-exits.svg)"

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -184,6 +185,9 @@ def test_a_stand_in_needs_nothing_else(tmp_path):
     assert found["kd"]["difference"] is None
     assert found["erm"]["difference"]["low"] <= found["erm"]["difference"]["mean"]
     assert (tmp_path / "report.md").read_text() in out
+    titles = ["Worst group", "Every group", "What distillation cost each group", "Exits by group"]
+    titles += ["Weights of training rows", "Worst group by what each selection rule would have chosen"]
+    assert re.findall("^### (.*)$", out, re.MULTILINE) == [*titles, "Where group labels were used"]
     assert json.loads(next((tmp_path / "runs").glob("erm*/config.json")).read_text())["study"]["data"]["options"] == {
         "agreement": 0.95
     }

@@ -141,7 +141,7 @@ def test_weights_are_recorded(grid):
         found["dedier"][0]["mean"]
     )  # the first is of one student
     assert found["jtt"][0]["quantiles"][-1] == 50
-    assert found["lff"][-1]["reweighted"] == 1
+    assert found["lff"][-1]["reweighted"] > 0.9
 
 
 # ---------------------------------------------------------------- the same again, and after an interruption

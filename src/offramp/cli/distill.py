@@ -80,12 +80,13 @@ def distill(
     """Distil students by several methods and judge them group by group.
 
     Each method runs with each teacher and seed; a run is one folder, and an interrupted grid goes on when it is started
-    again. Printed are the worst group by method with paired differences to plain distillation, every group, what other
-    selection rules would have chosen, and where group labels were used.
+    again. Printed are, for each teacher: the worst group by method with paired differences to plain distillation, every
+    group with its interval, what distillation cost it, exits by group, how well weights find the minority, what other
+    selection rules would have chosen, and where group labels were used. `offramp report` shows the same with pictures.
     """
     from offramp.distillation.config import runs
     from offramp.distillation.grid import run_grid
-    from offramp.distillation.report import summary, tables
+    from offramp.distillation.report import FEW, summary, tables, write_groups
     from offramp.files import write_text
 
     values = settings_from(config, data)
@@ -98,11 +99,11 @@ def distill(
             asked, out, processes=processes, engine=engine, threads=threads, device=device or "cpu",
             progress=progress,
         )  # fmt: skip
-    text = tables(results, study.select)
-    write_text(out / "report.md", text)
+    write_text(out / "report.md", tables(results, study.select))
+    write_groups(results, out / "groups.csv")
     if str(json) != "-":
-        typer.echo(text)
-    o.note(f"wrote {out / 'report.md'}; every run has a folder in {out / 'runs'}")
+        typer.echo(tables(results, study.select, FEW))
+    o.note(f"wrote {out / 'report.md'} and groups.csv; pictures: offramp report {out}")
     o.write_result(summary(results, study.select), json)
 
 

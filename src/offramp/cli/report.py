@@ -13,7 +13,11 @@ from offramp.cli import options as o
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of train, evaluate, calibrate and probe; probe's JSON files."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of train, evaluate, calibrate, probe and distill (the grid or one of its runs); probe's JSON "
+            "files.",
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML file; default: report.html in the first folder.")

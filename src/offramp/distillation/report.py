@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.distillation.results import (
+    Result,
+    budget_of,
+    changes_of,
+    chosen,
+    mean_changes,
+    mean_exits,
+    mean_report,
+    report_of,
+    selected_by,
+    weights_of,
+)
+from offramp.files import replace_file
 from offramp.metrics.groups import SMALLEST
 from offramp.metrics.seeds import Paired, compare, spread, summarise_seeds
-from offramp.metrics.selection import RULES, LabelBudget
-from offramp.report.groups import seeds_table
-from offramp.tables import markdown
+from offramp.metrics.selection import RULES
+from offramp.report.groups import EXITS_NOTE, TOO_FEW_NOTE, GroupTable, exits_head, exits_rows, seeds_table
 
 REFERENCE = "kd"
 """What other methods with the same teacher are compared with."""
-Result = Mapping[str, Any]
+FEW = 6
+"""Methods in a printed table that has a row for each group of each method."""
+INTERVALS = "In brackets: 95 % intervals, of several seeds by t, of one by its test rows (Wilson; changes: bootstrap)."
+Methods = Mapping[str, Sequence[Result]]
 
 
 def by_method(results: Sequence[Result], teacher: str | None) -> dict[str, list[Result]]:
@@ -42,7 +59,7 @@ def large_groups(result: Result) -> list[int]:
 def group_accuracies(results: Sequence[Result], rule: str) -> NDArray[np.float64]:
     """Accuracy of the test groups that are large enough, at the epoch a rule chooses, [S, G]."""
     kept = large_groups(results[0])
-    return np.array([[_chosen(result, rule)["groups"][g] for g in kept] for result in results], dtype=np.float64)
+    return np.array([[chosen(result, rule)["groups"][g] for g in kept] for result in results], dtype=np.float64)
 
 
 def worst(results: Sequence[Result], rule: str) -> NDArray[np.float64]:
@@ -51,7 +68,7 @@ def worst(results: Sequence[Result], rule: str) -> NDArray[np.float64]:
     return found
 
 
-def comparisons(methods: Mapping[str, Sequence[Result]], rule: str, reference: str = REFERENCE) -> dict[str, Paired]:
+def comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict[str, Paired]:
     """Worst groups against a reference, seed by seed, of the methods that have the same seeds; {} if it has not two."""
     if reference not in methods or len(methods[reference]) < 2:
         return {}
@@ -63,113 +80,165 @@ def comparisons(methods: Mapping[str, Sequence[Result]], rule: str, reference: s
     return compare(figures, worst(methods[reference], rule)) if figures else {}
 
 
-def tables(results: Sequence[Result], rule: str) -> str:
+# ---------------------------------------------------------------- all tables
+
+
+def tables(results: Sequence[Result], rule: str, most: int | None = None) -> str:
     """All tables as Markdown, a section for each teacher.
 
     Args:
         results: Of a grid.
-        rule: By which epochs are chosen in the tables of methods and groups.
+        rule: By which epochs are chosen.
+        most: Methods in tables with a row for each group of each method; None: all.
 
     Returns:
         The text.
     """
     parts = []
     for teacher in teachers_of(results):
-        methods = by_method(results, teacher)
         parts.append("## " + (f"Teacher: {teacher}" if teacher else "Without a teacher"))
-        parts.append(f"Test accuracy of the worst group, epochs chosen by {rule}; differences to {REFERENCE}.")
-        parts.append(methods_table(methods, rule))
-        parts.append(groups_of_methods(methods, rule))
-        parts.append("What each rule would have chosen, mean of the test worst group:")
-        parts.append(rules_table(methods))
-        parts.append(budget_lines(methods))
+        for table in tables_of(by_method(results, teacher), rule, most):
+            parts += [f"### {table.title}", str(table)]
     return "\n\n".join(parts) + "\n"
 
 
-def methods_table(methods: Mapping[str, Sequence[Result]], rule: str) -> str:
+def tables_of(methods: Methods, rule: str, most: int | None = None) -> list[GroupTable]:
+    """The tables of the methods with one teacher; those that have nothing to say are left out.
+
+    Args:
+        methods: Results by name.
+        rule: By which epochs are chosen.
+        most: As for `tables`.
+
+    Returns:
+        The tables, in the order of reading.
+    """
+    found = [
+        methods_table(methods, rule), groups_of_methods(methods, rule), changes_of_methods(methods),
+        exits_of_methods(methods, most), detection_table(methods), rules_table(methods), labels_table(methods),
+    ]  # fmt: skip
+    return [table for table in found if table.rows or table.notes]
+
+
+def methods_table(methods: Methods, rule: str) -> GroupTable:
     """Mean of minima, minimum of means and the paired difference of each method."""
     summaries = {}
     for name, own in methods.items():
         names = [own[0]["groups"]["names"][g] for g in large_groups(own[0])]
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
-    return seeds_table(summaries, comparisons(methods, rule), REFERENCE)
+    table = seeds_table(summaries, comparisons(methods, rule), REFERENCE)
+    note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds."
+    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.",))
 
 
-def groups_of_methods(methods: Mapping[str, Sequence[Result]], rule: str) -> str:
-    """Accuracy of every test group, raw and adjusted average, mean ± sd over seeds."""
+def groups_of_methods(methods: Methods, rule: str) -> GroupTable:
+    """Accuracy of every test group with its interval, averages raw and adjusted, and the gaps to the worst group."""
     first = next(iter(methods.values()))[0]
     names, counts = first["groups"]["names"], first["groups"]["test"]
-    head = ["method", *(f"{name} (n = {count:,})" for name, count in zip(names, counts, strict=True))]
-    head += ["average", "adjusted"]
-    rows = []
+    head = ["method", *names, "average", "adjusted", "average - worst", "best - worst"]
+    rows = [["test rows", *(f"{count:,}" for count in counts), "", "", "", ""]]
     for name, own in methods.items():
-        table = np.array([_chosen(result, rule)["groups"] for result in own])
-        averages = [_chosen(result, rule)["test"]["average"] for result in own]
-        adjusted = [result["adjusted"] for result in own]
+        report, judged = mean_report(own, rule), group_accuracies(own, rule)
+        averages = np.array([chosen(result, rule)["test"]["average"] for result in own])
         rows.append(
             [
-                name, *(_cell(table[:, g]) for g in range(len(names))), _cell(averages),
-                "–" if None in adjusted else _cell(adjusted),
+                name, *(_interval(g.accuracy, g.right.low, g.right.high) for g in report.groups),
+                f"{report.average:.1%}", "–" if report.adjusted is None else f"{report.adjusted:.1%}",
+                _cell(averages - judged.min(1)), _cell(judged.max(1) - judged.min(1)),
             ]
         )  # fmt: skip
-    return markdown(head, rows) + _too_small(names, counts)
+    notes = (INTERVALS + " Adjusted: to the training rows' mix of groups.", *_too_small(names, counts))
+    return GroupTable("Every group", head, rows, notes)
 
 
-def _too_small(names: Sequence[str], counts: Sequence[int]) -> str:
+def _too_small(names: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
     """What to say of groups that no verdict can rest on."""
     small = [name for name, count in zip(names, counts, strict=True) if count < SMALLEST]
     if len(small) == len(names):
-        return f"\n\nAll groups have fewer than {SMALLEST} test rows: no worst group can be trusted."
-    return f"\n\nToo few test rows (below {SMALLEST}) to be called the worst: {', '.join(small)}." if small else ""
+        return (f"All groups have fewer than {SMALLEST} test rows: no worst group can be trusted.",)
+    return (f"Too few test rows (below {SMALLEST}) to be called the worst: {', '.join(small)}.",) if small else ()
 
 
-def rules_table(methods: Mapping[str, Sequence[Result]]) -> str:
+def changes_of_methods(methods: Methods) -> GroupTable:
+    """Accuracy of the teacher, and what distillation changed of it, at the selected epochs of both."""
+    changes = {name: found for name, own in methods.items() if (found := mean_changes(own))}
+    taught = [name for name, own in methods.items() if own[0]["teacher"] is not None]
+    title = "What distillation cost each group"
+    if not changes:
+        missing = "Unknown: the runs have no answers of the teacher to test rows."
+        return GroupTable(title, [], [], (missing,) if taught else ())
+    first = next(iter(changes.values()))
+    rows = [["the teacher's accuracy", *(f"{change.before:.1%}" for change in first)]]
+    rows += [[name, *(_interval(c.change, c.low, c.high, "+") for c in found)] for name, found in changes.items()]
+    return GroupTable(title, ["student minus teacher", *(change.name for change in first)], rows, (INTERVALS,))
+
+
+def exits_of_methods(methods: Methods, most: int | None = None) -> GroupTable:
+    """Every exit by group, mean over seeds: accuracy, confidence, who leaves there, and what a group costs.
+
+    Args:
+        methods: Results by name.
+        most: How many methods to show; None: all.
+
+    Returns:
+        A row for each group of each method.
+    """
+    shown = list(methods)[:most]
+    found = {name: mean_exits(methods[name]) for name in shown}
+    rows = [[name if g == 0 else "", *row] for name, exits in found.items() for g, row in enumerate(exits_rows(exits))]
+    left = len(methods) - len(shown)
+    more = (f"{left} more methods are in report.md.",) if left else ()
+    threshold = next(iter(methods.values()))[0]["study"]["threshold"]
+    note = f"{EXITS_NOTE} Rows leave where confidence is above {threshold:g}; FLOPs are a group's mean."
+    return GroupTable("Exits by group", ["method", *exits_head(next(iter(found.values())))], rows, (note, *more))
+
+
+def detection_table(methods: Methods) -> GroupTable:
+    """Whether weights find the minority: share reweighted, mean weight, in all and by group, and AUROC."""
+    groups = list(next(iter(methods.values()))[0]["groups"]["names"])
+    rows, warned = [], False
+    for name, own in methods.items():
+        found = [w for result in own for w in weights_of(result).values()]
+        if not found:
+            continue
+        few = sum(w.too_few for w in found)
+        alike = (own[0]["method"]["weights"] or {}).get("control") == "mean-matched"  # on purpose
+        warned |= bool(few) and not alike
+        aurocs = [w.auroc for w in found if w.auroc is not None]
+        rows.append([
+            name, f"{np.mean([w.reweighted for w in found]):.1%}", f"{np.mean([w.mean for w in found]):.2f}",
+            *(_number([w.by_group.get(group) for w in found]) for group in groups),
+            f"{np.mean(aurocs):.3f}" if aurocs else "–",
+            f"{min(aurocs):.2f} to {max(aurocs):.2f}" if aurocs else "–",
+            f"too few in {few} of {len(found)}" if few and not alike else "",
+        ])  # fmt: skip
+    head = ["method", "reweighted", "mean weight", *groups, "AUROC", "from to", "epochs"]
+    notes = (
+        "Means over epochs and seeds; under a group: its rows' mean weight. AUROC: of weights as minority detectors.",
+        *([TOO_FEW_NOTE] if warned else []),
+    )
+    return GroupTable("Weights of training rows", head, rows, notes if rows else ())
+
+
+def rules_table(methods: Methods) -> GroupTable:
     """Test worst group by selection rule; how much of a gain is selection."""
     rows = []
     for name, own in methods.items():
         known = [rule for rule in RULES if all(rule in result["rules"] for result in own)]
         rows.append([name, *(_cell(worst(own, rule)) if rule in known else "–" for rule in RULES)])
-    return markdown(["method", *RULES], rows)
+    return GroupTable("Worst group by what each selection rule would have chosen", ["method", *RULES], rows)
 
 
-def budget_lines(methods: Mapping[str, Sequence[Result]]) -> str:
-    """Where group labels were used, methods with the same account together."""
+def labels_table(methods: Methods) -> GroupTable:
+    """Where group labels were used, methods with the same account together; sentences, not rows."""
     lines: dict[str, list[str]] = {}
     for name, own in methods.items():
-        line = LabelBudget({(use, split): count for use, split, count in own[0]["budget"]}).line()
-        lines.setdefault(line, []).append(name)
-    return "\n".join(f"- {', '.join(names)}: {line}" for line, names in lines.items())
+        lines.setdefault(budget_of(own[0]).line(), []).append(name)
+    said = tuple(f"{', '.join(names)}: {line}" for line, names in lines.items())
+    return GroupTable("Where group labels were used", [], [], said)
 
 
-def exits_of_methods(methods: Mapping[str, Sequence[Result]]) -> str:
-    """Accuracy of every exit by group, mean over seeds, and where rows leave."""
-    rows = []
-    for name, own in methods.items():
-        accuracy, rates = (np.mean([r["exits"][key] for r in own], 0) for key in ("accuracy", "exit_rate"))
-        depth = np.mean([r["exits"]["depth"] for r in own], 0)
-        for g, group in enumerate(own[0]["groups"]["names"]):
-            cells = [f"{accuracy[e, g]:.1%} / {rates[e, g]:.0%}" for e in range(len(accuracy))]
-            rows.append([name if g == 0 else "", group, *cells, f"{depth[g]:.2f}"])
-    exits = len(next(iter(methods.values()))[0]["exits"]["accuracy"])
-    head = ["method", "group", *(f"exit {e + 1}" for e in range(exits)), "mean exit"]
-    return markdown(head, rows) + "\n\nUnder an exit: accuracy if all left there / share that does."
-
-
-def detection_table(methods: Mapping[str, Sequence[Result]]) -> str:
-    """Whether weights find the minority: share reweighted, mean weight and AUROC, mean over epochs and seeds."""
-    rows = []
-    for name, own in methods.items():
-        found = [row["weights"] for result in own for row in result["history"] if row.get("weights")]
-        found = [w for w in found if w["reweighted"] > 0]
-        if not found:
-            continue
-        cells = [np.mean([w[key] for w in found]) for key in ("reweighted", "mean")]
-        aurocs = [w["auroc"] for w in found if w["auroc"] is not None]
-        rows.append([
-            name, f"{cells[0]:.1%}", f"{cells[1]:.2f}", f"{np.mean(aurocs):.3f}" if aurocs else "–",
-            f"{min(aurocs):.2f} to {max(aurocs):.2f}" if aurocs else "–",
-        ])  # fmt: skip
-    return markdown(["method", "reweighted", "mean weight", "AUROC of minority", "over epochs and seeds"], rows)
+# ---------------------------------------------------------------- files
 
 
 def summary(results: Sequence[Result], rule: str) -> dict[str, Any]:
@@ -195,13 +264,42 @@ def _difference(result: Paired) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chosen(result: Result, rule: str) -> Any:
-    rules = result["rules"]
-    if rule not in rules:
-        raise ValueError(f"{result['key']} has no epoch by the rule {rule}; it has {', '.join(rules)}")
-    return rules[rule]
+def write_groups(results: Sequence[Result], path: Path) -> None:
+    """Write a CSV file: a row for each group of each run, at the epoch that its study's rule chose.
+
+    Args:
+        results: Of a grid.
+        path: The file; one that is there is replaced.
+    """
+    head = ["method", "teacher", "seed", "group", "n", "accuracy", "low", "high", "nll", "ece", "tpr", "fpr"]
+    head += ["change_from_teacher", "exit_accuracy", "mean_exit", "mean_flops"]
+    rows = []
+    for result in results:
+        changes = {change.name: change.change for change in changes_of(result)}
+        exits = result["exits"]
+        for g, group in enumerate(report_of(result, selected_by(result)).groups):
+            rows.append([
+                result["name"], result["teacher"], result["seed"], group.name, group.n, group.accuracy,
+                group.right.low, group.right.high, None if group.nll != group.nll else group.nll, group.ece, group.tpr,
+                group.fpr, changes.get(group.name), exits["chosen_accuracy"][g], exits["depth"][g], exits["flops"][g],
+            ])  # fmt: skip
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([head, *rows])
+
+    replace_file(path, write)
+
+
+def _interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.1%} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
 def _cell(values: Sequence[float] | NDArray[np.float64]) -> str:
     found = spread(values)
     return f"{found.mean:.1%}" + ("" if found.sd != found.sd else f" ± {found.sd:.1%}")
+
+
+def _number(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.2f}" if known else "–"

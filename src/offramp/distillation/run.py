@@ -5,6 +5,7 @@ training/               see `offramp.classifiers.trainer`; an interrupted run go
 history/                validation after each epoch, and the weights of epochs that a rule would choose
 model/                  the student at the epoch that `select` chose
 predictions.safetensors logits of the test rows, of all exits at that epoch and of the last exit at the last epoch
+weights.safetensors     weights of the training rows at the last epoch, where a method weights them and groups are known
 result.json             everything the report needs; it is there when the run is finished
 """
 
@@ -28,6 +29,7 @@ from offramp.classifiers.saving import load
 from offramp.classifiers.trainer import train_classifier
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
+from offramp.distillation.by_group import found_by_group, keep_weights
 from offramp.distillation.config import APART, Run
 from offramp.distillation.data import group_counts, load_set, minority_of
 from offramp.distillation.early_exits import require_linear
@@ -78,6 +80,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     else:
         _train(run, parts, student, objective, sampling, folder, history)
     result = judged(run, parts, student, history, folder)
+    result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
     found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
     write_json(folder / RESULT, found)
@@ -237,6 +240,7 @@ def _train(
                 now = sampling
             groups = parts.data.train.groups
             more["weights"] = asdict(weight_diagnostics(now.detach().cpu(), groups, minority))
+            keep_weights(folder, now.detach().cpu(), groups, epoch + 1)
         if isinstance(objective, objectives.GroupDRO):
             more["q"] = objective.q.tolist()
         record(history, epoch + 1, student, parts, more)

@@ -52,7 +52,7 @@ class TokenDistillResult:
     Attributes:
         overall: All held-out tokens.
         groups: Those of each group; none if groups are unknown.
-        reweighted: Share of training tokens whose weight was not 1 at the last readout; None: unweighted.
+        reweighted: Share of training tokens that weighed more than the lightest at the last readout; None: unweighted.
         steps: Steps made, those before an interruption included.
         tokens: Tokens trained on.
         seconds: Time the steps took.

@@ -21,7 +21,8 @@ class WeightDiagnostics:
     """The weights of one epoch.
 
     Attributes:
-        reweighted: Share of the rows whose weight is not 1.
+        reweighted: Share of the rows that weigh more than the lightest: a gate leaves all others at the same weight,
+            which is 1, or less after a division by the mean.
         mean: Of all weights.
         quantiles: Of all weights, at `QUANTILES`.
         by_group: Mean weight of each group, by name; NaN for a group without rows; empty if groups are unknown.
@@ -53,7 +54,7 @@ def weight_diagnostics(
     """Look at weights.
 
     Args:
-        weights: Of the N training rows, [N]; 1: not reweighted.
+        weights: Of the N training rows, [N]; only their ratios count but for the mean and quantiles.
         groups: Of these rows; None: unknown.
         minority: Whether a row is of the minority, [N], bool, such as by `minority_rows`; None: unknown.
 
@@ -75,7 +76,7 @@ def weight_diagnostics(
                 f"{what} are given for {rows} rows, weights for {len(weights)}; give those of the same rows"
             )
     w = weights.double()
-    touched = w != 1
+    touched = w > w.min()
     quantiles = np.quantile(w.numpy(), QUANTILES)  # torch's takes at most 2^24 numbers
     by_group = {}
     if groups is not None:

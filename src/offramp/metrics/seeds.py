@@ -79,6 +79,21 @@ def spread(values: ArrayLike) -> Spread:
     return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan"))
 
 
+def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of a mean over seeds; its ends are NaN for one seed.
+
+    Args:
+        values: A figure of each run, [S].
+        level: Of the interval, in (0, 1).
+
+    Returns:
+        Its lower and its upper end.
+    """
+    found, n = spread(values), np.size(values)
+    half = float(stats.t.isf((1 - level) / 2, n - 1)) * found.sd / n**0.5 if n > 1 else float("nan")
+    return found.mean - half, found.mean + half
+
+
 @dataclass(frozen=True)
 class Paired:
     """A method against a reference, seed by seed.
@@ -133,12 +148,12 @@ def paired(method: ArrayLike, reference: ArrayLike, level: float = 0.95) -> Pair
     if not np.isfinite(differences).all():
         raise ValueError("a figure is not finite; leave out the seed in both")
     n, found = len(differences), spread(differences)
-    half = float(stats.t.isf((1 - level) / 2, n - 1)) * found.sd / n**0.5
+    low, high = t_interval(differences, level)
     alike = found.sd <= 1e-12 * max(1.0, abs(found.mean))
     t_p = None if alike else float(2 * stats.t.sf(abs(found.mean) / (found.sd / n**0.5), n - 1))
     signed = differences[np.abs(differences) > 1e-12]  # Wilcoxon: without the zeros
     wilcoxon_p = float(stats.wilcoxon(signed).pvalue) if len(signed) else 1.0
-    return Paired(n, found, found.mean - half, found.mean + half, t_p, wilcoxon_p)
+    return Paired(n, found, low, high, t_p, wilcoxon_p)
 
 
 def compare(methods: Mapping[str, ArrayLike], reference: ArrayLike, level: float = 0.95) -> dict[str, Paired]:

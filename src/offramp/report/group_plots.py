@@ -17,11 +17,12 @@ COLOURS = (BLUE, ORANGE, GREEN, GREY)
 """Of the models in one picture, in turn."""
 
 
-def groups_figure(reports: Mapping[str, GroupReport]) -> Any:
+def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson intervals") -> Any:
     """Accuracy of every group with its interval, side by side for several models; lines at their averages.
 
     Args:
         reports: By name of the model, at least one, all of the same groups.
+        whiskers: What their intervals are, for the footnote.
 
     Returns:
         The figure.
@@ -36,30 +37,39 @@ def groups_figure(reports: Mapping[str, GroupReport]) -> Any:
         colour = COLOURS[place % len(COLOURS)]
         x = np.arange(len(names)) - 0.4 + width * (place + 0.5)
         values = [group.accuracy for group in report.groups]
-        whiskers = [
+        ends = [
             [max(g.accuracy - g.right.low, 0.0) for g in report.groups],
             [max(g.right.high - g.accuracy, 0.0) for g in report.groups],
         ]
         axes.bar(x, values, 0.92 * width, color=colour, label=model)
-        axes.errorbar(x, values, yerr=whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        axes.errorbar(x, values, yerr=ends, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         axes.axhline(report.average, color=colour, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1.02)
     axes.set_xticks(range(len(names)), [_two_lines(f"{g.name}\nn = {g.n:,}") for g in first.groups])
     axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("accuracy")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=9)
-    _footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: Wilson intervals; dotted: average over all rows")
+    _footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: {whiskers}; dotted: average over all rows")
     return figure
 
 
-def exits_figure(exits: ExitsByGroup) -> Any:
-    """Exit x group: accuracy as colour, and in each cell accuracy, confidence and the share that leaves there."""
+def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
+    """Exit x group: accuracy as colour, and in each cell accuracy, confidence and the share that leaves there.
+
+    Args:
+        exits: Of one model, or means over several.
+        model: Its name, for the title.
+
+    Returns:
+        The figure.
+    """
     depth = exits.depth.tolist()
     slowest, fastest = (exits.names[depth.index(choose(depth))] for choose in (max, min))
     count, groups = exits.accuracy.shape
     figure = require_matplotlib().figure.Figure(figsize=(3 + 1.5 * count, 2 + 0.6 * groups), layout="constrained")
+    begin = f"{model}: latest" if model else "Latest"
     figure.suptitle(
-        f"Latest to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
+        f"{begin} to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
         x=0.01, ha="left", fontsize=13, fontweight="bold",
     )  # fmt: skip
     axes = figure.add_subplot()
@@ -81,13 +91,14 @@ def exits_figure(exits: ExitsByGroup) -> Any:
     return figure
 
 
-def weights_figure(weights: Tensor, groups: Groups, *, epoch: int) -> Any:
+def weights_figure(weights: Tensor, groups: Groups, *, epoch: int, model: str = "") -> Any:
     """Histograms of the weights of each group's rows, one below the other on the same axis.
 
     Args:
         weights: Of the N training rows, [N], above 0.
         groups: Of these rows.
         epoch: After which they were set.
+        model: Its name, for the title.
 
     Returns:
         The figure.
@@ -98,7 +109,7 @@ def weights_figure(weights: Tensor, groups: Groups, *, epoch: int) -> Any:
     }
     heaviest = max(means, key=lambda name: means[name])
     figure.suptitle(
-        f"Epoch {epoch}: {heaviest} weigh most, {means[heaviest]:.2f} on average",
+        f"{model}{', epoch' if model else 'Epoch'} {epoch}: {heaviest} weigh most, {means[heaviest]:.2f} on average",
         x=0.01, ha="left", fontsize=13, fontweight="bold",
     )  # fmt: skip
     values = weights.double().numpy()

@@ -1,43 +1,59 @@
-"""Reports on groups: tables for a terminal that are Markdown as well, JSON and CSV."""
+"""Tables on groups, for a terminal and for pages: of one model first, of methods over seeds last."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from offramp.files import replace_file, write_json
 from offramp.metrics.group_changes import GroupChange
-from offramp.metrics.group_exits import ExitsByGroup
-from offramp.metrics.group_weights import WeightDiagnostics
+from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
+from offramp.metrics.group_weights import TOO_FEW, WeightDiagnostics
 from offramp.metrics.groups import GroupReport
 from offramp.metrics.seeds import Paired, SeedSummary, Spread
-from offramp.metrics.selection import Epoch, LabelBudget, choices
+from offramp.metrics.selection import Epoch, choices
 from offramp.tables import markdown
 
-SCHEMA = "offramp/groups/1"
 
+@dataclass(frozen=True)
+class GroupTable:
+    """A table with what is to be said of it.
 
-def groups_table(report: GroupReport) -> str:
-    """Every group, then the aggregates.
-
-    Args:
-        report: Of a split.
-
-    Returns:
-        A table and a line.
+    Attributes:
+        title: What it shows.
+        head: Of the columns.
+        rows: Cells, the first of each its name.
+        notes: Sentences for under it.
     """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """As Markdown that reads well in a terminal, without the title."""
+        return "\n\n".join([*([markdown(self.head, self.rows)] if self.rows else []), *self.notes])
+
+
+TOO_FEW_NOTE = (
+    f"Too few: below {TOO_FEW:.1%} of the rows weigh more than the others, so weights do next to nothing; the readout "
+    "has hardly an error left: read at an earlier block, or teach the readout less."
+)
+EXITS_NOTE = "Under an exit: accuracy if all left there / mean confidence there / share that leaves there."
+
+
+def groups_table(report: GroupReport) -> GroupTable:
+    """Every group, then the aggregates."""
     binary = any(group.tpr is not None or group.fpr is not None for group in report.groups)
     shortcut = any(group.shortcut is not None for group in report.groups)
     head = ["group", "n", "accuracy", "interval", "NLL", "ECE", *(["TPR", "FPR"] if binary else [])]
     head += [*(["as attribute"] if shortcut else []), ""]
     rows = [
         [
-            g.name, f"{g.n:,}", _percent(g.accuracy), f"{g.right.low:.1%} to {g.right.high:.1%}", f"{g.nll:.3f}",
+            g.name, f"{g.n:,}", _percent(g.accuracy), f"{g.right.low:.1%} to {g.right.high:.1%}", _number(g.nll),
             _number(g.ece), *([_percent(g.tpr), _percent(g.fpr)] if binary else []),
             *([_percent(g.shortcut)] if shortcut else []),
             "too small" if g.small else "worst" if g == report.worst else "",
@@ -55,35 +71,69 @@ def groups_table(report: GroupReport) -> str:
         f"best minus worst {_percent(report.pairwise_gap)}",
         f"worst / best {_number(report.pairwise_ratio)}",
     ]
-    return f"{markdown(head, rows)}\n\n{report.split}, {report.n:,} rows: {', '.join(said)}."
+    return GroupTable("Every group", head, rows, (f"{report.split}, {report.n:,} rows: {', '.join(said)}.",))
 
 
-def changes_table(changes: Sequence[GroupChange]) -> str:
-    """What a change of model did to each group."""
+def changes_table(changes: Sequence[GroupChange]) -> GroupTable:
+    """What a change of model, from teacher to student, did to each group."""
     rows = [
         [
             c.name, f"{c.n:,}", _percent(c.before), _percent(c.after),
             f"{c.change:+.1%} ({c.low:+.1%} to {c.high:+.1%})", "" if c.shown else "no difference shown",
         ] for c in changes
     ]  # fmt: skip
-    return markdown(["group", "n", "before", "after", "change (interval)", ""], rows)
+    head = ["group", "n", "teacher", "student", "change (interval)", ""]
+    return GroupTable("What distillation cost each group", head, rows, ("Intervals: paired bootstrap over rows.",))
 
 
-def exits_table(exits: ExitsByGroup) -> str:
-    """Accuracy of every exit by group, the share that leaves there, and what a group costs."""
+def exits_head(exits: ExitsByGroup) -> list[str]:
+    """Columns for `exits_rows`."""
+    return ["group", *(f"exit {e + 1}" for e in range(len(exits.costs))), "at its exit", "mean exit", "FLOPs"]
+
+
+def exits_rows(exits: ExitsByGroup) -> list[list[str]]:
+    """A row per group: each exit, accuracy where rows leave, and what that costs."""
     count = len(exits.costs)
-    head = ["group", "n", *(f"exit {e + 1}" for e in range(count)), "at its exit", "mean exit", "FLOPs"]
-    rows = [
+    return [
         [
-            name, f"{int(exits.counts[g]):,}",
-            *(f"{exits.accuracy[e, g]:.1%} / {exits.exit_rate[e, g]:.0%}" for e in range(count)),
+            name,
+            *(
+                f"{exits.accuracy[e, g]:.1%} / {exits.confidence[e, g]:.1%} / {exits.exit_rate[e, g]:.0%}"
+                for e in range(count)
+            ),
             f"{exits.chosen_accuracy[g]:.1%}", f"{exits.depth[g]:.2f}", f"{exits.flops[g]:.3g}",
         ] for g, name in enumerate(exits.names)
     ]  # fmt: skip
-    return f"{markdown(head, rows)}\n\nUnder an exit: accuracy if all left there / share that does."
 
 
-def selection_table(history: Sequence[Epoch]) -> str:
+def exits_table(exits: ExitsByGroup) -> GroupTable:
+    """Accuracy and confidence of every exit by group, the share that leaves there, and what a group costs."""
+    costs = ", ".join(f"{cost:.3g}" for cost in exits.costs.tolist())
+    notes = (EXITS_NOTE, f"FLOPs up to the exits: {costs}.")
+    return GroupTable("Exits by group", exits_head(exits), exits_rows(exits), notes)
+
+
+def budgets_table(budgets: Mapping[float, BudgetByGroup], names: Sequence[str]) -> GroupTable:
+    """The worst group at each threshold of confidence, and what each group costs there.
+
+    Args:
+        budgets: By threshold.
+        names: Of the groups.
+
+    Returns:
+        A row per threshold.
+    """
+    head = ["leave above", "FLOPs", "average", "worst group", "", *(f"FLOPs: {name}" for name in names)]
+    rows = [
+        [
+            _percent(at), f"{b.flops:.3g}", _percent(b.average), _percent(b.worst), b.group,
+            *(f"{cost:.3g}" for cost in b.group_flops.tolist()),
+        ] for at, b in budgets.items()
+    ]  # fmt: skip
+    return GroupTable("The worst group at each budget", head, rows, ("FLOPs are means over rows.",))
+
+
+def selection_table(history: Sequence[Epoch]) -> GroupTable:
     """What each rule would have chosen from a run, and how the test rows fare there."""
 
     def cells(rule: str, epoch: Epoch) -> list[str]:
@@ -94,24 +144,31 @@ def selection_table(history: Sequence[Epoch]) -> str:
         ]  # fmt: skip
 
     head = ["rule", "epoch", "val average", "val worst group", "test average", "test worst group"]
-    return markdown(head, [cells(rule, epoch) for rule, epoch in choices(history).items()])
+    rows = [cells(rule, epoch) for rule, epoch in choices(history).items()]
+    return GroupTable("What each rule would have chosen", head, rows)
 
 
-def weights_table(epochs: Mapping[int, WeightDiagnostics]) -> str:
-    """Weights of every epoch: how many, how much, and whether they find the minority."""
-    head = ["epoch", "reweighted", "mean", "median", "largest", "AUROC", "precision", "recall", ""]
+def weights_table(epochs: Mapping[int, WeightDiagnostics]) -> GroupTable:
+    """Weights of every epoch: how many, how much, for whom, and whether they find the minority."""
+    names = list(next(iter(epochs.values())).by_group) if epochs else []
+    head = ["epoch", "reweighted", "mean", "median", "largest", *(f"mean: {name}" for name in names)]
+    head += ["AUROC", "precision", "recall", ""]
     rows = [
         [
             f"{epoch}", _percent(w.reweighted), f"{w.mean:.2f}", f"{w.quantiles[3]:.2f}", f"{w.quantiles[-1]:.2f}",
+            *("–" if (mean := w.by_group.get(name)) is None else f"{mean:.2f}" for name in names),
             _number(w.auroc), _number(w.precision), _number(w.recall), "too few" if w.too_few else "",
         ] for epoch, w in epochs.items()
     ]  # fmt: skip
-    return markdown(head, rows)
+    notes = ["AUROC, precision and recall: of the weights as detectors of the minority."]
+    if any(w.too_few for w in epochs.values()):
+        notes.append(TOO_FEW_NOTE)
+    return GroupTable("Weights after each epoch", head, rows, tuple(notes))
 
 
 def seeds_table(
     summaries: Mapping[str, SeedSummary], comparisons: Mapping[str, Paired], reference: str | None = None
-) -> str:
+) -> GroupTable:
     """Methods over seeds.
 
     Args:
@@ -140,78 +197,7 @@ def seeds_table(
                 ),
             ]
         )  # fmt: skip
-    return markdown(head, rows)
-
-
-def report_dict(
-    report: GroupReport,
-    *,
-    budget: LabelBudget,
-    changes: Sequence[GroupChange] = (),
-    exits: ExitsByGroup | None = None,
-    weights: Mapping[int, WeightDiagnostics] | None = None,
-    history: Sequence[Epoch] = (),
-) -> dict[str, Any]:
-    """JSON values of what is known about a model's groups.
-
-    Args:
-        report: Of the test split.
-        budget: Where group labels were used.
-        changes: From the teacher, or another model.
-        exits: Exits by group.
-        weights: Diagnostics by epoch.
-        history: Of the run.
-
-    Returns:
-        An object with a `schema`; numbers that do not exist are null.
-    """
-    worst = report.worst
-    values = {
-        "schema": SCHEMA,
-        "split": report.split,
-        "rows": report.n,
-        "groups": [dataclasses.asdict(group) for group in report.groups],
-        "average": report.average,
-        "adjusted": report.adjusted,
-        "group_mean": report.group_mean,
-        "worst": None if worst is None else {"name": worst.name, "n": worst.n, "accuracy": worst.accuracy},
-        "gap": report.gap,
-        "pairwise_gap": report.pairwise_gap,
-        "pairwise_ratio": report.pairwise_ratio,
-        "changes": [dataclasses.asdict(change) for change in changes],
-        "exits": None if exits is None else dataclasses.asdict(exits),
-        "weights": {str(epoch): dataclasses.asdict(found) for epoch, found in (weights or {}).items()},
-        "selection": {rule: dataclasses.asdict(epoch) for rule, epoch in choices(history).items()} if history else {},
-        "label_budget": {f"{use}, {split}": count for (use, split), count in budget.used.items()},
-        "label_free": budget.label_free,
-    }
-    return plain(values)  # type: ignore[no-any-return]
-
-
-def save_report(values: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write groups.json and groups.csv, a row per group.
-
-    Args:
-        values: Of `report_dict`.
-        folder: Where to; made if missing.
-
-    Returns:
-        The files.
-    """
-    write_json(folder / "groups.json", dict(values))
-    rows = []
-    for group in values["groups"]:
-        right = {"accuracy": group["right"]["value"], "low": group["right"]["low"], "high": group["right"]["high"]}
-        rows.append({"name": group["name"], "n": group["n"]} | right | {k: v for k, v in group.items() if k != "right"})
-
-    def write(path: Path) -> None:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    replace_file(folder / "groups.csv", write)
-    return [folder / "groups.json", folder / "groups.csv"]
+    return GroupTable("Worst group", head, rows)
 
 
 def _spread(value: Spread) -> str:
@@ -223,7 +209,7 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None or value != value else f"{value:.3f}"
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0)
     """Write a report.
 
     Args:
-        runs: Folders of `offramp train`, `evaluate`, `calibrate` and `probe`, and JSON files of `probe`.
+        runs: Folders of `offramp train`, `evaluate`, `calibrate`, `probe` and `distill`, and JSON files of `probe`.
         out: The HTML file; one that is there is replaced.
         examples: How many examples to show of each evaluation.
         seed: Of their choice.

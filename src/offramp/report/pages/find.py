@@ -13,22 +13,27 @@ from offramp.calibration.result import SCHEMA as CALIBRATION
 from offramp.classifiers.calibrate import SCHEMA as CLASSIFIER_CALIBRATION
 from offramp.classifiers.result import SCHEMA as CLASSIFIER_EVALUATION
 from offramp.classifiers.trainer import SCHEMA as CLASSIFIER_TRAINING
+from offramp.distillation.config import SCHEMA as DISTILLATION
 from offramp.evaluation.result import RESULTS
 from offramp.evaluation.result import SCHEMA as EVALUATION
 from offramp.probe import SCHEMA as PROBE
-from offramp.report.pages import calibration, classifiers, evaluation, probe, training
+from offramp.report.pages import calibration, classifiers, distillation, evaluation, probe, training
 from offramp.report.pages.blocks import Page
 from offramp.training.trainer import SCHEMA as TRAINING
 
-UNFINISHED = {"offramp/evaluate-config/1": "evaluation", "offramp/calibrate-config/1": "calibration"}
+UNFINISHED = {
+    "offramp/evaluate-config/1": "evaluation", "offramp/calibrate-config/1": "calibration", DISTILLATION: "distillation"
+}  # fmt: skip
 """Schemas of config.json beside which a result is missing as long as the run is not finished."""
+COMMANDS = "offramp train, evaluate, calibrate, probe or distill"
 
 
 def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
     """The pages of one run.
 
     Args:
-        path: A folder of `offramp train`, `evaluate`, `calibrate` or `probe`, or a JSON file of `probe`.
+        path: A folder of `offramp train`, `evaluate`, `calibrate`, `probe` or `distill`, one run of the last or the
+            grid; or a JSON file of `probe`.
         examples: How many examples to show of an evaluation.
         seed: Of their choice.
 
@@ -46,20 +51,23 @@ def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
         (RESULTS, CLASSIFIER_EVALUATION, classifiers.evaluation_page),
         ("config.json", CLASSIFIER_TRAINING, classifiers.training_page),
         (RESULT, CLASSIFIER_CALIBRATION, classifiers.calibration_page),
+        (RESULT, DISTILLATION, distillation.run_page),
     ]
     if not path.exists():
-        raise ValueError(f"there is no {path}; give a folder of offramp train, evaluate, calibrate or probe")
+        raise ValueError(f"there is no {path}; give a folder of {COMMANDS}")
     if path.is_file():
         probed = _read(path)
         if probed.get("schema") != PROBE:
             raise ValueError(f"{path} is a file that is no probe; give the folder of the run")
         return [_page(probe.page, path, probed)]
     found = [(make, values) for name, schema, make in kinds if (values := _of(path / name, schema))]
+    if not found and distillation.is_grid(path):
+        return [_page(lambda folder, _: distillation.grid_page(folder), path, {})]
     if not found:
         config = _read(path / "config.json") if (path / "config.json").is_file() else {}
         if (what := UNFINISHED.get(str(config.get("schema")))) is not None:
             raise ValueError(f"the {what} in {path} is not finished; start it again with the same options to go on")
-        raise ValueError(f"{path} holds no run of offramp train, evaluate, calibrate or probe that this version reads")
+        raise ValueError(f"{path} holds no run of {COMMANDS} that this version reads")
     return [_page(make, path, values) for make, values in found]
 
 
