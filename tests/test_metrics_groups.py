@@ -349,6 +349,12 @@ def test_what_each_rule_chooses():
     ]  # fmt: skip
 
 
+def test_of_epochs_that_are_alike_the_best_on_average_is_chosen():
+    """With a group that no epoch gets right, the first epoch would be a model that has learnt nothing."""
+    history = [epoch(1, 0.3, 1, 0, 0.3, 0), epoch(2, 0.8, 1, 0, 0.8, 0), epoch(3, 0.8, 1, 0, 0.8, 0)]
+    assert {select(history, rule).number for rule in ("val_worst_group", "val_worst_class", "val_loss")} == {2}
+
+
 def test_rules_that_need_groups():
     blind = [epoch(1, 0.9, 0.3, 0.6), epoch(2, 0.8, 0.2, 0.7)]
     assert list(choices(blind)) == ["last", "val_average", "val_worst_class", "val_loss"]

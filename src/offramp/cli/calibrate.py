@@ -89,7 +89,11 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(help="Use only this many examples, chosen at random.")] = None,
     seed: Annotated[int, typer.Option(help="Of that choice, of the splits and of the order of draws.")] = 0,
     validate: Annotated[
-        int, typer.Option(metavar="R", help="Repeat the calibration over R random splits, and count broken promises.")
+        int,
+        typer.Option(
+            metavar="R",
+            help="Repeat the calibration R times, by draws with replacement and by splits; count broken promises.",
+        ),
     ] = 0,
     posterior: p.Posterior = None,
     alpha: p.Alpha = 0.1,

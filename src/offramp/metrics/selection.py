@@ -82,7 +82,7 @@ RULES: Mapping[str, Callable[[Epoch], float | None]] = MappingProxyType(
         "val_loss": lambda epoch: -epoch.val.loss,
     }
 )
-"""What is to be largest, by name; of several such epochs the first is chosen."""
+"""What is to be largest, by name; of several such epochs the one with the best average, of those the first."""
 WITH_GROUPS = ("val_group_mean", "val_worst_group")
 """Rules that use group labels of validation rows."""
 
@@ -108,7 +108,7 @@ def select(history: Sequence[Epoch], rule: str) -> Epoch:
     if any(value is None for value in values):
         known = ", ".join(name for name in RULES if name not in WITH_GROUPS)
         raise ValueError(f"the rule {rule} needs groups of validation rows; give them, or select by one of {known}")
-    return history[max(range(len(values)), key=lambda i: (values[i], -i))]
+    return history[max(range(len(values)), key=lambda i: (values[i], history[i].val.average, -i))]
 
 
 def choices(history: Sequence[Epoch]) -> dict[str, Epoch]:
