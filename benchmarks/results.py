@@ -94,6 +94,9 @@ STUDIES = {
             Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --batch-size 8 --sweep "
                  "--confidence softmax --threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 2,3 "
                  "--vocabulary none,fixed", "sweep"),
+            Step("Low thresholds on the whole validation set (200 of its sentences are the sweep's)",
+                 f"evaluate {_T5} --batch-size 16 --confidence softmax --threshold 0.2,0.4 --min-layer 2 "
+                 "--vocabulary fixed", "whole"),
             Step("Sentences to fit on", "halves {data}/multi30k/val.en.gz {run}/fit.en {run}/judge.en", "halves-en",
                  shows=False),
             Step("Their translations", "halves {data}/multi30k/val.de.gz {run}/fit.de {run}/judge.de", "halves-de",
