@@ -366,7 +366,7 @@ def test_an_image_is_classified_as_the_row_it_was(fitted, images):
 
 def test_pairs_need_two_texts(tmp_path):
     bert = save_bert(tmp_path / "bert")
-    lines = [f"a film\tgood plot {i % 5}\t{i % 3}" for i in range(120)]
+    lines = [f"a film\tgood plot {i}\t{i % 3}" for i in range(120)]
     (tmp_path / "pairs.tsv").write_text("one\ttwo\tlabel\n" + "\n".join(lines) + "\n")
     config = DataConfig(TEXTS, text="one", pair="two")
     model = load(saved(str(bert), config, tmp_path / "pairs.tsv", tmp_path / "model"))

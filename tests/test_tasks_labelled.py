@@ -177,6 +177,8 @@ def test_shares_must_add_up(shares):
 def test_too_few_rows_say_so():
     with pytest.raises(ValueError, match="has 3 rows, too few"):
         split(texts([0, 1, 2]))
+    with pytest.raises(ValueError, match="60 rows, 2 of them distinct, too few"):
+        split(replace(texts([0, 1, 2] * 20), inputs=("a", "b") * 30))
     with pytest.raises(ValueError, match="6 rows in 1 clusters, too few"):
         split(texts([0, 1, 2] * 2, clusters=["same"] * 6))
 

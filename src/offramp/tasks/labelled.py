@@ -153,7 +153,9 @@ def split(
         part = _by_row(strata, values, generator)[firsts(keys)]
     found = {name: data.take(np.flatnonzero(part == at).tolist()) for at, name in enumerate(own)}
     if empty := [name for name, rows in found.items() if not len(rows)]:
+        distinct = len(set(keys))
         units = f" in {len(set(data.clusters))} clusters" if data.clusters else ""
+        units += f", {distinct} of them distinct" if distinct < len(data) else ""
         raise ValueError(
             f"{data.source or 'the data'} has {len(data)} rows{units}, too few: the split {empty[0]} would be empty; "
             "give more rows or fewer splits"
