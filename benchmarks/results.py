@@ -56,6 +56,10 @@ SCRIPTS = ("new_t5", "figures", "baseline")
 """Commands that are a file in benchmarks/ of that name."""
 _TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
 _T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
+_CERTIFY = (
+    "--batch-size 16 --vocabulary fixed --metric chrf --bound wsr --thresholds 0.95,0.9,0.8,0.6,0.4,0.3,0.2,0.1,0 "
+    "--validate 200"
+)
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
 _QUESTIONS = "smollm2 --dtype bfloat16 --task question-answering"
@@ -108,10 +112,10 @@ STUDIES = {
                  "{run}/posterior/exits --task translation --data {run}/judge.en --target {run}/judge.de --limit 200 "
                  "--batch-size 8 --confidence softmax,laplace,conformal,avcs "
                  "--threshold 0.3,0.5,0.7,0.9", "posteriors"),
-            Step("A certificate at tolerance 0.05", f"calibrate {_T5} --batch-size 16 --tolerance 0.05 --validate 200",
-                 "calibrate-05", folder="calibrate"),
-            Step("A certificate at tolerance 0.10", f"calibrate {_T5} --batch-size 16 --tolerance 0.10 --validate 200",
-                 "calibrate-10", folder="calibrate"),
+            Step("A certificate at tolerance 0.05", f"calibrate {_T5} {_CERTIFY} --tolerance 0.05", "calibrate-05",
+                 folder="calibrate"),
+            Step("A certificate at tolerance 0.10", f"calibrate {_T5} {_CERTIFY} --tolerance 0.10", "calibrate-10",
+                 folder="calibrate"),
         ),
     ),
     "summarisation": Study(
