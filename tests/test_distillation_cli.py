@@ -200,6 +200,7 @@ def test_a_stand_in_needs_nothing_else(tmp_path):
     [
         (["small-cnn:4"], "--data is missing"),
         (["--data", "stand-in:digits-on-colour", "--config", "{}"], "no such file"),
+        (["small-cnn:4", "--data", "stand-in:digits-on-colour", "--device", "moon"], "device 'moon' is not available"),
         (["small-cnn:4", "--data", "stand-in:colours"], "there is no stand-in 'colours'"),
         (["small-cnn:4", "--data", "somewhere"], "the task is None; choose one of waterbirds"),
         (["small-cnn:4", "--data", "no-folder", "--task", "waterbirds", "--seeds", "1"], "no-folder is missing"),
