@@ -64,11 +64,15 @@ def test_a_run_that_is_killed_while_it_is_judged_is_not_trained_again(study, tmp
     run = one(study, "dedier", "erm")
     whole = result_of(ensure(run, tmp_path / "whole"))
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    save = judging._save_predictions
+
+    def killed(path, *rest):
+        if run.key in str(path):
+            raise KeyboardInterrupt
+        save(path, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(judging, "_save_predictions", lambda path, *rest: killed() if run.key in str(path) else None)
+        patched.setattr(judging, "_save_predictions", killed)
         with pytest.raises(KeyboardInterrupt):
             ensure(run, tmp_path / "cut")
     metrics = tmp_path / "cut" / "runs" / run.key / "training" / "metrics.jsonl"
