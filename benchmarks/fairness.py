@@ -36,7 +36,7 @@ from offramp.distillation.report import (
     rules_table,
     worst,
 )
-from offramp.distillation.results import Result
+from offramp.distillation.results import Result, results_in
 from offramp.metrics.seeds import paired, spread
 from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib, save_figures
 from offramp.tables import markdown
@@ -92,14 +92,10 @@ def run(name: str, options: argparse.Namespace) -> None:
         run_grid(runs(same, ["kd"], teachers, seeds, settings), root / "self", processes=options.processes)
 
 
-def results_in(root: Path) -> list[dict[str, Any]]:
+def with_self(root: Path) -> list[dict[str, Any]]:
     """All finished runs, with those of self-distillation under a name of their own."""
-    found = []
-    for place, suffix in ((root, ""), (root / "self", "+self")):
-        for path in sorted((place / "runs").glob("*/result.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            result["name"] += suffix
-            found.append(result)
+    places = [(place, suffix) for place, suffix in ((root, ""), (root / "self", "+self")) if (place / "runs").is_dir()]
+    found = [{**r, "name": r["name"] + suffix} for place, suffix in places for r in results_in(place)[0]]
     order = {name: at for at, name in enumerate((*METHODS, *SELF))}
     return sorted(found, key=lambda r: (order.get(r["name"], 999), r["teacher"] or "", r["seed"]))
 
@@ -298,7 +294,7 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
 
 def page(out: Path, target: Path) -> None:
     """Write the page and its pictures from all finished runs."""
-    found = {name: (results_in(out / name), teachers_in(out / name)) for name in STUDIES}
+    found = {name: (with_self(out / name), teachers_in(out / name)) for name in STUDIES}
     found = {name: pair for name, pair in found.items() if pair[0]}
     if not found:
         raise SystemExit(f"{out} holds no finished run")

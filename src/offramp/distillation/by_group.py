@@ -20,6 +20,7 @@ from offramp.metrics.group_changes import group_changes
 from offramp.metrics.group_exits import budgets_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import group_report
+from offramp.risk.budgets import leave
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.uncertainty.outputs import ExitOutputs
 
@@ -53,7 +54,8 @@ def found_by_group(
         train_counts=data.counts().get("train"),
     )  # fmt: skip
     outputs = ExitOutputs([logits.new_empty(len(test), 0)] * len(logits), logits, labels, torch.as_tensor(costs))
-    chosen = [_leaving(logits, threshold) for threshold in THRESHOLDS]
+    sure = logits.softmax(-1).amax(-1)  # [E, N]
+    chosen = [leave(sure, sure.new_full((len(sure),), threshold)) for threshold in THRESHOLDS]
     budgets = budgets_by_group(outputs, chosen, test.groups, split="test")
     taught = _teachers_logits(run, test, need)
     changes = None if taught is None else group_changes(
@@ -117,13 +119,6 @@ def kept_weights(folder: Path) -> tuple[Tensor, Groups, int] | None:
         header = file.metadata()
         groups = Groups(tuple(json.loads(header["groups"])), file.get_tensor("members"))
         return file.get_tensor("weights"), groups, int(header["epoch"])
-
-
-def _leaving(logits: Tensor, threshold: float) -> Tensor:
-    """The first exit whose largest probability is above a threshold, [N]."""
-    sure = logits.softmax(-1).amax(-1) > threshold
-    sure[-1] = True
-    return sure.long().argmax(0)
 
 
 def _selected(folder: Path, test: Grouped) -> Tensor:

@@ -15,6 +15,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.outputs import collect
 from offramp.distillation import teacher as teachers
 from offramp.distillation.budget import label_budget
+from offramp.distillation.by_group import PREDICTIONS
 from offramp.distillation.config import Run
 from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.history import History
@@ -25,6 +26,7 @@ from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import flip_rate, group_report
 from offramp.metrics.selection import judge
 from offramp.report.groups import plain
+from offramp.risk.budgets import leave
 
 
 def record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:
@@ -71,10 +73,10 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     outputs = collect(
         student, ((parts.test.inputs(places), labels[places]) for places in chunks(len(test))), ids=test.rows.ids
     )
-    _save_predictions(folder / "predictions.safetensors", outputs.logits, logits[chosen["last"]], test.rows.ids)
-    sure = outputs.logits.softmax(-1).amax(-1) > run.study.threshold
-    sure[-1] = True
-    exits = exits_by_group(outputs, sure.long().argmax(0), groups, split="test")
+    _save_predictions(folder / PREDICTIONS, outputs.logits, logits[chosen["last"]], test.rows.ids)
+    sure = outputs.logits.softmax(-1).amax(-1)  # [E, N]
+    left = leave(sure, sure.new_full((len(sure),), run.study.threshold))
+    exits = exits_by_group(outputs, left, groups, split="test")
     counts = parts.data.counts().get("train")
     report = group_report(outputs.logits[-1], labels, groups, split="test", train_counts=counts)
     flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
