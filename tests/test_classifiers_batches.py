@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from classifier_runs import images, rows
-from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, TextRows, in_order, order
+from offramp.classifiers.batches import (
+    IMAGENET,
+    Augmentation,
+    ImagePreprocessing,
+    ImageRows,
+    TextRows,
+    by_length,
+    in_order,
+    order,
+)
 from offramp.tasks.labelled import Labelled
 from tiny import tokenizer
 
@@ -135,3 +144,12 @@ def test_texts_of_like_length_go_together():
     prepared = TextRows(texts(lengths), tokenizer())
     padded = sum(len(places) * int(prepared.lengths[places].max()) for places in order(prepared, 8, 0, 0))
     assert padded < 1.1 * sum(lengths)
+
+
+def test_passes_over_all_rows_by_length_come_back_in_order():
+    lengths = np.random.default_rng(0).integers(1, 40, 500).tolist()
+    prepared = TextRows(texts(lengths), tokenizer())
+    batches = by_length(prepared, 8)
+    assert sum(len(places) * int(prepared.lengths[places].max()) for places in batches) < 1.1 * sum(lengths)
+    tokens = torch.cat([prepared.inputs(places)["attention_mask"].sum(1) for places in batches])
+    assert tokens[torch.cat(batches).argsort()].tolist() == lengths

@@ -82,6 +82,19 @@ def in_order(rows: Rows, size: int) -> Iterator[tuple[Inputs, Tensor]]:
         yield rows.inputs(places), rows.data.labels[places]
 
 
+def by_length(rows: Rows, size: int = 256) -> list[Tensor]:
+    """All rows in batches of like length: in their own order short texts would be padded to long ones.
+
+    Args:
+        rows: N of them.
+        size: Rows of a batch.
+
+    Returns:
+        Places, [B] each. What is made of them is in the rows' order again at `torch.cat(places).argsort()`.
+    """
+    return list(torch.split(rows.lengths.argsort(stable=True), size))
+
+
 def order(rows: Rows, size: int, seed: int, epoch: int, sampling: Tensor | None = None) -> list[Tensor]:
     """The batches of an epoch, a function of (seed, epoch).
 

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.classifiers.batches import Batch, Rows, batch, order
+from offramp.classifiers.batches import Batch, Rows, batch, by_length, order
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
 from offramp.exits import fingerprint
 from offramp.machine import describe
 from offramp.tables import markdown
 from offramp.tasks.labelled import require_apart
+from offramp.training.optimiser import adamw
 from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened
 
 SCHEMA = "offramp/train-classifier/1"
@@ -321,7 +322,7 @@ class _Trainer:
     def _validate(self, clock: Clock) -> None:
         self.model.eval()
         sums, rows = [], self.validation
-        for places in torch.split(rows.lengths.argsort(stable=True), self.config.batch_size):
+        for places in by_length(rows, self.config.batch_size):
             part = self._batch(rows, places)
             with self._autocast():
                 outputs = self.model(part.inputs)
@@ -355,4 +356,4 @@ def _optimiser(parameters: Sequence[nn.Parameter], config: ClassifierTrainConfig
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, config.learning_rate)
+    return adamw(groups, config.learning_rate)

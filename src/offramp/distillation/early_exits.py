@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.backbone import evaluating
-from offramp.classifiers.batches import Rows
+from offramp.classifiers.batches import Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 
 DECAY = 1e-4
 """Of the readouts' weights, on standardised features."""
-CHUNK = 256
 
 
 def fit_early_exits(student: EarlyExitClassifier, rows: Rows, steps: int = 40) -> None:
@@ -33,12 +32,14 @@ def fit_early_exits(student: EarlyExitClassifier, rows: Rows, steps: int = 40) -
     if not heads:
         return
     found: list[list[Tensor]] = [[] for _ in heads]
+    batches = by_length(rows)
     with torch.no_grad(), evaluating(student):
-        for places in torch.split(torch.arange(len(rows.data)), CHUNK):
+        for places in batches:
             for parts, output in zip(found, student(rows.inputs(places)), strict=False):
                 parts.append(output.features.float())
+    labels = rows.data.labels[torch.cat(batches)].to(student.device)
     for head, parts in zip(heads, found, strict=True):
-        _fit(head.linear, torch.cat(parts), rows.data.labels.to(student.device), steps)
+        _fit(head.linear, torch.cat(parts), labels, steps)
 
 
 def require_linear(student: EarlyExitClassifier) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.classifiers.batches import by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.outputs import collect
 from offramp.distillation import teacher as teachers
@@ -70,9 +71,9 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     if not run.joint:
         fit_early_exits(student, parts.train)
     student.save(folder / "model")
-    outputs = collect(
-        student, ((parts.test.inputs(places), labels[places]) for places in chunks(len(test))), ids=test.rows.ids
-    )
+    batches = by_length(parts.test)
+    outputs = collect(student, ((parts.test.inputs(places), labels[places]) for places in batches))
+    outputs = outputs.take(torch.cat(batches).argsort())
     _save_predictions(folder / PREDICTIONS, outputs.logits, logits[chosen["last"]], test.rows.ids)
     sure = outputs.logits.softmax(-1).amax(-1)  # [E, N]
     left = leave(sure, sure.new_full((len(sure),), run.study.threshold))
@@ -102,11 +103,6 @@ def _accuracies(logits: Tensor, labels: Tensor, groups: Groups | None) -> list[f
     right = (logits.argmax(-1) == labels).double()
     found: list[float] = (right @ groups.members.double() / groups.counts).tolist()
     return found
-
-
-def chunks(count: int) -> Sequence[Tensor]:
-    """Places of so many rows, some at a time."""
-    return torch.split(torch.arange(count), 256)
 
 
 def _save_predictions(path: Path, selected: Tensor, last: Tensor, ids: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import PooledBody
 from offramp.distillation.states import CHUNK, States
+from offramp.training.optimiser import adamw
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, s
         if config.optimiser == "sgd":
             optimiser = torch.optim.SGD(readout.parameters(), config.learning_rate, momentum=0.9, weight_decay=decay)
         else:
-            optimiser = torch.optim.AdamW(readout.parameters(), config.learning_rate, weight_decay=decay)
+            optimiser = adamw(readout.parameters(), config.learning_rate, decay)
         with torch.enable_grad():
             for _ in range(config.epochs):
                 for rows in torch.split(torch.randperm(len(states)), config.batch_size):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import Activations, evaluating
-from offramp.classifiers.batches import Inputs, Rows
+from offramp.classifiers.batches import Inputs, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation import networks
 
@@ -40,7 +40,7 @@ class States:
         self, network: EarlyExitClassifier, rows: Rows, depth: int, read: Callable[[Activations], Tensor]
     ) -> None:  # fmt: skip
         self.network, self.rows, self.depth, self.read = network, rows, depth, read
-        parts = torch.split(torch.arange(len(rows.data)), CHUNK)
+        parts = by_length(rows, CHUNK)
         first = self._made(parts[0])
         self.shape = torch.Size((len(rows.data), *first.shape[1:]))
         self.kept: Tensor | None = None

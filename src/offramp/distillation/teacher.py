@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import evaluating
-from offramp.classifiers.batches import Batch, Rows
+from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
@@ -25,11 +25,10 @@ SCHEMA = "offramp/teacher-logits/1"
 @torch.no_grad()
 def logits_of_all(classifier: EarlyExitClassifier, rows: Rows, chunk: int = 256) -> Tensor:
     """Logits of all exits for all rows, without augmentation and dropout, [E, N, C], float32 on the CPU."""
-    found = []
+    parts = by_length(rows, chunk)
     with evaluating(classifier):
-        for places in torch.split(torch.arange(len(rows.data)), chunk):
-            found.append(torch.stack([output.logits.float().cpu() for output in classifier(rows.inputs(places))]))
-    return torch.cat(found, 1)
+        found = [torch.stack([o.logits.float().cpu() for o in classifier(rows.inputs(places))]) for places in parts]
+    return torch.cat(found, 1)[:, torch.cat(parts).argsort()]
 
 
 def from_table(table: Tensor | States) -> Targets:

@@ -11,6 +11,7 @@ from offramp.exits import Lens
 from offramp.families import SplitModel
 from offramp.training.data import Windows
 from offramp.training.objectives import OBJECTIVES, Teacher
+from offramp.training.optimiser import adamw
 
 READOUTS = ("head", "lens")
 FITS = ("labels", "forward-kl", "teacher-argmax")
@@ -150,7 +151,7 @@ def taught(split: SplitModel, teacher: SplitModel, kept: Kept, config: TokenRead
         torch.manual_seed(seed)
         lens = Lens(split.shape.width, config.rank).to(device)
         readout, learns = TokenReadout(split, layer, lens), list(lens.parameters())
-        optimizer = torch.optim.AdamW(learns, config.learning_rate)
+        optimizer = adamw(learns, config.learning_rate)
         for _ in range(config.epochs):
             for rows in torch.split(torch.randperm(len(kept.states)), config.batch_size):
                 logits, guide = readout.logits(readout.inputs(kept.states[rows])), None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from offramp.training.config import TrainConfig
 from offramp.training.data import Windows
+from offramp.training.optimiser import adamw
 from offramp.training.run_folder import Clock, RunFolder, TrainingError
 
 
@@ -88,9 +89,7 @@ class Loop:
     ) -> None:
         self.parameters, self.config, self.run, self.workers = parameters, config, run, workers
         self.device, self.columns, self.kept = device, columns, {**parameters, **(kept or {})}
-        self.optimizer = torch.optim.AdamW(
-            parameters.values(), lr=config.rate(Clock()), weight_decay=config.weight_decay
-        )
+        self.optimizer = adamw(parameters.values(), config.rate(Clock()), config.weight_decay)
 
     def go(self, work: Work, progress: Callable[..., None] | None) -> Clock:
         """Train to the end."""
