@@ -52,7 +52,7 @@ class Study:
     steps: tuple[Step, ...]
 
 
-SCRIPTS = ("new_t5", "figures", "baseline")
+SCRIPTS = ("new_t5", "figures", "claims", "baseline")
 """Commands that are a file in benchmarks/ of that name."""
 _TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
 _T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
@@ -63,7 +63,9 @@ _CERTIFY = (
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
 _QUESTIONS = "smollm2 --dtype bfloat16 --task question-answering"
-_FIGURES = "figures {run}/measures.json {run}/pruning.json --out {run}/figures"
+_LAYERS = "{run}/measures.json {run}/pruning.json"
+_FIGURES = f"figures {_LAYERS} --out {{run}}/figures"
+_CLAIMS = f"claims {_LAYERS} --records {{run}}/layers"
 
 STUDIES = {
     "translation": Study(
@@ -95,6 +97,7 @@ STUDIES = {
             Step("Pruning by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 --confidence softmax,jsd "
                  "--threshold 0.9 --min-layer 2,3,4 --vocabulary fixed,decaying,adaptive", "pruning", folder="layers"),
             Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
+            Step("What it claims of them: differences between arms", _CLAIMS, "claims"),
             Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --batch-size 8 --sweep "
                  "--confidence softmax --threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 2,3 "
                  "--vocabulary none,fixed", "sweep"),
@@ -152,6 +155,7 @@ STUDIES = {
                  "--confidence softmax,jsd --threshold 0.9 --min-layer 14,18,22 --vocabulary fixed,decaying,adaptive",
                  "pruning", folder="layers"),
             Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
+            Step("What it claims of them: differences between arms", _CLAIMS, "claims"),
             Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
                  "--batch-size 8 --bound wsr --thresholds 0.95,0.8 --tolerance 0.05 --validate 200",
                  "calibrate-05", folder="calibrate"),

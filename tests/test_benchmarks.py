@@ -21,6 +21,7 @@ from offramp.metrics.text import METRICS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baseline  # noqa: E402 - no package: it is found by the line above
+import claims  # noqa: E402
 import figures  # noqa: E402
 import new_t5  # noqa: E402
 import results  # noqa: E402
@@ -103,6 +104,27 @@ def test_figures_are_drawn_of_what_there_is(found, tmp_path, monkeypatch, capsys
         assert ("jsd + fixed" in capsys.readouterr().out) == (len(some) == 2)
     text = (tmp_path / "2" / "figures-6-7-measures.svg").read_text()
     assert all(name in text for name in ("softmax", "contrastive", "jsd", "full model", "mean exit layer"))
+
+
+def test_claims_are_paired_differences_between_arms(found):
+    head, rows = claims.comparisons(figures.together(found[1]), found[0])
+    assert head[4] == "f1 of an example"
+    table = {tuple(row[:3]): row[3:] for row in rows}
+    assert len(rows) == len(table) == 6 * 2  # all pairs but one have both of their arms
+    name = "softmax-0.1-from-1"
+    mine, theirs = (read_records(found[0] / "records" / f"{n}.jsonl")[1] for n in (f"{name}-adaptive", name))
+    layers, quality, flops, _ = table["softmax + adaptive", "softmax", "1"]
+
+    def depth(records):
+        return sum(sum(r.exit_layers) for r in records) / sum(len(r.tokens) for r in records)
+
+    def decoding(records):
+        return sum(r.flops - r.parts["encoder"] - r.parts["prefill"] for r in records)
+
+    assert layers.startswith(f"{depth(mine) - depth(theirs):+.2f} (")
+    better = statistics.mean(a.scores["f1"] - b.scores["f1"] for a, b in zip(mine, theirs, strict=True))
+    assert quality.startswith(f"{100 * better:+.1f} (")
+    assert flops.startswith(f"{decoding(mine) / decoding(theirs):.3f} (")
 
 
 def test_policies_are_compared_with_the_other_models_full_one(found, tmp_path):

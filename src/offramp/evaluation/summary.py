@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -169,14 +170,8 @@ def _quality(
             assert references is not None
             metric = getattr(importlib.import_module("sacrebleu"), kind)()
             columns = [_corpus_columns(metric, [r.text for r in rs], references) for rs in (records, full)]
-
-            def scored(sums: Floats, metric: Any = metric) -> Floats:
-                # Not public, but what its own bootstrap does: a corpus score is a function of sums over the segments.
-                return np.array(
-                    [metric._compute_score_from_stats(row.round().astype(int).tolist()).score for row in sums]
-                )
-
-            quality[f"{name} (corpus)"], difference[f"{name} (corpus)"] = _compared(bootstrap, columns, scored)
+            found = _compared(bootstrap, columns, partial(_corpus_scores, metric))
+            quality[f"{name} (corpus)"], difference[f"{name} (corpus)"] = found
     return quality, difference
 
 
@@ -208,5 +203,5 @@ def _corpus_columns(metric: Any, texts: Sequence[str], references: Sequence[Sequ
 
 def _corpus_scores(metric: Any, sums: Floats) -> Floats:
     """Corpus scores of sums [R, K] of such columns, [R], in 0..100."""
-    rows = sums.round().astype(int).tolist()
+    rows = sums.round().astype(int).tolist()  # sums of counts; not public either
     return np.array([metric._compute_score_from_stats(row).score for row in rows])
