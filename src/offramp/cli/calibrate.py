@@ -104,11 +104,9 @@ def calibrate(
     own_answers: p.OwnAnswers = False,
     layers: p.Layers = None,
     exits: o.Exits = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
-    longest: Annotated[
-        int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples answered together.")] = 1,
+    max_new_tokens: o.AnswerTokens = None,
+    longest: o.Longest = None,
+    batch_size: o.AnsweredTogether = 1,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
     out: Annotated[

@@ -83,14 +83,12 @@ def evaluate(
     skipped: o.Skipped = None,
     prompt_layer: o.PromptLayer = None,
     exits: o.Exits = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
+    max_new_tokens: o.AnswerTokens = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a passage of text, for perplexity; default: 256.")
     ] = None,
-    longest: Annotated[
-        int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples answered together.")] = 1,
+    longest: o.Longest = None,
+    batch_size: o.AnsweredTogether = 1,
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap behind the intervals.")] = 2000,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
