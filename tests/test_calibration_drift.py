@@ -13,7 +13,7 @@ from scipy import stats
 
 from offramp.calibration import Drift, Promise
 from offramp.calibration.drift import Martingale, packed, unpacked
-from offramp.cli.calibrate import check_drift
+from offramp.cli.certified import check_drift
 from test_calibration_certificate import certified
 
 DEPTH = 6

@@ -262,6 +262,11 @@ def test_multinli_with_something_wrong(multinli):
     jsonl(folder / MULTINLI[1], [pool[160], {"gold_label": "neutral", "sentence1": "a"}])
     with pytest.raises(ValueError, match=r"line 2 has no text under 'sentence2'"):
         load_multinli(folder)
+    jsonl(folder / MULTINLI[1], [pool[160], ["neutral", "a", "b"]])
+    with pytest.raises(
+        ValueError, match=r"line 2: list .* stands where an object with 'gold_label', 'sentence1', .* must"
+    ):
+        load_multinli(folder)
     (folder / MULTINLI[1]).unlink()
     with pytest.raises(FileNotFoundError, match=r"dev_matched.jsonl is missing; nothing is downloaded"):
         load_multinli(folder)

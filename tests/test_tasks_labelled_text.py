@@ -74,7 +74,12 @@ def test_columns_by_name(tmp_path):
         ("a.tsv", "text\tlabel\nx\t1\n", TextLayout(), "has the label '1' only"),
         ("a.csv", 'text,label\nx,1\n"y,0\n', TextLayout(), "a.csv, line 3 is not CSV"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', TextLayout(), "line 2 has no text .* under 'label'"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n[1]\n', TextLayout(), "line 2: list stands where an object must"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n[1]\n',
+            TextLayout(),
+            r"line 2: list \[1\] stands where an object with 'text', 'label' must",
+        ),
         ("a.jsonl", '{"text": "a"\n', TextLayout(), "a.jsonl, line 1 is not JSON"),
         ("a.jsonl", "{}", SST2, "has keys, no places"),
         ("a.txt", "x\t1\n", SST2, "ends in .txt; give .tsv, .csv or .jsonl"),

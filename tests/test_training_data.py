@@ -51,7 +51,7 @@ def test_layouts_of_texts(tmp_path):
         ("a.txt.gz", "x", "is not a whole gzip file"),
         ("a.jsonl", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", '{"body": "x"}\n', "line 1 has no text under 'text'; it has 'body'"),
-        ("a.jsonl", '"x"\n', "a JSON str stands where an object"),
+        ("a.jsonl", '"x"\n', "line 1: str 'x' stands where an object with 'text' must"),
         ("a.json", '{"text": "x"}', "holds a JSON dict"),
         ("a.json", '{"text": "x"}\n{"text": "x"}', "need the ending .jsonl"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -162,11 +163,24 @@ def test_states_come_back_as_they_were(tmp_path):
         assert saving.load(type(state), folder) is not state
 
 
-def test_states_from_before_a_field_was_added_come_back(tmp_path):
+def test_empty_tensors_come_back(tmp_path):
+    state = per_exit.PerExit(torch.empty(0).double(), per_exit.PerExitConfig())
+    saving.save(state, tmp_path / "state")
+    assert same(saving.load(per_exit.PerExit, tmp_path / "state"), state)
+
+
+def undigested(folder):
+    """The file of a state and what stands in it, without the digest: the first states had none."""
+    file = folder / "state.json"
+    values = json.loads(file.read_text())
+    del values["digest"]
+    return file, values
+
+
+def test_states_from_before_a_field_or_the_digest_was_added_come_back(tmp_path):
     state = list(states())[2]
     saving.save(state, tmp_path / "state")
-    file = tmp_path / "state" / "state.json"
-    values = json.loads(file.read_text())
+    file, values = undigested(tmp_path / "state")
     del values["state"]["config"]["first_exit"]
     file.write_text(json.dumps(values))
     assert same(saving.load(type(state), tmp_path / "state"), state)
@@ -174,6 +188,21 @@ def test_states_from_before_a_field_was_added_come_back(tmp_path):
     file.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="damaged"):
         saving.load(type(state), tmp_path / "state")
+
+
+def test_states_that_were_changed_or_mixed_are_refused(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        saving.save(per_exit.fit(torch.rand(2, 50, generator=random)), tmp_path / name)
+    shutil.copy(tmp_path / "a" / "state.safetensors", tmp_path / "b")
+    with pytest.raises(ValueError, match="not what was saved.*copy the whole folder"):
+        saving.load(per_exit.PerExit, tmp_path / "b")
+    file = tmp_path / "a" / "state.json"
+    values = json.loads(file.read_text())
+    values["state"]["config"]["alpha"] += 0.1
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="not what was saved"):
+        saving.load(per_exit.PerExit, tmp_path / "a")
 
 
 def test_infinite_quantiles_come_back(tmp_path):
@@ -187,12 +216,11 @@ def test_what_is_no_state_is_told(tmp_path):
     state = per_exit.fit(torch.rand(2, 50))
     saving.save(state, tmp_path / "state")
     saving.save(state, tmp_path / "state")  # replaced
-    with pytest.raises(ValueError, match="'NestedConformal' of"):
+    with pytest.raises(ValueError, match="holds 'PerExit', but 'NestedConformal' was asked for"):
         saving.load(NestedConformal, tmp_path / "state")
-    with pytest.raises(ValueError, match=r"state.json is missing"):
+    with pytest.raises(ValueError, match="there is no state.json"):
         saving.load(NestedConformal, tmp_path / "nowhere")
-    file = tmp_path / "state" / "state.json"
-    values = json.loads(file.read_text())
+    file, values = undigested(tmp_path / "state")
     for broken in ({**values["state"], "more": 1}, {"quantiles": "other"}, [], {**values["state"], "quantiles": "x"}):
         file.write_text(json.dumps({**values, "state": broken}))
         with pytest.raises(ValueError, match="damaged"):

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from offramp.cli import options as o
 from offramp.cli import posterior as p
-
-if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
-    from offramp.tasks import Task
 
 
 def calibrate(
@@ -104,11 +98,9 @@ def calibrate(
     own_answers: p.OwnAnswers = False,
     layers: p.Layers = None,
     exits: o.Exits = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
-    longest: Annotated[
-        int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples answered together.")] = 1,
+    max_new_tokens: o.AnswerTokens = None,
+    longest: o.Longest = None,
+    batch_size: o.AnsweredTogether = 1,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
     out: Annotated[
@@ -189,27 +181,3 @@ def _one_size(sizes: str | None) -> int | None:
     if found is not None and len(found) > 1:
         raise typer.BadParameter(f"--vocabulary-sizes {sizes}: a posterior is for one size")
     return None if found is None else int(found[0])
-
-
-def check_drift(file: Path | None, answers: Iterable[Sequence[int]]) -> None:
-    """Warn on standard error where the tokens of answers, given by their exit layers, left elsewhere than certified."""
-    from offramp.calibration import load
-
-    certificate = None if file is None else load(file)
-    drift = None if certificate is None else certificate.drift()
-    if drift is not None and any([drift.add(answer) for answer in answers]):
-        o.note(f"certificate may not apply: {drift.words()}")
-
-
-def check_certificate(
-    file: Path | None, lm: LanguageModel, policy: ExitPolicy | None, *, task: Task | None = None,
-    settings: dict[str, Any] | None = None, batch_size: int | None = None,
-) -> None:  # fmt: skip
-    """Warn on standard error where a certificate in a policy file does not apply to how the policy is used."""
-    from offramp.calibration import load
-
-    certificate = None if file is None else load(file)
-    if certificate is not None:
-        reasons = certificate.mismatches(lm, policy=policy, task=task, settings=settings, batch_size=batch_size)
-        for reason in reasons:
-            o.note(f"certificate does not apply: {reason}")

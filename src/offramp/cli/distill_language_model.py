@@ -24,14 +24,7 @@ def distill_language_model(
     teacher: Annotated[
         str, typer.Option(metavar="TEACHER", help="A model with the same tokenizer: packaged name, folder or hub id.")
     ],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Learn on this text: .json (a list of objects), .jsonl, or plain text, one document per file; may be "
-            "given several times.",
-        ),
-    ] = None,
+    text: o.TrainingText = None,
     field: o.Field = None,
     prompt_field: Annotated[
         str | None,
@@ -51,10 +44,8 @@ def distill_language_model(
         str | None, typer.Option(help="Key of the group in JSON objects; results are then told apart by group.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="Use only the first texts or prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest own answer, in tokens.")] = 128,
-    answer_temperature: Annotated[
-        float | None, typer.Option(help="Sample own answers at this temperature; default: greedy.")
-    ] = None,
+    max_new_tokens: o.OwnAnswerTokens = 128,
+    answer_temperature: o.AnswerTemperature = None,
     answer_every: Annotated[int, typer.Option(help="Steps between own answers, which are then given anew.")] = 100,
     chat: o.Chat = None,
     window: Annotated[int | None, typer.Option(help="Longest piece of a document, in tokens; default: 256.")] = None,
@@ -93,8 +84,8 @@ def distill_language_model(
     trainable: Annotated[
         str, typer.Option(help="all: every weight. lora: low-rank adapters, merged in the end.")
     ] = "all",
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA's products.")] = 16,
-    steps: Annotated[int | None, typer.Option(help="Updates; default: 500.")] = None,
+    lora_rank: o.LoraRank = 16,
+    steps: o.Steps = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many tokens instead of --steps.")] = None,
     batch_size: o.BatchSize = 4,
     micro_batch: o.MicroBatch = None,

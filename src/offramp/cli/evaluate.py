@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.calibrate import check_certificate, check_drift
-from offramp.cli.certified import certified_task
+from offramp.cli.certified import certified_task, check_certificate, check_drift
 
 if TYPE_CHECKING:
     from offramp.evaluation import Evaluation
@@ -83,14 +82,12 @@ def evaluate(
     skipped: o.Skipped = None,
     prompt_layer: o.PromptLayer = None,
     exits: o.Exits = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")] = None,
+    max_new_tokens: o.AnswerTokens = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a passage of text, for perplexity; default: 256.")
     ] = None,
-    longest: Annotated[
-        int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples answered together.")] = 1,
+    longest: o.Longest = None,
+    batch_size: o.AnsweredTogether = 1,
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap behind the intervals.")] = 2000,
     dtype: o.Dtype = "float32",
     device: o.Device = None,

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.calibrate import check_certificate, check_drift
-from offramp.cli.certified import certified_task
+from offramp.cli.certified import certified_task, check_certificate, check_drift
 
 if TYPE_CHECKING:
     from offramp.decoding import Step

@@ -77,11 +77,33 @@ PolicyFile = Annotated[
 ]
 
 
+# of the commands that answer examples of a task
+AnswerTokens = Annotated[int | None, typer.Option(help="Longest answer; default: the task's.")]
+Longest = Annotated[
+    int | None, typer.Option(help="Cut examples so that prompt and answer have at most this many tokens.")
+]
+AnsweredTogether = Annotated[int, typer.Option(help="Examples answered together.")]
+
+
 # of the commands that train language models
+TrainingText = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Train on this text: .json (a list of objects), .jsonl, or plain text, one document per file; may be "
+        "given several times.",
+    ),
+]
 Field = Annotated[
     list[str] | None,
     typer.Option(help="Key of the text in JSON objects, several are joined; default: text."),
 ]
+OwnAnswerTokens = Annotated[int, typer.Option(help="Longest own answer, in tokens.")]
+AnswerTemperature = Annotated[
+    float | None, typer.Option(help="Sample own answers at this temperature; default: greedy.")
+]
+LoraRank = Annotated[int, typer.Option(help="Rank of LoRA's products.")]
+Steps = Annotated[int | None, typer.Option(help="Updates; default: 500.")]
 BatchSize = Annotated[int, typer.Option(help="Windows per step, over all processes.")]
 MicroBatch = Annotated[
     int | None, typer.Option(help="Windows at once; their gradients are added up to a step's. Default: all.")

@@ -30,14 +30,7 @@ def train(
     ] = None,
     target: Annotated[Path | None, typer.Option(metavar="FILE", help="Second file of a parallel text.")] = None,
     languages: o.Languages = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Train on this text: .json (a list of objects), .jsonl, or plain text, one document per file; may be "
-            "given several times.",
-        ),
-    ] = None,
+    text: o.TrainingText = None,
     field: o.Field = None,
     prompts: Annotated[
         str | None,
@@ -52,11 +45,9 @@ def train(
         typer.Option("--own-answers", help="On the model's own answers to the task's questions, not the references."),
     ] = False,
     count: Annotated[int | None, typer.Option(help="Use only the first prompts or examples.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest own answer, in tokens.")] = 128,
+    max_new_tokens: o.OwnAnswerTokens = 128,
     answers: Annotated[int, typer.Option(help="Answers to each prompt; several need --answer-temperature.")] = 1,
-    answer_temperature: Annotated[
-        float | None, typer.Option(help="Sample the answers at this temperature; default: greedy.")
-    ] = None,
+    answer_temperature: o.AnswerTemperature = None,
     with_prompts: Annotated[
         bool, typer.Option("--with-prompts", help="Train on the words of the prompts too, not only of the answers.")
     ] = False,
@@ -82,7 +73,7 @@ def train(
         int | None,
         typer.Option(help="Rank of each exit's matrix; default: full; 0: none, which lora and all default to."),
     ] = None,
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA's products.")] = 16,
+    lora_rank: o.LoraRank = 16,
     objective: Annotated[
         str,
         typer.Option(
@@ -113,7 +104,7 @@ def train(
     prompt_layer: Annotated[
         int | None, typer.Option(help="Train for prompts that stop after this layer (generate --prompt-layer).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates; default: 500.")] = None,
+    steps: o.Steps = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data instead of --steps.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many positions instead of --steps.")] = None,
     batch_size: o.BatchSize = 4,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.tasks.rows import Row, json_rows, kind, read_text, text_rows
+from offramp.tasks.rows import Row, json_rows, kind, objects, read_text, text_rows
 from offramp.training.data import Document
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def read_entries(
             "" if prompt is None else _text(row, prompt),
             _group(row, group),
         )
-        for row in json_rows(path)
+        for row in objects(json_rows(path), *fields)
     ]
     found = [entry for entry in found if entry.text.strip()]
     if not found:
@@ -142,10 +142,6 @@ def _group(row: Row, key: str | None) -> str | None:
 
 
 def _value(row: Row, key: str) -> Any:
-    if not isinstance(row.value, dict):
-        raise ValueError(
-            f"{row.place}: a JSON {type(row.value).__name__} stands where an object with {key!r} is needed"
-        )
     if key not in row.value:
-        raise ValueError(f"{row.place} has no {key!r}; it has {', '.join(map(repr, row.value)) or 'no keys'}")
+        raise ValueError(f"{row.place} has no {key!r}; it has {row.keys}")
     return row.value[key]

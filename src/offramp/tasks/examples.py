@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from offramp.tasks.rows import HUB, Row, hub_rows, json_rows, kind, text_rows
+from offramp.tasks.rows import HUB, Row, hub_rows, json_rows, kind, objects, text_rows
 from offramp.tasks.task import Task
 
 CODES = {
@@ -109,19 +109,14 @@ def _rows(task: Task, path: str | Path, target: str | Path | None) -> Iterator[R
     else:
         more = ", .tsv, or two text files" if task.name == "translation" else ""
         raise ValueError(f"{path} is no file with examples for {task.name}; give .json, .jsonl{more}, also with .gz")
-    for row in rows:
-        if not isinstance(row.value, dict):
-            raise ValueError(f"{row.place}: {type(row.value).__name__} {row.value!r:.40} stands where an object must")
-        yield row
+    return objects(rows)
 
 
 def _text(row: Row, key: str) -> str:
     """The text under a key, "" for null."""
     value = row.value.get(key) if key in row.value else 0
     if not isinstance(value, str | None):
-        raise ValueError(
-            f"{row.place} has no text under {key!r}; it has {', '.join(map(repr, row.value)) or 'nothing'}"
-        )
+        raise ValueError(f"{row.place} has no text under {key!r}; it has {row.keys}")
     return (value or "").strip()
 
 

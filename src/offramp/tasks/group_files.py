@@ -16,7 +16,7 @@ from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.group_tables import table_rows
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
-from offramp.tasks.rows import Row, json_rows, kind
+from offramp.tasks.rows import Row, json_rows, kind, objects
 
 NOT_KNOWN = ("", "?", "-1", "null", "None")
 """What stands for an attribute that is not known."""
@@ -163,7 +163,7 @@ def _rows(path: Path, layout: GroupLayout) -> list[Row]:
     if kind(path) == ".csv":
         rows = list(table_rows(path, layout.columns, what="rows with groups"))
     elif kind(path) == ".jsonl":
-        rows = [_object(row, layout) for row in json_rows(path)]
+        rows = [_object(row, layout) for row in objects(json_rows(path), *layout.columns)]
     else:
         raise ValueError(f"{path} ends in {kind(path) or 'nothing'}; give .csv or .jsonl, also with .gz")
     if not rows:
@@ -172,8 +172,6 @@ def _rows(path: Path, layout: GroupLayout) -> list[Row]:
 
 
 def _object(row: Row, layout: GroupLayout) -> Row:
-    if not isinstance(row.value, dict):
-        raise ValueError(f"{row.place} is a JSON {type(row.value).__name__}, but an object is needed")
     found = {}
     for column in layout.columns:
         value = row.value.get(column)
@@ -182,8 +180,7 @@ def _object(row: Row, layout: GroupLayout) -> Row:
         if isinstance(value, bool):
             value = int(value)
         if not isinstance(value, str | int):
-            keys = ", ".join(map(repr, row.value)) or "nothing"
-            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {keys}")
+            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {row.keys}")
         found[column] = str(value)
     return row._replace(value=found)
 

@@ -16,7 +16,7 @@ from offramp.tasks.group_tables import choice, table_rows
 from offramp.tasks.labelled import Labelled, split
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, read_labelled_text
 from offramp.tasks.negation import EXTENDED, PUBLISHED, VALUES, has_negation
-from offramp.tasks.rows import Row, json_rows
+from offramp.tasks.rows import Row, json_rows, objects
 
 CLASSES = ("contradiction", "entailment", "neutral")
 MULTINLI = ("multinli_1.0_train.jsonl", "multinli_1.0_dev_matched.jsonl", "multinli_1.0_dev_mismatched.jsonl")
@@ -24,6 +24,7 @@ METADATA = "metadata_random.csv"
 SNLI_FILES = ("snli_1.0_train.jsonl", "snli_1.0_dev.jsonl", "snli_1.0_test.jsonl")
 SHARES: Mapping[str, float] = MappingProxyType({"train": 0.5, "val": 0.2, "test": 0.3})
 
+_FIELDS = ("gold_label", "sentence1", "sentence2")
 _DISPUTED = "-"
 """Stands for a label that the annotators did not agree on."""
 
@@ -47,7 +48,7 @@ def load_multinli(folder: str | Path, *, rule: str = PUBLISHED, seed: int = 0) -
         ValueError: A row is wrong, or metadata_random.csv belongs to other files.
     """
     folder = Path(folder)
-    rows = [row for name in MULTINLI for row in _objects(folder / name)]
+    rows = [row for name in MULTINLI for row in _published(folder / name)]
     if (folder / METADATA).exists():
         where: Mapping[int, str] = _published_split(folder / METADATA, rows)
         source = "published split"
@@ -89,7 +90,7 @@ def load_snli(
         for name in files:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path / name} is missing; nothing is downloaded, give SNLI as published")
-        rows = [row for name in files for row in _objects(path / name) if row.value["gold_label"] != _DISPUTED]
+        rows = [row for name in files for row in _published(path / name) if row.value["gold_label"] != _DISPUTED]
         whole = _grouped(rows, [row.value.get("pairID", row.place) for row in rows], rule, str(path))
     else:
         layout = SNLI if path.suffix != ".jsonl" else SNLI_PUBLISHED
@@ -103,15 +104,13 @@ def load_snli(
     return GroupedSet("snli", found, f"own split by premise, seed {seed}, negation by {rule}")
 
 
-def _objects(path: Path) -> list[Row]:
+def _published(path: Path) -> list[Row]:
     """The rows of an official file, their fields checked."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; nothing is downloaded, give the folder with the official files")
     rows = []
-    for row in json_rows(path):
-        if not isinstance(row.value, dict):
-            raise ValueError(f"{row.place} is a JSON {type(row.value).__name__}, but an object is needed")
-        for key in ("gold_label", "sentence1", "sentence2"):
+    for row in objects(json_rows(path), *_FIELDS):
+        for key in _FIELDS:
             if not isinstance(row.value.get(key), str):
                 raise ValueError(f"{row.place} has no text under {key!r}; give the file as published")
         if row.value["gold_label"] not in (*CLASSES, _DISPUTED):

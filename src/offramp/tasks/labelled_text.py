@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.rows import Row, json_rows, kind, read_text, text_rows
+from offramp.tasks.rows import Row, json_rows, kind, objects, read_text, text_rows
 
 Column = str | int
 """A name in the header (or key of an object), or a place counted from 0 in a file without header."""
@@ -152,7 +152,7 @@ def _rows(path: Path, layout: TextLayout) -> Iterator[Row]:
     elif ending == ".jsonl":
         if not layout.header:
             raise ValueError(f"{path} has keys, no places; name its columns, such as text and label")
-        found = (_object(row, layout) for row in json_rows(path))
+        found = (_object(row, layout) for row in objects(json_rows(path), *layout.columns))
     else:
         raise ValueError(f"{path} ends in {ending or 'nothing'}; give .tsv, .csv or .jsonl, also with .gz")
     for row in found:
@@ -203,13 +203,10 @@ def _named(rows: Iterator[Row], layout: TextLayout, path: Path) -> Iterator[Row]
 
 
 def _object(row: Row, layout: TextLayout) -> Row:
-    if not isinstance(row.value, dict):
-        raise ValueError(f"{row.place}: {type(row.value).__name__} stands where an object must")
     found: dict[Column, Any] = {}
     for column in layout.columns:
         value = row.value.get(str(column))
         if not isinstance(value, str | int) or isinstance(value, bool):
-            keys = ", ".join(map(repr, row.value)) or "nothing"
-            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {keys}")
+            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {row.keys}")
         found[column] = str(value)
     return row._replace(value=found)

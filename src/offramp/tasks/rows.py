@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,11 @@ class Row(NamedTuple):
     place: str
     position: str
     value: Any
+
+    @property
+    def keys(self) -> str:
+        """What there is in an object, for messages."""
+        return ", ".join(map(repr, self.value)) or "nothing"
 
 
 def kind(path: Path) -> str:
@@ -95,6 +100,26 @@ def json_rows(path: Path) -> Iterator[Row]:
     if not isinstance(values, list):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}, but a list of objects is needed")
     yield from (Row(f"{path}, entry {n}", str(n), value) for n, value in enumerate(values, 1))
+
+
+def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
+    """The rows, all of which must be JSON objects.
+
+    Args:
+        rows: Any.
+        keys: That they need, for the message; they are not looked for.
+
+    Yields:
+        The same rows.
+
+    Raises:
+        ValueError: One is something else.
+    """
+    for row in rows:
+        if not isinstance(row.value, dict):
+            needed = f"an object with {', '.join(map(repr, keys))}" if keys else "an object"
+            raise ValueError(f"{row.place}: {type(row.value).__name__} {row.value!r:.40} stands where {needed} must")
+        yield row
 
 
 def hub_rows(name: str) -> Iterator[Row]:

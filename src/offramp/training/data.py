@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.tasks import task_documents
-from offramp.tasks.rows import json_rows, kind, read_text
+from offramp.tasks.rows import Row, json_rows, kind, objects, read_text
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -134,20 +134,18 @@ def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     """
     if kind(path) not in (".json", ".jsonl"):
         return [read_text(path)]
-    texts = [_joined(row.value, fields, row.place) for row in json_rows(path)]
+    texts = [_joined(row, fields) for row in objects(json_rows(path), *fields)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path} holds no text under {' + '.join(fields)}; give a file with text, or other fields")
     return texts
 
 
-def _joined(value: Any, fields: Sequence[str], place: str) -> str:
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: a JSON {type(value).__name__} stands where an object with {fields[0]!r} is needed")
+def _joined(row: Row, fields: Sequence[str]) -> str:
     for key in fields:
-        if not isinstance(value.get(key), str):
-            raise ValueError(f"{place} has no text under {key!r}; it has {', '.join(map(repr, value)) or 'no keys'}")
-    return "\n".join(value[key] for key in fields)
+        if not isinstance(row.value.get(key), str):
+            raise ValueError(f"{row.place} has no text under {key!r}; it has {row.keys}")
+    return "\n".join(row.value[key] for key in fields)
 
 
 def text_documents(lm: LanguageModel, texts: Sequence[str]) -> list[Document]:

@@ -30,40 +30,29 @@ def write(
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
     """
-    digest = fingerprint.of(dict(values), [tensors[name] for name in sorted(tensors)])
-    place(folder, {"schema": schema, "digest": digest, **values}, tensors)
-
-
-def place(folder: str | os.PathLike[str], values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a description as it is and its tensors; see `write`.
-
-    Args:
-        folder: A new or empty folder, or one with nothing but a state, which is replaced.
-        values: The description, as JSON values.
-        tensors: By name, contiguous.
-
-    Raises:
-        FileExistsError: There is something else of that name; it is left alone.
-    """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not (target.is_dir() and {p.name for p in target.iterdir()} <= {DESCRIPTION, TENSORS}):
         raise FileExistsError(
             f"{folder} exists and holds something else than a fitted state, which is not replaced; name a new folder"
         )
+    digest = fingerprint.of(dict(values), [tensors[name] for name in sorted(tensors)])
 
     def put(temporary: Path) -> None:
         write_tensors(temporary / TENSORS, tensors)
-        write_json(temporary / DESCRIPTION, values)
+        write_json(temporary / DESCRIPTION, {"schema": schema, "digest": digest, **values})
 
     replace_folder(target, put)
 
 
-def read(folder: str | os.PathLike[str], schema: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(
+    folder: str | os.PathLike[str], schema: str, *, without_digest: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
     """What `write` wrote.
 
     Args:
         folder: The folder.
         schema: What must be in it.
+        without_digest: Take also a description that has none, as those of some schemas had none once.
 
     Returns:
         The description without schema and digest, and the tensors.
@@ -87,7 +76,9 @@ def read(folder: str | os.PathLike[str], schema: str) -> tuple[dict[str, Any], d
     found = values.pop("schema", None) if isinstance(values, dict) else None
     if found != schema:
         raise ValueError(f"{place / DESCRIPTION} has the schema {found!r}, not {schema!r}; name another folder")
-    if values.pop("digest", None) != fingerprint.of(values, [tensors[name] for name in sorted(tensors)]):
+    digest = values.pop("digest", None)
+    unknown = without_digest and digest is None
+    if not unknown and digest != fingerprint.of(values, [tensors[name] for name in sorted(tensors)]):
         raise ValueError(f"{place} is not what was saved: its files were changed, or are from two states; {again}")
     return values, tensors
 

@@ -28,7 +28,7 @@ def of(values: Any, tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        rows = tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1)
+        rows = tensor.detach() if tensor.ndim else tensor.detach()[None]
         for start in range(0, len(rows), CHUNK):
             digest.update(rows[start : start + CHUNK].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

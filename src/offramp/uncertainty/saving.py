@@ -7,17 +7,14 @@ A field that is added later needs a default that means what was done before ther
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import types
 import typing
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from offramp.uncertainty import artefact
-from offramp.uncertainty.artefact import DESCRIPTION, TENSORS
 
 SCHEMA = "offramp/uncertainty/1"
 
@@ -35,8 +32,8 @@ def save(state: Any, folder: str | os.PathLike[str]) -> None:
         FileExistsError: There is something else of that name.
     """
     tensors: dict[str, Tensor] = {}
-    values = {"schema": SCHEMA, "kind": type(state).__name__, "state": _encode(state, "state", tensors)}
-    artefact.place(folder, values, tensors)
+    values = {"kind": type(state).__name__, "state": _encode(state, "state", tensors)}
+    artefact.write(folder, SCHEMA, values, tensors)
 
 
 def load(kind: type[State], folder: str | os.PathLike[str]) -> State:
@@ -50,26 +47,15 @@ def load(kind: type[State], folder: str | os.PathLike[str]) -> State:
         The same state.
 
     Raises:
-        ValueError: There is none, it is damaged, or it is of another kind.
+        ValueError: There is none, it is not what was written, or it is of another kind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    place = Path(folder).expanduser()
+    values, tensors = artefact.read(folder, SCHEMA, without_digest=True)  # the first states had none
+    if (name := values.get("kind")) != kind.__name__:
+        raise ValueError(f"{folder} holds {name!r}, but {kind.__name__!r} was asked for; name another folder")
     try:
-        values = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
-        tensors = load_file(place / TENSORS)
-        schema, name, state = values["schema"], values["kind"], values["state"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{place} holds no fitted state: {Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the fitted state in {place} is damaged ({error}); fit it again") from error
-    if (schema, name) != (SCHEMA, kind.__name__):
-        raise ValueError(f"{place} holds {name!r} of the schema {schema!r}; {kind.__name__!r} of {SCHEMA!r} was asked")
-    try:
-        return typing.cast(State, _decode(state, kind, tensors))
+        return typing.cast(State, _decode(values["state"], kind, tensors))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the fitted state in {place} is damaged ({error!r}); fit it again") from error
+        raise ValueError(f"the fitted state in {folder} is damaged ({error!r}); fit it again") from error
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

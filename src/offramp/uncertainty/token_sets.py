@@ -103,6 +103,9 @@ class ConformalSets:
 def equaliser(scores: Tensor) -> Tensor:
     """A strictly rising function near the distribution function of scores [N], infinite ones included.
 
+    Not `uncertainty.equaliser`, which keeps all scores in float64 and is inverted for intervals: this one has few
+    points, for it is evaluated at every token generated, and true tokens outside the candidates count as infinite.
+
     Args:
         scores: Of true tokens at one exit, [N], float32.
 
