@@ -80,7 +80,7 @@ class TokenDistillResult:
 
     def by_group(self) -> GroupTable:
         """All held-out tokens, then those of each group, before -> after."""
-        head = ["group", "tokens", "divergence (nats)", "text (nats)", "agreement", "right", "weight", ""]
+        head = ["group", "tokens", "divergence (nats)", "text (nats)", "agreement", "right", "weight"]
         worst, rows = self.worst, []
         for each in (self.overall, *self.groups):
             pairs = (
@@ -89,8 +89,9 @@ class TokenDistillResult:
             )  # fmt: skip
             changes = [f"{before:.3f} -> {after:.3f}" for before, after in pairs]
             weight = "" if each.weight is None else f"{each.weight:.2f}"
-            rows.append([each.name, f"{each.tokens:,}", *changes, weight, "worst" if each is worst else ""])
-        return GroupTable("Every group", head, rows, _too_few(self.reweighted))
+            said = [] if worst is None else ["worst" if each is worst else ""]
+            rows.append([each.name, f"{each.tokens:,}", *changes, weight, *said])
+        return GroupTable("Every group", [*head, *([""] if worst else [])], rows, _too_few(self.reweighted))
 
     def table(self) -> str:
         """A small table."""
@@ -141,16 +142,17 @@ def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> 
         A row per readout.
     """
     weighted = [row for row in rows if row["kind"] == "weights"]
-    head = ["after step", "reweighted", "mean", "largest", *(f"mean: {group}" for group in groups), ""]
+    head = ["after step", "reweighted", "mean", "largest", *(f"mean: {group}" for group in groups)]
+    few = any(_too_few(row["reweighted"]) for row in weighted)
     cells = [
         [
             f"{row['step']}", "–" if row["reweighted"] is None else f"{row['reweighted']:.1%}", f"{row['mean']:.2f}",
             f"{row['largest']:.2f}", *(f"{mean:.2f}" for mean in row.get("weight", ())),
-            "too few" if _too_few(row["reweighted"]) else "",
+            *(["too few" if _too_few(row["reweighted"]) else ""] if few else []),
         ] for row in weighted
     ]  # fmt: skip
     notes = _too_few(weighted[-1]["reweighted"]) if weighted else ()
-    return GroupTable("Weights after each readout", head, cells, notes)
+    return GroupTable("Weights after each readout", [*head, *([""] if few else [])], cells, notes)
 
 
 def labels_used(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> LabelBudget:

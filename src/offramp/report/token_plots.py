@@ -90,9 +90,9 @@ def weights_figure(readouts: Rows, groups: Sequence[str], model: str = "") -> An
     """
     figure = require_matplotlib().figure.Figure(figsize=(8, 4.4), layout="constrained")
     last = readouts[-1]
-    means = dict(zip(groups, last["weight"], strict=True)) if groups else {"all": last["mean"]}
-    heaviest = max(means, key=lambda name: means[name])
-    _title(figure, f"Step {last['step']}: tokens of {heaviest} weigh {means[heaviest]:.2f} on average")
+    means = {f" of {name}": mean for name, mean in zip(groups, last.get("weight", ()), strict=True)}
+    heaviest, mean = max((means or {"": last["mean"]}).items(), key=lambda each: each[1])
+    _title(figure, f"Step {last['step']}: tokens{heaviest} weigh {mean:.2f} on average")
     axes, steps = figure.add_subplot(), [row["step"] for row in readouts]
     axes.plot(steps, [row["mean"] for row in readouts], "-o", color="black", markersize=5, label="all")
     for place, group in enumerate(groups):
