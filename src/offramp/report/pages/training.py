@@ -73,7 +73,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
 
 
 def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Block]:
-    """How far a run is.
+    """How far a run is, and what was changed behind stops.
 
     Args:
         rows: The lines of metrics.jsonl, at least one.
@@ -89,7 +89,14 @@ def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], option
     state = f"{done['step']} steps on {done['tokens']} positions."
     if reached < wanted:
         state = f"Not finished: {reached} of {wanted} {unit} so far; started again with the same options it goes on."
-    return [Text((state,), "bad" if reached < wanted else "")]
+    if "stopped" in config:
+        state = f"Not finished: {config['stopped']}; {reached} of {wanted} {unit} are kept. Started again it goes on, "
+        state += "with another learning rate or clipping norm if it is given one."
+    found: list[Block] = [Text((state,), "bad" if reached < wanted or "stopped" in config else "")]
+    if changed := config.get("changed"):
+        said = (f"{each.removeprefix('config.').removeprefix('training.')}." for each in changed)
+        found.append(Text(("Options were changed on the way, so those below alone do not repeat this run:", *said)))
+    return found
 
 
 def _table(curves: training_plots.Curves) -> Table:
