@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from distillation_runs import READOUT
 from offramp.classifiers.saving import load
 from offramp.distillation import DataConfig, Network, Study, judging, runs
 from offramp.distillation import run as run_module
@@ -20,7 +21,6 @@ from offramp.distillation.teacher import logits_of_all
 from tiny_encoders import build as tiny_classifier
 
 WORDS = "a dog man woman runs sleeps sings in the park red blue old".split()
-READOUT = {"*": {"weights": {"readout": {"learning_rate": 0.01}}}}
 
 
 def write_texts(path, known=("train", "val", "test"), counts=(48, 32, 24)):

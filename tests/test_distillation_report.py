@@ -5,7 +5,6 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from distillation_runs import READOUT, small_study
 from offramp import cli
-from offramp.distillation import DataConfig, Network, Study, run_grid, runs
+from offramp.distillation import DataConfig, run_grid, runs
 from offramp.distillation.by_group import THRESHOLDS, kept_weights, suggested
 from offramp.distillation.data import load_set
 from offramp.distillation.grid import ensure
@@ -24,15 +24,8 @@ from offramp.distillation.teacher import save_logits
 from offramp.metrics.sets import binomial
 
 pytest.importorskip("sklearn")
-SMALL = {"train": 200, "val": 60, "test": 110, "agreement": 0.85}
-STUDY = Study(
-    DataConfig("stand-in:digits-on-colour", options=SMALL), Network("small-cnn:4"), Network("small-cnn:6"),
-)  # fmt: skip
-STUDY = replace(
-    STUDY, training=replace(STUDY.training, epochs=2), teacher_training=replace(STUDY.teacher_training, epochs=2)
-)
+STUDY = small_study(2)
 METHODS, RULE = ["erm", "kd", "dedier"], "val_worst_group"
-READOUT = {"*": {"weights": {"readout": {"learning_rate": 0.01}}}}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +72,9 @@ def test_changes_and_budgets_are_those_of_the_predictions(grid):
         assert change["low"] <= change["after"] - change["before"] <= change["high"]
         share = binomial(int(after[inside].sum()), int(inside.sum()), method="wilson")
         assert report_of(result).groups[place].right == share
+    counts = torch.tensor([data.counts()["train"][name] for name in data.test.groups.names]).double()
+    shares = after.double() @ data.test.groups.members.double() / data.test.groups.counts
+    assert result["adjusted"] == report_of(result).adjusted == pytest.approx(float(shares @ counts / counts.sum()))
     assert named(results, "erm")["changes"] is None
     budgets = budgets_of(result)
     assert list(budgets) == list(THRESHOLDS)

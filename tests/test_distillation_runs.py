@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny_encoders as encoders
+from distillation_runs import READOUT, small_study
 from offramp.classifiers import EarlyExitClassifier
 from offramp.classifiers.saving import load
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
@@ -31,14 +32,7 @@ from offramp.metrics.selection import Judged
 from offramp.tasks.labelled import Labelled
 
 pytest.importorskip("sklearn")
-SMALL = {"train": 200, "val": 60, "test": 110, "agreement": 0.85}
-STUDY = Study(
-    DataConfig("stand-in:digits-on-colour", options=SMALL), Network("small-cnn:4"), Network("small-cnn:6"),
-)  # fmt: skip
-STUDY = replace(
-    STUDY, training=replace(STUDY.training, epochs=3), teacher_training=replace(STUDY.teacher_training, epochs=3)
-)
-READOUT = {"*": {"weights": {"readout": {"learning_rate": 0.01}}}}
+STUDY = small_study(3)
 
 
 def one(method, teacher=None, study=STUDY, seed=0):
@@ -208,7 +202,7 @@ def test_a_grid_goes_on_where_it_was(grid, tmp_path):
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path):
-    bad = replace(STUDY, data=replace(STUDY.data, options={**SMALL, "agreement": 0.999}))
+    bad = replace(STUDY, data=replace(STUDY.data, options={**STUDY.data.options, "agreement": 0.999}))
     both = [one("erm"), replace(one("jtt", study=bad), name="bad")]
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed, the first is bad--seed0: .* has no row in split"):
         run_grid(both, tmp_path)
@@ -296,6 +290,8 @@ def test_a_teacher_from_disk_is_the_teacher(grid, tmp_path):
     folder = result_of(ensure(one("kd", f"folder:{taught / 'model'}"), tmp_path))
     logits = result_of(ensure(one("kd", f"logits:{taught / 'train_logits.safetensors'}"), tmp_path))
     assert folder["rules"] == logits["rules"] == kd["rules"]
+    assert sorted(folder["budget"]) == sorted(kd["budget"])  # as if it had been trained here
+    assert ["teacher training", "train", None] in logits["budget"]
     teacher = load(taught / "model")
     kept = load_logits(taught / "train_logits.safetensors", data.train.rows)
     assert torch.equal(kept, logits_of_all(teacher, rows_for(teacher, data.train.rows))[-1])

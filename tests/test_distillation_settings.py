@@ -156,3 +156,47 @@ def test_what_a_given_teacher_was_trained_on_is_unknown(teacher):
     assert selected.label_free is False
     assert "teacher training unknown" in selected.line()
     assert label_budget(one("erm", study=replace(STUDY, select="last")), 100, 20, 30).label_free is True
+
+
+def saved(folder, budget, schema="offramp/distill/1"):
+    """As a finished run leaves its folder; the teacher in it, as it is given."""
+    (folder / "model").mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"schema": schema, "budget": budget}))
+    return f"folder:{folder / 'model'}"
+
+
+@pytest.mark.parametrize(
+    ("used", "said", "free"),
+    [
+        ([["reporting", "train", 90], ["reporting", "test", 30]], "none", True),
+        ([["student training", "train", 90], ["weights", "train", 80], ["selection", "val", 20]],
+         "train 90 and val 20", False),
+        ([["teacher training", "train", None], ["selection", "val", 20]], "unknown", False),
+        ([["teacher training", "train", None]], "unknown", None),
+        ([["teacher training", "train", None], ["weights", "train", 80]], "train 80", False),
+    ],
+)  # fmt: skip
+def test_a_teacher_of_a_finished_run_brings_its_account(tmp_path, used, said, free):
+    run = one("kd", saved(tmp_path / "run", used), study=replace(STUDY, select="val_average"))
+    budget = label_budget(run, 100, 20, 30)
+    assert f"teacher training {said};" in budget.line()
+    assert budget.label_free is free
+
+
+def test_of_other_folders_nothing_is_known(tmp_path):
+    known = [["reporting", "test", 30]]
+    saved(tmp_path / "moved", known)
+    (tmp_path / "moved" / "model").rename(tmp_path / "moved" / "elsewhere")
+    saved(tmp_path / "damaged", known)
+    (tmp_path / "damaged" / "result.json").write_text("{")
+    saved(tmp_path / "unfinished", known)
+    (tmp_path / "unfinished" / "result.json").unlink()
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "result.json").write_text("[]")
+    teachers = [
+        saved(tmp_path / "other", known, schema="offramp/calibrate/1"), f"folder:{tmp_path / 'moved' / 'elsewhere'}",
+        *(f"folder:{tmp_path / name / 'model'}" for name in ("damaged", "unfinished", "list")),
+        f"logits:{tmp_path / 'moved' / 'model'}",
+    ]  # fmt: skip
+    for teacher in teachers:
+        assert "teacher training unknown;" in label_budget(one("kd", teacher), 100, 20, 30).line()

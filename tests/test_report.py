@@ -24,6 +24,7 @@ from offramp.report import training_plots
 from offramp.report.html import report
 from offramp.report.pages import evaluation
 from offramp.report.pages.blocks import Picture
+from offramp.training.run_folder import RunFolder
 
 pytest.importorskip("matplotlib")
 KINDS = ("evaluation", "training", "probe", "calibration")
@@ -335,6 +336,21 @@ def test_an_unfinished_training_says_so(runs, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="has measured nothing yet"):
         one(tmp_path, "training", tmp_path)
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_a_stop_for_nan_and_what_was_changed_behind_it_are_told(runs, tmp_path):
+    shutil.copytree(runs / "training", tmp_path / "training")
+    folder, record = RunFolder(tmp_path / "training"), json.loads((runs / "training" / "config.json").read_text())
+    del record["about"]
+    folder.stopped("training met NaN or infinity at step 4 in the gradient")
+    assert "Not finished: training met NaN or infinity at step 4" in one(tmp_path, "training", tmp_path).text
+    folder.check({**record, "config": {**record["config"], "learning_rate": 0.5}})
+    said = one(tmp_path, "training", tmp_path).text
+    assert "Not finished" not in said
+    assert "learning_rate was 0.01 and is now 0.5, after training met NaN or infinity at step 4" in said
+    assert "do not repeat this run" in said
+    assert "do not repeat this run" not in one(runs, "training", tmp_path).text
 
 
 def test_curves_are_the_metrics():

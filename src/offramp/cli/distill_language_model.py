@@ -159,6 +159,7 @@ def distill_language_model(
     if str(json) != "-":
         typer.echo(result.table())
     o.note(f"wrote {result.model}; train its exits with: offramp train {result.model}")
+    o.note(f"pictures: offramp report {folder}")
     o.write_result({**result.to_dict(), "name": student, "teacher": teacher, "method": method, "dtype": dtype}, json)
 
 

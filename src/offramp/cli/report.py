@@ -15,8 +15,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of train, evaluate, calibrate, probe and distill (the grid or one of its runs); probe's JSON "
-            "files.",
+            help="Folders of train, evaluate, calibrate, probe and distill (the grid, one of its runs, or a language "
+            "model's); probe's JSON files.",
         ),
     ],
     out: Annotated[

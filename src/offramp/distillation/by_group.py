@@ -42,9 +42,9 @@ def found_by_group(
         need: Gives the folder of another run, finished.
 
     Returns:
-        "report": a `GroupReport` of the last exit; "budgets": a `BudgetByGroup` for each of `THRESHOLDS`; "changes": a
-        `GroupChange` from teacher to student for all rows and each group, None where the teacher's answers to test
-        rows are unknown.
+        "report": a `GroupReport` of the last exit; "adjusted": its adjusted average; "budgets": a `BudgetByGroup` for
+        each of `THRESHOLDS`; "changes": a `GroupChange` from teacher to student for all rows and each group, None where
+        the teacher's answers to test rows are unknown.
     """
     test = data.test
     assert test.groups is not None
@@ -63,6 +63,7 @@ def found_by_group(
     )  # fmt: skip
     return {
         "report": asdict(report),
+        "adjusted": report.adjusted,
         "budgets": [{"threshold": at, **asdict(found)} for at, found in zip(THRESHOLDS, budgets, strict=True)],
         "changes": None if changes is None else [asdict(change) for change in changes],
     }

@@ -24,7 +24,7 @@ from offramp.distillation.parts import Parts
 from offramp.files import replace_file
 from offramp.metrics.group_exits import exits_by_group
 from offramp.metrics.group_members import Groups
-from offramp.metrics.groups import flip_rate, group_report
+from offramp.metrics.groups import flip_rate
 from offramp.metrics.selection import judge
 from offramp.report.groups import plain
 from offramp.risk.budgets import leave
@@ -50,7 +50,7 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
         folder: Of the run.
 
     Returns:
-        The findings of result.json.
+        The findings of result.json, but for those of `found_by_group`.
     """
     chosen, test = history.choices(), parts.data.test
     labels, groups = test.rows.labels, test.groups
@@ -79,7 +79,6 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     left = leave(sure, sure.new_full((len(sure),), run.study.threshold))
     exits = exits_by_group(outputs, left, groups, split="test")
     counts = parts.data.counts().get("train")
-    report = group_report(outputs.logits[-1], labels, groups, split="test", train_counts=counts)
     flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
     metrics = [json.loads(line) for line in _lines(folder / "training" / "metrics.jsonl")]
     budget = label_budget(run, len(parts.data.train) if counts else 0, len(parts.kept[0]), len(test))
@@ -89,7 +88,6 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
         "rules": rules,
         "history": history.rows,
         "terms": _terms(metrics),
-        "adjusted": report.adjusted,
         "exits": asdict(exits),
         "flip_rate": None if flips is None else asdict(flips),
         "budget": [[use, split, count] for (use, split), count in budget.used.items()],

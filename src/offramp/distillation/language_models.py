@@ -20,7 +20,7 @@ from torch import Tensor
 from offramp.backbone import evaluating
 from offramp.distillation.own_answers import OwnAnswers
 from offramp.distillation.token_losses import TokenLoss, TokenSums, token_losses
-from offramp.distillation.token_report import TokenDistillResult, summary
+from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summary
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
 from offramp.exits import fingerprint
 from offramp.machine import describe
@@ -38,8 +38,6 @@ from offramp.training.trainable import save_model, trainable
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
-
-SCHEMA = "offramp/distill-language-model/1"
 
 
 def _training() -> TrainConfig:
@@ -306,9 +304,12 @@ class _Tokens:
         of_tokens = self.train.of_tokens
         groups = Groups.by_number(self._groups_of(self.train), self.groups) if self.groups else None
         found = weight_diagnostics(of_tokens(self.weights), groups)
+        assert self.config.weights is not None
+        alike = self.config.weights.rule.control == "mean-matched"  # on purpose, so it is no share to be warned of
+        lists = {"weight": list(found.by_group.values()), "group_tokens": groups.counts.tolist()} if groups else {}
         self.loop.log({
-            "kind": "weights", "step": clock.step, "reweighted": found.reweighted, "mean": found.mean,
-            "largest": found.quantiles[-1], **({"weight": list(found.by_group.values())} if groups else {}),
+            "kind": "weights", "step": clock.step, "reweighted": None if alike else found.reweighted,
+            "mean": found.mean, "largest": found.quantiles[-1], **lists,
         })  # fmt: skip
 
     # ------------------------------------------------------------ a step

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.metrics.group_weights import TOO_FEW
-from offramp.tables import markdown
+from offramp.metrics.selection import LabelBudget
+from offramp.report.groups import GroupTable
 from offramp.training.run_folder import Clock
 
 SCHEMA = "offramp/distill-language-model/1"
@@ -52,7 +53,8 @@ class TokenDistillResult:
     Attributes:
         overall: All held-out tokens.
         groups: Those of each group; none if groups are unknown.
-        reweighted: Share of training tokens that weighed more than the lightest at the last readout; None: unweighted.
+        reweighted: Share of training tokens that weighed more than the lightest at the last readout; None: unweighted,
+            or all alike on purpose.
         steps: Steps made, those before an interruption included.
         tokens: Tokens trained on.
         seconds: Time the steps took.
@@ -76,26 +78,25 @@ class TokenDistillResult:
         """For JSON."""
         return {"schema": SCHEMA, **asdict(self), "model": str(self.model)}
 
-    def table(self) -> str:
-        """A small table."""
+    def by_group(self) -> GroupTable:
+        """All held-out tokens, then those of each group, before -> after."""
         head = ["group", "tokens", "divergence (nats)", "text (nats)", "agreement", "right", "weight"]
-        rows = []
+        worst, rows = self.worst, []
         for each in (self.overall, *self.groups):
             pairs = (
                 (each.kd_before, each.kd), (each.ce_before, each.ce), (each.agreement_before, each.agreement),
                 (each.accuracy_before, each.accuracy),
             )  # fmt: skip
             changes = [f"{before:.3f} -> {after:.3f}" for before, after in pairs]
-            rows.append([each.name, str(each.tokens), *changes, "" if each.weight is None else f"{each.weight:.2f}"])
-        lines = [markdown(head, rows)]
-        if self.reweighted is not None and self.reweighted < TOO_FEW:
-            lines.append(
-                f"only {self.reweighted:.1%} of the tokens were reweighted: the readout has hardly an error left; "
-                "choose an earlier layer"
-            )
+            weight = "" if each.weight is None else f"{each.weight:.2f}"
+            said = [] if worst is None else ["worst" if each is worst else ""]
+            rows.append([each.name, f"{each.tokens:,}", *changes, weight, *said])
+        return GroupTable("Every group", [*head, *([""] if worst else [])], rows, _too_few(self.reweighted))
+
+    def table(self) -> str:
+        """A small table."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        lines.append(f"{self.steps} steps on {self.tokens} tokens, {rate:.0f} per second")
-        return "\n".join(lines)
+        return f"{self.by_group()}\n\n{self.steps} steps on {self.tokens} tokens, {rate:.0f} per second"
 
 
 def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clock, model: Path) -> TokenDistillResult:
@@ -128,3 +129,62 @@ def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clo
         parts.append(TokenNumbers(group, after["group_tokens"][place], **values, weight=mean))
     last = weighted[-1]["reweighted"] if weighted else None
     return TokenDistillResult(whole, tuple(parts), last, clock.step, clock.tokens, clock.seconds, model)
+
+
+def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> GroupTable:
+    """Weights of the training tokens after each readout; none if there were none.
+
+    Args:
+        rows: The lines of metrics.jsonl.
+        groups: Names.
+
+    Returns:
+        A row per readout.
+    """
+    weighted = [row for row in rows if row["kind"] == "weights"]
+    head = ["after step", "reweighted", "mean", "largest", *(f"mean: {group}" for group in groups)]
+    few = any(_too_few(row["reweighted"]) for row in weighted)
+    cells = [
+        [
+            f"{row['step']}", "–" if row["reweighted"] is None else f"{row['reweighted']:.1%}", f"{row['mean']:.2f}",
+            f"{row['largest']:.2f}", *(f"{mean:.2f}" for mean in row.get("weight", ())),
+            *(["too few" if _too_few(row["reweighted"]) else ""] if few else []),
+        ] for row in weighted
+    ]  # fmt: skip
+    notes = _too_few(weighted[-1]["reweighted"]) if weighted else ()
+    return GroupTable("Weights after each readout", [*head, *([""] if few else [])], cells, notes)
+
+
+def labels_used(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> LabelBudget:
+    """The account of a run, in tokens, each of which has the group of its prompt; held-out ones stand under "test".
+
+    Groups never reach the loss, the weights or the choice of a student, which is that of the last step.
+
+    Args:
+        rows: The lines of metrics.jsonl, the judgement before training at least.
+        groups: Names; none: unknown.
+
+    Returns:
+        Counts of labels by use and split; None for the teacher, of which nothing is known, and for training tokens of a
+        run by an older version.
+    """
+    budget = LabelBudget().plus("teacher training", "train", None)
+    if not groups:
+        return budget
+    judged = [row for row in rows if row["kind"] == "validation"]
+    budget = budget.plus("reporting", "test", sum(judged[-1]["group_tokens"]))
+    weighted = [row for row in rows if row["kind"] == "weights"]
+    if not weighted:  # then nothing is said of training tokens
+        return budget
+    counts = weighted[-1].get("group_tokens")
+    return budget.plus("reporting", "train", None if counts is None else sum(counts))
+
+
+def _too_few(reweighted: float | None) -> tuple[str, ...]:
+    """What to say of weights that touch next to nothing."""
+    if reweighted is None or reweighted >= TOO_FEW:
+        return ()
+    return (
+        f"Only {reweighted:.1%} of the tokens were reweighted: the readout has hardly an error left; choose an earlier "
+        "layer.",
+    )

@@ -49,8 +49,8 @@ def curves_figure(curves: Curves) -> Any:
     left, right = figure.subplots(1, 2)
     for axes, key, label in ((left, "loss", "loss (nats)"), (right, "agreement", WORDS[curves.what])):
         for place, layer in enumerate(curves.layers):
-            color = _colour(place, len(curves.layers))
-            x, y = _averaged([(row["tokens"], row[key][place]) for row in curves.steps])
+            color = colour(place, len(curves.layers))
+            x, y = averaged([(row["tokens"], row[key][place]) for row in curves.steps])
             axes.plot(x, y, color=color, linewidth=1, alpha=0.8)
             axes.plot(
                 [row["tokens"] for row in curves.validations], [row[key][place] for row in curves.validations], "o",
@@ -60,7 +60,7 @@ def curves_figure(curves: Curves) -> Any:
         axes.set_xlabel("positions trained on")
         axes.set_ylabel(label)
     if last["full_loss"] != first["full_loss"]:  # it was trained as well
-        left.plot(*_averaged([(row["tokens"], row["full_loss"]) for row in curves.steps]), color="black", linewidth=1)
+        left.plot(*averaged([(row["tokens"], row["full_loss"]) for row in curves.steps]), color="black", linewidth=1)
         left.plot(
             [row["tokens"] for row in curves.validations], [row["full_loss"] for row in curves.validations], "*",
             color="black", label="full model, on the text",
@@ -101,12 +101,12 @@ def layers_figure(curves: Curves) -> Any:
     return figure
 
 
-def _colour(place: int, count: int) -> Any:
+def colour(place: int, count: int) -> Any:
     """From dark to light, short of yellow."""
     return require_matplotlib().colormaps["viridis"](0.9 * place / max(count - 1, 1))
 
 
-def _averaged(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def averaged(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """Means of as many neighbours as leave at most `POINTS` points."""
     size = max(1, -(-len(points) // POINTS))
     groups = [points[at : at + size] for at in range(0, len(points), size)]

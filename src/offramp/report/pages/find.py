@@ -14,10 +14,11 @@ from offramp.classifiers.calibrate import SCHEMA as CLASSIFIER_CALIBRATION
 from offramp.classifiers.result import SCHEMA as CLASSIFIER_EVALUATION
 from offramp.classifiers.trainer import SCHEMA as CLASSIFIER_TRAINING
 from offramp.distillation.config import SCHEMA as DISTILLATION
+from offramp.distillation.token_report import SCHEMA as TOKEN_DISTILLATION
 from offramp.evaluation.result import RESULTS
 from offramp.evaluation.result import SCHEMA as EVALUATION
 from offramp.probe import SCHEMA as PROBE
-from offramp.report.pages import calibration, classifiers, distillation, evaluation, probe, training
+from offramp.report.pages import calibration, classifiers, distillation, evaluation, probe, token_distillation, training
 from offramp.report.pages.blocks import Page
 from offramp.training.trainer import SCHEMA as TRAINING
 
@@ -32,8 +33,8 @@ def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
     """The pages of one run.
 
     Args:
-        path: A folder of `offramp train`, `evaluate`, `calibrate`, `probe` or `distill`, one run of the last or the
-            grid; or a JSON file of `probe`.
+        path: A folder of `offramp train`, `evaluate`, `calibrate`, `probe` or `distill`: of the last the grid, one of
+            its runs, or that of a language model; or a JSON file of `probe`.
         examples: How many examples to show of an evaluation.
         seed: Of their choice.
 
@@ -52,6 +53,7 @@ def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
         ("config.json", CLASSIFIER_TRAINING, classifiers.training_page),
         (RESULT, CLASSIFIER_CALIBRATION, classifiers.calibration_page),
         (RESULT, DISTILLATION, distillation.run_page),
+        ("config.json", TOKEN_DISTILLATION, token_distillation.page),
     ]
     if not path.exists():
         raise ValueError(f"there is no {path}; give a folder of {COMMANDS}")

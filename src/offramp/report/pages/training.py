@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from offramp.report import training_plots
-from offramp.report.pages.blocks import Page, Section, Table, Text, draw, facts, repeat
+from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
 from offramp.training.consistency import OBJECTIVES
 from offramp.training.run_folder import RunFolder
 
@@ -38,12 +39,6 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
         what="accuracy" if options["objective"] in OBJECTIVES else "agreement",
     )  # fmt: skip
     about = config.get("about", {})
-    done = rows[-1]
-    unit, wanted = ("steps", options["steps"]) if options["steps"] is not None else ("tokens", options["tokens"])
-    reached = done["step" if unit == "steps" else "tokens"]
-    state = f"{done['step']} steps on {done['tokens']} positions."
-    if reached < wanted:
-        state = f"Not finished: {reached} of {wanted} {unit} so far; started again with the same options it goes on."
     conditions = {
         "model": config["model"]["name"], "weights": config["model"]["fingerprint"], "dtype": config["model"]["dtype"],
         **{name: value for name, value in about.items() if name != "command"}, **config["data"],
@@ -55,7 +50,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
             Section(
                 "What each exit reached",
                 [
-                    Text((state,), "bad" if reached < wanted else ""),
+                    *how_far(rows, config, options),
                     _table(curves),
                     draw(
                         partial(training_plots.layers_figure, curves), f"{curves.what} of each exit, before and after"
@@ -75,6 +70,33 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
             repeat(about.get("command"), conditions, options),
         ],
     )
+
+
+def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Block]:
+    """How far a run is, and what was changed behind stops.
+
+    Args:
+        rows: The lines of metrics.jsonl, at least one.
+        config: Its config.json.
+        options: Those of training in it.
+
+    Returns:
+        Paragraphs.
+    """
+    done = next(row for row in reversed(rows) if "tokens" in row)
+    unit, wanted = ("steps", options["steps"]) if options["steps"] is not None else ("tokens", options["tokens"])
+    reached = done["step" if unit == "steps" else "tokens"]
+    state = f"{done['step']} steps on {done['tokens']} positions."
+    if reached < wanted:
+        state = f"Not finished: {reached} of {wanted} {unit} so far; started again with the same options it goes on."
+    if "stopped" in config:
+        state = f"Not finished: {config['stopped']}; {reached} of {wanted} {unit} are kept. Started again it goes on, "
+        state += "with another learning rate or clipping norm if it is given one."
+    found: list[Block] = [Text((state,), "bad" if reached < wanted or "stopped" in config else "")]
+    if changed := config.get("changed"):
+        said = (f"{each.removeprefix('config.').removeprefix('training.')}." for each in changed)
+        found.append(Text(("Options were changed on the way, so those below alone do not repeat this run:", *said)))
+    return found
 
 
 def _table(curves: training_plots.Curves) -> Table:
