@@ -61,6 +61,7 @@ _CERTIFY = (
     "--validate 200"
 )
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
+_LATER = "--task summarisation --data {run}/later.jsonl --longest 512 --batch-size 8"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
 _QUESTIONS = "smollm2 --dtype bfloat16 --task question-answering"
 _LAYERS = "{run}/measures.json {run}/pruning.json"
@@ -162,6 +163,14 @@ STUDIES = {
             Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
                  "--batch-size 8 --bound wsr --thresholds 0.95,0.8 --tolerance 0.10 --validate 200",
                  "calibrate-10", folder="calibrate"),
+            Step("Dialogues that nothing was trained or certified on", "rows {data}/dialogsum/dev.jsonl "
+                 "{run}/later.jsonl 200 100", "later", shows=False),
+            Step("The certified policy there", f"evaluate {_SMOLLM2} {_LATER} --prompt-layer 14 --static 26 "
+                 "--policy {run}/calibrate/policy.json --confidence classifier --threshold 0.9", "evaluate-later"),
+            Step("The baseline there", "evaluate {run}/train-full/model --exits {run}/train-full/exits "
+                 f"--dtype bfloat16 {_LATER} --static 26", "evaluate-later-full"),
+            Step("The certified policy beside the baseline", "baseline {run}/evaluate-later "
+                 "{run}/evaluate-later-full", "baseline-later"),
         ),
     ),
     "questions": Study(
@@ -188,7 +197,8 @@ STUDIES["posteriors"] = Study(
     "softmax gap of the same exits on dialogues of dev: does any of them save more at equal agreement with the full "
     "model?",
     (
-        Step("Dialogues to fit on", "rows {data}/dialogsum/train.jsonl.gz {run}/fit.jsonl", "rows", shows=False),
+        Step("Dialogues to fit on", "rows {data}/dialogsum/train.jsonl.gz {run}/fit.jsonl 1500 200", "rows",
+             shows=False),
         Step("Fitting", "calibrate smollm2 --exits bundled --dtype bfloat16 --task summarisation "
              "--data {run}/fit.jsonl --own-answers --max-new-tokens 40 --longest 512 --layers 24,27 "
              "--posterior laplace,conformal,avcs",
@@ -208,9 +218,9 @@ def halves(source: Path, first: Path, rest: Path) -> None:
         path.write_text("".join(part), encoding="utf-8")
 
 
-def rows(source: Path, target: Path, skip: int = 1500, count: int = 200) -> None:
-    """Write some lines of gzipped JSON Lines behind those that other studies train on."""
-    with gzip.open(source, "rt", encoding="utf-8") as file:
+def rows(source: Path, target: Path, skip: int, count: int) -> None:
+    """Write some lines of JSON Lines behind those that other steps use."""
+    with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8") as file:
         target.write_text("".join(islice(file, skip, skip + count)), encoding="utf-8")
 
 
@@ -241,7 +251,7 @@ def run(step: Step, place: dict[str, str]) -> None:
     program, *arguments = shlex.split(step.command.format(**place))
     print(f"running: {step.title}", flush=True)
     if program in PREPARATIONS:
-        PREPARATIONS[program](*map(Path, arguments))
+        PREPARATIONS[program](*(int(one) if one.isdecimal() else Path(one) for one in arguments))
         output.write_text("")
         return
     if program in SCRIPTS:
