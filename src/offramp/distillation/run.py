@@ -1,6 +1,6 @@
 """One student, from data to result: train, look at groups after every epoch, and judge the test rows in the end.
 
-config.json             what was asked for
+config.json             what was asked for, and digests of the data and of a teacher that was given
 training/               see `offramp.classifiers.trainer`; an interrupted run goes on from there
 history/                validation after each epoch, and the weights of epochs that a rule would choose
 model/                  the student at the epoch that `select` chose

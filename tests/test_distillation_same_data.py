@@ -1,0 +1,97 @@
+"""What a run is made of besides its options: data that changed, logits of other rows, teachers that know test rows."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from offramp.distillation import DataConfig, Network, Study, run_grid, runs
+from offramp.distillation.config import ClassifierTrainConfig
+from offramp.distillation.grid import digests
+from offramp.distillation.results import results_in
+
+TRAINING = ClassifierTrainConfig(epochs=1, batch_size=16)
+WORDS = "red blue old young".split()
+
+
+def rows(counts=(16, 16, 12)):
+    """y is whether "good" is in the text, a whether "never" is."""
+    return [
+        {"id": f"{split} {n}", "split": split, "y": n % 2, "a": n // 2 % 2,
+         "text": " ".join([WORDS[n % 4], str(n), split, *["good"] * (n % 2), *["never"] * (n // 2 % 2)])}
+        for split, count in zip(("train", "val", "test"), counts, strict=True) for n in range(count)
+    ]  # fmt: skip
+
+
+def write(path, given):
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+
+
+def study_of(path, task="groups", **options):
+    data = DataConfig(str(path), task, options or {"text": "text"})
+    network = Network("text:1x8")
+    return Study(data, network, network, training=TRAINING, teacher_training=TRAINING, select="last")
+
+
+def one(study, method="erm", teacher=None, seed=0):
+    return runs(study, [method], [teacher] if teacher else [], [seed])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A set, and a grid of one run."""
+    folder = tmp_path_factory.mktemp("made")
+    write(folder / "rows.jsonl", rows())
+    study = study_of(folder / "rows.jsonl")
+    run_grid(one(study), folder / "grid")
+    return folder, study
+
+
+# ---------------------------------------------------------------- data that changed
+
+
+@pytest.mark.parametrize(
+    ("split", "key", "value"),
+    [
+        ("test", "y", 1),
+        ("test", "text", "something else"),
+        ("val", "a", 1),
+        ("train", "text", "else"),
+        ("test", "a", 1),
+    ],
+)
+def test_a_grid_goes_on_with_the_same_data_only(made, split, key, value):
+    folder, study = made
+    path, result = folder / "rows.jsonl", folder / "grid" / "runs" / "erm--seed0" / "result.json"
+    before = result.read_bytes()
+    write(path, [{**row, key: value} if row["id"] == f"{split} 0" else row for row in rows()])
+    try:
+        with pytest.raises(ValueError, match=f"of other data: .* is {split} rows; give the same files"):
+            run_grid([*one(study), *one(study, seed=1)], folder / "grid")
+    finally:
+        write(path, rows())
+    assert not (folder / "grid" / "runs" / "erm--seed1").exists()
+    assert run_grid(one(study), folder / "grid")[0]["key"] == "erm--seed0"
+    assert result.read_bytes() == before
+
+
+def test_runs_of_older_versions_have_no_digests_and_are_taken(made, tmp_path):
+    folder, study = made
+    shutil.copytree(folder / "grid", tmp_path / "grid")
+    config = tmp_path / "grid" / "runs" / "erm--seed0" / "config.json"
+    values = json.loads(config.read_text())
+    assert set(values.pop("digests")) == {"train rows", "val rows", "test rows"}
+    config.write_text(json.dumps(values))
+    assert [result["key"] for result in run_grid(one(study), tmp_path / "grid")] == ["erm--seed0"]
+    assert len(results_in(tmp_path / "grid")[0]) == 1
+
+
+def test_a_given_teacher_is_known_by_what_it_holds(made, tmp_path):
+    folder, study = made
+    model = shutil.copytree(folder / "grid" / "runs" / "erm--seed0" / "model", tmp_path / "model")
+    for teacher, file in ((f"folder:{model}", model / "model.safetensors"), (f"logits:{tmp_path}/l", tmp_path / "l")):
+        for content in (b"one", b"other"):
+            file.write_bytes(content)
+            assert digests(one(study, "kd", teacher)[0])["teacher"] == hashlib.sha256(content).hexdigest()
+    assert "teacher" not in digests(one(study, "kd", "erm")[0])
