@@ -3,13 +3,19 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import ClassifierTrainConfig
+from offramp.distillation.data import load_set
 from offramp.distillation.grid import digests
 from offramp.distillation.results import results_in
+from offramp.distillation.teacher import load_logits, save_logits
+from offramp.tasks.row_hashes import input_hashes
 
 TRAINING = ClassifierTrainConfig(epochs=1, batch_size=16)
 WORDS = "red blue old young".split()
@@ -95,3 +101,32 @@ def test_a_given_teacher_is_known_by_what_it_holds(made, tmp_path):
             file.write_bytes(content)
             assert digests(one(study, "kd", teacher)[0])["teacher"] == hashlib.sha256(content).hexdigest()
     assert "teacher" not in digests(one(study, "kd", "erm")[0])
+
+
+# ---------------------------------------------------------------- logits of other rows
+
+
+@pytest.mark.parametrize("name", ["template-nli", "template-toxicity"])
+def test_logits_of_another_seeds_sentences_are_refused(tmp_path, name):
+    """Both name their rows by place, but draw the sentences anew."""
+    options = {"train": 1200, "val": 60, "test": 60}
+    first, other = (load_set(DataConfig(f"stand-in:{name}", options=options), seed).train.rows for seed in (0, 1))
+    assert first.ids == other.ids
+    logits, path = torch.arange(2.0 * len(first)).reshape(-1, 2), tmp_path / "logits"
+    save_logits(path, logits, first.ids, first.classes, "someone", first.inputs)
+    assert torch.equal(load_logits(path, first.take([5, 3])), logits[[5, 3]])
+    differing = sum(a != b for a, b in zip(first.inputs, other.inputs, strict=True))
+    with pytest.raises(ValueError, match=f"is of other data: {differing} of 1200 rows .* such as 'train-"):
+        load_logits(path, other)
+    save_logits(path, logits, first.ids, first.classes, "someone")  # as older versions did
+    assert torch.equal(load_logits(path, other), logits)
+
+
+def test_images_in_memory_are_known_by_their_values_and_those_in_files_by_their_names():
+    images = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
+    first, again = input_hashes(images), input_hashes(images.copy()[:, ::-1, ::-1][:, ::-1, ::-1])
+    assert torch.equal(first, again)
+    images[1, 2, 2, 2] += 1
+    assert (input_hashes(images) == first).tolist() == [True, False]
+    assert (input_hashes(("a", "b")) == input_hashes(("a", "c"))).tolist() == [True, False]
+    assert input_hashes(SimpleNamespace(paths=())) is None

@@ -152,7 +152,7 @@ def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
                 kept.unlink(missing_ok=True)  # of an older teacher: made again below
     logits = teachers.logits_of_all(classifier, prepared)[-1]
     if folder is None:
-        teachers.save_logits(kept, logits, rows.ids, rows.classes, key)
+        teachers.save_logits(kept, logits, rows.ids, rows.classes, key, rows.inputs)
     return teachers.from_table(logits)
 
 

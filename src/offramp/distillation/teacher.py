@@ -18,6 +18,8 @@ from offramp.distillation.states import States
 from offramp.files import replace_file
 from offramp.packaged import first_line
 from offramp.tasks.labelled import Labelled
+from offramp.tasks.labelled_inputs import Inputs
+from offramp.tasks.row_hashes import input_hashes
 
 SCHEMA = "offramp/teacher-logits/1"
 
@@ -52,7 +54,14 @@ def live(teacher: EarlyExitClassifier) -> Targets:
     return targets
 
 
-def save_logits(path: Path, logits: Tensor, ids: Sequence[str], classes: Sequence[str], teacher: str) -> None:
+def save_logits(
+    path: Path,
+    logits: Tensor,
+    ids: Sequence[str],
+    classes: Sequence[str],
+    teacher: str,
+    inputs: Inputs | None = None,
+) -> None:
     """Keep a teacher's logits.
 
     Args:
@@ -61,13 +70,18 @@ def save_logits(path: Path, logits: Tensor, ids: Sequence[str], classes: Sequenc
         ids: Of the rows.
         classes: Their names.
         teacher: Fingerprint of the teacher and its preprocessing, or where the logits come from.
+        inputs: Of the rows, so that rows of the same ids that hold something else are refused; None: it goes by ids
+            alone, as for images in files.
     """
     from safetensors.torch import save_file
 
     header = {
         "schema": SCHEMA, "ids": json.dumps(list(ids)), "classes": json.dumps(list(classes)), "teacher": teacher
     }  # fmt: skip
-    replace_file(path, lambda temporary: save_file({"logits": logits.float().contiguous()}, temporary, header))
+    tensors = {"logits": logits.float().contiguous()}
+    if (held := None if inputs is None else input_hashes(inputs)) is not None:
+        tensors["inputs"] = held
+    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tensor:
@@ -82,7 +96,8 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
         [N, C].
 
     Raises:
-        ValueError: The file is missing, damaged or of another teacher, a row is missing, or classes differ.
+        ValueError: The file is missing, damaged or of another teacher, a row is missing or holds something else, or
+            classes differ.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -92,6 +107,7 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
             if header.get("schema") != SCHEMA:
                 raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
             logits: Tensor = file.get_tensor("logits")
+            held: Tensor | None = file.get_tensor("inputs") if "inputs" in file.keys() else None  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged ({first_line(error)}); save the logits again") from error
     if teacher is not None and header["teacher"] != teacher:
@@ -100,4 +116,11 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
     place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
     if missing := next((id for id in rows.ids if id not in place), None):
         raise ValueError(f"{path} says nothing of the training row {missing!r}; it has {len(place)} other rows")
-    return logits[[place[id] for id in rows.ids]]
+    at = [place[id] for id in rows.ids]
+    now = None if held is None else input_hashes(rows.inputs)
+    if held is not None and now is not None and (others := (held[at] != now).nonzero().flatten().tolist()):
+        raise ValueError(
+            f"{path} is of other data: {len(others)} of {len(rows)} rows hold something else under the same id, such "
+            f"as {rows.ids[others[0]]!r} (a set that is drawn anew for every seed?); save logits for these"
+        )
+    return logits[at]
