@@ -3,19 +3,23 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from offramp.classifiers.saving import load
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import ClassifierTrainConfig
 from offramp.distillation.data import load_set
 from offramp.distillation.grid import digests
+from offramp.distillation.report import tables
 from offramp.distillation.results import results_in
-from offramp.distillation.teacher import load_logits, save_logits
-from offramp.tasks.row_hashes import input_hashes
+from offramp.distillation.teacher import load_logits, require_unseen, save_logits
+from offramp.tasks.row_hashes import input_hashes, row_hashes
 
 TRAINING = ClassifierTrainConfig(epochs=1, batch_size=16)
 WORDS = "red blue old young".split()
@@ -130,3 +134,49 @@ def test_images_in_memory_are_known_by_their_values_and_those_in_files_by_their_
     assert (input_hashes(images) == first).tolist() == [True, False]
     assert (input_hashes(("a", "b")) == input_hashes(("a", "c"))).tolist() == [True, False]
     assert input_hashes(SimpleNamespace(paths=())) is None
+
+
+# ---------------------------------------------------------------- teachers that know test rows
+
+
+def test_a_teacher_that_was_trained_on_test_rows_is_refused(tmp_path):
+    """Seed 1 divides the digits anew, so that test digits of it were training digits of seed 0."""
+    pytest.importorskip("sklearn")
+    options = {"train": 200, "val": 40, "test": 100, "agreement": 0.8}
+    study = study_of("stand-in:digits-on-colour", None, **options)
+    study = replace(study, student=Network("small-cnn:2"), teacher=Network("small-cnn:2"))
+    run_grid(one(study), tmp_path / "first")
+    model = tmp_path / "first" / "runs" / "erm--seed0" / "model"
+    taught = load(model).training_rows
+    data = [load_set(study.data, seed) for seed in (0, 1)]
+    assert taught.tolist() == row_hashes(data[0].train.rows, "digits-on-colour").tolist()
+    seen = len(set(data[0].train.rows.ids) & set(data[1].test.rows.ids))
+    asked = runs(study, ["erm", "kd"], [f"folder:{model}"], [0, 1])
+    with pytest.raises(ValueError, match=f"was trained on {seen} of the 200 test rows .*seed 1"):
+        run_grid(asked, tmp_path / "grid")
+    assert seen > 10
+    assert not (tmp_path / "grid" / "runs").exists()  # nothing was trained
+    (found,) = run_grid(asked[1:2], tmp_path / "grid")
+    assert found["teacher_unseen"] is True
+    assert found["changes"] is not None
+    assert "does not say what it was trained on" not in tables([found], "last")
+    older = shutil.copytree(model, tmp_path / "older")
+    (older / "training_rows.safetensors").unlink()
+    assert load(older).training_rows is None
+    (found,) = run_grid(one(study, "kd", f"folder:{older}", seed=1), tmp_path / "grid")
+    assert found["teacher_unseen"] is None
+    assert "does not say what it was trained on" in tables([found], "last")
+
+
+def test_test_rows_that_the_set_repeats_in_training_are_not_the_teachers_fault(tmp_path):
+    data = load_set(DataConfig("stand-in:template-toxicity", options={"train": 1200, "val": 60, "test": 600}), 0)
+    assert set(data.train.rows.inputs) & set(data.test.rows.inputs)
+    for rows, unseen in ((data.train.rows, True), (data.test.rows, False)):
+        save_file({"rows": row_hashes(rows, "")}, tmp_path / "training_rows.safetensors")
+        if unseen:
+            assert require_unseen(f"folder:{tmp_path}", data) is True
+        else:
+            others = sum(text not in data.train.rows.inputs for text in data.test.rows.inputs)
+            with pytest.raises(ValueError, match=f"was trained on {others} of the 600 test rows"):
+                require_unseen(f"folder:{tmp_path}", data)
+    assert require_unseen(f"logits:{tmp_path}", data) is None

@@ -17,6 +17,7 @@ from typing import Any
 from offramp.classifiers.saving import WEIGHTS
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
+from offramp.distillation.teacher import require_unseen
 from offramp.files import differences, write_json
 from offramp.models import named_device
 
@@ -68,6 +69,14 @@ def _same(run: Run, folder: Path) -> None:
             f"{folder} holds a run of other data: what changed since, under the same name, is {changed}; give the same "
             "files, or another folder"
         )
+
+
+def _check(run: Run, folder: Path) -> None:
+    """Refuse a run that the folder does not fit, or its given teacher."""
+    if (folder / "config.json").is_file():
+        _same(run, folder)
+    if (run.teacher or "").startswith("folder:") and not (folder / "result.json").is_file():
+        require_unseen(run.teacher or "", load_set(run.study.data, run.seed))
 
 
 def digests(run: Run) -> dict[str, str]:
@@ -131,7 +140,7 @@ def run_grid(
 
     Raises:
         ValueError: Two runs have the same name, there is no such engine or device, or the folder holds other runs, or
-            runs of other data.
+            runs of other data, or a given teacher was trained on test rows.
         RuntimeError: Runs failed; the others are finished.
     """
     if engine not in ("processes", "ray"):
@@ -145,8 +154,7 @@ def run_grid(
         raise ValueError(f"two runs are named {twice}; {way}")
     forget_sets()
     for run in runs:  # before anything is trained
-        if (root / "runs" / run.key / "config.json").is_file():
-            _same(run, root / "runs" / run.key)
+        _check(run, root / "runs" / run.key)
     waiting = [run.to_dict() for run in runs if not (root / "runs" / run.key / "result.json").is_file()]
     done, failed = len(runs) - len(waiting), []
     for outcome in _outcomes(waiting, root, processes, engine, threads, device):

@@ -12,14 +12,16 @@ from torch import Tensor
 from offramp.backbone import evaluating
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.saving import training_rows
 from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
 from offramp.distillation.states import States
 from offramp.files import replace_file
 from offramp.packaged import first_line
+from offramp.tasks.group_sets import GroupedSet
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
-from offramp.tasks.row_hashes import input_hashes
+from offramp.tasks.row_hashes import input_hashes, row_hashes
 
 SCHEMA = "offramp/teacher-logits/1"
 
@@ -52,6 +54,34 @@ def live(teacher: EarlyExitClassifier) -> Targets:
         return logits
 
     return targets
+
+
+def require_unseen(teacher: str, data: GroupedSet) -> bool | None:
+    """Refuse a saved teacher that was trained on test rows.
+
+    Those that the set itself has among its training rows too are not its fault.
+
+    Args:
+        teacher: "folder:PATH", or "logits:FILE".
+        data: With the splits of this seed.
+
+    Returns:
+        True; None: nobody knows what it was trained on.
+
+    Raises:
+        ValueError: It was trained on test rows.
+    """
+    kind, _, path = teacher.partition(":")
+    rows = training_rows(Path(path).expanduser()) if kind == "folder" else None
+    if rows is None:
+        return None
+    train, test = (row_hashes(split.rows, data.name) for split in (data.train, data.test))
+    if seen := int((torch.isin(test, rows) & ~torch.isin(test, train)).sum()):
+        raise ValueError(
+            f"the teacher {path} was trained on {seen} of the {len(test)} test rows ({data.source}); give the seed it "
+            "was trained with as --first-seed with --seeds 1, or a network, which is trained anew for every seed"
+        )
+    return True
 
 
 def save_logits(

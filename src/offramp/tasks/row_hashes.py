@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
 
 
@@ -26,6 +27,21 @@ def input_hashes(inputs: Inputs) -> Tensor | None:
     if isinstance(inputs, np.ndarray):
         return hashes(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes() for image in inputs)
     return None
+
+
+def row_hashes(rows: Labelled, name: str) -> Tensor:
+    """Texts by what they hold; images by their ids, since one thing may be rendered anew for every division.
+
+    Args:
+        rows: N of them.
+        name: Of their set, within which an id means one thing.
+
+    Returns:
+        The first 64 bits of their SHA-256, [N], int64.
+    """
+    if isinstance(rows.inputs, tuple) and (held := input_hashes(rows.inputs)) is not None:
+        return held
+    return hashes(f"{name} {id}".encode() for id in rows.ids)
 
 
 def hashes(values: Iterable[bytes]) -> Tensor:
