@@ -19,6 +19,7 @@ from offramp.distillation.grid import digests
 from offramp.distillation.report import tables
 from offramp.distillation.results import results_in
 from offramp.distillation.teacher import load_logits, require_unseen, save_logits
+from offramp.report.pages.distillation import run_page
 from offramp.tasks.row_hashes import input_hashes, row_hashes
 
 TRAINING = ClassifierTrainConfig(epochs=1, batch_size=16)
@@ -180,3 +181,28 @@ def test_test_rows_that_the_set_repeats_in_training_are_not_the_teachers_fault(t
             with pytest.raises(ValueError, match=f"was trained on {others} of the 600 test rows"):
                 require_unseen(f"folder:{tmp_path}", data)
     assert require_unseen(f"logits:{tmp_path}", data) is None
+
+
+# ---------------------------------------------------------------- texts that were cut
+
+
+def test_texts_that_were_cut_are_counted_and_told(made, tmp_path):
+    folder, study = made
+    short = replace(study, student=Network("text:1x8", longest=6))
+    words = {row["id"]: len(row["text"].split()) for row in rows()}  # each a token; [CLS] and [SEP] come besides
+    split = {name: sum(n > 4 for id, n in words.items() if id.startswith(name)) for name in ("train", "val", "test")}
+    (found,) = run_grid(one(short), tmp_path)
+    assert found["truncated"] == split == {"train": 4, "val": 4, "test": 3}
+    said = "Texts longer than the student takes were cut: 4 in train, 4 in val, 3 in test"
+    assert f"{said}." in tables([found], "last")
+    assert f"{said} at most." in tables([found, {**found, "seed": 1}], "last")
+    assert any(said in text for text in _texts(run_page(tmp_path / "runs" / found["key"], found)))
+    (whole,) = run_grid(one(study), folder / "grid")
+    older = {name: value for name, value in whole.items() if name != "truncated"}
+    assert set(whole["truncated"].values()) == {0}
+    for result in (whole, older):
+        assert "were cut" not in tables([result], "last")
+
+
+def _texts(page):
+    return [line for section in page.sections for block in section.blocks for line in getattr(block, "paragraphs", ())]

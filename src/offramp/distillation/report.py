@@ -20,6 +20,7 @@ from offramp.distillation.results import (
     mean_report,
     report_of,
     selected_by,
+    truncated_in,
     weights_of,
 )
 from offramp.files import replace_file
@@ -128,7 +129,8 @@ def methods_table(methods: Methods, rule: str) -> GroupTable:
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
     table = seeds_table(summaries, comparisons(methods, rule), REFERENCE)
     note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds."
-    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.",))
+    cut = truncated_in([result for own in methods.values() for result in own])
+    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.", *cut))
 
 
 def groups_of_methods(methods: Methods, rule: str) -> GroupTable:

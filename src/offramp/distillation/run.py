@@ -83,7 +83,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     else:
         _train(run, parts, student, objective, sampling, folder, history)
     student.training_rows = _learnt_from(run, parts)
-    result = judged(run, parts, student, history, folder) | {"teacher_unseen": unseen}
+    result = judged(run, parts, student, history, folder) | {"teacher_unseen": unseen, "truncated": parts.truncated}
     result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
     found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
