@@ -73,6 +73,8 @@ class EarlyExitClassifier(nn.Module):
     Attributes:
         trained_on: How its data was read and divided, as `offramp.classifiers.divided` records it, kept and saved with
             the model; empty: unknown.
+        training_rows: Its training rows as `offramp.tasks.row_hashes` knows them, [N], kept and saved likewise; None:
+            unknown.
 
     Raises:
         ValueError: The exits, the classes or the labels are not possible.
@@ -95,6 +97,7 @@ class EarlyExitClassifier(nn.Module):
         self.head_config = head or HeadConfig()
         self.tokenizer, self.preprocessing = tokenizer, dict(preprocessing or {})
         self.trained_on: dict[str, Any] = {}
+        self.training_rows: Tensor | None = None
         self.backbone = backbone
         self.heads = nn.ModuleList(
             ExitHead(backbone, layer, self.num_classes, self.head_config) for layer in self.layers

@@ -2,7 +2,7 @@
 
 `config.json` says what is built, `model.safetensors` holds all weights. Beside them stand, in `encoder/`, the encoder's
 own configuration and tokenizer as transformers writes them, in `preprocessor_config.json` how images are prepared, and
-in `trained_on.json` how the training data was read and divided.
+in `trained_on.json` how the training data was read and divided, in `training_rows.safetensors` hashes of its rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.classifiers.classifier import EarlyExitClassifier
@@ -27,6 +28,7 @@ from offramp.packaged import ModelError, first_line, quiet
 
 SCHEMA = "offramp/classifier/1"
 CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"
+ROWS = "training_rows.safetensors"
 AGAIN = "save the classifier again, or copy its whole folder"
 OWN: dict[str, tuple[Any, Any]] = {"msdnet": (MSDNet, MSDNetConfig), "small-cnn": (SmallCNN, SmallCNNConfig)}
 """Networks of our own and their configurations, by the kind that is written."""
@@ -71,6 +73,8 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         for name, given in ((PREPROCESSING, classifier.preprocessing), (TRAINED_ON, classifier.trained_on)):
             if given:
                 write_json(temporary / name, given)
+        if classifier.training_rows is not None:
+            write_tensors(temporary / ROWS, {"rows": classifier.training_rows})
 
     replace_folder(target, put)
 
@@ -141,8 +145,15 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
             classifier.heads[-1] = ProjectedHead(
                 backbone, classifier.head_config.pooling, classifier.num_classes, ProjectedConfig.from_dict(projected)
             )
-    classifier.trained_on = _json(folder / TRAINED_ON)
+    classifier.trained_on, classifier.training_rows = _json(folder / TRAINED_ON), training_rows(folder)
     return classifier
+
+
+def training_rows(folder: Path) -> Tensor | None:
+    """Hashes of the rows that a saved classifier was trained on, [N]; None: it does not say."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / ROWS)["rows"] if (folder / ROWS).is_file() else None
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -173,7 +184,7 @@ def _may_go(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    if not names <= {CONFIG, WEIGHTS, ENCODER, PREPROCESSING, TRAINED_ON}:
+    if not names <= {CONFIG, WEIGHTS, ENCODER, PREPROCESSING, TRAINED_ON, ROWS}:
         return False
     try:
         return not names or str(_description(folder).get("schema")).startswith("offramp/classifier/")

@@ -72,6 +72,12 @@ def load_set(config: DataConfig, seed: int) -> GroupedSet:
     return made
 
 
+def forget_sets() -> None:
+    """Drop the sets that are kept in memory for the next run: files are read again, which may have changed."""
+    _loaded.cache_clear()
+    _digits.cache_clear()
+
+
 @lru_cache(maxsize=2)  # several runs in one process share it
 def _loaded(path: str, task: str | None, options: str, seed: int) -> GroupedSet:
     given: dict[str, Any] = json.loads(options)

@@ -6,6 +6,7 @@ Several grids may work in one folder, also from several machines that share it: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import traceback
@@ -13,7 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.classifiers.saving import WEIGHTS
 from offramp.distillation.config import Run
+from offramp.distillation.data import forget_sets, load_set
+from offramp.distillation.teacher import require_unseen
 from offramp.files import differences, write_json
 from offramp.models import named_device
 
@@ -33,7 +37,7 @@ def ensure(run: Run, root: Path, *, place: str = "runs", device: str = "cpu") ->
         `root`/`place`/name, with result.json.
 
     Raises:
-        ValueError: The folder holds another run.
+        ValueError: The folder holds another run, or one of other data.
     """
     from filelock import FileLock
 
@@ -51,12 +55,46 @@ def ensure(run: Run, root: Path, *, place: str = "runs", device: str = "cpu") ->
 def _same(run: Run, folder: Path) -> None:
     asked, path = json.loads(json.dumps(run.to_dict())), folder / "config.json"
     if not path.is_file():
-        write_json(path, asked)
+        write_json(path, {**asked, "digests": digests(run)})
         return
-    if differing := differences(json.loads(path.read_text("utf-8")), asked):
+    have = json.loads(path.read_text("utf-8"))
+    known = have.pop("digests", None)
+    if differing := differences(have, asked):
         raise ValueError(
             f"{folder} holds another run: {'; '.join(differing[:3])}; give the same options, or another folder"
         )
+    if known is not None and (differing := differences(known, digests(run))):
+        changed = ", ".join(each.partition(" was ")[0] for each in differing)
+        raise ValueError(
+            f"{folder} holds a run of other data: what changed since, under the same name, is {changed}; give the same "
+            "files, or another folder"
+        )
+
+
+def _check(run: Run, folder: Path) -> None:
+    """Refuse a run that the folder does not fit, or its given teacher."""
+    if (folder / "config.json").is_file():
+        _same(run, folder)
+    if (run.teacher or "").startswith("folder:") and not (folder / "result.json").is_file():
+        require_unseen(run.teacher or "", load_set(run.study.data, run.seed))
+
+
+def digests(run: Run) -> dict[str, str]:
+    """What the options of a run do not say: what its files hold.
+
+    Args:
+        run: Which.
+
+    Returns:
+        SHA-256 of each split, by name, and of the weights or logits of a teacher that is given.
+    """
+    found = {f"{name} rows": digest for name, digest in load_set(run.study.data, run.seed).digests.items()}
+    kind, _, path = (run.teacher or "").partition(":")
+    file = Path(path).expanduser() / (WEIGHTS if kind == "folder" else "")
+    if path and file.is_file():  # if there is none, whoever needs it says so
+        with file.open("rb") as opened:
+            found["teacher"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
 
 
 def execute(values: dict[str, Any], root: str, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
@@ -101,7 +139,8 @@ def run_grid(
         The results, in the order of the runs.
 
     Raises:
-        ValueError: Two runs have the same name, there is no such engine or device, or the folder holds other runs.
+        ValueError: Two runs have the same name, there is no such engine or device, or the folder holds other runs, or
+            runs of other data, or a given teacher was trained on test rows.
         RuntimeError: Runs failed; the others are finished.
     """
     if engine not in ("processes", "ray"):
@@ -113,9 +152,9 @@ def run_grid(
         of = list(dict.fromkeys(run.teacher for run in runs if run.key == twice))
         way = "give each method and seed once" if len(of) == 1 else f"rename the file of {of[0]} or that of {of[1]}"
         raise ValueError(f"two runs are named {twice}; {way}")
+    forget_sets()
     for run in runs:  # before anything is trained
-        if (root / "runs" / run.key / "config.json").is_file():
-            _same(run, root / "runs" / run.key)
+        _check(run, root / "runs" / run.key)
     waiting = [run.to_dict() for run in runs if not (root / "runs" / run.key / "result.json").is_file()]
     done, failed = len(runs) - len(waiting), []
     for outcome in _outcomes(waiting, root, processes, engine, threads, device):

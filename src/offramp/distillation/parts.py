@@ -37,6 +37,12 @@ class Parts:
     kept: tuple[Grouped, Grouped]
     device: torch.device
 
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Rows of each split whose text the student sees a part of only."""
+        splits = {"train": (self.train,), "val": (self.select, self.tune), "test": (self.test,)}
+        return {name: sum(rows.settings.get("truncated", 0) for rows in parts) for name, parts in splits.items()}
+
 
 def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
     """The rows of a run.

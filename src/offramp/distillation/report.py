@@ -20,6 +20,7 @@ from offramp.distillation.results import (
     mean_report,
     report_of,
     selected_by,
+    truncated_in,
     weights_of,
 )
 from offramp.files import replace_file
@@ -128,7 +129,8 @@ def methods_table(methods: Methods, rule: str) -> GroupTable:
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
     table = seeds_table(summaries, comparisons(methods, rule), REFERENCE)
     note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds."
-    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.",))
+    cut = truncated_in([result for own in methods.values() for result in own])
+    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.", *cut))
 
 
 def groups_of_methods(methods: Methods, rule: str) -> GroupTable:
@@ -170,7 +172,10 @@ def changes_of_methods(methods: Methods) -> GroupTable:
     first = next(iter(changes.values()))
     rows = [["the teacher's accuracy", *(f"{change.before:.1%}" for change in first)]]
     rows += [[name, *(_interval(c.change, c.low, c.high, "+") for c in found)] for name, found in changes.items()]
-    return GroupTable(title, ["student minus teacher", *(change.name for change in first)], rows, (INTERVALS,))
+    unknown = any(result.get("teacher_unseen", True) is None for own in methods.values() for result in own)
+    note = "The teacher does not say what it was trained on: test rows may be among it, and its accuracy too high."
+    notes = (INTERVALS, *([note] if unknown else []))
+    return GroupTable(title, ["student minus teacher", *(change.name for change in first)], rows, notes)
 
 
 def exits_of_methods(methods: Methods, most: int | None = None) -> GroupTable:

@@ -142,6 +142,23 @@ def epochs_of(result: Result) -> list[Epoch]:
     return [Epoch(row["epoch"], Judged(**row["val"]), tests.get(row["epoch"])) for row in result["history"]]
 
 
+def truncated_in(results: Sequence[Result]) -> tuple[str, ...]:
+    """What to say of texts that were cut; nothing where none was, or nobody knows, as in runs of older versions.
+
+    Args:
+        results: Of runs.
+
+    Returns:
+        One sentence, or none.
+    """
+    known = [result["truncated"] for result in results if "truncated" in result]
+    most = {split: max(counts[split] for counts in known) for split in known[0]} if known else {}
+    if not any(most.values()):
+        return ()
+    said = ", ".join(f"{count:,} in {split}" for split, count in most.items())
+    return (f"Texts longer than the student takes were cut: {said}{' at most' if len(known) > 1 else ''}.",)
+
+
 def budget_of(result: Result) -> LabelBudget:
     """Where group labels were used."""
     return LabelBudget({(use, split): count for use, split, count in result["budget"]})

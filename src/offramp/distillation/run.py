@@ -1,6 +1,6 @@
 """One student, from data to result: train, look at groups after every epoch, and judge the test rows in the end.
 
-config.json             what was asked for
+config.json             what was asked for, and digests of the data and of a teacher that was given
 training/               see `offramp.classifiers.trainer`; an interrupted run goes on from there
 history/                validation after each epoch, and the weights of epochs that a rule would choose
 model/                  the student at the epoch that `select` chose
@@ -43,6 +43,7 @@ from offramp.exits import fingerprint
 from offramp.files import write_json
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.report.groups import plain
+from offramp.tasks.row_hashes import row_hashes
 
 RESULT = "result.json"
 
@@ -67,6 +68,8 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     """
     began = time.process_time(), time.perf_counter()
     data = load_set(run.study.data, run.seed)
+    given = run.teacher is not None and run.teacher_run() is None
+    unseen = teachers.require_unseen(run.teacher or "", data) if given else True
     student = build(run.study.student, data.train.rows, run.seed + run.apart, device)
     if not run.joint:
         require_linear(student)  # before anything is trained
@@ -79,7 +82,8 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
         record(history, 1, student, parts, {})
     else:
         _train(run, parts, student, objective, sampling, folder, history)
-    result = judged(run, parts, student, history, folder)
+    student.training_rows = _learnt_from(run, parts)
+    result = judged(run, parts, student, history, folder) | {"teacher_unseen": unseen, "truncated": parts.truncated}
     result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
     found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
@@ -152,7 +156,7 @@ def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
                 kept.unlink(missing_ok=True)  # of an older teacher: made again below
     logits = teachers.logits_of_all(classifier, prepared)[-1]
     if folder is None:
-        teachers.save_logits(kept, logits, rows.ids, rows.classes, key)
+        teachers.save_logits(kept, logits, rows.ids, rows.classes, key, rows.inputs)
     return teachers.from_table(logits)
 
 
@@ -177,6 +181,12 @@ def _errors(run: Run, parts: Parts, need: Need) -> Tensor:
             "row can count more; give it fewer epochs (errors.epochs), or more weight decay"
         )
     return wrong
+
+
+def _learnt_from(run: Run, parts: Parts) -> Tensor:
+    """Hashes of the rows whose labels the student learns from."""
+    splits = [parts.data.train, *([parts.kept[0]] if run.method.refit else [])]
+    return torch.cat([row_hashes(split.rows, parts.data.name) for split in splits])
 
 
 def _required(run: Run | None) -> Run:

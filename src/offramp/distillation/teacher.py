@@ -12,12 +12,16 @@ from torch import Tensor
 from offramp.backbone import evaluating
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.saving import training_rows
 from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
 from offramp.distillation.states import States
 from offramp.files import replace_file
 from offramp.packaged import first_line
+from offramp.tasks.group_sets import GroupedSet
 from offramp.tasks.labelled import Labelled
+from offramp.tasks.labelled_inputs import Inputs
+from offramp.tasks.row_hashes import input_hashes, row_hashes
 
 SCHEMA = "offramp/teacher-logits/1"
 
@@ -52,7 +56,42 @@ def live(teacher: EarlyExitClassifier) -> Targets:
     return targets
 
 
-def save_logits(path: Path, logits: Tensor, ids: Sequence[str], classes: Sequence[str], teacher: str) -> None:
+def require_unseen(teacher: str, data: GroupedSet) -> bool | None:
+    """Refuse a saved teacher that was trained on test rows.
+
+    Those that the set itself has among its training rows too are not its fault.
+
+    Args:
+        teacher: "folder:PATH", or "logits:FILE".
+        data: With the splits of this seed.
+
+    Returns:
+        True; None: nobody knows what it was trained on.
+
+    Raises:
+        ValueError: It was trained on test rows.
+    """
+    kind, _, path = teacher.partition(":")
+    rows = training_rows(Path(path).expanduser()) if kind == "folder" else None
+    if rows is None:
+        return None
+    train, test = (row_hashes(split.rows, data.name) for split in (data.train, data.test))
+    if seen := int((torch.isin(test, rows) & ~torch.isin(test, train)).sum()):
+        raise ValueError(
+            f"the teacher {path} was trained on {seen} of the {len(test)} test rows ({data.source}); give the seed it "
+            "was trained with as --first-seed with --seeds 1, or a network, which is trained anew for every seed"
+        )
+    return True
+
+
+def save_logits(
+    path: Path,
+    logits: Tensor,
+    ids: Sequence[str],
+    classes: Sequence[str],
+    teacher: str,
+    inputs: Inputs | None = None,
+) -> None:
     """Keep a teacher's logits.
 
     Args:
@@ -61,13 +100,18 @@ def save_logits(path: Path, logits: Tensor, ids: Sequence[str], classes: Sequenc
         ids: Of the rows.
         classes: Their names.
         teacher: Fingerprint of the teacher and its preprocessing, or where the logits come from.
+        inputs: Of the rows, so that rows of the same ids that hold something else are refused; None: it goes by ids
+            alone, as for images in files.
     """
     from safetensors.torch import save_file
 
     header = {
         "schema": SCHEMA, "ids": json.dumps(list(ids)), "classes": json.dumps(list(classes)), "teacher": teacher
     }  # fmt: skip
-    replace_file(path, lambda temporary: save_file({"logits": logits.float().contiguous()}, temporary, header))
+    tensors = {"logits": logits.float().contiguous()}
+    if (held := None if inputs is None else input_hashes(inputs)) is not None:
+        tensors["inputs"] = held
+    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tensor:
@@ -82,7 +126,8 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
         [N, C].
 
     Raises:
-        ValueError: The file is missing, damaged or of another teacher, a row is missing, or classes differ.
+        ValueError: The file is missing, damaged or of another teacher, a row is missing or holds something else, or
+            classes differ.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -92,6 +137,7 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
             if header.get("schema") != SCHEMA:
                 raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
             logits: Tensor = file.get_tensor("logits")
+            held: Tensor | None = file.get_tensor("inputs") if "inputs" in file.keys() else None  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged ({first_line(error)}); save the logits again") from error
     if teacher is not None and header["teacher"] != teacher:
@@ -100,4 +146,11 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
     place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
     if missing := next((id for id in rows.ids if id not in place), None):
         raise ValueError(f"{path} says nothing of the training row {missing!r}; it has {len(place)} other rows")
-    return logits[[place[id] for id in rows.ids]]
+    at = [place[id] for id in rows.ids]
+    now = None if held is None else input_hashes(rows.inputs)
+    if held is not None and now is not None and (others := (held[at] != now).nonzero().flatten().tolist()):
+        raise ValueError(
+            f"{path} is of other data: {len(others)} of {len(rows)} rows hold something else under the same id, such "
+            f"as {rows.ids[others[0]]!r} (a set that is drawn anew for every seed?); save logits for these"
+        )
+    return logits[at]

@@ -6,8 +6,10 @@ with a value of an attribute. Both may be unknown, and groups may overlap.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +75,19 @@ class Grouped:
             None if self.pairs is None else self.pairs[chosen],
         )  # fmt: skip
 
+    def digest(self) -> str:
+        """SHA-256 of the rows, see `Labelled.digest`, and of classes, attributes, groups and pairs."""
+        found = hashlib.sha256("\n".join([self.rows.digest(), *self.rows.classes]).encode())
+        known = {f"attribute {name}": values for name, values in self.attributes.items()}
+        if self.groups is not None:
+            known[f"groups {self.groups.names}"] = self.groups.members
+        if self.pairs is not None:
+            known["pairs"] = self.pairs
+        for name, values in sorted(known.items()):
+            found.update(name.encode())
+            found.update(values.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
     def without_groups(self) -> Grouped:
         """The same rows with every attribute and group unknown, for a method that must not see them."""
         unknown = {name: torch.full_like(values, UNKNOWN) for name, values in self.attributes.items()}
@@ -127,6 +142,11 @@ class GroupedSet:
         """Names of the C classes."""
         return next(iter(self.splits.values())).rows.classes
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of each split, see `Grouped.digest`."""
+        return {name: split.digest() for name, split in self.splits.items()}
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Rows of each group by split; splits without groups are left out."""
         return {
@@ -148,5 +168,6 @@ class GroupedSet:
     def to_dict(self) -> dict[str, Any]:
         """JSON values for a record: what it is, where its splits come from, and the rows of each group."""
         rows = {name: len(split) for name, split in self.splits.items()}
-        digests = {name: split.rows.digest() for name, split in self.splits.items()}
-        return {"name": self.name, "source": self.source, "rows": rows, "groups": self.counts(), "digests": digests}
+        return {
+            "name": self.name, "source": self.source, "rows": rows, "groups": self.counts(), "digests": self.digests,
+        }  # fmt: skip

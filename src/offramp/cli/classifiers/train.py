@@ -107,7 +107,8 @@ def train_classifier(
     from offramp.classifiers import ClassifierTrainConfig, HeadConfig
     from offramp.classifiers import train_classifier as run
     from offramp.classifiers.architectures import build, rows_of, usual
-    from offramp.classifiers.divided import DataConfig, divide, record
+    from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
+    from offramp.tasks.row_hashes import row_hashes
 
     options: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "optimiser": optimiser, "learning_rate": learning_rate,
@@ -133,6 +134,8 @@ def train_classifier(
             head=HeadConfig(pooling, hidden, dropout),
         ).to(device or "cpu")  # fmt: skip
         model.trained_on = record(reading, splits)
+        if task == TEXTS:  # images of another layout have other ids
+            model.training_rows = row_hashes(splits["train"], "")
         train_rows = rows_of(model, splits["train"], augmentation=augmentation, longest=longest)
         judged = rows_of(model, splits["tune"], longest=longest)
         folder = out or Path("runs") / f"train-{Path(architecture).name}-{c.stem(data)}"

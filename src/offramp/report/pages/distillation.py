@@ -21,6 +21,7 @@ from offramp.distillation.results import (
     report_of,
     results_in,
     selected_by,
+    truncated_in,
     weights_of,
 )
 from offramp.report import group_plots
@@ -97,7 +98,7 @@ def run_page(folder: Path, values: dict[str, Any]) -> Page:
             f" The answer changes with the attribute alone for {flips['value']:.1%} of the things shown twice "
             f"({flips['low']:.1%} to {flips['high']:.1%})."
         )
-    blocks: list[Block] = [Text((says,)), _groups({values["name"]: [values]}, rule)]
+    blocks: list[Block] = [Text((says, *truncated_in([values]))), _groups({values["name"]: [values]}, rule)]
     sections = [Section("Every group", [*blocks, *_blocks(groups_table(report_of(values)))])]
     if changes := changes_of(values):
         sections.append(_section(changes_table(changes)))
