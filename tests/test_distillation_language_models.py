@@ -664,6 +664,22 @@ def test_the_command_on_own_answers(folders, tmp_path):
     }  # fmt: skip
 
 
+def test_what_is_longer_than_the_window_is_counted(folders, tmp_path):
+    """Of texts behind prompts and of own answers alike."""
+    lines = [{"p": f"w{i} the sky", "text": " is blue" * (9 if i < 23 else 1)} for i in range(20, 30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "p.txt").write_text("".join(f"w{i} the sky {'is blue ' * (i < 23) * 9}\n" for i in range(20, 30)))
+    common = ["--window", 12, "--steps", 1, "--json", tmp_path / "result.json"]
+    for name, options in (
+        ("text", ["--text", tmp_path / "a.jsonl", "--prompt-field", "p"]),
+        ("own", ["--prompts", tmp_path / "p.txt", "--max-new-tokens", 4]),
+    ):
+        made = run(folders, *options, *common, "--out", tmp_path / name)
+        assert made.exit_code == 0, made.output
+        assert "3 documents were cut to the window" in made.stdout
+        assert json.loads((tmp_path / "result.json").read_text())["shortened"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

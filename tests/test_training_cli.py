@@ -127,6 +127,28 @@ def test_own_answers_to_questions_and_to_prompts(folder, tmp_path, squad):
     assert files == ["answers-to-prompts.jsonl", "answers.jsonl"]
 
 
+def test_own_answers_to_long_prompts_are_counted(folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("why is the sky blue ? " * 6 + "\nthe sky\nwhy\n")
+    arguments = [
+        "train",
+        folder,
+        "--prompts",
+        prompts,
+        "--no-chat",
+        "--max-new-tokens",
+        6,
+        "--window",
+        16,
+        "--steps",
+        1,
+    ]
+    run = offramp(*arguments, "--layers", 2, "--out", tmp_path / "run")
+    assert run.exit_code == 0, words(run)
+    assert "cut 1 of 3 documents to --window 16: prompts lose their beginning, answers their end" in run.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["shortened"] == 1
+
+
 def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
     """All that a user does for CALM: model and exits, classifiers, generation."""
     text, run = tmp_path / "a.txt", tmp_path / "run"

@@ -178,6 +178,9 @@ def train(
         own_answers=own_answers, prompts=prompts, count=count, answering=answering, window=window, folder=folder,
     )  # fmt: skip
     parts = prepare(lm, documents, window=window, share=held_out, seed=seed)
+    if cut := parts.settings.get("shortened"):
+        where = "prompts lose their beginning, answers their end"
+        o.note(f"cut {cut} of {len(documents)} documents to --window {window}: {where}")
     size = f"{parts.train.positions} positions to train on, {parts.held_out.positions} held out"
     o.note(f"{len(documents)} documents: {size}")
     if epochs is not None:

@@ -31,7 +31,7 @@ class OwnAnswers:
         attributes: The group of each prompt, in 0..G-1, or -1; None: all unknown.
         config: Of the answers.
         every: Steps between answers.
-        window: Longest prompt with its answer, in tokens; what is behind is cut into further windows.
+        window: Longest prompt with its answer, in tokens; longer ones are shortened, see `offramp.training.data.cut`.
         share: Of the prompts to hold out. Their answers are those of the student before training, so that what it is
             judged on stays the same.
         seed: Of that choice.

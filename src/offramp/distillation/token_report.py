@@ -57,6 +57,7 @@ class TokenDistillResult:
         tokens: Tokens trained on.
         seconds: Time the steps took.
         model: Folder of the student.
+        shortened: Documents that were longer than the window, of those in use in the end.
     """
 
     overall: TokenNumbers
@@ -66,6 +67,7 @@ class TokenDistillResult:
     tokens: int
     seconds: float
     model: Path
+    shortened: int = 0
 
     @property
     def worst(self) -> TokenNumbers | None:
@@ -92,6 +94,10 @@ class TokenDistillResult:
             lines.append(
                 f"only {self.reweighted:.1%} of the tokens were reweighted: the readout has hardly an error left; "
                 "choose an earlier layer"
+            )
+        if self.shortened:
+            lines.append(
+                f"{self.shortened} documents were cut to the window: prompts lose their beginning, answers their end"
             )
         rate = self.tokens / self.seconds if self.seconds else 0.0
         lines.append(f"{self.steps} steps on {self.tokens} tokens, {rate:.0f} per second")
@@ -127,4 +133,5 @@ def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clo
         values = both(lambda row, name: row[f"group_{name}"][place])  # noqa: B023
         parts.append(TokenNumbers(group, after["group_tokens"][place], **values, weight=mean))
     last = weighted[-1]["reweighted"] if weighted else None
-    return TokenDistillResult(whole, tuple(parts), last, clock.step, clock.tokens, clock.seconds, model)
+    cut = after.get("shortened", 0)
+    return TokenDistillResult(whole, tuple(parts), last, clock.step, clock.tokens, clock.seconds, model, cut)
