@@ -30,7 +30,9 @@ Chat = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens generated per prompt.")]
 PromptFile = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="Text file with one prompt per line; default: bundled ones."),
+    typer.Option(
+        "--prompts", metavar="FILE", help="One prompt per line, or JSON objects with prompt; default: bundled."
+    ),
 ]
 Confidence = Annotated[
     str | None,
@@ -164,15 +166,11 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
 
 
 def prompts_from(file: Path | None, count: int | None = None) -> list[str]:
-    """Prompts of a file, one per line, or the bundled ones; the first `count` of them."""
+    """Prompts of a file, lines or JSON objects with "prompt", or the bundled ones; the first `count` of them."""
+    from offramp.distillation.prompt_groups import read_prompts
     from offramp.prompts import bundled_prompts
 
-    if file is None:
-        return bundled_prompts()[:count]
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file} holds no prompts; write one per line")
-    return prompts[:count]
+    return (bundled_prompts() if file is None else [entry.text for entry in read_prompts(file)])[:count]
 
 
 def write_result(values: dict[str, Any], path: Path | None) -> None:

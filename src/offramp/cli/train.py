@@ -43,8 +43,8 @@ def train(
         str | None,
         typer.Option(
             metavar="FILE|bundled",
-            help="Train on the model's own answers to these prompts, one per line; default without --text and --task: "
-            "bundled.",
+            help="Train on the model's own answers to these prompts, one per line or JSON objects with prompt; default "
+            "without --text and --task: bundled.",
         ),
     ] = None,
     own_answers: Annotated[
