@@ -694,6 +694,14 @@ def test_options_that_do_not_go_together(folders, arguments, message):
     assert message in made.stderr
 
 
+def test_at_least_one_text_or_prompt_is_taken(folders, tmp_path):
+    (tmp_path / "a.txt").write_text("the sky is blue .\nwhy ?\n")
+    for option in ("--text", "--prompts"):
+        made = run(folders, option, tmp_path / "a.txt", "--count", -5, "--out", tmp_path / "run")
+        assert made.exit_code != 0
+        assert "the first -5 are asked for; take at least one" in str(made.exception)
+
+
 def test_methods_of_classifiers_are_refused(folders, tmp_path):
     (tmp_path / "a.txt").write_text("the sky is blue . " * 20)
     made = run(folders, "--text", tmp_path / "a.txt", "--method", "simkd", "--out", tmp_path / "run")

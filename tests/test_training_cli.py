@@ -142,6 +142,15 @@ def test_layouts_of_prompts(tmp_path, name):
     assert prompts_from(path, 1) == prompts[:1]
 
 
+@pytest.mark.parametrize("count", [0, -5])
+def test_at_least_one_is_taken(folder, tmp_path, squad, count):
+    data = ["--task", "question-answering", "--data", squad(long=0)]
+    for options in (["train", folder, *data], ["train", folder], ["probe", folder]):
+        run = offramp(*options, "--count", count, "--out", tmp_path / "run")
+        assert run.exit_code != 0
+        assert f"the first {count} are asked for; take at least one" in words(run)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
