@@ -454,6 +454,17 @@ def test_own_answers_are_the_students_as_it_then_is(tmp_path):
     assert again.attributes.tolist() == [place % 2 for place in places]
 
 
+@pytest.mark.parametrize("part", ["prompts", "attributes"])
+def test_other_prompts_or_groups_are_another_run(tmp_path, part):
+    """Even if there are as many, with the same names of groups."""
+    source, settings = own(), config(None, 1.0, steps=1)
+    distil(model(), teacher(), source, settings, tmp_path, groups=GROUPS)
+    other = replace(source, **{part: list(reversed(getattr(source, part)))})
+    with pytest.raises(ValueError, match="content"):
+        distil(model(), teacher(), other, settings, tmp_path, groups=GROUPS)
+    distil(model(), teacher(), own(), settings, tmp_path, groups=GROUPS)
+
+
 # ---------------------------------------------------------------- groups
 
 
