@@ -458,6 +458,17 @@ def test_own_answers_are_the_students_as_it_then_is(tmp_path):
     assert again.attributes.tolist() == [place % 2 for place in places]
 
 
+@pytest.mark.parametrize("part", ["prompts", "attributes"])
+def test_other_prompts_or_groups_are_another_run(tmp_path, part):
+    """Even if there are as many, with the same names of groups."""
+    source, settings = own(), config(None, 1.0, steps=1)
+    distil(model(), teacher(), source, settings, tmp_path, groups=GROUPS)
+    other = replace(source, **{part: list(reversed(getattr(source, part)))})
+    with pytest.raises(ValueError, match="content"):
+        distil(model(), teacher(), other, settings, tmp_path, groups=GROUPS)
+    distil(model(), teacher(), own(), settings, tmp_path, groups=GROUPS)
+
+
 # ---------------------------------------------------------------- groups
 
 
@@ -761,6 +772,22 @@ def test_all_weights_alike_on_purpose_are_no_share(tmp_path):
     assert result.overall.weight is not None
 
 
+def test_what_is_longer_than_the_window_is_counted(folders, tmp_path):
+    """Of texts behind prompts and of own answers alike."""
+    lines = [{"p": f"w{i} the sky", "text": " is blue" * (9 if i < 23 else 1)} for i in range(20, 30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "p.txt").write_text("".join(f"w{i} the sky {'is blue ' * (i < 23) * 9}\n" for i in range(20, 30)))
+    common = ["--window", 12, "--steps", 1, "--json", tmp_path / "result.json"]
+    for name, options in (
+        ("text", ["--text", tmp_path / "a.jsonl", "--prompt-field", "p"]),
+        ("own", ["--prompts", tmp_path / "p.txt", "--max-new-tokens", 4]),
+    ):
+        made = run(folders, *options, *common, "--out", tmp_path / name)
+        assert made.exit_code == 0, made.output
+        assert "3 documents were cut to the window" in made.stdout
+        assert json.loads((tmp_path / "result.json").read_text())["shortened"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -773,6 +800,14 @@ def test_options_that_do_not_go_together(folders, arguments, message):
     made = run(folders, *arguments)
     assert made.exit_code == 2
     assert message in made.stderr
+
+
+def test_at_least_one_text_or_prompt_is_taken(folders, tmp_path):
+    (tmp_path / "a.txt").write_text("the sky is blue .\nwhy ?\n")
+    for option in ("--text", "--prompts"):
+        made = run(folders, option, tmp_path / "a.txt", "--count", -5, "--out", tmp_path / "run")
+        assert made.exit_code != 0
+        assert "the first -5 are asked for; take at least one" in str(made.exception)
 
 
 def test_methods_of_classifiers_are_refused(folders, tmp_path):

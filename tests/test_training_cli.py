@@ -1,5 +1,6 @@
 """`offramp train`, in this process, on a tiny saved model."""
 
+import gzip
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 import offramp as package
 from offramp import cli
+from offramp.cli.options import prompts_from
 from offramp.exits import fingerprint
 from tiny import tiny, tokenizer
 
@@ -127,6 +129,65 @@ def test_own_answers_to_questions_and_to_prompts(folder, tmp_path, squad):
     assert files == ["answers-to-prompts.jsonl", "answers.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.txt.gz", "p.jsonl.gz"])
+def test_layouts_of_prompts(tmp_path, name):
+    """As for `evaluate --task prompts` and `distill --prompts`."""
+    prompts, path = ["why is the sky blue ?", "the sky"], tmp_path / name
+    text = "\n\n".join(prompts)
+    if "json" in name:
+        rows = [json.dumps({"id": 3, "prompt": prompt}) for prompt in prompts]
+        text = "\n".join(rows) if "jsonl" in name else f"[{','.join(rows)}]"
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert prompts_from(path) == prompts
+    assert prompts_from(path, 1) == prompts[:1]
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_at_least_one_is_taken(folder, tmp_path, squad, count):
+    data = ["--task", "question-answering", "--data", squad(long=0)]
+    for options in (["train", folder, *data], ["train", folder], ["probe", folder]):
+        run = offramp(*options, "--count", count, "--out", tmp_path / "run")
+        assert run.exit_code != 0
+        assert f"the first {count} are asked for; take at least one" in words(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.jsonl", b'{"text": "why"}', "line 1 has no 'prompt'; it has 'text'"),
+        ("p.txt", b"\x1f\x8b\x08", "p.txt, line 1 is not UTF-8; convert the file"),
+        ("p.txt.gz", b"why", "p.txt.gz is not a whole gzip file"),
+        ("p.txt", b"\n\n", "p.txt is empty"),
+    ],
+)
+def test_wrong_layouts_of_prompts(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        prompts_from(tmp_path / name)
+
+
+def test_own_answers_to_long_prompts_are_counted(folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("why is the sky blue ? " * 6 + "\nthe sky\nwhy\n")
+    arguments = [
+        "train",
+        folder,
+        "--prompts",
+        prompts,
+        "--no-chat",
+        "--max-new-tokens",
+        6,
+        "--window",
+        16,
+        "--steps",
+        1,
+    ]
+    run = offramp(*arguments, "--layers", 2, "--out", tmp_path / "run")
+    assert run.exit_code == 0, words(run)
+    assert "cut 1 of 3 documents to --window 16: prompts lose their beginning, answers their end" in run.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["shortened"] == 1
+
+
 def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
     """All that a user does for CALM: model and exits, classifiers, generation."""
     text, run = tmp_path / "a.txt", tmp_path / "run"
@@ -210,7 +271,7 @@ def test_data_without_anything_in_it(folder, tmp_path, squad):
     assert run.exit_code != 0
     path.write_text("\n\n")
     run = offramp("train", folder, "--prompts", path, "--out", tmp_path / "run")
-    assert "holds no prompts; write one per line" in words(run)
+    assert "is empty; give a file with text" in words(run)
     run = offramp("train", folder, "--task", "question-answering", "--data", squad(count=1, long=0))
     assert "1 documents" in words(run)
     assert run.exit_code != 0

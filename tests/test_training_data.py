@@ -77,9 +77,67 @@ def test_a_start_token_stands_in_front_of_each_window():
 
 
 def test_only_answers_count():
-    windows = cut([Document((7, 1, 2, 3, 4, 5, 6), 4, "")], 4, bos=7)
-    assert windows.ids.tolist() == [[7, 4, 5, 6]]  # the first window has nothing to predict
-    assert windows.counted.int().tolist() == [[0, 1, 1, 1]]
+    windows = cut([Document((7, 1, 2, 3, 4, 5, 6), 4, "")], 7, bos=7)
+    assert windows.ids.tolist() == [[7, 1, 2, 3, 4, 5, 6]]
+    assert windows.counted.int().tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+    assert windows.shortened == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "kept"),
+    [
+        (5, 3, (5, 3)),  # fits
+        (9, 3, (5, 3)),  # the prompt gives way,
+        (9, 20, (4, 4)),  # down to half the window,
+        (2, 20, (2, 6)),  # if it is as long,
+        (60, 1, (7, 1)),  # and no more than it must
+    ],
+)
+def test_what_an_answer_and_its_prompt_keep(prompt, answer, kept):
+    ids = tuple(range(1, prompt + answer + 1))
+    for bos in (None, 99):
+        head = () if bos is None else (bos,)
+        windows = cut([Document((*head, *ids), prompt + len(head), "")], 8 + len(head), bos)
+        assert windows.ids.tolist() == [[*head, *ids[prompt - kept[0] : prompt + kept[1]]]]
+        assert windows.counted.int().tolist() == [[0] * (len(head) + kept[0]) + [1] * kept[1]]
+        assert windows.shortened == (prompt + answer > 8)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6),
+    st.integers(2, 30),
+    st.booleans(),
+)
+def test_no_window_begins_behind_its_prompt(lengths, window, start_token):
+    """Every counted token stands behind the one that it followed, and so on back to a token of the prompt."""
+    head = (7,) if start_token else ()
+    made = []
+    for place, (prompt, answer) in enumerate(lengths):
+        first = 1000 * (place + 1)
+        made.append(Document((*head, *range(first - prompt, first + answer)), prompt + len(head), str(place)))
+    windows = cut(made, window, bos=7)
+    for ids, counted in zip(windows.ids.tolist(), windows.counted, strict=True):
+        body = ids[len(head) : int(counted.nonzero().max()) + 1]
+        assert body == list(range(body[0], body[0] + len(body)))
+        if lengths[(body[-1] + 500) // 1000 - 1][0]:
+            assert body[0] % 1000 >= 500  # a token of the prompt
+            assert {token for token, counts in zip(ids, counted, strict=True) if counts} == {
+                t for t in body if t % 1000 < 500
+            }
+    long = sum(p > 0 and len(head) + p + a > window for p, a in lengths)
+    assert windows.shortened == long
+    assert len(windows.ids[0] if len(windows) else ()) <= window
+
+
+def test_documents_that_were_shortened_are_on_the_record(lm):
+    made = [Document(tuple(range(10, 40)), 20, str(i)) for i in range(4)] + [Document((5, 6, 7), 1, "x")]
+    assert prepare(lm, made, window=16, share=0.3, seed=0).settings["shortened"] == 4
+    assert "shortened" not in prepare(lm, made, window=30, share=0.3, seed=0).settings
+
+
+def test_a_single_answer_is_not_divided(lm):
+    with pytest.raises(ValueError, match="nothing to hold out: 1 documents"):
+        prepare(lm, [Document(tuple(range(10, 40)), 20, "")], window=64, share=0.5, seed=0)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.99])

@@ -126,6 +126,8 @@ def cache_tokens(
             "documents": len({d.group for d in chosen}), "tokens": windows[name].positions,
             "digest": windows[name].digest(),
         }  # fmt: skip
+        if windows[name].shortened:
+            record[name]["shortened"] = windows[name].shortened
     header = {
         "schema": "offramp/features/1", "model": fingerprint(lm.model), "layers": list(layers),
         "dtype": str(lm.model.dtype).removeprefix("torch."),

@@ -211,7 +211,8 @@ def _fixed(
     from offramp.distillation.prompt_groups import entry_documents, group_names, read_entries
     from offramp.training import prepare
 
-    entries = [entry for file in files for entry in read_entries(file, fields, prompt=prompt, group=group)][:count]
+    found = [entry for file in files for entry in read_entries(file, fields, prompt=prompt, group=group)]
+    entries = o.first(found, count)
     groups = group_names(entries)
     documents = entry_documents(lm, entries, groups)
     if dropped := len(entries) - len(documents):
@@ -228,7 +229,7 @@ def _own(
     from offramp.distillation.prompt_groups import group_names, group_numbers, read_prompts
     from offramp.training import AnswerConfig
 
-    entries = read_prompts(file, key, group=group)[:count]
+    entries = o.first(read_prompts(file, key, group=group), count)
     groups = group_names(entries)
     texts = [entry.text for entry in entries]
     return OwnAnswers(texts, group_numbers(entries, groups), AnswerConfig(**answers), **options), groups

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
     from offramp.policy import ExitPolicy
     from offramp.tasks import Example, Task
+
+T = TypeVar("T")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder or hub id.")]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32 or bfloat16.")]
@@ -30,7 +32,9 @@ Chat = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens generated per prompt.")]
 PromptFile = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="Text file with one prompt per line; default: bundled ones."),
+    typer.Option(
+        "--prompts", metavar="FILE", help="One prompt per line, or JSON objects with prompt; default: bundled."
+    ),
 ]
 Confidence = Annotated[
     str | None,
@@ -186,15 +190,18 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
 
 
 def prompts_from(file: Path | None, count: int | None = None) -> list[str]:
-    """Prompts of a file, one per line, or the bundled ones; the first `count` of them."""
+    """Prompts of a file, lines or JSON objects with "prompt", or the bundled ones; the first `count`."""
+    from offramp.distillation.prompt_groups import read_prompts
     from offramp.prompts import bundled_prompts
 
-    if file is None:
-        return bundled_prompts()[:count]
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file} holds no prompts; write one per line")
-    return prompts[:count]
+    return first(bundled_prompts() if file is None else [entry.text for entry in read_prompts(file)], count)
+
+
+def first(rows: list[T], count: int | None) -> list[T]:
+    """The first so many, of which there must be one at least; None: all."""
+    if count is not None and count < 1:
+        raise ValueError(f"the first {count} are asked for; take at least one, or leave the number out for all")
+    return rows[:count]
 
 
 def write_result(values: dict[str, Any], path: Path | None) -> None:

@@ -36,7 +36,7 @@ def probe(
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
     texts = None if text is None else [path.read_text(encoding="utf-8") for path in text]
-    given = o.prompts_from(prompts, count) if texts is None and (prompts or count) else None
+    given = o.prompts_from(prompts, count) if texts is None and (prompts or count is not None) else None
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:
         result = look(

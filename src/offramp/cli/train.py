@@ -36,8 +36,8 @@ def train(
         str | None,
         typer.Option(
             metavar="FILE|bundled",
-            help="Train on the model's own answers to these prompts, one per line; default without --text and --task: "
-            "bundled.",
+            help="Train on the model's own answers to these prompts, one per line or JSON objects with prompt; default "
+            "without --text and --task: bundled.",
         ),
     ] = None,
     own_answers: Annotated[
@@ -169,6 +169,9 @@ def train(
         own_answers=own_answers, prompts=prompts, count=count, answering=answering, window=window, folder=folder,
     )  # fmt: skip
     parts = prepare(lm, documents, window=window, share=held_out, seed=seed)
+    if cut := parts.settings.get("shortened"):
+        where = "prompts lose their beginning, answers their end"
+        o.note(f"cut {cut} of {len(documents)} documents to --window {window}: {where}")
     size = f"{parts.train.positions} positions to train on, {parts.held_out.positions} held out"
     o.note(f"{len(documents)} documents: {size}")
     if epochs is not None:

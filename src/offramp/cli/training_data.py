@@ -59,7 +59,7 @@ def documents_of(
     documents = _from_texts(lm, *texts)
     if task is not None:
         what = o.task_named(task, languages)
-        examples = o.examples_from(what, data, target)[:count]
+        examples = o.first(o.examples_from(what, data, target), count)
         make = _from_questions if own_answers else _from_references
         documents += make(lm, what, examples, answering, folder, window)
     elif data or target or own_answers:

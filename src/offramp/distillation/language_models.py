@@ -329,7 +329,9 @@ class _Tokens:
         done = self._done(sums)
         lists = {f"group_{name}": sums.by_group(name) for name in ("kd", "ce", "agreement", "accuracy")}
         tokens = sums.values[:-1, 0].long().tolist()
-        return replace(done, row={**done.row, **(lists | {"group_tokens": tokens} if self.groups else {})})
+        shortened = self.train.shortened + self.held_out.shortened
+        row = {**done.row, **(lists | {"group_tokens": tokens} if self.groups else {})}
+        return replace(done, row=row | ({"shortened": shortened} if shortened else {}))
 
     def _sums(self, windows: Windows, size: int | None, count: int | None) -> TokenSums:
         sums = TokenSums.nothing(len(self.groups), self.student.split.device)

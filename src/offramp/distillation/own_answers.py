@@ -7,6 +7,8 @@ every `every` steps, rather than those of a batch at every step.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ class OwnAnswers:
         attributes: The group of each prompt, in 0..G-1, or -1; None: all unknown.
         config: Of the answers.
         every: Steps between answers.
-        window: Longest prompt with its answer, in tokens; what is behind is cut into further windows.
+        window: Longest prompt with its answer, in tokens; longer ones are shortened, see `offramp.training.data.cut`.
         share: Of the prompts to hold out. Their answers are those of the student before training, so that what it is
             judged on stays the same.
         seed: Of that choice.
@@ -61,8 +63,10 @@ class OwnAnswers:
     @property
     def settings(self) -> dict[str, Any]:
         """For the record of a run, as JSON values."""
-        return {"prompts": len(self.prompts), "every": self.every, "window": self.window, "held_out_share": self.share,
-                "split_seed": self.seed, "answers": asdict(self.config)}  # fmt: skip
+        numbers = None if self.attributes is None else [int(number) for number in self.attributes]
+        content = hashlib.sha256(json.dumps([list(self.prompts), numbers]).encode()).hexdigest()
+        return {"prompts": len(self.prompts), "content": content, "every": self.every, "window": self.window,
+                "held_out_share": self.share, "split_seed": self.seed, "answers": asdict(self.config)}  # fmt: skip
 
     def parts(self) -> tuple[list[int], list[int]]:
         """Places of the prompts to train on and of those held out; a prompt that is there twice falls on one side."""

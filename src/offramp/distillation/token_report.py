@@ -59,6 +59,7 @@ class TokenDistillResult:
         tokens: Tokens trained on.
         seconds: Time the steps took.
         model: Folder of the student.
+        shortened: Documents that were longer than the window, of those in use in the end.
     """
 
     overall: TokenNumbers
@@ -68,6 +69,7 @@ class TokenDistillResult:
     tokens: int
     seconds: float
     model: Path
+    shortened: int = 0
 
     @property
     def worst(self) -> TokenNumbers | None:
@@ -91,7 +93,11 @@ class TokenDistillResult:
             weight = "" if each.weight is None else f"{each.weight:.2f}"
             said = [] if worst is None else ["worst" if each is worst else ""]
             rows.append([each.name, f"{each.tokens:,}", *changes, weight, *said])
-        return GroupTable("Every group", [*head, *([""] if worst else [])], rows, _too_few(self.reweighted))
+        notes = _too_few(self.reweighted)
+        if self.shortened:
+            cut = f"{self.shortened} documents were cut to the window: prompts lose their beginning, answers their end."
+            notes = (*notes, cut)
+        return GroupTable("Every group", [*head, *([""] if worst else [])], rows, notes)
 
     def table(self) -> str:
         """A small table."""
@@ -128,7 +134,8 @@ def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clo
         values = both(lambda row, name: row[f"group_{name}"][place])  # noqa: B023
         parts.append(TokenNumbers(group, after["group_tokens"][place], **values, weight=mean))
     last = weighted[-1]["reweighted"] if weighted else None
-    return TokenDistillResult(whole, tuple(parts), last, clock.step, clock.tokens, clock.seconds, model)
+    cut = after.get("shortened", 0)
+    return TokenDistillResult(whole, tuple(parts), last, clock.step, clock.tokens, clock.seconds, model, cut)
 
 
 def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> GroupTable:

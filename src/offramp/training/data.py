@@ -50,6 +50,7 @@ class Windows:
     For an encoder-decoder also what the encoder reads, up to X tokens: `sources` and its mask `present`, [N, X] both.
     Where only some of the tokens to be predicted are counted, `begins` [N] says where these begin. `weights` [N, T] of
     tokens and `attributes` [N] of the documents go wherever the windows go; None: all weigh 1, nothing is known.
+    `shortened` is how many documents lost tokens when they were cut; parts of the windows do not know.
     """
 
     ids: Tensor
@@ -59,6 +60,7 @@ class Windows:
     begins: Tensor | None = None
     weights: Tensor | None = None
     attributes: Tensor | None = None
+    shortened: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -200,7 +202,7 @@ def prepare(lm: LanguageModel, documents: Sequence[Document], *, window: int, sh
         seed: Of the choice.
 
     Returns:
-        Windows of both parts.
+        Windows of both parts; `settings` counts documents that were shortened, if any were.
 
     Raises:
         ValueError: Nothing to learn from or to judge by, a window out of range, or plain texts for an encoder-decoder.
@@ -214,6 +216,8 @@ def prepare(lm: LanguageModel, documents: Sequence[Document], *, window: int, sh
     train, held_out = divide(documents, share, seed)
     settings = {"documents": len(documents), "window": window, "held_out_share": share, "split_seed": seed}
     data = Data(cut(train, window, bos), cut(held_out, window, bos), settings)
+    if shortened := data.train.shortened + data.held_out.shortened:
+        settings["shortened"] = shortened
     for part, name in ((data.train, "train on"), (data.held_out, "hold out")):
         if not len(part):
             raise ValueError(
@@ -228,11 +232,10 @@ def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list
     if not 0 < share < 1:
         raise ValueError(f"the held-out share is {share}; give one between 0 and 1")
     groups = list(dict.fromkeys(document.group for document in documents))
-    if len(groups) == 1 and len(documents) == 1:
-        ids, start = documents[0].ids, documents[0].start
+    if len(documents) == 1 and not documents[0].start:  # an answer is not divided: its end needs the prompt
+        ids = documents[0].ids
         edge = round(len(ids) * (1 - share))
-        front, back = ids[:edge], ids[edge:]
-        return [replace(documents[0], ids=front)], [replace(documents[0], ids=back, start=max(start - edge, 0))]
+        return [replace(documents[0], ids=ids[:edge])], [replace(documents[0], ids=ids[edge:])]
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(share * len(groups))), len(groups) - 1)
     chosen = {groups[index] for index in order[: max(count, 0)]}
@@ -246,6 +249,9 @@ def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list
 def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> Windows:
     """Pieces of documents, a start token in front of each where the document has one.
 
+    An answer stays behind its prompt, in one piece: where both are longer than the window, the prompt loses its
+    beginning, down to half the window, and then the answer its end.
+
     Args:
         documents: Any number.
         window: Longest piece.
@@ -254,7 +260,7 @@ def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> W
     Returns:
         The pieces in which anything is to be predicted; a document's first token never is.
     """
-    pieces = []
+    pieces, shortened = [], 0
     for document in documents:
         kind = document.attribute
         if document.source:  # what the encoder read belongs to the beginning
@@ -262,8 +268,13 @@ def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> W
             continue
         head = document.ids[:1] if len(document.ids) > 1 and document.ids[0] == bos else ()
         body, first = document.ids[len(head) :], document.start - len(head)
-        for at in range(0, len(body), window - len(head)):
-            piece = (*head, *body[at : at + window - len(head)])
+        room = window - len(head)
+        if first > 0 and len(body) > room:
+            before = max(room - len(body[first:]), min(first, room // 2), 1)  # tokens of the prompt that stay
+            body, first = body[first - before :][:room], before
+            shortened += 1
+        for at in range(0, len(body), room):
+            piece = (*head, *body[at : at + room])
             start = max(first - at + len(head), 1)
             if start < len(piece):
                 pieces.append((piece, start, (), kind))
@@ -273,7 +284,7 @@ def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> W
     attributes = kinds if bool((kinds >= 0).any()) else None
     if any(source for _, _, source, _ in pieces):
         return Windows(ids, counted, *padded([source for _, _, source, _ in pieces]), attributes=attributes)
-    return Windows(ids, counted, attributes=attributes)
+    return Windows(ids, counted, attributes=attributes, shortened=shortened)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
