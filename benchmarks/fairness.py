@@ -238,8 +238,9 @@ def claims_list(found: list[tuple[str, list[Evidence]]]) -> str:
 
 def difficulty(name: str, own: Kind) -> str:
     """Whether the set can tell methods apart, at the epochs that the average chooses for plain training."""
-    oracles = [key for key in ("group_dro", "group_balanced") if key in own]
-    if "erm" not in own or not oracles or len(own["erm"]) < 2:
+    seeds = {key: {r["seed"] for r in found} for key, found in own.items()}
+    oracles = [key for key in ("group_dro", "group_balanced") if seeds.get(key) == seeds.get("erm")]
+    if not oracles or len(own["erm"]) < 2:
         return "Difficulty not judged: plain training or an oracle is missing."
     erm, oracle = worst(own["erm"], RULE), max((worst(own[key], RULE) for key in oracles), key=np.mean)
     gain, plain = paired(oracle, erm), spread(erm)
