@@ -155,7 +155,7 @@ def test_a_teacher_that_was_trained_on_test_rows_is_refused(tmp_path):
     asked = runs(study, ["erm", "kd"], [f"folder:{model}"], [0, 1])
     with pytest.raises(ValueError, match=f"was trained on {seen} of the 200 test rows .*seed 1"):
         run_grid(asked, tmp_path / "grid")
-    assert seen > 10
+    assert seen > 0
     assert not (tmp_path / "grid" / "runs").exists()  # nothing was trained
     (found,) = run_grid(asked[1:2], tmp_path / "grid")
     assert found["teacher_unseen"] is True
