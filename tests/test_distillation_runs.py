@@ -364,7 +364,7 @@ def test_a_student_with_its_teachers_exit_is_saved(tmp_path, kind):
     }[kind]  # fmt: skip
     data = Labelled(("0", "1"), np.zeros((2, 1)), torch.tensor([0, 1]), teacher.labels)
     given = inputs if isinstance(inputs, torch.Tensor) else inputs["input_ids"]
-    rows = SimpleNamespace(data=data, inputs=lambda places: given[places])
+    rows = SimpleNamespace(data=data, lengths=torch.ones(len(data)), inputs=lambda places: given[places])
     student = with_teachers_classifier(student, teacher, features_of(teacher, rows).shape[1:], seed=1).eval()
     student.save(tmp_path / "model")
     again = load(tmp_path / "model")
