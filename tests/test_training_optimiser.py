@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from offramp.training.optimiser import adamw
+from offramp.training.run_folder import Clock, RunFolder
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
@@ -28,3 +29,29 @@ def test_steps_of_the_plain_optimiser(dtype, close, grouped):
     for found, expected in zip(*made, strict=True):
         torch.testing.assert_close(found.double(), expected, atol=close, rtol=close)
         assert (found - first[found.ndim == 1]).abs().max() > close  # it did move
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_restored_optimiser_goes_on_with_the_same_bits(tmp_path, layout):
+    """Moments are read as they lie in memory: checkpoints hold them in another order than kernels of images have."""
+
+    def new(seed):
+        torch.manual_seed(seed)
+        weight = torch.nn.Parameter(torch.randn(4, 3, 2, 5).contiguous(memory_format=layout))
+        return weight, adamw([weight], 0.01)
+
+    def steps(weight, optimiser, which):
+        for step in which:
+            weight.grad = (
+                torch.sin(torch.arange(weight.numel()) + step).view(weight.shape).contiguous(memory_format=layout)
+            )
+            optimiser.step()
+
+    weight, optimiser = new(0)
+    steps(weight, optimiser, range(3))
+    RunFolder(tmp_path).save({"weight": weight}, optimiser, Clock(step=3))
+    steps(weight, optimiser, range(3, 6))
+    again, fresh = new(1)
+    assert RunFolder(tmp_path).restore({"weight": again}, fresh) == Clock(step=3)
+    steps(again, fresh, range(3, 6))
+    assert torch.equal(weight, again)

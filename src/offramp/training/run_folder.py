@@ -138,6 +138,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             self._rewind(-1)
             return None
+        learns = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         states: dict[int, dict[str, Tensor]] = {}
         with safe_open(self.checkpoint, framework="pt") as file:
             clock = Clock(**json.loads(file.metadata()["clock"]))
@@ -151,7 +152,7 @@ class RunFolder:
                         place.data = tensor.to(place.device)
                 else:
                     index, key = rest.split(".", 1)
-                    states.setdefault(int(index), {})[key] = file.get_tensor(name)
+                    states.setdefault(int(index), {})[key] = _laid_out(file.get_tensor(name), learns[int(index)])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
         self._rewind(clock.step)
         return clock
@@ -196,3 +197,8 @@ def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
 def _may_change(difference: str) -> bool:
     """Whether a line of `differences` is about one of `MAY_CHANGE`."""
     return difference.partition(" was ")[0] in MAY_CHANGE
+
+
+def _laid_out(state: Tensor, like: Tensor) -> Tensor:
+    """An optimiser's state in its parameter's memory format: fused optimisers go through both as they lie in memory."""
+    return torch.empty_like(like, dtype=state.dtype).copy_(state) if state.shape == like.shape else state
