@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.classifiers.batches import by_length
+from offramp.classifiers.batches import Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.outputs import collect
 from offramp.distillation import teacher as teachers
@@ -28,6 +28,7 @@ from offramp.metrics.groups import flip_rate
 from offramp.metrics.selection import judge
 from offramp.report.groups import plain
 from offramp.risk.budgets import leave
+from offramp.uncertainty.outputs import ExitOutputs
 
 
 def record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:
@@ -71,9 +72,7 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     if not run.joint:
         fit_early_exits(student, parts.train)
     student.save(folder / "model")
-    batches = by_length(parts.test)
-    outputs = collect(student, ((parts.test.inputs(places), labels[places]) for places in batches))
-    outputs = outputs.take(torch.cat(batches).argsort())
+    outputs = outputs_of(student, parts.test)
     _save_predictions(folder / PREDICTIONS, outputs.logits, logits[chosen["last"]], test.rows.ids)
     sure = outputs.logits.softmax(-1).amax(-1)  # [E, N]
     left = leave(sure, sure.new_full((len(sure),), run.study.threshold))
@@ -93,6 +92,13 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
         "budget": [[use, split, count] for (use, split), count in budget.used.items()],
         "parameters": sum(p.numel() for p in student.parameters()),
     }
+
+
+def outputs_of(student: EarlyExitClassifier, rows: Rows) -> ExitOutputs:
+    """What all exits say of all rows, in their order."""
+    labels, batches = rows.data.labels, by_length(rows)
+    found = collect(student, ((rows.inputs(places), labels[places]) for places in batches))
+    return found.take(torch.cat(batches).argsort())
 
 
 def _accuracies(logits: Tensor, labels: Tensor, groups: Groups | None) -> list[float]:

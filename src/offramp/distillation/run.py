@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.classifiers.batches import Rows, by_length
+from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.outputs import collect
 from offramp.classifiers.saving import load
 from offramp.classifiers.trainer import train_classifier
 from offramp.distillation import dfr, objectives
@@ -35,7 +34,7 @@ from offramp.distillation.data import group_counts, load_set, minority_of
 from offramp.distillation.early_exits import require_linear
 from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights
-from offramp.distillation.judging import judged, record
+from offramp.distillation.judging import judged, outputs_of, record
 from offramp.distillation.networks import build, rows_for
 from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
@@ -199,10 +198,8 @@ def _refitted(student: EarlyExitClassifier, parts: Parts, seed: int) -> EarlyExi
     select = parts.kept[0]
     if select.rows.groups is None:
         raise ValueError("dfr trains by groups of validation rows, which are unknown here or overlap")
-    labels, batches = select.rows.labels, by_length(parts.select)
-    outputs = collect(student, ((parts.select.inputs(places), labels[places]) for places in batches))
-    features = outputs.features[-1][torch.cat(batches).argsort()]
-    layer = dfr.refitted(features, labels, select.rows.groups, student.num_classes, seed=seed)
+    features = outputs_of(student, parts.select).features[-1]
+    layer = dfr.refitted(features, select.rows.labels, select.rows.groups, student.num_classes, seed=seed)
     linear: Any = student.heads[-1].linear
     with torch.no_grad():
         linear.weight.copy_(layer.weight)
