@@ -13,7 +13,7 @@ from typing import Any
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.report import classifier_plots
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
-from offramp.training.run_folder import RunFolder
+from offramp.report.pages.training import measured
 
 
 def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
@@ -135,9 +135,7 @@ def training_page(folder: Path, config: dict[str, Any]) -> Page:
     Raises:
         ValueError: Nothing has been measured yet.
     """
-    judged = [row for row in RunFolder(folder, writes=False).rows() if row["kind"] == "validation"]
-    if not judged:
-        raise ValueError(f"the training in {folder} has measured nothing yet; start it again to go on")
+    judged = [row for row in measured(folder) if row["kind"] == "validation"]
     before, after, options = judged[0], judged[-1], config["config"]
     rows = [
         [f"{place + 1}", *(f"{row[name][place]:.3f}" for name in ("accuracy", "loss") for row in (before, after))]

@@ -11,8 +11,8 @@ from offramp.distillation.token_report import labels_used, readouts_table, summa
 from offramp.report import token_plots
 from offramp.report.groups import GroupTable
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
-from offramp.report.pages.training import how_far
-from offramp.training.run_folder import Clock, RunFolder
+from offramp.report.pages.training import how_far, measured
+from offramp.training.run_folder import Clock
 
 SAID = ("objective", "temperature", "trainable", "lora_rank", "learning_rate", "batch_size", "seed")
 """Options of training named at the beginning; the others stand at the end."""
@@ -31,11 +31,9 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     Raises:
         ValueError: Nothing has been measured yet.
     """
-    rows = RunFolder(folder, writes=False).rows()
+    rows = measured(folder, "distillation")
     kinds = ("step", "validation", "weights")
     steps, judged, readouts = ([row for row in rows if row["kind"] == kind] for kind in kinds)
-    if not judged:
-        raise ValueError(f"the distillation in {folder} has measured nothing yet; start it again to go on")
     options, groups, about = config["config"], config["groups"], dict(config.get("about", {}))
     student, teacher = config["student"]["name"], config["teacher"]["name"]
     result = summary(rows, groups, Clock(), folder / "model")

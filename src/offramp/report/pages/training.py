@@ -29,10 +29,8 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     Raises:
         ValueError: Nothing has been measured yet.
     """
-    rows = RunFolder(folder, writes=False).rows()
+    rows = measured(folder)
     steps, judged = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))
-    if not judged:
-        raise ValueError(f"the training in {folder} has measured nothing yet; start it again to go on")
     options, layers = config["config"], config["config"]["layers"]
     curves = training_plots.Curves(
         model=config["model"]["name"], layers=layers, steps=steps, validations=judged,
@@ -70,6 +68,25 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
             repeat(about.get("command"), conditions, options),
         ],
     )
+
+
+def measured(folder: Path, what: str = "training") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, a judgement among them.
+
+    Args:
+        folder: The run folder.
+        what: The run is, for the message.
+
+    Returns:
+        The lines.
+
+    Raises:
+        ValueError: Nothing has been measured yet.
+    """
+    rows = RunFolder(folder, writes=False).rows()
+    if not any(row["kind"] == "validation" for row in rows):
+        raise ValueError(f"the {what} in {folder} has measured nothing yet; start it again to go on")
+    return rows
 
 
 def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Block]:
