@@ -89,13 +89,24 @@ class Backbone(nn.Module):
         return next(self.parameters()).dtype
 
 
+def autocast(device: torch.device, precision: str | None) -> torch.autocast:
+    """Within, computing is done in bfloat16 for precision "bf16", as it is for None; weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """No dropout, and stored statistics in batch norms, inside the block; what trained before trains again after it."""
+def evaluating(module: nn.Module, precision: str | None = None) -> Iterator[None]:
+    """No dropout, and stored statistics in batch norms, inside the block; what trained before trains again after it.
+
+    Args:
+        module: To be evaluated.
+        precision: "bf16": compute in bfloat16 under autocast, as training with that precision does; None: as it is.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        yield
+        with autocast(next(module.parameters()).device, precision):
+            yield
     finally:
         for part in training:
             part.training = True

@@ -41,6 +41,7 @@ def collect(
     groups: Tensor | None = None,
     path: str | os.PathLike[str] | None = None,
     description: Mapping[str, str] | None = None,
+    precision: str | None = None,
 ) -> ExitOutputs:
     """Run all exits once over a split.
 
@@ -51,6 +52,7 @@ def collect(
         groups: A number per row, [N].
         path: A file to write the rows to as they come; None: they stay in memory.
         description: What they were made of, such as a fingerprint of the weights, kept in that file.
+        precision: "bf16": compute in bfloat16 under autocast; None: as the classifier is.
 
     Returns:
         Features and logits in float32, memory-mapped if there is a path. The costs are those of a row on average where
@@ -64,7 +66,7 @@ def collect(
     total, rows = torch.zeros(len(classifier.layers), dtype=torch.float64), 0
     # Beside its target, so that a large split goes to the disk it was meant for.
     target = None if path is None else Path(path).expanduser().resolve()
-    with evaluating(classifier), _Spool(target) as spool:
+    with evaluating(classifier, precision), _Spool(target) as spool:
         for inputs, labels in batches:
             for exit_, (features, logits) in enumerate(classifier(inputs)):
                 for name, tensor in ((f"features.{exit_}", features), (f"logits.{exit_}", logits)):

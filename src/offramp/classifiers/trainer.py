@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.backbone import autocast
 from offramp.classifiers.batches import Batch, Rows, batch, by_length, order
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
@@ -258,7 +259,7 @@ class _Trainer:
         self.optimiser.zero_grad()
         with self._drawing(clock.step) as generator:
             part = self._batch(self.train, self.batches[at], generator, epoch)
-            with self._autocast():
+            with autocast(self.device, self.config.precision):
                 outputs = self.model(part.inputs)
             loss, terms = self._loss(outputs, part)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -306,9 +307,6 @@ class _Trainer:
             torch.manual_seed(seed)
             yield torch.Generator().manual_seed(seed)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
     # ------------------------------------------------------------ judging
 
     def _check(self, step: int, losses: Sequence[float], objective: Sequence[float] = (), norm: float = 0.0) -> None:
@@ -324,7 +322,7 @@ class _Trainer:
         sums, rows = [], self.validation
         for places in by_length(rows, self.config.batch_size):
             part = self._batch(rows, places)
-            with self._autocast():
+            with autocast(self.device, self.config.precision):
                 outputs = self.model(part.inputs)
             if (classes := logits_of(outputs)[0].shape[-1]) != len(rows.data.classes):
                 raise ValueError(

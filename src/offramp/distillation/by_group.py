@@ -145,4 +145,5 @@ def _teachers_logits(run: Run, test: Grouped, need: Callable[[Run], Path]) -> Te
         except ValueError:
             return None
     classifier = load(Path(path).expanduser())
-    return logits_of_all(classifier, rows_for(classifier, test.rows, longest=run.study.teacher.longest))[-1]
+    rows = rows_for(classifier, test.rows, longest=run.study.teacher.longest)
+    return logits_of_all(classifier, rows, run.study.teacher_training.precision)[-1]

@@ -16,12 +16,15 @@ DECAY = 1e-4
 """Of the readouts' weights, on standardised features."""
 
 
-def fit_early_exits(student: EarlyExitClassifier, rows: Rows, steps: int = 40) -> None:
+def fit_early_exits(
+    student: EarlyExitClassifier, rows: Rows, precision: str | None = None, steps: int = 40
+) -> None:  # fmt: skip
     """Fit the linear layers of all exits but the last, by plain cross-entropy on features of the training rows.
 
     Args:
         student: Its blocks and its last exit stay as they are.
         rows: Training rows.
+        precision: "bf16": the student computes in bfloat16; None: as it is.
         steps: Of LBFGS.
 
     Raises:
@@ -33,7 +36,7 @@ def fit_early_exits(student: EarlyExitClassifier, rows: Rows, steps: int = 40) -
         return
     found: list[list[Tensor]] = [[] for _ in heads]
     batches = by_length(rows)
-    with torch.no_grad(), evaluating(student):
+    with torch.no_grad(), evaluating(student, precision):
         for places in batches:
             for parts, output in zip(found, student(rows.inputs(places)), strict=False):
                 parts.append(output.features.float())

@@ -177,6 +177,7 @@ def new_weights(
     seed: int,
     tune: Rows | None = None,
     minority: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Teach a new readout on the student as it is, and weight all training rows by it.
 
@@ -188,6 +189,7 @@ def new_weights(
         seed: Of the run.
         tune: Rows outside training, for sets.
         minority: For the control "oracle".
+        precision: "bf16": the student computes in bfloat16; None: as it is.
 
     Returns:
         [N], float32, in the order of the rows.
@@ -203,11 +205,11 @@ def new_weights(
         raise ValueError(
             f"the readout reads after block {depth} of {student.backbone.num_layers}; that is not early: lower depth"
         )
-    states = states_at(student, train, depth)
+    states = states_at(student, train, depth, precision)
     readout = teach(states, train.data.labels, student.num_classes, config.readout, here)
     reading = read(readout, states, train, epoch)
     other = None
     if tune is not None and config.needs_tuning:
-        other = read(readout, states_at(student, tune, depth), tune, epoch)
+        other = read(readout, states_at(student, tune, depth, precision), tune, epoch)
     evidence = Evidence(reading, other, config.n_mc, config.prior_variance, config.sets, config.miss, seed)
     return finished(weights_of(evidence, config), config, here, minority).float()

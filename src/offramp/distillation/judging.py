@@ -34,7 +34,7 @@ from offramp.uncertainty.outputs import ExitOutputs
 def record(history: History, epoch: int, student: EarlyExitClassifier, parts: Parts, more: dict[str, Any]) -> None:
     """Judge validation rows after an epoch, counted from 1, and write down `more` besides."""
     select = parts.kept[0]
-    logits = teachers.logits_of_all(student, parts.select)[-1]
+    logits = teachers.logits_of_all(student, parts.select, parts.precision)[-1]
     val = judge(logits, select.rows.labels, select.groups, split="val")
     found = {"groups": _accuracies(logits, select.rows.labels, select.groups), **more}
     history.add(epoch, val, plain(found), student)
@@ -56,10 +56,17 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     chosen, test = history.choices(), parts.data.test
     labels, groups = test.rows.labels, test.groups
     assert groups is not None
+    selected = chosen[run.study.select]
     logits, rules = {}, {}
-    for epoch in sorted(set(chosen.values())):
+    for epoch in sorted(set(chosen.values()) - {selected}):
         student.load_state_dict(history.weights(epoch))
-        logits[epoch] = teachers.logits_of_all(student, parts.test)[-1]
+        logits[epoch] = teachers.logits_of_all(student, parts.test, parts.precision)[-1]
+    student.load_state_dict(history.weights(selected))
+    if not run.joint:
+        fit_early_exits(student, parts.train, parts.precision)
+    student.save(folder / "model")
+    outputs = outputs_of(student, parts.test, parts.precision)
+    logits[selected] = outputs.logits[-1].clone()  # the file holds both
     vals = {row["epoch"]: row for row in history.rows}
     for rule, epoch in chosen.items():
         found = judge(logits[epoch], labels, groups, split="test")
@@ -67,12 +74,6 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
             "epoch": epoch, "val": vals[epoch]["val"], "test": asdict(found),
             "groups": _accuracies(logits[epoch], labels, groups),
         }  # fmt: skip
-    epoch = chosen[run.study.select]
-    student.load_state_dict(history.weights(epoch))
-    if not run.joint:
-        fit_early_exits(student, parts.train)
-    student.save(folder / "model")
-    outputs = outputs_of(student, parts.test)
     _save_predictions(folder / PREDICTIONS, outputs.logits, logits[chosen["last"]], test.rows.ids)
     sure = outputs.logits.softmax(-1).amax(-1)  # [E, N]
     left = leave(sure, sure.new_full((len(sure),), run.study.threshold))
@@ -83,7 +84,7 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     budget = label_budget(run, len(parts.data.train) if counts else 0, len(parts.kept[0]), len(test))
     return {
         "groups": {"names": groups.names, "train": counts, "test": groups.counts.tolist()},
-        "selected": epoch,
+        "selected": selected,
         "rules": rules,
         "history": history.rows,
         "terms": _terms(metrics),
@@ -94,10 +95,10 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     }
 
 
-def outputs_of(student: EarlyExitClassifier, rows: Rows) -> ExitOutputs:
+def outputs_of(student: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> ExitOutputs:
     """What all exits say of all rows, in their order."""
     labels, batches = rows.data.labels, by_length(rows)
-    found = collect(student, ((rows.inputs(places), labels[places]) for places in batches))
+    found = collect(student, ((rows.inputs(places), labels[places]) for places in batches), precision=precision)
     return found.take(torch.cat(batches).argsort())
 
 

@@ -7,7 +7,6 @@ judged by groups of prompts. The steps, their order, processes and checkpoints a
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.backbone import evaluating
+from offramp.backbone import autocast, evaluating
 from offramp.distillation.own_answers import OwnAnswers
 from offramp.distillation.token_losses import TokenLoss, TokenSums, token_losses
 from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summary
@@ -343,7 +342,10 @@ class _Tokens:
     def _of(self, windows: Windows, count: int | None) -> TokenSums:
         """Of some windows; with `count`, the gradient goes back through the student's blocks."""
         mine, other = self.student.split, self.teacher.split
-        with self._autocast(), torch.set_grad_enabled(count is not None):
+        with (
+            autocast(self.student.split.device, self.config.training.precision),
+            torch.set_grad_enabled(count is not None),
+        ):
             edit = dropping(mine, self.config.training.layer_dropout)
             (hidden,), labels = states_of(mine, windows, (mine.num_layers,), edit=edit)
         with torch.no_grad():
@@ -352,7 +354,7 @@ class _Tokens:
         if windows.weights is not None and count is not None:
             weights = windows.of_tokens(windows.weights).to(labels.device)
         leaf = hidden.detach().requires_grad_(count is not None)
-        with self._autocast():
+        with autocast(self.student.split.device, self.config.training.precision):
             sums = token_losses(
                 (leaf, mine.readout), (guide, other.readout), labels, self._groups_of(windows),
                 self.loss, rows=self.rows, names=len(self.groups), weights=weights, count=count,
@@ -366,7 +368,3 @@ class _Tokens:
         row = {"objective": loss, **{name: sums.mean(name) for name in ("kd", "ce", "agreement", "accuracy")}}
         strange = None if math.isfinite(loss) else "the loss of the student"
         return Done(loss, sums.tokens, row, strange)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.config.training.precision == "bf16"
-        return torch.autocast(self.student.split.device.type, torch.bfloat16, enabled=enabled)

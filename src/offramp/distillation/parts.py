@@ -27,6 +27,7 @@ class Parts:
         test: Test rows.
         kept: `select` and `tune` with their groups; those of `select` are unknown too where one of them has no row.
         device: Where networks are.
+        precision: That the student computes in, also where it is judged, see `ClassifierTrainConfig`.
     """
 
     data: GroupedSet
@@ -36,6 +37,7 @@ class Parts:
     test: Rows
     kept: tuple[Grouped, Grouped]
     device: torch.device
+    precision: str | None = None
 
     @property
     def truncated(self) -> dict[str, int]:
@@ -68,7 +70,7 @@ def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
     longest = study.student.longest
     train = rows_for(student, known.rows, longest=longest, augment=augment)
     others = [rows_for(student, part.rows, longest=longest) for part in (select, tune, data.test)]
-    return Parts(data, train, others[0], others[1], others[2], (select, tune), student.device)
+    return Parts(data, train, others[0], others[1], others[2], (select, tune), student.device, study.training.precision)
 
 
 def _selectable(run: Run, name: str, select: Grouped) -> Grouped:

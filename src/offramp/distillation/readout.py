@@ -98,7 +98,7 @@ class Readout(nn.Module):
         return features, self.linear(features)
 
 
-def states_at(student: EarlyExitClassifier, rows: Rows, depth: int) -> States:
+def states_at(student: EarlyExitClassifier, rows: Rows, depth: int, precision: str | None = None) -> States:
     """What all rows are after `depth` blocks, without augmentation: maps [N, D, H, W]; of texts means [N, D]."""
     pool = PooledBody("mean")
 
@@ -106,7 +106,7 @@ def states_at(student: EarlyExitClassifier, rows: Rows, depth: int) -> States:
         found: Tensor = state.hidden if state.hidden.ndim == 4 else pool(state)
         return found.float()
 
-    return States(student, rows, depth, read)
+    return States(student, rows, depth, read, precision)
 
 
 def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, seed: int) -> Readout:

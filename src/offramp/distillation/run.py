@@ -110,7 +110,7 @@ def _learning(
         objective = objectives.LearningFromFailure(parts.train.data.labels, biased, power=method.power)
     elif method.loss == "features":
         teacher, rows = _teacher(run, parts, need)
-        table = features_of(teacher, rows)
+        table = features_of(teacher, rows, run.study.teacher_training.precision)
         student = with_teachers_classifier(student, teacher, table.shape[1:], run.seed + run.apart)
         if run.study.augments:
             raise ValueError(f"{run.name} keeps the teacher's features, so training images must not be augmented")
@@ -153,7 +153,7 @@ def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
                 return teachers.from_table(teachers.load_logits(kept, rows, key))
             except ValueError:
                 kept.unlink(missing_ok=True)  # of an older teacher: made again below
-    logits = teachers.logits_of_all(classifier, prepared)[-1]
+    logits = teachers.logits_of_all(classifier, prepared, run.study.teacher_training.precision)[-1]
     if folder is None:
         teachers.save_logits(kept, logits, rows.ids, rows.classes, key, rows.inputs)
     return teachers.from_table(logits)
@@ -171,7 +171,7 @@ def _teacher(run: Run, parts: Parts, need: Need) -> tuple[EarlyExitClassifier, R
 def _errors(run: Run, parts: Parts, need: Need) -> Tensor:
     """Rows that the first student gets wrong, [N], bool."""
     first = load(need(_required(run.first_run())) / "model", device=parts.device)
-    answers = teachers.logits_of_all(first, parts.train)[-1].argmax(-1)
+    answers = teachers.logits_of_all(first, parts.train, parts.precision)[-1].argmax(-1)
     wrong = answers != parts.train.data.labels
     if not bool(wrong.any()):
         assert run.method.errors is not None
@@ -198,7 +198,7 @@ def _refitted(student: EarlyExitClassifier, parts: Parts, seed: int) -> EarlyExi
     select = parts.kept[0]
     if select.rows.groups is None:
         raise ValueError("dfr trains by groups of validation rows, which are unknown here or overlap")
-    features = outputs_of(student, parts.select).features[-1]
+    features = outputs_of(student, parts.select, parts.precision).features[-1]
     layer = dfr.refitted(features, select.rows.labels, select.rows.groups, student.num_classes, seed=seed)
     linear: Any = student.heads[-1].linear
     with torch.no_grad():
@@ -239,7 +239,8 @@ def _train(
         more: dict[str, Any] = {}
         if weights is not None and weights.due(epoch, epochs):
             found = new_weights(
-                student, parts.train, weights, epoch=epoch, seed=run.seed, tune=parts.tune, minority=minority
+                student, parts.train, weights, epoch=epoch, seed=run.seed, tune=parts.tune, minority=minority,
+                precision=parts.precision,
             )  # fmt: skip
             objective.weights.copy_(found)  # type: ignore[operator]
         if run.method.weights is not None or run.method.loss == "lff" or run.method.errors is not None:

@@ -18,15 +18,15 @@ from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.distillation.states import States
 
 
-def features_of(teacher: EarlyExitClassifier, rows: Rows) -> States:
+def features_of(teacher: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> States:
     """What a student is to match: the teacher's last maps [N, D, H, W], of texts its pooled states [N, D]."""
     head: Any = teacher.heads[-1]
 
     def read(state: Activations) -> Tensor:
         found: Tensor = state.hidden if state.hidden.ndim == 4 else head.body(state)
-        return found
+        return found.float()
 
-    return States(teacher, rows, teacher.backbone.num_layers, read)
+    return States(teacher, rows, teacher.backbone.num_layers, read, precision)
 
 
 def with_teachers_classifier(

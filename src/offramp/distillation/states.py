@@ -30,6 +30,7 @@ class States:
         rows: N, looked at without augmentation.
         depth: After how many blocks.
         read: From activations to what is wanted, [B, ...].
+        precision: "bf16": compute in bfloat16; None: as the network is.
 
     Attributes:
         shape: [N, ...].
@@ -37,9 +38,14 @@ class States:
     """
 
     def __init__(
-        self, network: EarlyExitClassifier, rows: Rows, depth: int, read: Callable[[Activations], Tensor]
-    ) -> None:  # fmt: skip
-        self.network, self.rows, self.depth, self.read = network, rows, depth, read
+        self,
+        network: EarlyExitClassifier,
+        rows: Rows,
+        depth: int,
+        read: Callable[[Activations], Tensor],
+        precision: str | None = None,
+    ) -> None:
+        self.network, self.rows, self.depth, self.read, self.precision = network, rows, depth, read, precision
         parts = by_length(rows, CHUNK)
         first = self._made(parts[0])
         self.shape = torch.Size((len(rows.data), *first.shape[1:]))
@@ -69,5 +75,5 @@ class States:
         given: Inputs = self.rows.inputs(places)
         backbone = self.network.backbone
         named = {backbone.main_input: given} if isinstance(given, Tensor) else given
-        with evaluating(self.network):
+        with evaluating(self.network, self.precision):
             return self.read(backbone.run(backbone.start(named), 0, self.depth))

@@ -27,10 +27,12 @@ SCHEMA = "offramp/teacher-logits/1"
 
 
 @torch.no_grad()
-def logits_of_all(classifier: EarlyExitClassifier, rows: Rows, chunk: int = 256) -> Tensor:
+def logits_of_all(
+    classifier: EarlyExitClassifier, rows: Rows, precision: str | None = None, chunk: int = 256
+) -> Tensor:  # fmt: skip
     """Logits of all exits for all rows, without augmentation and dropout, [E, N, C], float32 on the CPU."""
     parts = by_length(rows, chunk)
-    with evaluating(classifier):
+    with evaluating(classifier, precision):
         found = [torch.stack([o.logits.float().cpu() for o in classifier(rows.inputs(places))]) for places in parts]
     return torch.cat(found, 1)[:, torch.cat(parts).argsort()]
 

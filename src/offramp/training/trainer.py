@@ -9,7 +9,6 @@ dropout and FREE's choice of deep layers.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import operator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offramp.backbone import autocast
 from offramp.exits import Exits, fingerprint
 from offramp.families import SplitModel
 from offramp.machine import describe
@@ -259,14 +259,15 @@ class _Exits:
         config, split = self.config, self.split
         every = range(1, split.num_layers + 1) if config.hidden_loss else ()
         layers = (*self.exits.layers, split.num_layers, *every)
-        with self._autocast(), torch.set_grad_enabled(config.backbone and torch.is_grad_enabled()):
+        gradients = config.backbone and torch.is_grad_enabled()
+        with autocast(split.device, config.precision), torch.set_grad_enabled(gradients):
             if config.prompt_layer is not None:
                 return states_behind_prompts(split, windows, layers, config.prompt_layer)
             return states_of(split, windows, layers, edit=dropping(split, config.layer_dropout))
 
     def _tally(self, states: list[Tensor], labels: Tensor, **gradient: Any) -> Tally:
         split, name, rows = self.split, self.config.objective, chunk_rows(self.split.shape.vocabulary)
-        with self._autocast():
+        with autocast(split.device, self.config.precision):
             if self.config.classifiers:
                 kind = consistency.OBJECTIVES[name]
                 return tally_classifiers(split, self.exits, states, labels, rows=rows, kind=kind, **gradient)
@@ -274,10 +275,6 @@ class _Exits:
                 self.exits, split.readout, states, labels, OBJECTIVES[name], rows=rows,
                 temperature=self.config.temperature, **gradient,
             )  # fmt: skip
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.split.device.type, torch.bfloat16, enabled=enabled)
 
     def _shared(self, windows: Windows, size: int | None, work: Callable[[Windows], Tally]) -> Tally:
         """The sum of `work` over all windows, of which each process takes its share, `size` at a time."""
