@@ -80,14 +80,16 @@ def run(name: str, options: argparse.Namespace) -> None:
     """Train what is missing, seed by seed: finished seeds are a result already."""
     study, settings = study_of(name, options.data)
     root = Path(options.out) / name
-    names = options.methods.split(",") if options.methods else list(METHODS)
+    names = options.methods.split(",") if options.methods else [*METHODS, *SELF]
+    others = [name for name in names if name not in SELF]
     teachers = options.teachers.split(",")
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     for seed in seeds:
-        asked = runs(study, names, teachers, [seed], settings)
+        asked = runs(study, others, teachers, [seed], settings)
         show = lambda done, total, key: print(f"seed {seed}: {done}/{total} {key}", flush=True)  # noqa: B023, E731
-        run_grid(asked, root, processes=options.processes, progress=show)
-    if not options.methods or "kd" in names:  # self-distillation: a teacher of the student's own size
+        if asked:
+            run_grid(asked, root, processes=options.processes, progress=show)
+    if set(SELF) & set(names):  # self-distillation: a teacher of the student's own size
         same = replace(study, teacher=study.student, teacher_training=study.training)
         run_grid(runs(same, ["kd"], teachers, seeds, settings), root / "self", processes=options.processes)
 

@@ -94,8 +94,8 @@ def test_joint_early_exits_are_taught_whatever_the_loss(study, tmp_path, monkeyp
     study = replace(study_of(study.data, "text:3x32"), early_exits="joint")
     fitted = []
 
-    def fit(student, rows):
-        fit_early_exits(student, rows)
+    def fit(student, rows, precision):
+        fit_early_exits(student, rows, precision)
         fitted.append(student.layers)
 
     monkeypatch.setattr(judging, "fit_early_exits", fit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,9 +89,9 @@ class Backbone(nn.Module):
         return next(self.parameters()).dtype
 
 
-def autocast(device: torch.device, precision: str | None) -> torch.autocast:
-    """Within, computing is done in bfloat16 for precision "bf16", as it is for None; weights stay as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
+    """Within, computing is done in bfloat16 for precision "bf16", as outside for None; weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @contextmanager
