@@ -1,7 +1,8 @@
 """Write docs/results/fair-distillation.md: every method with biased and debiased teachers, group by group.
 
     .venv/bin/python benchmarks/fairness.py digits-on-colour [--seeds 5] [--processes 2] [--methods kd,dedier]
-    .venv/bin/python benchmarks/fairness.py mnist-on-colour --data FOLDER   # MNIST's or Fashion-MNIST's four files
+    .venv/bin/python benchmarks/fairness.py mnist-on-colour --data FOLDER   # Fashion-MNIST's four files
+    .venv/bin/python benchmarks/fairness.py spuco-mnist --data FOLDER       # MNIST's four files
     .venv/bin/python benchmarks/fairness.py template-nli
     .venv/bin/python benchmarks/fairness.py snli-negation --data FILE       # MiniLM, packaged
     .venv/bin/python benchmarks/fairness.py page                            # from all grids in --out
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fair_figures import exits_figure, worst_figure
 
 import offramp
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
@@ -38,14 +40,15 @@ from offramp.distillation.report import (
 )
 from offramp.distillation.results import Result, results_in
 from offramp.metrics.seeds import paired, spread
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib, save_figures
+from offramp.report.plots import require_matplotlib, save_figures
 from offramp.tables import markdown
 from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "fair-distillation.md"
-STUDIES = ("digits-on-colour", "mnist-on-colour", "template-nli", "snli-negation")
-IMAGES = STUDIES[:2]
+STUDIES = ("digits-on-colour", "mnist-on-colour", "spuco-mnist", "template-nli", "snli-negation")
+IMAGES = STUDIES[:3]
 TEACHERS = ("erm", "group_dro")
+FEW_GROUPS = 8
 PLAIN = ("erm", "group_balanced", "group_dro", "jtt", "lff", "dfr")
 DISTILLED = ("kd", "simkd", "dett", "dedier")
 SIGNALS = ("laplace", "laplace_entropy", "laplace_variance", "avcs", "avcs_size", "nested", "nested_size")
@@ -66,7 +69,8 @@ RULE, FREE_RULE = "val_worst_group", "val_average"
 def study_of(name: str, data: str | None) -> tuple[Study, Mapping[str, Any]]:
     """The study of the settings that come with the library."""
     values = bundled(name)
-    path = {"mnist-on-colour": f"stand-in:mnist-on-colour:{data}", "snli-negation": data}.get(name, f"stand-in:{name}")
+    stand_in = f"stand-in:{name}:{data}" if "mnist" in name else f"stand-in:{name}"
+    path = data if name == "snli-negation" else stand_in
     if path is None or "None" in path:
         raise SystemExit(f"{name} needs --data, a local folder or file")
     own = {key: dict(values[key]) for key in ("data", "student", "teacher")}
@@ -283,12 +287,17 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
         own = by_method(results, teacher)
         if not any(r["teacher"] == teacher for r in results):
             continue
+        few = len(own["erm"][0]["groups"]["names"]) <= FEW_GROUPS
+        shown = {key: own[key] for key in ("erm", "kd", "dedier") if key in own}
+        tables = [groups_of_methods(own, RULE), exits_of_methods(shown), detection_table(own)] if few else []
         parts += [
-            f"### {name}: {teacher} teacher", str(methods_table(own, RULE)), str(groups_of_methods(own, RULE)),
-            "Test worst group by selection rule:", str(rules_table(own)), "Exits by group:",
-            str(exits_of_methods({key: own[key] for key in ("erm", "kd", "dedier") if key in own})),
-            "Weights as detectors of the minority:", str(detection_table(own)), str(labels_table(own)),
+            f"### {name}: {teacher} teacher", str(methods_table(own, RULE)), *map(str, tables),
+            "Test worst group by selection rule:", str(rules_table(own)), str(labels_table(own)),
         ]  # fmt: skip
+        if not few:
+            parts.append(
+                "Tables by group are too wide for this page: `offramp report` on the grid's folder shows them."
+            )
     parts.append(
         f"![Worst group by method](pictures/fair-{name}.svg)\n\n![Exits by group](pictures/fair-{name}-exits.svg)"
     )
@@ -304,7 +313,7 @@ def page(out: Path, target: Path) -> None:
     require_matplotlib()
     drawings: dict[str, Callable[[], Any]] = {}
     for name, (results, _) in found.items():
-        drawings[f"fair-{name}"] = lambda results=results: worst_figure(results)  # type: ignore[misc]
+        drawings[f"fair-{name}"] = lambda results=results: worst_figure(results, RULE)  # type: ignore[misc]
         drawings[f"fair-{name}-exits"] = lambda results=results: exits_figure(results)  # type: ignore[misc]
     save_figures(drawings, target.parent / "pictures")
     table = {name: dict(claims(*pair)) for name, pair in found.items()}
@@ -335,50 +344,6 @@ these answers are not corrected for their number; the tables of methods give p-v
     text += "\n" + notes.read_text(encoding="utf-8") if notes.exists() else ""
     target.write_text(text, encoding="utf-8")
     print(f"wrote {target}")
-
-
-def worst_figure(results: list[dict[str, Any]]) -> Any:
-    """Worst groups of all runs by method, a colour for each teacher."""
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(r["name"] for r in results))
-    figure = Figure(figsize=(8, 0.28 * len(names) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    for at, (teacher, colour) in enumerate(((None, GREY), ("erm", ORANGE), ("group_dro", BLUE))):
-        own = {n: [r for r in results if r["name"] == n and r["teacher"] == teacher] for n in names}
-        for y, name in enumerate(names):
-            if own[name]:
-                values = worst(own[name], RULE)
-                axes.plot(values, [y + 0.2 * (at - 1)] * len(values), "o", color=colour, markersize=3, alpha=0.6)
-                axes.plot([values.mean()], [y + 0.2 * (at - 1)], "|", color=colour, markersize=10, markeredgewidth=2)
-        axes.plot([], [], "o", color=colour, label="no teacher" if teacher is None else f"{teacher} teacher")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("test accuracy of the worst group")
-    axes.legend(loc="lower left", fontsize=7)
-    axes.grid(axis="x", alpha=0.3)
-    return figure
-
-
-def exits_figure(results: list[dict[str, Any]]) -> Any:
-    """Accuracy of each exit by group, of plain training, distillation and DEDIER."""
-    from matplotlib.figure import Figure
-
-    own = by_method(results, "erm")
-    shown = [name for name in ("erm", "kd", "dedier") if name in own]
-    figure = Figure(figsize=(3.2 * max(len(shown), 1), 3.2), layout="constrained")
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(shown), 1), sharey=True)), shown, strict=False):
-        table = np.mean([r["exits"]["accuracy"] for r in own[name]], 0)  # [E, G]
-        for g, (group, colour) in enumerate(
-            zip(own[name][0]["groups"]["names"], (BLUE, ORANGE, GREEN, GREY, "black", "purple"), strict=False)
-        ):
-            axes.plot(range(1, len(table) + 1), table[:, g], "o-", color=colour, label=group)
-        axes.set_title(name)
-        axes.set_xlabel("exit")
-        axes.set_xticks(range(1, len(table) + 1))
-    figure.axes[0].set_ylabel("test accuracy")
-    figure.axes[0].legend(fontsize=7)
-    return figure
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ EARLY_EXITS = ("readout", "joint")
 TRAINED_TEACHERS = ("erm", "group_balanced", "group_dro", "jtt", "dfr")
 PUBLISHED = ("waterbirds", "celeba", "multinli", "civilcomments")
 """Sets whose published settings are in `offramp/data/distill`."""
-BUNDLED = (*PUBLISHED, "digits-on-colour", "mnist-on-colour", "template-nli", "snli-negation")
+BUNDLED = (*PUBLISHED, "digits-on-colour", "mnist-on-colour", "spuco-mnist", "template-nli", "snli-negation")
 """All names of files there; those of stand-ins are ours."""
 
 APART = 1_000_003
