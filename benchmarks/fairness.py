@@ -291,7 +291,7 @@ def section(name: str, results: list[dict[str, Any]], teachers: Mapping[str, lis
         shown = {key: own[key] for key in ("erm", "kd", "dedier") if key in own}
         tables = [groups_of_methods(own, RULE), exits_of_methods(shown), detection_table(own)] if few else []
         parts += [
-            f"### {name}: {teacher} teacher", str(methods_table(own, RULE)), *map(str, tables),
+            f"### {name}: {teacher} teacher", str(methods_table(own, RULE)), *(f"{table.title}:\n\n{table}" for table in tables),
             "Test worst group by selection rule:", str(rules_table(own)), str(labels_table(own)),
         ]  # fmt: skip
         if not few:
