@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
 
 from distillation_runs import READOUT
 from offramp.classifiers.saving import load
@@ -18,6 +19,7 @@ from offramp.distillation.early_exits import fit_early_exits, require_linear
 from offramp.distillation.grid import ensure
 from offramp.distillation.networks import build, rows_for, word_tokenizer
 from offramp.distillation.teacher import logits_of_all
+from offramp.families.encoders import SplitEncoder
 from tiny_encoders import build as tiny_classifier
 
 WORDS = "a dog man woman runs sleeps sings in the park red blue old".split()
@@ -84,6 +86,35 @@ def test_a_run_that_is_killed_while_it_is_judged_is_not_trained_again(study, tmp
     assert metrics.read_bytes() == before
     assert not trained
     assert not list(folder.glob("**/checkpoint.safetensors"))  # it has served
+
+
+# ---------------------------------------------------------------- number formats
+
+
+@pytest.mark.parametrize("method", ["dedier", "nested", "simkd", "jtt", "dfr"])
+@pytest.mark.parametrize("precision", ["bf16", None])
+def test_all_passes_of_a_run_compute_in_its_precision(study, tmp_path, monkeypatch, method, precision):
+    found, through = set(), SplitEncoder.run
+
+    def noted(*arguments):
+        found.add(torch.is_autocast_enabled("cpu"))
+        return through(*arguments)
+
+    trainings = {
+        name: replace(getattr(study, name), precision=precision) for name in ("training", "teacher_training")
+    }  # fmt: skip
+    monkeypatch.setattr(SplitEncoder, "run", noted)
+    teacher = "erm" if method in ("dedier", "nested", "simkd") else None
+    run = one(replace(study, **trainings), method, teacher)
+    folder = ensure(run, tmp_path)
+    assert found == {precision == "bf16"}
+    student, test = load(folder / "model").eval(), load_set(study.data, 0).test.rows
+    rows = rows_for(student, test)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        wanted = torch.stack([logits.float() for _, logits in student(rows.inputs(torch.arange(len(test))))])
+    with safe_open(folder / "predictions.safetensors", "pt") as file:
+        got = file.get_tensor("selected")
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
 
 
 # ---------------------------------------------------------------- early exits
