@@ -216,3 +216,13 @@ def test_the_digest_sees_every_change():
     assert len(digests) == 4
     assert data.digest() not in digests
     assert data.digest() == data.take([0, 1]).digest() != data.take([1, 0]).digest()
+
+
+def test_a_digest_changes_with_the_sizes_of_files(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode())
+    data = Labelled(("1", "2"), ImageFiles((tmp_path / "a", tmp_path / "b")), torch.tensor([0, 1]), ("n", "p"))
+    before, part = data.digest(), data.take([1]).digest()
+    (tmp_path / "a").write_bytes(b"another picture")
+    assert data.digest() != before
+    assert data.take([1]).digest() == part

@@ -21,7 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from offramp.tasks.labelled_inputs import Inputs, contents, firsts
+from offramp.tasks.labelled_inputs import Inputs, contents, files_of, firsts
 from offramp.tasks.labelled_inputs import chosen as inputs_at
 
 SHARES: Mapping[str, float] = MappingProxyType(
@@ -97,7 +97,7 @@ class Labelled:
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
 
     def digest(self) -> str:
-        """SHA-256 of ids, labels, groups and, where they are in memory, inputs."""
+        """SHA-256 of ids, labels, groups and inputs; of images in files their sizes in bytes stand for them."""
         found = hashlib.sha256("\n".join(self.ids).encode())
         found.update(self.labels.numpy().tobytes())
         if self.groups is not None:
@@ -106,6 +106,8 @@ class Labelled:
             found.update(np.ascontiguousarray(self.inputs).data)
         elif isinstance(self.inputs, tuple):
             found.update(repr(self.inputs).encode())
+        elif (files := files_of(self.inputs)) is not None:
+            found.update(repr([file.stat().st_size for file in files]).encode())
         return found.hexdigest()
 
 

@@ -72,7 +72,7 @@ def contents(*collections: Inputs) -> list[list[Hashable]]:
     Returns:
         The keys of each collection.
     """
-    files = [_files(inputs) for inputs in collections]
+    files = [files_of(inputs) for inputs in collections]
     sizes = [[path.stat().st_size for path in paths or ()] for paths in files]
     count = Counter(size for some in sizes for size in some)
     found: list[list[Hashable]] = []
@@ -87,10 +87,10 @@ def contents(*collections: Inputs) -> list[list[Hashable]]:
     return found
 
 
-def _files(inputs: Inputs) -> tuple[Path, ...] | None:
+def files_of(inputs: Inputs) -> tuple[Path, ...] | None:
     """The file of each row; None: rows are no files."""
     if isinstance(inputs, Part):
-        whole = _files(inputs.whole)
+        whole = files_of(inputs.whole)
         return None if whole is None else tuple(whole[row] for row in inputs.rows.tolist())
     return getattr(inputs, "paths", None)
 
