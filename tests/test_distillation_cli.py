@@ -170,7 +170,7 @@ def test_a_stand_in_needs_nothing_else(tmp_path):
         "--seeds",
         "2",
         "--epochs",
-        "1",
+        "2",
         "--method",
         "erm,kd,dedier+alpha=1",
         "--teacher-method",

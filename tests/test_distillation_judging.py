@@ -11,14 +11,16 @@ import transformers as hf
 from safetensors import safe_open
 
 from distillation_runs import READOUT
+from offramp.classifiers.batches import batch
 from offramp.classifiers.saving import load
+from offramp.cli.distill import study_of as study_of_command
 from offramp.distillation import DataConfig, Network, Study, judging, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.data import load_set
 from offramp.distillation.early_exits import fit_early_exits, require_linear
 from offramp.distillation.grid import ensure
 from offramp.distillation.networks import build, rows_for, word_tokenizer
-from offramp.distillation.teacher import logits_of_all
+from offramp.distillation.teacher import live, logits_of_all
 from offramp.families.encoders import SplitEncoder
 from tiny_encoders import build as tiny_classifier
 
@@ -91,7 +93,7 @@ def test_a_run_that_is_killed_while_it_is_judged_is_not_trained_again(study, tmp
 # ---------------------------------------------------------------- number formats
 
 
-@pytest.mark.parametrize("method", ["dedier", "nested", "simkd", "jtt", "dfr"])
+@pytest.mark.parametrize("method", ["dedier", "nested", "simkd", "jtt", "dfr", "lff"])
 @pytest.mark.parametrize("precision", ["bf16", None])
 def test_all_passes_of_a_run_compute_in_its_precision(study, tmp_path, monkeypatch, method, precision):
     found, through = set(), SplitEncoder.run
@@ -115,6 +117,16 @@ def test_all_passes_of_a_run_compute_in_its_precision(study, tmp_path, monkeypat
     with safe_open(folder / "predictions.safetensors", "pt") as file:
         got = file.get_tensor("selected")
     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+
+
+def test_a_teacher_that_answers_live_computes_in_its_precision(study, monkeypatch):
+    data = load_set(study.data, 0)
+    teacher = build(study.teacher, data.train.rows, 0)
+    rows, found, through = rows_for(teacher, data.train.rows), [], SplitEncoder.run
+    monkeypatch.setattr(SplitEncoder, "run", lambda *a: found.append(torch.is_autocast_enabled("cpu")) or through(*a))
+    part = batch(rows, torch.arange(4))
+    assert live(teacher, "bf16")(part).dtype == live(teacher)(part).dtype == torch.float32
+    assert found == [True] * 2 + [False] * 2  # a call for each exit
 
 
 # ---------------------------------------------------------------- early exits
@@ -245,3 +257,14 @@ def test_a_group_without_validation_rows_stops_only_those_who_select_by_it(tmp_p
     with pytest.raises(ValueError, match="has no row"):
         ensure(one(study_of(data), "erm"), tmp_path / "refused")
     assert not list((tmp_path / "refused").glob("*/*/training"))
+
+
+def test_validation_rows_need_no_groups_where_no_rule_looks_at_them(tmp_path):
+    data = write_texts(tmp_path / "rows.jsonl", known=("train", "test"))
+    values = {"data": {"options": {"text": "text"}}, "training": {"epochs": 1}, "teacher_training": {"epochs": 1}}
+    command = "text:2x32", [], data.path, "groups", None
+    study, _ = study_of_command(values, *command, "val_average")
+    assert result_of(ensure(one(study, "kd", "group_dro"), tmp_path / "free"))["selected"] == 1
+    study, _ = study_of_command({**values, "teacher_select": "val_group_mean"}, *command, "val_average")
+    with pytest.raises(ValueError, match=r"the rule val_group_mean \(teacher_select\) needs them"):
+        ensure(one(study, "kd", "group_dro"), tmp_path / "bound")

@@ -202,16 +202,27 @@ def test_a_grid_goes_on_where_it_was(grid, tmp_path):
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path):
-    bad = replace(STUDY, data=replace(STUDY.data, options={**STUDY.data.options, "agreement": 0.999}))
-    both = [one("erm"), replace(one("jtt", study=bad), name="bad")]
-    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed, the first is bad--seed0: .* has no row in split"):
+    both = [one("dedier+depth=9", "erm"), one("erm")]
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 runs failed, the first is dedier.*: the readout reads after block 9"
+    ):
         run_grid(both, tmp_path)
     assert result_of(tmp_path / "runs" / "erm--seed0")["name"] == "erm"
-    assert "Traceback" in (tmp_path / "runs" / "bad--seed0" / "error.txt").read_text()
+    assert "Traceback" in (tmp_path / "runs" / "dedier+depth=9--erm--seed0" / "error.txt").read_text()
+    assert not (tmp_path / "shared").exists()  # seen before its teacher was trained
     with pytest.raises(ValueError, match="engine is 'threads'"):
         run_grid(both, tmp_path, engine="threads")
     with pytest.raises(ValueError, match="two runs are named erm--seed0"):
         run_grid([one("erm"), one("erm")], tmp_path)
+
+
+def test_data_that_cannot_be_is_refused_before_anything_is_trained(tmp_path):
+    bad = replace(STUDY, data=replace(STUDY.data, options={**STUDY.data.options, "colours": 3}))
+    with pytest.raises(ValueError, match="unexpected keyword argument 'colours'; look at the options of the data"):
+        run_grid([one("erm"), replace(one("erm", study=bad, seed=1))], tmp_path)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match="0 methods and 1 seeds make no run"):
+        runs(STUDY, [], ["erm"], [0])
 
 
 @pytest.mark.slow
@@ -277,6 +288,11 @@ def test_logits_on_disk_go_by_row_and_class(tmp_path):
         load_logits(path, rows)
     save_logits(path, logits, rows.ids, ("low", "big"), "someone")
     with pytest.raises(ValueError, match="class 1 is 'high' for the student and 'big' for the teacher"):
+        load_logits(path, rows)
+    broken = logits.clone()
+    broken[5, 1] = torch.nan
+    save_logits(path, broken, rows.ids, rows.classes, "someone")
+    with pytest.raises(ValueError, match=f"holds logits of row '{rows.ids[5]}' that are not finite"):
         load_logits(path, rows)
     with pytest.raises(ValueError, match="is missing or damaged"):
         load_logits(tmp_path / "nothing", rows)

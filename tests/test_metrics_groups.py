@@ -463,11 +463,15 @@ def test_compare_corrects_for_the_number_of_methods():
 # ---------------------------------------------------------------- pictures
 
 
-@pytest.fixture
-def everything():
+MANY = [f"an attribute with a long name, {n}" for n in range(7)]
+
+
+@pytest.fixture(params=[["a", "b"], MANY], ids=["few", "many"])
+def everything(request):
     draw = torch.Generator().manual_seed(0)
     labels, answers = torch.randint(3, (400,), generator=draw), torch.randint(3, (2, 400), generator=draw)
-    groups = Groups.crossed(labels, ["x", "y", "z"], torch.randint(2, (400,), generator=draw), ["a", "b"])
+    other = torch.randint(len(request.param), (400,), generator=draw)
+    groups = Groups.crossed(labels, ["x", "y", "z"], other, request.param)
     outputs = outputs_of(answers, labels)
     report = group_report(outputs.logits[1], labels, groups, split="test", smallest=20)
     exits = exits_by_group(outputs, torch.randint(2, (400,), generator=draw), groups, split="test")

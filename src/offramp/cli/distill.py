@@ -60,19 +60,19 @@ def distill(
             "stand-ins with ours, which are used without asking.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    epochs: Annotated[int | None, typer.Option(help="Of students and teachers that are trained.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of students and teachers that are trained.")] = None,
     select: Annotated[
         str | None,
         typer.Option(
             help="How a run's epoch is chosen: last, val_average, val_worst_class, val_loss (no group labels), "
-            "val_group_mean, val_worst_group."
+            "val_group_mean, val_worst_group. One without group labels also chooses teachers' epochs."
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     engine: Annotated[str, typer.Option(help="processes, or ray for the machines of a Ray cluster.")] = "processes",
-    threads: Annotated[int, typer.Option(help="Of each process.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
     device: o.Device = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the grid is written.")] = Path("runs/distill"),
     json: o.JsonPath = None,
@@ -145,6 +145,7 @@ def study_of(
     from offramp.distillation.config import Study, study_from
     from offramp.distillation.data import DataConfig
     from offramp.distillation.networks import Network, is_classifier
+    from offramp.metrics.selection import WITH_GROUPS
 
     given = [
         t if t.startswith("logits:") else f"folder:{t}" for t in teacher if t.startswith("logits:") or is_classifier(t)
@@ -169,4 +170,8 @@ def study_of(
             study, training=replace(study.training, epochs=epochs),
             teacher_training=replace(study.teacher_training, epochs=epochs),
         )  # fmt: skip
-    return (study if select is None else replace(study, select=select)), given
+    if select is not None:
+        study = replace(study, select=select)
+        if select not in WITH_GROUPS and "teacher_select" not in values:
+            study = replace(study, teacher_select=select)  # whoever has no groups for students has none for teachers
+    return study, given

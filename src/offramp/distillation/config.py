@@ -219,7 +219,7 @@ def runs(
         The runs, ordered so that seeds are finished one by one.
 
     Raises:
-        ValueError: There is no such method, or one needs a teacher and there is none.
+        ValueError: There is no such method, or one needs a teacher and there is none, or nothing is to be done.
     """
     found, given = [], settings or {}
     taught = {name: method(name, _settings(given, name)) for name in teachers if name in TRAINED_TEACHERS}
@@ -230,6 +230,8 @@ def runs(
             made = method(name, _settings(given, plain))
             for teacher in (teachers if made.needs_teacher else [None]) or [None]:
                 found.append(Run(study, name, made, _placed(teacher), seed, taught=taught.get(teacher or "")))
+    if not found:
+        raise ValueError(f"{len(methods)} methods and {len(seeds)} seeds make no run; give one of each at least")
     return found
 
 

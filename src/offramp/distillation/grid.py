@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,13 @@ def _same(run: Run, folder: Path) -> None:
 
 
 def _check(run: Run, folder: Path) -> None:
-    """Refuse a run that the folder does not fit, or its given teacher."""
+    """Refuse a run that the folder does not fit, or that cannot be: its data or its given teacher."""
     if (folder / "config.json").is_file():
         _same(run, folder)
-    if (run.teacher or "").startswith("folder:") and not (folder / "result.json").is_file():
-        require_unseen(run.teacher or "", load_set(run.study.data, run.seed))
+    if not (folder / "result.json").is_file():
+        data = load_set(run.study.data, run.seed)
+        if (run.teacher or "").startswith("folder:"):
+            require_unseen(run.teacher or "", data)
 
 
 def digests(run: Run) -> dict[str, str]:
@@ -129,7 +131,7 @@ def run_grid(
     Args:
         runs: What.
         root: The grid's folder, on a disk that all machines see.
-        processes: How many at a time, 1: in this process.
+        processes: How many at a time, 1: in this process; others are ended where this one is.
         engine: "processes", or "ray" for machines of a Ray cluster.
         threads: Of each process.
         device: Where all runs are trained; it is no part of a run, so a grid may go on on another one.
@@ -139,8 +141,8 @@ def run_grid(
         The results, in the order of the runs.
 
     Raises:
-        ValueError: Two runs have the same name, there is no such engine or device, or the folder holds other runs, or
-            runs of other data, or a given teacher was trained on test rows.
+        ValueError: Two runs have the same name, there is no such engine or device, the data cannot be read, or the
+            folder holds other runs, or runs of other data, or a given teacher was trained on test rows.
         RuntimeError: Runs failed; the others are finished.
     """
     if engine not in ("processes", "ray"):
@@ -157,12 +159,13 @@ def run_grid(
         _check(run, root / "runs" / run.key)
     waiting = [run.to_dict() for run in runs if not (root / "runs" / run.key / "result.json").is_file()]
     done, failed = len(runs) - len(waiting), []
-    for outcome in _outcomes(waiting, root, processes, engine, threads, device):
-        done += 1
-        if progress is not None:
-            progress(done, len(runs), outcome["key"])
-        if outcome["error"] is not None:
-            failed.append(outcome)
+    with closing(_outcomes(waiting, root, processes, engine, threads, device)) as outcomes:
+        for outcome in outcomes:
+            done += 1
+            if progress is not None:
+                progress(done, len(runs), outcome["key"])
+            if outcome["error"] is not None:
+                failed.append(outcome)
     if failed:
         first = failed[0]
         raise RuntimeError(
@@ -174,7 +177,7 @@ def run_grid(
 
 def _outcomes(
     waiting: list[dict[str, Any]], root: Path, processes: int, engine: str, threads: int, device: str
-) -> Iterable[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     if engine == "ray":
         from offramp.distillation.ray_engine import outcomes
 
@@ -183,12 +186,6 @@ def _outcomes(
         for values in waiting:
             yield execute(values, str(root), threads, device)
     else:
-        import multiprocessing
-        from concurrent.futures import ProcessPoolExecutor, as_completed
+        from offramp.distillation.worker_processes import outcomes as in_processes
 
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        spawning = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=spawning) as pool:
-            futures = [pool.submit(execute, values, str(root), threads, device) for values in waiting]
-            for future in as_completed(futures):
-                yield future.result()
+        yield from in_processes(waiting, root, processes, threads, device)

@@ -168,6 +168,21 @@ def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tens
     return weights.clamp(max=config.largest) if config.normalise == "clip" else weights
 
 
+def require_early(student: EarlyExitClassifier, config: InstanceWeights) -> None:
+    """Refuse weights by a readout that would read after the student's last block.
+
+    Args:
+        student: Whose blocks count.
+        config: What weights; those of the control "oracle" have no readout.
+
+    Raises:
+        ValueError: It would.
+    """
+    depth, blocks = config.readout.depth, student.backbone.num_layers
+    if config.control != "oracle" and depth >= blocks:
+        raise ValueError(f"the readout reads after block {depth} of {blocks}; that is not early: lower depth")
+
+
 def new_weights(
     student: EarlyExitClassifier,
     train: Rows,
@@ -201,10 +216,7 @@ def new_weights(
     if config.control == "oracle":
         return finished(torch.ones(len(train.data), dtype=torch.float64), config, here, minority).float()
     depth = config.readout.depth
-    if depth >= student.backbone.num_layers:
-        raise ValueError(
-            f"the readout reads after block {depth} of {student.backbone.num_layers}; that is not early: lower depth"
-        )
+    require_early(student, config)
     states = states_at(student, train, depth, precision)
     readout = teach(states, train.data.labels, student.num_classes, config.readout, here)
     reading = read(readout, states, train, epoch)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offramp.backbone import autocast
 from offramp.classifiers.batches import Batch
 from offramp.classifiers.objectives import logits_of
 
@@ -174,22 +175,33 @@ class LearningFromFailure(nn.Module):
         biased: The second network, of the student's kind.
         power: q.
         memory: Share of the old value in the averages.
+        precision: That the student computes in, and so does the second network.
     """
 
     averages: Tensor
     weights: Tensor
     labels: Tensor
 
-    def __init__(self, labels: Tensor, biased: nn.Module, *, power: float = 0.7, memory: float = 0.7) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        biased: nn.Module,
+        *,
+        power: float = 0.7,
+        memory: float = 0.7,
+        precision: str | None = None,
+    ) -> None:
         super().__init__()
-        self.biased, self.power, self.memory = biased, power, memory
+        self.biased, self.power, self.memory, self.precision = biased, power, memory, precision
         self.register_buffer("averages", torch.zeros(2, len(labels)))
         self.register_buffer("weights", torch.ones(len(labels)))
         self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, outputs: Sequence[Any], batch: Batch) -> Loss:
         """The loss of a step."""
-        logits = [logits_of(found)[-1] for found in (self.biased(batch.inputs), outputs)]
+        with autocast(batch.labels.device, self.precision):
+            shortcut = self.biased(batch.inputs)
+        logits = [logits_of(found)[-1] for found in (shortcut, outputs)]
         losses = torch.stack([F.cross_entropy(z, batch.labels, reduction="none") for z in logits])  # [2, B]
         rows = batch.rows.to(self.averages.device)
         if self.training:
@@ -203,5 +215,5 @@ class LearningFromFailure(nn.Module):
         weights = scaled[0] / scaled.sum(0).clamp(min=1e-8)
         self.weights[rows] = weights
         sure = logits[0].detach().softmax(-1).gather(1, batch.labels[:, None])[:, 0]
-        shortcut = (self.power * sure**self.power * losses[0]).mean()
-        return shortcut + (weights * losses[1]).mean(), {"ce": losses[1].mean(), "shortcut": losses[0].mean()}
+        failing = (self.power * sure**self.power * losses[0]).mean()
+        return failing + (weights * losses[1]).mean(), {"ce": losses[1].mean(), "shortcut": losses[0].mean()}

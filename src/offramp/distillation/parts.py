@@ -77,7 +77,8 @@ def _selectable(run: Run, name: str, select: Grouped) -> Grouped:
     """Rows to select by, with groups if all of them have rows; without, where nobody needs them."""
     if run.needs_val_groups:
         if select.groups is None:
-            who = f"the rule {run.study.select}" if run.study.select in WITH_GROUPS else run.name
+            rule = f"the rule {run.study.select}{' (teacher_select)' if run.apart else ''}"
+            who = rule if run.study.select in WITH_GROUPS else run.name
             free = ", ".join(rule for rule in RULES if rule not in WITH_GROUPS)
             raise ValueError(
                 f"{name} has no groups in split 'val', and {who} needs them; give them, or select by one of {free} and "

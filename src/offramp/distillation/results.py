@@ -128,11 +128,12 @@ def budgets_of(result: Result) -> dict[float, BudgetByGroup]:
 
 
 def weights_of(result: Result) -> dict[int, WeightDiagnostics]:
-    """Weights by epoch; those before the first readout, which are all 1, are left out."""
-    warmup = (result["method"]["weights"] or {}).get("warmup", 0)
+    """Weights by epoch; without those before the first readout, all 1, and behind the last epoch, which has none."""
+    weights, epochs = result["method"]["weights"], len(result["history"])
+    warmup, last = (weights.get("warmup", 0), epochs - 1) if weights else (0, epochs)
     return {
         row["epoch"]: WeightDiagnostics(**row["weights"]) for row in result["history"]
-        if row.get("weights") and row["epoch"] > warmup
+        if row.get("weights") and warmup < row["epoch"] <= last
     }  # fmt: skip
 
 

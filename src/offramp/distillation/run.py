@@ -33,7 +33,7 @@ from offramp.distillation.config import APART, Run
 from offramp.distillation.data import group_counts, load_set, minority_of
 from offramp.distillation.early_exits import require_linear
 from offramp.distillation.history import History
-from offramp.distillation.instance_weights import InstanceWeights, new_weights
+from offramp.distillation.instance_weights import InstanceWeights, new_weights, require_early
 from offramp.distillation.judging import judged, outputs_of, record
 from offramp.distillation.networks import build, rows_for
 from offramp.distillation.parts import Parts, parts_of
@@ -71,7 +71,9 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     unseen = teachers.require_unseen(run.teacher or "", data) if given else True
     student = build(run.study.student, data.train.rows, run.seed + run.apart, device)
     if not run.joint:
-        require_linear(student)  # before anything is trained
+        require_linear(student)  # this and the next before anything is trained, also teachers
+    if run.method.weights is not None:
+        require_early(student, run.method.weights)
     parts = parts_of(run, data, student)
     objective, sampling, student = _learning(run, parts, student, need)
     history = History(folder / "history")
@@ -107,7 +109,9 @@ def _learning(
         objective = objectives.GroupDRO(counts, step=method.step, adjustment=method.adjustment)
     elif method.loss == "lff":
         biased = build(run.study.student, parts.data.train.rows, run.seed + run.apart + 2 * APART, parts.device)
-        objective = objectives.LearningFromFailure(parts.train.data.labels, biased, power=method.power)
+        objective = objectives.LearningFromFailure(
+            parts.train.data.labels, biased, power=method.power, precision=parts.precision
+        )  # fmt: skip
     elif method.loss == "features":
         teacher, rows = _teacher(run, parts, need)
         table = features_of(teacher, rows, run.study.teacher_training.precision)
@@ -141,7 +145,7 @@ def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
         return teachers.from_table(teachers.load_logits(Path(teacher[7:]).expanduser(), rows))
     classifier, prepared = _teacher(run, parts, need)
     if run.study.augments:
-        return teachers.live(classifier)
+        return teachers.live(classifier, run.study.teacher_training.precision)
     folder = Path(teacher[7:]).expanduser() if teacher.startswith("folder:") else None
     key = f"{fingerprint(classifier)} {json.dumps(prepared.settings, sort_keys=True)} {rows.digest()}"
     if folder is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offramp.backbone import evaluating
+from offramp.backbone import autocast, evaluating
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.saving import training_rows
@@ -46,12 +46,12 @@ def from_table(table: Tensor | States) -> Targets:
     return targets
 
 
-def live(teacher: EarlyExitClassifier) -> Targets:
+def live(teacher: EarlyExitClassifier, precision: str | None = None) -> Targets:
     """The teacher's logits for the very inputs that the student sees, for augmented ones."""
     teacher = teacher.eval().requires_grad_(False)
 
     def targets(batch: Batch) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(teacher.device, precision):
             logits: Tensor = teacher(batch.inputs)[-1].logits.float()
         return logits
 
@@ -128,8 +128,8 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
         [N, C].
 
     Raises:
-        ValueError: The file is missing, damaged or of another teacher, a row is missing or holds something else, or
-            classes differ.
+        ValueError: The file is missing, damaged, not finite or of another teacher, a row is missing or holds something
+            else, or classes differ.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -145,6 +145,9 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
     if teacher is not None and header["teacher"] != teacher:
         raise ValueError(f"{path} was made by another teacher or preprocessing; save the logits again")
     require_same_classes(rows.classes, tuple(json.loads(header["classes"])))
+    if not bool(torch.isfinite(logits).all()):
+        row = json.loads(header["ids"])[int((~torch.isfinite(logits)).any(-1).nonzero()[0])]
+        raise ValueError(f"{path} holds logits of row {row!r} that are not finite; save the logits again")
     place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
     if missing := next((id for id in rows.ids if id not in place), None):
         raise ValueError(f"{path} says nothing of the training row {missing!r}; it has {len(place)} other rows")

@@ -102,7 +102,8 @@ class TokenDistillResult:
     def table(self) -> str:
         """A small table."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return f"{self.by_group()}\n\n{self.steps} steps on {self.tokens} tokens, {rate:.0f} per second"
+        apart = "Divergences are at the method's own temperature, times its square: compare those of one temperature."
+        return f"{self.by_group()}\n{apart}\n\n{self.steps} steps on {self.tokens} tokens, {rate:.0f} per second"
 
 
 def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clock, model: Path) -> TokenDistillResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY)
 """Of the models in one picture, in turn."""
+UPRIGHT = 8
+"""Most groups whose bars stand side by side; those of more lie one below the other."""
 
 
 def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson intervals") -> Any:
@@ -29,8 +32,10 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
     """
     first = next(iter(reports.values()))
     names = [group.name for group in first.groups]
-    figure = require_matplotlib().figure.Figure(figsize=(max(6.0, 2.4 + 1.3 * len(names)), 5), layout="constrained")
-    figure.suptitle(_worst(reports), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    upright = len(names) <= UPRIGHT
+    size = (max(6.0, 2.4 + 1.3 * len(names)), 5.0) if upright else (9.0, 1.6 + (0.2 + 0.12 * len(reports)) * len(names))
+    figure = require_matplotlib().figure.Figure(figsize=size, layout="constrained")
+    _title(figure, _worst(reports))
     axes = figure.add_subplot()
     width = 0.8 / len(reports)
     for place, (model, report) in enumerate(reports.items()):
@@ -41,13 +46,26 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
             [max(g.accuracy - g.right.low, 0.0) for g in report.groups],
             [max(g.right.high - g.accuracy, 0.0) for g in report.groups],
         ]
-        axes.bar(x, values, 0.92 * width, color=colour, label=model)
-        axes.errorbar(x, values, yerr=ends, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        axes.axhline(report.average, color=colour, linewidth=0.8, linestyle=":")
-    axes.set_ylim(0, 1.02)
-    axes.set_xticks(range(len(names)), [_two_lines(f"{g.name}\nn = {g.n:,}") for g in first.groups])
-    axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("accuracy")
+        whisker: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 1, "capsize": 2}
+        if upright:
+            axes.bar(x, values, 0.92 * width, color=colour, label=model)
+            axes.errorbar(x, values, yerr=ends, **whisker)
+            axes.axhline(report.average, color=colour, linewidth=0.8, linestyle=":")
+        else:
+            axes.barh(x, values, 0.92 * width, color=colour, label=model)
+            axes.errorbar(values, x, xerr=ends, **whisker)
+            axes.axvline(report.average, color=colour, linewidth=0.8, linestyle=":")
+    percent = require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
+    if upright:
+        axes.set(ylim=(0, 1.02), ylabel="accuracy")
+        axes.set_xticks(range(len(names)), [_two_lines(f"{g.name}\nn = {g.n:,}") for g in first.groups])
+        axes.yaxis.set_major_formatter(percent)
+    else:
+        axes.set(xlim=(0, 1.02), xlabel="accuracy")
+        axes.set_yticks(range(len(names)), [f"{g.name}, n = {g.n:,}" for g in first.groups])
+        axes.margins(y=0.01)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(percent)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=9)
     _footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: {whiskers}; dotted: average over all rows")
     return figure
@@ -66,12 +84,13 @@ def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
     depth = exits.depth.tolist()
     slowest, fastest = (exits.names[depth.index(choose(depth))] for choose in (max, min))
     count, groups = exits.accuracy.shape
-    figure = require_matplotlib().figure.Figure(figsize=(3 + 1.5 * count, 2 + 0.6 * groups), layout="constrained")
+    width = max(7, 3 + 1.5 * count + 0.08 * max(map(len, exits.names)))
+    figure = require_matplotlib().figure.Figure(figsize=(width, 2 + 0.6 * groups), layout="constrained")
     begin = f"{model}: latest" if model else "Latest"
-    figure.suptitle(
-        f"{begin} to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}",
-        x=0.01, ha="left", fontsize=13, fontweight="bold",
-    )  # fmt: skip
+    said = f"{begin} to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}"
+    if max(depth) == min(depth):
+        said = f"{model}{', all' if model else 'All'} groups leave at exit {max(depth):.2f} on average"
+    _title(figure, said)
     axes = figure.add_subplot()
     picture = axes.imshow(exits.accuracy.T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
     for e in range(count):
@@ -108,10 +127,8 @@ def weights_figure(weights: Tensor, groups: Groups, *, epoch: int, model: str = 
         n: float(weights[i].double().mean()) for n, i in zip(groups.names, groups.members.T, strict=True) if i.any()
     }
     heaviest = max(means, key=lambda name: means[name])
-    figure.suptitle(
-        f"{model}{', epoch' if model else 'Epoch'} {epoch}: {heaviest} weigh most, {means[heaviest]:.2f} on average",
-        x=0.01, ha="left", fontsize=13, fontweight="bold",
-    )  # fmt: skip
+    begin = f"{model}{', epoch' if model else 'Epoch'} {epoch}"
+    _title(figure, f"{begin}: {heaviest} weigh most, {means[heaviest]:.2f} on average")
     values = weights.double().numpy()
     low, high = float(values.min()), float(values.max())
     edges = np.linspace(low, high if high > low else low + 1, 41)
@@ -136,6 +153,13 @@ def _worst(reports: Mapping[str, GroupReport]) -> str:
         f"{model} {report.worst.accuracy:.0%}" for model, report in reports.items() if report.worst is not None
     ]  # fmt: skip
     return f"Worst group: {', '.join(said)}" if said else "All groups are too small to call one the worst"
+
+
+def _title(figure: Any, text: str) -> None:
+    """At the left, in lines that the figure is wide enough for."""
+    fits = int(9.5 * figure.get_figwidth())  # letters of this size
+    lines = [line for each in text.split("\n") for line in textwrap.wrap(each, fits)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=13, fontweight="bold")
 
 
 def _two_lines(name: str) -> str:

@@ -161,7 +161,9 @@ def _rows(path: Path, layout: GroupLayout) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give a .csv or .jsonl file with labels and groups")
     if kind(path) == ".csv":
-        rows = list(table_rows(path, layout.columns, what="rows with groups"))
+        rows = list(
+            table_rows(path, layout.columns, what="rows with groups, whose columns data.options of --config names")
+        )
     elif kind(path) == ".jsonl":
         rows = [_object(row, layout) for row in objects(json_rows(path), *layout.columns)]
     else:

@@ -162,7 +162,10 @@ class GroupedSet:
                 raise ValueError(f"{self.name} has no split {name!r}; it has {', '.join(self.splits)}")
             groups = self.splits[name].groups
             if groups is None:
-                raise ValueError(f"{self.name} has no groups in split {name!r}; use a method that needs none there")
+                raise ValueError(
+                    f"{self.name} has no groups in split {name!r}; give them"
+                    + ("" if name == "test" else ", or use a method that needs none there")
+                )
             groups.require_rows(f"{name} of {self.name}")
 
     def to_dict(self) -> dict[str, Any]:
