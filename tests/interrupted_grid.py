@@ -1,6 +1,7 @@
 """A grid in two processes, for a test that interrupts it: python interrupted_grid.py FOLDER."""
 
 import multiprocessing
+import signal
 import sys
 from pathlib import Path
 
@@ -21,4 +22,5 @@ def told(done, total, key):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which those whom a shell put in the background lack
     run_grid(asked(), Path(sys.argv[1]), processes=2, progress=told)
