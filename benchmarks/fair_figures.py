@@ -7,18 +7,16 @@ from typing import Any
 import numpy as np
 
 from offramp.distillation.report import by_method, worst
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, headed
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, "black", "purple")
 """Of groups; where there are more groups, the best, the mean and the worst are drawn."""
 
 
-def worst_figure(results: list[dict[str, Any]], rule: str) -> Any:
+def worst_figure(results: list[dict[str, Any]], rule: str, study: str) -> Any:
     """Worst groups of all runs by method, a colour for each teacher."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(r["name"] for r in results))
-    figure = Figure(figsize=(8, 0.28 * len(names) + 1.2), layout="constrained")
+    figure = headed(f"{study}: the worst group of every run", 8, 0.28 * len(names) + 1.5)
     axes = figure.subplots()
     for at, (teacher, colour) in enumerate(((None, GREY), ("erm", ORANGE), ("group_dro", BLUE))):
         own = {n: [r for r in results if r["name"] == n and r["teacher"] == teacher] for n in names}
@@ -36,13 +34,11 @@ def worst_figure(results: list[dict[str, Any]], rule: str) -> Any:
     return figure
 
 
-def exits_figure(results: list[dict[str, Any]]) -> Any:
+def exits_figure(results: list[dict[str, Any]], study: str) -> Any:
     """Accuracy of each exit by group, of plain training, distillation and DEDIER."""
-    from matplotlib.figure import Figure
-
     own = by_method(results, "erm")
     shown = [name for name in ("erm", "kd", "dedier") if name in own]
-    figure = Figure(figsize=(3.2 * max(len(shown), 1), 3.2), layout="constrained")
+    figure = headed(f"{study}: groups at every exit", 3.2 * max(len(shown), 1), 3.5)
     for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(shown), 1), sharey=True)), shown, strict=False):
         table = np.mean([r["exits"]["accuracy"] for r in own[name]], 0)  # [E, G]
         groups = own[name][0]["groups"]["names"]

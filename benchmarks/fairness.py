@@ -18,6 +18,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from offramp.distillation.report import (
 )
 from offramp.distillation.results import Result, results_in
 from offramp.metrics.seeds import paired, spread
-from offramp.report.plots import require_matplotlib, save_figures
+from offramp.report.drawing import require_matplotlib, save_figures
 from offramp.tables import markdown
 from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
 
@@ -313,8 +314,8 @@ def page(out: Path, target: Path) -> None:
     require_matplotlib()
     drawings: dict[str, Callable[[], Any]] = {}
     for name, (results, _) in found.items():
-        drawings[f"fair-{name}"] = lambda results=results: worst_figure(results, RULE)  # type: ignore[misc]
-        drawings[f"fair-{name}-exits"] = lambda results=results: exits_figure(results)  # type: ignore[misc]
+        drawings[f"fair-{name}"] = partial(worst_figure, results, RULE, name)
+        drawings[f"fair-{name}-exits"] = partial(exits_figure, results, name)
     save_figures(drawings, target.parent / "pictures")
     table = {name: dict(claims(*pair)) for name, pair in found.items()}
     first = next(iter(table.values()))

@@ -17,7 +17,7 @@ from typing import Any
 
 from offramp.evaluation import ArmSummary, Evaluation, Interval
 from offramp.evaluation.arms import FULL
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib, save_figures
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, save_figures
 from offramp.tables import markdown
 
 PRUNING = (None, "fixed", "decaying", "adaptive")
@@ -124,14 +124,13 @@ def lines(evaluation: Evaluation) -> Any:
 
 def drawn_on(evaluation: Evaluation, title: str, width: float) -> Any:
     """An empty figure with a title and a footnote."""
-    figure = require_matplotlib().figure.Figure(figsize=(width, 4.8), layout="constrained")
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure = headed(f"{title}\n", width, 4.8)
     conditions = evaluation.conditions
-    figure.supxlabel(
+    footnote(
+        figure,
         f"{conditions['task']} · {conditions['examples']} examples · {evaluation.num_layers} layers · whiskers: "
         f"{conditions.get('level', 0.95):.0%} intervals",
-        x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+    )
     return figure
 
 

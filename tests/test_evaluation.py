@@ -14,7 +14,7 @@ from evaluation_runs import POLICIES, SHORT, examples, model
 from offramp import ExitPolicy, Exits, cli
 from offramp.evaluation import document_arms, evaluate, grid, read_records, static_arms, static_sweep, sweep_layers
 from offramp.files import write_json
-from offramp.report import plots
+from offramp.report import drawing
 from tiny import LAYERS, tiny, tokenizer
 
 NAMES = ["full-model", "static-2", "softmax"]
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def _undrawn(monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
 
 
 def timeless(folder):

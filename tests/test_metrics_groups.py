@@ -483,7 +483,7 @@ def test_pictures_are_drawn_and_not_cut_off(tmp_path, everything):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    from offramp.report import group_plots, plots
+    from offramp.report import drawing, group_plots
 
     report, exits, weights, groups = everything
     drawings = {
@@ -491,7 +491,7 @@ def test_pictures_are_drawn_and_not_cut_off(tmp_path, everything):
         "exits": lambda: group_plots.exits_figure(exits),
         "weights": lambda: group_plots.weights_figure(weights, groups, epoch=3),
     }
-    paths = plots.save_figures(drawings, tmp_path)
+    paths = drawing.save_figures(drawings, tmp_path)
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in drawings for kind in ("svg", "png")]
     before = [path.read_bytes() for path in paths]
     for path in paths:
@@ -502,4 +502,4 @@ def test_pictures_are_drawn_and_not_cut_off(tmp_path, everything):
         assert min(pixels.shape[:2]) > 400
         for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
             assert (edge == 1).all(), path.name
-    assert [path.read_bytes() for path in plots.save_figures(drawings, tmp_path)] == before
+    assert [path.read_bytes() for path in drawing.save_figures(drawings, tmp_path)] == before

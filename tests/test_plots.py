@@ -1,6 +1,7 @@
 """The pictures of a probe: written, not empty, the same every time, and a clear error without matplotlib."""
 
 import dataclasses
+import io
 import re
 import sys
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from offramp.language_model import LanguageModel
 from offramp.layerwise import Readings
 from offramp.policy import ExitPolicy
 from offramp.probe import summarise
-from offramp.report import plots
+from offramp.report import drawing, plots
 from tiny import inputs_for, tiny
 
 mpl = pytest.importorskip("matplotlib")
@@ -127,6 +128,15 @@ def test_any_depth_can_be_drawn(depth, tmp_path):
         ticks = list(axes.get_xticks())
         assert ticks[0] == 1
         assert ticks[-1] == depth
+
+
+def test_a_title_is_no_wider_than_its_figure():
+    figure = drawing.headed("Exits that few tokens take are seldom worth what they cost: layers 2 to 11\n\n", 4, 3)
+    title = figure.get_suptitle()
+    assert title.endswith("cost: layers 2 to 11\n\n")  # room for a legend
+    assert title.rstrip("\n").count("\n") >= 1
+    figure.savefig(io.BytesIO())  # only now has it a place
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):

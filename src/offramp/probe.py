@@ -176,13 +176,13 @@ class Probe:
         Returns:
             The files.
         """
-        from offramp.report import plots
+        from offramp.report import drawing, plots
 
         folder = Path(folder)
         write_json(folder / "probe.json", self.to_dict())
         text = self.table() + "\n"
         write_text(folder / "probe.txt", text)
-        pictures = plots.save_probe(self, folder) if plots.available() else []
+        pictures = plots.save_probe(self, folder) if drawing.available() else []
         return [folder / "probe.json", folder / "probe.txt", *pictures]
 
 

@@ -110,12 +110,12 @@ class Evaluation:
         Returns:
             The files.
         """
-        from offramp.report import plots
+        from offramp.report import drawing, plots
 
         folder = Path(folder)
         write_json(folder / RESULTS, self.to_dict())
         write_text(folder / TABLE, self.table() + "\n")
-        pictures = plots.save_evaluation(self, folder) if plots.available() else []
+        pictures = plots.save_evaluation(self, folder) if drawing.available() else []
         return [folder / RESULTS, folder / TABLE, *pictures]
 
     # ------------------------------------------------------------ tables

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, available, require_matplotlib, save_figures
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, available, footnote, headed, save_figures
 
 if TYPE_CHECKING:
     from offramp.calibration import Calibration
@@ -32,11 +32,10 @@ def save_calibration(calibration: Calibration, folder: Path) -> list[Path]:
 def calibration_figure(calibration: Calibration) -> Any:
     """Mean loss and p-value of the settings that were looked at, with the lines that they must stay below."""
     certificate, promise = calibration.certificate, calibration.certificate.promise
-    figure = require_matplotlib().figure.Figure(figsize=(9, 6.4), layout="constrained")
     tests = certificate.tests
     chosen = None if certificate.selected is None else tests[certificate.selected]["name"]
     title = "Nothing is certified" if chosen is None else f"Certified: {chosen}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure = headed(title, 9, 6.4)
     losses, p_values = figure.subplots(2, 1, sharex=True)
     numbers = calibration.settings
     groups: dict[int, list[int]] = {}  # tests by their setting's minimum layer and vocabulary size
@@ -68,9 +67,9 @@ def calibration_figure(calibration: Calibration) -> Any:
     if not crc:
         p_values.set_yscale("log")
     p_values.set_xticks(range(len(tests)), [test["name"] for test in tests], rotation=35, ha="right", fontsize=8)
-    figure.supxlabel(
+    footnote(
+        figure,
         f"{certificate.conditions['model']} · {certificate.conditions['task']['name']} · {promise.kind} losses of "
         f"{promise.metric} · bound {promise.bound} · {certificate.n} certification {promise.unit}s · in order of tests",
-        x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+    )
     return figure

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, available, require_matplotlib, save_figures
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, available, footnote, headed, percent, save_figures
 
 if TYPE_CHECKING:
     from offramp.classifiers.method import Method
@@ -45,8 +45,7 @@ def reliability_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
     methods = [evaluation.of(test, name)[0] for name in names]
     exits = _some(len(methods[0].alone))
     size = (1.6 + 1.75 * len(exits), 1.6 + 1.75 * len(names))
-    figure = require_matplotlib().figure.Figure(figsize=size, layout="constrained")
-    figure.suptitle(_reliability_title(methods), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure = headed(_reliability_title(methods), *size)
     panels = figure.subplots(len(names), len(exits), sharex=True, sharey=True, squeeze=False)
     for row, method in zip(panels, methods, strict=True):
         for axes, exit_ in zip(row, exits, strict=True):
@@ -56,7 +55,7 @@ def reliability_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
         axes.set_title(f"exit {exit_ + 1}", fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel("confidence", fontsize=9)
-    figure.supxlabel(f"{_what(evaluation, test)} · dots: bins, area by rows", x=0.01, ha="left", fontsize=8, color=GREY)
+    footnote(figure, f"{_what(evaluation, test)} · dots: bins, area by rows")
     return figure
 
 
@@ -85,14 +84,7 @@ def _reliability(axes: Any, method: Method, exit_: int) -> None:
 
 def curves_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
     """Accuracy, NLPD and calibration error over realised FLOPs, both averaged over seeds budget by budget."""
-    figure = require_matplotlib().figure.Figure(figsize=(13, 4.8), layout="constrained")
-    figure.suptitle(
-        f"Quality over cost on {test}: every method at 39 budgets\n\n",
-        x=0.01,
-        ha="left",
-        fontsize=13,
-        fontweight="bold",
-    )
+    figure = headed(f"Quality over cost on {test}: every method at 39 budgets\n\n", 13, 4.8)
     panels = figure.subplots(1, len(CURVES))
     colours = iter(COLOURS * 2)
     for name in evaluation.methods(test):
@@ -112,11 +104,11 @@ def curves_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
         axes.set_xlabel("realised FLOPs per row (full model = 1)")
         axes.set_xlim(0, 1.03)
         if metric == "top1":
-            axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter(percent())
     handles, labels = panels[0].get_legend_handles_labels()
     legend = panels[0].legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=8, ncols=5)
     legend.set_in_layout(False)  # it is wider than its panel; the lines below the title make room for it
-    figure.supxlabel(_what(evaluation, test), x=0.01, ha="left", fontsize=8, color=GREY)
+    footnote(figure, _what(evaluation, test))
     return figure
 
 

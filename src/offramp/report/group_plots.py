@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from offramp.metrics.group_exits import ExitsByGroup
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import GroupReport
-from offramp.report.plots import BLUE, GREEN, GREY, ORANGE, require_matplotlib
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, percent
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY)
 """Of the models in one picture, in turn."""
@@ -34,8 +33,7 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
     names = [group.name for group in first.groups]
     upright = len(names) <= UPRIGHT
     size = (max(6.0, 2.4 + 1.3 * len(names)), 5.0) if upright else (9.0, 1.6 + (0.2 + 0.12 * len(reports)) * len(names))
-    figure = require_matplotlib().figure.Figure(figsize=size, layout="constrained")
-    _title(figure, _worst(reports))
+    figure = headed(_worst(reports), *size)
     axes = figure.add_subplot()
     width = 0.8 / len(reports)
     for place, (model, report) in enumerate(reports.items()):
@@ -55,19 +53,18 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
             axes.barh(x, values, 0.92 * width, color=colour, label=model)
             axes.errorbar(values, x, xerr=ends, **whisker)
             axes.axvline(report.average, color=colour, linewidth=0.8, linestyle=":")
-    percent = require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
     if upright:
         axes.set(ylim=(0, 1.02), ylabel="accuracy")
         axes.set_xticks(range(len(names)), [_two_lines(f"{g.name}\nn = {g.n:,}") for g in first.groups])
-        axes.yaxis.set_major_formatter(percent)
+        axes.yaxis.set_major_formatter(percent())
     else:
         axes.set(xlim=(0, 1.02), xlabel="accuracy")
         axes.set_yticks(range(len(names)), [f"{g.name}, n = {g.n:,}" for g in first.groups])
         axes.margins(y=0.01)
         axes.invert_yaxis()
-        axes.xaxis.set_major_formatter(percent)
+        axes.xaxis.set_major_formatter(percent())
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=9)
-    _footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: {whiskers}; dotted: average over all rows")
+    footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: {whiskers}; dotted: average over all rows")
     return figure
 
 
@@ -85,12 +82,11 @@ def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
     slowest, fastest = (exits.names[depth.index(choose(depth))] for choose in (max, min))
     count, groups = exits.accuracy.shape
     width = max(7, 3 + 1.5 * count + 0.08 * max(map(len, exits.names)))
-    figure = require_matplotlib().figure.Figure(figsize=(width, 2 + 0.6 * groups), layout="constrained")
     begin = f"{model}: latest" if model else "Latest"
     said = f"{begin} to leave: {slowest}, exit {max(depth):.2f} on average\nEarliest: {fastest}, exit {min(depth):.2f}"
     if max(depth) == min(depth):
         said = f"{model}{', all' if model else 'All'} groups leave at exit {max(depth):.2f} on average"
-    _title(figure, said)
+    figure = headed(said, width, 2 + 0.6 * groups)
     axes = figure.add_subplot()
     picture = axes.imshow(exits.accuracy.T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
     for e in range(count):
@@ -104,9 +100,8 @@ def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
         range(groups), [f"{name}\nn = {int(n):,}" for name, n in zip(exits.names, exits.counts, strict=True)]
     )
     axes.grid(visible=False)
-    percent = require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
-    figure.colorbar(picture, ax=axes, format=percent, label="accuracy if all left here", shrink=0.8)
-    _footnote(figure, "in a cell: accuracy | mean confidence, and share of the group's rows that leave there")
+    figure.colorbar(picture, ax=axes, format=percent(), label="accuracy if all left here", shrink=0.8)
+    footnote(figure, "in a cell: accuracy | mean confidence, and share of the group's rows that leave there")
     return figure
 
 
@@ -122,13 +117,14 @@ def weights_figure(weights: Tensor, groups: Groups, *, epoch: int, model: str = 
     Returns:
         The figure.
     """
-    figure = require_matplotlib().figure.Figure(figsize=(8, 1.4 + 1.1 * len(groups.names)), layout="constrained")
     means = {
         n: float(weights[i].double().mean()) for n, i in zip(groups.names, groups.members.T, strict=True) if i.any()
     }
     heaviest = max(means, key=lambda name: means[name])
     begin = f"{model}{', epoch' if model else 'Epoch'} {epoch}"
-    _title(figure, f"{begin}: {heaviest} weigh most, {means[heaviest]:.2f} on average")
+    figure = headed(
+        f"{begin}: {heaviest} weigh most, {means[heaviest]:.2f} on average", 8, 1.4 + 1.1 * len(groups.names)
+    )
     values = weights.double().numpy()
     low, high = float(values.min()), float(values.max())
     edges = np.linspace(low, high if high > low else low + 1, 41)
@@ -144,7 +140,7 @@ def weights_figure(weights: Tensor, groups: Groups, *, epoch: int, model: str = 
         axes.minorticks_off()
         axes.set_title(f"{name}, n = {len(rows):,}", loc="left", fontsize=9)
     panels[-1].set_xlabel("weight")
-    _footnote(figure, "share of each group's rows, on a logarithmic scale; line: mean weight")
+    footnote(figure, "share of each group's rows, on a logarithmic scale; line: mean weight")
     return figure
 
 
@@ -155,16 +151,5 @@ def _worst(reports: Mapping[str, GroupReport]) -> str:
     return f"Worst group: {', '.join(said)}" if said else "All groups are too small to call one the worst"
 
 
-def _title(figure: Any, text: str) -> None:
-    """At the left, in lines that the figure is wide enough for."""
-    fits = int(9.5 * figure.get_figwidth())  # letters of this size
-    lines = [line for each in text.split("\n") for line in textwrap.wrap(each, fits)]
-    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=13, fontweight="bold")
-
-
 def _two_lines(name: str) -> str:
     return name.replace(", ", ",\n", 1)
-
-
-def _footnote(figure: Any, text: str) -> None:
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)

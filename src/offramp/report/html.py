@@ -37,8 +37,8 @@ def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0)
         raise ValueError(f"examples is {examples}; it must be at least 0")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the name of a file, such as {out / 'report.html'}")
+    from offramp.report.drawing import require_matplotlib
     from offramp.report.pages import pages_of
-    from offramp.report.plots import require_matplotlib
 
     require_matplotlib()  # before anything is read
     text = render([page for run in runs for page in pages_of(run, examples=examples, seed=seed)])

@@ -1,61 +1,29 @@
-"""Pictures of a probe, a bench and an evaluation. Each says in its title what it shows, and in its footnote what of.
-
-Figures are made without pyplot, so no window system is needed and nothing global is left changed. The same probe
-gives the same bytes.
-"""
+"""Pictures of a probe, a bench and an evaluation."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.files import replace_file
+from offramp.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    footnote,
+    headed,
+    percent,
+    require_matplotlib,
+    save_figures,
+)
 
 if TYPE_CHECKING:
     from offramp.bench_results import Bench
     from offramp.evaluation import ArmSummary, Evaluation, Interval
     from offramp.probe import Probe
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
-STYLE = {
-    "svg.hashsalt": "offramp",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-}
-
-
-def available() -> bool:
-    """Whether pictures can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def require_matplotlib() -> Any:
-    """The module matplotlib.
-
-    Returns:
-        The package, `figure` and `ticker` loaded.
-
-    Raises:
-        ModuleNotFoundError: It is not installed; the message says how to.
-    """
-    try:
-        import matplotlib
-        import matplotlib.figure  # noqa: F401 - submodules of what is returned
-        import matplotlib.ticker  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib; install it with: pip install 'offramp[report]'") from error
-    return matplotlib
 
 
 def save_probe(probe: Probe, folder: Path) -> list[Path]:
@@ -105,33 +73,6 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     """
     drawings = {"pareto": partial(pareto_figure, evaluation), "exits": partial(histogram_figure, evaluation)}
     return save_figures({f"evaluate-{name}": draw for name, draw in drawings.items()}, folder)
-
-
-def save_figures(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
-    """Draw, and write each figure as SVG and PNG under its name."""
-    paths = []
-    with styled():
-        for name, draw in drawings.items():
-            figure = draw()
-            for suffix, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
-                path = folder / f"{name}.{suffix}"
-                _write(figure, path, format=suffix, **options)
-                paths.append(path)
-    return paths
-
-
-@contextlib.contextmanager
-def styled() -> Iterator[None]:
-    """Draw in our style for a while: the user's own would make other pictures of the same figures."""
-    matplotlib = require_matplotlib()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
-
-
-def _write(figure: Any, path: Path, **options: Any) -> None:
-    replace_file(path, lambda temporary: figure.savefig(temporary, **options))
 
 
 def rank_figure(probe: Probe) -> Any:
@@ -210,7 +151,7 @@ def exit_figure(probe: Probe) -> Any:
     center = axes.axvline(mean, color=BLUE, linewidth=1.2)
     full = axes.axvline(probe.break_even, color=ORANGE, linestyle="--", linewidth=1.8)
     axes.axvspan(0, probe.break_even, color=ORANGE, alpha=0.06, linewidth=0)
-    axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(percent())
     axes.set_ylabel("share of positions")
     axes.set_ylim(0, max(*sober, *best) * 1.15)
     labels = [
@@ -232,12 +173,12 @@ def exit_figure(probe: Probe) -> Any:
 def bench_figure(bench: Bench) -> Any:
     """Speed and FLOPs of every arm beside the full model."""
     arms = bench.arms[::-1]
-    figure = require_matplotlib().figure.Figure(figsize=(9, 1.9 + 0.36 * len(arms)), layout="constrained")
     conditions = bench.conditions
-    figure.suptitle(
+    figure = headed(
         f"{conditions['model']} in {conditions['dtype']}: speed and compute beside transformers' generate",
-        x=0.01, ha="left", fontsize=13, fontweight="bold",
-    )  # fmt: skip
+        9,
+        1.9 + 0.36 * len(arms),
+    )
     axes = figure.add_subplot()
     places = range(len(arms))
     ratios = [arm.ratio.median for arm in arms]
@@ -253,22 +194,21 @@ def bench_figure(bench: Bench) -> Any:
     axes.set_xlabel("full model = 1   (a bar right of 1 is faster, a diamond left of 1 is less work)")
     labels = ["tokens per second: median of the rounds, and quartiles", "FLOPs per token"]
     axes.legend([bars, flops], labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
-    figure.supxlabel(
+    footnote(
+        figure,
         f"same: positions with the full model's token · {conditions['prompts']} prompts, "
         f"{conditions['new_tokens']} tokens, {conditions['repeats']} rounds, {conditions['threads']} threads",
-        x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+    )
     return figure
 
 
 def pareto_figure(evaluation: Evaluation) -> Any:
     """Quality over FLOPs and over seconds: policies, static exits and the full model in one picture."""
-    figure = require_matplotlib().figure.Figure(figsize=(11, 5.4), layout="constrained")
     ahead, metric = evaluation.ahead(), evaluation.metric
     count = sum(not arm.is_static for arm in evaluation.arms)
     title = f"{len(ahead)} of {count} policies are matched by no static exit shown" if count else "Static exits"
     conditions = evaluation.conditions
-    figure.suptitle(f"{title}: {metric} over compute\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure = headed(f"{title}: {metric} over compute\n", 11, 5.4)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, cost in ((left, "flops_ratio"), (right, "seconds_ratio")):
         _pareto(axes, evaluation, cost)
@@ -280,10 +220,11 @@ def pareto_figure(evaluation: Evaluation) -> Any:
     handles, labels = left.get_legend_handles_labels()
     legend = left.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=8)
     legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
-    figure.supxlabel(
+    footnote(
+        figure,
         f"{conditions['model']} · {conditions['task']} · {conditions['examples']} examples · bars: "
-        f"{conditions.get('level', 0.95):.0%} intervals", x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+        f"{conditions.get('level', 0.95):.0%} intervals",
+    )
     return figure
 
 
@@ -341,10 +282,7 @@ def _whiskers(intervals: list[Interval]) -> list[list[float]]:
 def histogram_figure(evaluation: Evaluation) -> Any:
     """Where tokens left: share of the tokens by layer, a row per arm."""
     arms, depth = evaluation.arms, evaluation.num_layers
-    figure = require_matplotlib().figure.Figure(figsize=(9, 1.6 + 0.36 * len(arms)), layout="constrained")
-    figure.suptitle(
-        f"Where tokens leave the {depth} layers", x=0.01, ha="left", fontsize=13, fontweight="bold"
-    )  # fmt: skip
+    figure = headed(f"Where tokens leave the {depth} layers", 9, 1.6 + 0.36 * len(arms))
     axes = figure.add_subplot()
     shares = [[count / max(sum(arm.histogram), 1) for count in arm.histogram] for arm in arms]
     picture = axes.imshow(
@@ -356,26 +294,24 @@ def histogram_figure(evaluation: Evaluation) -> Any:
     axes.set_yticks(range(len(arms)), [f"{arm.name}  (mean {arm.exit_layer.value:.1f})" for arm in arms])
     axes.set_xlabel("layer after which tokens left (mark: mean)")
     axes.grid(visible=False)
-    percent = require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
-    figure.colorbar(picture, ax=axes, format=percent, label="share of the tokens", shrink=0.8)
+    figure.colorbar(picture, ax=axes, format=percent(), label="share of the tokens", shrink=0.8)
     return figure
 
 
 def _axes(probe: Probe, title: str) -> tuple[Any, Any]:
     """A figure with one pair of axes: layers along x, the title above and the footnote below."""
-    figure = require_matplotlib().figure.Figure(figsize=(9, 5.6), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure = headed(title, 9, 5.6)
     axes = figure.add_subplot()
     depth = probe.num_layers
     step = 1 if depth <= 16 else 2 if depth <= 32 else 4
     axes.set_xticks(sorted({1, *range(depth, step // 2, -step)}))
     axes.set_xlim(0.3, depth + 0.7)
     axes.set_xlabel(f"layer (layer {depth} is the full model)")
-    figure.supxlabel(
+    footnote(
+        figure,
         f"{probe.model} · {probe.examples} {probe.source_noun}, {probe.tokens:,} positions · exits tested after layers "
         f"{probe.min_layer} to {depth - 1}",
-        x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+    )
     return figure, axes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offramp.distillation.token_report import TokenDistillResult
-from offramp.report.plots import BLUE, GREY, require_matplotlib
+from offramp.report.drawing import BLUE, GREY, footnote, headed, percent, require_matplotlib
 from offramp.report.training_plots import averaged, colour
 
 PANELS = (("kd", "divergence from the teacher (nats)"), ("agreement", "agreement with the teacher"))
@@ -28,9 +28,8 @@ def groups_figure(result: TokenDistillResult, model: str = "") -> Any:
     """
     parts = result.groups or (result.overall,)
     low = result.worst or result.overall
-    figure = require_matplotlib().figure.Figure(figsize=(max(9.0, 4 + 1.6 * len(parts)), 4.6), layout="constrained")
     said = f"Worst group: {low.name}, agreement" if result.groups else "Agreement of all tokens:"
-    _title(figure, f"{said} {low.agreement_before:.0%} to {low.agreement:.0%}")
+    figure = headed(f"{said} {low.agreement_before:.0%} to {low.agreement:.0%}", max(9.0, 4 + 1.6 * len(parts)), 4.6)
     x = np.arange(len(parts))
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for name, shift, shade, what in ((f"{key}_before", -0.2, GREY, "before"), (key, 0.2, BLUE, "after")):
@@ -39,9 +38,9 @@ def groups_figure(result: TokenDistillResult, model: str = "") -> Any:
         axes.set_xticks(x, [f"{each.name}\n{each.tokens:,} tokens" for each in parts])
         axes.set_ylabel(label)
     axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(percent())
     figure.axes[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
-    _footnote(figure, f"{model} · {result.overall.tokens:,} held-out tokens; dotted: all of them")
+    footnote(figure, f"{model} · {result.overall.tokens:,} held-out tokens; dotted: all of them")
     return figure
 
 
@@ -57,8 +56,7 @@ def curves_figure(steps: Rows, judged: Rows, groups: Sequence[str], model: str =
     Returns:
         The figure.
     """
-    figure = require_matplotlib().figure.Figure(figsize=(11, 4.8), layout="constrained")
-    _title(figure, f"Divergence on held-out tokens: {judged[0]['kd']:.2f} to {judged[-1]['kd']:.2f} nats")
+    figure = headed(f"Divergence on held-out tokens: {judged[0]['kd']:.2f} to {judged[-1]['kd']:.2f} nats", 11, 4.8)
     tokens = [row["tokens"] for row in judged]
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         if steps:
@@ -73,7 +71,7 @@ def curves_figure(steps: Rows, judged: Rows, groups: Sequence[str], model: str =
         axes.set_ylabel(label)
     axes.set_ylim(0, 1.02)
     figure.axes[0].legend(fontsize=9)
-    _footnote(figure, f"{model} · grey: while training; dots: {judged[-1]['positions']:,} held-out tokens")
+    footnote(figure, f"{model} · grey: while training; dots: {judged[-1]['positions']:,} held-out tokens")
     return figure
 
 
@@ -88,11 +86,10 @@ def weights_figure(readouts: Rows, groups: Sequence[str], model: str = "") -> An
     Returns:
         The figure.
     """
-    figure = require_matplotlib().figure.Figure(figsize=(8, 4.4), layout="constrained")
     last = readouts[-1]
     means = {f" of {name}": mean for name, mean in zip(groups, last.get("weight", ()), strict=True)}
     heaviest, mean = max((means or {"": last["mean"]}).items(), key=lambda each: each[1])
-    _title(figure, f"Step {last['step']}: tokens{heaviest} weigh {mean:.2f} on average")
+    figure = headed(f"Step {last['step']}: tokens{heaviest} weigh {mean:.2f} on average", 8, 4.4)
     axes, steps = figure.add_subplot(), [row["step"] for row in readouts]
     axes.plot(steps, [row["mean"] for row in readouts], "-o", color="black", markersize=5, label="all")
     for place, group in enumerate(groups):
@@ -102,13 +99,5 @@ def weights_figure(readouts: Rows, groups: Sequence[str], model: str = "") -> An
     axes.set_xlabel("readout after step")
     axes.set_ylabel("mean weight of the training tokens")
     axes.legend(fontsize=9)
-    _footnote(figure, f"{model} · weights hold until the next readout")
+    footnote(figure, f"{model} · weights hold until the next readout")
     return figure
-
-
-def _title(figure: Any, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=13, fontweight="bold")
-
-
-def _footnote(figure: Any, text: str) -> None:
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.report.plots import BLUE, GREY, require_matplotlib
+from offramp.report.drawing import BLUE, GREY, footnote, headed, require_matplotlib
 
 POINTS = 200
 """Most points of a curve; neighbouring steps are averaged."""
@@ -39,13 +39,9 @@ class Curves:
 def curves_figure(curves: Curves) -> Any:
     """Loss and agreement of every exit: lines while training, dots on held-out data."""
     matplotlib = require_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
     first, last = curves.validations[0], curves.validations[-1]
     means = [sum(row["loss"]) / len(row["loss"]) for row in (first, last)]
-    figure.suptitle(
-        f"Mean loss on held-out data: {means[0]:.2f} to {means[1]:.2f} nats\n", x=0.01, ha="left", fontsize=13,
-        fontweight="bold",
-    )  # fmt: skip
+    figure = headed(f"Mean loss on held-out data: {means[0]:.2f} to {means[1]:.2f} nats\n", 11, 5)
     left, right = figure.subplots(1, 2)
     for axes, key, label in ((left, "loss", "loss (nats)"), (right, "agreement", WORDS[curves.what])):
         for place, layer in enumerate(curves.layers):
@@ -70,22 +66,15 @@ def curves_figure(curves: Curves) -> Any:
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=17, fontsize=9, columnspacing=1.0, handletextpad=0.4
     )
     legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
-    figure.supxlabel(
-        f"{curves.model} · lines: while training; dots: {last['positions']} held-out positions",
-        x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+    footnote(figure, f"{curves.model} · lines: while training; dots: {last['positions']} held-out positions")
     return figure
 
 
 def layers_figure(curves: Curves) -> Any:
     """The share of every exit by its layer, before and after."""
-    figure = require_matplotlib().figure.Figure(figsize=(9, 4.6), layout="constrained")
     first, last = curves.validations[0], curves.validations[-1]
     before, after = ([sum(row["agreement"]) / len(row["agreement"])] for row in (first, last))
-    figure.suptitle(
-        f"Mean {curves.what} of the exits: {before[0]:.0%} to {after[0]:.0%}", x=0.01, ha="left", fontsize=13,
-        fontweight="bold",
-    )  # fmt: skip
+    figure = headed(f"Mean {curves.what} of the exits: {before[0]:.0%} to {after[0]:.0%}", 9, 4.6)
     axes = figure.add_subplot()
     axes.plot(curves.layers, first["agreement"], "-o", color=GREY, markersize=4, label="before")
     axes.plot(curves.layers, last["agreement"], "-o", color=BLUE, markersize=5, label="after")
@@ -94,10 +83,7 @@ def layers_figure(curves: Curves) -> Any:
     axes.set_xlabel("exit after layer")
     axes.set_ylabel(WORDS[curves.what])
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
-    figure.supxlabel(
-        f"{curves.model} · {last['positions']} held-out positions · {last['step']} steps",
-        x=0.01, ha="left", fontsize=8, color=GREY,
-    )  # fmt: skip
+    footnote(figure, f"{curves.model} · {last['positions']} held-out positions · {last['step']} steps")
     return figure
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from offramp.report.plots import styled
+from offramp.report.drawing import styled
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Page:
 
 
 def draw(figure: Callable[[], Any], says: str) -> Picture:
-    """A figure of `offramp.report.plots` as a picture.
+    """A figure of `offramp.report` as a picture.
 
     Args:
         figure: Makes the figure.

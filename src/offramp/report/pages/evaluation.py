@@ -13,7 +13,7 @@ from offramp.evaluation.record_file import Record, read_records
 from offramp.evaluation.records import PREFILL
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-from offramp.report import plots
+from offramp.report import drawing, plots
 from offramp.report.pages.blocks import Answer, Answers, Bar, Bars, Block, Page, Section, Table, Text, draw, repeat
 
 SHOWN = 3
@@ -21,12 +21,12 @@ SHOWN = 3
 PARTS = {
     PREFILL: ("prompt", "#7f8c9b"),
     "encoder": ("encoder", "#b39ddb"),
-    "blocks": ("blocks", plots.BLUE),
+    "blocks": ("blocks", drawing.BLUE),
     "fill": ("keys and values of skipped layers", "#56B4E9"),
-    "readout": ("readouts of all tokens", plots.ORANGE),
+    "readout": ("readouts of all tokens", drawing.ORANGE),
     "pruned_readout": ("pruned readouts", "#E69F00"),
     "select": ("choosing the kept tokens", "#F0E442"),
-    "confidence": ("classifiers", plots.GREEN),
+    "confidence": ("classifiers", drawing.GREEN),
 }
 """Names and colours of the parts of the costs."""
 EARLY, MIDDLE, LATE, LAST = (140, 197, 240), (246, 239, 176), (247, 166, 96), "#cfcfcf"

@@ -1,0 +1,118 @@
+"""What all pictures share: colours, style, a title that says what they show, a footnote that says what of, and files.
+
+Figures are made without pyplot, so no window system is needed and nothing global is left changed. The same data
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offramp.files import replace_file
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
+STYLE = {
+    "svg.hashsalt": "offramp",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+}
+
+
+def available() -> bool:
+    """Whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def require_matplotlib() -> Any:
+    """The module matplotlib.
+
+    Returns:
+        The package, `figure` and `ticker` loaded.
+
+    Raises:
+        ModuleNotFoundError: It is not installed; the message says how to.
+    """
+    try:
+        import matplotlib
+        import matplotlib.figure  # noqa: F401 - submodules of what is returned
+        import matplotlib.ticker  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pictures need matplotlib; install it with: pip install 'offramp[report]'") from error
+    return matplotlib
+
+
+def headed(title: str, width: float, height: float) -> Any:
+    """An empty figure with its title at the left, in lines that fit.
+
+    Args:
+        title: What it shows; newlines at its end leave room for a legend that is wider than its panel.
+        width: In inches.
+        height: In inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = require_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+    fits = int(9.5 * width)  # letters of this size
+    lines = [line for each in title.split("\n") for line in textwrap.wrap(each, fits) or [""]]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+def footnote(figure: Any, text: str) -> None:
+    """Say below a figure what it is of."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)
+
+
+def percent() -> Any:
+    """Labels of an axis from 0 to 1 as whole per cent."""
+    return require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
+
+
+def save_figures(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
+    """Draw, and write each figure as SVG and PNG under its name.
+
+    Args:
+        drawings: By name.
+        folder: Where to; made if missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    paths = []
+    with styled():
+        for name, draw in drawings.items():
+            figure = draw()
+            for suffix, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+                path = folder / f"{name}.{suffix}"
+                replace_file(path, partial(figure.savefig, format=suffix, **options))
+                paths.append(path)
+    return paths
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw in our style for a while: the user's own would make other pictures of the same figures."""
+    matplotlib = require_matplotlib()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
