@@ -54,6 +54,23 @@ def test_values_of_another_type_are_refused(values, said):
         study_from(values, STUDY)
 
 
+@pytest.mark.parametrize("changes", [{"flip": True}, {"pad": 2}])
+@pytest.mark.parametrize(
+    ("name", "teacher", "said"),
+    [
+        ("simkd", "erm", "simkd learns from the teacher's features of images as they are"),
+        ("dett", "folder:x", "dett learns from the teacher's features"),
+        ("kd", "logits:x.safetensors", "kd learns from logits:x.safetensors of images as they are"),
+    ],
+)
+def test_what_a_teacher_said_once_is_not_for_augmented_images(changes, name, teacher, said):
+    augmented = replace(STUDY, **changes)
+    with pytest.raises(ValueError, match=f"{said}.*leave both out"):  # before a teacher is trained
+        one(name, teacher, study=augmented)
+    assert one("kd", "erm", study=augmented).study.augments
+    assert one(name, teacher).name == name
+
+
 # ---------------------------------------------------------------- switches behind a name
 
 

@@ -108,6 +108,12 @@ class Run:
             raise ValueError(f"{self.name} needs a teacher; give one")
         if self.method.loss == "features" and (self.teacher or "").startswith("logits:"):
             raise ValueError(f"{self.name} needs the teacher itself, not its logits: it takes over its last layer")
+        fixed = "the teacher's features" if self.method.loss == "features" else (self.teacher or "")
+        if self.study.augments and (self.method.loss == "features" or fixed.startswith("logits:")):
+            raise ValueError(
+                f"{self.name} learns from {fixed} of images as they are, but the study has pad {self.study.pad} and "
+                f"flip {self.study.flip}; leave both out, or choose kd with a network or a folder as the teacher"
+            )
 
     @property
     def key(self) -> str:

@@ -116,8 +116,6 @@ def _learning(
         teacher, rows = _teacher(run, parts, need)
         table = features_of(teacher, rows, run.study.teacher_training.precision)
         student = with_teachers_classifier(student, teacher, table.shape[1:], run.seed + run.apart)
-        if run.study.augments:
-            raise ValueError(f"{run.name} keeps the teacher's features, so training images must not be augmented")
         objective = objectives.FeatureMatching(count, teachers.from_table(table))
     else:
         target = _targets(run, parts, need) if method.loss == "kd" else None
@@ -140,8 +138,6 @@ def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
     teacher = run.teacher or ""
     rows = parts.data.train.rows
     if teacher.startswith("logits:"):
-        if run.study.augments:
-            raise ValueError(f"{teacher} are of images as they are, so training images must not be augmented")
         return teachers.from_table(teachers.load_logits(Path(teacher[7:]).expanduser(), rows))
     classifier, prepared = _teacher(run, parts, need)
     if run.study.augments:
