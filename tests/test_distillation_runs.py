@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,14 +236,26 @@ def test_two_processes_share_a_teacher(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_of_ray(tmp_path):
+def test_two_workers_of_ray(tmp_path, monkeypatch):
+    settings = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there: all servers listen on the loopback address
+        "RAY_AUTH_MODE": "disabled",  # else a token is written to the home folder
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        found = run_grid(runs(STUDY, ["kd", "dedier"], ["erm"], [0], READOUT), tmp_path, engine="ray")
-    finally:
-        ray.shutdown()
-    assert [r["name"] for r in found] == ["kd", "dedier"]
+    asked = runs(STUDY, ["kd", "dedier"], ["erm"], [0], READOUT)
+    with tempfile.TemporaryDirectory(prefix="ray") as files:  # sockets are in there, whose paths must be short
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=files)
+        try:
+            assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+            found = run_grid(asked, tmp_path, engine="ray")
+        finally:
+            ray.shutdown()
+    alone = run_grid(asked, tmp_path / "alone")
+    assert [without_time(r) for r in found] == [without_time(r) for r in alone]
+    assert len(list((tmp_path / "shared").iterdir())) == 1
 
 
 def _held(folder, ready, go):

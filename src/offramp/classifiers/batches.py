@@ -104,8 +104,9 @@ def order(rows: Rows, size: int, seed: int, epoch: int, sampling: Tensor | None 
             cannot do with one.
         seed: Of the order.
         epoch: Counted from 0.
-        sampling: How often each row is drawn, in proportion, [N]; N are drawn with replacement. None: each row once,
-            see `offramp.training.data.epoch_batches`.
+        sampling: How often each row is drawn, in proportion, [N]; N are drawn with replacement, and stay in the order
+            drawn: by length, the copies of a rare row would meet in one batch. None: each row once, see
+            `offramp.training.data.epoch_batches`.
 
     Returns:
         Places, [B] each.
