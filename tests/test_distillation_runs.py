@@ -247,7 +247,11 @@ def test_two_workers_of_ray(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     asked = runs(STUDY, ["kd", "dedier"], ["erm"], [0], READOUT)
     with tempfile.TemporaryDirectory(prefix="ray") as files:  # sockets are in there, whose paths must be short
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=files)
+        try:
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=files)
+        except Exception as error:  # seen where other work left a core 3 % free: it waits for its parts in vain
+            ray.shutdown()
+            pytest.skip(f"Ray does not start here: {error}")
         try:
             assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
             found = run_grid(asked, tmp_path, engine="ray")
