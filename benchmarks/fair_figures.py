@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from offramp.distillation.report import by_method, worst
-from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, headed
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, "black", "purple")
 """Of groups; where there are more groups, the best, the mean and the worst are drawn."""
@@ -27,10 +27,12 @@ def worst_figure(results: list[dict[str, Any]], rule: str, study: str) -> Any:
                 axes.plot([values.mean()], [y + 0.2 * (at - 1)], "|", color=colour, markersize=10, markeredgewidth=2)
         axes.plot([], [], "o", color=colour, label="no teacher" if teacher is None else f"{teacher} teacher")
     axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy of the worst group")
-    axes.legend(loc="lower left", fontsize=7)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=8, ncols=3)
     axes.grid(axis="x", alpha=0.3)
+    footnote(figure, "a dot is a run, a line the mean over seeds")
     return figure
 
 
@@ -38,11 +40,12 @@ def exits_figure(results: list[dict[str, Any]], study: str) -> Any:
     """Accuracy of each exit by group, of plain training, distillation and DEDIER."""
     own = by_method(results, "erm")
     shown = [name for name in ("erm", "kd", "dedier") if name in own]
-    figure = headed(f"{study}: groups at every exit", 3.2 * max(len(shown), 1), 3.5)
+    figure = headed(f"{study}: groups at every exit", 3.2 * max(len(shown), 1) + 2, 3.5)
     for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(shown), 1), sharey=True)), shown, strict=False):
         table = np.mean([r["exits"]["accuracy"] for r in own[name]], 0)  # [E, G]
-        groups = own[name][0]["groups"]["names"]
-        lines = {group: table[:, g] for g, group in enumerate(groups)}
+        groups = own[name][0]["groups"]
+        counted = zip(groups["names"], groups["test"], strict=True)
+        lines = {f"{group}, n = {n:,}": table[:, g] for g, (group, n) in enumerate(counted)}
         if len(lines) > len(COLOURS):
             lines = {"best group": table.max(1), "worst group": table.min(1), "mean": table.mean(1)}
         for (label, values), colour in zip(lines.items(), COLOURS, strict=False):
@@ -51,5 +54,6 @@ def exits_figure(results: list[dict[str, Any]], study: str) -> Any:
         axes.set_xlabel("exit")
         axes.set_xticks(range(1, len(table) + 1))
     figure.axes[0].set_ylabel("test accuracy")
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    footnote(figure, "biased teacher; means over seeds; n: test rows of the first seed")
     return figure
