@@ -189,6 +189,10 @@ def test_controls_keep_what_they_should():
     assert sorted(permuted.tolist()) == sorted(w.tolist())
     assert finished(torch.arange(50.0), InstanceWeights(control="permuted"), 3).tolist() != list(range(50))
     assert finished(w, InstanceWeights(control="mean-matched"), 0).tolist() == [4.0] * 4
+    matched = finished(w, InstanceWeights(control="gate-matched"), 0)
+    assert matched.tolist() == [float(w[w > 1].mean()) if each > 1 else 1.0 for each in w.tolist()]
+    assert matched.mean() == w.mean()
+    assert finished(torch.ones(4), InstanceWeights(control="gate-matched"), 0).tolist() == [1.0] * 4
     oracle = finished(w, InstanceWeights(control="oracle", beta=2.0), 0, torch.tensor([True, False, False, False]))
     assert oracle.tolist() == pytest.approx([math.exp(2), 1, 1, 1])
     with pytest.raises(ValueError, match="those of training rows are unknown"):

@@ -21,7 +21,7 @@ GATES = ("wrong", "all", "correct", "excluded")
 MAPS = ("power", "linear", "rank")
 TERMS = ("kd", "ce", "both")
 NORMALISATIONS = ("none", "mean", "clip")
-CONTROLS = ("none", "permuted", "mean-matched", "oracle")
+CONTROLS = ("none", "permuted", "mean-matched", "gate-matched", "oracle")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class InstanceWeights:
         largest: With "clip".
         every: L, epochs between two readouts.
         warmup: Epochs before the first.
-        control: "permuted": the same weights in another order; "mean-matched": their mean for every row; "oracle":
-            exp(β) for the rows that true groups call minority, which uses group labels.
+        control: "permuted": the same weights in another order; "mean-matched": their mean for every row;
+            "gate-matched": for every row that weighs more than 1 the mean of those, so that gate and scale are the same
+            and the signal says nothing; "oracle": exp(β) for the rows that true groups call minority, which uses group
+            labels.
         readout: The readout.
         n_mc: Draws of Laplace's logits.
         prior_variance: Of Laplace; None: tuned on rows outside training.
@@ -159,6 +161,9 @@ def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tens
         weights = weights[order]
     elif config.control == "mean-matched":
         weights = torch.full_like(weights, float(weights.mean()))
+    elif config.control == "gate-matched":
+        heavy = weights > 1
+        weights = torch.where(heavy, weights[heavy].mean(), weights)  # without such rows the mean is NaN, and unused
     elif config.control == "oracle":
         if minority is None:
             raise ValueError("the control 'oracle' weights by true groups, but those of training rows are unknown")
