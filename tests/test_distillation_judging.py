@@ -11,7 +11,6 @@ import transformers as hf
 from safetensors import safe_open
 
 from distillation_runs import READOUT
-from offramp.classifiers.batches import batch
 from offramp.classifiers.saving import load
 from offramp.cli.distill import study_of as study_of_command
 from offramp.distillation import DataConfig, Network, Study, judging, runs
@@ -20,7 +19,7 @@ from offramp.distillation.data import load_set
 from offramp.distillation.early_exits import fit_early_exits, require_linear
 from offramp.distillation.grid import ensure
 from offramp.distillation.networks import build, rows_for, word_tokenizer
-from offramp.distillation.teacher import live, logits_of_all
+from offramp.distillation.teacher import logits_of_all
 from offramp.families.encoders import SplitEncoder
 from tiny_encoders import build as tiny_classifier
 
@@ -117,16 +116,6 @@ def test_all_passes_of_a_run_compute_in_its_precision(study, tmp_path, monkeypat
     with safe_open(folder / "predictions.safetensors", "pt") as file:
         got = file.get_tensor("selected")
     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
-
-
-def test_a_teacher_that_answers_live_computes_in_its_precision(study, monkeypatch):
-    data = load_set(study.data, 0)
-    teacher = build(study.teacher, data.train.rows, 0)
-    rows, found, through = rows_for(teacher, data.train.rows), [], SplitEncoder.run
-    monkeypatch.setattr(SplitEncoder, "run", lambda *a: found.append(torch.is_autocast_enabled("cpu")) or through(*a))
-    part = batch(rows, torch.arange(4))
-    assert live(teacher, "bf16")(part).dtype == live(teacher)(part).dtype == torch.float32
-    assert found == [True] * 2 + [False] * 2  # a call for each exit
 
 
 # ---------------------------------------------------------------- early exits

@@ -226,3 +226,7 @@ def test_methods_of_classifiers_are_refused(folders, tmp_path):
     made = run(folders, "--text", tmp_path / "a.txt", "--method", "simkd", "--out", tmp_path / "run")
     assert made.exit_code == 2
     assert "--method simkd is for classifiers" in made.stderr
+    for switches in ("dedier+depth=3", "dedier+readout.epochs=2", "kd+learning_rate=0.5"):
+        made = run(folders, "--text", tmp_path / "a.txt", "--method", switches, "--out", tmp_path / "run")
+        assert made.exit_code == 2
+        assert "of classifiers; for language models there are --layer" in " ".join(made.stderr.split())

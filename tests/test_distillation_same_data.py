@@ -19,7 +19,7 @@ from offramp.distillation.grid import digests
 from offramp.distillation.report import tables
 from offramp.distillation.results import results_in
 from offramp.distillation.teacher import load_logits, require_unseen, save_logits
-from offramp.report.pages.distillation import run_page
+from offramp.report.pages.distillation import grid_page, run_page
 from offramp.tasks.row_hashes import input_hashes, row_hashes
 
 TRAINING = ClassifierTrainConfig(epochs=1, batch_size=16)
@@ -169,6 +169,42 @@ def test_a_teacher_that_was_trained_on_test_rows_is_refused(tmp_path):
     assert "does not say what it was trained on" in tables([found], "last")
 
 
+def test_a_student_that_was_trained_on_test_rows_is_refused_and_remembers_what_it_began_as(tmp_path):
+    pytest.importorskip("sklearn")
+    options = {"train": 200, "val": 40, "test": 100, "agreement": 0.8}
+    study = study_of("stand-in:digits-on-colour", None, **options)
+    study = replace(study, student=Network("small-cnn:2"), teacher=Network("small-cnn:2"))
+    run_grid(one(study, "group_dro"), tmp_path / "first")
+    model = tmp_path / "first" / "runs" / "group_dro--seed0" / "model"
+    further, taught = (replace(study, **{part: Network(str(model))}) for part in ("student", "teacher"))
+    for asked in (one(further, "erm", seed=1), one(taught, "kd", "erm", seed=1)):
+        with pytest.raises(ValueError, match=f"{model} was trained on .* of the 200 test rows .*seed 1"):
+            run_grid(asked, tmp_path / "grid")
+    assert not (tmp_path / "grid" / "runs").exists()  # nothing was trained
+    (found,) = run_grid(one(further), tmp_path / "grid")
+    known = [each for each in found["budget"] if each[0] == "student training"]
+    assert known == [["student training", "train", 200]]  # GroupDRO's, not plain training's
+    saved = tmp_path / "grid" / "runs" / "erm--seed0" / "model"
+    assert load(saved).training_rows.tolist() == load(model).training_rows.tolist() * 2
+    (model / "training_rows.safetensors").unlink()
+    run_grid(one(further), tmp_path / "unknown")
+    assert load(tmp_path / "unknown" / "runs" / "erm--seed0" / "model").training_rows is None
+
+
+def test_a_folder_is_of_one_study(made, tmp_path):
+    folder, study = made
+    other = replace(study, training=replace(study.training, epochs=2))
+    with pytest.raises(ValueError, match="holds runs of another study, such as erm--seed0: training.epochs was 1 and"):
+        run_grid(one(other, "group_dro"), folder / "grid")
+    assert not (folder / "grid" / "runs" / "group_dro--seed0").exists()
+    shutil.copytree(folder / "grid", tmp_path / "mixed")  # as older versions let it be
+    run_grid(one(other, "group_balanced"), tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "runs", tmp_path / "mixed" / "runs", dirs_exist_ok=True)
+    said = _texts(grid_page(tmp_path / "mixed"))
+    assert any("1 runs are of another study (training.epochs was" in text for text in said)
+    assert not any("another study" in text for text in _texts(grid_page(folder / "grid")))
+
+
 def test_test_rows_that_the_set_repeats_in_training_are_not_the_teachers_fault(tmp_path):
     data = load_set(DataConfig("stand-in:template-toxicity", options={"train": 1200, "val": 60, "test": 600}), 0)
     assert set(data.train.rows.inputs) & set(data.test.rows.inputs)
@@ -181,6 +217,23 @@ def test_test_rows_that_the_set_repeats_in_training_are_not_the_teachers_fault(t
             with pytest.raises(ValueError, match=f"was trained on {others} of the 600 test rows"):
                 require_unseen(f"folder:{tmp_path}", data)
     assert require_unseen(f"logits:{tmp_path}", data) is None
+
+
+# ---------------------------------------------------------------- what cannot be, before anything is trained
+
+
+def test_groups_that_overlap_are_not_for_dfr(tmp_path):
+    options = {"train": 1200, "val": 60, "test": 600}
+    study = replace(study_of("stand-in:template-toxicity", None, **options), select="val_worst_group")
+    with pytest.raises(RuntimeError, match="validation rows in several groups or in none, and dfr needs each in one"):
+        run_grid(one(study, "dfr"), tmp_path)
+    assert not (tmp_path / "shared").exists()  # no plain student whose layer would be refitted
+
+
+def test_texts_are_not_augmented(made, tmp_path):
+    _, study = made
+    with pytest.raises(RuntimeError, match="pad and flip change images, but .* holds texts"):
+        run_grid(one(replace(study, flip=True)), tmp_path)
 
 
 # ---------------------------------------------------------------- texts that were cut

@@ -24,12 +24,11 @@ def one(name, teacher=None, settings=None, study=STUDY):
 
 def test_lists_in_a_file_become_tuples():
     made = study_from(
-        {"student": {"exits": [1, 2]}, "teacher": {"exits": None}, "training": {"weights": [0, 1.5, 2]}}, STUDY
+        {"student": {"exits": [1, 2]}, "teacher": {"exits": None}, "training": {"weights": "uniform"}}, STUDY
     )
     assert made.student.exits == (1, 2)
     assert made.teacher.exits is None
-    assert made.training.weights == (0, 1.5, 2)
-    assert study_from({"training": {"weights": "uniform"}}, made).training.weights == "uniform"
+    assert made.training.weights == "uniform"
     run = one("erm", study=made)
     assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
@@ -47,6 +46,8 @@ def test_lists_in_a_file_become_tuples():
         ({"training": 3}, "training is 3; a ClassifierTrainConfig is needed"),
         ({"data": {"options": "size"}}, "options is 'size'; a Mapping is needed"),
         ({"flip": 1}, "flip is 1; a bool is needed"),
+        ({"training": {"weights": [0, 1.5, 2]}}, r"training has label_smoothing 0.0 and weights \(0, 1.5, 2\)"),
+        ({"teacher_training": {"label_smoothing": 0.1}}, "training has label_smoothing 0.1 and weights 'uniform'"),
     ],
 )
 def test_values_of_another_type_are_refused(values, said):
@@ -69,6 +70,20 @@ def test_what_a_teacher_said_once_is_not_for_augmented_images(changes, name, tea
         one(name, teacher, study=augmented)
     assert one("kd", "erm", study=augmented).study.augments
     assert one(name, teacher).name == name
+
+
+def test_settings_of_a_method_leave_the_general_ones_inside_of_them():
+    general = {"weights": {"readout": {"optimiser": "adamw", "learning_rate": 0.005}}}
+    settings = {"*": general, "dedier": {"weights": {"readout": {"depth": 2}}}}
+    made = one("dedier", "erm", settings).method
+    assert made == one("dedier+depth=2", "erm", {"*": general}).method
+    assert (made.weights.readout.optimiser, made.weights.readout.depth) == ("adamw", 2)
+
+
+@pytest.mark.parametrize("name", ["kd+refit=true", "group_dro+refit=true", "dedier+refit=true", "dfr+balanced=true"])
+def test_a_last_layer_is_refitted_of_a_plain_student_alone(name):
+    with pytest.raises(ValueError, match="refit is of a plainly trained student's last layer"):
+        method(name)
 
 
 # ---------------------------------------------------------------- switches behind a name

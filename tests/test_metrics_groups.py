@@ -193,6 +193,21 @@ def test_changes_against_a_bootstrap_of_rows():
     assert changes == group_changes(before, after, Groups.by_number(numbers, ["a", "b"]), split="test")
 
 
+def test_things_that_are_shown_twice_are_drawn_once():
+    """Against a bootstrap of things, whose two rows agree: its interval is wider than that of rows."""
+    random = np.random.default_rng(5)
+    things = np.repeat(np.arange(150), 2)
+    before, after = (torch.from_numpy(np.repeat(random.random(150) < p, 2)) for p in (0.6, 0.7))
+    groups = Groups.by_number(torch.arange(300) % 2, ["a", "b"])
+    change = group_changes(before, after, groups, split="test", units=torch.from_numpy(things))[0]
+    d = after.double().numpy() - before.double().numpy()
+    means = [d.reshape(150, 2)[random.integers(0, 150, 150)].mean() for _ in range(4000)]
+    np.testing.assert_allclose((change.low, change.high), np.quantile(means, [0.025, 0.975]), atol=0.012)
+    alone = group_changes(before, after, groups, split="test")[0]
+    assert alone.high - alone.low < 0.8 * (change.high - change.low)
+    assert alone.change == change.change
+
+
 def test_the_same_answers_are_no_change():
     right = torch.tensor([True, False, True])
     groups = Groups.by_number(torch.zeros(3, dtype=torch.long), ["a"])

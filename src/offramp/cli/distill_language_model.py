@@ -182,6 +182,7 @@ def _settings(
     """What a method's name means for tokens; of own answers the teacher is all there is to learn."""
     from offramp.distillation.language_models import TokenDistillation
     from offramp.distillation.methods import method as named
+    from offramp.distillation.readout import ReadoutConfig
     from offramp.distillation.token_readout import TokenReadoutConfig
     from offramp.distillation.token_weights import TokenWeights
 
@@ -189,6 +190,12 @@ def _settings(
     if found.loss != "kd" or found.errors is not None or found.balanced or found.refit:
         raise typer.BadParameter(
             f"--method {method} is for classifiers; language models learn by kd, dedier, laplace, …"
+        )
+    plain = found.weights is None or found.weights.readout == ReadoutConfig()
+    if not plain or (found.learning_rate, found.weight_decay) != (None, None):
+        raise typer.BadParameter(
+            f"--method {method} sets depth, a readout or an optimiser of classifiers; for language models there are "
+            "--layer, --readout, --fit, --learning-rate and --weight-decay"
         )
     fraction = 1.0 if own and "fraction" not in method else found.fraction
     if found.weights is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from offramp.distillation.config import SCHEMA, Run
+from offramp.distillation.networks import begun_from
 from offramp.distillation.results import budget_of
 from offramp.metrics.selection import SPLITS, WITH_GROUPS, LabelBudget
 
@@ -20,39 +22,46 @@ def label_budget(run: Run, train: int, select: int, test: int) -> LabelBudget:
         test: Test rows.
 
     Returns:
-        Counts of labels by use and split; a teacher that was saved by a finished run brings that run's account, and of
-        any other that was not trained here nothing is known, None.
+        Counts of labels by use and split; a classifier that was saved by a finished run, and is a teacher or what a
+        network begins as, brings that run's account, and of any other that was not trained here nothing is known, None.
     """
-    budget = LabelBudget().plus("reporting", "test", test)
-    if train:
-        budget = budget.plus("reporting", "train", train)
+    own = [*_trained(run, "student training", train, select)]
+    if run.method.weights is not None and run.method.weights.control == "oracle":
+        own.append(("weights", "train", train))
+    if run.study.select in WITH_GROUPS:
+        own.append(("selection", "val", select))
     taught = run.teacher_run()
-    if taught is None and run.teacher is not None:
-        for split, count in _of_given(run.teacher).items():
-            budget = budget.plus("teacher training", split, count)
-    elif taught is not None:
-        if taught.method.needs_groups:
-            budget = budget.plus("teacher training", "train", train)
-        if taught.method.refit or taught.study.select in WITH_GROUPS:
-            budget = budget.plus("teacher training", "val", select)
-    method = run.method
-    if method.balanced or method.loss == "group_dro":
-        budget = budget.plus("student training", "train", train)
-    if method.refit:
-        budget = budget.plus("student training", "val", select)
-    if method.weights is not None and method.weights.control == "oracle":
-        budget = budget.plus("weights", "train", train)
-    return budget.plus("selection", "val", select) if run.study.select in WITH_GROUPS else budget
+    if taught is not None:
+        own += _trained(taught, "teacher training", train, select)
+        if taught.study.select in WITH_GROUPS and not taught.method.refit:
+            own.append(("teacher training", "val", select))
+    elif run.teacher is not None:
+        own += [("teacher training", split, count) for split, count in _of_given(run.teacher).items()]
+    budget = LabelBudget().plus("reporting", "test", test)
+    for use, split, count in [*own, *([("reporting", "train", train)] if train else [])]:
+        budget = budget.plus(use, split, count)
+    return budget
+
+
+def _trained(run: Run, use: str, train: int, select: int) -> Iterator[tuple[str, str, int | None]]:
+    """What training used: the method, and the saved classifier that the network begins as."""
+    if run.method.balanced or run.method.loss == "group_dro":
+        yield use, "train", train
+    if run.method.refit:
+        yield use, "val", select
+    if (begun := begun_from(run.study.student)) is not None:
+        for split, count in _of_given(f"folder:{begun}").items():
+            yield use, split, count
 
 
 def _of_given(teacher: str) -> dict[str, int | None]:
-    """Labels that the run of a teacher used, but for its report.
+    """Labels that the run of a classifier used, but for its report.
 
     Labels of a split that served for several things are the same ones, so the most that one thing used is counted; what
     is known to have been used outweighs what is unknown.
 
     Args:
-        teacher: As in a `Run`.
+        teacher: As in a `Run`; what a network begins as is a folder too.
 
     Returns:
         Counts by split; {"train": None} where nothing is known.

@@ -59,7 +59,8 @@ def found_by_group(
     budgets = budgets_by_group(outputs, chosen, test.groups, split="test")
     taught = _teachers_logits(run, test, need)
     changes = None if taught is None else group_changes(
-        taught.argmax(-1) == labels, logits[-1].argmax(-1) == labels, test.groups, split="test", seed=run.seed
+        taught.argmax(-1) == labels, logits[-1].argmax(-1) == labels, test.groups, split="test", seed=run.seed,
+        units=test.pairs,
     )  # fmt: skip
     return {
         "report": asdict(report),

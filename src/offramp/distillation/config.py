@@ -69,6 +69,12 @@ class Study:
         for name, allowed in (("select", RULES), ("teacher_select", RULES), ("early_exits", EARLY_EXITS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+        for training in (self.training, self.teacher_training):
+            if training.label_smoothing or training.weights != "uniform":
+                raise ValueError(
+                    f"training has label_smoothing {training.label_smoothing} and weights {training.weights!r}; "
+                    "methods have losses of their own, which know neither; leave both out"
+                )
 
     @property
     def augments(self) -> bool:
@@ -261,9 +267,16 @@ def _settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
             merged[key] = dict(value)
     if own.weights is not None and "alpha" in merged.get("weights", {}) and own.weights.alpha == 0:
         del merged["weights"]["alpha"]  # the control without the margin stays one
-    for key, value in settings.get(name, {}).items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
-    return merged
+    return _merged(merged, settings.get(name, {}))
+
+
+def _merged(general: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, also inside of each other; where they differ, what is special counts."""
+    both = dict(general)
+    for key, value in special.items():
+        inside = isinstance(value, Mapping) and isinstance(general.get(key), Mapping)
+        both[key] = _merged(general[key], value) if inside else value
+    return both
 
 
 def bundled(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from offramp.classifiers.saving import WEIGHTS
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
+from offramp.distillation.networks import begun_from
 from offramp.distillation.teacher import require_unseen
 from offramp.files import differences, write_json
 from offramp.models import named_device
@@ -72,13 +73,28 @@ def _same(run: Run, folder: Path) -> None:
 
 
 def _check(run: Run, folder: Path) -> None:
-    """Refuse a run that the folder does not fit, or that cannot be: its data or its given teacher."""
+    """Refuse a run that the folder does not fit, or that cannot be: its data, or saved classifiers that it is given."""
     if (folder / "config.json").is_file():
         _same(run, folder)
     if not (folder / "result.json").is_file():
         data = load_set(run.study.data, run.seed)
-        if (run.teacher or "").startswith("folder:"):
-            require_unseen(run.teacher or "", data)
+        networks = [run.study.student, *([run.study.teacher] if run.teacher_run() is not None else [])]
+        begun = [f"folder:{start}" for network in networks if (start := begun_from(network)) is not None]
+        for source in (*begun, run.teacher or ""):
+            if source.startswith("folder:"):
+                require_unseen(source, data)
+
+
+def _require_one_study(runs: Sequence[Run], root: Path) -> None:
+    """Refuse a folder with runs of another study: tables compare all that is in one."""
+    for path in sorted((root / "runs").glob("*/config.json")):
+        have = json.loads(path.read_text(encoding="utf-8")).get("study")
+        asked = json.loads(json.dumps(runs[0].to_dict()["study"]))
+        if have is not None and (differing := differences(have, asked)):
+            raise ValueError(
+                f"{root} holds runs of another study, such as {path.parent.name}: {'; '.join(differing[:3])}; give the "
+                "same options, or another folder"
+            )
 
 
 def digests(run: Run) -> dict[str, str]:
@@ -157,6 +173,7 @@ def run_grid(
     forget_sets()
     for run in runs:  # before anything is trained
         _check(run, root / "runs" / run.key)
+    _require_one_study(runs, root)
     waiting = [run.to_dict() for run in runs if not (root / "runs" / run.key / "result.json").is_file()]
     done, failed = len(runs) - len(waiting), []
     with closing(_outcomes(waiting, root, processes, engine, threads, device)) as outcomes:

@@ -87,6 +87,8 @@ class Method:
             raise ValueError(f"weights of rows go with labels, kd and features, not with {self.loss}")
         if self.weights is not None and self.errors is not None and self.errors.by == "weights":
             raise ValueError("rows can have weights of a readout or of an error set, not of both")
+        if self.refit and (self.loss != "labels" or self.weights or self.errors or self.balanced):
+            raise ValueError("refit is of a plainly trained student's last layer (dfr); it goes with nothing else")
         if not self.step > 0 or self.adjustment < 0 or not 0 < self.power <= 1:
             raise ValueError(
                 f"step is {self.step}, adjustment {self.adjustment}, power {self.power}; they are above 0, at least 0, "

@@ -64,8 +64,8 @@ def _built(network: Network, train: Labelled) -> EarlyExitClassifier:
         return _small_cnn(network, train, _numbers(network, size, 1)[0])
     if kind == "text":
         return _text(network, train, *_numbers(network, size, 2))
-    if Path(network.source).expanduser().joinpath("model.safetensors").is_file() and is_classifier(network.source):
-        return _saved(network.source, train)
+    if (folder := begun_from(network)) is not None:
+        return _saved(folder, train)
     name, layers = (kind, int(size)) if kind and size.isdecimal() else (network.source, None)
     return _encoder(network, train, name, layers)
 
@@ -144,6 +144,13 @@ def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -
     )  # fmt: skip
     made.preprocessing = preprocessing
     return made
+
+
+def begun_from(network: Network) -> str | None:
+    """The folder of the saved classifier that a network begins as; None: it begins as none."""
+    folder = Path(network.source).expanduser()
+    found = (folder / "model.safetensors").is_file() and is_classifier(network.source)
+    return str(folder) if found else None
 
 
 def is_classifier(folder: str) -> bool:

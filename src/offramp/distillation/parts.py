@@ -67,6 +67,8 @@ def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
     if run.method.needs_groups:
         group_counts(data.train)
     augment = Augmentation(study.pad, study.flip) if study.augments else None
+    if augment is not None and isinstance(data.train.rows.inputs, tuple):
+        raise ValueError(f"pad and flip change images, but {data.name} holds texts; leave both out")
     longest = study.student.longest
     train = rows_for(student, known.rows, longest=longest, augment=augment)
     others = [rows_for(student, part.rows, longest=longest) for part in (select, tune, data.test)]
@@ -85,6 +87,11 @@ def _selectable(run: Run, name: str, select: Grouped) -> Grouped:
                 "leave out methods that are fitted on validation groups (dfr)"
             )
         select.groups.require_rows(f"val of {name}")
+        if run.method.refit and select.rows.groups is None:
+            raise ValueError(
+                f"{name} has validation rows in several groups or in none, and {run.name} needs each in one; "
+                "leave it out"
+            )
     elif select.groups is not None and bool((select.groups.counts == 0).any()):
         return replace(select, groups=None)
     return select

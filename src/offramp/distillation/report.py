@@ -15,6 +15,7 @@ from offramp.distillation.results import (
     budget_of,
     changes_of,
     chosen,
+    large_groups,
     mean_changes,
     mean_exits,
     mean_report,
@@ -49,12 +50,6 @@ def by_method(results: Sequence[Result], teacher: str | None) -> dict[str, list[
 def teachers_of(results: Sequence[Result]) -> list[str | None]:
     """The teachers in the order of the runs; None alone if there is none."""
     return list(dict.fromkeys(r["teacher"] for r in results if r["teacher"] is not None)) or [None]
-
-
-def large_groups(result: Result) -> list[int]:
-    """Places of the groups with test rows enough to be called the worst; of all if none has."""
-    counts = result["groups"]["test"]
-    return [g for g, n in enumerate(counts) if n >= SMALLEST] or list(range(len(counts)))
 
 
 def group_accuracies(results: Sequence[Result], rule: str) -> NDArray[np.float64]:

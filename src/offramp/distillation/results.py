@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,19 @@ def weights_of(result: Result) -> dict[int, WeightDiagnostics]:
     }  # fmt: skip
 
 
+def large_groups(result: Result) -> list[int]:
+    """Places of the groups with test rows enough to be called the worst; of all if none has."""
+    counts = result["groups"]["test"]
+    return [g for g, n in enumerate(counts) if n >= SMALLEST] or list(range(len(counts)))
+
+
 def epochs_of(result: Result) -> list[Epoch]:
-    """All epochs, those that a rule chose with the test rows."""
-    tests = {found["epoch"]: Judged(**found["test"]) for found in result["rules"].values()}
+    """All epochs, those that a rule chose with the test rows; a worst group of these is one of `large_groups`."""
+    kept = large_groups(result)
+    tests = {
+        found["epoch"]: replace(Judged(**found["test"]), worst_group=min(found["groups"][g] for g in kept))
+        for found in result["rules"].values()
+    }
     return [Epoch(row["epoch"], Judged(**row["val"]), tests.get(row["epoch"])) for row in result["history"]]
 
 

@@ -6,7 +6,8 @@ history/                validation after each epoch, and the weights of epochs t
 model/                  the student at the epoch that `select` chose
 predictions.safetensors logits of the test rows, of all exits at that epoch and of the last exit at the last epoch
 weights.safetensors     weights of the training rows at the last epoch, where a method weights them and groups are known
-result.json             everything the report needs; it is there when the run is finished
+result.json             everything the report needs; it is there when the run is finished. Its seconds include those of
+                        teachers and first students that this run was the first to need
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.saving import load
+from offramp.classifiers.saving import load, training_rows
 from offramp.classifiers.trainer import train_classifier
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
@@ -35,7 +36,7 @@ from offramp.distillation.early_exits import require_linear
 from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights, require_early
 from offramp.distillation.judging import judged, outputs_of, record
-from offramp.distillation.networks import build, rows_for
+from offramp.distillation.networks import begun_from, build, rows_for
 from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
 from offramp.exits import fingerprint
@@ -69,6 +70,8 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     data = load_set(run.study.data, run.seed)
     given = run.teacher is not None and run.teacher_run() is None
     unseen = teachers.require_unseen(run.teacher or "", data) if given else True
+    if (begun := begun_from(run.study.student)) is not None:
+        teachers.require_unseen(f"folder:{begun}", data)
     student = build(run.study.student, data.train.rows, run.seed + run.apart, device)
     if not run.joint:
         require_linear(student)  # this and the next before anything is trained, also teachers
@@ -83,7 +86,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
         record(history, 1, student, parts, {})
     else:
         _train(run, parts, student, objective, sampling, folder, history)
-    student.training_rows = _learnt_from(run, parts)
+    student.training_rows = _learnt_from(run, parts, begun)
     result = judged(run, parts, student, history, folder) | {"teacher_unseen": unseen, "truncated": parts.truncated}
     result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
@@ -141,7 +144,7 @@ def _targets(run: Run, parts: Parts, need: Need) -> objectives.Targets:
         return teachers.from_table(teachers.load_logits(Path(teacher[7:]).expanduser(), rows))
     classifier, prepared = _teacher(run, parts, need)
     if run.study.augments:
-        return teachers.live(classifier, run.study.teacher_training.precision)
+        return teachers.live(classifier, parts.train, prepared, run.study.teacher_training.precision)
     folder = Path(teacher[7:]).expanduser() if teacher.startswith("folder:") else None
     key = f"{fingerprint(classifier)} {json.dumps(prepared.settings, sort_keys=True)} {rows.digest()}"
     if folder is None:
@@ -182,10 +185,12 @@ def _errors(run: Run, parts: Parts, need: Need) -> Tensor:
     return wrong
 
 
-def _learnt_from(run: Run, parts: Parts) -> Tensor:
-    """Hashes of the rows whose labels the student learns from."""
+def _learnt_from(run: Run, parts: Parts, begun: str | None) -> Tensor | None:
+    """Hashes of the rows whose labels the student learns from, also as what it began as; None: unknown."""
+    before = torch.empty(0, dtype=torch.int64) if begun is None else training_rows(Path(begun))
     splits = [parts.data.train, *([parts.kept[0]] if run.method.refit else [])]
-    return torch.cat([row_hashes(split.rows, parts.data.name) for split in splits])
+    own = [row_hashes(split.rows, parts.data.name) for split in splits]
+    return None if before is None else torch.cat([before, *own])
 
 
 def _required(run: Run | None) -> Run:

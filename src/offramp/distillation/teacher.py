@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,25 +47,51 @@ def from_table(table: Tensor | States) -> Targets:
     return targets
 
 
-def live(teacher: EarlyExitClassifier, precision: str | None = None) -> Targets:
-    """The teacher's logits for the very inputs that the student sees, for augmented ones."""
+def live(teacher: EarlyExitClassifier, student_rows: Rows, rows: Rows, precision: str | None = None) -> Targets:
+    """The teacher's logits for the very images that the student sees, for augmented ones.
+
+    Args:
+        teacher: In evaluation mode from here on.
+        student_rows: As the student takes them.
+        rows: As the teacher takes them, whose means and deviations may be others.
+        precision: "bf16": compute in bfloat16; None: as the teacher is.
+
+    Returns:
+        The targets.
+
+    Raises:
+        ValueError: One takes grey images and the other coloured ones.
+    """
     teacher = teacher.eval().requires_grad_(False)
+    (mean, std), (its_mean, its_std) = (
+        [torch.tensor(made.settings[name]).to(teacher.device)[:, None, None] for name in ("mean", "std")]
+        for made in (student_rows, rows)
+    )
+    if mean.shape != its_mean.shape:
+        raise ValueError(
+            f"the student takes images with {len(mean)} channels and the teacher with {len(its_mean)}, so "
+            "augmented ones are not for both; leave out pad and flip"
+        )
+    alike = torch.equal(mean, its_mean) and torch.equal(std, its_std)
 
     def targets(batch: Batch) -> Tensor:
+        images: Any = batch.inputs
+        if not alike:
+            images = (images * std + mean - its_mean) / its_std
         with torch.no_grad(), autocast(teacher.device, precision):
-            logits: Tensor = teacher(batch.inputs)[-1].logits.float()
+            logits: Tensor = teacher(images)[-1].logits.float()
         return logits
 
     return targets
 
 
-def require_unseen(teacher: str, data: GroupedSet) -> bool | None:
-    """Refuse a saved teacher that was trained on test rows.
+def require_unseen(source: str, data: GroupedSet) -> bool | None:
+    """Refuse a saved classifier that was trained on test rows, as a teacher or as what a network begins as.
 
     Those that the set itself has among its training rows too are not its fault.
 
     Args:
-        teacher: "folder:PATH", or "logits:FILE".
+        source: "folder:PATH", or "logits:FILE".
         data: With the splits of this seed.
 
     Returns:
@@ -73,15 +100,15 @@ def require_unseen(teacher: str, data: GroupedSet) -> bool | None:
     Raises:
         ValueError: It was trained on test rows.
     """
-    kind, _, path = teacher.partition(":")
+    kind, _, path = source.partition(":")
     rows = training_rows(Path(path).expanduser()) if kind == "folder" else None
     if rows is None:
         return None
     train, test = (row_hashes(split.rows, data.name) for split in (data.train, data.test))
     if seen := int((torch.isin(test, rows) & ~torch.isin(test, train)).sum()):
         raise ValueError(
-            f"the teacher {path} was trained on {seen} of the {len(test)} test rows ({data.source}); give the seed it "
-            "was trained with as --first-seed with --seeds 1, or a network, which is trained anew for every seed"
+            f"the classifier {path} was trained on {seen} of the {len(test)} test rows ({data.source}); give the seed "
+            "it was trained with as --first-seed with --seeds 1, or a network, which is trained anew for every seed"
         )
     return True
 

@@ -54,11 +54,12 @@ def group_changes(
     resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
+    units: Tensor | None = None,
 ) -> list[GroupChange]:
     """Changes on the same rows, with paired percentile bootstrap intervals.
 
-    A resampled mean of differences in {-1, 0, 1} depends only on how many rows of each kind are drawn, so these numbers
-    are drawn, from their multinomial distribution.
+    A resampled mean depends only on how many units of each kind are drawn, so these numbers are drawn, from their
+    multinomial distribution; a kind is a sum of differences in {-1, 0, 1} and a number of rows.
 
     Args:
         before: Whether the first model is right, [N], bool.
@@ -68,6 +69,7 @@ def group_changes(
         resamples: Number of draws.
         level: Of the intervals, in (0, 1).
         seed: Of the draws.
+        units: Rows with the same number are drawn together, such as renderings of one thing, [N]; None: each alone.
 
     Returns:
         The change over all rows, then of each group.
@@ -86,14 +88,21 @@ def group_changes(
     found = []
     for name, inside in ((ALL, everyone), *zip(groups.names, groups.members.T, strict=True)):
         one, other = before[inside].double().numpy(), after[inside].double().numpy()
-        means = _resampled(other - one, resamples, draw)
+        of = torch.arange(len(one)) if units is None else units[inside]
+        means = _resampled(other - one, of.numpy(), resamples, draw)
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
         found.append(GroupChange(name, len(one), float(one.mean()), float(other.mean()), float(low), float(high)))
     return found
 
 
-def _resampled(differences: NDArray[np.float64], resamples: int, draw: np.random.Generator) -> NDArray[np.float64]:
-    """Means of as many differences drawn with replacement, [resamples]."""
-    values, counts = np.unique(differences, return_counts=True)
-    n = len(differences)
-    return draw.multinomial(n, counts / n, size=resamples) @ values / n
+def _resampled(
+    differences: NDArray[np.float64], units: NDArray[np.int64], resamples: int, draw: np.random.Generator
+) -> NDArray[np.float64]:
+    """Means of the differences of as many units drawn with replacement, [resamples]."""
+    _, place = np.unique(units, return_inverse=True)
+    of_units = np.stack([np.bincount(place, differences), np.bincount(place)], axis=1)  # [units, sum and rows]
+    kinds, counts = np.unique(of_units, axis=0, return_counts=True)
+    n = len(of_units)
+    sums, rows = (draw.multinomial(n, counts / n, size=resamples) @ kinds).T
+    found: NDArray[np.float64] = sums / rows
+    return found

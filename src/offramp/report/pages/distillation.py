@@ -24,6 +24,7 @@ from offramp.distillation.results import (
     truncated_in,
     weights_of,
 )
+from offramp.files import differences
 from offramp.report import group_plots
 from offramp.report.groups import (
     GroupTable,
@@ -131,6 +132,10 @@ def _about(results: Sequence[Result], unfinished: Sequence[str]) -> list[Block]:
             f"{len(results)} runs in {hours:.2f} hours.",
         ))
     ]  # fmt: skip
+    apart = [found for result in results if (found := differences(study, result["study"]))]
+    if apart:
+        words = f"{len(apart)} runs are of another study ({apart[0][0]}): they differ in more than the method."
+        blocks.append(Text((words,), "bad"))
     if unfinished:
         some = ", ".join(unfinished[:5]) + (", …" if len(unfinished) > 5 else "")
         blocks.append(Text((f"Not finished, and left out here: {len(unfinished)} runs ({some}).",), "bad"))
