@@ -69,6 +69,7 @@ def test_every_method_is_judged(grid):
         names = result["groups"]["names"]
         assert len(names) == 4
         epochs = 1 if name == "dfr" else 3
+        assert sorted(path.name for path in (folder / "history").iterdir()) == ["history.json"]  # weights are large
         assert [row["epoch"] for row in result["history"]] == list(range(1, epochs + 1))
         assert all(len(row["groups"]) == 4 for row in result["history"])
         for rule, chosen in result["rules"].items():

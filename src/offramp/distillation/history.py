@@ -43,9 +43,7 @@ class History:
         if epoch in chosen:
             self._keep(epoch, model)
         write_json(self.file, self.rows)
-        for path in self.folder.glob("*.safetensors"):
-            if path.stem.isdecimal() and int(path.stem) not in chosen:
-                path.unlink()
+        self._forget_but(chosen)
 
     def epochs(self) -> list[Epoch]:
         """As selection rules take them."""
@@ -60,6 +58,15 @@ class History:
         from safetensors.torch import load_file
 
         return load_file(self.folder / f"{epoch}.safetensors")
+
+    def forget_weights(self) -> None:
+        """Drop the weights: a finished run has been judged at all epochs that a rule chooses."""
+        self._forget_but(set())
+
+    def _forget_but(self, epochs: set[int]) -> None:
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem.isdecimal() and int(path.stem) not in epochs:
+                path.unlink()
 
     def _keep(self, epoch: int, model: nn.Module) -> None:
         from safetensors.torch import save_file

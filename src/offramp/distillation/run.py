@@ -2,7 +2,7 @@
 
 config.json             what was asked for, and digests of the data and of a teacher that was given
 training/               see `offramp.classifiers.trainer`; an interrupted run goes on from there
-history/                validation after each epoch, and the weights of epochs that a rule would choose
+history/                validation after each epoch; until the run is finished weights of epochs that a rule would choose
 model/                  the student at the epoch that `select` chose
 predictions.safetensors logits of the test rows, of all exits at that epoch and of the last exit at the last epoch
 weights.safetensors     weights of the training rows at the last epoch, where a method weights them and groups are known
@@ -93,6 +93,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
     write_json(folder / RESULT, found)
     (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)  # only now is nothing to be lost
+    history.forget_weights()
     return found
 
 
