@@ -2,7 +2,7 @@
 
 config.json             what was asked for, and digests of the data and of a teacher that was given
 training/               see `offramp.classifiers.trainer`; an interrupted run goes on from there
-history/                validation after each epoch; until the run is finished weights of epochs that a rule would choose
+history/                validation after each epoch, and until the end weights of epochs that a rule would choose
 model/                  the student at the epoch that `select` chose
 predictions.safetensors logits of the test rows, of all exits at that epoch and of the last exit at the last epoch
 weights.safetensors     weights of the training rows at the last epoch, where a method weights them and groups are known
