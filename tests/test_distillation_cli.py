@@ -154,43 +154,24 @@ def run_settings(name):
     return json.dumps(bundled(name))
 
 
-def test_a_stand_in_needs_nothing_else(tmp_path):
+def test_a_stand_in_needs_nothing_else(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    command = [
-        "distill",
-        "small-cnn:4",
-        "--teacher",
-        "small-cnn:4",
-        "--data",
-        "stand-in:digits-on-colour",
-        "--seeds",
-        "2",
-    ]
-    command += [
-        "--seeds",
-        "2",
-        "--epochs",
-        "2",
-        "--method",
-        "erm,kd,dedier+alpha=1",
-        "--teacher-method",
-        "erm",
-        "--out",
-        str(tmp_path),
-    ]
+    monkeypatch.chdir(tmp_path)
+    command = "distill small-cnn:4 --teacher small-cnn:4 --data stand-in:digits-on-colour --seeds 2 --epochs 2".split()
+    command += ["--method", "erm,kd,dedier+alpha=1", "--teacher-method", "erm"]
+    folder = tmp_path / "runs" / "distill-digits-on-colour"
     code, out, err = run_cli(*command, "--json", str(tmp_path / "found.json"))
     assert code == 0, err
     found = json.loads((tmp_path / "found.json").read_text())["teachers"]["erm"]
     assert set(found) == {"erm", "kd", "dedier+alpha=1"}
     assert found["kd"]["difference"] is None
     assert found["erm"]["difference"]["low"] <= found["erm"]["difference"]["mean"]
-    assert (tmp_path / "report.md").read_text() in out
+    assert (folder / "report.md").read_text() in out
     titles = ["Worst group", "Every group", "What distillation cost each group", "Exits by group"]
     titles += ["Weights of training rows", "Worst group by what each selection rule would have chosen"]
     assert re.findall("^### (.*)$", out, re.MULTILINE) == [*titles, "Where group labels were used"]
-    assert json.loads(next((tmp_path / "runs").glob("erm*/config.json")).read_text())["study"]["data"]["options"] == {
-        "agreement": 0.95
-    }
+    config = json.loads(next((folder / "runs").glob("erm*/config.json")).read_text())
+    assert config["study"]["data"]["options"] == {"agreement": 0.95}
     code, again, err = run_cli(*command)
     assert (code, again) == (0, out)  # nothing is done twice
 

@@ -86,6 +86,11 @@ def test_a_last_layer_is_refitted_of_a_plain_student_alone(name):
         method(name)
 
 
+def test_what_data_are_called(tmp_path):
+    assert DataConfig("stand-in:mnist-on-colour:/data/mnist").name == "mnist-on-colour"
+    assert DataConfig(str(tmp_path / "rows.jsonl.gz"), "groups").name == "rows"
+
+
 # ---------------------------------------------------------------- switches behind a name
 
 

@@ -74,7 +74,9 @@ def distill(
     engine: Annotated[str, typer.Option(help="processes, or ray for the machines of a Ray cluster.")] = "processes",
     threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
     device: o.Device = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the grid is written.")] = Path("runs/distill"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the grid is written; default: runs/distill-DATA.")
+    ] = None,
     json: o.JsonPath = None,
 ) -> None:
     """Distil students by several methods and judge them group by group.
@@ -94,16 +96,17 @@ def distill(
     names = [name.strip() for name in method.split(",") if name.strip()]
     taught = given or [name.strip() for name in teacher_method.split(",") if name.strip()]
     asked = runs(study, names, taught, list(range(first_seed, first_seed + seeds)), values.get("methods"))
+    folder = out or Path("runs") / f"distill-{study.data.name}"
     with o.progress("distilling") as progress:
         results = run_grid(
-            asked, out, processes=processes, engine=engine, threads=threads, device=device or "cpu",
+            asked, folder, processes=processes, engine=engine, threads=threads, device=device or "cpu",
             progress=progress,
         )  # fmt: skip
-    write_text(out / "report.md", tables(results, study.select))
-    write_groups(results, out / "groups.csv")
+    write_text(folder / "report.md", tables(results, study.select))
+    write_groups(results, folder / "groups.csv")
     if str(json) != "-":
         typer.echo(tables(results, study.select, FEW))
-    o.note(f"wrote {out / 'report.md'} and groups.csv; pictures: offramp report {out}")
+    o.note(f"wrote {folder / 'report.md'} and groups.csv; pictures: offramp report {folder}")
     o.write_result(summary(results, study.select), json)
 
 

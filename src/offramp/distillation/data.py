@@ -40,11 +40,17 @@ class DataConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     tune: float = 0.25
 
-    def __post_init__(self) -> None:
-        name = self.path.removeprefix(STAND_IN).partition(":")[0]
+    @property
+    def name(self) -> str:
+        """What it is called: a stand-in's name, or that of the file or folder without endings."""
         if self.path.startswith(STAND_IN):
-            if name not in STAND_INS:
-                raise ValueError(f"there is no stand-in {name!r}; choose one of {', '.join(STAND_INS)}")
+            return self.path.removeprefix(STAND_IN).partition(":")[0]
+        return Path(self.path).expanduser().resolve().name.partition(".")[0]
+
+    def __post_init__(self) -> None:
+        if self.path.startswith(STAND_IN):
+            if self.name not in STAND_INS:
+                raise ValueError(f"there is no stand-in {self.name!r}; choose one of {', '.join(STAND_INS)}")
         elif self.task not in TASKS:
             raise ValueError(f"the task is {self.task!r}; choose one of {', '.join(TASKS)}, or data stand-in:NAME")
         if not 0 < self.tune < 1:
