@@ -91,10 +91,9 @@ def run(name: str, options: argparse.Namespace) -> None:
     teachers = options.teachers.split(",")
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     for seed in seeds:
-        asked = runs(study, others, teachers, [seed], settings)
         show = lambda done, total, key: print(f"seed {seed}: {done}/{total} {key}", flush=True)  # noqa: B023, E731
-        if asked:
-            run_grid(asked, root, processes=options.processes, progress=show)
+        if others:
+            run_grid(runs(study, others, teachers, [seed], settings), root, processes=options.processes, progress=show)
     if set(SELF) & set(names):  # self-distillation: a teacher of the student's own size
         same = replace(study, teacher=study.student, teacher_training=study.training)
         run_grid(runs(same, ["kd"], teachers, seeds, settings), root / "self", processes=options.processes)
