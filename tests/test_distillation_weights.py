@@ -119,9 +119,10 @@ def test_weights_against_a_scalar_re_implementation(name, sets):
                 own, answer = scalar_signal(name, evidence, row)
                 assert (float(u[row]), int(answers[row])) == (pytest.approx(own, abs=1e-9), answer)
                 label = int(evidence.reading.labels[row])
+                first, second, *_ = sorted(evidence.map[row].tolist(), reverse=True)
                 inside = {
                     "wrong": answer != label, "all": True, "correct": answer == label,
-                    "excluded": not bool(evidence.members[row, label]),
+                    "excluded": not bool(evidence.members[row, label]), "uncertain": first - second < 0.5,
                 }[gate]  # fmt: skip
                 place = (order.index(float(u[row])) + (order.count(float(u[row])) - 1) / 2) / 29
                 weight = {

@@ -15,13 +15,17 @@ from torch import Tensor
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
-from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, share_of_rank, signal
+from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, margin, share_of_rank, signal
 
-GATES = ("wrong", "all", "correct", "excluded")
+GATES = ("wrong", "all", "correct", "excluded", "uncertain")
 MAPS = ("power", "linear", "rank")
 TERMS = ("kd", "ce", "both")
 NORMALISATIONS = ("none", "mean", "clip")
 CONTROLS = ("none", "permuted", "mean-matched", "gate-matched", "oracle")
+
+
+DOUBT = 0.5
+"""Margin below which a readout is uncertain."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class InstanceWeights:
 
     Attributes:
         signal: One of `offramp.distillation.signals.SIGNALS`.
-        gate: "wrong": the answer is not the label; "all"; "correct"; "excluded": the label is not in the set.
+        gate: "wrong": the answer is not the label; "all"; "correct"; "excluded": the label is not in the set;
+            "uncertain": the readout's largest probability is less than `DOUBT` above its second (ours; knows no label).
         map: "power": exp(β u^α); "linear": 1 + β u; "rank": exp(β rank(u)), ranks from 0 to 1.
         alpha: A power; 0 leaves the gate alone. Near 0.05 the weight is almost the same for all rows it touches.
         beta: The weight of u = 1 is exp(β), with "linear" 1 + β.
@@ -120,23 +125,27 @@ def weights_of(evidence: Evidence, config: InstanceWeights) -> Tensor:
         [N], float64; 1 where the gate does not hold.
     """
     u, answers = signal(config.signal, evidence)
-    outside = excluded(evidence) if config.gate == "excluded" else None
-    return gated(u, answers == evidence.reading.labels, config, outside)
+    open_ = None
+    if config.gate == "excluded":
+        open_ = excluded(evidence)
+    elif config.gate == "uncertain":
+        open_ = margin(evidence.map) < DOUBT
+    return gated(u, answers == evidence.reading.labels, config, open_)
 
 
-def gated(u: Tensor, right: Tensor, config: InstanceWeights, outside: Tensor | None = None) -> Tensor:
+def gated(u: Tensor, right: Tensor, config: InstanceWeights, open_: Tensor | None = None) -> Tensor:
     """Weights where the gate holds, else 1.
 
     Args:
         u: The signal, [N].
         right: Whether the answer is the label, [N], bool.
         config: Gate and map.
-        outside: Whether the label is not in the set, [N], bool; for "excluded".
+        open_: Where the gate holds, [N], bool; for "excluded" and "uncertain".
 
     Returns:
         [N].
     """
-    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right, "excluded": outside}[config.gate]
+    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right}.get(config.gate, open_)
     assert gate is not None
     return torch.where(gate, mapped(u, config), 1.0)
 
