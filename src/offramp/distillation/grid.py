@@ -87,10 +87,10 @@ def _check(run: Run, folder: Path) -> None:
 
 def _require_one_study(runs: Sequence[Run], root: Path) -> None:
     """Refuse a folder with runs of another study: tables compare all that is in one."""
+    asked = json.loads(json.dumps(runs[0].to_dict()["study"])) if runs else None
     for path in sorted((root / "runs").glob("*/config.json")):
         have = json.loads(path.read_text(encoding="utf-8")).get("study")
-        asked = json.loads(json.dumps(runs[0].to_dict()["study"]))
-        if have is not None and (differing := differences(have, asked)):
+        if have is not None and asked is not None and (differing := differences(have, asked)):
             raise ValueError(
                 f"{root} holds runs of another study, such as {path.parent.name}: {'; '.join(differing[:3])}; give the "
                 "same options, or another folder"

@@ -22,8 +22,6 @@ MAPS = ("power", "linear", "rank")
 TERMS = ("kd", "ce", "both")
 NORMALISATIONS = ("none", "mean", "clip")
 CONTROLS = ("none", "permuted", "mean-matched", "gate-matched", "oracle")
-
-
 DOUBT = 0.5
 """Margin below which a readout is uncertain."""
 
