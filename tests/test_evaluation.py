@@ -15,6 +15,7 @@ from offramp import ExitPolicy, Exits, cli
 from offramp.evaluation import document_arms, evaluate, grid, read_records, static_arms, static_sweep, sweep_layers
 from offramp.files import write_json
 from offramp.report import drawing
+from offramp.tasks import TASKS, Example
 from tiny import LAYERS, tiny, tokenizer
 
 NAMES = ["full-model", "static-2", "softmax"]
@@ -272,3 +273,25 @@ def test_wrong_options(folder, squad, tmp_path, arguments, message):
     assert run.exit_code != 0
     assert message in " ".join((run.output + str(run.exception)).replace("│", " ").split())
     assert not Path(tmp_path / "run" / "results.json").exists()
+
+
+# ---------------------------------------------------------------- texts that a metric cannot read
+
+
+def test_a_table_names_the_tokeniser_and_says_what_cannot_be_read(tmp_path):
+    task = TASKS["summarisation"]
+    texts = ("今天 天气", "the sky", "👍", "blue")
+    made = [Example(f"{i}", "w1 w2", (text,), f"g{i}") for i, text in enumerate(texts)]
+    found = evaluate(model(), task, made, {}, tmp_path, static_layers=(2,), max_new_tokens=3, resamples=20)
+    table = found.table()
+    assert "tokenisers rougeL unicode, rouge1 unicode, rouge2 unicode" in table
+    assert "rougeL cannot read the references of 1 of 4 examples" in table
+    assert "rouge2 cannot read the references of 2 of 4 examples" in table  # there is no bigram in one word
+    header = json.loads((tmp_path / "records" / "full-model.jsonl").read_text().splitlines()[0])
+    assert header["tokenisers"] == dict.fromkeys(task.metrics, "unicode")
+
+
+def test_a_table_of_english_names_rouge_score_and_warns_of_nothing(tmp_path):
+    table = evaluation_runs.run(tmp_path).table()
+    assert "tokenisers f1 squad, exact_match squad" in table
+    assert "cannot read" not in table

@@ -34,6 +34,7 @@ from offramp.calibration.estimates import estimate, units
 from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, path_of, settings_of
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.result import CONFIG, Calibration
+from offramp.calibration.room import Room, room_of
 from offramp.calibration.search import Outcome, search
 from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
 from offramp.calibration.validate import Validation, validate
@@ -74,6 +75,8 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibration:
     """Certify the cheapest setting of a grid that keeps a promise.
+
+    Nothing is certified, nor searched for, where the promise would say nothing (see `offramp.calibration.room`).
 
     Args:
         lm: The model.
@@ -130,15 +133,18 @@ def calibrate(
         choices = settings_of(lm, base, grid, partial(decoded.layer_thresholds, TUNING))
         if state.is_main_process:
             write_json(folder / CONFIG, {"schema": "offramp/calibrate-config/1", **asked})
-        sequences = _sequences(order, choices, decoded, promise, seed)
-        outcome = search(
-            sequences,
-            lambda s: units(decoded, CERTIFICATION, choices[s], promise, seed),
-            lambda s: decoded.cost(CERTIFICATION, choices[s]),
-            promise,
-        )
-        certificate = _certificate(promise, outcome, choices, asked, decoded, seed=seed, resamples=resamples)
-        validation = _validation(decoded, choices, sequences, promise, repeats, seed) if repeats else None
+        room = room_of(promise, decoded.of(CERTIFICATION, None), parts[CERTIFICATION], seed)
+        outcome, validation = Outcome(None, (), promise.failure), None
+        if room.suffices(promise):
+            sequences = _sequences(order, choices, decoded, promise, seed)
+            outcome = search(
+                sequences,
+                lambda s: units(decoded, CERTIFICATION, choices[s], promise, seed),
+                lambda s: decoded.cost(CERTIFICATION, choices[s]),
+                promise,
+            )
+            validation = _validation(decoded, choices, sequences, promise, repeats, seed) if repeats else None
+        certificate = _certificate(promise, room, outcome, choices, asked, decoded, seed=seed, resamples=resamples)
         result = Calibration(certificate, tuple(choices), outcome, validation)
         if state.is_main_process:
             result.save(folder)
@@ -187,8 +193,8 @@ def _sequences(
 
 
 def _certificate(
-    promise: Promise, outcome: Outcome, choices: Sequence[Setting], asked: Mapping[str, Any], decoded: Decoded, *,
-    seed: int, resamples: int,
+    promise: Promise, room: Room, outcome: Outcome, choices: Sequence[Setting], asked: Mapping[str, Any],
+    decoded: Decoded, *, seed: int, resamples: int,
 ) -> Certificate:  # fmt: skip
     chosen = None if outcome.selected is None else choices[outcome.selected]
     tests = [
@@ -224,6 +230,7 @@ def _certificate(
         data=asked["data"],
         estimates=estimates,
         versions={"offramp": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        room=asdict(room),
         exits=_exits(decoded, chosen, promise),
     )
 

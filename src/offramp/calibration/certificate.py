@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.promise import CRC, Promise
+from offramp.calibration.room import Room
 from offramp.exits import fingerprint
 from offramp.files import write_json
 from offramp.policy import ExitPolicy
@@ -53,6 +54,7 @@ class Certificate:
         estimates: By part, mean loss and costs with 95 % bootstrap intervals, and the histogram of exit layers. On the
             part "test", which nothing was chosen by, also an upper limit of the mean loss by the promise's bound.
         versions: Of offramp, torch and transformers.
+        room: What there was to lose (`offramp.calibration.room.Room`), as JSON values; None in earlier versions.
         exits: Where the tokens of each answer left (`offramp.calibration.drift.packed`), for `drift`: of the held-out
             part, or without one of the certification part. None: nothing was certified, prompts of one group may be
             alike, or the certificate is of an earlier version.
@@ -75,6 +77,7 @@ class Certificate:
     data: dict[str, Any]
     estimates: dict[str, Any]
     versions: dict[str, str]
+    room: dict[str, Any] | None = None
     exits: list[str] | None = None
 
     # ------------------------------------------------------------ files
@@ -97,7 +100,7 @@ class Certificate:
             ValueError: It is none, or one of another version.
         """
         names = {field.name for field in fields(cls)}
-        if values.get("schema") != SCHEMA or {*values, "exits"} != names | {"schema"}:
+        if values.get("schema") != SCHEMA or {*values, "exits", "room"} != names | {"schema"}:
             raise ValueError(f"this is no certificate of schema {SCHEMA!r}, or one of another version; calibrate again")
         promise = {name: value for name, value in values["promise"].items() if (name, value) != ("failure", None)}
         given: dict[str, Any] = {name: values.get(name) for name in names} | {"promise": Promise(**promise)}
@@ -175,9 +178,18 @@ class Certificate:
 
     def words(self) -> str:
         """The statement in plain English, and what it rests on."""
-        if not self.certified:
-            return " ".join([self._nothing(), self._search()])
-        return " ".join([self._statement(), self._search(), self._found(), self._scope()])
+        room = [] if self.room is None else [Room(**self.room).words(self.promise)]
+        if self.certified:
+            return " ".join([self._statement(), self._search(), self._found(), *room, self._scope()])
+        if self.room is not None and not self.tests:
+            why = Room(**self.room).refusal(self.promise)
+            return f"{self._refused()} The promise would say nothing. {why}"
+        return " ".join([self._refused(), self._nothing(), self._search(), *room])
+
+    def _refused(self) -> str:
+        p = self.promise
+        wanted = f"mean loss at most {p.tolerance:g}" + ("" if p.bound == CRC else f", failure {p.failure:g}")
+        return f"Nothing was certified ({wanted}): the policy never leaves early, which is the full model."
 
     def _statement(self) -> str:
         p = self.promise
@@ -240,22 +252,20 @@ class Certificate:
 
     def _nothing(self) -> str:
         p, safest = self.promise, self.tests[0]
-        wanted = f"mean loss at most {p.tolerance:g}" + ("" if p.bound == CRC else f", failure {p.failure:g}")
-        text = f"Nothing was certified ({wanted}): the policy never leaves early, which is the full model. "
         lowest = min(test["loss"] for test in self.tests)
         if self.needed is None and lowest < p.tolerance:
             return (
-                f"{text}The lowest mean loss, {lowest:.4g}, is so close to the tolerance that no reasonable number of "
+                f"The lowest mean loss, {lowest:.4g}, is so close to the tolerance that no reasonable number of "
                 "prompts would tell them apart."
             )
         if self.needed is None:
             return (
-                f"{text}No number of prompts would change that: the mean loss of {safest['name']}, the safest that was "
+                f"No number of prompts would change that: the mean loss of {safest['name']}, the safest that was "
                 f"looked at, is {safest['loss']:.3g} (lowest of all: {lowest:.3g})."
             )
         stay = "losses stay as they are (lowest mean" if p.bound == "wsr" else "mean losses stay as they are (lowest"
         return (
-            f"{text}If {stay}: {lowest:.3g}), about {self.needed} certification {p.unit}s would be needed; there were "
+            f"If {stay}: {lowest:.3g}), about {self.needed} certification {p.unit}s would be needed; there were "
             f"{self.n}."
         )
 

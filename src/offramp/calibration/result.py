@@ -80,5 +80,5 @@ class Calibration:
         lines = [
             f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
         ]
-        blocks = ["\n".join(lines), certificate.words()]
+        blocks = ["\n".join(lines), certificate.words()] if certificate.tests else [certificate.words()]
         return "\n\n".join(blocks if self.validation is None else [*blocks, self.validation.words()])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli import options as o
 from offramp.cli import posterior as p
+
+if TYPE_CHECKING:
+    from offramp.calibration import Certificate
 
 
 def calibrate(
@@ -164,15 +167,22 @@ def calibrate(
     if str(json) != "-":
         typer.echo(result.table())
     if not result.certificate.certified:
-        needed = result.certificate.needed
-        more = "no number of prompts would do" if needed is None else f"about {needed} certification {unit}s would do"
-        o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({more})")
+        o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({_why(result.certificate)})")
     room = asked.max_new_tokens if max_new_tokens is None else max_new_tokens
     use = ["offramp", "generate", model, "--policy", str(folder / "policy.json"), "--max-new-tokens", str(room)]
     use += [] if exits is None else ["--exits", exits]
     use += [] if dtype == "float32" else ["--dtype", dtype]
     o.note(f"wrote {folder}; use its policy with: {shlex.join(use)}")
     o.write_result(result.to_dict(), json)
+
+
+def _why(certificate: Certificate) -> str:
+    """Why nothing was certified, in short."""
+    if not certificate.tests:
+        return "the promise would say nothing"
+    if certificate.needed is None:
+        return "no number of prompts would do"
+    return f"about {certificate.needed} certification {certificate.promise.unit}s would do"
 
 
 def _one_size(sizes: str | None) -> int | None:

@@ -23,11 +23,12 @@ from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, perplexity_records
 from offramp.evaluation.processes import Run, locked_by_first, shared, state_of
 from offramp.evaluation.record_file import Item, Progress, Record, conditions_of, read_records
-from offramp.evaluation.records import decode_records
+from offramp.evaluation.records import decode_records, divided_by
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.files import differences, write_json
 from offramp.machine import describe
+from offramp.metrics.text import reads
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -82,6 +83,8 @@ def evaluate(
     )  # fmt: skip
     common = conditions_of(lm, vars(task), examples, {"max_new_tokens": limit, **(settings or {})}, batch_size)
     conditions = {**_conditions(lm, examples, task.name, about), "max_new_tokens": limit, "batch_size": batch_size}
+    conditions["tokenisers"] = ", ".join(f"{name} {how}" for name, how in divided_by(task, examples).items())
+    conditions |= _unread(task, examples)
     main = f"{task.metrics[0]} (corpus)" if task.name == "translation" else task.metrics[0]
     return _evaluate(
         lm, run, examples, arms, folder, common, conditions, main, static_layers, resamples, seed, progress,
@@ -206,6 +209,16 @@ def _conditions(
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         **describe(lm.split.device),
     }
+
+
+def _unread(task: Task, examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+    """By metric, of how many examples it can read no reference; nothing if it reads all."""
+    counts = {
+        name: sum(not any(reads(name, text) for text in e.references) for e in examples if e.references)
+        for name in task.metrics
+    }
+    found = {name: count for name, count in counts.items() if count}
+    return {"unread": found} if found else {}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from offramp.costs import Costs
 from offramp.evaluation.record_file import Item, Progress, Record, header_of, kept
-from offramp.metrics.text import METRICS
+from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
 if TYPE_CHECKING:
     from offramp.adaptive_threshold import AdaptiveThreshold
@@ -98,7 +98,22 @@ def decode_records(
         return records
 
     header = header_of(lm, asdict(task), examples, policy, options, batch_size)
+    if unusual := {name: how for name, how in divided_by(task, examples).items() if how not in PLAIN}:
+        header["tokenisers"] = unusual
     return kept(path, header, examples, batch_size, answer, progress, arm, learner_of(lm, policy))
+
+
+def divided_by(task: Task, examples: Sequence[Example]) -> dict[str, str]:
+    """What divides texts for each metric of a task, see `offramp.metrics.text.tokenisers`.
+
+    Args:
+        task: Whose metrics.
+        examples: Whose references; where there are none, answers are taken to be in the script of the prompt.
+
+    Returns:
+        Names by metric.
+    """
+    return tokenisers(task.metrics, [text for example in examples for text in example.references or (example.source,)])
 
 
 def learner_of(lm: LanguageModel, policy: ExitPolicy | None) -> AdaptiveThreshold | None:

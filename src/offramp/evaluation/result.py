@@ -122,7 +122,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Tables for a terminal that are Markdown as well: quality, costs, and what to make of them."""
-        said = {key: value for key, value in self.conditions.items() if key != "command"}
+        said = {key: value for key, value in self.conditions.items() if key not in ("command", "unread")}
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items())
         blocks = [
             markdown(*self.quality_table()),
@@ -173,6 +173,11 @@ class Evaluation:
         return [
             f"In brackets {percent} intervals, over groups of examples{scale}; * on the Pareto front of {self.metric} "
             "over FLOPs",
+            *(
+                f"{name} cannot read the references of {count} of {self.conditions['examples']} examples: they do not "
+                "even match themselves, and no answer is told from another there; go by another metric"
+                for name, count in self.conditions.get("unread", {}).items()
+            ),
             *(
                 [f"Neither the full model nor a static exit shown is as good for as few FLOPs: {'; '.join(ahead)}"]
                 if ahead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,10 +13,11 @@ import numpy as np
 from offramp.evaluation.bootstrap import Bootstrap, Floats, Interval
 from offramp.evaluation.record_file import Record
 from offramp.evaluation.records import PREFILL
+from offramp.metrics.text import corpus_metric
 
 PERPLEXITY = "perplexity"
-CORPUS = {"bleu": "BLEU", "chrf": "CHRF"}
-"""Scores of a whole corpus by metric, and the classes of `sacrebleu` that compute them; in 0..100."""
+CORPUS = ("bleu", "chrf")
+"""Metrics with a score of a whole corpus, in 0..100."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ def _quality(
     if "nats" in records[0].sums:
         columns = [_nats(records), _nats(full)]
         quality[PERPLEXITY], difference[PERPLEXITY] = _compared(bootstrap, columns, _perplexity)
-    for name, kind in CORPUS.items() if references is not None else ():
+    for name in CORPUS if references is not None else ():
         if name in records[0].scores:
             assert references is not None
-            metric = getattr(importlib.import_module("sacrebleu"), kind)()
+            metric = corpus_metric(name, references)
             columns = [_corpus_columns(metric, [r.text for r in rs], references) for rs in (records, full)]
             found = _compared(bootstrap, columns, partial(_corpus_scores, metric))
             quality[f"{name} (corpus)"], difference[f"{name} (corpus)"] = found

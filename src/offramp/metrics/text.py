@@ -1,6 +1,8 @@
 """How well a text agrees with references: per sample in [0, 1], and for a whole corpus.
 
-ROUGE is that of `rouge-score`, BLEU and chrF are those of `sacrebleu` with its defaults (extra `eval`).
+ROUGE is that of `rouge-score`, BLEU and chrF are those of `sacrebleu` with its defaults (extra `eval`). What these
+cannot read is divided otherwise: words of other letters than a-z for ROUGE and F1 by `offramp.metrics.words`, texts of
+scripts without blanks for BLEU by the tokeniser of `sacrebleu` that is made for them. `tokenisers` says by which.
 """
 
 from __future__ import annotations
@@ -8,12 +10,15 @@ from __future__ import annotations
 import importlib
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
+
+from offramp.metrics.words import bleu_tokeniser, parted, words
 
 Metric = Callable[[str, Sequence[str]], float]
 """(prediction, references, at least one) -> score in [0, 1], the best over the references."""
@@ -22,9 +27,25 @@ Metric = Callable[[str, Sequence[str]], float]
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation (ASCII), no articles, single blanks."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single blanks.
+
+    Punctuation is that of ASCII, as in SQuAD's script, which leaves typographic quotes and dashes; and that of scripts
+    other than the Latin one, such as full stops of Chinese.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        What is compared.
+    """
+    text = "".join(character for character in text.lower() if not _is_punctuation(character))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _is_punctuation(character: str) -> bool:
+    if character < "\u0370":
+        return character in string.punctuation
+    return unicodedata.category(character)[0] == "P" and not "\u2000" <= character <= "\u206f"
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -35,6 +56,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def f1(prediction: str, references: Sequence[str]) -> float:
     """F1 of the bags of words after normalisation (Rajpurkar et al., 2016), best over references.
 
+    Where a script is written without blanks every character counts as a word, as in the scripts of CMRC 2018 and MLQA.
     Where normalisation leaves nothing of one text, the score is 1 if nothing is left of the other and 0 if not, as in
     the script for SQuAD 2.0; that for 1.1 says 0 for both.
 
@@ -45,22 +67,28 @@ def f1(prediction: str, references: Sequence[str]) -> float:
     Returns:
         The score, in [0, 1].
     """
-    words = normalise(prediction).split()
-    return max(_bag_f1(words, normalise(reference).split()) for reference in references)
+    bag = _bag(prediction)
+    return max(_bag_f1(bag, _bag(reference)) for reference in references)
 
 
-def _bag_f1(words: list[str], wanted: list[str]) -> float:
-    if not words or not wanted:
-        return float(words == wanted)
-    common = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * common / (len(words) + len(wanted))  # the harmonic mean of precision and recall
+def _bag(text: str) -> list[str]:
+    return [part for word in normalise(text).split() for part in parted(word)]
+
+
+def _bag_f1(bag: list[str], wanted: list[str]) -> float:
+    if not bag or not wanted:
+        return float(bag == wanted)
+    common = sum((Counter(bag) & Counter(wanted)).values())
+    return 2 * common / (len(bag) + len(wanted))  # the harmonic mean of precision and recall
 
 
 # ---------------------------------------------------------------- summaries and translations
 
 
 def rouge(kind: str, prediction: str, references: Sequence[str]) -> float:
-    """F-measure of ROUGE (Lin, 2004) on stemmed words, best over references.
+    """F-measure of ROUGE (Lin, 2004) on words, those of a-z and 0-9 stemmed, best over references.
+
+    On texts in ASCII it is that of `rouge-score`, which takes all other letters for blanks; here they are letters.
 
     Args:
         kind: "rouge1", "rouge2", or "rougeL", which takes a text as one sentence.
@@ -76,13 +104,27 @@ def rouge(kind: str, prediction: str, references: Sequence[str]) -> float:
 
 @cache
 def _rouge(kind: str) -> Any:
-    return _require("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
+    return _require("rouge_score.rouge_scorer").RougeScorer([kind], tokenizer=_RougeWords())
+
+
+class _RougeWords:
+    """What `rouge-score` divides texts by: its own tokeniser for a-z and 0-9, and words of all other letters."""
+
+    def __init__(self) -> None:
+        self._own = _require("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words, stemmed."""
+        if text.isascii():
+            return list(self._own.tokenize(text))
+        return [part for word in words(text) for part in (self._own.tokenize(word) if word.isascii() else [word])]
 
 
 def bleu(prediction: str, references: Sequence[str]) -> float:
     """BLEU of a sentence (Papineni et al., 2002) with exponential smoothing and effective order, over 100.
 
-    References are taken together, as BLEU does: n-grams may come from any of them.
+    References are taken together, as BLEU does: n-grams may come from any of them. They also decide how words are found
+    (`offramp.metrics.words.bleu_tokeniser`).
 
     Args:
         prediction: A text.
@@ -91,7 +133,12 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
     Returns:
         The score, in [0, 1].
     """
-    return _share(_require("sacrebleu").sentence_bleu(prediction, references).score)
+    return _share(_bleu(bleu_tokeniser(references)).sentence_score(prediction, references).score)
+
+
+@cache
+def _bleu(tokeniser: str) -> Any:
+    return _require("sacrebleu").BLEU(tokenize=tokeniser, effective_order=True)
 
 
 def chrf(prediction: str, references: Sequence[str]) -> float:
@@ -125,6 +172,53 @@ METRICS: dict[str, Metric] = {
 """Scores of one sample by name; larger is better."""
 
 
+# ---------------------------------------------------------------- what a metric makes of texts
+
+
+def tokenisers(names: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
+    """What divides texts for the metrics that look at words.
+
+    Args:
+        names: Of `METRICS`.
+        texts: References.
+
+    Returns:
+        By name of the metric: "rouge-score" and "squad", or "unicode" for texts that these do not read in full; for
+        BLEU a tokeniser of `sacrebleu`.
+    """
+    plain = all(word.isascii() for text in texts for word in words(text))
+    found = {}
+    for name in names:
+        if name == "bleu":
+            found[name] = bleu_tokeniser(texts)
+        elif name.startswith("rouge"):
+            found[name] = "rouge-score" if plain else "unicode"
+        elif name in ("f1", "exact_match"):
+            found[name] = "squad" if plain else "unicode"
+    return found
+
+
+PLAIN = ("rouge-score", "squad", "13a")
+"""What texts in English are divided by."""
+
+
+def reads(name: str, text: str) -> bool:
+    """Whether a metric can tell answers apart by a reference: it scores 1 itself, and saying nothing scores less.
+
+    ROUGE does not read a text of nothing but signs; normalisation leaves nothing of "The!" for F1. An empty reference,
+    a question without an answer, need only score 1 itself.
+
+    Args:
+        name: Of `METRICS`.
+        text: A reference.
+
+    Returns:
+        Whether it does.
+    """
+    metric = METRICS[name]
+    return metric(text, [text]) > 1 - 1e-6 and (not text.strip() or metric("", [text]) < 1)
+
+
 # ---------------------------------------------------------------- a corpus
 
 
@@ -156,9 +250,25 @@ def corpus_scores(
     return {name: _corpus_score(name, predictions, references) for name in names}
 
 
+def corpus_metric(name: str, references: Sequence[Sequence[str]]) -> Any:
+    """What `sacrebleu` computes a corpus score with.
+
+    Args:
+        name: "bleu" or "chrf".
+        references: Of all samples, which decide how BLEU divides them.
+
+    Returns:
+        An object of `sacrebleu.BLEU` or `sacrebleu.CHRF`.
+    """
+    package = _require("sacrebleu")
+    if name == "chrf":
+        return package.CHRF()
+    return package.BLEU(tokenize=bleu_tokeniser([text for texts in references for text in texts]))
+
+
 def _corpus_score(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     if name in ("bleu", "chrf"):
         streams = list(zip_longest(*references))  # the first references of all, the second, …; None: that many only
-        score: float = getattr(_require("sacrebleu"), f"corpus_{name}")(list(predictions), streams).score
+        score: float = corpus_metric(name, references).corpus_score(list(predictions), streams).score
         return score
     return fmean(METRICS[name](*pair) for pair in zip(predictions, references, strict=True))

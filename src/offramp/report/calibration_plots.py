@@ -17,7 +17,7 @@ SMALLEST = 1e-6
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> list[Path]:
-    """Draw the picture as SVG and PNG, if matplotlib is installed.
+    """Draw the picture as SVG and PNG, if matplotlib is installed and settings were tested.
 
     Args:
         calibration: The calibration.
@@ -26,7 +26,9 @@ def save_calibration(calibration: Calibration, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    return save_figures({"calibrate": partial(calibration_figure, calibration)}, folder) if available() else []
+    if not available() or not calibration.certificate.tests:
+        return []
+    return save_figures({"calibrate": partial(calibration_figure, calibration)}, folder)
 
 
 def calibration_figure(calibration: Calibration) -> Any:

@@ -43,7 +43,7 @@ def page(folder: Path, values: dict[str, Any]) -> Page:
     }  # fmt: skip
     sections = [
         Section("The certificate", _certificate(values)),
-        Section("What was tested", _tests(certificate, folder / PICTURE)),
+        *([Section("What was tested", _tests(certificate, folder / PICTURE))] if certificate["tests"] else []),
         Section("What the policy loses and saves", [_estimates(certificate["estimates"])]),
     ]
     if validation is not None:
@@ -64,9 +64,20 @@ def _certificate(values: Mapping[str, Any]) -> list[Block]:
     said = {
         "certified": good, "metric": promise["metric"], "kind of loss": promise["kind"], "margin": promise["margin"],
         "tolerance": promise["tolerance"], "failure probability": promise["failure"], "bound": promise["bound"],
-        "unit": promise["unit"], "certification draws": certificate["n"],
+        "unit": promise["unit"], "certification draws": certificate["n"], **_room(certificate.get("room")),
     }  # fmt: skip
     return [Text((values["words"],), "good" if good else "bad"), facts(said)]
+
+
+def _room(room: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What there was to lose; earlier versions did not look."""
+    if room is None:
+        return {}
+    return {
+        "tokeniser": room["tokeniser"], "most that could be lost, on average": f"{room['mean']:.3g}",
+        "prompts with nothing to lose": f"{room['none']:.1%}",
+        "prompts with texts that the metric cannot read": f"{room['unread']:.1%}",
+    }  # fmt: skip
 
 
 def _tests(certificate: Mapping[str, Any], picture: Path) -> list[Block]:
