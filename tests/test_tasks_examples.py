@@ -362,3 +362,26 @@ def test_real_files_are_read_whole():
     assert len(read_examples(SUMMARISING, data / "dialogsum/train.jsonl.gz")) == 12460
     pairs = read_examples(TRANSLATING, data / "multi30k/val.en.gz", data / "multi30k/val.de.gz")
     assert len(pairs) == 1014
+
+
+@pytest.mark.parametrize("header", ["en\tde", "source\ttarget", "English\tGerman"])
+def test_a_header_of_parallel_text_is_said(tmp_path, header):
+    path = write(tmp_path / "a.tsv", f"{header}\na cat\teine Katze\n")
+    with pytest.warns(UserWarning, match="a.tsv, line 1 is taken for a header"):
+        (example,) = read_examples(TRANSLATING, path)
+    assert (example.id, example.source, example.references) == ("2", "a cat", ("eine Katze",))
+
+
+def test_ids_are_what_they_are(tmp_path):
+    rows = [{"id": id, "dialogue": f"d{id}", "summary": "s"} for id in (0, 1.0, "x", None)]
+    assert [e.id for e in read_examples(SUMMARISING, write(tmp_path / "a.jsonl", rows))] == ["0", "1", "x", "4"]
+    rows = [{"id": id, "context": "c", "question": "q", "answers": {"text": ["a"]}} for id in (0, 1)]
+    assert [e.id for e in read_examples(ANSWERING, write(tmp_path / "a.jsonl", rows))] == ["0", "1"]
+    rows = [{"id": id, "dialogue": f"d{n}", "summary": "s"} for n, id in enumerate((1, "1"))]
+    with pytest.raises(ValueError, match="several entries of the id '1'"):
+        read_examples(SUMMARISING, write(tmp_path / "a.jsonl", rows))
+
+
+def test_a_table_holds_no_prompts(tmp_path):
+    with pytest.raises(ValueError, match=r"a.csv is a table, and prompts stand one on a line; give .txt"):
+        read_examples(PROMPTS, write(tmp_path / "a.csv", "id,prompt\n1,hello\n"))

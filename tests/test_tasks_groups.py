@@ -424,12 +424,33 @@ def test_jsonl_with_groups_that_overlap(tmp_path):
         ([["a", "t", "0", "0", "0"]], {"attributes": ("colour",)}, "line 1 lacks the column 'colour'"),
         ([["a", "t", "0", "0", "0"], ["a", "u", "1", "0", "0"]], {}, "share 1 rows, such as 'a'"),
         ([], {}, "holds no row"),
+        ([["a", " ", "0", "0", "0"]], {}, "line 2 has an empty text in column 'text'"),
+        ([["a", "t", "0", "", "0"], ["b", "t", "0", "1", "0"]], {}, "line 2 has '' as y; allowed are 1"),
     ],
 )
 def test_csv_with_something_wrong(tmp_path, rows, layout, said):
     table(tmp_path / "rows.csv", ["id", "text", "split", "y", "a"], rows)
     with pytest.raises(ValueError, match=said):
         load_grouped(tmp_path / "rows.csv", GroupLayout(text="text", **layout))
+
+
+def test_blanks_around_labels_and_attributes_are_no_part_of_them(tmp_path):
+    rows = [["a", "t", "train ", " cat", "x"], ["b", "u", "train", "cat", "x "], ["c", "v", "train", "dog", "x"]]
+    table(tmp_path / "rows.csv", ["id", "text", "split", "y", "a"], rows)
+    with pytest.warns(UserWarning, match="3 labels, attributes or splits were read without blanks around them"):
+        data = load_grouped(tmp_path / "rows.csv", GroupLayout(text="text"))
+    assert data.classes == ("cat", "dog")
+    assert data.train.attributes["a"].tolist() == [0, 0, 0]
+
+
+def test_numbers_in_json_are_one_label_however_they_are_written(tmp_path):
+    rows = [{"text": "a", "split": 0, "y": y, "a": 0} for y in (1, 1.0, "1", 0)]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    data = load_grouped(tmp_path / "rows.jsonl", GroupLayout(text="text", id=None))
+    assert data.train.rows.labels.tolist() == [1, 1, 1, 0]
+    jsonl(tmp_path / "rows.jsonl", [{"text": "a", "split": 0, "y": 0.5, "a": 0}])
+    with pytest.raises(ValueError, match="line 1 has no text or whole number under 'y', but 0.5"):
+        load_grouped(tmp_path / "rows.jsonl", GroupLayout(text="text", id=None))
 
 
 def test_several_attributes_without_overlap_are_refused():

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from offramp.tasks import labelled_inputs
-from offramp.tasks.images import ImageFiles
+from offramp.tasks.image_files import ImageFiles
 from offramp.tasks.labelled import SHARES, Labelled, require_apart, split, without
 from offramp.tasks.labelled_inputs import Part, contents
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp.tasks.images import FASHION, read_cifar10, read_cifar100, read_idx, read_image, read_image_folder
+from offramp.tasks.image_files import read_image, read_image_folder
+from offramp.tasks.images import FASHION, read_cifar10, read_cifar100, read_idx
 
 RANDOM = np.random.default_rng(0)
 
@@ -123,7 +124,6 @@ def folder(tmp_path):
             values = np.full((20, 30, 3), 40 * i, np.uint8)
             values[..., 0] = 200 if name == "dog" else 0
             Image.fromarray(values).save(tmp_path / name / f"{i}.png")
-    (tmp_path / "dog" / "notes.txt").write_text("no image")
     return tmp_path
 
 

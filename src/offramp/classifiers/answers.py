@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from offramp.classifiers.architectures import rows_of
 from offramp.classifiers.calibrated import Calibrated, Recorded
 from offramp.classifiers.classifier import Classification, EarlyExitClassifier
 from offramp.classifiers.divided import config_of
-from offramp.tasks.images import read_image
+from offramp.tasks.image_files import read_image, stacked, tell
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty import nested_conformal
 
@@ -155,7 +156,17 @@ def _images(classifier: EarlyExitClassifier, given: Sequence[str]) -> Any:
     size = settings.get("size", {})
     height, width = size.get("height"), size.get("width")
     side = height if height == width else None
-    return np.stack([read_image(path, size=side, grey=len(settings["image_mean"]) == 1) for path in given])
+    grey, seen = len(settings["image_mean"]) == 1, Counter[str]()
+    images = [read_image(path, size=side, grey=grey, seen=seen) for path in given]
+    if height != width:  # of another shape than a square, they are to come as the network takes them
+        for path, image in zip(given, images, strict=True):
+            if image.shape[:2] != (height, width):
+                raise ValueError(
+                    f"{path} has {image.shape[1]} x {image.shape[0]} pixels, and the classifier takes {width} x "
+                    f"{height}; bring it to that"
+                )
+    tell("the input", seen, len(given))
+    return stacked(given, images)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from offramp.tasks.images import read_cifar10, read_cifar100, read_idx, read_image_folder
+from offramp.tasks.image_files import read_image_folder
+from offramp.tasks.images import read_cifar10, read_cifar100, read_idx
 from offramp.tasks.labelled import SHARES, Labelled, split, without
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, SST2, Column, TextLayout, read_labelled_text
 

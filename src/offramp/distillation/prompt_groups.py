@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.tasks.rows import Row, json_rows, kind, objects, read_text, text_rows
-from offramp.training.data import Document
+from offramp.tasks.rows import Row, json_rows, kind, objects, prompt_rows, read_text, written
+from offramp.training.data import Document, with_text
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -58,10 +58,7 @@ def read_entries(
         )
         for row in objects(json_rows(path), *fields)
     ]
-    found = [entry for entry in found if entry.text.strip()]
-    if not found:
-        raise ValueError(f"{path} holds no text under {' + '.join(fields)}; give a file with text, or other fields")
-    return found
+    return with_text(found, [entry.text for entry in found], path, fields)
 
 
 def read_prompts(path: Path, key: str = "prompt", *, group: str | None = None) -> list[Entry]:
@@ -80,7 +77,7 @@ def read_prompts(path: Path, key: str = "prompt", *, group: str | None = None) -
     """
     if kind(path) in (".json", ".jsonl") or group is not None:
         return read_entries(path, (key,), group=group)
-    return [Entry(row.value.strip()) for row in text_rows(path) if row.value.strip()]
+    return [Entry(row.value.strip()) for row in prompt_rows(path) if row.value.strip()]
 
 
 def group_names(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -136,9 +133,14 @@ def _text(row: Row, key: str) -> str:
 
 def _group(row: Row, key: str | None) -> str | None:
     value = None if key is None else _value(row, key)
-    if value is not None and not isinstance(value, str | int):
-        raise ValueError(f"{row.place}: the group is a JSON {type(value).__name__}; give a text or a whole number")
-    return None if value is None else str(value)
+    if value is None or isinstance(value, bool):
+        return None if value is None else str(value)
+    if (name := written(value)) is None or not name.strip():
+        what = "empty" if name is not None else f"a JSON {type(value).__name__}"
+        raise ValueError(
+            f"{row.place}: the group is {what}; give a text or a whole number, or null where it is unknown"
+        )
+    return name.strip()
 
 
 def _value(row: Row, key: str) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from offramp.tasks.rows import HUB, Row, hub_rows, json_rows, kind, objects, text_rows
+from offramp.tasks.rows import HUB, Row, hub_rows, json_rows, kind, objects, prompt_rows, text_rows, written
 from offramp.tasks.task import Task
 
 CODES = {
@@ -142,7 +142,7 @@ def _questions(task: Task, path: str | Path, target: str | Path | None) -> Found
             elif part.value.get("is_impossible") or (answers := _answers(part)) is None:
                 yield NO_ANSWER
             else:
-                id = str(part.value.get("id") or part.position)
+                id = written(part.value.get("id")) or part.position
                 group = str(part.value.get("title") or _digest(source))
                 question = _reference(_text(part, "question"), part.place, "question")
                 yield Example(id, source, answers, group, question)
@@ -192,8 +192,8 @@ def _dialogues(task: Task, path: str | Path, target: str | Path | None) -> Found
             yield NO_SOURCE
             continue
         summaries = dict.fromkeys(_reference(text, row.place, "summary") for text in texts)
-        id = row.value.get("id", row.value.get("fname"))
-        yield Example(row.position if id is None else str(id), source, tuple(summaries), _digest(source))
+        id = written(row.value.get("id", row.value.get("fname"))) or row.position
+        yield Example(id, source, tuple(summaries), _digest(source))
 
 
 def _merged(examples: list[Example]) -> list[Example]:
@@ -249,7 +249,10 @@ def _sentences(task: Task, path: str | Path, target: str | Path | None) -> Itera
             columns = row.value.split("\t")
             if len(columns) != 2:
                 raise ValueError(f"{row.place} has {len(columns)} columns; source, tab, translation are needed")
-            yield row._replace(value=columns)
+            if row.position == "1" and _names_columns(columns, task):
+                warnings.warn(f"{row.place} is taken for a header, {row.value!r:.80}, not for an example", stacklevel=3)
+            else:
+                yield row._replace(value=columns)
     else:
         for row in _rows(task, path, target):
             inner = row.value.get("translation", row.value)
@@ -259,12 +262,19 @@ def _sentences(task: Task, path: str | Path, target: str | Path | None) -> Itera
             yield row._replace(value=[_text(row._replace(value=inner), name) for name in names])
 
 
+def _names_columns(columns: Sequence[str], task: Task) -> bool:
+    """Whether these are what the columns of a parallel text are called: by side, or by their languages."""
+    names = {"source", "src", "target", "tgt", "translation"}
+    names.update(name.lower() for language in task.languages for name in (language, CODES.get(language, language)))
+    return all(column.strip().lower() in names for column in columns)
+
+
 # ---------------------------------------------------------------- prompts
 
 
 def _prompts(task: Task, path: str | Path, target: str | Path | None) -> Found:
     named = str(path).startswith(HUB) or kind(Path(path)) in (".json", ".jsonl")
-    rows = _rows(task, path, target) if named else text_rows(Path(path))
+    rows = _rows(task, path, target) if named else prompt_rows(Path(path))
     for row in rows:
         if not (source := _text(row, "prompt") if named else row.value.strip()):
             yield NO_SOURCE

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import reprlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from offramp.metrics.group_members import UNKNOWN, Groups
 from offramp.tasks.group_images import SquareImages, existing_images
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.group_tables import table_rows
+from offramp.tasks.image_files import look_at, tell
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
-from offramp.tasks.rows import Row, json_rows, kind, objects
+from offramp.tasks.rows import Row, by_size, json_rows, kind, objects, written
 
 NOT_KNOWN = ("", "?", "-1", "null", "None")
 """What stands for an attribute that is not known."""
@@ -170,6 +172,16 @@ def _rows(path: Path, layout: GroupLayout) -> list[Row]:
         raise ValueError(f"{path} ends in {kind(path) or 'nothing'}; give .csv or .jsonl, also with .gz")
     if not rows:
         raise ValueError(f"{path} holds no row; give a file with some")
+    names = (layout.split, layout.label, *layout.attributes)
+    if blanks := sum(row.value[name] != row.value[name].strip() for row in rows for name in names):
+        warnings.warn(
+            f"{path}: {blanks} labels, attributes or splits were read without blanks around them", stacklevel=3
+        )
+        rows = [row._replace(value={**row.value, **{name: row.value[name].strip() for name in names}}) for row in rows]
+    for row in rows:
+        for column in (layout.text, layout.pair):
+            if column is not None and not row.value[column].strip():
+                raise ValueError(f"{row.place} has an empty text in column {column!r}; fill it, or remove the row")
     return rows
 
 
@@ -179,19 +191,19 @@ def _object(row: Row, layout: GroupLayout) -> Row:
         value = row.value.get(column)
         if value is None and column in layout.attributes:
             value = ""  # not known
-        if isinstance(value, bool):
-            value = int(value)
-        if not isinstance(value, str | int):
-            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {row.keys}")
-        found[column] = str(value)
+        text = written(int(value) if isinstance(value, bool) else value)
+        if text is None:
+            raise ValueError(
+                f"{row.place} has no text or whole number under {column!r}, but {reprlib.repr(value)}; it has "
+                f"{row.keys:.400}"
+            )
+        found[column] = text
     return row._replace(value=found)
 
 
-def _values(written: object) -> tuple[str, ...]:
+def _values(values: Iterable[str]) -> tuple[str, ...]:
     """What there is, without what is not known: numbers by size, words by alphabet."""
-    found = set(written) - set(NOT_KNOWN)  # type: ignore[call-overload]
-    numbers = all(value.lstrip("-").isdecimal() for value in found)
-    return tuple(sorted(found, key=lambda value: (int(value) if numbers else math.inf, value)))
+    return tuple(by_size(set(values) - set(NOT_KNOWN)))
 
 
 def _split(
@@ -223,6 +235,7 @@ def _inputs(path: Path, rows: Sequence[Row], layout: GroupLayout) -> Inputs:
     text, pair = layout.text, layout.pair
     if text is None:
         files = existing_images(rows, [path.parent / row.value[layout.filename] for row in rows])
+        tell(path, look_at(files), len(files))
         return SquareImages(files, layout.size)
     if pair is None:
         return tuple(row.value[text] for row in rows)

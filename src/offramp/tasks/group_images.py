@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.tasks.images import read_image
+from offramp.tasks.image_files import read_image
 from offramp.tasks.rows import Row
 
 

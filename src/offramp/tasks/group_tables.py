@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from offramp.tasks.rows import Row, read_text
+from offramp.tasks.rows import Row, csv_rows, require_columns
 
 T = TypeVar("T")
 
@@ -26,28 +24,18 @@ def table_rows(path: Path, columns: Sequence[str], *, what: str) -> Iterator[Row
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Not CSV, a column is missing, or a row is shorter or longer than the header.
+        ValueError: Not CSV, a column is missing or there twice, or a row is shorter or longer than the header.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, {what}; nothing is downloaded, give the folder as published")
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = next(reader)
-        if absent := [column for column in columns if column not in header]:
+    header, *rows = csv_rows(path)
+    require_columns(header, columns, what)
+    for number, row in enumerate(rows):
+        if len(row.value) != len(header.value):
             raise ValueError(
-                f"{path}, line 1 lacks the column {absent[0]!r} of {what}; it has {', '.join(map(repr, header))}"
+                f"{row.place} has {len(row.value)} columns, but the header has {len(header.value)}; mend the row"
             )
-        rows = 0
-        for values in reader:
-            place = f"{path}, line {reader.line_num}"
-            if not values:
-                continue
-            if len(values) != len(header):
-                raise ValueError(f"{place} has {len(values)} columns, but the header has {len(header)}; mend the row")
-            yield Row(place, str(rows), dict(zip(header, values, strict=True)))
-            rows += 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV ({error}); mend its quotes") from None
+        yield Row(row.place, str(number), dict(zip(header.value, row.value, strict=True)))
 
 
 def choice(row: Row, column: str, allowed: Mapping[str, T]) -> T:

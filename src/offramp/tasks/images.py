@@ -1,30 +1,25 @@
-"""Labelled images from files as they are published: IDX (MNIST and its kin), CIFAR's binary files, folders of classes.
+"""Labelled images from files as they are published: IDX (MNIST and its kin) and CIFAR's binary files.
 
-Nothing is downloaded: the user gives the folder.
+Nothing is downloaded: the user gives the folder. Folders of images: `offramp.tasks.image_files`.
 """
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offramp.tasks.bounded import content
 from offramp.tasks.labelled import Labelled
 
 FASHION = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 """Classes of Fashion-MNIST (arXiv 1708.07747, table 2)."""
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-"""Of files that are images, in a folder of classes."""
 
 # ---------------------------------------------------------------- IDX
 
@@ -58,7 +53,7 @@ def _idx(folder: Path, stem: str, dimensions: int) -> tuple[NDArray[np.uint8], P
     """The array of an IDX file, and the file: two zeros, 8 (bytes), number of dimensions, sizes, values."""
     names = [f"{stem}{dot}idx{dimensions}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     path = _existing(folder, names)
-    data = _content(path)
+    data = content(path)
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
         raise ValueError(
@@ -66,6 +61,8 @@ def _idx(folder: Path, stem: str, dimensions: int) -> tuple[NDArray[np.uint8], P
             f"0000080{dimensions}; give the file as published"
         )
     sizes = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    if not all(sizes):
+        raise ValueError(f"{path} is to hold {' x '.join(map(str, sizes))} values, which is none; fetch it again")
     if len(data) - head != math.prod(sizes):
         raise ValueError(
             f"{path} is to hold {' x '.join(map(str, sizes))} values but holds {len(data) - head}; fetch it again"
@@ -125,7 +122,7 @@ def _cifar(
         pieces = []
         for part in parts:
             path, width = _existing(folder, [part]), bytes_before + 3072
-            data = _content(path)
+            data = content(path)
             if not data or len(data) % width:
                 raise ValueError(f"{path} has {len(data)} bytes, no multiple of {width}, a row's; fetch it again")
             rows = np.frombuffer(data, np.uint8).reshape(-1, width)
@@ -135,113 +132,6 @@ def _cifar(
         images = np.ascontiguousarray(rows[:, bytes_before:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         found[name] = _labelled(images, rows[:, label_at], classes, folder, name)
     return found
-
-
-# ---------------------------------------------------------------- folders of classes
-
-
-def read_image_folder(
-    folder: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None, grey: bool = False
-) -> Labelled:
-    """Images in one folder per class: CLASS/NAME.png.
-
-    The images are read when they are used, so there may be more of them than memory holds.
-
-    Args:
-        folder: The folder of these folders.
-        size: Of the result, square: the shorter side becomes size · 8/7 (256 for 224, as usual for ImageNet; an image
-            of this very size stays), then the centre is cut out. None: as they are, all of one size.
-        classes: Their folders, in the order of the labels; None: all there are, by name.
-        grey: One channel instead of red, green and blue.
-
-    Returns:
-        The rows, by class and name; ids are FOLDER/CLASS/NAME.png.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a class has none.
-        ValueError: Not one image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give one with a folder of images for each class")
-    names = tuple(classes or sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(
-                f"{folder / name} is missing, the folder of class {name!r}; make it, or name others"
-            )
-        inside = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in ENDINGS)
-        paths += inside
-        labels += [label] * len(inside)
-    if not paths:
-        raise ValueError(
-            f"{folder} holds no image as CLASS/NAME.png (or {', '.join(ENDINGS[1:])}); give another folder"
-        )
-    ids = tuple(f"{folder.name}/{path.parent.name}/{path.name}" for path in paths)
-    return Labelled(ids, ImageFiles(tuple(paths), size, grey), torch.tensor(labels), names, source=str(folder))
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Images that are read, with Pillow, when they are asked for; see `read_image_folder`."""
-
-    paths: tuple[Path, ...]
-    size: int | None = None
-    grey: bool = False
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        images = [self._read(self.paths[row]) for row in rows.tolist()]
-        for row, image in zip(rows.tolist(), images, strict=True):
-            if image.shape != images[0].shape:
-                raise ValueError(
-                    f"{self.paths[row]} has {image.shape[1]} x {image.shape[0]} pixels and others have "
-                    f"{images[0].shape[1]} x {images[0].shape[0]}; give a size, so that all are brought to it"
-                )
-        return np.stack(images)
-
-    def _read(self, path: Path) -> NDArray[np.uint8]:
-        return read_image(path, size=self.size, grey=self.grey)
-
-
-def read_image(path: str | Path, *, size: int | None = None, grey: bool = False) -> NDArray[np.uint8]:
-    """One image [H, W, channels].
-
-    Args:
-        path: Any file that Pillow reads.
-        size: See `read_image_folder`.
-        grey: Likewise.
-
-    Returns:
-        The image.
-
-    Raises:
-        FileNotFoundError: It is missing.
-        ValueError: It cannot be read.
-        ModuleNotFoundError: Pillow is not installed.
-    """
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("images need Pillow, which is not installed; pip install pillow") from error
-    try:
-        with Image.open(path) as file:
-            image: Any = file.convert("L" if grey else "RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; give an image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no whole image ({' '.join(str(error).split())}); fetch it again") from None
-    if size is not None and image.size != (size, size):
-        scale = round(size * 8 / 7) / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-        left, top = ((side - size) // 2 for side in image.size)
-        image = image.crop((left, top, left + size, top + size))
-    values = np.asarray(image, dtype=np.uint8)
-    return values[..., None] if grey else values
 
 
 # ---------------------------------------------------------------- files
@@ -254,16 +144,6 @@ def _existing(folder: Path, names: Sequence[str]) -> Path:
             return folder / name
     others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
     raise FileNotFoundError(f"{folder / names[0]} is missing{others}; give the folder that holds the published files")
-
-
-def _content(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix != ".gz":
-        return data
-    try:
-        return gzip.decompress(data)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again") from None
 
 
 def _labelled(

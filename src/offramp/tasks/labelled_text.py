@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import re
+import reprlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,26 @@ from typing import Any
 import torch
 
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.rows import Row, json_rows, kind, objects, read_text, text_rows
+from offramp.tasks.rows import (
+    Row,
+    by_size,
+    csv_rows,
+    json_rows,
+    kind,
+    objects,
+    require_columns,
+    text_rows,
+    written,
+)  # fmt: skip
 
 Column = str | int
 """A name in the header (or key of an object), or a place counted from 0 in a file without header."""
+LABEL_NAMES = (
+    "label", "labels", "gold_label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y",
+)  # fmt: skip
+"""What columns of labels are called: such a label in the first line of a file without header says it has one."""
+MOST_GROUPS = 1_000_000
+"""Above any number of groups: what is counted by group takes memory for each."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,8 @@ class TextLayout:
         label: As it is written there.
         pair: The second text; None: there is one only.
         classes: What labels mean, in the order of the classes: as written -> name, or names that are written as they
-            are. None: the labels of the file, numbers by size, others by alphabet.
+            are. None: the labels of the file, numbers by size, others by alphabet. Blanks around a label are no part of
+            it, and 1, 1.0 and "1" are one label.
         unlabelled: Labels whose rows are left out, such as SNLI's "-"; a warning counts them.
         group: A number from 0 on, see `Labelled.groups`.
         cluster: Rows that have the same there are never divided between splits.
@@ -80,6 +98,9 @@ SNLI_PUBLISHED = TextLayout(
 def read_labelled_text(path: str | Path, layout: TextLayout) -> Labelled:
     """The rows of a file.
 
+    What is not taken as it stands is said in one warning each: a header in a layout without one, labels with blanks
+    around them or written as 1.0, quotes in `.tsv`, labels that differ in capitals only.
+
     Args:
         path: `.tsv` (split at tabs, no quotes), `.csv` (quotes as usual) or `.jsonl`, UTF-8, also with `.gz`.
         layout: Where things stand in it, such as `SST2`.
@@ -89,22 +110,27 @@ def read_labelled_text(path: str | Path, layout: TextLayout) -> Labelled:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Another format, no such column, too few columns, an empty text, an unknown label, not one row.
+        ValueError: Another format, no such column or two of that name, too few columns, an empty text or label, an
+            unknown label, not one row.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give a file with labelled texts, .tsv, .csv or .jsonl")
-    rows, left_out = [], 0
+    rows, left_out, changed = [], 0, Counter[str]()
     for row in _rows(path, layout):
-        if row.value[layout.label] in layout.unlabelled:
+        label = _label(row, layout)
+        if label in layout.unlabelled:
             left_out += 1
         else:
-            rows.append(row)
+            changed[f"{row.value[layout.label]!r} as {label!r}"] += label != row.value[layout.label]
+            rows.append(row._replace(value={**row.value, layout.label: label}))
     if not rows:
         raise ValueError(f"{path} holds no labelled row; give a file with some")
     if left_out:
         warnings.warn(f"{path}: {left_out} rows without a label were left out", stacklevel=2)
     labels, classes = _labels(rows, layout, path)
+    if total := changed.total():
+        warnings.warn(f"{path}: {total} labels were read without blanks and .0, {_some(+changed)}", stacklevel=2)
     text, pair = layout.text, layout.pair
     return Labelled(
         ids=tuple(f"{path.name}/{row.position}" if layout.id is None else row.value[layout.id] for row in rows),
@@ -117,28 +143,68 @@ def read_labelled_text(path: str | Path, layout: TextLayout) -> Labelled:
     )
 
 
+def _label(row: Row, layout: TextLayout) -> str:
+    """The label of a row, without blanks around it; a number without a fraction of zeros."""
+    label: str = row.value[layout.label].strip()
+    if not label or label.lower() == "nan":
+        raise ValueError(
+            f"{row.place} has {'an empty label' if not label else f'{label} as label, a missing number'} in column "
+            f"{layout.label!r}; fill it, or remove the row"
+        )
+    if layout.classes is not None and label in layout.classes:
+        return label
+    return number.group(1) if (number := re.fullmatch(r"(-?\d+)\.0+", label)) else label
+
+
 def _labels(rows: Sequence[Row], layout: TextLayout, path: Path) -> tuple[list[int], tuple[str, ...]]:
     """The label of each row, and the names of the classes."""
-    written = [row.value[layout.label] for row in rows]
+    labels = [row.value[layout.label] for row in rows]
     given = layout.classes
     if given is None:
-        number = all(label.lstrip("-").isdecimal() for label in written)
-        given = sorted(set(written), key=lambda label: (int(label) if number else 0, label))
+        given = by_size(set(labels))
         if len(given) < 2:
             raise ValueError(f"{path} has the label {given[0]!r} only; classes are needed that differ, or name them")
+        _suspect(given, len(rows), layout, path)
     names = given if isinstance(given, Mapping) else {name: name for name in given}
     places = {label: place for place, label in enumerate(names)}
-    for row, label in zip(rows, written, strict=True):
+    for row, label in zip(rows, labels, strict=True):
         if label not in places:
-            raise ValueError(f"{row.place} has the label {label!r}; allowed are {', '.join(map(repr, names))}")
-    return [places[label] for label in written], tuple(names.values())
+            raise ValueError(f"{row.place} has the label {label!r:.80}; allowed are {', '.join(map(repr, names))}")
+    return [places[label] for label in labels], tuple(names.values())
+
+
+def _suspect(classes: Sequence[str], rows: int, layout: TextLayout, path: Path) -> None:
+    """Warn of classes that are hardly meant, and refuse those that cannot be."""
+    truths = [label for label in classes if label.lower() in ("true", "false")]
+    if truths and (numbers := [label for label in classes if _is_number(label)]):
+        raise ValueError(f"{path} has both {truths[0]} and {numbers[0]} as labels; write all labels in one way")
+    if len(classes) > max(20, rows / 2):
+        warnings.warn(
+            f"{path}: {rows} rows have {len(classes)} different labels; is {layout.label!r} the column of labels?",
+            stacklevel=4,
+        )
+    folded = Counter(label.casefold() for label in classes)
+    if alike := [label for label in classes if folded[label.casefold()] > 1]:
+        warnings.warn(
+            f"{path}: the labels {', '.join(map(repr, alike[:6]))} differ in capitals only and stay different classes",
+            stacklevel=4,
+        )
 
 
 def _number(row: Row, column: Column) -> int:
-    value = row.value[column]
-    if not value.isdecimal():
-        raise ValueError(f"{row.place} has the group {value!r}; a whole number from 0 on is needed")
+    value = row.value[column].strip()
+    if not re.fullmatch(r"\d{1,18}", value) or int(value) >= MOST_GROUPS:
+        raise ValueError(
+            f"{row.place} has the group {row.value[column]!r:.80}; a whole number from 0 to {MOST_GROUPS - 1:,} is "
+            "needed"
+        )
     return int(value)
+
+
+def _some(counts: Counter[str]) -> str:
+    """What was done how often, the most frequent first."""
+    more = f", and {len(counts) - 3} others" if len(counts) > 3 else ""
+    return ", ".join(f"{what} ({count})" for what, count in counts.most_common(3)) + more
 
 
 # ---------------------------------------------------------------- rows as {column: text}
@@ -146,7 +212,7 @@ def _number(row: Row, column: Column) -> int:
 
 def _rows(path: Path, layout: TextLayout) -> Iterator[Row]:
     """What stands in the layout's columns, as text."""
-    readers = {".tsv": _tab_rows, ".csv": _csv_rows}
+    readers = {".tsv": _tab_rows, ".csv": csv_rows}
     if (ending := kind(path)) in readers:
         found = _named(readers[ending](path), layout, path)
     elif ending == ".jsonl":
@@ -162,51 +228,78 @@ def _rows(path: Path, layout: TextLayout) -> Iterator[Row]:
         yield row
 
 
-def _tab_rows(path: Path) -> Iterator[Row]:
-    for row in text_rows(path):
-        if row.value.strip("\r"):
-            yield row._replace(value=row.value.rstrip("\r").split("\t"))
+def _tab_rows(path: Path) -> list[Row]:
+    rows = [row._replace(value=row.value.split("\t")) for row in text_rows(path) if row.value]
+    if quoted := sum(_looks_quoted(field) for row in rows for field in row.value):
+        warnings.warn(
+            f'{path}: {quoted} fields look like quoted ones ("…""…"); in .tsv quotes are letters like others, so if '
+            "they are not part of the texts, save the file as .csv",
+            stacklevel=2,
+        )
+    return rows
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        for value in reader:
-            if value:
-                yield Row(f"{path}, line {reader.line_num}", str(reader.line_num), value)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV ({error}); mend its quotes") from None
+def _looks_quoted(field: str) -> bool:
+    """Whether a writer of CSV put a field in quotes: those inside are doubled, each of them."""
+    inside = field[1:-1]
+    return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inside and '"' not in inside.replace('""', "")
 
 
-def _named(rows: Iterator[Row], layout: TextLayout, path: Path) -> Iterator[Row]:
+def _named(rows: Iterable[Row], layout: TextLayout, path: Path) -> Iterator[Row]:
     """Lists of columns as {column: text}."""
+    rows = list(rows)
+    if not rows:
+        raise ValueError(f"{path} is empty; give a file with labelled texts")
     places: dict[Column, int] = {column: column for column in layout.columns if isinstance(column, int)}
-    width: int | None = None
-    for row in rows:
-        if width is None:
-            width = len(row.value)
-            if layout.header:
-                if missing := [column for column in layout.columns if column not in row.value]:
-                    raise ValueError(
-                        f"{row.place} is the header, {', '.join(map(repr, row.value))}; it has no {missing[0]!r}, name "
-                        "the columns as they are"
-                    )
-                places = {column: row.value.index(column) for column in layout.columns}
-                continue
+    width, header = len(rows[0].value), layout.header
+    if header:
+        require_columns(rows[0], layout.columns)
+        places = {column: rows[0].value.index(column) for column in layout.columns}
+    elif header := _is_header(rows, layout):
+        warnings.warn(
+            f"{rows[0].place} is taken for a header, {', '.join(map(repr, rows[0].value)):.200}, not for a row",
+            stacklevel=2,
+        )
+    for row in rows[header:]:
         if len(row.value) != width or max(places.values()) >= width:
             need = max(width, max(places.values()) + 1)
             raise ValueError(f"{row.place} has {len(row.value)} columns where {need} are needed")
-        position = str(int(row.position) - 1) if layout.header else row.position
+        position = str(int(row.position) - header)
         yield row._replace(position=position, value={column: row.value[place] for column, place in places.items()})
-    if width is None:
-        raise ValueError(f"{path} is empty; give a file with labelled texts")
+
+
+def _is_header(rows: Sequence[Row], layout: TextLayout) -> bool:
+    """Whether the first line of a file that should have no header is one: the label there is what columns are called.
+
+    Args:
+        rows: All lines.
+        layout: Columns by place. Classes that it names are labels and no header.
+
+    Returns:
+        Whether the first label is in `LABEL_NAMES`, or a word where all other rows have numbers.
+    """
+    at = layout.label
+    if not isinstance(at, int) or at >= len(rows[0].value):
+        return False
+    first, *others = (row.value[at].strip() for row in rows if at < len(row.value))
+    if first in (layout.classes or ()):
+        return False
+    return first.lower() in LABEL_NAMES or bool(
+        first and others and not _is_number(first) and all(map(_is_number, others))
+    )
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"-?\d+(\.\d+)?", text))
 
 
 def _object(row: Row, layout: TextLayout) -> Row:
     found: dict[Column, Any] = {}
     for column in layout.columns:
         value = row.value.get(str(column))
-        if not isinstance(value, str | int) or isinstance(value, bool):
-            raise ValueError(f"{row.place} has no text or number under {column!r}; it has {row.keys}")
-        found[column] = str(value)
+        truth = isinstance(value, bool) and column == layout.label
+        found[column] = str(value).lower() if truth else written(value)  # as JSON has it
+        if found[column] is None:
+            have = "" if str(column) not in row.value else f", but {reprlib.repr(value)}"
+            raise ValueError(f"{row.place} has no text or whole number under {column!r}{have}; it has {row.keys:.400}")
     return row._replace(value=found)

@@ -1,15 +1,17 @@
-"""Rows of files and of data sets on the hub, whatever they are about: JSON, JSON Lines, lines of text; also gzipped."""
+"""Rows of files, also gzipped, and of data sets on the hub, whatever they are about: JSON, CSV, lines of text."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import csv
+import io
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from offramp.tasks.bounded import LONGEST_LINE, content, decoded, parsed
 
 HUB = "hub:"
 
@@ -39,7 +41,7 @@ def kind(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
+    r"""The text of a file in UTF-8, line ends as ``\n``.
 
     Args:
         path: The file, gzipped if its name ends in `.gz`.
@@ -48,19 +50,9 @@ def read_text(path: Path) -> str:
         Its text.
 
     Raises:
-        ValueError: It is empty, not UTF-8, or damaged.
+        ValueError: It is empty, no text in UTF-8, damaged, or larger than is read.
     """
-    data = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again, or drop the .gz") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8; convert the file") from None
+    text = decoded(content(path), path)
     if not text.strip():
         raise ValueError(f"{path} is empty; give a file with text")
     return text
@@ -68,10 +60,83 @@ def read_text(path: Path) -> str:
 
 def text_rows(path: Path) -> list[Row]:
     """The lines of a file, empty ones included."""
-    lines = read_text(path).split("\n")
+    return line_rows(read_text(path), path)
+
+
+def line_rows(text: str, place: object) -> list[Row]:
+    """The lines of a text, empty ones included.
+
+    Args:
+        text: As `decoded` makes it.
+        place: Where it stands, for messages.
+
+    Returns:
+        The lines.
+
+    Raises:
+        ValueError: One has more than `LONGEST_LINE` characters.
+    """
+    lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
-    return [Row(f"{path}, line {n}", str(n), line) for n, line in enumerate(lines, 1)]
+    for n, line in enumerate(lines, 1):
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"{place}, line {n} has {len(line):,} characters; at most {LONGEST_LINE:,} are read, divide it"
+            )
+    return [Row(f"{place}, line {n}", str(n), line) for n, line in enumerate(lines, 1)]
+
+
+def prompt_rows(path: Path) -> list[Row]:
+    """The lines of a text file with one prompt on each; a ValueError for a table, whose lines are none."""
+    if kind(path) in (".csv", ".tsv"):
+        raise ValueError(f"{path} is a table, and prompts stand one on a line; give .txt, or .jsonl with prompt")
+    return text_rows(path)
+
+
+def csv_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file, header included, as lists of text; positions are those of their last lines.
+
+    Args:
+        path: The file, UTF-8, also with `.gz`.
+
+    Returns:
+        The rows, without empty lines.
+
+    Raises:
+        ValueError: Not CSV, or a field has more than `LONGEST_LINE` characters.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    usual = csv.field_size_limit(LONGEST_LINE)
+    try:
+        return [Row(f"{path}, line {reader.line_num}", str(reader.line_num), value) for value in reader if value]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not CSV ({error}); mend its quotes") from None
+    finally:
+        csv.field_size_limit(usual)
+
+
+def require_columns(row: Row, columns: Sequence[object], what: str = "") -> None:
+    """Check that a header, a row whose value are names, has each of these columns, and once.
+
+    Args:
+        row: The header.
+        columns: Names that are needed.
+        what: The table is, for messages.
+
+    Raises:
+        ValueError: One is missing, or there twice.
+    """
+    for column in columns:
+        if (count := row.value.count(column)) == 1:
+            continue
+        have = ", ".join(map(repr, row.value))
+        if count:
+            raise ValueError(f"{row.place}, the header, names {column!r} {count} times; rename all but one of {have}")
+        raise ValueError(
+            f"{row.place} lacks the column {column!r}{f' of {what}' if what else ''}; as a header it names "
+            f"{have:.400}: give the columns by these names, or by places where there is no header"
+        )
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -86,20 +151,28 @@ def json_rows(path: Path) -> Iterator[Row]:
     if kind(path) == ".jsonl":
         for row in text_rows(path):
             if row.value.strip():
-                try:
-                    yield row._replace(value=json.loads(row.value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{row.place} is not JSON ({error})") from None
+                yield row._replace(value=parsed(row.value, row.place))
         return
-    try:
-        values = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); JSON Lines need the ending .jsonl") from None
+    values = parsed(read_text(path), str(path), hint="; JSON Lines need the ending .jsonl")
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         values = values["data"]
     if not isinstance(values, list):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}, but a list of objects is needed")
     yield from (Row(f"{path}, entry {n}", str(n), value) for n, value in enumerate(values, 1))
+
+
+def written(value: object) -> str | None:
+    """A JSON value as a file of text would have it: 1, 1.0 and "1" are "1"; None for all that is no text or number."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def by_size(names: Iterable[str]) -> list[str]:
+    """Whole numbers by size if all are such, others by alphabet."""
+    given = list(names)
+    numbers = all(re.fullmatch(r"-?\d{1,18}", name) for name in given)
+    return sorted(given, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
@@ -118,7 +191,9 @@ def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
     for row in rows:
         if not isinstance(row.value, dict):
             needed = f"an object with {', '.join(map(repr, keys))}" if keys else "an object"
-            raise ValueError(f"{row.place}: {type(row.value).__name__} {row.value!r:.40} stands where {needed} must")
+            raise ValueError(
+                f"{row.place}: {type(row.value).__name__} {reprlib.repr(row.value):.40} stands where {needed} must"
+            )
         yield row
 
 

@@ -8,11 +8,12 @@ anything is cut into windows; answers to the same prompt and repeated texts alwa
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
     from offramp.tasks import Example, Task
 
+T = TypeVar("T")
 Progress = Callable[..., None]
 """(done, total[, what is next])."""
 
@@ -137,10 +139,30 @@ def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     if kind(path) not in (".json", ".jsonl"):
         return [read_text(path)]
     texts = [_joined(row, fields) for row in objects(json_rows(path), *fields)]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+    return with_text(texts, texts, path, fields)
+
+
+def with_text(entries: list[T], texts: Sequence[str], path: Path, fields: Sequence[str]) -> list[T]:
+    """Entries of a file that hold any text; a warning counts the others.
+
+    Args:
+        entries: All that there are.
+        texts: Of each.
+        path: Their file.
+        fields: Keys of the texts.
+
+    Returns:
+        At least one.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [entry for entry, text in zip(entries, texts, strict=True) if text.strip()]
+    if not found:
         raise ValueError(f"{path} holds no text under {' + '.join(fields)}; give a file with text, or other fields")
-    return texts
+    if left_out := len(entries) - len(found):
+        warnings.warn(f"{path}: {left_out} of {len(entries)} entries are empty and were left out", stacklevel=3)
+    return found
 
 
 def _joined(row: Row, fields: Sequence[str]) -> str:

@@ -1,0 +1,161 @@
+"""What comes from files nobody has looked at yet: whole, but never more than memory should hold.
+
+A few kilobytes of gzip can unpack to gigabytes, and a few of JSON can be nested or numbered beyond what Python reads.
+All of that is refused with one line while little of it is in memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+MOST_BYTES = 4 << 30
+"""Of one file, unpacked."""
+MOST_RATIO, FREE_BYTES = 200, 64 << 20
+"""A gzip file may unpack to so many times its size; what unpacks to no more than `FREE_BYTES`, to any number of times.
+Text packs to a third or a tenth, black images to a fiftieth; only what was made for it comes near gzip's 1,000."""
+LONGEST_LINE = 10_000_000
+"""Characters: a long book, three times over."""
+DEEPEST = 100
+"""Objects and lists of JSON within one another."""
+
+_CHUNK = 1 << 20
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: The file, unpacked if its name ends in `.gz`.
+
+    Returns:
+        All of them.
+
+    Raises:
+        ValueError: It is damaged, or unpacks to more than is sensible, or is larger than `MOST_BYTES`.
+    """
+    with path.open("rb") as file:
+        if path.suffix.lower() != ".gz":
+            return _joined(path, file, file)
+        try:
+            return _joined(path, cast("BinaryIO", gzip.GzipFile(fileobj=file)), file, packed=True)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again, or drop the .gz") from None
+
+
+def _joined(path: Path, file: BinaryIO, raw: BinaryIO, *, packed: bool = False) -> bytes:
+    """What a file holds, read piece by piece; `raw` is the file under an unpacked one."""
+    found = bytearray()
+    while piece := file.read(_CHUNK):
+        found += piece
+        if len(found) > MOST_BYTES:
+            raise ValueError(
+                f"{path} holds more than {MOST_BYTES:,} bytes{' unpacked' if packed else ''}, the most that is read of "
+                "one file; divide it"
+            )
+        if packed and len(found) > FREE_BYTES and len(found) > MOST_RATIO * (raw.tell() if raw.seekable() else 0):
+            raise ValueError(
+                f"{path} unpacks to more than {MOST_RATIO} times its size, which data hardly do; if it is right, "
+                "unpack it with gunzip and give the result"
+            )
+    return bytes(found)
+
+
+def decoded(data: bytes, place: object) -> str:
+    r"""Bytes as text: UTF-8 with or without a mark in front, line ends as ``\n``.
+
+    Args:
+        data: The bytes.
+        place: Where they stand, for messages.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: Not UTF-8, or with a NUL, which stands in no text but in every ASCII letter of UTF-16.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}, line {_line(data, error.start)} is not UTF-8; convert the file") from None
+    if (at := data.find(b"\0")) >= 0:
+        raise ValueError(
+            f"{place}, line {_line(data, at)} holds a NUL, which text does not; if the file is UTF-16, convert it "
+            "to UTF-8"
+        )
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")  # as old Macs ended lines
+
+
+def _line(data: bytes, at: int) -> int:
+    return data.count(b"\n", 0, at) + 1
+
+
+def parsed(text: str, place: str, *, hint: str = "") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The text.
+        place: Where it stands, for messages.
+        hint: What else to say if it is not JSON.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: Not JSON, nested more than `DEEPEST` times, a key twice in one object, a number with thousands of
+            digits, or half of a character.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error}){hint}") from None
+    except _TwiceError as error:
+        raise ValueError(f"{place} has the key {str(error)!r:.80} twice in one object; keep one of them") from None
+    except RecursionError:
+        raise ValueError(_too_deep(place)) from None
+    except ValueError:  # of whole numbers; others become infinite
+        raise ValueError(
+            f"{place} holds a number of more than {sys.get_int_max_str_digits():,} digits; put it in quotes, or "
+            "remove it"
+        ) from None
+    if _depth_exceeds(value, DEEPEST):
+        raise ValueError(_too_deep(place))
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{place} holds half of a character (\\ud800 to \\udfff alone); write it whole, or remove it"
+            ) from None
+    return value
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _too_deep(place: str) -> str:
+    return f"{place} has objects and lists nested more than {DEEPEST} times; give flatter JSON"
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level, depth = [value], 0
+    while level := [outer for outer in level if isinstance(outer, dict | list)]:
+        if (depth := depth + 1) > most:
+            return True
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return False
