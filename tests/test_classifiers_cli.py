@@ -233,6 +233,9 @@ def test_texts_from_training_to_answers(texts):
     assert [(a["given"], a["label"]) for a in found["answers"]] == [
         ("good great film", "positive"), ("bad dull the poor plot", "negative"),
     ]  # fmt: skip
+    shown = offramp("classify", model, "good\tgreat film\nbad", "x" * 61).stdout
+    assert "  good\tgreat film\\nbad\n" in shown  # tabs stay, a line end is no line end
+    assert f"  {'x' * 59}…\n" in shown
     run = offramp(
         "evaluate", model, *arguments, "--methods", "vanilla,temperature", "--resamples", 0, "--limit", 40, "--out",
         place / "evaluated",
@@ -297,4 +300,5 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     fails("classify", model, "x.png", *both, "--threshold", 1, words="give one of --budget and --threshold")
     fails("classify", model, "x.png", *both, words="x.png is missing; give an image")
     fails("classify", runs[1] / "model", "x.png", *both, words="was fitted on another network")
-    fails("classify", model, *both, text="", words="nothing to classify")
+    fails("classify", model, *both, text="", words="standard input is empty; give the inputs")
+    fails("classify", model, *both, text=b"a.png\n\xffx.png\n", words="standard input, line 2 is not UTF-8")

@@ -43,8 +43,8 @@ def bomb(tmp_path):
 )  # fmt: skip
 def test_what_unpacks_to_far_more_than_it_is_is_refused(bomb, read, monkeypatch):
     taken = []
-    joined = bounded._joined
-    monkeypatch.setattr(bounded, "_joined", lambda *a, **k: taken.append(joined(*a, **k)) or taken[-1])
+    whole = bounded.whole
+    monkeypatch.setattr(bounded, "whole", lambda *a, **k: taken.append(whole(*a, **k)) or taken[-1])
     with pytest.raises(ValueError, match=r"bomb.jsonl.gz unpacks to more than 200 times its size") as error:
         read(bomb)
     assert "gunzip" in one_line(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +57,7 @@ def generate(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
         vocabulary_size=vocabulary_size, skipped=skipped, adaptive=adaptive, prompt_layer=prompt_layer,
     )  # fmt: skip
-    texts = prompts or [_standard_input()]
+    texts = prompts or [o.standard_input("the prompt")]
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     _explain(lm, rule)
     settings = {
@@ -87,12 +86,6 @@ def generate(
         },
         json,
     )  # fmt: skip
-
-
-def _standard_input() -> str:
-    if sys.stdin.isatty():
-        o.note("reading the prompt from standard input, end it with Ctrl-D")
-    return sys.stdin.read().strip()
 
 
 def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:

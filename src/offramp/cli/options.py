@@ -197,6 +197,28 @@ def prompts_from(file: Path | None, count: int | None = None) -> list[str]:
     return first(bundled_prompts() if file is None else [entry.text for entry in read_prompts(file)], count)
 
 
+def standard_input(what: str) -> str:
+    """All of standard input, line ends as everywhere, without the last.
+
+    Args:
+        what: It is to hold, for whoever types it.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: It is empty, or no text in UTF-8.
+    """
+    from offramp.tasks.bounded import decoded, whole
+
+    if sys.stdin.isatty():
+        note(f"reading {what} from standard input, end it with Ctrl-D")
+    text = decoded(whole(sys.stdin.buffer, "standard input"), "standard input")
+    if not text.strip():
+        raise ValueError(f"standard input is empty; give {what} there, or as an argument")
+    return text.removesuffix("\n")
+
+
 def first(rows: list[T], count: int | None) -> list[T]:
     """The first so many, of which there must be one at least; None: all."""
     if count is not None and count < 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 COLOURS = ("bright_green", "green", "cyan", "yellow", "bright_red", "red")
 """From the earliest exits to the full model."""
@@ -27,6 +28,7 @@ class Painter:
         self.num_layers, self.first, self.show_exits = num_layers, first, show_exits
         self.plain = console.color_system is None
         self.ids: list[int] = []
+        self.layer = num_layers
         self.written = ""
 
     def colour(self, layer: int) -> str:
@@ -55,19 +57,25 @@ class Painter:
     def put(self, token: int, layer: int) -> None:
         """Write what one more token adds to the text; half a character waits for its other half."""
         self.ids.append(token)
+        self.layer = layer
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if text.endswith("�"):
-            return
-        new, self.written = text[len(self.written) :], text
-        if self.show_exits and self.plain and new:
-            new = f"{new}/{layer}"
-        self._write(new, self.colour(layer) if self.show_exits and not self.plain else None)
+        if not text.endswith("�"):
+            self._add(text)
 
     def end(self) -> None:
-        """End the text."""
-        rest = self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.written) :]
-        self._write(rest + "\n")
+        """End the text; half a character whose other half never came is written as the tokenizer has it."""
+        self._add(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._write("\n")
+
+    def _add(self, text: str) -> None:
+        """Write what a text has beyond what is written."""
+        new, self.written = text[len(self.written) :], text
+        if self.show_exits and self.plain and new:
+            new = f"{new}/{self.layer}"
+        self._write(new, self.colour(self.layer) if self.show_exits and not self.plain else None)
 
     def _write(self, text: str, colour: str | None = None) -> None:
-        self.console.print(Text(text, style=colour or ""), end="", soft_wrap=True, highlight=False)
+        """As segments: a `Text` of rich has blanks for tabs, and no carriage returns."""
+        style = None if colour is None else Style.parse(colour)
+        self.console.print(Segments([Segment(text, style)]), end="", soft_wrap=True)
         self.console.file.flush()

@@ -41,26 +41,38 @@ def content(path: Path) -> bytes:
     """
     with path.open("rb") as file:
         if path.suffix.lower() != ".gz":
-            return _joined(path, file, file)
+            return whole(file, path)
         try:
-            return _joined(path, cast("BinaryIO", gzip.GzipFile(fileobj=file)), file, packed=True)
+            return whole(cast("BinaryIO", gzip.GzipFile(fileobj=file)), path, packed=file)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again, or drop the .gz") from None
 
 
-def _joined(path: Path, file: BinaryIO, raw: BinaryIO, *, packed: bool = False) -> bytes:
-    """What a file holds, read piece by piece; `raw` is the file under an unpacked one."""
+def whole(file: BinaryIO, place: object, *, packed: BinaryIO | None = None) -> bytes:
+    """What an open file holds, read piece by piece.
+
+    Args:
+        file: The file.
+        place: What it is called, for messages.
+        packed: What it is unpacked from, if it is.
+
+    Returns:
+        All of it.
+
+    Raises:
+        ValueError: It is larger than is read.
+    """
     found = bytearray()
     while piece := file.read(_CHUNK):
         found += piece
         if len(found) > MOST_BYTES:
             raise ValueError(
-                f"{path} holds more than {MOST_BYTES:,} bytes{' unpacked' if packed else ''}, the most that is read of "
-                "one file; divide it"
+                f"{place} holds more than {MOST_BYTES:,} bytes{' unpacked' if packed else ''}, the most that is read "
+                "of one file; divide it"
             )
-        if packed and len(found) > FREE_BYTES and len(found) > MOST_RATIO * (raw.tell() if raw.seekable() else 0):
+        if packed and len(found) > FREE_BYTES and len(found) > MOST_RATIO * (packed.tell() if packed.seekable() else 0):
             raise ValueError(
-                f"{path} unpacks to more than {MOST_RATIO} times its size, which data hardly do; if it is right, "
+                f"{place} unpacks to more than {MOST_RATIO} times its size, which data hardly do; if it is right, "
                 "unpack it with gunzip and give the result"
             )
     return bytes(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from offramp.classifiers.calibrated import Calibrated
 
 SCHEMA = "offramp/classify/1"
+SHOWN = 60
+"""Characters of an input that are printed; JSON has all of it."""
 
 
 def classify(
@@ -59,10 +60,16 @@ def classify(
     classifier = load(model, device=device or "cpu")
     calibrated = None if posterior is None else load_calibrated(posterior, fingerprint(classifier))
     thresholds, rule = _rule(calibrated, budget, o.numbers(threshold, "--threshold", float), confidence)
-    given = inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    found = answers(
-        classifier, given, calibrated=calibrated, thresholds=thresholds, confidence=confidence, batch_size=batch_size
-    )
+    given = inputs or [line for line in o.standard_input("the inputs, one per line,").split("\n") if line.strip()]
+    with c.noted():
+        found = answers(
+            classifier,
+            given,
+            calibrated=calibrated,
+            thresholds=thresholds,
+            confidence=confidence,
+            batch_size=batch_size,
+        )
     if str(json) != "-":
         width = max(len(answer.label) for answer in found)
         for answer in found:
@@ -117,5 +124,6 @@ def _finite(value: float) -> float | None:
 def _line(answer: Answer, width: int, exits: int) -> str:
     inside = "" if answer.set is None else f"  {{{', '.join(answer.set)}}}"
     where = f"exit {answer.exit}/{exits}  {answer.share:.3f} of the FLOPs"
-    shown = " ".join(answer.given.split())
-    return f"{answer.label.ljust(width)}  {answer.probability:.3f}  {where}{inside}  {shown:.60}"
+    shown = "\\n".join(answer.given.splitlines())  # tabs stay, as between the texts of a pair
+    shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
+    return f"{answer.label.ljust(width)}  {answer.probability:.3f}  {where}{inside}  {shown}"
