@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+class NoProbabilitiesError(ValueError):
+    """Scores that hold NaN or infinity, or nothing that is possible, are no distribution to draw from."""
+
+
 @dataclass
 class Choosing:
     """How scores become tokens, and when to stop.
@@ -40,7 +44,21 @@ class Choosing:
         return self.draw(processed.softmax(-1))
 
     def draw(self, p: Tensor) -> Tensor:
-        """One draw per row of probabilities [B, V], [B]."""
+        """One draw per row of probabilities.
+
+        Args:
+            p: Probabilities, [B, V].
+
+        Returns:
+            Token ids, [B].
+
+        Raises:
+            NoProbabilitiesError: A row is the softmax of such scores.
+        """
+        if bool(p[:, 0].isnan().any()):  # then all of the row is; on a GPU the draw would bring the process down
+            raise NoProbabilitiesError(
+                "there is no token to draw: the logits processors forbid all of them; allow some"
+            )
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
     def judge(self, token: Tensor, processed: Tensor, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from offramp.adaptive_threshold import AdaptiveThreshold
-from offramp.choosing import Choosing
+from offramp.choosing import Choosing, NoProbabilitiesError
 from offramp.costs import Ledger
 from offramp.families import SplitModel
+from offramp.finite import NotFiniteError, broken_at, name_of, not_finite
 from offramp.plan import Plan
 from offramp.policy import ExitPolicy
 from offramp.reading import Reader, check
@@ -51,6 +52,7 @@ class _Read:
     states: Tensor | None = None  # readout inputs [B, D] of rows that left with some tokens excluded
     processed: Tensor = field(default_factory=lambda: torch.empty(0))
     token: Tensor = field(default_factory=lambda: torch.empty(0))
+    sound: Tensor | None = None  # rows whose token was chosen by a number, bool [B]; None: none was chosen
 
 
 @torch.no_grad()
@@ -90,6 +92,7 @@ def decode(
 
     Raises:
         ValueError: The policy does not fit the model.
+        NotFiniteError: The model computes NaN or infinity for a token, or for one it was to be drawn from.
     """
     plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary, model.exit_layers)
     if plan.policy.adaptive:
@@ -100,7 +103,10 @@ def decode(
     generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, learning)
     read = generation.first(mask, memory, memory_mask)
     while True:
-        yield from generation.verified(read) if generation.verifying else generation.settled(read)
+        try:
+            yield from generation.verified(read) if generation.verifying else generation.settled(read)
+        except NoProbabilitiesError as error:
+            raise generation.broken() or error from None
         if generation.done:
             return
         read = generation.read()
@@ -287,19 +293,39 @@ class _Generation:
                 self.ledger.readout(len(full))
                 read.processed = self.choosing.process(ids, torch.where(empty[:, None], full, read.scores))
         read.token = self.choosing.pick(read.processed)
+        read.sound = self._sound(read.scores, read.token)
+
+    def _sound(self, scores: Tensor, token: Tensor) -> Tensor:
+        """Rows whose token has a number for a score, bool [B]."""
+        chosen = scores.gather(1, token[:, None])[:, 0]  # where scores hold NaN or +inf, such a one is the largest
+        if self.choosing.processors is None:
+            return chosen.isfinite()
+        return chosen < torch.inf  # one that they force may have -inf of the model, or of its pruned readout
+
+    def broken(self) -> NotFiniteError | None:
+        """The error, with the place where the model first computes NaN or infinity on what is known so far, if any."""
+        context, ids = self.context, self.buffer[:, : self.length]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if context.padding is not None:
+            mask[:, : self.prompt] = context.padding[:, : self.prompt]
+        return broken_at(self.model, ids, mask, memory=context.memory, memory_mask=context.memory_mask)
 
     def _append(self, token: Tensor) -> None:
         self.buffer[:, self.length] = token
         self.length += 1
 
-    def _step(self, token: Tensor, layers: list[int], confidences: list[float]) -> Step:
+    def _step(self, token: Tensor, layers: list[int], confidences: list[float], sound: Tensor) -> Step:
         """Append the tokens of one position, which count, and update which rows go on."""
         device, active = self.buffer.device, self.live
         token = torch.where(active, token, self.choosing.pad)
         self._append(token)
         rows = self.rows
         self.live = active & ~self.choosing.ends(self.buffer[:, : self.length])
-        self.rows = [row for row, live in enumerate(self.live.tolist()) if live]
+        live, sound_or_ended = torch.stack([self.live, sound | ~active]).tolist()
+        if not all(sound_or_ended):
+            self.length -= 1  # what was chosen by no number is no text
+            raise self.broken() or not_finite(name_of(self.model), "in the readout of an exit", self.model.model.dtype)
+        self.rows = [row for row, goes_on in enumerate(live) if goes_on]
         costs = self.ledger.costs
         costs.tokens += len(rows)
         costs.exit_layers += sum(layers[row] for row in rows)
@@ -312,7 +338,8 @@ class _Generation:
     def settled(self, read: _Read) -> Iterator[Step]:
         """The step of a read whose tokens stand."""
         self._process(read)
-        yield self._step(read.token, read.layers, read.confidences)
+        assert read.sound is not None
+        yield self._step(read.token, read.layers, read.confidences, read.sound)
 
     # ------------------------------------------------------------ verifying drafts
 
@@ -364,7 +391,9 @@ class _Generation:
                 for layer, same in zip(draft.layers, agreed.tolist(), strict=True)
             ]
             wrong = bool((~agreed & self.live).any())
-            yield self._step(token, layers, draft.confidences)
+            sound = self._sound(logits[:, index], token)
+            sound = sound if draft.sound is None else sound & draft.sound
+            yield self._step(token, layers, draft.confidences, sound)
             if not self.rows:
                 return
             if wrong:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.families import SplitModel
+from offramp.finite import name_of, require_finite
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -94,7 +95,18 @@ def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None =
 
 
 def read_layers(split: SplitModel, states: Tensor) -> Readings:
-    """Read states of all layers [L, N, D] out, through their lenses, a few positions at a time."""
+    """Read states out, through their lenses, a few positions at a time.
+
+    Args:
+        split: The model.
+        states: After layers 1..L, [L, N, D].
+
+    Returns:
+        What each layer says.
+
+    Raises:
+        NotFiniteError: The model computes NaN or infinity.
+    """
     parts = []
     for chunk in torch.split(states, max(16, (1 << 22) // split.shape.vocabulary), dim=1):
         final, layers = None, []
@@ -107,4 +119,7 @@ def read_layers(split: SplitModel, states: Tensor) -> Readings:
             mass = torch.sub(logits, top[:, :1], out=scratch).exp_().sum(-1)
             layers.append((rank, 1 / mass, (1 - (top[:, 1] - top[:, 0]).exp()) / mass))
         parts.append([torch.stack(column).flip(0).cpu() for column in zip(*layers, strict=True)])
-    return Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
+    found = Readings(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
+    for layer, peaks in enumerate(found.peak, 1):
+        require_finite(peaks, name_of(split), f"in the readout after layer {layer} of {len(states)}", split.model.dtype)
+    return found

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from offramp.exits import fingerprint
 from offramp.files import differences, replace_file, write_json
+from offramp.finite import name_of, require_finite
 from offramp.training.data import Document, Windows, cut
 from offramp.training.passes import states_of
 from offramp.training.tally import chunk_rows
@@ -181,6 +182,8 @@ def _read(lm: LanguageModel, windows: Windows, layers: Sequence[int], first: int
     positions = columns - windows.first[:, None] + (0 if split.is_encoder_decoder else 1)
     numbers = torch.arange(first, first + len(windows))[:, None].expand(where.shape)
     found = {str(layer): split.readout_input(h, layer) for layer, h in zip(layers, states[:-1], strict=True)}
+    for layer, inputs in [*found.items(), (str(split.num_layers), states[-1])]:
+        require_finite(inputs, name_of(split), f"after layer {layer} of {split.num_layers}")
     found |= {"chosen": chosen, "written": written, "positions": positions[where], "windows": numbers[where]}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 

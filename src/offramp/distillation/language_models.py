@@ -22,6 +22,7 @@ from offramp.distillation.token_losses import TokenLoss, TokenSums, token_losses
 from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summary
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
 from offramp.exits import fingerprint
+from offramp.finite import name_of, require_finite
 from offramp.machine import describe
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
@@ -350,6 +351,7 @@ class _Tokens:
             (hidden,), labels = states_of(mine, windows, (mine.num_layers,), edit=edit)
         with torch.no_grad():
             (guide,), _ = states_of(other, windows, (other.num_layers,))
+            require_finite(guide, f"the teacher {name_of(other)}", f"after layer {other.num_layers}")
         weights = None
         if windows.weights is not None and count is not None:
             weights = windows.of_tokens(windows.weights).to(labels.device)
@@ -366,5 +368,5 @@ class _Tokens:
     def _done(self, sums: TokenSums) -> Done:
         loss = float(sums.loss) / max(sums.tokens, 1)
         row = {"objective": loss, **{name: sums.mean(name) for name in ("kd", "ce", "agreement", "accuracy")}}
-        strange = None if math.isfinite(loss) else "the loss of the student"
+        strange = None if math.isfinite(loss) else "the loss, by the student or by the teacher's head"
         return Done(loss, sums.tokens, row, strange)

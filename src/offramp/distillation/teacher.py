@@ -18,6 +18,7 @@ from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
 from offramp.distillation.states import States
 from offramp.files import replace_file
+from offramp.finite import require_finite
 from offramp.packaged import first_line
 from offramp.tasks.group_sets import GroupedSet
 from offramp.tasks.labelled import Labelled
@@ -31,11 +32,26 @@ SCHEMA = "offramp/teacher-logits/1"
 def logits_of_all(
     classifier: EarlyExitClassifier, rows: Rows, precision: str | None = None, chunk: int = 256
 ) -> Tensor:  # fmt: skip
-    """Logits of all exits for all rows, without augmentation and dropout, [E, N, C], float32 on the CPU."""
+    """Logits of all exits for all rows, without augmentation and dropout.
+
+    Args:
+        classifier: The classifier.
+        rows: As it takes them.
+        precision: "bf16": compute in bfloat16; None: as the classifier is.
+        chunk: Rows of one pass.
+
+    Returns:
+        Logits [E, N, C], float32 on the CPU.
+
+    Raises:
+        NotFiniteError: One is NaN or infinite.
+    """
     parts = by_length(rows, chunk)
     with evaluating(classifier, precision):
         found = [torch.stack([o.logits.float().cpu() for o in classifier(rows.inputs(places))]) for places in parts]
-    return torch.cat(found, 1)[:, torch.cat(parts).argsort()]
+    logits = torch.cat(found, 1)[:, torch.cat(parts).argsort()]
+    require_finite(logits, "the classifier", "in its logits")
+    return logits
 
 
 def from_table(table: Tensor | States) -> Targets:
@@ -80,6 +96,7 @@ def live(teacher: EarlyExitClassifier, student_rows: Rows, rows: Rows, precision
             images = (images * std + mean - its_mean) / its_std
         with torch.no_grad(), autocast(teacher.device, precision):
             logits: Tensor = teacher(images)[-1].logits.float()
+        require_finite(logits, "the teacher", "in its logits")
         return logits
 
     return targets

@@ -27,6 +27,7 @@ from offramp.costs import Ledger
 from offramp.decoding import decode
 from offramp.evaluation.record_file import Progress, Record, header_of, kept
 from offramp.evaluation.records import agreement, learner_of, pieces, prefill_parts, require_full, shares, sure
+from offramp.finite import broken_at, not_finite
 from offramp.training.data import read_texts
 
 if TYPE_CHECKING:
@@ -135,6 +136,9 @@ def perplexity_records(
             count = len(passage.ids) - 1
             said = forced.said[row, :count].tolist()
             nats = -math.fsum(forced.log_p[row, :count].tolist())
+            if not math.isfinite(nats):
+                ids = torch.tensor([passage.ids[:-1]], device=lm.split.device)
+                raise broken_at(lm.split, ids) or not_finite(lm.name, "in the readout of an exit", lm.model.dtype)
             right = sum(a == b for a, b in zip(said, passage.ids[1:], strict=True)) / count
             theirs = said if policy is None or full is None else full[passage.id].tokens
             records.append(

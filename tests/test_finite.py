@@ -1,0 +1,147 @@
+"""A model that computes NaN or infinity is refused by all that judges, with the place; a sound one never is."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+import evaluation_runs
+from offramp import ExitPolicy, LanguageModel
+from offramp.bench import run_bench
+from offramp.calibration import Grid, Promise, calibrate
+from offramp.evaluation import evaluate
+from offramp.evaluation.perplexity import Passage, perplexity_records
+from offramp.finite import NotFiniteError, not_finite, require_finite
+from offramp.layerwise import read_layers
+from offramp.probe import probe
+from offramp.training.answers import AnswerConfig, answer_documents
+from tiny import LAYERS, tiny, tokenizer
+
+EXIT = ExitPolicy(threshold=0.2, min_layer=1)
+ALWAYS = ExitPolicy("static", min_layer=3)
+
+
+def broken(layer=3, value=math.nan, name="llama"):
+    """One weight of a block is not finite; layers count from 1."""
+    model = copy.deepcopy(tiny(name))
+    next(iter(model.model.layers[layer - 1].mlp.parameters())).data[0, 0] = value
+    return LanguageModel(model, tokenizer(), name="broken")
+
+
+def headless(value):
+    model = copy.deepcopy(tiny("llama"))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight.data[5] = value
+    return LanguageModel(model, tokenizer(), name="broken")
+
+
+PROMPT = ["w1 the sky is w2"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        None, EXIT, ALWAYS, ExitPolicy(threshold=0.2, min_layer=1, skipped="defer"),
+        ExitPolicy("static", min_layer=1, skipped="verify"), ExitPolicy(threshold=0.2, min_layer=1, vocabulary="fixed"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}, {"repetition_penalty": 1.2}])
+def test_a_broken_block_is_named(value, policy, options):
+    with pytest.raises(NotFiniteError, match=rf"NaN or infinity after layer 3 of {LAYERS}, first at token \d of seq"):
+        broken(value=value).generate(PROMPT, policy=policy, max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}])
+def test_a_broken_head_is_named(value, options):
+    with pytest.raises(NotFiniteError, match="in its readout"):
+        headless(value).generate(PROMPT, max_new_tokens=4, **options)
+
+
+def test_the_first_token_and_the_sequence_are_named():
+    model = copy.deepcopy(tiny("llama"))
+    lm = LanguageModel(model, tokenizer(), name="broken")
+    prompts = ["w21 w22 w23", "w21 w22 w23 w24 w29 w25"]
+    ids = lm.encode(prompts)["input_ids"]
+    rare = int(ids[1, -2])
+    assert int((ids == rare).sum()) == 1
+    model.model.embed_tokens.weight.data[rare] = math.nan
+    with pytest.raises(NotFiniteError, match=f"in its embeddings, first at token {ids.shape[1] - 1} of sequence 2"):
+        lm.generate(prompts, max_new_tokens=2)
+
+
+def test_what_processors_forbid_is_no_fault_of_the_model():
+    lm = LanguageModel(tiny("llama"), tokenizer(), name="sound")
+    words = [[i] for i in range(lm.vocabulary) if i != 7]
+    forced = lm.generate(PROMPT, max_new_tokens=2, bad_words_ids=words, eos_token_id=None)
+    assert forced.tokens == [[7, 7]]
+    all_of_them = LogitsProcessorList([lambda ids, scores: torch.full_like(scores, -math.inf)])
+    with pytest.raises(ValueError, match="the logits processors forbid all of them"):
+        lm.generate(PROMPT, max_new_tokens=2, logits_processor=all_of_them, do_sample=True)
+
+
+def test_a_model_may_forbid_tokens_itself():
+    out = headless(0.0).generate(PROMPT, max_new_tokens=3)
+    lm = headless(0.0)
+    lm.model.lm_head.bias = torch.nn.Parameter(torch.zeros(lm.vocabulary))
+    lm.model.lm_head.bias.data[out.tokens[0][0] + 1] = -math.inf
+    assert lm.generate(PROMPT, max_new_tokens=3).tokens[0][0] == out.tokens[0][0]
+
+
+# ---------------------------------------------------------------- wherever something is judged
+
+JUDGES = {
+    "probe": lambda lm, folder: probe(lm, PROMPT, max_new_tokens=3),
+    "probe on texts": lambda lm, folder: probe(lm, texts=PROMPT),
+    "evaluate": lambda lm, folder: evaluate(lm, evaluation_runs.TASK, evaluation_runs.examples(3), {}, folder),
+    "calibrate": lambda lm, folder: calibrate(
+        lm, evaluation_runs.TASK, evaluation_runs.examples(30), ExitPolicy(min_layer=1), Promise("f1", 0.3, 0.3),
+        folder, grid=Grid(thresholds=(0.4,)), max_new_tokens=3,
+    ),
+    "perplexity": lambda lm, folder: perplexity_records(
+        lm, [Passage("0", "0", (1, 5, 6, 7))], "full model", None, folder / "a.jsonl"
+    ),
+    "bench": lambda lm, folder: run_bench(lm, PROMPT, {}, max_new_tokens=2, repeats=1, warmup=0),
+    "answers": lambda lm, folder: answer_documents(lm, PROMPT * 2, AnswerConfig(max_new_tokens=2), folder / "a.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nothing_is_judged_by_a_broken_model(tmp_path, judge, value):
+    with pytest.raises(NotFiniteError, match=f"after layer 3 of {LAYERS}"):
+        JUDGES[judge](broken(value=value), tmp_path)
+
+
+def test_perplexity_sees_what_other_tokens_score(tmp_path):
+    """The score of the text's own token is a number; that of another is not."""
+    lm = headless(math.nan)
+    with pytest.raises(NotFiniteError, match="in its readout"):
+        perplexity_records(lm, [Passage("0", "0", (1, 6, 7, 8))], "full model", None, tmp_path / "a.jsonl")
+
+
+@torch.no_grad()
+def test_layers_are_named_where_all_are_read():
+    lm = LanguageModel(tiny("llama"), tokenizer())
+    states = torch.zeros(LAYERS, 3, lm.split.shape.width)
+    states[1, 2] = math.nan
+    with pytest.raises(NotFiniteError, match="after layer 2"):
+        read_layers(lm.split, states)
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_float16_has_a_remedy():
+    assert "load it in float32 or bfloat16" in str(not_finite("m", "after layer 1 of 2", torch.float16))
+    assert "damaged" in str(not_finite("m", "after layer 1 of 2", torch.float32))
+
+
+def test_values_are_required_to_be_finite():
+    require_finite(torch.zeros(3), "m", "in its logits")
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(NotFiniteError, match="m computes NaN or infinity in its logits"):
+            require_finite(torch.tensor([0.0, value]), "m", "in its logits")
