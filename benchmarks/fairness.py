@@ -40,7 +40,7 @@ from offramp.distillation.report import (
     worst,
 )
 from offramp.distillation.results import Result, results_in
-from offramp.metrics.seeds import paired, spread
+from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, holm, paired, spread
 from offramp.report.drawing import require_matplotlib, save_figures
 from offramp.tables import markdown
 from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
@@ -127,19 +127,12 @@ class Evidence:
     """A paired difference that a claim says is above 0."""
 
     what: str
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-    @property
-    def verdict(self) -> str:
-        """By the t interval."""
-        return "yes" if self.low > 0 else "no" if self.high < 0 else "undecided"
+    found: Paired
 
     def words(self) -> str:
         """What was compared, and the difference."""
-        return f"{self.what}: {self.mean:+.1%} ({self.low:+.1%} to {self.high:+.1%}, {self.seeds} seeds)"
+        found = self.found
+        return f"{self.what}: {found.difference.mean:+.1%} ({found.low:+.1%} to {found.high:+.1%}, {found.seeds} seeds)"
 
 
 Kind = dict[str, list[Result]]
@@ -156,8 +149,7 @@ def difference(
         [worst([r], rule or r["study"]["select"])[0] for s in seeds for r in own if r["seed"] == s]
         for own in (first, second)
     )
-    found = paired(a, b)
-    return Evidence(what, found.difference.mean, found.low, found.high, found.seeds)
+    return Evidence(what, paired(a, b, bounds=CHANGES))
 
 
 def claims(
@@ -181,8 +173,7 @@ def claims(
             return None
         table = np.array([r["exits"]["accuracy"] for r in results])  # [S, E, G]
         gap = table.max(2) - table.min(2)
-        found = paired(gap[:, 0], gap[:, -1])
-        return Evidence(key, found.difference.mean, found.low, found.high, found.seeds)
+        return Evidence(key, paired(gap[:, 0], gap[:, -1], bounds=CHANGES))
 
     taught = [(t, f"{t} teacher, at the epoch that taught", None) for t in TEACHERS]
     taught += [("erm", f"erm teacher, at the epoch that {RULE} chooses", RULE)]
@@ -228,19 +219,42 @@ def claims(
     return items
 
 
-def answer(found: Sequence[Evidence | None]) -> str:
-    """Yes if every part's interval is above 0, no if every part's is below, else undecided; of the parts that ran."""
-    ran = [part for part in found if part is not None]
-    verdicts = {part.verdict for part in ran}
-    said = verdicts.pop() if len(verdicts) == 1 else "undecided" if ran else "not run"
-    return said if len(ran) in (0, len(found)) else f"{said} ({len(ran)} of {len(found)} parts)"
+def largest_p(parts: Sequence[Evidence]) -> float:
+    """Of the parts' t tests: what shows that all parts are on one side of 0; 1 if they are not."""
+    same = len({part.found.difference.mean > 0 for part in parts}) == 1
+    tests = [part.found.t_p for part in parts]
+    return max((1.0 if p is None else p) for p in tests) if same else 1.0
+
+
+def answers(found: Sequence[tuple[str, Sequence[Evidence | None]]]) -> list[tuple[str, float | None]]:
+    """What the evidence says of claims.
+
+    Args:
+        found: Of one set.
+
+    Returns:
+        For each claim yes if all of its parts are shown to be above 0, no if all below, else undecided, of the parts that
+        ran; and its p-value, corrected by Holm's method for the claims that ran; None for one that did not.
+    """
+    ran = [[part for part in parts if part is not None] for _, parts in found]
+    corrected = iter(holm([largest_p(parts) for parts in ran if parts]))
+    said: list[tuple[str, float | None]] = []
+    for (_, all_parts), parts in zip(found, ran, strict=True):
+        if not parts:
+            said.append(("not run", None))
+            continue
+        p = next(corrected)
+        shown = "undecided" if p >= SIGNIFICANT else "yes" if parts[0].found.difference.mean > 0 else "no"
+        some = "" if len(parts) == len(all_parts) else f" ({len(parts)} of {len(all_parts)} parts)"
+        said.append((shown + some, p))
+    return said
 
 
 def claims_list(found: list[tuple[str, list[Evidence | None]]]) -> str:
     """Claims, answers and evidence."""
     lines = []
-    for claim, evidence in found:
-        lines.append(f"- {claim}: **{answer(evidence)}**")
+    for (claim, evidence), (said, p) in zip(found, answers(found), strict=True):
+        lines.append(f"- {claim}: **{said}**" + ("" if p is None else f" (Holm p {p:.3f})"))
         lines += [f"  - {part.words()}" for part in evidence if part is not None]
     return "\n".join(lines)
 
@@ -255,7 +269,7 @@ def difficulty(name: str, own: Kind) -> str:
     if not oracles or len(own["erm"]) < 2:
         return "Difficulty not judged: plain training or an oracle is missing."
     erm, oracle = worst(own["erm"], RULE), max((worst(own[key], RULE) for key in oracles), key=np.mean)
-    gain, plain = paired(oracle, erm), spread(erm)
+    gain, plain = paired(oracle, erm, bounds=CHANGES), spread(erm)
     adjusted = [
         float(
             np.dot(r["rules"][RULE]["groups"], list(r["groups"]["train"].values())) / sum(r["groups"]["train"].values())
@@ -322,9 +336,10 @@ def page(out: Path, target: Path) -> None:
         drawings[f"fair-{name}"] = partial(worst_figure, results, RULE, name)
         drawings[f"fair-{name}-exits"] = partial(exits_figure, results, name)
     save_figures(drawings, target.parent / "pictures")
-    table = {name: dict(claims(*pair)) for name, pair in found.items()}
-    first = next(iter(table.values()))
-    rows = [[claim, *(answer(table[name][claim]) for name in table)] for claim in first]
+    table = {name: claims(*pair) for name, pair in found.items()}
+    said = [answers(own) for own in table.values()]
+    names = [claim for claim, _ in next(iter(table.values()))]
+    rows = [[claim, *(own[at][0] for own in said)] for at, claim in enumerate(names)]
     head = f"""# Fair distillation, really run
 
 Made by `benchmarks/fairness.py` with offramp {offramp.__version__}, torch {torch.__version__},
@@ -332,10 +347,11 @@ Python {platform.python_version()}, {os.cpu_count()} cores. Students, teachers a
 teacher. Figures are test accuracies of the worst group, in the mean over seeds of each run's minimum, at the epoch that
 {RULE} chooses, unless said otherwise; ± is a standard deviation with S - 1 below.
 
-**Rule for answers.** A claim says that some paired difference is above 0. *Yes*: the 95 % t interval of every part lies above
-0; *no*: that of every part lies below; *undecided* otherwise, that is, no difference was shown or parts disagree. The
-variants laplace*, avcs* and nested* are our reading of arXiv 2505.01070, which does not say what it weights by. Intervals in
-these answers are not corrected for their number; the tables of methods give p-values corrected by Holm's method.
+**Rule for answers.** A claim says that some paired differences are above 0. *Yes*: all are, by t tests whose largest p-value is
+below {SIGNIFICANT:g} when corrected by Holm's method for all claims of the set that ran; *no*: all are below 0 likewise;
+*undecided* otherwise, that is, no difference was shown or parts disagree. Verdicts in the tables of methods follow Holm's p over
+the methods of a table. Intervals are of one comparison each and not corrected: one that leaves out 0 is no answer. The variants
+laplace*, avcs* and nested* are our reading of arXiv 2505.01070, which does not say what it weights by.
 
 ## Answers
 """

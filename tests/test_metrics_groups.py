@@ -15,7 +15,7 @@ from offramp.metrics.group_exits import ExitsByGroup, budgets_by_group, exits_by
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import QUANTILES, minority_rows, weight_diagnostics
 from offramp.metrics.groups import flip_rate, group_report
-from offramp.metrics.seeds import compare, holm, paired, summarise_seeds, t_interval
+from offramp.metrics.seeds import CHANGES, SHARES, compare, holm, paired, summarise_seeds, t_interval
 from offramp.metrics.selection import RULES, Epoch, Judged, LabelBudget, choices, judge, select
 from offramp.report.groups import (
     changes_table,
@@ -443,7 +443,7 @@ def test_comparisons_without_a_difference():
     same = paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert (same.t_p, same.wilcoxon_p, same.verdict) == (None, 1.0, "no difference shown")
     shifted = paired([0.6, 0.7, 0.8], [0.5, 0.6, 0.7])
-    assert (shifted.t_p, shifted.verdict) == (None, "higher")
+    assert (shifted.t_p, shifted.verdict) == (None, "not tested")  # a t test of no spread
     some = paired([0.5, 0.6, 0.9, 0.4], [0.5, 0.6, 0.7, 0.3])  # Wilcoxon leaves out the zeros, quietly
     assert some.wilcoxon_p == pytest.approx(0.5)
     with pytest.raises(ValueError, match="for two seeds or more"):
@@ -473,6 +473,40 @@ def test_compare_corrects_for_the_number_of_methods():
     assert [found[n].holm_p for n in methods] == pytest.approx(holm([found[n].t_p for n in methods]))
     table = seeds_table({n: summarise_seeds(np.c_[v, v], ["x", "y"]) for n, v in methods.items()}, found)
     assert str(table).count("|") == 8 * 5
+
+
+def test_verdicts_follow_holms_p_and_not_the_interval():
+    """Four methods of five seeds whose t tests have p = .03, .02, .6, .001: by Holm's method the last is left."""
+    reference = np.full(5, 0.5)
+    draw = np.random.default_rng(2).normal(0, 1, 5)
+    unit = (draw - draw.mean()) / draw.std(ddof=1)
+    wanted = {"a": 0.03, "b": 0.02, "c": 0.6, "d": 0.001}
+    methods = {}
+    for name, p in wanted.items():
+        t = stats.t.isf(p / 2, 4)
+        methods[name] = reference + 0.02 * (unit + t / 5**0.5) * (-1 if name == "b" else 1)
+    found = compare(methods, reference)
+    assert [found[n].t_p for n in wanted] == pytest.approx(list(wanted.values()))
+    assert found["a"].low > 0
+    assert found["b"].high < 0
+    verdicts = [found[n].verdict for n in wanted]
+    assert verdicts == ["no difference shown"] * 3 + ["higher"]
+    alone = [paired(values, reference).verdict for values in methods.values()]  # nothing to correct for
+    assert alone == ["higher", "lower", "no difference shown", "higher"]
+
+
+def test_intervals_of_shares_stay_in_their_bounds():
+    high, low = [0.99, 1.0, 0.95, 1.0], [0.02, 0.0, 0.9, 0.0]
+    assert t_interval(high)[1] > 1
+    assert t_interval(high, bounds=SHARES)[1] == 1
+    assert t_interval(high, bounds=SHARES)[0] == t_interval(high)[0]
+    free = paired(high, low)
+    found = paired(high, low, bounds=CHANGES)
+    assert free.high > 1
+    assert (found.low, found.high) == (free.low, 1)
+    assert found.t_p == free.t_p
+    assert compare({"a": high}, low, bounds=CHANGES)["a"].high == 1
+    assert all(math.isnan(end) for end in t_interval([0.5], bounds=SHARES))
 
 
 # ---------------------------------------------------------------- pictures

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.distillation import matched
 from offramp.distillation.results import (
     Result,
     budget_of,
@@ -26,15 +27,28 @@ from offramp.distillation.results import (
 )
 from offramp.files import replace_file
 from offramp.metrics.groups import SMALLEST
-from offramp.metrics.seeds import Paired, compare, spread, summarise_seeds
+from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, compare, paired, spread, summarise_seeds, together
 from offramp.metrics.selection import RULES
-from offramp.report.groups import EXITS_NOTE, TOO_FEW_NOTE, GroupTable, exits_head, exits_rows, seeds_table
+from offramp.report.groups import (
+    EXITS_NOTE,
+    PAIRED_HEAD,
+    TOO_FEW_NOTE,
+    GroupTable,
+    exits_head,
+    exits_rows,
+    paired_cells,
+    seeds_table,
+)
 
 REFERENCE = "kd"
 """What other methods with the same teacher are compared with."""
 FEW = 6
 """Methods in a printed table that has a row for each group of each method."""
 INTERVALS = "In brackets: 95 % intervals, of several seeds by t, of one by its test rows (Wilson; changes: bootstrap)."
+VERDICTS = (
+    f"Verdicts follow Holm's p (below {SIGNIFICANT:g}), which counts all methods of a table; intervals are of one "
+    "comparison each."
+)
 Methods = Mapping[str, Sequence[Result]]
 
 
@@ -73,7 +87,29 @@ def comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict
         name: worst(own, rule) for name, own in methods.items()
         if name != reference and [result["seed"] for result in own] == seeds
     }  # fmt: skip
-    return compare(figures, worst(methods[reference], rule)) if figures else {}
+    return compare(figures, worst(methods[reference], rule), bounds=CHANGES) if figures else {}
+
+
+def matched_comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict[str, tuple[str, Paired]]:
+    """Worst groups of confounded methods against plain distillation with their T and λ, where that has run.
+
+    Args:
+        methods: Results by name.
+        rule: By which epochs are chosen.
+        reference: Plain distillation.
+
+    Returns:
+        By name: what a method is compared with, and the comparison, corrected for the number of them.
+    """
+    pairs = {
+        name: match for name, match in matched.confounded(methods, reference).items()
+        if match in methods and len(methods[match]) > 1
+        and [result["seed"] for result in methods[name]] == [result["seed"] for result in methods[match]]
+    }  # fmt: skip
+    found = [
+        paired(worst(methods[name], rule), worst(methods[match], rule), bounds=CHANGES) for name, match in pairs.items()
+    ]
+    return {name: (match, result) for (name, match), result in zip(pairs.items(), together(found), strict=True)}
 
 
 # ---------------------------------------------------------------- all tables
@@ -110,7 +146,8 @@ def tables_of(methods: Methods, rule: str, most: int | None = None) -> list[Grou
         The tables, in the order of reading.
     """
     found = [
-        methods_table(methods, rule), groups_of_methods(methods, rule), changes_of_methods(methods),
+        methods_table(methods, rule), matched_table(methods, rule), groups_of_methods(methods, rule),
+        changes_of_methods(methods),
         exits_of_methods(methods, most), detection_table(methods), rules_table(methods), labels_table(methods),
     ]  # fmt: skip
     return [table for table in found if table.rows or table.notes]
@@ -122,10 +159,22 @@ def methods_table(methods: Methods, rule: str) -> GroupTable:
     for name, own in methods.items():
         names = [own[0]["groups"]["names"][g] for g in large_groups(own[0])]
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
-    table = seeds_table(summaries, comparisons(methods, rule), REFERENCE)
+    mixed = matched.confounded(methods, REFERENCE)
+    table = seeds_table(summaries, comparisons(methods, rule), REFERENCE, also=dict.fromkeys(mixed, "confounded"))
     note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds."
     cut = truncated_in([result for own in methods.values() for result in own])
-    return GroupTable("Worst group", table.head, table.rows, (f"{note} Differences are to {REFERENCE}.", *cut))
+    against = f"Differences are to {REFERENCE}. {VERDICTS}"
+    more = matched.note(methods, REFERENCE)
+    return GroupTable("Worst group", table.head, table.rows, (f"{note} {against}", *more, *cut))
+
+
+def matched_table(methods: Methods, rule: str) -> GroupTable:
+    """Confounded methods against plain distillation with the same T and λ, where that has run."""
+    rows = [
+        [name, match, *paired_cells(result)] for name, (match, result) in matched_comparisons(methods, rule).items()
+    ]
+    head = ["method", "against", *PAIRED_HEAD]
+    return GroupTable("Worst group, with the same T and λ", head, rows, (VERDICTS,) if rows else ())
 
 
 def groups_of_methods(methods: Methods, rule: str) -> GroupTable:
@@ -246,12 +295,15 @@ def summary(results: Sequence[Result], rule: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for teacher in teachers_of(results):
         methods = by_method(results, teacher)
-        against = comparisons(methods, rule)
+        against, same = comparisons(methods, rule), matched_comparisons(methods, rule)
+        mixed = matched.confounded(methods, REFERENCE)
         found[teacher or "none"] = {
             name: {
                 "seeds": [result["seed"] for result in own], "worst": worst(own, rule).tolist(),
                 "seconds": sum(result["seconds"]["wall"] for result in own),
                 "difference": None if name not in against else _difference(against[name]),
+                "confounded": name in mixed, "same_temperature_and_fraction": mixed.get(name),
+                "difference_to_same": None if name not in same else _difference(same[name][1]),
             } for name, own in methods.items()
         }  # fmt: skip
     return {"schema": "offramp/distill-summary/1", "select": rule, "teachers": found}

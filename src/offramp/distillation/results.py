@@ -17,7 +17,7 @@ from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
 from offramp.metrics.group_weights import WeightDiagnostics
 from offramp.metrics.groups import SMALLEST, GroupNumbers, GroupReport
-from offramp.metrics.seeds import t_interval
+from offramp.metrics.seeds import CHANGES, SHARES, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget
 from offramp.metrics.sets import Share, binomial
 
@@ -196,8 +196,7 @@ def mean_report(own: Sequence[Result], rule: str) -> GroupReport:
     groups = []
     for g, group in enumerate(first.groups):
         values = np.array([report.groups[g].accuracy for report in reports])
-        low, high = np.clip(t_interval(values), 0, 1)
-        share = Share(float(values.mean()), float(low), float(high))
+        share = Share(float(values.mean()), *t_interval(values, bounds=SHARES))
         nll = float(np.mean([report.groups[g].nll for report in reports]))
         groups.append(GroupNumbers(group.name, group.n, share, nll, None, None, None, None, group.small))
     adjusted = [report.adjusted for report in reports if report.adjusted is not None]
@@ -222,7 +221,7 @@ def mean_changes(own: Sequence[Result]) -> list[GroupChange]:
         return runs[0] if len(runs) == 1 else []
     found = []
     for each in zip(*runs, strict=True):
-        low, high = t_interval([change.change for change in each])
+        low, high = t_interval([change.change for change in each], bounds=CHANGES)
         before, after = (float(np.mean([getattr(change, name) for change in each])) for name in ("before", "after"))
         found.append(GroupChange(each[0].name, each[0].n, before, after, low, high))
     return found

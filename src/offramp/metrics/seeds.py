@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -79,19 +79,29 @@ def spread(values: ArrayLike) -> Spread:
     return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan"))
 
 
-def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+SIGNIFICANT = 0.05
+"""P-value below which a difference is called one."""
+SHARES, CHANGES = (0.0, 1.0), (-1.0, 1.0)
+"""What figures can be: shares, such as accuracies, and differences of two."""
+
+
+def t_interval(
+    values: ArrayLike, level: float = 0.95, bounds: tuple[float, float] | None = None
+) -> tuple[float, float]:  # fmt: skip
     """Student's t interval of a mean over seeds; its ends are NaN for one seed.
 
     Args:
         values: A figure of each run, [S].
         level: Of the interval, in (0, 1).
+        bounds: Of the figures, such as `SHARES`, which the interval does not leave; None: there are none.
 
     Returns:
         Its lower and its upper end.
     """
     found, n = spread(values), np.size(values)
     half = float(stats.t.isf((1 - level) / 2, n - 1)) * found.sd / n**0.5 if n > 1 else float("nan")
-    return found.mean - half, found.mean + half
+    low, high = np.clip([found.mean - half, found.mean + half], *(bounds or (-np.inf, np.inf)))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -118,19 +128,29 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """In words, by the t interval."""
-        if self.low > 0:
-            return "higher"
-        return "lower" if self.high < 0 else "no difference shown"
+        """In words: by Holm's p where there is one, by that of the t test of a single comparison.
+
+        An interval that leaves out 0 is no verdict where several methods were compared. Differences that are equal in
+        all seeds have no t test.
+        """
+        p = self.t_p if self.holm_p is None else self.holm_p
+        if p is None:
+            return "not tested" if abs(self.difference.mean) > 1e-12 else "no difference shown"
+        if p >= SIGNIFICANT:
+            return "no difference shown"
+        return "higher" if self.difference.mean > 0 else "lower"
 
 
-def paired(method: ArrayLike, reference: ArrayLike, level: float = 0.95) -> Paired:
+def paired(
+    method: ArrayLike, reference: ArrayLike, level: float = 0.95, bounds: tuple[float, float] | None = None
+) -> Paired:  # fmt: skip
     """Compare runs with the same seeds, data order and teacher.
 
     Args:
         method: A figure of each run, [S].
         reference: The same of the reference, [S], seeds in the same order.
         level: Of the interval, in (0, 1).
+        bounds: Of the differences, such as `CHANGES`; None: there are none.
 
     Returns:
         The difference, its interval and p-values.
@@ -148,7 +168,7 @@ def paired(method: ArrayLike, reference: ArrayLike, level: float = 0.95) -> Pair
     if not np.isfinite(differences).all():
         raise ValueError("a figure is not finite; leave out the seed in both")
     n, found = len(differences), spread(differences)
-    low, high = t_interval(differences, level)
+    low, high = t_interval(differences, level, bounds)
     alike = found.sd <= 1e-12 * max(1.0, abs(found.mean))
     t_p = None if alike else float(2 * stats.t.sf(abs(found.mean) / (found.sd / n**0.5), n - 1))
     signed = differences[np.abs(differences) > 1e-12]  # Wilcoxon: without the zeros
@@ -156,25 +176,29 @@ def paired(method: ArrayLike, reference: ArrayLike, level: float = 0.95) -> Pair
     return Paired(n, found, low, high, t_p, wilcoxon_p)
 
 
-def compare(methods: Mapping[str, ArrayLike], reference: ArrayLike, level: float = 0.95) -> dict[str, Paired]:
+def compare(
+    methods: Mapping[str, ArrayLike], reference: ArrayLike, level: float = 0.95,
+    bounds: tuple[float, float] | None = None,
+) -> dict[str, Paired]:  # fmt: skip
     """Compare several methods with one reference, p-values of the t tests corrected by Holm's method.
 
     Args:
         methods: A figure of each run of each method, [S], by name.
         reference: The same of the reference, [S].
         level: Of the intervals, which are not corrected.
+        bounds: Of the differences, as for `paired`.
 
     Returns:
         The comparisons by name.
     """
-    found = {name: paired(values, reference, level) for name, values in methods.items()}
-    tested = [name for name, result in found.items() if result.t_p is not None]
-    corrected = dict(zip(tested, holm([found[name].t_p or 0.0 for name in tested]), strict=True))
-    return {
-        name: Paired(
-            r.seeds, r.difference, r.low, r.high, r.t_p, r.wilcoxon_p, corrected.get(name)
-        ) for name, r in found.items()
-    }  # fmt: skip
+    found = together([paired(values, reference, level, bounds) for values in methods.values()])
+    return dict(zip(methods, found, strict=True))
+
+
+def together(comparisons: Sequence[Paired]) -> list[Paired]:
+    """The same comparisons, p-values of the t tests corrected for their number by Holm's method."""
+    corrected = iter(holm([found.t_p for found in comparisons if found.t_p is not None]))
+    return [replace(found, holm_p=None if found.t_p is None else next(corrected)) for found in comparisons]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

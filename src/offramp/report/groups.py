@@ -83,7 +83,8 @@ def changes_table(changes: Sequence[GroupChange]) -> GroupTable:
         ] for c in changes
     ]  # fmt: skip
     head = ["group", "n", "teacher", "student", "change (interval)", ""]
-    return GroupTable("What distillation cost each group", head, rows, ("Intervals: paired bootstrap over rows.",))
+    note = "Intervals: paired bootstrap over rows, not corrected for the number of groups."
+    return GroupTable("What distillation cost each group", head, rows, (note,))
 
 
 def exits_head(exits: ExitsByGroup) -> list[str]:
@@ -166,8 +167,20 @@ def weights_table(epochs: Mapping[int, WeightDiagnostics]) -> GroupTable:
     return GroupTable("Weights after each epoch", head, rows, tuple(notes))
 
 
+PAIRED_HEAD = ["difference (interval)", "Holm p", "verdict"]
+
+
+def paired_cells(found: Paired) -> list[str]:
+    """A comparison over seeds, for columns `PAIRED_HEAD`."""
+    interval = f"{found.difference.mean:+.1%} ({found.low:+.1%} to {found.high:+.1%})"
+    return [interval, _number(found.holm_p), found.verdict]
+
+
 def seeds_table(
-    summaries: Mapping[str, SeedSummary], comparisons: Mapping[str, Paired], reference: str | None = None
+    summaries: Mapping[str, SeedSummary],
+    comparisons: Mapping[str, Paired],
+    reference: str | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> GroupTable:
     """Methods over seeds.
 
@@ -175,28 +188,22 @@ def seeds_table(
         summaries: By method.
         comparisons: Mean of minima against a reference, by method; the reference has none.
         reference: Its name, where other methods may lack a comparison too, having run on other seeds.
+        also: What stands behind a method's verdict.
 
     Returns:
         A table.
     """
-    head = ["method", "seeds", "mean of minima", "minimum of means", "difference (interval)", "Holm p", "verdict"]
+    head = ["method", "seeds", "mean of minima", "minimum of means", *PAIRED_HEAD]
     rows = []
     for name, s in summaries.items():
         against = comparisons.get(name)
+        cells = ["", "", "reference" if reference in (None, name) else "not compared"]
+        if against is not None:
+            cells = paired_cells(against)
+            cells[-1] += f", {also[name]}" if also and name in also else ""
         rows.append(
-            [
-                name, f"{s.seeds}", _spread(s.mean_of_minima),
-                f"{s.minimum_of_means:.1%} ({s.minimum_group})",
-                *(
-                    ["", "", "reference" if reference in (None, name) else "not compared"]
-                    if against is None
-                    else [
-                        f"{against.difference.mean:+.1%} ({against.low:+.1%} to {against.high:+.1%})",
-                        _number(against.holm_p), against.verdict,
-                    ]
-                ),
-            ]
-        )  # fmt: skip
+            [name, f"{s.seeds}", _spread(s.mean_of_minima), f"{s.minimum_of_means:.1%} ({s.minimum_group})", *cells]
+        )
     return GroupTable("Worst group", head, rows)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from offramp.metrics.seeds import Paired, Spread, paired, spread
+from offramp.metrics.seeds import CHANGES, Paired, Spread, paired, spread
 from offramp.tables import markdown
 from offramp.tasks.group_sets import GroupedSet
 
@@ -85,7 +85,7 @@ def check_difficulty(
         averages.append(float(plain @ rows.double().numpy() / rows.sum()))
         erm.append(float(plain.min()))
         oracle.append(float(informed.min()))
-    gain, worst, average = paired(oracle, erm), spread(erm), spread(averages)
+    gain, worst, average = paired(oracle, erm, bounds=CHANGES), spread(erm), spread(averages)
     failures = [
         f"a group has {count} {what} rows; {least} are needed"
         for what, count, least in sorted(set(few))
