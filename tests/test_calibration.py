@@ -410,7 +410,7 @@ def test_a_threshold_that_lets_nothing_leave_costs_more_than_the_full_model_and_
     assert seen["loss"]["value"] == 0.0
     assert seen["identical"]["value"] == 1.0
     assert seen["flops_ratio"]["value"] > 1
-    assert "the full model is cheaper" in result.certificate.words()
+    assert "COSTS MORE than the full model" in result.certificate.words()
     assert {path.name for path in tmp_path.iterdir()} >= {
         "config.json", "policy.json", "result.json", "calibrate.svg", "calibrate.png", "records",
     }  # fmt: skip

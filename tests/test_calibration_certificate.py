@@ -8,9 +8,11 @@ import torch
 from typer.testing import CliRunner
 
 from offramp import ExitPolicy, LanguageModel, cli
-from offramp.calibration import Promise, calibrate, decoded, load
+from offramp.calibration import Certificate, Promise, calibrate, decoded, load
+from offramp.calibration.certificate import COSTS_MORE
 from offramp.exits import Exits
 from offramp.report import calibration_plots
+from offramp.report.pages import calibration as page
 from offramp.tasks import TASKS
 from scripted_calibration import BASE, GRID, TASK, Script, at_most, examples, model
 from tiny import tiny, tokenizer
@@ -41,7 +43,7 @@ def test_a_certificate_of_another_version_is_refused(monkeypatch, tmp_path):
     certified(monkeypatch, tmp_path)
     path = tmp_path / "policy.json"
     values = json.loads(path.read_text())
-    for change in ({"schema": "offramp/certificate/2"}, {"extra": 1}):
+    for change in ({"schema": "offramp/certificate/3"}, {"extra": 1}):
         path.write_text(json.dumps(values | {"certificate": values["certificate"] | change}))
         with pytest.raises(ValueError, match="calibrate again"):
             load(path)
@@ -209,8 +211,8 @@ def test_evaluate_warns_where_tokens_leave_elsewhere(folder, data, tmp_path):
     )  # fmt: skip
     assert "drift" not in offramp(*use).stderr  # at a threshold of 1 all tokens leave at the end, then and now
     values = json.loads((out / "policy.json").read_text())
-    values["certificate"]["exits"] = ["1:3"] * 60
-    (out / "policy.json").write_text(json.dumps(values))
+    certificate = replace(Certificate.from_dict(values["certificate"]), exits=["1:3"] * 60)
+    certificate.save(out / "policy.json")
     assert "may not apply: drift: an answer's tokens leave after layer 4.0 on average" in offramp(*use).stderr
 
 
@@ -243,3 +245,28 @@ def test_wrong_use_is_refused_in_one_line(folder, data, tmp_path):
     assert not (tmp_path / "run").exists()
     assert offramp("calibrate", folder, "--task", "poetry", "--data", data).exit_code == 2
     assert calibrated(folder, data, tmp_path / "run", "--thresholds", "high").exit_code == 2
+
+
+# ---------------------------------------------------------------- relative to what
+
+
+@pytest.mark.parametrize(("cost", "more"), [(0.5, False), (1.2, True)])
+def test_costs_are_relative_to_the_full_model_and_more_is_said(monkeypatch, tmp_path, cost, more):
+    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(decoded, "decode_records", Script(lambda policy: 0.0, cost=lambda policy: cost))
+    result = calibrate(model(), TASK, examples(200), BASE, Promise("f1", 0.1, 0.1), tmp_path, grid=GRID, resamples=20)
+    words = result.certificate.words()
+    assert f"{cost:.3f} of the full model's FLOPs, prompts included" in words
+    assert "every token read out after layer 4 of 4 and no exit tested" in words
+    assert (COSTS_MORE in words) is more
+    assert result.certificate.saves is not more
+    shown = page.page(tmp_path, json.loads((tmp_path / "result.json").read_text()))
+    assert shown.sections[0].blocks[0].mark == ("" if more else "good")
+
+
+def test_a_page_of_a_changed_certificate_is_refused(monkeypatch, tmp_path):
+    certified(monkeypatch, tmp_path)
+    values = json.loads((tmp_path / "result.json").read_text())
+    values["certificate"]["promise"]["tolerance"] = 0.001
+    with pytest.raises(ValueError, match="changed or is damaged"):
+        page.page(tmp_path, values)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -61,24 +62,44 @@ def test_without_options_the_printed_command_has_the_tasks_answer_length(run, tm
     assert printed[printed.index("--policy") + 2 :] == ["--max-new-tokens", str(settings["max_new_tokens"])]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({}, True),
-        ({"task": {"name": "prompts"}}, False),
-        ({"certified": False}, False),  # nothing is promised
-    ],
-)
-def test_generate_says_what_prompts_the_promise_is_about(run, tmp_path, change, said):
+@pytest.mark.parametrize(("task", "said"), [("question-answering", True), ("prompts", False)])
+def test_generate_says_what_prompts_the_promise_is_about(run, tmp_path, task, said):
     folder, path = run[0], tmp_path / "policy.json"
-    values = json.loads((folder / "run" / "policy.json").read_text())
-    certificate = values["certificate"]
-    certificate["conditions"]["task"] |= change.get("task", {})
-    certificate["certified"] = change.get("certified", True)
-    path.write_text(json.dumps(values))
+    certificate = load(folder / "run" / "policy.json")
+    conditions = {**certificate.conditions, "task": {**certificate.conditions["task"], "name": task}}
+    replace(certificate, conditions=conditions).save(path)
     used = offramp("generate", folder / "model", "why ?", "--policy", path, "--max-new-tokens", 2)
     assert used.exit_code == 0, used.output
     assert ("the certificate is about" in used.stderr) == said
+
+
+def test_where_the_promise_would_say_nothing_the_command_says_so_and_nothing_is_said_of_its_use(run, tmp_path):
+    """The model's answers share no word with the references, so every policy loses nothing."""
+    folder = run[0]
+    rows = [{"context": f"w{i} sky", "question": "why ?", "answers": {"text": ["nobody says so"]}} for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = offramp(
+        "calibrate", folder / "model", "--task", "question-answering", "--data", tmp_path / "data.jsonl", "--tolerance",
+        0.3, "--failure", 0.3, "--max-new-tokens", 3, "--thresholds", "0", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    assert "NOTHING CERTIFIED" in said.stderr
+    assert "the promise would say nothing" in said.stderr
+    assert "every policy would keep such a promise" in said.stdout
+    used = offramp("generate", folder / "model", "why ?", "--policy", tmp_path / "run" / "policy.json")
+    assert used.exit_code == 0, used.output
+    assert "the certificate is about" not in used.stderr
+
+
+def test_a_changed_certificate_is_one_clear_error(run, tmp_path):
+    folder, path = run[0], tmp_path / "policy.json"
+    values = json.loads((folder / "run" / "policy.json").read_text())
+    values["certificate"]["promise"]["failure"] = 0.001
+    path.write_text(json.dumps(values))
+    used = offramp("generate", folder / "model", "why ?", "--policy", path)
+    assert used.exit_code == 1
+    assert "the certificate was changed or is damaged: " in str(used.exception)
+    assert "follows from its losses" in str(used.exception)
 
 
 def test_perplexity_is_another_task_than_any_certificates(run, tmp_path):

@@ -27,10 +27,12 @@ import torch
 import transformers
 
 from offramp import __version__
-from offramp.calibration.certificate import Certificate, conditions_of
+from offramp.calibration.certificate import Certificate, conditions_of, reference_of
 from offramp.calibration.decoded import Decoded
 from offramp.calibration.drift import packed
 from offramp.calibration.estimates import estimate, units
+from offramp.calibration.evidence import changes
+from offramp.calibration.evidence import packed as packed_losses
 from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, path_of, settings_of
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.result import CONFIG, Calibration
@@ -198,7 +200,14 @@ def _certificate(
 ) -> Certificate:  # fmt: skip
     chosen = None if outcome.selected is None else choices[outcome.selected]
     tests = [
-        {"name": choices[test.setting].name, "knob": choices[test.setting].knob, **asdict(test)}
+        {
+            "name": choices[test.setting].name,
+            "knob": choices[test.setting].knob,
+            "changes": changes(_json(choices[test.setting].policy.to_dict()), asked["base"]),
+            **asdict(test),
+            "cost": decoded.cost(CERTIFICATION, choices[test.setting]) if test.passed else None,
+            "losses": packed_losses(units(decoded, CERTIFICATION, choices[test.setting], promise, seed)),
+        }
         for test in outcome.tests
     ]
     n = len(units(decoded, CERTIFICATION, None, promise, seed))
@@ -215,7 +224,7 @@ def _certificate(
     return Certificate(
         certified=chosen is not None,
         promise=promise,
-        policy=json.loads(json.dumps((NEVER if chosen is None else chosen.policy).to_dict())),
+        policy=_json((NEVER if chosen is None else chosen.policy).to_dict()),
         order=asked["order"],
         n=n,
         splits=asked["splits"],
@@ -231,8 +240,14 @@ def _certificate(
         estimates=estimates,
         versions={"offramp": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         room=asdict(room),
+        reference=reference_of(decoded.lm.num_layers),
         exits=_exits(decoded, chosen, promise),
     )
+
+
+def _json(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def _exits(decoded: Decoded, chosen: Setting | None, promise: Promise) -> list[str] | None:

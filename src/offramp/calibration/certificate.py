@@ -15,17 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.calibration.drift import Drift, unpacked
+from offramp.calibration.evidence import require_evidence
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.room import Room
 from offramp.exits import fingerprint
 from offramp.files import write_json
 from offramp.policy import ExitPolicy
+from offramp.uncertainty.fingerprint import of as digest
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
     from offramp.tasks import Task
 
-SCHEMA = "offramp/certificate/1"
+SCHEMA = "offramp/certificate/2"
+EARLIER = "offramp/certificate/1"
+"""Kept no losses, so that nothing follows from what is in it; it is read, and applies to nothing."""
+KEYS = frozenset(("model", "weights", "dtype", "exits", "chat_template", "task", "settings", "batch_size"))
+"""Of `conditions`."""
+
+
+COSTS_MORE = "THE POLICY COSTS MORE than the full model, which loses nothing: use that"
+OF_EARLIER = "it is of an earlier version, which did not keep the losses that a promise follows from; calibrate again"
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class Certificate:
         seed: Of the splits and of the order of draws.
         base: The policy whose open values the grid filled in.
         grid: What was tried.
-        tests: The settings that were looked at, in their order: name, policy values, mean loss, p-value, passed.
+        tests: The settings that were looked at, in their order: name, value on the grid (`knob`), what their policies
+            change of the base, mean loss, p-value, passed, cost (FLOPs over the full model's) of those that passed, and
+            the losses, packed (`offramp.calibration.evidence`).
         selected: Which of them was chosen; None: none.
         level: At which each sequence was tested.
         needed: If nothing is certified, about how many draws would certify one of the settings that were looked at, if
@@ -55,6 +67,7 @@ class Certificate:
             part "test", which nothing was chosen by, also an upper limit of the mean loss by the promise's bound.
         versions: Of offramp, torch and transformers.
         room: What there was to lose (`offramp.calibration.room.Room`), as JSON values; None in earlier versions.
+        reference: What losses and costs are relative to.
         exits: Where the tokens of each answer left (`offramp.calibration.drift.packed`), for `drift`: of the held-out
             part, or without one of the certification part. None: nothing was certified, prompts of one group may be
             alike, or the certificate is of an earlier version.
@@ -78,34 +91,65 @@ class Certificate:
     estimates: dict[str, Any]
     versions: dict[str, str]
     room: dict[str, Any] | None = None
+    reference: str = "the full model"
     exits: list[str] | None = None
 
     # ------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; conformal risk control has no failure probability."""
-        values = {"schema": SCHEMA, **asdict(self)}
+        """JSON values, with a digest; conformal risk control has no failure probability."""
+        values = {"schema": SCHEMA if self.keeps_losses else EARLIER, **asdict(self)}
         if self.promise.bound == CRC:
             values["promise"]["failure"] = values["level"] = None
-        return values
+        return {**values, "digest": digest(_json(values), ())}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`. Whatever the certificate says is worked out again from what is in it.
 
         Returns:
             The certificate.
 
         Raises:
-            ValueError: It is none, or one of another version.
+            ValueError: It is none, one of another version, damaged, or says something else than follows from its
+                losses.
         """
-        names = {field.name for field in fields(cls)}
-        if values.get("schema") != SCHEMA or {*values, "exits", "room"} != names | {"schema"}:
+        schema = values.get("schema") if isinstance(values, Mapping) else None
+        if schema not in (SCHEMA, EARLIER):
             raise ValueError(f"this is no certificate of schema {SCHEMA!r}, or one of another version; calibrate again")
+        try:
+            certificate = cls._read(values)
+            if schema == SCHEMA:
+                require_evidence(certificate)
+                if certificate.to_dict() != dict(values):
+                    raise ValueError("it is not what was written")
+            certificate.words(), certificate.drift()  # whatever else is wanted of it is there
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"the certificate was changed or is damaged: {' '.join(what.split())}; calibrate again, or remove "
+                '"certificate" from the file to use its policy without a promise'
+            ) from error
+        return certificate
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> Certificate:
+        """Of the right fields."""
+        have, names = set(values) - {"schema", "digest"}, {field.name for field in fields(cls)}
+        optional = {"exits", "room", "reference"} if values["schema"] == EARLIER else set[str]()
+        if have - names or names - have - optional:
+            raise ValueError(f"fields are missing or unknown: {', '.join(sorted(have ^ names))}")
         promise = {name: value for name, value in values["promise"].items() if (name, value) != ("failure", None)}
-        given: dict[str, Any] = {name: values.get(name) for name in names} | {"promise": Promise(**promise)}
+        given = {name: values[name] for name in have} | {"promise": Promise(**promise)}
         given["level"] = given["promise"].failure if given["level"] is None else given["level"]
+        if set(given["conditions"]) != KEYS:
+            raise ValueError(f"conditions are {', '.join(map(str, given['conditions']))}")
         return cls(**given)
+
+    @property
+    def keeps_losses(self) -> bool:
+        """Whether the statement follows from what is kept; it does not in the first version."""
+        return self.room is not None and all("losses" in test for test in self.tests)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy and, beside it, this certificate: a file for `ExitPolicy.load` and for `--policy`."""
@@ -138,7 +182,7 @@ class Certificate:
             early = policy is not None and policy.threshold is not None
             return ["nothing was certified, but the policy lets tokens leave early"] if early else []
         have, now = self.conditions, conditions_of(lm, task, settings, batch_size)
-        reasons = []
+        reasons = [] if self.keeps_losses else [OF_EARLIER]
         for name, what in (
             ("weights", f"the model's weights are not those of {have['model']}"),
             ("exits", "the trained exits are others, or missing, or not wanted"),
@@ -235,10 +279,16 @@ class Certificate:
         limit = f", at most {seen['upper']:.3g} with confidence {1 - self.promise.failure:g}" if "upper" in seen else ""
         mean = "mean loss" if self.promise.unit == "prompt" else "mean of their groups' mean losses"
         text = f"On the {seen['examples']} {where} prompts the {mean} was {loss['value']:.3g}{limit}, at "
-        text += f"{flops['value']:.3f} of the full model's FLOPs"
+        text += f"{flops['value']:.3f} of the full model's FLOPs, prompts included"
         if flops["low"] is not None:
             text += f" ({flops['low']:.3f} to {flops['high']:.3f})"
-        return text + ("." if flops["value"] < 1 else ": it costs more than it saves, the full model is cheaper.")
+        return f"{text}." if self.saves else f"{text}: {COSTS_MORE}."
+
+    @property
+    def saves(self) -> bool:
+        """Whether the policy was certified and costs fewer FLOPs than the full model, on the held-out part if any."""
+        seen = self.estimates.get("test", self.estimates["certification"])
+        return self.certified and bool(seen["flops_ratio"]["value"] < 1)
 
     def _scope(self) -> str:
         c = self.conditions
@@ -247,7 +297,7 @@ class Certificate:
         return (
             f"It is about prompts on average, not about each, and only for {c['model']} (weights {c['weights'][:12]}) "
             f"in {c['dtype']} {exits}, {c['task']['name']}, answers of at most {tokens} tokens, {c['batch_size']} at a "
-            "time."
+            f"time. Losses and costs are relative to {self.reference}."
         )
 
     def _nothing(self) -> str:
@@ -280,11 +330,25 @@ def load(path: str | os.PathLike[str]) -> Certificate | None:
         The certificate; None if the policy has none.
 
     Raises:
-        ValueError: The file is no policy, or its certificate is of another version.
+        ValueError: The file is no policy, or its certificate is of another version, damaged, or says something else
+            than follows from its losses.
     """
     ExitPolicy.load(path)
     values = json.loads(Path(path).read_text(encoding="utf-8"))
-    return Certificate.from_dict(values["certificate"]) if "certificate" in values else None
+    if "certificate" not in values:
+        return None
+    try:
+        return Certificate.from_dict(values["certificate"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def reference_of(num_layers: int) -> str:
+    """What losses and costs are relative to, in words."""
+    return (
+        "the full model: the same weights, prompts and settings, with every token read out after layer "
+        f"{num_layers} of {num_layers} and no exit tested"
+    )
 
 
 def conditions_of(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.calibration.decoded import Decoded
+from offramp.calibration.evidence import packed
 from offramp.calibration.grid import Setting
 from offramp.calibration.promise import Promise
 from offramp.evaluation.bootstrap import Bootstrap
@@ -49,7 +50,7 @@ def estimate(
         resamples: Their number.
 
     Returns:
-        JSON values.
+        JSON values; `losses` are those of each draw, packed (`offramp.calibration.evidence`).
     """
     full, records = decoded.of(part, None), decoded.of(part, setting)
     bootstrap = Bootstrap([record.group for record in full], resamples=resamples, seed=seed)
@@ -63,4 +64,5 @@ def estimate(
     else:
         loss = bootstrap.mean(promise.losses(records, full).tolist())
     upper = {"upper": promise.upper_limit(values)} if unseen and setting is not None else {}
-    return {"examples": len(full), "loss": asdict(loss), **upper, **{name: summary[name] for name in KEPT}}
+    kept = {name: summary[name] for name in KEPT}
+    return {"examples": len(full), "loss": asdict(loss), **upper, "losses": packed(values), **kept}

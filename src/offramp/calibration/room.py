@@ -45,6 +45,11 @@ class Room:
         """Whether a worthless policy would break the promise, as far as these prompts can tell."""
         return self.p_value <= promise.failure
 
+    @staticmethod
+    def tested(mean: float, n: int, promise: Promise) -> float:
+        """The p-value of "the mean room of new prompts is at most the tolerance", from that of n draws."""
+        return hoeffding_bentkus(np.full(n, 1 - mean), 1 - promise.tolerance)
+
     def words(self, promise: Promise) -> str:
         """What there is to lose, in one sentence."""
         p = promise
@@ -101,10 +106,11 @@ def room_of(promise: Promise, full: Sequence[Record], examples: Sequence[Example
         scores = np.array([record.scores[promise.metric] for record in full])
         most = scores if promise.margin is None else (scores > promise.margin).astype(float)
     units = promise.units(most, [record.group for record in full], seed)
+    mean = float(units.mean())
     return Room(
-        mean=float(units.mean()),
+        mean=mean,
         none=float((most <= 0).mean()),
         unread=float((~read).mean()),
-        p_value=hoeffding_bentkus(1 - units, 1 - promise.tolerance),
+        p_value=Room.tested(mean, len(units), promise),
         tokeniser=tokenisers([promise.metric], [text for some in texts for text in some]).get(promise.metric),
     )

@@ -134,6 +134,7 @@ def calibrate(
     import offramp
     from offramp.calibration import Grid, Promise
     from offramp.calibration import calibrate as run
+    from offramp.calibration.certificate import COSTS_MORE
     from offramp.evaluation.processes import state_of
     from offramp.policy import ExitPolicy
     from offramp.tasks import read_examples, take
@@ -168,6 +169,8 @@ def calibrate(
         typer.echo(result.table())
     if not result.certificate.certified:
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({_why(result.certificate)})")
+    elif not result.certificate.saves:
+        o.note(COSTS_MORE)
     room = asked.max_new_tokens if max_new_tokens is None else max_new_tokens
     use = ["offramp", "generate", model, "--policy", str(folder / "policy.json"), "--max-new-tokens", str(room)]
     use += [] if exits is None else ["--exits", exits]
