@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.custom_generate import EarlyExitOutput
+from offramp.families.block_calls import cache_name
 from tiny import LAYERS, greedy, inputs_for, tiny
 
 POLICY = ExitPolicy(threshold=0.2, min_layer=1)
@@ -74,11 +82,24 @@ def test_beams_are_refused(options):
 
 def test_a_filled_cache_is_refused():
     model, inputs = tiny("llama"), inputs_for("llama")
+    name = cache_name(model.forward)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(inputs["input_ids"][:, :4], past_key_values=cache)
-    with pytest.raises(ValueError, match="filled past_key_values cannot be continued"):
-        model.generate(**inputs, max_new_tokens=3, past_key_values=cache, custom_generate=POLICY.custom_generate())
+        model(inputs["input_ids"][:, :4], **{name: cache})
+    with pytest.raises(ValueError, match=f"filled {name} cannot be continued"):
+        model.generate(**inputs, max_new_tokens=3, **{name: cache}, custom_generate=POLICY.custom_generate())
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_filled_cache_is_refused_under_the_name_of_any_release(name):
+    model = tiny("llama")
+    cache = DynamicCache(config=model.config)
+    ids = inputs_for("llama")["input_ids"]
+    config = GenerationConfig(max_length=20)
+    POLICY.custom_generate()(model, ids, [], StoppingCriteriaList(), config, **{name: cache})  # an empty one is fine
+    cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
+    with pytest.raises(ValueError, match=f"filled {name} cannot be continued"):
+        POLICY.custom_generate()(model, ids, [], StoppingCriteriaList(), config, **{name: cache})
 
 
 def test_embeddings_instead_of_ids_are_refused():

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from offramp import ExitPolicy, LanguageModel, SplitModel, UnsupportedModelError
 from offramp.costs import Ledger
 from offramp.families import FAMILIES as SUPPORTED
 from offramp.families import run_block
+from offramp.families.block_calls import cache_name
 from offramp.skipping import Defer, Propagate
 from offramp.state import Skipped
 from tiny import (
@@ -129,6 +131,35 @@ def test_a_whole_pass_can_be_edited(name):
     _, (_, logits) = whole_pass(name, short)
     for state in states[1:]:
         torch.testing.assert_close(split.readout(state), logits, atol=2e-5, rtol=1e-5)
+
+
+def of_another_release(function, name):
+    """A function of transformers as another release has it: it knows the cache by one name, and no other."""
+    own = cache_name(function)
+
+    def newer(*args, cache, **kwargs):
+        assert "past_key_values" not in kwargs
+        return function(*args, **kwargs, **{own: cache})
+
+    def older(*args, past_key_values, **kwargs):
+        assert "cache" not in kwargs
+        return function(*args, **kwargs, **{own: past_key_values})
+
+    return {"cache": newer, "past_key_values": older}[name]
+
+
+@pytest.mark.parametrize("cache", ["cache", "past_key_values"])
+def test_releases_that_know_the_cache_by_one_name_only(name, cache, monkeypatch):
+    policy = ExitPolicy(threshold=0.15, min_layer=1, skipped="verify")
+    expected = greedy(tiny(name), inputs_for(name), NEW).tolist()
+    model = copy.deepcopy(tiny(name))
+    for block in SplitModel(model).blocks:
+        monkeypatch.setattr(block, "forward", of_another_release(block.forward, cache))
+    for kind, build in list(LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.items()):
+        if kind in ("full_attention", "sliding_attention"):
+            monkeypatch.setitem(LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, kind, of_another_release(build, cache))
+    got = LanguageModel(model).generate(inputs_for(name), policy=policy, max_new_tokens=NEW)
+    assert got.sequences.tolist() == expected
 
 
 def test_a_failed_pass_leaves_no_hooks():

@@ -129,9 +129,10 @@ def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         value = getattr(config, name, None)
         if value and not (name == "guidance_scale" and value == 1):
             raise ValueError(f"{name} is {value}; this is not supported with early exits, leave it away")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("a filled past_key_values cannot be continued with early exits; pass the whole prompt instead")
+    for name in ("cache", "past_key_values"):  # since transformers 5.24, and until then
+        cache = kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"a filled {name} cannot be continued with early exits; pass the whole prompt instead")
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
 

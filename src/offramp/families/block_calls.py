@@ -5,6 +5,9 @@ What all blocks of a kind share is computed once per frame and kept in its memo.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +17,31 @@ from offramp.state import Context, Frame
 
 if TYPE_CHECKING:
     from offramp.families.split_model import SplitModel
+
+
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24, until then, in GPT-NeoX
+
+
+def cache_name(*functions: Callable[..., Any]) -> str:
+    """What transformers calls the argument that takes the cache: it differs between releases and between models.
+
+    Asked of signatures and not of version numbers, since a deprecated name is accepted for a while, with a warning.
+
+    Args:
+        functions: The first one that names a cache decides; a wrapper that takes anything does not name one.
+
+    Returns:
+        A parameter's name.
+    """
+    for function in functions:
+        parameters = inspect.signature(function).parameters
+        for name in _CACHE_NAMES:
+            if name in parameters:
+                return name
+    return _CACHE_NAMES[0]
+
+
+_builders_cache_name = cache(cache_name)  # only ever asked of transformers' own functions, so nothing is kept alive
 
 
 def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
@@ -29,8 +57,8 @@ def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, conte
     Returns:
         States, [A, n, D].
     """
-    cache: Any = context.cache.layers[index]
-    cache.rows, cache.length = frame.rows, frame.start
+    layer_cache: Any = context.cache.layers[index]
+    layer_cache.rows, layer_cache.length = frame.rows, frame.start
     kind = split.types[index]
     block, mask = split.blocks[index], _mask(split, kind, index, hidden, frame, context)
     if split.family.cross is None:
@@ -38,15 +66,15 @@ def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, conte
             hidden,
             attention_mask=mask,
             position_ids=_positions(frame, context),
-            past_key_values=context.past,
             position_embeddings=_rope(split, kind, hidden, frame, context),
+            **{split.cache_name: context.past},
         )
     _prepare_cross(split, index, frame, context)
     arguments = {
         "attention_mask": mask,
         "encoder_hidden_states": context.memory,
         "encoder_attention_mask": _cross_mask(split, hidden, frame, context),
-        "past_key_values": context.past,
+        split.cache_name: context.past,
     }
     if split.name in ("t5", "mt5"):
         return block(hidden, position_bias=_bias(split, frame), **arguments)[0]  # type: ignore[no-any-return]
@@ -56,14 +84,14 @@ def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, conte
 def _prepare_cross(split: SplitModel, index: int, frame: Frame, context: Context) -> None:
     """Cross-attention keys and values, for all rows, at the first visit of a block."""
     past: Any = context.past
-    cache = past.cross_attention_cache.layers[index]
+    layer_cache = past.cross_attention_cache.layers[index]
     if index not in context.crossed:
         assert split.family.cross is not None
         assert context.memory is not None
-        cache.update(*split.family.cross(split.blocks[index], context.memory))
+        layer_cache.update(*split.family.cross(split.blocks[index], context.memory))
         past.is_updated[index] = True
         context.crossed.append(index)
-    cache.rows = frame.rows
+    layer_cache.rows = frame.rows
 
 
 def _mask(split: SplitModel, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
@@ -76,9 +104,9 @@ def _mask(split: SplitModel, kind: str, index: int, hidden: Tensor, frame: Frame
             config=split.config,
             inputs_embeds=hidden,
             attention_mask=padding,
-            past_key_values=context.cache,
             position_ids=_positions(frame, context),
             layer_idx=index,
+            **{_builders_cache_name(build): context.cache},
         )
     return frame.memo["mask", kind]
 

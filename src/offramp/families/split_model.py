@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
 
 from offramp.cache import LayerCache
-from offramp.families.block_calls import rotation, run_block
+from offramp.families.block_calls import cache_name, rotation, run_block
 from offramp.families.table import FAMILIES
 from offramp.module_sizes import model_shape
 from offramp.state import Context, Frame, HeadRows, Skipped, State
@@ -65,6 +65,7 @@ class SplitModel:
             ) from error
         self.blocks: list[Any] = list(getattr(self.decoder, self.family.layers))
         self.num_layers = len(self.blocks)
+        self.cache_name = cache_name(self.blocks[0].forward, self.decoder.forward)
         self.is_encoder_decoder = self.family.cross is not None
         places = {p.device for p in model.parameters()}
         if len(places) > 1 or torch.device("meta") in places:
