@@ -61,8 +61,10 @@ def comparisons(evaluation: Evaluation, folder: Path) -> tuple[list[str], list[l
     return head, rows
 
 
-def shown(interval: Interval, digits: int, scale: float = 1, sign: str = "") -> str:
-    """A value with its ends."""
+def shown(interval: Interval | None, digits: int, scale: float = 1, sign: str = "") -> str:
+    """A value with its ends; a dash where there is none to be compared."""
+    if interval is None:
+        return "–"
     value, *ends = (
         "?" if end is None else f"{scale * end:{sign}.{digits}f}"
         for end in (interval.value, interval.low, interval.high)

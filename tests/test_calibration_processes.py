@@ -12,6 +12,9 @@ from offramp.evaluation import read_records
 JOBS = calibration_runs.JOBS
 
 
+UNTIMED = {"seconds": 0, "prompt_seconds": 0, "round": 0}
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
@@ -22,7 +25,7 @@ def two(tmp_path_factory):
 
 def records(folder):
     found = {path.relative_to(folder): read_records(path) for path in folder.rglob("*.jsonl")}
-    return {name: (header, [replace(r, seconds=0) for r in some]) for name, (header, some) in found.items()}
+    return {name: (header, [replace(r, **UNTIMED) for r in some]) for name, (header, some) in found.items()}
 
 
 @pytest.mark.parametrize("job", JOBS)

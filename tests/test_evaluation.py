@@ -11,11 +11,21 @@ from typer.testing import CliRunner
 import evaluation_runs
 import two_processes
 from evaluation_runs import POLICIES, SHORT, examples, model
-from offramp import ExitPolicy, Exits, cli
-from offramp.evaluation import document_arms, evaluate, grid, read_records, static_arms, static_sweep, sweep_layers
+from offramp import ExitPolicy, Exits, LanguageModel, cli
+from offramp.evaluation import (
+    document_arms,
+    evaluate,
+    grid,
+    read_records,
+    records,
+    static_arms,
+    static_sweep,
+    sweep_layers,
+)
 from offramp.files import write_json
 from offramp.report import drawing
 from offramp.tasks import TASKS, Example
+from test_brute_force import lively
 from tiny import LAYERS, tiny, tokenizer
 
 NAMES = ["full-model", "static-2", "softmax"]
@@ -34,7 +44,8 @@ def _undrawn(monkeypatch):
 
 def timeless(folder):
     files = {path.name: read_records(path) for path in (folder / "records").iterdir()}
-    return {name: (header, [replace(r, seconds=0) for r in records]) for name, (header, records) in files.items()}
+    same = {"seconds": 0, "prompt_seconds": 0, "round": 0}
+    return {name: (header, [replace(r, **same) for r in records]) for name, (header, records) in files.items()}
 
 
 def test_a_folder_with_everything(run):
@@ -99,13 +110,109 @@ def test_more_processes_than_examples(tmp_path, monkeypatch):
 
     calls = []
 
-    def answer(part, path):
-        calls.append((len(part), path.name))
-        return []
+    def answer(part, paths):
+        calls.append((len(part), paths["arm"].name))
+        return {"arm": []}
 
     state = SimpleNamespace(process_index=2, num_processes=3, is_main_process=False, wait_for_everyone=lambda: None)
-    shared(state, tmp_path / "arm", examples(2), 1, answer)
+    shared(state, {"arm": tmp_path / "arm"}, examples(2), 1, answer)
     assert calls == [(2, "arm.jsonl")]
+
+
+# ---------------------------------------------------------------- turns
+
+
+def rounds(folder):
+    """Of each arm, when the rounds of its records began, in the order of the examples."""
+    paths = (folder / "records").iterdir()
+    return {path.name.removesuffix(".jsonl"): [r.round for r in read_records(path)[1]] for path in paths}
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_arms_take_turns_in_another_order_each_time(tmp_path, monkeypatch):
+    """No arm answers its second example before all have answered their first, and none is always the first."""
+    calls, answer = [], records.TaskArm.answer
+    monkeypatch.setattr(
+        records.TaskArm, "answer", lambda arm, batch: calls.append((batch[0].id, arm.name)) or answer(arm, batch)
+    )
+    result = evaluation_runs.run(tmp_path, count=12)
+    played = [calls[at : at + 3] for at in range(0, len(calls), 3)]
+    assert [{example for example, _ in turn} for turn in played] == [{f"q{i}"} for i in range(12)]
+    assert [{arm for _, arm in turn} for turn in played] == [{"full model", "static 2", "softmax"}] * 12
+    assert {turn[0][1] for turn in played} == {"full model", "static 2", "softmax"}
+    full, *others = rounds(tmp_path).values()
+    assert len(set(full)) == 12
+    assert others == [full, full]
+    assert all(arm.seconds_ratio is not None for arm in result.arms)
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_an_arm_that_came_later_has_no_seconds_to_compare(tmp_path):
+    evaluation_runs.run(tmp_path)
+    result = evaluation_runs.run(tmp_path, static_layers=(2, 3))
+    assert [arm.name for arm in result.arms if arm.seconds_ratio is None] == ["static 3"]
+    assert result.arm("static 3").seconds_per_token_ratio is None
+    assert result.arm("static 3").flops_per_token_ratio.value < 1
+    assert "static 3" not in result.front("seconds_ratio")
+    found = rounds(tmp_path)
+    assert not set(found["static-3"]) & set(found["full-model"])
+
+
+@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.parametrize("calls", [4, 8, 13])
+def test_stopped_anywhere_it_goes_on_to_the_same_records(run, tmp_path, monkeypatch, calls):
+    """A round that is broken off is made anew, all of it, so that its seconds compare."""
+    answer, left = records.TaskArm.answer, [calls]
+
+    def stopped(arm, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return answer(arm, batch)
+
+    monkeypatch.setattr(records.TaskArm, "answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation_runs.run(tmp_path)
+    assert {len(found) for found in rounds(tmp_path).values()} == {calls // 3}
+    left[0] = 99
+    result = evaluation_runs.run(tmp_path)
+    assert timeless(tmp_path) == timeless(run[0])
+    assert all(arm.seconds_ratio is not None for arm in result.arms)
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_files_that_stop_at_different_examples_go_on_too(run, tmp_path):
+    """As a kill between two files leaves them, and half a line."""
+    evaluation_runs.run(tmp_path)
+    for name, kept in (("full-model", 3), ("softmax", 1)):
+        path = tmp_path / "records" / f"{name}.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[: 1 + kept]) + lines[1 + kept][:30])
+    result = evaluation_runs.run(tmp_path)
+    assert timeless(tmp_path) == timeless(run[0])
+    found = rounds(tmp_path)
+    together = {
+        name: [a == b for a, b in zip(found["full-model"], found[name], strict=True)]
+        for name in ("static-2", "softmax")
+    }
+    assert together == {"static-2": [True] * 3 + [False] * 2, "softmax": [True] + [False] * 2 + [True] * 2}
+    assert result.arm("static 2").seconds_ratio is not None  # over the three
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_policies_that_learn_take_turns_without_learning_from_each_other(tmp_path, monkeypatch):
+    """Two names of one policy, one threshold object: each goes on from what it had learnt itself."""
+    lm = LanguageModel(lively("llama"), tokenizer(), name="tiny")
+    free = ExitPolicy(threshold=0.15, min_layer=3, skipped="defer", adaptive=True)
+    options = {"static_layers": (2,), "max_new_tokens": 20, "settings": {"min_new_tokens": 20}, "resamples": 20}
+    evaluate(lm, evaluation_runs.TASK, examples(8), {"a": free, "b": free}, tmp_path / "both", **options)
+    evaluate(lm, evaluation_runs.TASK, examples(8), {"a": free}, tmp_path / "one", **options)
+    a, b, alone = (
+        [(r.tokens, r.learnt) for r in read_records(tmp_path / run / "records" / f"{arm}.jsonl")[1]]
+        for run, arm in (("both", "a"), ("both", "b"), ("one", "a"))
+    )
+    assert a == b == alone
+    assert len({learnt["value"] for _, learnt in a}) > 1
 
 
 # ---------------------------------------------------------------- arms
@@ -125,8 +232,13 @@ def test_static_exits_have_the_prompts_of_the_policies_beside_them(tmp_path):
     arms = {"softmax": ExitPolicy(threshold=0.1, min_layer=2, prompt_layer=2)}
     result = evaluate(lm, evaluation_runs.TASK, examples(2), arms, tmp_path, max_new_tokens=SHORT, resamples=20)
     assert [arm.name for arm in result.arms] == [
-        "full model", "static 2", "static 3", "static 3, prompt to 2", "softmax"
+        "full model", "static 2", "static 3", "static 3, prompt to 2", "prompt to 2", "softmax"
     ]  # fmt: skip
+    baseline = result.arm("prompt to 2")  # its own prompt, no exits
+    assert baseline.exit_layer.value == LAYERS
+    assert baseline.flops_per_token_ratio.value == pytest.approx(1)
+    assert baseline.flops_ratio.value < 1
+    assert baseline.name not in [found.arm for found in result.findings()]
     whole, short = (result.arm(f"static 3{prompt}") for prompt in ("", ", prompt to 2"))
     assert short.is_static
     assert short.flops_ratio.value < whole.flops_ratio.value

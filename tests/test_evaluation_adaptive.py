@@ -42,7 +42,7 @@ def scores(lm, folder, policy=FREE, name="free", *, given=None, **options):
 
 
 def timeless(records):
-    return [replace(record, seconds=0.0) for record in records]
+    return [replace(record, seconds=0.0, prompt_seconds=0.0, round=0.0) for record in records]
 
 
 def taus(records):

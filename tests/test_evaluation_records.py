@@ -25,7 +25,7 @@ def records(path, policy=None, full=None, *, name="llama", count=5, lm=None, **o
 
 
 def timeless(records):
-    return [replace(record, seconds=0.0) for record in records]
+    return [replace(record, seconds=0.0, prompt_seconds=0.0, round=0.0) for record in records]
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.evaluation import Bootstrap, Record, summarise
+from offramp.evaluation import Bootstrap, Interval, Record, summarise
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.result import Evaluation
 
 WORDS = "the a cat dog sat on mat barks loud here there hello my friend".split()
-STATIC = {"confidence": "static"}
+STATIC, SOFTMAX = ({"confidence": name, "threshold": 0.9} for name in ("static", "softmax"))
 
 
 def record(index, draw, arm="arm", *, depth=4, **changes):
@@ -27,7 +28,8 @@ def record(index, draw, arm="arm", *, depth=4, **changes):
             "tokens": tokens, "exit_layers": [draw.randint(1, depth) for _ in tokens],
             "scores": {"bleu": draw.random(), "chrf": draw.random()}, "agreement": draw.random(),
             "same": draw.random() < 0.5, "flops": sum(parts.values()), "bytes": draw.randint(5, 50),
-            "seconds": draw.random(), "parts": parts, **changes,
+            "seconds": 1 + draw.random(), "prompt_seconds": draw.random(), "round": float(index),
+            "parts": parts, **changes,
         }
     )  # fmt: skip
 
@@ -66,7 +68,9 @@ def test_against_itself_an_arm_is_certain(count, seed):
     full = arms(count, seed)[1]
     s = summary(full, full)
     assert all((i.value, i.low, i.high) == (0, 0, 0) for i in s.difference.values())
-    for ratio in (s.flops_ratio, s.decode_flops_ratio, s.bytes_ratio, s.seconds_ratio):
+    for ratio in (
+        s.flops_ratio, s.decode_flops_ratio, s.bytes_ratio, s.seconds_ratio, s.seconds_per_token_ratio
+    ):  # fmt: skip
         assert ratio.value == pytest.approx(1)
         assert ratio.low == pytest.approx(1) == ratio.high
 
@@ -168,7 +172,7 @@ def evaluation(points, metric="f1", kind="bleu"):
     """Arms by name: (score, FLOPs); "full model" and "static …" are what they say."""
     made = []
     for name, (score, flops) in points.items():
-        policy = None if name == FULL else STATIC if name.startswith("static") else {"confidence": "softmax"}
+        policy = None if name == FULL else STATIC if name.startswith("static") else SOFTMAX
         changes = {"scores": {metric: score}, "flops": flops, "seconds": flops / 10, "exit_layers": [1], "tokens": [5]}
         if metric == "perplexity":
             changes |= {"scores": {"accuracy": 0.5}, "sums": {"nats": math.log(score), "outside": 0}}
@@ -198,10 +202,150 @@ def test_policies_ahead_of_static_exits():
     e = evaluation(POINTS)
     assert e.front() == ["static 2", "good", FULL]
     assert e.ahead() == ["good"]
-    assert "good" in e.table().split("Neither the full model nor a static exit shown")[1]
     matched = evaluation({name: POINTS[name] for name in (FULL, "static 2", "bad")})
     assert matched.ahead() == []
-    assert "Every policy is matched by a static exit shown" in matched.table()
+
+
+def test_prompts_that_stop_early_without_exits_are_a_baseline():
+    mine, full = arms(5)
+    assert summary(mine, full, SOFTMAX | {"threshold": None, "prompt_layer": 2}).is_static
+    assert not summary(mine, full, SOFTMAX | {"prompt_layer": 2}).is_static
+
+
+# ---------------------------------------------------------------- per token, and seconds
+
+
+def decoded(index, arm, tokens, each, prompt, **changes):
+    """A record of so many tokens, the first off the prompt's pass, the others at `each` FLOPs and seconds."""
+    passes = tokens - (prompt > 0)
+    parts = {"encoder": 0, "blocks": passes * each, "readout": 0, "prefill": prompt}
+    changes = {
+        "tokens": [1] * tokens, "exit_layers": [4] * tokens, "flops": prompt + passes * each, "parts": parts,
+        "prompt_seconds": float(prompt), "seconds": float(prompt + passes * each), **changes,
+    }  # fmt: skip
+    return record(index, random.Random(index), arm, **changes)
+
+
+@pytest.mark.parametrize("prompt", [0, 500])
+def test_what_a_generated_token_costs_depends_on_no_length(prompt):
+    """An arm with longer answers and shorter prompts, whose tokens cost 7 where the full model's cost 10."""
+    full = [decoded(i, FULL, 3 + i, 10, prompt) for i in range(4)]
+    mine = [decoded(i, "arm", 9 - i, 7, prompt // 5) for i in range(4)]
+    s = summary(mine, full)
+    for ratio in (s.flops_per_token_ratio, s.seconds_per_token_ratio):
+        assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.7, 0.7, 0.7))
+    assert s.flops_ratio.value == pytest.approx(sum(r.flops for r in mine) / sum(r.flops for r in full))
+
+
+def test_a_saving_that_is_all_prompt_is_seen_as_one():
+    """Prompts that stop halfway, tokens dearer than the full model's: .6 of all, 1.2 of a token."""
+    full = [decoded(i, FULL, 11, 10, 400) for i in range(4)]
+    mine = [decoded(i, "arm", 11, 12, 180) for i in range(4)]
+    s = summary(mine, full)
+    assert (s.flops_ratio.value, s.flops_per_token_ratio.value) == pytest.approx((0.6, 1.2))
+
+
+def test_without_tokens_of_their_own_nothing_is_said_of_them():
+    one = [decoded(i, FULL, 1, 10, 400) for i in range(4)]
+    assert summary(one, one).flops_per_token_ratio is None
+    assert summary(one, one).seconds_per_token_ratio is None
+
+
+def test_seconds_are_compared_only_where_arms_took_turns():
+    full = [decoded(i, FULL, 5, 10, 100, round=float(i)) for i in range(6)]
+    mine = [decoded(i, "arm", 5, 5, 100, round=float(i if i < 4 else 100 + i)) for i in range(6)]
+    s = summary(mine, full)
+    assert s.seconds_ratio.value == pytest.approx(sum(r.seconds for r in mine[:4]) / sum(r.seconds for r in full[:4]))
+    assert s.seconds_per_token_ratio.value == pytest.approx(0.5)
+    for rounds in (None, -1.0):  # of an earlier version; of another time
+        apart = [replace(r, round=rounds) for r in mine[:4]] + mine[4:]
+        s = summary(apart, full)
+        assert (s.seconds_ratio, s.seconds_per_token_ratio) == (None, None)
+        assert s.flops_ratio.value < 1
+    old = [replace(r, round=None) for r in full]
+    assert summary(old, old).seconds_ratio is None
+
+
+def test_results_of_an_earlier_version_are_read_without_their_seconds():
+    e = evaluation(POINTS)
+    assert e.front("seconds_ratio")
+    values = e.to_dict()
+    for arm in values["arms"]:
+        del arm["flops_per_token_ratio"], arm["seconds_per_token_ratio"]
+    old = Evaluation.from_dict(values)
+    assert {arm.seconds_ratio for arm in old.arms} == {None}
+    assert old.front("seconds_ratio") == []
+    assert old.front() == e.front()
+    assert "–: arms that did not take turns" in old.table()
+    assert "–: arms" not in e.table()
+
+
+# ---------------------------------------------------------------- what is said of policies
+
+
+def told(differences, *, flops=0.8, token=0.9, seconds=0.9, groups=200, low=None, metric="f1"):
+    """An evaluation of the full model, at 0.5, and one policy "arm"; differences are (value, low, high)."""
+    mine, full = arms(8)
+    base = [summary(records, full, policy) for records, policy in ((full, None), (mine, SOFTMAX))]
+    costs = {"flops_ratio": flops, "flops_per_token_ratio": token, "seconds_ratio": seconds}
+    ratio = {name: Interval(value, value - 0.01, value + 0.01) for name, value in costs.items() if value}
+    quality, none = {metric: Interval(10.0 if metric == "perplexity" else 0.5, 0, 1)}, {metric: Interval(0, 0, 0)}
+    changes = {"quality": quality, "seconds_ratio": None, "flops_per_token_ratio": None, **ratio}
+    summaries = [
+        replace(base[0], name=FULL, quality=quality, difference=none),
+        replace(base[1], name="arm", difference={metric: Interval(*differences)}, **changes),
+    ]
+    conditions = {"model": "tiny", "task": "x", "examples": 2 * groups, "groups": groups}
+    return Evaluation(conditions, metric, 4, summaries)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "words"),
+    [
+        ({}, "near for less", "-0.5, at least -1.5; 0.800 of the FLOPs, 0.900 per generated token, 0.90 of the sec"),
+        ({"seconds": None}, "near for less", "seconds do not compare"),
+        ({"groups": 3}, "open", "about 300 examples would tell, 6 are there"),  # 150 groups of two
+        ({"differences": (-0.005, -0.045, 0.035)}, "open", "-0.5; about 2,900 examples would tell, 400 are there"),
+        ({"differences": (-0.005, None, None)}, "open", "-0.5"),
+        ({"differences": (-0.4, -0.5, -0.3)}, "far", "-40.0"),
+        ({"differences": (0.1, -0.02, 0.38), "flops": 1.1}, "dear", "1.100"),
+        ({"flops": 0.995}, "unsaved", "0.995"),
+        ({"token": 1.44}, "prompt", "1.440; 0.800 of all FLOPs"),
+        ({"seconds": 2.4}, "slow", "2.40"),
+        ({"differences": (0.1, -0.1, 0.1), "metric": "perplexity"}, "near for less", "-1.0%, at least -1.0"),
+        ({"differences": (9.0, 8.0, 9.5), "metric": "perplexity"}, "far", "-90.0%"),
+    ],
+)
+def test_praise_needs_quality_costs_and_an_interval(changes, reason, words):
+    e = told(**{"differences": (-0.005, -0.015, 0.005), **changes})
+    (found,) = e.findings()
+    assert found.reason == reason
+    assert words in found.words
+    assert e.recommended() == (["arm"] if reason == "near for less" else [])
+    said = e.verdict()
+    assert ("No policy here is shown" in said[0]) == (reason != "near for less")
+    assert f"arm ({found.words})" in said[-1]
+    assert e.to_dict()["findings"] == [{"arm": "arm", "reason": reason, "words": found.words}]
+
+
+def test_so_few_examples_say_nothing_even_if_they_agree():
+    """Three identical answers have an interval without width, which shows nothing."""
+    (found,) = told((0.0, 0.0, 0.0), groups=3).findings()
+    assert found.reason == "open"
+
+
+def test_a_metric_that_cannot_read_shows_nothing():
+    e = told((0.0, 0.0, 0.0))
+    assert e.recommended() == ["arm"]
+    e.conditions["unread"] = {"f1": 7}
+    assert e.recommended() == []
+    assert any(line.startswith("f1 cannot read the references of 7 of 400 examples") for line in e.verdict())
+
+
+def test_long_lists_are_cut():
+    e = evaluation({FULL: (0.9, 100), **{f"p{i}": (0.1, 200 + i) for i in range(9)}})
+    assert "p3 (2.030); and 5 more" in e.table()
+    assert "p4 (" not in e.table()
 
 
 def test_lower_perplexity_is_better():

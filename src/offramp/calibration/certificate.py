@@ -34,6 +34,7 @@ KEYS = frozenset(("model", "weights", "dtype", "exits", "chat_template", "task",
 """Of `conditions`."""
 
 
+PROMPTS_ALONE = "prompts or lengths save, exits do not"
 COSTS_MORE = "THE POLICY COSTS MORE than the full model, which loses nothing: use that"
 OF_EARLIER = "it is of an earlier version, which did not keep the losses that a promise follows from; calibrate again"
 
@@ -282,7 +283,12 @@ class Certificate:
         text += f"{flops['value']:.3f} of the full model's FLOPs, prompts included"
         if flops["low"] is not None:
             text += f" ({flops['low']:.3f} to {flops['high']:.3f})"
-        return f"{text}." if self.saves else f"{text}: {COSTS_MORE}."
+        token = seen.get("flops_per_token_ratio")
+        if token is not None:
+            text += f", and {token['value']:.3f} of its FLOPs per generated token, without encoder and prompt"
+        if not self.saves:
+            return f"{text}: {COSTS_MORE}."
+        return f"{text}: {PROMPTS_ALONE}." if token is not None and token["value"] >= 1 else f"{text}."
 
     @property
     def saves(self) -> bool:

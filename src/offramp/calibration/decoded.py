@@ -63,15 +63,17 @@ class Decoded:
             full = None if setting is None else {record.id: record for record in self.of(part, None)}
             file = FULL.replace(" ", "-") if setting is None else setting.file_name
 
-            def answer(examples: Sequence[Example], path: Path) -> list[Record]:
-                return decode_records(
-                    self.lm, self.task, examples, name, None if setting is None else setting.policy, path, full=full,
-                    max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, settings=self.settings,
+            def answer(examples: Sequence[Example], paths: Mapping[str, Path]) -> dict[str, list[Record]]:
+                made = decode_records(
+                    self.lm, self.task, examples, name, None if setting is None else setting.policy, paths[name],
+                    full=full, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, settings=self.settings,
                     progress=self._count(part),
                 )  # fmt: skip
+                return {name: made}
 
             stem = self.folder / RECORDS / part / file
-            self._records[part, name] = shared(self.state, stem, self.parts[part], self.batch_size, answer)
+            made = shared(self.state, {name: stem}, self.parts[part], self.batch_size, answer)
+            self._records[part, name] = made[name]
             self._done += len(self.parts[part])
         return self._records[part, name]
 

@@ -22,6 +22,7 @@ KEPT = (
     "exit_layer",
     "flops_ratio",
     "decode_flops_ratio",
+    "flops_per_token_ratio",
     "bytes_ratio",
     "histogram",
 )

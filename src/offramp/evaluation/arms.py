@@ -49,6 +49,30 @@ def static_arms(
     return arms
 
 
+def baselines(
+    lm: LanguageModel, arms: Mapping[str, ExitPolicy], static_layers: Sequence[int] | None = None
+) -> dict[str, ExitPolicy]:
+    """What policies are compared with beside the full model: static exits, and their own prompts without any exits.
+
+    Args:
+        lm: The model.
+        arms: The policies; where prompts of one of them stop early, an arm that has nothing else comes with it.
+        static_layers: See `static_arms`.
+
+    Returns:
+        Policies by name, without those that are among the arms by name.
+    """
+    prompts = {policy.prompt_layer for policy in arms.values() if policy.prompt_layer is not None}
+    unexited = {name: policy for stop in sorted(prompts) for name, policy in _short_prompt(stop).items()}
+    every = {**static_arms(lm, static_layers, prompts), **unexited}
+    return {name: policy for name, policy in every.items() if name not in arms}
+
+
+def _short_prompt(stop: int) -> dict[str, ExitPolicy]:
+    """Prompts that stop after a layer, and nothing that leaves early."""
+    return {f"prompt to {stop}": ExitPolicy(threshold=None, prompt_layer=stop)}
+
+
 def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int, ...] | None:
     """Layers of the static exits that a sweep is measured against: all that can match one of its policies.
 
@@ -100,7 +124,7 @@ def document_arms(
         arms["classifier"] = replace(softmax, confidence="classifier")
     arms |= _posterior_arms(lm, softmax, min_layer)
     if prompt_layer is not None:
-        arms[f"prompt to {prompt_layer}"] = ExitPolicy(threshold=None, prompt_layer=prompt_layer)
+        arms |= _short_prompt(prompt_layer)
     return arms
 
 

@@ -1,4 +1,4 @@
-"""Run every arm on the same examples and compare: a folder of records, from which an interrupted evaluation goes on.
+"""Run all arms, in turns, on the same examples and compare: a folder of records, from which a stopped one goes on.
 
 config.json               what all arms have in common; an evaluation of something else is refused here
 records/ARM.jsonl         one line per example; while several processes are at it, ARM.RANK-of-PROCESSES.jsonl
@@ -13,18 +13,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.evaluation.arms import FULL, static_arms
+from offramp.evaluation.arms import FULL, baselines
 from offramp.evaluation.bootstrap import Bootstrap
-from offramp.evaluation.perplexity import Passage, perplexity_records
-from offramp.evaluation.processes import Run, locked_by_first, shared, state_of
+from offramp.evaluation.perplexity import Passage, PassageArm
+from offramp.evaluation.processes import locked_by_first, shared, state_of
 from offramp.evaluation.record_file import Item, Progress, Record, conditions_of, read_records
-from offramp.evaluation.records import decode_records, divided_by
+from offramp.evaluation.records import TaskArm, answer_options, divided_by
 from offramp.evaluation.result import Evaluation
+from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.files import differences, write_json
 from offramp.machine import describe
@@ -60,7 +61,7 @@ def evaluate(
         lm: The model.
         task: How to ask and how to judge.
         examples: With ids of their own; their prompts must fit (`offramp.tasks.fit`).
-        arms: Policies by name. The full model and static exits are always there.
+        arms: Policies by name. The full model and the `baselines` are always there.
         folder: Run folder; one with records of the same examples is continued, arms may be added to it.
         static_layers: See `static_arms`.
         max_new_tokens: Longest answer; None: the task's.
@@ -75,19 +76,18 @@ def evaluate(
         Summaries of all arms, also written to the folder.
 
     Raises:
-        ValueError: Whatever `decode_records` refuses, names that are no different files, or a folder of something else.
+        ValueError: Whatever `take_turns` refuses, names that are no different files, or a folder of something else.
     """
-    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    run = partial(
-        decode_records, lm, task, max_new_tokens=max_new_tokens, batch_size=batch_size, settings=settings
-    )  # fmt: skip
-    common = conditions_of(lm, vars(task), examples, {"max_new_tokens": limit, **(settings or {})}, batch_size)
+    options = answer_options(task, max_new_tokens, settings)
+    make = partial(TaskArm, lm, task, options=options)
+    common = conditions_of(lm, vars(task), examples, options, batch_size)
+    limit = options["max_new_tokens"]
     conditions = {**_conditions(lm, examples, task.name, about), "max_new_tokens": limit, "batch_size": batch_size}
     conditions["tokenisers"] = ", ".join(f"{name} {how}" for name, how in divided_by(task, examples).items())
     conditions |= _unread(task, examples)
     main = f"{task.metrics[0]} (corpus)" if task.name == "translation" else task.metrics[0]
     return _evaluate(
-        lm, run, examples, arms, folder, common, conditions, main, static_layers, resamples, seed, progress,
+        lm, make, examples, arms, folder, common, conditions, main, static_layers, resamples, seed, progress,
         references=[example.references for example in examples],
     )  # fmt: skip
 
@@ -123,15 +123,15 @@ def evaluate_perplexity(
         Summaries of all arms, also written to the folder.
 
     Raises:
-        ValueError: Whatever `perplexity_records` refuses, names that are no different files, or a folder of something
+        ValueError: Whatever `take_turns` refuses, names that are no different files, or a folder of something
             else.
     """
-    run = partial(perplexity_records, lm, batch_size=batch_size)
     common = conditions_of(lm, {"name": PERPLEXITY}, passages, {}, batch_size)
     conditions = {**_conditions(lm, passages, PERPLEXITY, about), "batch_size": batch_size}
     return _evaluate(
-        lm, run, passages, arms, folder, common, conditions, PERPLEXITY, static_layers, resamples, seed, progress
-    )
+        lm, partial(PassageArm, lm), passages, arms, folder, common, conditions, PERPLEXITY, static_layers, resamples,
+        seed, progress,
+    )  # fmt: skip
 
 
 def records_of(folder: Path, arm: str) -> list[Record]:
@@ -140,22 +140,26 @@ def records_of(folder: Path, arm: str) -> list[Record]:
 
 
 def _evaluate(
-    lm: LanguageModel, run: Run, examples: Sequence[Any], arms: Mapping[str, ExitPolicy], folder: Path,
+    lm: LanguageModel, make: Callable[..., Arm], examples: Sequence[Any], arms: Mapping[str, ExitPolicy], folder: Path,
     common: Mapping[str, Any], conditions: Mapping[str, Any], metric: str, static_layers: Sequence[int] | None,
     resamples: int, seed: int, progress: Progress | None, references: Sequence[Sequence[str]] | None = None,
 ) -> Evaluation:  # fmt: skip
-    prompts = {policy.prompt_layer for policy in arms.values() if policy.prompt_layer is not None}
-    policies = {FULL: None, **static_arms(lm, static_layers, prompts), **arms}
+    policies = {FULL: None, **baselines(lm, arms, static_layers), **arms}
     _check(lm, policies)
     bootstrap = Bootstrap([example.group for example in examples], resamples=resamples, seed=seed)
     state = state_of(lm.split.device.type)
-    records: dict[str, list[Record]] = {}
+    made = [make(name=arm, policy=policy) for arm, policy in policies.items()]
+    stems = {arm: folder / RECORDS / _file_name(arm) for arm in policies}
+
+    def run(some: Sequence[Any], paths: Mapping[str, Path]) -> dict[str, list[Record]]:
+        full = {} if FULL in paths else {record.id: record for record in records_of(folder, FULL)}
+        return take_turns(
+            [arm for arm in made if arm.name in paths], paths, some, common["batch_size"], full=full,
+            progress=progress if state.is_main_process else None,
+        )  # fmt: skip
+
     with _opened(folder, common, about=conditions, state=state):
-        for number, (arm, policy) in enumerate(policies.items()):
-            full = {r.id: r for r in records[FULL]} if records else None
-            counted = partial(_count, progress if state.is_main_process else None, number, len(policies))
-            made = partial(run, arm=arm, policy=policy, full=full, progress=counted)
-            records[arm] = shared(state, folder / RECORDS / _file_name(arm), examples, common["batch_size"], made)
+        records = shared(state, stems, examples, common["batch_size"], run)
         summaries = [
             summarise(
                 records[arm], records[FULL], policy=None if policy is None else policy.to_dict(),
@@ -190,11 +194,6 @@ def _file_name(arm: str) -> str:
     if not name:
         raise ValueError(f"an arm is called {arm!r}; give it a name with letters or digits")
     return name
-
-
-def _count(progress: Progress | None, number: int, arms: int, done: int, total: int, what: str) -> None:
-    if progress is not None:
-        progress(number * total + done, arms * total, what)
 
 
 def _conditions(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from torch import Tensor
 from offramp.choosing import Choosing
 from offramp.costs import Ledger
 from offramp.decoding import decode
-from offramp.evaluation.record_file import Progress, Record, header_of, kept
-from offramp.evaluation.records import agreement, learner_of, pieces, prefill_parts, require_full, shares, sure
+from offramp.evaluation.record_file import Progress, Record, header_of
+from offramp.evaluation.records import compared, learner_of, pieces, prefill_parts, settle, shares, sure
+from offramp.evaluation.rounds import take_turns
 from offramp.finite import broken_at, not_finite
 from offramp.training.data import read_texts
 
@@ -119,50 +120,70 @@ def perplexity_records(
     Raises:
         ValueError: As for `decode_records`, or a policy whose tokens cannot be forced.
     """
-    if policy is not None:
-        policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-        require_full(passages, full)
-        if policy.skipped == "verify":
+    one = PassageArm(lm, arm, policy)
+    return take_turns([one], {arm: path}, passages, batch_size, full=full, progress=progress)[arm]
+
+
+@dataclass(frozen=True)
+class PassageArm:
+    """An `offramp.evaluation.rounds.Arm` that scores passages.
+
+    Attributes:
+        lm: The model, decoder-only.
+        name: Of the arm.
+        policy: The exit policy; None: the full model.
+    """
+
+    lm: LanguageModel
+    name: str
+    policy: ExitPolicy | None
+
+    @property
+    def learner(self) -> AdaptiveThreshold | None:
+        """The policy's threshold, if it learns."""
+        return learner_of(self.lm, self.policy)
+
+    def check(self) -> None:
+        """Raise a ValueError if the policy does not fit the model, or its tokens cannot be forced."""
+        if self.policy is None:
+            return
+        self.policy.resolve(self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
+        if self.policy.skipped == "verify":
             raise ValueError("skipped='verify' has the full model's perplexity; evaluate 'propagate' or 'defer'")
-        if policy.decode_from != "logits":
-            raise ValueError(f"perplexity is that of an exit's logits; decode_from={policy.decode_from!r} has others")
+        if (source := self.policy.decode_from) != "logits":
+            raise ValueError(f"perplexity is that of an exit's logits; decode_from={source!r} has others")
 
-    learner = learner_of(lm, policy)
+    def header(self, passages: Sequence[Passage], batch_size: int) -> dict[str, Any]:
+        """How records come about."""
+        learns = {} if self.learner is None else {"learning": "over all passages"}  # an earlier version's did not
+        return header_of(self.lm, {"name": PERPLEXITY}, passages, self.policy, learns, batch_size)
 
-    def answer(batch: Sequence[Passage]) -> list[Record]:
-        forced, layers, confidences, bills = _score(lm, batch, policy, learner)
+    def answer(self, batch: Sequence[Passage]) -> list[Record]:
+        """Records that are not compared with the full model's yet."""
+        forced, layers, confidences, bills = _score(self.lm, batch, self.policy, self.learner)
         records = []
         for row, passage in enumerate(batch):
             count = len(passage.ids) - 1
             said = forced.said[row, :count].tolist()
             nats = -math.fsum(forced.log_p[row, :count].tolist())
             if not math.isfinite(nats):
+                lm, where = self.lm, "in the readout of an exit"
                 ids = torch.tensor([passage.ids[:-1]], device=lm.split.device)
-                raise broken_at(lm.split, ids) or not_finite(lm.name, "in the readout of an exit", lm.model.dtype)
+                raise broken_at(lm.split, ids) or not_finite(lm.name, where, lm.model.dtype)
             right = sum(a == b for a, b in zip(said, passage.ids[1:], strict=True)) / count
-            theirs = said if policy is None or full is None else full[passage.id].tokens
             records.append(
                 Record(
-                    passage.id,
-                    passage.group,
-                    arm,
-                    lm.decode([said])[0],
-                    said,
-                    layers[row],
-                    {"probability": math.exp(-nats / count), "accuracy": right},
-                    agreement(said, theirs),
-                    said == theirs,
-                    **bills[row],
-                    sums={"nats": nats, "outside": int(forced.outside[row])},
-                    pieces=pieces(lm, said),
-                    confidences=confidences[row],
-                )  # fmt: skip
-            )
+                    passage.id, passage.group, self.name, self.lm.decode([said])[0], said, layers[row],
+                    {"probability": math.exp(-nats / count), "accuracy": right}, agreement=1.0, same=True,
+                    **bills[row], sums={"nats": nats, "outside": int(forced.outside[row])},
+                    pieces=pieces(self.lm, said), confidences=confidences[row],
+                )
+            )  # fmt: skip
         return records
 
-    settings = {} if learner is None else {"learning": "over all passages"}  # an earlier version's arms learnt nothing
-    header = header_of(lm, {"name": PERPLEXITY}, passages, policy, settings, batch_size)
-    return kept(path, header, passages, batch_size, answer, progress, arm, learner)
+    def judged(self, passage: Passage, record: Record, full: Record) -> Record:
+        """A record beside the full model's."""
+        return replace(record, **compared(record, full))
 
 
 class _Forced:
@@ -230,6 +251,7 @@ def _score(
     layers: list[list[int]] = [[] for _ in batch]
     confidences: list[list[float | None]] = [[] for _ in batch]
     first: dict[str, int] = {}
+    begun = 0.0
     steps = decode(
         lm.split, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger, adaptive=learner
     )
@@ -240,8 +262,11 @@ def _score(
             if active:
                 layers[row].append(layer)
                 confidences[row].append(confidence)
+        begun = time.perf_counter() - began if step.prefill else begun
+    settle(lm)
+    seconds = (begun, time.perf_counter() - began)
     costs, shape = ledger.settle(), lm.split.shape
     readout = costs.parts["readout"]
     readout.flops -= forced.rereads * len(batch) * shape.readout_flops()
     readout.bytes -= forced.rereads * shape.width * shape.vocabulary * shape.element_size
-    return forced, layers, confidences, shares(costs, first, time.perf_counter() - began, len(batch))
+    return forced, layers, confidences, shares(costs, first, seconds, len(batch))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offramp.evaluation.record_file import Item, Record, digest, read_records, write_records
 from offramp.files import locked
 
-Run = Callable[..., list[Record]]
-"""(examples, path=…) -> records, one per example: those of the file, after what is missing has been made."""
+Run = Callable[..., dict[str, list[Record]]]
+"""(examples, paths={arm: …}) -> records by arm, those of its file, after what is missing has been made."""
 
 
 def state_of(device_type: str) -> Any:
@@ -38,35 +38,55 @@ def locked_by_first(state: Any, folder: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def shared(state: Any, stem: Path, examples: Sequence[Item], batch_size: int, run: Run) -> list[Record]:
-    """The records of all examples, each process having answered every so manieth batch.
+def shared(
+    state: Any, stems: Mapping[str, Path], examples: Sequence[Item], batch_size: int, run: Run
+) -> dict[str, list[Record]]:  # fmt: skip
+    """The records of all examples by all arms, each process having answered every so manieth batch.
 
     The batches are those of a single process, so are the records.
 
     Args:
         state: `accelerate`'s.
-        stem: Of the file, without its ending.
+        stems: Of the arms' files, without their endings; the full model, if it is among them, is the first.
         examples: All of them.
         batch_size: Examples answered together.
-        run: Makes the records of some examples in the file `path`, or takes them from there.
+        run: Makes the records of some examples by some arms in the files `paths`, or takes them from there.
 
     Returns:
-        One record per example, in their order.
+        By arm, one record per example, in their order.
     """
-    whole = stem.with_name(f"{stem.name}.jsonl")
-    rank, processes = state.process_index, state.num_processes
-    if processes > 1 and not whole.exists():
-        batches = [examples[at : at + batch_size] for at in range(0, len(examples), max(batch_size, 1))]
-        parts = [stem.with_name(f"{stem.name}.{r}-of-{processes}.jsonl") for r in range(min(processes, len(batches)))]
-        if rank < len(parts):
-            run([example for batch in batches[rank::processes] for example in batch], path=parts[rank])
-        state.wait_for_everyone()
-        if state.is_main_process:
-            _join(whole, parts, examples)
+    whole = {arm: stem.with_name(f"{stem.name}.jsonl") for arm, stem in stems.items()}
+    begun = {arm: path for arm, path in whole.items() if state.num_processes == 1 or path.exists()}
+    new = {arm: stem for arm, stem in stems.items() if arm not in begun}
+    state.wait_for_everyone()  # all have seen what there was before one of them writes
+    if next(iter(stems)) in new:  # it may be what the others are compared with
+        _divided(state, new, examples, batch_size, run)
     # What is there is compared with what was asked for; the first alone goes on where a single process was interrupted.
-    records = run(examples, path=whole) if state.is_main_process else []
+    records = run(examples, paths=begun) if state.is_main_process and begun else {}
     state.wait_for_everyone()
-    return records or run(examples, path=whole)
+    if new and next(iter(stems)) not in new:
+        _divided(state, new, examples, batch_size, run)
+    return records if records.keys() == whole.keys() else run(examples, paths=whole)
+
+
+def _divided(
+    state: Any, stems: Mapping[str, Path], examples: Sequence[Item], batch_size: int, run: Run
+) -> None:  # fmt: skip
+    """Each process its batches in files of its own, which the first then puts together."""
+    rank, processes = state.process_index, state.num_processes
+    batches = [examples[at : at + batch_size] for at in range(0, len(examples), max(batch_size, 1))]
+    parts = {
+        arm: [stem.with_name(f"{stem.name}.{r}-of-{processes}.jsonl") for r in range(min(processes, len(batches)))]
+        for arm, stem in stems.items()
+    }
+    if rank < len(batches):
+        mine = [example for batch in batches[rank::processes] for example in batch]
+        run(mine, paths={arm: files[rank] for arm, files in parts.items()})
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for arm, stem in stems.items():
+            _join(stem.with_name(f"{stem.name}.jsonl"), parts[arm], examples)
+    state.wait_for_everyone()
 
 
 def _join(whole: Path, parts: Sequence[Path], examples: Sequence[Item]) -> None:

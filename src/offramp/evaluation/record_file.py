@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from offramp.exits import fingerprint
 from offramp.files import append_lines, differences, replace_file
@@ -33,9 +33,6 @@ class Item(Protocol):
     def id(self) -> str:
         """Its own."""
         ...
-
-
-T = TypeVar("T", bound=Item)
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,10 @@ class Record:
         confidences: Of the last test of each token, to four places; None where none was made.
         learnt: In the last record of a batch under an adaptive policy, what its threshold had learnt behind that batch;
             else empty, and left out of the file.
+        prompt_seconds: Of `seconds`, those of preparation, encoder and the pass over the prompt. None: made by an
+            earlier version.
+        round: When the batch's round began in which the arms took turns at it, in seconds since 1970: only of arms with
+            the same round can seconds be compared. None: made by an earlier version, one arm after the other.
     """
 
     id: str
@@ -84,6 +85,8 @@ class Record:
     pieces: list[str] = field(default_factory=list)
     confidences: list[float | None] = field(default_factory=list)
     learnt: dict[str, Any] = field(default_factory=dict)
+    prompt_seconds: float | None = None
+    round: float | None = None
 
 
 # ---------------------------------------------------------------- the file
@@ -126,60 +129,52 @@ def digest(examples: Sequence[Item]) -> str:
     return hashlib.sha256(json.dumps([asdict(example) for example in content]).encode()).hexdigest()
 
 
-def kept(
-    path: Path,
-    header: Mapping[str, Any],
-    examples: Sequence[T],
-    batch_size: int,
-    answer: Callable[[Sequence[T]], list[Record]],
-    progress: Progress | None = None,
-    what: str = "",
-    learner: AdaptiveThreshold | None = None,
-) -> list[Record]:
-    """The records of `path`, after those that are missing have been made and appended, batch by batch.
+class RecordFile:
+    """The records of one arm in a file, to which batches are appended.
 
     Batches are always the same, and an adaptive threshold goes on from what it had learnt behind the last of them, so
-    nothing depends on where an earlier call was interrupted.
+    nothing but times depends on where an earlier call was interrupted.
 
     Args:
         path: JSON Lines file; made if missing.
         header: How the records come about, as JSON values: the first line.
         examples: With ids of their own.
         batch_size: Examples answered together.
-        answer: Makes the records of a batch.
-        progress: Called with the examples done and asked for.
-        what: For `progress`.
-        learner: The adaptive threshold that `answer` works with; what it knows by now counts for nothing. An unfinished
+        learner: The adaptive threshold that the arm works with; what it knows by now counts for nothing. An unfinished
             file that does not say what was learnt, of an earlier version, is begun anew. None: nothing is learnt.
 
-    Returns:
-        One record per example, in their order.
+    Attributes:
+        records: Of the finished batches.
 
     Raises:
         ValueError: No or repeated examples, a batch size below 1, or `path` holds other records.
     """
-    if not examples:
-        raise ValueError("there are no examples; give at least one")
-    if len({example.id for example in examples}) < len(examples):
-        raise ValueError("two examples have the same id; give each one of its own")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    records = _open(path, json.loads(json.dumps(header)), examples, batch_size, learns=learner is not None)
-    if learner is not None:
-        learner.reset()
-        if records and records[-1].learnt:
-            learner.recall(records[-1].learnt)
-    for at in range(len(records), len(examples), batch_size):
-        if progress is not None:
-            progress(at, len(examples), what)
-        new = answer(examples[at : at + batch_size])
-        if learner is not None:
-            new[-1] = replace(new[-1], learnt=learner.learnt())
-        append_lines(path, map(_line, new))
-        records += new
-    if progress is not None:
-        progress(len(examples), len(examples), what)
-    return records
+
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], examples: Sequence[Item], batch_size: int,
+        learner: AdaptiveThreshold | None = None,
+    ) -> None:  # fmt: skip
+        if not examples:
+            raise ValueError("there are no examples; give at least one")
+        if len({example.id for example in examples}) < len(examples):
+            raise ValueError("two examples have the same id; give each one of its own")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.path, self.learner = path, learner
+        self.records = _open(path, json.loads(json.dumps(header)), examples, batch_size, learns=learner is not None)
+        self.recall()
+
+    def recall(self) -> None:
+        """Let the threshold know what it knew behind the last batch here; another arm may have the same one."""
+        if self.learner is not None:
+            self.learner.reset()
+            if self.records and self.records[-1].learnt:
+                self.learner.recall(self.records[-1].learnt)
+
+    def append(self, batch: Sequence[Record]) -> None:
+        """Write the records of the next batch."""
+        append_lines(self.path, map(_line, batch))
+        self.records += batch
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:

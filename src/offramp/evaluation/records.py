@@ -6,14 +6,15 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offramp.costs import Costs
-from offramp.evaluation.record_file import Item, Progress, Record, header_of, kept
+from offramp.evaluation.record_file import Progress, Record, header_of
+from offramp.evaluation.rounds import take_turns
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
 if TYPE_CHECKING:
@@ -65,42 +66,73 @@ def decode_records(
         ValueError: No or repeated examples, a prompt that does not fit the context, a policy that does not fit the
             model, no `full` record of an example, or `path` holds other records.
     """
-    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    options = {"max_new_tokens": limit, **(settings or {})}
-    if policy is not None:
-        policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-        require_full(examples, full)
+    one = TaskArm(lm, task, arm, policy, answer_options(task, max_new_tokens, settings))
+    return take_turns([one], {arm: path}, examples, batch_size, full=full, progress=progress)[arm]
 
-    def answer(batch: Sequence[Example]) -> list[Record]:
-        tokens, layers, confidences, bills = _generate(lm, task.prompts(lm, batch), policy, options)
-        texts = lm.decode(tokens)
-        records = []
-        for row, example in enumerate(batch):
-            theirs = tokens[row] if policy is None or full is None else full[example.id].tokens
-            references = example.references or (texts[row] if full is None else full[example.id].text,)
-            scores = {name: METRICS[name](texts[row], references) for name in task.metrics}
-            records.append(
-                Record(
-                    example.id,
-                    example.group,
-                    arm,
-                    texts[row],
-                    tokens[row],
-                    layers[row],
-                    scores,
-                    agreement(tokens[row], theirs),
-                    tokens[row] == theirs,
-                    **bills[row],
-                    pieces=pieces(lm, tokens[row]),
-                    confidences=confidences[row],
-                )  # fmt: skip
+
+def answer_options(task: Task, max_new_tokens: int | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of `LanguageModel.stream`: the task's length unless another one is given, and all further ones."""
+    return {"max_new_tokens": task.max_new_tokens if max_new_tokens is None else max_new_tokens, **(settings or {})}
+
+
+@dataclass(frozen=True)
+class TaskArm:
+    """An `offramp.evaluation.rounds.Arm` that answers examples of a task.
+
+    Attributes:
+        lm: The model.
+        task: How to ask and how to judge.
+        name: Of the arm.
+        policy: The exit policy; None: the full model.
+        options: Of `LanguageModel.stream`.
+    """
+
+    lm: LanguageModel
+    task: Task
+    name: str
+    policy: ExitPolicy | None
+    options: Mapping[str, Any]
+
+    @property
+    def learner(self) -> AdaptiveThreshold | None:
+        """The policy's threshold, if it learns."""
+        return learner_of(self.lm, self.policy)
+
+    def check(self) -> None:
+        """Raise a ValueError if the policy does not fit the model."""
+        if self.policy is not None:
+            self.policy.resolve(self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
+
+    def header(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+        """How records come about."""
+        header = header_of(self.lm, asdict(self.task), examples, self.policy, self.options, batch_size)
+        unusual = {name: how for name, how in divided_by(self.task, examples).items() if how not in PLAIN}
+        return header | {"tokenisers": unusual} if unusual else header
+
+    def answer(self, batch: Sequence[Example]) -> list[Record]:
+        """Records that are not compared with the full model's yet."""
+        tokens, layers, confidences, bills = _generate(
+            self.lm, self.task.prompts(self.lm, batch), self.policy, self.options
+        )
+        texts = self.lm.decode(tokens)
+        return [
+            Record(
+                example.id, example.group, self.name, texts[row], tokens[row], layers[row], scores={}, agreement=1.0,
+                same=True, **bills[row], pieces=pieces(self.lm, tokens[row]), confidences=confidences[row],
             )
-        return records
+            for row, example in enumerate(batch)
+        ]  # fmt: skip
 
-    header = header_of(lm, asdict(task), examples, policy, options, batch_size)
-    if unusual := {name: how for name, how in divided_by(task, examples).items() if how not in PLAIN}:
-        header["tokenisers"] = unusual
-    return kept(path, header, examples, batch_size, answer, progress, arm, learner_of(lm, policy))
+    def judged(self, example: Example, record: Record, full: Record) -> Record:
+        """A record beside the full model's; where there are no references, that one's text is the reference."""
+        references = example.references or (full.text,)
+        scores = {name: METRICS[name](record.text, references) for name in self.task.metrics}
+        return replace(record, scores=scores, **compared(record, full))
+
+
+def compared(record: Record, full: Record) -> dict[str, Any]:
+    """`agreement` and `same` of a record."""
+    return {"agreement": agreement(record.tokens, full.tokens), "same": record.tokens == full.tokens}
 
 
 def divided_by(task: Task, examples: Sequence[Example]) -> dict[str, str]:
@@ -127,15 +159,6 @@ def agreement(mine: Sequence[int], theirs: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(mine, theirs, strict=False)) / longest if longest else 1.0
 
 
-def require_full(examples: Sequence[Item], full: Mapping[str, Record] | None) -> None:
-    """Raise a ValueError unless the full model answered all examples."""
-    if missing := [example.id for example in examples if example.id not in (full or {})]:
-        raise ValueError(
-            f"the full model's records of {len(missing)} of {len(examples)} examples are missing (such as "
-            f"{missing[0]!r}); make them first, with policy=None, and give them as `full`"
-        )
-
-
 # ---------------------------------------------------------------- one batch
 
 
@@ -145,6 +168,8 @@ def _generate(
     """Tokens, exit layers, confidences and costs of each row."""
     began = time.perf_counter()
     stream = lm.stream(prompts, policy=policy, **options)
+    settle(lm)
+    begun = time.perf_counter() - began  # with the encoder's pass
     tokens: list[list[int]] = []
     layers: list[list[int]] = []
     confidences: list[list[float | None]] = []
@@ -160,9 +185,16 @@ def _generate(
                 tokens[row].append(token)
                 layers[row].append(layer)
                 confidences[row].append(confidence)
+        begun = time.perf_counter() - began if step.prefill else begun
+    settle(lm)
+    seconds = (begun, time.perf_counter() - began)
+    return tokens, layers, confidences, shares(stream.costs, first, seconds, len(tokens))
+
+
+def settle(lm: LanguageModel) -> None:
+    """Wait for the device, so that the clock can be read."""
     if lm.split.device.type == "cuda":
         torch.cuda.synchronize()
-    return tokens, layers, confidences, shares(stream.costs, first, time.perf_counter() - began, len(tokens))
 
 
 def sure(step: Step) -> list[float | None]:
@@ -193,13 +225,15 @@ def prefill_parts(costs: Costs) -> dict[str, int]:
     return {name: part.flops for name, part in costs.parts.items() if name != "encoder"}
 
 
-def shares(costs: Costs, first: Mapping[str, int], seconds: float, rows: int) -> list[dict[str, Any]]:
-    """What each of the rows that were answered together bears: `flops`, `bytes`, `seconds` and `parts` of a record.
+def shares(
+    costs: Costs, first: Mapping[str, int], seconds: tuple[float, float], rows: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What each of the rows that were answered together bears: FLOPs, bytes, seconds and parts of a record.
 
     Args:
         costs: Of all rows.
         first: What of it `prefill_parts` found after the prompt; empty without a pass of its own.
-        seconds: Wall-clock time.
+        seconds: Wall-clock time up to where the prompt was read, and of all.
         rows: How many there were.
 
     Returns:
@@ -213,7 +247,8 @@ def shares(costs: Costs, first: Mapping[str, int], seconds: float, rows: int) ->
         {
             "flops": sum(values[row] for values in split.values()),
             "bytes": read[row],
-            "seconds": seconds / rows,
+            "seconds": seconds[1] / rows,
+            "prompt_seconds": seconds[0] / rows,
             "parts": {name: values[row] for name, values in split.items()},
         }
         for row in range(rows)

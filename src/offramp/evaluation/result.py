@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
+from offramp.evaluation.verdict import GOOD, Finding, findings, sentences
 from offramp.files import write_json, write_text
 from offramp.risk.control import pareto_front
 from offramp.tables import markdown
@@ -47,7 +48,7 @@ class Evaluation:
         return value if self.metric == PERPLEXITY else -value
 
     def front(self, cost: str = "flops_ratio") -> list[str]:
-        """Arms that no other one beats in the main metric without costing more, by increasing cost.
+        """Arms, of those with a cost, that no other one beats in the main metric without costing more; cheapest first.
 
         Args:
             cost: "flops_ratio", "seconds_ratio" or another ratio of `ArmSummary`.
@@ -55,8 +56,9 @@ class Evaluation:
         Returns:
             Names; by the estimates, without regard to their intervals.
         """
-        costs = [getattr(arm, cost).value for arm in self.arms]
-        return [self.arms[i].name for i in pareto_front([self.loss(arm) for arm in self.arms], costs)][::-1]
+        arms = [arm for arm in self.arms if getattr(arm, cost) is not None]
+        costs = [getattr(arm, cost).value for arm in arms]
+        return [arms[i].name for i in pareto_front([self.loss(arm) for arm in arms], costs)][::-1] if arms else []
 
     def ahead(self, cost: str = "flops_ratio") -> list[str]:
         """Policies that neither the full model nor one of the static exits here matches: as good at no more cost.
@@ -70,9 +72,10 @@ class Evaluation:
 
         def matched(arm: ArmSummary) -> bool:
             mine, price = self.loss(arm), getattr(arm, cost).value
-            return any(self.loss(a) <= mine and getattr(a, cost).value <= price for a in self.arms if a.is_static)
+            return any(self.loss(a) <= mine and getattr(a, cost).value <= price for a in known if a.is_static)
 
-        return [arm.name for arm in self.arms if not arm.is_static and not matched(arm)]
+        known = [arm for arm in self.arms if getattr(arm, cost) is not None]
+        return [arm.name for arm in known if not arm.is_static and not matched(arm)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -84,6 +87,7 @@ class Evaluation:
             "arms": [arm.to_dict() for arm in self.arms],
             "front": {cost: self.front(cost) for cost in COSTS},
             "ahead_of_static": {cost: self.ahead(cost) for cost in COSTS},
+            "findings": [asdict(found) for found in self.findings()],
         }
 
     @classmethod
@@ -127,7 +131,7 @@ class Evaluation:
         blocks = [
             markdown(*self.quality_table()),
             markdown(*self.cost_table()),
-            *(f"{line}." for line in self.verdict()),
+            *(f"{line}." for line in [self.reading(), *self.verdict()]),
         ]
         return "\n\n".join([*blocks, f"Conditions: {conditions}."])
 
@@ -153,38 +157,54 @@ class Evaluation:
     def cost_table(self) -> tuple[list[str], list[list[str]]]:
         """What each arm costs: the head, and a row per arm."""
         front = set(self.front())
-        head = ["cost (× full model)", "exit layer", "FLOPs", "without prompt", "bytes", "seconds", "front"]
+        head = [
+            "cost (× full model)", "exit layer", "FLOPs", "FLOPs/token", "bytes", "seconds", "seconds/token", "front"
+        ]  # fmt: skip
         rows = [
             [
                 arm.name, f"{arm.exit_layer.value:.1f}", *(
                     _ratio(interval)
-                    for interval in (arm.flops_ratio, arm.decode_flops_ratio, arm.bytes_ratio, arm.seconds_ratio)
+                    for interval in (
+                        arm.flops_ratio, arm.flops_per_token_ratio, arm.bytes_ratio, arm.seconds_ratio,
+                        arm.seconds_per_token_ratio,
+                    )
                 ), "*" if arm.name in front else "",
             ]
             for arm in self.arms
         ]  # fmt: skip
         return head, rows
 
-    def verdict(self) -> list[str]:
-        """How to read the tables, and what to make of them: sentences without their full stops."""
+    def findings(self) -> list[Finding]:
+        """What is to be said of each policy (`offramp.evaluation.verdict`)."""
+        return findings(self)
+
+    def recommended(self) -> list[str]:
+        """Policies that the intervals show to be near the full model for less; they still need a promise."""
+        return [found.arm for found in self.findings() if found.reason == GOOD]
+
+    def reading(self) -> str:
+        """How to read the tables: a sentence without its full stop."""
         percent = f"{self.conditions.get('level', 0.95):.0%}"
         scale = "" if self.metric == PERPLEXITY else "; scores in points of 100"
-        ahead = self.ahead()
+        apart = any(arm.seconds_ratio is None for arm in self.arms)
+        dash = "; –: arms that did not take turns with the full model, whose seconds do not compare" if apart else ""
+        return (
+            f"In brackets {percent} intervals, over groups of examples{scale}; × full model: over the same weights run "
+            "at full depth, without any exit; /token: per generated token, without encoder and prompt, so that neither "
+            f"the prompt's length nor the answer's counts{dash}; * on the Pareto front of {self.metric} over FLOPs, by "
+            "the estimates"
+        )
+
+    def verdict(self) -> list[str]:
+        """What to make of the tables: sentences without their full stops."""
+        unread = self.conditions.get("unread", {})
         return [
-            f"In brackets {percent} intervals, over groups of examples{scale}; * on the Pareto front of {self.metric} "
-            "over FLOPs",
             *(
                 f"{name} cannot read the references of {count} of {self.conditions['examples']} examples: they do not "
                 "even match themselves, and no answer is told from another there; go by another metric"
-                for name, count in self.conditions.get("unread", {}).items()
+                for name, count in unread.items()
             ),
-            *(
-                [f"Neither the full model nor a static exit shown is as good for as few FLOPs: {'; '.join(ahead)}"]
-                if ahead
-                else ["Every policy is matched by a static exit shown or the full model: as good for as few FLOPs"]
-                if any(not arm.is_static for arm in self.arms)
-                else []
-            ),
+            *sentences(self, self.findings()),
         ]
 
 
@@ -201,7 +221,9 @@ def _quality(interval: Interval, name: str, sign: str = "") -> str:
     return f"{value} ({_point(interval.low, name, sign)} to {_point(interval.high, name, sign)})"
 
 
-def _ratio(interval: Interval) -> str:
+def _ratio(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"
     if interval.low is None or interval.high is None:
         return f"{interval.value:.3f}"
     return f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"

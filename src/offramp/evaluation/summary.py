@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
@@ -39,12 +39,17 @@ class ArmSummary:
         flops_ratio: FLOPs of all parts, encoder and prompt included, over the full model's.
         decode_flops_ratio: Without the encoder and the pass over the prompt.
         bytes_ratio: Bytes over the full model's.
-        seconds_ratio: Seconds over the full model's. Arms ran one after the other: `offramp bench` times them in turns.
+        seconds_ratio: Seconds over the full model's, over the examples at which the two took turns. None: they did so
+            at fewer than half, and their seconds do not compare.
         flops: FLOPs per example.
         seconds: Seconds per example.
         parts: FLOPs by part, as shares of the full model's whole.
         histogram: Tokens by exit layer, 1..L.
         outside: Share of the text's tokens that pruning had excluded; perplexity only.
+        flops_per_token_ratio: FLOPs per generated token, encoder and the prompt's pass (and so the token read off it)
+            left out of both, over the full model's: what exits do, however long prompts and answers are. None: one of
+            the two generated no such token, or it was not recorded apart.
+        seconds_per_token_ratio: The same of seconds, over the examples that `seconds_ratio` is of. None: as for both.
     """
 
     name: str
@@ -58,17 +63,19 @@ class ArmSummary:
     flops_ratio: Interval
     decode_flops_ratio: Interval
     bytes_ratio: Interval
-    seconds_ratio: Interval
+    seconds_ratio: Interval | None
     flops: float
     seconds: float
     parts: dict[str, float]
     histogram: list[int]
     outside: float | None = None
+    flops_per_token_ratio: Interval | None = None
+    seconds_per_token_ratio: Interval | None = None
 
     @property
     def is_static(self) -> bool:
-        """Whether every token leaves after the same layer, the full model's included."""
-        return self.policy is None or self.policy["confidence"] == "static"
+        """Whether every token leaves after the same layer, as the full model's do: no policy that tests any."""
+        return self.policy is None or self.policy["confidence"] == "static" or self.policy["threshold"] is None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -80,6 +87,8 @@ class ArmSummary:
         read: dict[str, Any] = {
             name: Interval(**value) if _is_interval(value) else value for name, value in values.items()
         }
+        if "seconds_per_token_ratio" not in values:  # an earlier version's arms ran one after the other
+            read["seconds_ratio"] = None
         for name in ("quality", "difference"):
             read[name] = {metric: Interval(**value) for metric, value in values[name].items()}
         return cls(**read)
@@ -136,18 +145,68 @@ def summarise(
         flops_ratio=over("flops"),
         decode_flops_ratio=bootstrap.ratio(list(map(_decoding, records)), list(map(_decoding, full))),
         bytes_ratio=over("bytes"),
-        seconds_ratio=over("seconds"),
+        seconds_ratio=_seconds(records, full, bootstrap),
         flops=sum(r.flops for r in records) / len(records),
         seconds=sum(r.seconds for r in records) / len(records),
         parts={part: sum(r.parts[part] for r in records) / whole for part in records[0].parts},
         histogram=layers[1:].tolist(),
         outside=sum(r.sums["outside"] for r in records) / sum(tokens) if "outside" in records[0].sums else None,
+        flops_per_token_ratio=_per_token(records, full, bootstrap, _decoding),
+        seconds_per_token_ratio=_seconds_per_token(records, full, bootstrap),
     )
+
+
+# ---------------------------------------------------------------- costs
 
 
 def _decoding(record: Record) -> float:
     """FLOPs without the encoder and the pass over the prompt."""
     return float(record.flops - record.parts["encoder"] - record.parts[PREFILL])
+
+
+def _passes(record: Record) -> int:
+    """Tokens that have a pass of their own: all but the one that is read off the prompt's, where that has one."""
+    return len(record.tokens) - (record.parts[PREFILL] > 0)
+
+
+def _per_token(
+    records: Sequence[Record], full: Sequence[Record], bootstrap: Bootstrap, cost: Callable[[Record], float],
+    counted: Sequence[bool] | None = None,
+) -> Interval | None:  # fmt: skip
+    """A cost without the prompt's, per token with a pass of its own, over the full model's; None: there is no such."""
+    counted = [True] * len(records) if counted is None else counted
+    columns = np.array([
+        [used * value for r in pair for value in (cost(r), _passes(r))]
+        for used, pair in zip(counted, zip(records, full, strict=True), strict=True)
+    ])  # fmt: skip
+    if not columns[:, 1].any() or not columns[:, 2:].any(axis=0).all():
+        return None
+
+    def ratio(sums: Floats) -> Floats:
+        above, below = sums[:, 0] * sums[:, 3], sums[:, 1] * sums[:, 2]
+        return np.divide(above, below, out=np.ones_like(above), where=below != 0)
+
+    return bootstrap.estimate(columns, ratio)
+
+
+def _turns(records: Sequence[Record], full: Sequence[Record]) -> list[bool] | None:
+    """At which examples the two took turns; None: at fewer than half."""
+    found = [a.round is not None and a.round == b.round for a, b in zip(records, full, strict=True)]
+    return found if 2 * sum(found) >= len(found) else None
+
+
+def _seconds(records: Sequence[Record], full: Sequence[Record], bootstrap: Bootstrap) -> Interval | None:
+    turns = _turns(records, full)
+    if turns is None:
+        return None
+    return bootstrap.ratio(*([used * r.seconds for used, r in zip(turns, rs, strict=True)] for rs in (records, full)))
+
+
+def _seconds_per_token(records: Sequence[Record], full: Sequence[Record], bootstrap: Bootstrap) -> Interval | None:
+    turns = _turns(records, full)
+    if turns is None or any(r.prompt_seconds is None for rs in (records, full) for r in rs):
+        return None
+    return _per_token(records, full, bootstrap, lambda r: r.seconds - (r.prompt_seconds or 0.0), turns)
 
 
 # ---------------------------------------------------------------- quality

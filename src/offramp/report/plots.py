@@ -202,21 +202,28 @@ def bench_figure(bench: Bench) -> Any:
     return figure
 
 
+COST_LABELS = {
+    "flops_ratio": "FLOPs (full model = 1), all parts counted",
+    "seconds_ratio": "seconds (full model = 1), of arms that took turns",
+}
+"""Panels, by the ratio of `ArmSummary` along x."""
+
+
 def pareto_figure(evaluation: Evaluation) -> Any:
-    """Quality over FLOPs and over seconds: policies, static exits and the full model in one picture."""
-    ahead, metric = evaluation.ahead(), evaluation.metric
+    """Quality over FLOPs and, where arms took turns, over seconds: policies, static exits and the full model."""
+    good, metric = evaluation.recommended(), evaluation.metric
     count = sum(not arm.is_static for arm in evaluation.arms)
-    title = f"{len(ahead)} of {count} policies are matched by no static exit shown" if count else "Static exits"
+    title = f"{len(good)} of {count} policies are shown to be near the full model for less" if count else "Static exits"
     conditions = evaluation.conditions
     figure = headed(f"{title}: {metric} over compute\n", 11, 5.4)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, cost in ((left, "flops_ratio"), (right, "seconds_ratio")):
+    known = {cost: label for cost, label in COST_LABELS.items() if evaluation.front(cost)}
+    left, *others = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+    for axes, (cost, label) in zip((left, *others), known.items(), strict=True):
         _pareto(axes, evaluation, cost)
+        axes.set_xlabel(label)
     left.set_ylabel(metric)
     if metric == "perplexity":
         _downwards(left, metric)
-    left.set_xlabel("FLOPs (full model = 1), all parts counted")
-    right.set_xlabel("seconds (full model = 1)")
     handles, labels = left.get_legend_handles_labels()
     legend = left.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=8)
     legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
@@ -241,7 +248,7 @@ def _downwards(axes: Any, label: str) -> None:
 
 def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
     """One panel: points with intervals, the static exits joined, the Pareto front stepped."""
-    arms = evaluation.arms
+    arms = [arm for arm in evaluation.arms if getattr(arm, cost) is not None]
 
     def put(some: list[ArmSummary], **options: Any) -> None:
         prices = [getattr(arm, cost) for arm in some]

@@ -99,11 +99,15 @@ def _tests(certificate: Mapping[str, Any], picture: Path) -> list[Block]:
 
 
 def _estimates(estimates: Mapping[str, Any]) -> Table:
-    head = ["part", "examples", "mean loss", "at most", "FLOPs (× full model)", "bytes", "exit layer", "quality"]
+    head = [
+        "part", "examples", "mean loss", "at most", "FLOPs (× full model)", "FLOPs/token", "bytes", "exit layer",
+        "quality",
+    ]  # fmt: skip
     rows = [
         [
             part, f"{seen['examples']}", _interval(seen["loss"]), f"{seen['upper']:.3g}" if "upper" in seen else "",
-            _interval(seen["flops_ratio"]), _interval(seen["bytes_ratio"]), f"{seen['exit_layer']['value']:.1f}",
+            _interval(seen["flops_ratio"]), _interval(seen.get("flops_per_token_ratio")),
+            _interval(seen["bytes_ratio"]), f"{seen['exit_layer']['value']:.1f}",
             ", ".join(f"{name} {value['value']:.3f}" for name, value in seen["quality"].items()),
         ]
         for part, seen in estimates.items()
@@ -111,7 +115,9 @@ def _estimates(estimates: Mapping[str, Any]) -> Table:
     return Table(head, rows)
 
 
-def _interval(value: Mapping[str, float | None]) -> str:
+def _interval(value: Mapping[str, float | None] | None) -> str:
+    if value is None:  # an earlier version, or answers of a single token
+        return "–"
     if value["low"] is None:
         return f"{value['value']:.3f}"
     return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"

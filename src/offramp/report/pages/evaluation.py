@@ -67,12 +67,12 @@ def page(folder: Path, values: dict[str, Any], *, examples: int, seed: int) -> P
 def _tables(result: Evaluation) -> list[Block]:
     front = set(result.front())
     marks = [" ".join(filter(None, [_mark(arm), "front" * (arm.name in front)])) for arm in result.arms]
-    reading, *ahead = result.verdict()
+    says = tuple(f"{line}." for line in result.verdict())
     return [
-        *(Text((f"{line}.",), "good" if result.ahead() else "bad") for line in ahead),
+        *([Text(says, "good" if result.recommended() else "")] if says else []),
         Table(*result.quality_table(), marks),
         Table(*result.cost_table(), marks),
-        Text((f"{reading}. The full model's row is bold, those of static exits are grey.",)),
+        Text((f"{result.reading()}. The full model's row is bold, those of static exits are grey.",)),
     ]
 
 
@@ -82,10 +82,14 @@ def _mark(arm: ArmSummary) -> str:
 
 def _front(result: Evaluation) -> list[Block]:
     fronts = {"FLOPs": result.front("flops_ratio"), "seconds": result.front("seconds_ratio")}
-    says = [f"Not beaten in {result.metric} for as few {cost}: {'; '.join(arms)}." for cost, arms in fronts.items()]
+    says = [
+        f"By the estimates, not beaten in {result.metric} for as few {cost}: {'; '.join(arms)}."
+        for cost, arms in fronts.items()
+        if arms
+    ]
     picture = draw(
         partial(plots.pareto_figure, result),
-        f"{result.metric} over FLOPs and over seconds, of the full model, static exits and all policies",
+        f"{result.metric} over FLOPs and, where arms took turns, seconds, of the full model, static exits and policies",
     )
     return [picture, Text(tuple(says))]
 
@@ -144,8 +148,9 @@ def _answers(result: Evaluation, folder: Path, count: int, seed: int) -> tuple[l
 
 
 def _chosen(result: Evaluation) -> list[str]:
-    """The full model and a few others: policies ahead of static exits, policies on the front, then the rest."""
-    wanted = dict.fromkeys([*result.ahead(), *result.front(), *(arm.name for arm in result.arms)])
+    """The full model and a few others: recommended policies, those ahead or on the front, the rest."""
+    first = [*result.recommended(), *result.ahead(), *result.front()]
+    wanted = dict.fromkeys([*first, *(arm.name for arm in result.arms)])
     others = sorted((name for name in wanted if name != FULL), key=lambda name: result.arm(name).is_static)
     return [FULL, *others[:SHOWN]]
 
