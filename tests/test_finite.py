@@ -8,15 +8,21 @@ import torch
 from transformers import LogitsProcessorList
 
 import evaluation_runs
+import token_distillation
+import training_runs
 from offramp import ExitPolicy, LanguageModel
 from offramp.bench import run_bench
 from offramp.calibration import Grid, Promise, calibrate
+from offramp.calibration.token_cache import cache_tokens
+from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate
 from offramp.evaluation.perplexity import Passage, perplexity_records
 from offramp.finite import NotFiniteError, not_finite, require_finite
 from offramp.layerwise import read_layers
 from offramp.probe import probe
-from offramp.training.answers import AnswerConfig, answer_documents
+from offramp.training import AnswerConfig, TrainConfig, answer_documents, train
+from offramp.training.data import Document
+from offramp.training.run_folder import TrainingError
 from tiny import LAYERS, tiny, tokenizer
 
 EXIT = ExitPolicy(threshold=0.2, min_layer=1)
@@ -145,3 +151,20 @@ def test_values_are_required_to_be_finite():
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(NotFiniteError, match="m computes NaN or infinity in its logits"):
             require_finite(torch.tensor([0.0, value]), "m", "in its logits")
+
+
+def test_training_on_a_broken_model_says_where_it_is_broken(tmp_path):
+    with pytest.raises(TrainingError, match=f"every exit .*NaN or infinity after layer 3 of {LAYERS}, first at token"):
+        train(broken(), training_runs.data(), TrainConfig(steps=2, batch_size=3), tmp_path)
+
+
+def test_readout_inputs_are_not_kept_of_a_broken_model(tmp_path):
+    documents = [Document((1, 5, 6, 7, 8, 9), 0, f"g{i}") for i in range(8)]
+    with pytest.raises(NotFiniteError, match="after layer 4"):
+        cache_tokens(broken(4), documents, tmp_path, layers=(2,), window=16)
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_a_broken_teacher_is_named(tmp_path):
+    with pytest.raises(NotFiniteError, match="the teacher LlamaForCausalLM computes NaN or infinity"):
+        distil(training_runs.model(), broken(), token_distillation.data(), token_distillation.config(), tmp_path)

@@ -12,7 +12,13 @@ from typer.testing import CliRunner
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel, cli
 from offramp.calibration import PosteriorConfig, fit_posterior
-from offramp.calibration.posterior_report import _rank_correlation, _standard_error, _warnings
+from offramp.calibration.posterior_report import (
+    Honesty,
+    PosteriorReport,
+    _rank_correlation,
+    _standard_error,
+    _warnings,
+)
 from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
 from offramp.calibration.token_rows import factors_of, views_of
 from offramp.exit_posterior import METHODS, Posterior
@@ -409,3 +415,19 @@ def test_shortlists_hold_the_best_and_sum_up_the_rest():
     whole = torch.cat([short.logits, short.rest[:, None]], dim=1).logsumexp(-1)
     torch.testing.assert_close(whole, z.logsumexp(-1))
     assert shortlist(z, 99).rest.tolist() == [-math.inf] * 6
+
+
+def test_a_better_nlpd_is_said_only_where_the_intervals_of_all_exits_say_so():
+    """1.5 standard errors were once called better; of two exits, 2.24 is what 95 % together ask for."""
+
+    def honesty(layer, better):
+        of_ways = {"map": 0.0, "temperature": better}
+        return Honesty(layer, {"map": 1.0}, {"map": 0.1}, of_ways, {"map": 1.0, "temperature": 1.0}, 1.0, 0.5, 0.5, 0.1)
+
+    def said(*gains):
+        found = tuple(honesty(layer, gain) for layer, gain in enumerate(gains, 2))
+        return PosteriorReport({}, found, (), 0.0, 100, ())._verdict()
+
+    assert "lower than that of a temperature after no layer, higher after no layer" in said(1.5, 2.2)
+    assert "lower than that of a temperature after 3, higher after no layer" in said(2.2, 2.3)
+    assert "lower than that of a temperature after no layer, higher after 2" in said(-2.3, 0.1)

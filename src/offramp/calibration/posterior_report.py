@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,17 @@ class PosteriorReport:
             )
         else:
             said += f"The gaps rank tokens differently (correlation down to {lowest:.3f}). "
-        better = [h.layer for h in self.honesty if h.better["temperature"] > h.error["temperature"]]
-        if not better:
-            return said + "Laplace is not better than a temperature here."
-        return (
-            said + f"It is better than a temperature by more than a standard error after {', '.join(map(str, better))}."
+        width = NormalDist().inv_cdf(1 - 0.025 / len(self.honesty))  # for all exits together (Bonferroni)
+        lower, higher = (
+            [h.layer for h in self.honesty if sign * h.better["temperature"] > width * h.error["temperature"]]
+            for sign in (1, -1)
         )
+        said += f"Its NLPD is lower than that of a temperature after {_layers(lower)}, higher after {_layers(higher)}"
+        return said + " (by intervals that hold for all exits together with 95 %; no such word where they include 0)."
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "no layer"
 
 
 def judge(

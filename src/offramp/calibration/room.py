@@ -67,8 +67,9 @@ class Room:
     def refusal(self, promise: Promise) -> str:
         """Why nothing is promised, and what to do."""
         p, found = promise, self.words(promise)
-        why = f"{found} A policy whose answers are worth nothing would lose {self.mean:.3g} on average, which is not "
-        why += f"shown to be more than the tolerance of {p.tolerance:g}: every policy would keep such a promise."
+        loses = f"lose {self.mean:.3g} on average" if p.kind != "tail" else f"lose that much on {self.mean:.1%} of them"
+        why = f"{found} A policy whose answers are worth nothing would {loses}, which is not shown to be more than the "
+        why += f"tolerance of {p.tolerance:g}: every policy would keep such a promise."
         if self.unread > 0.5:
             other = "chrf, which reads every script and sign" if p.metric != "chrf" else "examples with a text in them"
             return (

@@ -175,7 +175,8 @@ def calibrate(
     use = ["offramp", "generate", model, "--policy", str(folder / "policy.json"), "--max-new-tokens", str(room)]
     use += [] if exits is None else ["--exits", exits]
     use += [] if dtype == "float32" else ["--dtype", dtype]
-    o.note(f"wrote {folder}; use its policy with: {shlex.join(use)}")
+    then = f"use its policy with: {shlex.join(use)}" if result.certificate.certified else "its policy is the full model"
+    o.note(f"wrote {folder}; {then}")
     o.write_result(result.to_dict(), json)
 
 

@@ -117,6 +117,7 @@ def distil(
     Raises:
         ValueError: The vocabularies differ; a group has no text in one of the parts; options do not go together; or the
             folder holds a run with other options.
+        NotFiniteError: The teacher computes NaN or infinity.
         TrainingError: The loss is not finite.
     """
     from accelerate import Accelerator

@@ -23,6 +23,7 @@ from torch import Tensor
 from offramp.backbone import autocast
 from offramp.exits import Exits, fingerprint
 from offramp.families import SplitModel
+from offramp.finite import NotFiniteError, broken_at
 from offramp.machine import describe
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
@@ -38,6 +39,9 @@ from offramp.training.trainable import Trainable, save, trainable
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
+
+_LOOKED_AT = 8
+"""Windows that a model's pass is gone through on, to see where it first computes NaN or infinity."""
 
 SCHEMA = "offramp/train/2"
 
@@ -214,16 +218,22 @@ class _Exits:
             result = self._learn_classifiers(windows)
         else:
             result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
-        return self._done(result)
+        return self._done(result, windows)
 
-    def _done(self, result: Tally) -> Done:
+    def _done(self, result: Tally, windows: Windows) -> Done:
         strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
         where = f"the exit after layer {strange[0]}" if strange else None
         if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
-            where = "every exit, so perhaps in the model itself"
+            where = f"every exit ({self._broken(windows) or 'so perhaps in the model itself'})"
         loss = sum(w * value for w, value in zip(self.weights, [*result.loss, result.last_loss], strict=False))
         row = {"loss": result.loss, "agreement": result.agreement, "full_loss": result.last_loss}
         return Done(loss, result.positions, row, where)
+
+    def _broken(self, windows: Windows) -> NotFiniteError | None:
+        """What is wrong with the model itself, if it is that; an encoder-decoder is not gone through."""
+        if self.split.is_encoder_decoder:
+            return None
+        return broken_at(self.split, windows.ids[:_LOOKED_AT].to(self.split.device))
 
     def _learn(self, windows: Windows, count: int) -> Tally:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
@@ -301,5 +311,5 @@ class _Exits:
             result = self._shared(self.data.held_out, self.config.micro_batch or self.config.batch_size, look)
         finally:
             self.split.model.train(training)
-        done = self._done(balanced(result)[0] if self.config.classifiers else result)
+        done = self._done(balanced(result)[0] if self.config.classifiers else result, self.data.held_out)
         return replace(done, row={**done.row, "full_accuracy": result.last_accuracy})
