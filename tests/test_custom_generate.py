@@ -9,6 +9,8 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
 )
 
 from offramp import ExitPolicy, LanguageModel
@@ -146,3 +148,17 @@ def test_right_padding_is_refused():
     inputs["attention_mask"][1, -2:] = 0
     with pytest.raises(ValueError, match="padded on the right; pad decoder-only models on the left"):
         LanguageModel(tiny("llama")).generate(inputs, max_new_tokens=3)
+
+
+def test_verify_refuses_a_watermark_that_remembers():
+    """SynthID's marks depend on the calls before; the other watermark of transformers on the text alone."""
+    lm, inputs = LanguageModel(tiny("llama")), inputs_for("llama")
+    policy = ExitPolicy(threshold=0.15, min_layer=1, skipped="verify")
+    remembers = {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=2), "do_sample": True}
+    with pytest.raises(ValueError, match=r"SynthIDText\w+ remembers earlier calls .* use skipped='propagate'"):
+        lm.generate(inputs, policy=policy, max_new_tokens=4, **remembers)
+    lm.generate(inputs, policy=ExitPolicy(threshold=0.15, min_layer=1), max_new_tokens=4, **remembers)
+    pure = {"watermarking_config": WatermarkingConfig(bias=9.0, seeding_scheme="selfhash"), "max_new_tokens": 8}
+    got = lm.generate(inputs, policy=policy, **pure).tokens
+    assert got == lm.generate(inputs, **pure).tokens
+    assert got != lm.generate(inputs, max_new_tokens=8).tokens

@@ -1,10 +1,12 @@
 """Policies on disk, policies that are refused, and the thresholds of those that are not."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -451,3 +453,56 @@ def test_chosen_exits_set_the_first_layer():
 def test_verify_and_contrast_at_full_depth_contradict_each_other():
     with pytest.raises(ValueError, match="full model's own logits; leave contrast full away"):
         ExitPolicy("jsd", skipped="verify", contrast=Contrast(full=True))
+
+
+NONSENSE = [
+    math.nan, math.inf, -math.inf, -(2**63), 2**63, 10**30, -1, 0, 1, 2.5, "x", "0.5", "-inf", b"x", True, False, [],
+    [1], ["x"], [math.nan], [None], {}, {"a": 1}, None, np.float32(0.5), np.float64("nan"), np.int64(7), np.bool_(True),
+    np.array([0.5, 0.6]), 1j, object(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=repr)
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ExitPolicy)])
+def test_any_value_of_any_field_is_refused_or_works(tmp_path, name, value):
+    """What is taken is plain, can be saved and read again, and can be resolved or is refused in words there."""
+    try:
+        policy = ExitPolicy(**{"confidence": "softmax", "min_layer": 6, name: value})
+    except ValueError as error:
+        said = str(error)
+    else:
+        said = None
+    if said is not None:
+        assert name in said
+        return
+    got, default = (json.loads(json.dumps(p.to_dict())) for p in (policy, ExitPolicy(min_layer=6)))
+    assert got == default | {name: got[name]}
+    policy.save(tmp_path / "policy.json")
+    assert ExitPolicy.load(tmp_path / "policy.json") == policy
+    with contextlib.suppress(ValueError):
+        policy.resolve(LAYERS, VOCABULARY)
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=repr)
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Contrast)])
+def test_any_value_of_a_contrast_is_refused_or_works(name, value):
+    try:
+        contrast = Contrast(**{name: value})
+    except ValueError as error:
+        said = str(error)
+    else:
+        said = None
+    if said is not None:
+        assert f"contrast {name}" in said
+        return
+    policy = ExitPolicy("jsd", contrast=contrast)
+    assert ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    with contextlib.suppress(ValueError):
+        policy.resolve(LAYERS, VOCABULARY)
+
+
+def test_a_misspelt_name_is_told_the_nearest():
+    refused("sofmax", "did you mean 'softmax'?", confidence="sofmax")
+    refused("verfy", "did you mean 'verify'?", skipped="verfy")
+    with pytest.raises(ValueError, match="did you mean 'threshold'?"):
+        ExitPolicy.from_dict({"treshold": 0.7})

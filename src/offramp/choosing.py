@@ -13,6 +13,13 @@ class NoProbabilitiesError(ValueError):
     """Scores that hold NaN or infinity, or nothing that is possible, are no distribution to draw from."""
 
 
+_STATEFUL = (
+    "SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "DiaEOSDelayPatternLogitsProcessor", "WhisperNoSpeechDetection",
+)  # fmt: skip
+"""Processors of transformers that remember earlier calls, or run a model of their own."""
+
+
 @dataclass
 class Choosing:
     """How scores become tokens, and when to stop.
@@ -32,6 +39,21 @@ class Choosing:
     generator: torch.Generator | None = None
     eos: tuple[int, ...] = ()
     pad: int = 0
+
+    def require_repeatable(self) -> None:
+        """See that scores of the same text are processed alike a second time: whoever checks drafts does so twice.
+
+        Processors that are not of transformers are believed to be functions of the ids and scores they are given.
+
+        Raises:
+            ValueError: One remembers earlier calls, or runs a model of its own.
+        """
+        processors = self.processors if isinstance(self.processors, list) else [self.processors]
+        if stateful := [type(p).__name__ for p in processors if type(p).__name__ in _STATEFUL]:
+            raise ValueError(
+                f"skipped='verify' checks a token against scores processed anew, but {stateful[0]} remembers earlier "
+                "calls (such as a watermark's); leave it out, or use skipped='propagate' or 'defer'"
+            )
 
     def process(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Processed scores [B, V]."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from offramp.values import choice, flag, number, whole
 
 
 class Reading(Protocol):
@@ -202,11 +204,15 @@ class Contrast:
     full: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "alpha_decay", "amateur", "stride"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, float | int):
-                raise ValueError(f"contrast {name} is {value!r}; it must be a number")
-        choices = {
+        why = "it is a fraction of the largest probability, in (0, 1]"
+        taken: dict[str, Any] = {"alpha": number("contrast alpha", self.alpha, 0, 1, above=True, why=why)}
+        taken["full"] = flag("contrast full", self.full)
+        if self.alpha_decay is not None:
+            taken["alpha_decay"] = number("contrast alpha_decay", self.alpha_decay, 0)
+        for name, least in (("amateur", -(2**31)), ("stride", 1)):  # the model's own layers are known to `Plan`
+            if (value := getattr(self, name)) is not None:
+                taken[name] = whole(f"contrast {name}", value, least, why="it counts layers, from 1")
+        choices: dict[str, tuple[str | None, ...]] = {
             "score": ("mass", "text", "head"),
             "alpha_schedule": (None, "hyperbolic"),
             "plausibility": ("alpha", "pruned"),
@@ -214,14 +220,9 @@ class Contrast:
             "support": ("all", "head", "head_renorm"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"contrast {name} is {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}"
-                )
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"contrast alpha is {self.alpha}; it is a fraction of the largest probability, in (0, 1]")
-        if self.stride is not None and self.stride < 1:
-            raise ValueError(f"contrast stride is {self.stride}; it counts layers, from 1")
+            choice(f"contrast {name}", getattr(self, name), allowed)
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
 
     def below(self, min_layer: int) -> tuple[int, ...]:
         """Candidate layers below the minimum exit layer: {2..l_min-1}, strided from the deepest, or {1}."""

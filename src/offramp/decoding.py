@@ -140,6 +140,8 @@ class _Generation:
         self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger)
         self.protected = torch.tensor(sorted(set(choosing.eos)), dtype=torch.long, device=ids.device)
         self.verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
+        if self.verifying:
+            self.choosing.require_repeatable()
         self.drafts: list[_Read] = []
         self.shallow: list[tuple[list[float], Tensor]] = []  # confidences, choices [B] of positions not yet compared
         self.billed = 0

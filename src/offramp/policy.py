@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, certain
 from offramp.files import write_json
 from offramp.plan import Plan
+from offramp.values import choice, flag, nearest, number, plain, whole
 from offramp.vocabulary import KINDS, Pruning
 
 if TYPE_CHECKING:
@@ -26,16 +27,14 @@ SKIPPED = ("propagate", "defer", "verify")
 
 
 _SCHEMA = "offramp/policy/1"
-_WHOLE = ("min_layer", "prompt_layer", "vocabulary_size", "vocabulary_floor", "vocabulary_start", "draft_length")
-
-
-def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)
+_FAR = 2**31 - 1  # of a layer that no model has; `resolve` knows the model's own
+_KEPT = "at least 2 tokens must be kept"
+_WHOLE = {
+    "min_layer": (1, "layers count from 1"), "prompt_layer": (1, "layers count from 1"), "vocabulary_size": (2, _KEPT),
+    "vocabulary_floor": (2, _KEPT), "vocabulary_start": (2, _KEPT),
+    "draft_length": (1, "at least one token must be drafted"),
+}  # fmt: skip
+"""Fields that are whole numbers: the smallest allowed, and what is said of smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +105,20 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         if not callable(self.confidence):
-            _choice("confidence", self.confidence, (*MEASURES, "static"))
-        _choice("skipped", self.skipped, SKIPPED)
-        _choice("decode_from", self.decode_from, ("logits", "contrastive"))
-        _choice("decay", self.decay, (None, "multiplicative", "additive"))
-        _choice("batch", self.batch, ("rows", "all"))
-        for name in ("threshold", "exit_layers"):  # JSON has no tuples
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        self._check_types()
+            choice("confidence", self.confidence, (*MEASURES, "static"))
+        choice("skipped", self.skipped, SKIPPED)
+        choice("decode_from", self.decode_from, ("logits", "contrastive"))
+        choice("decay", self.decay, (None, "multiplicative", "additive"))
+        choice("batch", self.batch, ("rows", "all"))
+        choice("vocabulary", self.vocabulary, (None, *KINDS))
+        self._take_numbers()
         self._check_layers()
         self._check_thresholds()
-        self._check_vocabulary()
+        if self.vocabulary_size is not None and self.vocabulary is None:
+            raise ValueError(
+                f"vocabulary_size is {self.vocabulary_size} but vocabulary is None; choose one of {', '.join(KINDS)}"
+            )
         self._check_adaptive()
-        if self.draft_length < 1:
-            raise ValueError(f"draft_length is {self.draft_length}; at least one token must be drafted")
         if self.decode_from == "contrastive" and self.confidence not in ("contrastive", "jsd"):
             raise ValueError(
                 f"decode_from='contrastive' needs confidence 'contrastive' or 'jsd', but it is {self.confidence!r}"
@@ -129,30 +127,40 @@ class ExitPolicy:
             way = "adaptive" if self.adaptive else "skipped='verify'"
             raise ValueError(f"{way} checks tokens against the full model's own logits; leave contrast full away")
 
-    def _check_types(self) -> None:
-        """Files come from anywhere: a number in quotes must be called so, here and not in the middle of decoding."""
-        for name in _WHOLE:
-            value = getattr(self, name)
-            if (value is None and name != "draft_length") or (isinstance(value, int) and not isinstance(value, bool)):
-                continue
-            raise ValueError(f"{name} is {value!r}; it must be a whole number")
-        for name in ("vocabulary_shrink", "decay_rate"):
-            if not _is_number(value := getattr(self, name)):
-                raise ValueError(f"{name} is {value!r}; it must be a number")
-        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        if self.threshold is not None and not all(map(_is_number, values)):
-            raise ValueError(f"threshold is {self.threshold!r}; it must be a number, one number per exit, or None")
-        layers = self.exit_layers
-        if layers is not None and not (isinstance(layers, tuple) and all(isinstance(layer, int) for layer in layers)):
-            raise ValueError(f"exit_layers is {layers!r}; it must be ascending layer numbers, or None for all")
+    def _take_numbers(self) -> None:
+        """Numbers as plain Python ones, lists as tuples: equal policies are equal, and all of them can be saved.
+
+        Files come from anywhere: a number in quotes must be called so, here and not in the middle of decoding.
+
+        Raises:
+            ValueError: A value is of another kind, or outside what is allowed.
+        """
+        taken: dict[str, Any] = {}
+        for name, (least, why) in _WHOLE.items():
+            if (value := getattr(self, name)) is not None or name == "draft_length":
+                taken[name] = whole(name, value, least, why=why)
+        taken["vocabulary_shrink"] = number("vocabulary_shrink", self.vocabulary_shrink, 0, 1, above=True)
+        taken["decay_rate"] = number("decay_rate", self.decay_rate, 0)
+        taken |= {name: flag(name, getattr(self, name)) for name in ("vocabulary_recursive", "adaptive")}
+        several = isinstance(self.threshold, list | tuple)
+        values = self.threshold if several else (self.threshold,)
+        numbers = tuple(map(plain, values))  # type: ignore[arg-type]
+        if self.threshold is not None:
+            if None in numbers:
+                raise ValueError(f"threshold is {self.threshold!r}; it must be a number, one number per exit, or None")
+            taken["threshold"] = numbers if several else numbers[0]
+        if (layers := self.exit_layers) is not None:
+            if not isinstance(layers, list | tuple):
+                raise ValueError(f"exit_layers is {layers!r}; it must be ascending layer numbers, or None for all")
+            taken["exit_layers"] = tuple(whole("a layer of exit_layers", layer, -_FAR, _FAR) for layer in layers)
         if not isinstance(self.contrast, Contrast):
             raise ValueError(f"contrast is {self.contrast!r}; it must be a Contrast")
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
 
     def _check_layers(self) -> None:
         if self.confidence == "static" and self.min_layer is None:
             raise ValueError("a static policy always leaves after min_layer: give it, e.g. min_layer=20")
-        if self.min_layer is not None and self.min_layer < 1:
-            raise ValueError(f"min_layer is {self.min_layer}; layers count from 1")
         if self.prompt_layer is None:
             return
         if self.skipped == "verify":
@@ -164,20 +172,6 @@ class ExitPolicy:
                 f"prompt_layer is {self.prompt_layer}; a static policy leaves after min_layer, {self.min_layer}, and "
                 "its prompt goes no deeper: give a prompt_layer up to there, or none"
             )
-
-    def _check_vocabulary(self) -> None:
-        _choice("vocabulary", self.vocabulary, (None, *KINDS))
-        if self.vocabulary_size is not None and self.vocabulary_size < 2:
-            raise ValueError(f"vocabulary_size is {self.vocabulary_size}; at least 2 tokens must be kept")
-        if self.vocabulary_size is not None and self.vocabulary is None:
-            raise ValueError(
-                f"vocabulary_size is {self.vocabulary_size} but vocabulary is None; choose one of {', '.join(KINDS)}"
-            )
-        for name in ("vocabulary_floor", "vocabulary_start"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise ValueError(f"{name} is {value}; at least 2 tokens must be kept")
-        if not 0 < self.vocabulary_shrink <= 1:
-            raise ValueError(f"vocabulary_shrink is {self.vocabulary_shrink}; allowed are values in (0, 1]")
 
     def _check_thresholds(self) -> None:
         if self.threshold is None or self.confidence == "static":
@@ -192,14 +186,13 @@ class ExitPolicy:
                 )
 
     def _check_adaptive(self) -> None:
-        _choice("adaptive", self.adaptive, (True, False))
         if not self.adaptive:
             return
         if self.skipped != "defer":
             raise ValueError(
                 f"adaptive learns where skipped positions go deep: it needs skipped='defer', not {self.skipped!r}"
             )
-        if not _is_number(self.threshold):
+        if self.threshold is None or isinstance(self.threshold, tuple):
             raise ValueError(f"adaptive starts at a threshold that is one number, but it is {self.threshold!r}")
         if self.confidence in ("static", "state"):
             raise ValueError(
@@ -364,5 +357,8 @@ def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, all of them fields of `cls`."""
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown policy fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown policy fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            f"{nearest(unknown[0], known)}"
+        )
     return dict(values)
