@@ -7,17 +7,14 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from tqdm.auto import tqdm
 
 import offramp
 from offramp import ExitPolicy
 from offramp.calibration import Grid, Promise, calibrate
+from offramp.cli.progress import progress
 from offramp.cli.show import Painter
 from offramp.evaluation import evaluate
 from offramp.files import replace_file
@@ -92,22 +89,6 @@ def main() -> None:
 def say(title: str) -> None:
     """A heading."""
     print(f"\n== {title}\n", flush=True)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Any]:
-    """A progress bar, as a callback.
-
-    Yields:
-        The callback.
-    """
-    with tqdm(desc=label, leave=False, disable=None) as bar:
-
-        def update(done: int, total: int, what: str = "") -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(what)
-
-        yield update
 
 
 def show(lm: offramp.LanguageModel, policy: ExitPolicy | None, console: Console | None = None) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from offramp.cli.progress import progress as progress  # for commands, which have all of this module as `o`
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -250,20 +250,3 @@ def note(text: str) -> None:
     """One line on standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def progress(label: str) -> Iterator[Any]:
-    """A progress bar on standard error, as a callback (done, total[, what is next])."""
-    from tqdm.auto import tqdm
-
-    with tqdm(desc=label, file=sys.stderr, dynamic_ncols=True, leave=False, disable=None) as bar:
-
-        def update(done: int, total: int, what: str = "") -> None:
-            if bar.total is None:
-                bar.initial = done  # a run that is continued: what was done before takes no time now
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(what, refresh=False)
-            bar.refresh()
-
-        yield update
