@@ -31,7 +31,7 @@ class ScriptedModel:
         self.calls: list[tuple[int, list[int], list[int]]] = []
         self.filled: list[tuple[int, list[int]]] = []
 
-    def start(self, ids, mask=None, *, memory=None, memory_mask=None, context=None):
+    def start(self, ids, mask=None, *, positions=None, memory=None, memory_mask=None, context=None):
         batch, queries = ids.shape
         if context is None:
             self.prompt = queries

@@ -52,6 +52,7 @@ class Prepared:
     choosing: Choosing
     max_new_tokens: int
     mask: Tensor | None = None
+    positions: Tensor | None = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
 
@@ -61,7 +62,8 @@ class Prepared:
         """Decode."""
         return decode(
             self.model, self.ids, policy, max_new_tokens=self.max_new_tokens, choosing=self.choosing, mask=self.mask,
-            memory=self.memory, memory_mask=self.memory_mask, ledger=ledger, adaptive=adaptive,
+            positions=self.positions, memory=self.memory, memory_mask=self.memory_mask, ledger=ledger,
+            adaptive=adaptive,
         )  # fmt: skip
 
 
@@ -81,9 +83,11 @@ def prepare(
 
     Raises:
         ValueError: Something asked for is not supported: beams, another decoding method, scores or states of every
-            step, a filled cache, embeddings instead of ids, or more tokens than the model has positions for.
+            step, a filled cache, embeddings instead of ids, any other input that decoding would not use, or more tokens
+            than the model has positions for.
     """
-    _refuse(generation_config, kwargs)
+    _refuse(generation_config)
+    _refuse_inputs(kwargs)
     eos = generation_config.eos_token_id
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     pad = generation_config.pad_token_id
@@ -97,28 +101,73 @@ def prepare(
         pad=pad,
     )
     limit = int(generation_config.max_length) - ids.shape[1]
-    positions = model.max_positions
-    if positions is not None and ids.shape[1] + limit > positions:
-        raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens and {limit} new ones are asked for, but the model's context holds "
-            f"{positions}; shorten the prompt or ask for at most {max(positions - ids.shape[1], 0)} new tokens"
-        )
     mask = kwargs.get("attention_mask")
-    if mask is not None and not model.is_encoder_decoder and not bool(mask[:, -1].all()):
+    if mask is not None and not model.is_encoder_decoder:
+        _check_mask("attention_mask", mask, ids)
+    positions = _positions(kwargs.get("position_ids"), ids)
+    _check_room(ids, positions, limit, model.max_positions)
+    if model.is_encoder_decoder:
+        memory = kwargs["encoder_outputs"][0]
+        if mask is not None and model.name != "whisper":  # Whisper attends to all of its padded input
+            _check_mask("attention_mask", mask, memory)
+        if (decoder_mask := kwargs.get("decoder_attention_mask")) is not None:
+            _check_mask("decoder_attention_mask", decoder_mask, ids)
+            if not bool(decoder_mask.all()):
+                raise ValueError(
+                    "decoder_attention_mask leaves tokens of decoder_input_ids out, which is not supported with early "
+                    "exits; give rows of equal length, or one at a time"
+                )
+        return Prepared(model, ids, choosing, limit, memory=memory, memory_mask=mask)
+    if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("a prompt is padded on the right; pad decoder-only models on the left (padding_side='left')")
-    if not model.is_encoder_decoder:
-        return Prepared(model, ids, choosing, limit, mask=mask)
-    memory = kwargs["encoder_outputs"].last_hidden_state
-    return Prepared(model, ids, choosing, limit, memory=memory, memory_mask=mask)
+    return Prepared(model, ids, choosing, limit, mask=mask, positions=positions)
+
+
+def _positions(given: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Positions of a prompt's tokens, the caller's or those that `transformers` counts from the mask, [B, T]."""
+    if given is None:
+        return None
+    for_each = given.ndim == 2 and given.shape[1] == ids.shape[1] and len(given) in (1, len(ids))
+    if not for_each or given.is_floating_point():
+        raise ValueError(
+            f"position_ids (or the attention_mask that they are counted from) are {given.dtype} of the shape "
+            f"{list(given.shape)}; give a whole number for each token of the prompts, {list(ids.shape)}, or none"
+        )
+    if bool((given < 0).any()):
+        raise ValueError(f"position_ids hold {int(given.min())}; positions count from 0")
+    return given.to(ids.device).long().expand(ids.shape)
+
+
+def _check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
+    """Raise a ValueError unless a mask is for these tokens, [B, T, ...]."""
+    if mask.shape != tokens.shape[:2]:
+        raise ValueError(f"{name} has the shape {list(mask.shape)}; its tokens have {list(tokens.shape[:2])}")
+
+
+def _check_room(ids: Tensor, positions: Tensor | None, limit: int, room: int | None) -> None:
+    """Raise a ValueError if the model has no positions for a prompt [B, T] and `limit` tokens behind it."""
+    end = ids.shape[1] if positions is None else max(ids.shape[1], int(positions.max()) + 1)
+    if room is None or end + limit <= room:
+        return
+    what = f"the prompt has {end} tokens" if end == ids.shape[1] else f"the prompt's position_ids go to {end - 1}"
+    raise ValueError(
+        f"{what} and {limit} new ones are asked for, but the model's context holds {room}; shorten the prompt or ask "
+        f"for at most {max(room - end, 0)} new tokens"
+    )
 
 
 _UNSUPPORTED = (
     "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale", "constraints", "force_words_ids",
     "assistant_early_exit", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+    "prefill_chunk_size", "compile_config",
 )  # fmt: skip
+_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static")  # all others hold the same keys and values
+_TAKEN = ("attention_mask", "position_ids", "inputs_embeds", "encoder_outputs", "decoder_attention_mask")
+_INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
+_CACHES = ("cache", "past_key_values")  # since transformers 5.24, and until then
 
 
-def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+def _refuse(config: GenerationConfig) -> None:
     """Say so if something is asked for that decoding with exits does not do."""
     if config.num_beams not in (None, 1):
         raise ValueError(
@@ -129,12 +178,24 @@ def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         value = getattr(config, name, None)
         if value and not (name == "guidance_scale" and value == 1):
             raise ValueError(f"{name} is {value}; this is not supported with early exits, leave it away")
-    for name in ("cache", "past_key_values"):  # since transformers 5.24, and until then
+    if config.cache_implementation in _OTHER_CACHES:
+        raise ValueError(
+            f"cache_implementation is {config.cache_implementation!r}, but early exits keep keys and values as they "
+            "are, beside the model; leave it away"
+        )
+
+
+def _refuse_inputs(kwargs: dict[str, Any]) -> None:
+    """Say so if there is an input that decoding with exits would silently not use."""
+    for name in _CACHES:
         cache = kwargs.get(name)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(f"a filled {name} cannot be continued with early exits; pass the whole prompt instead")
-    if kwargs.get("inputs_embeds") is not None:
+    if kwargs.get("inputs_embeds") is not None and kwargs.get("encoder_outputs") is None:
         raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
+    for name, value in kwargs.items():
+        if name not in (*_TAKEN, *_INDIFFERENT, *_CACHES) and value is not None and value is not False:
+            raise ValueError(f"{name} is given, which is not used with early exits; leave it away")
 
 
 class CustomGenerate:
@@ -166,7 +227,8 @@ class CustomGenerate:
     ) -> Tensor | EarlyExitOutput:
         """Called by `generate`; `exit_streamer=` receives the prompt and every token as `streamer=` would.
 
-        (`transformers` keeps `streamer=` from custom methods, but does forward names they define themselves.)
+        (`transformers` keeps `streamer=`, `assistant_model=` and `synced_gpus=` from custom methods: they do nothing
+        here. It does forward names that they define themselves.)
 
         Returns:
             Sequences [B, T], or an `EarlyExitOutput` with `return_dict_in_generate=True`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ def decode(
     max_new_tokens: int,
     choosing: Choosing | None = None,
     mask: Tensor | None = None,
+    positions: Tensor | None = None,
     memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
     ledger: Ledger | None = None,
@@ -82,6 +83,7 @@ def decode(
         max_new_tokens: Most tokens generated per row.
         choosing: Processors, sampling and stopping; None: plain greedy without EOS.
         mask: 1 for tokens, 0 for left padding, [B, T]; None without padding.
+        positions: Positions of the prompt's tokens, [B, T]; new ones go on from its last. None: counted from the mask.
         memory: Encoder output, [B, X, D], for encoder-decoders.
         memory_mask: Mask of the encoder's input, [B, X].
         ledger: Where costs are written down.
@@ -101,7 +103,7 @@ def decode(
     ledger = ledger or Ledger(model.shape, ids.device)
     learning = adaptive if plan.policy.adaptive else None
     generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, learning)
-    read = generation.first(mask, memory, memory_mask)
+    read = generation.first(mask=mask, positions=positions, memory=memory, memory_mask=memory_mask)
     while True:
         try:
             yield from generation.verified(read) if generation.verifying else generation.settled(read)
@@ -153,10 +155,9 @@ class _Generation:
 
     # ------------------------------------------------------------ reading one position
 
-    def first(self, mask: Tensor | None, memory: Tensor | None, memory_mask: Tensor | None) -> _Read:
-        """The prompt's pass, or the start token's step."""
-        ids = self.buffer[:, : self.length]
-        state = self.model.start(ids, mask, memory=memory, memory_mask=memory_mask)
+    def first(self, **inputs: Any) -> _Read:
+        """The prompt's pass, or the start token's step; `inputs` are those of `SplitModel.start`."""
+        state = self.model.start(self.buffer[:, : self.length], **inputs)
         self.context = state.context
         self.prefill = not self.model.is_encoder_decoder or self.length > 1
         self.way.begin(state, self.rows, prompt=self.prefill)
@@ -306,11 +307,11 @@ class _Generation:
 
     def broken(self) -> NotFiniteError | None:
         """The error, with the place where the model first computes NaN or infinity on what is known so far, if any."""
-        context, ids = self.context, self.buffer[:, : self.length]
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        if context.padding is not None:
-            mask[:, : self.prompt] = context.padding[:, : self.prompt]
-        return broken_at(self.model, ids, mask, memory=context.memory, memory_mask=context.memory_mask)
+        context, length = self.context, self.length
+        return broken_at(
+            self.model, self.buffer[:, :length], None if context.padding is None else context.padding[:, :length],
+            positions=context.positions[:, :length], memory=context.memory, memory_mask=context.memory_mask,
+        )  # fmt: skip
 
     def _append(self, token: Tensor) -> None:
         self.buffer[:, self.length] = token
@@ -374,7 +375,7 @@ class _Generation:
         Yields:
             The steps up to and including the first correction.
         """
-        way = self.way
+        way, depth = self.way, self.plan.num_layers
         assert isinstance(way, Defer)
         if not deep:
             way.flush()
@@ -386,12 +387,9 @@ class _Generation:
         self.length -= len(drafts)
         for index, draft in enumerate(drafts):
             target = self.choosing.process(self.buffer[:, : self.length], logits[:, index])
-            drafted = torch.tensor([layer < self.plan.num_layers for layer in draft.layers], device=state.hidden.device)
+            drafted = torch.tensor([layer < depth for layer in draft.layers], device=state.hidden.device)
             token, agreed = self.choosing.judge(draft.token, draft.processed, target, drafted)
-            layers = [
-                layer if same else self.plan.num_layers
-                for layer, same in zip(draft.layers, agreed.tolist(), strict=True)
-            ]
+            layers = [layer if same else depth for layer, same in zip(draft.layers, agreed.tolist(), strict=True)]
             wrong = bool((~agreed & self.live).any())
             sound = self._sound(logits[:, index], token)
             sound = sound if draft.sound is None else sound & draft.sound

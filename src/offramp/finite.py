@@ -64,6 +64,7 @@ def broken_at(
     ids: Tensor,
     mask: Tensor | None = None,
     *,
+    positions: Tensor | None = None,
     memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
 ) -> NotFiniteError | None:
@@ -73,6 +74,7 @@ def broken_at(
         split: The model.
         ids: Tokens behind which it was found, [B, T].
         mask: 1 for tokens, 0 for padding, [B, T]; None without padding.
+        positions: Positions of the tokens, [B, T]; None: counted from the mask.
         memory: Encoder output, [B, X, D].
         memory_mask: Mask of the encoder's input, [B, X].
 
@@ -83,7 +85,7 @@ def broken_at(
     error = partial(not_finite, name_of(split), dtype=split.model.dtype)
     if memory is not None and not bool(memory.isfinite().all()):
         return error("in its encoder's output")
-    state = split.start(ids, mask, memory=memory, memory_mask=memory_mask)
+    state = split.start(ids, mask, positions=positions, memory=memory, memory_mask=memory_mask)
     for layer in range(depth + 1):
         state = state if not layer else split.run(state, layer - 1, layer)
         wrong = ~state.hidden.isfinite().all(-1) & real  # [B, T]

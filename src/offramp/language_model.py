@@ -227,6 +227,10 @@ class LanguageModel:
             inputs = {key: value.to(self.split.device) for key, value in dict(prompts).items()}
             if not any(value.numel() for value in inputs.values()):
                 raise ValueError("the prompt is empty; give at least one token")
+            if not {"input_ids", "input_features"} & set(inputs):
+                raise ValueError(
+                    f"the inputs hold {', '.join(inputs)}; give input_ids, or a speech model's input_features"
+                )
             return inputs
         texts = self._texts(prompts, chat)
         side, pad = self.tokenizer.padding_side, self.tokenizer.pad_token

@@ -134,6 +134,7 @@ class SplitModel:
         ids: Tensor,
         mask: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
         context: Context | None = None,
@@ -143,6 +144,7 @@ class SplitModel:
         Args:
             ids: Token ids, [B, n].
             mask: 1 for tokens, 0 for (left) padding, [B, n]; only for the first tokens of a batch.
+            positions: Positions of the tokens, [B, n], likewise; None: counted from the mask.
             memory: Encoder output, [B, X, D]; encoder-decoders only, first tokens only.
             memory_mask: Mask of the encoder's input, [B, X].
             context: That of the batch; None begins a new batch.
@@ -158,6 +160,8 @@ class SplitModel:
                 context.positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             else:
                 context.positions = torch.arange(queries, device=ids.device).expand(batch, queries)
+            if positions is not None:
+                context.positions = positions
             start = 0
         else:
             start = context.slots
