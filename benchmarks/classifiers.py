@@ -38,9 +38,10 @@ from offramp.classifiers import (
     load_outputs,
     train_classifier,
 )
-from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresholds, validate
-from offramp.classifiers.evaluate import Settings, charged, evaluate
+from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresholds
+from offramp.classifiers.evaluate import charged, evaluate
 from offramp.classifiers.result import ClassifierEvaluation
+from offramp.classifiers.validity import validate
 from offramp.files import write_text
 from offramp.metrics.sets import summarise
 from offramp.risk import budgets
@@ -184,7 +185,7 @@ def outputs(study: Study, splits: dict[str, Labelled], seed: int, folder: Path) 
     found = {}
     for name, data in splits.items():
         path = folder / "outputs" / f"{name}.safetensors"
-        if name != "train" and not path.exists():
+        if name != "train" and (not path.exists() or load_outputs(path).cut is None):  # as earlier versions wrote
             path.parent.mkdir(parents=True, exist_ok=True)
             model.outputs(in_order(study.rows(data, model), 128), ids=data.ids, path=path)
         if name != "train":
@@ -210,7 +211,7 @@ def posteriors(found: dict[str, ExitOutputs], folder: Path) -> dict[str, Posteri
 
 
 def certificates(found: dict[str, ExitOutputs], posterior: Posterior) -> list[list[str]]:
-    """Thresholds with promises, one row each, and how they keep them."""
+    """Thresholds with promises against the network's own last exit, one row each, and how they keep them."""
     p = {name: posterior.probabilities(found[name]) for name in ("threshold", "calibrate", "test")}
     costs = charged(found["test"].costs, posterior)
     thresholds = ladder(p["threshold"].amax(-1))
@@ -221,10 +222,14 @@ def certificates(found: dict[str, ExitOutputs], posterior: Posterior) -> list[li
     ):  # fmt: skip
 
         def losses(name: str, loss: str = loss) -> Tensor:
-            return consistency(p[name]) if loss == "consistency" else performance_gap(p[name], found[name].labels)
+            own = found[name].logits[-1].double().softmax(-1)
+            if loss == "consistency":
+                return consistency(p[name], own)
+            return performance_gap(p[name], found[name].labels, own)
 
         promise = RowPromise(loss, tolerance, 0.05, bound)
-        trials = {name: try_thresholds(thresholds, p[name].amax(-1), losses(name), costs) for name in p}
+        full = found["test"].full_cost
+        trials = {name: try_thresholds(thresholds, p[name].amax(-1), losses(name), costs, full) for name in p}
         certificate = certify(trials["calibrate"], promise)
         again = validate(trials["test"], promise, repeats=200)
         held_out = trials["test"]
@@ -289,11 +294,11 @@ def seconds(study: Study, model: EarlyExitClassifier, posterior: Posterior, foun
     rows = study.rows(data.take(range(min(most, len(data)))), model)
     batches = [inputs for inputs, _ in in_order(rows, 64)]
     confidences = posterior.probabilities(found["threshold"]).amax(-1)
-    costs = charged(found["threshold"].costs, posterior)
+    costs, full = charged(found["threshold"].costs, posterior), found["threshold"].full_cost
     lines = []
     for share in (0.35, 0.5, 0.75):
         try:
-            budget = budgets.fit(confidences, costs, budgets.q_of(costs, share=share))
+            budget = budgets.fit(confidences, costs, budgets.q_of(costs, share=share, full=full))
         except ValueError:  # below the first exit
             continue
         ratios = []
@@ -306,7 +311,7 @@ def seconds(study: Study, model: EarlyExitClassifier, posterior: Posterior, foun
                 taken.append(time.perf_counter() - began)
             ratios.append(taken[1] / taken[0])
         low, _, high = statistics.quantiles(ratios, n=4)
-        spent = budget.realised / float(costs[-1])
+        spent = budget.realised / full
         lines.append(
             f"{spent:.2f} of the FLOPs: {statistics.median(ratios):.2f} of the seconds ({low:.2f} to {high:.2f})"
         )
@@ -371,11 +376,8 @@ def main() -> None:
         found = outputs(study, splits, seed, folder)
         fitted = posteriors(found, folder)
         model = load(folder / "train" / "model").eval()
-        sample = next(iter(in_order(study.rows(splits["test"], model), 64)))[0]
-        ratio = model.costs(sample, cut=True) / model.costs(sample)
-        settings = Settings(static_costs=tuple((found["test"].costs * ratio).tolist()))
         named = {"clean" if test == "test" else test: found[test] for test in tests}
-        seeds.append(tuple(evaluate(fitted, found["threshold"], named, settings)))
+        seeds.append(tuple(evaluate(fitted, found["threshold"], named)))
         accuracies.append(
             [f"{(z.argmax(-1) == found['test'].labels).double().mean():.4f}" for z in found["test"].logits]
         )

@@ -78,7 +78,12 @@ def test_grey_images_for_a_network_of_colours(tmp_path):
 
 
 def test_rows_of_texts_come_in_the_order_of_their_lengths(bert, texts):
-    rows = rows_of(build(bert, texts), texts, longest=6)
+    tokenizer = build(bert, texts).tokenizer
+    longer = sum(len(tokenizer(text)["input_ids"]) > 6 for text in texts.inputs)
+    with pytest.warns(UserWarning, match=f"rows.tsv: {longer} of {len(texts)} rows are longer than 6 tokens and lose"):
+        rows = rows_of(build(bert, texts), texts, longest=6)
+    lost = {i: max(0, len(tokenizer(text)["input_ids"]) - 6) for i, text in zip(texts.ids, texts.inputs, strict=True)}
+    assert rows.lost.sum() == sum(lost.values()) > 0
     assert rows.lengths.tolist() == sorted(rows.lengths.tolist())
     assert sorted(rows.data.ids) == sorted(texts.ids)
     labels = dict(zip(texts.ids, texts.labels.tolist(), strict=True))

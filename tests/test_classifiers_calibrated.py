@@ -30,6 +30,7 @@ from offramp.uncertainty import nested_conformal, saving
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* are longer than 9 tokens and lose the rest:UserWarning")
 QUICK = PosteriorConfig("mie+laplace", n_mc=8, grid="meronen")
 
 
@@ -174,21 +175,23 @@ def test_costs_in_the_table_are_over_those_of_the_same_rows(images, tmp_path):
 
     def outputs(name):
         rows = passes.outputs(name)
-        return replace(rows, costs=rows.costs * (2 if name == "tune" else 1))
+        factor = 2 if name == "tune" else 1
+        return replace(rows, costs=rows.costs * factor, cut=rows.cut * factor)
 
     config = CalibrationConfig(PosteriorConfig("temperature"))
     result = calibrate(outputs, config, tmp_path / "out", network=passes.network)
-    costs = passes.outputs("threshold").costs
-    assert result.calibrated.full_cost == pytest.approx(float(costs[-1]))
+    plain = float(passes.classifier.costs(cut=True)[-1])  # the network without the heads of earlier exits
+    assert plain < 0.8 * float(passes.classifier.costs()[-1])
+    assert result.calibrated.full_cost == pytest.approx(plain)
     shares = [float(row[1]) for row in result.exit_table()[1]]
-    assert shares == pytest.approx((result.calibrated.costs / costs[-1]).tolist(), abs=6e-4)
+    assert shares == pytest.approx((result.calibrated.costs / plain).tolist(), abs=6e-4)
     assert shares[-1] >= 1
 
 
 def test_verdicts_name_the_rows_they_are_about(fitted):
     text = fitted[2].table()
     said = text.index("On the rows of the tune split, on which both were tuned:")
-    assert text.index("of the threshold split") < said < text.index("exit 1: Laplace is")
+    assert text.index("of the threshold split") < said < text.index("exit 1: Laplace ")
     assert "tune split" not in replace(fitted[2], calibrated=_without_laplace(fitted[2].calibrated)).table()
 
 
@@ -214,10 +217,44 @@ def test_the_certificate_is_about_the_calibrate_rows_and_checked_on_the_test_row
     rows = passes.outputs("test")
     p = result.calibrated.posterior.probabilities(rows)
     exits = budgets.leave(p.amax(-1), torch.full((4,), threshold, dtype=torch.float64))
+    right = rows.logits.argmax(-1)[-1] == rows.labels  # of the plain network's last exit, which nothing was fitted to
+    mine = p.argmax(-1)[exits, torch.arange(rows.rows)] == rows.labels
+    assert result.kept["loss"] == pytest.approx(float((right.double() - mine.double()).mean()))
+    assert result.kept["loss"] == result.kept["losses"]["last-exit"]
     losses = classifier_losses.performance_gap(p, rows.labels)[exits, torch.arange(rows.rows)]
-    assert result.kept["loss"] == pytest.approx(float(losses.mean()))
+    assert result.kept["losses"]["posterior"] == pytest.approx(float(losses.mean()))
     costs = charged(rows.costs, result.calibrated.posterior)
-    assert result.kept["saving"] == pytest.approx(1 - float(costs[exits].mean() / costs[-1]))
+    assert result.kept["saving"] == pytest.approx(1 - float(costs[exits].mean()) / rows.full_cost)
+    assert result.kept["saving_with_heads"] == pytest.approx(1 - float(costs[exits].mean() / costs[-1]))
+    assert "against the network's own last exit, without the posterior" in result.certificate.words()
+    text = result.table()
+    assert f"{result.kept['losses']['posterior']:.4f} against the ensemble of all exits" in text
+    assert "of the plain full network's FLOPs" in text or "more than the plain full network's FLOPs" in text
+
+
+def test_a_promise_may_be_against_the_posterior(images, tmp_path):
+    passes = Passes.of(images[0], IMAGES, images[1])
+    promise = RowPromise("consistency", 0.6, 0.2, "binomial")
+    found = {}
+    for reference in ("last-exit", "posterior"):
+        config = CalibrationConfig(PosteriorConfig("mie"), promise=promise, reference=reference)
+        found[reference] = calibrate(passes.outputs, config, tmp_path / reference, network=passes.network)
+    rows = passes.outputs("calibrate")
+    p = found["posterior"].calibrated.posterior.probabilities(rows)
+    never = float((p[-1].argmax(-1) != rows.logits[-1].argmax(-1)).double().mean())
+    assert found["posterior"].certificate.tests[0]["loss"] == 0  # the ensemble against itself
+    assert found["last-exit"].certificate.tests[0]["loss"] == never > 0  # and against what was deployed
+    assert "against the ensemble of all exits that the posterior makes of the last" in found["posterior"].table()
+    with pytest.raises(ValueError, match="reference is 'first-exit'; allowed are last-exit, posterior"):
+        CalibrationConfig(reference="first-exit")
+
+
+def test_nothing_certified_says_so_of_the_ensemble_too(images, tmp_path):
+    passes = Passes.of(images[0], IMAGES, images[1])
+    config = CalibrationConfig(PosteriorConfig("mie"), promise=RowPromise("consistency", 0.01, 0.01, "binomial"))
+    certificate = calibrate(passes.outputs, config, tmp_path / "out", network=passes.network).certificate
+    assert not certificate.certified
+    assert "That the rows never leave early is not certified either" in certificate.words()
 
 
 def test_what_was_calibrated_comes_back_from_its_folder(fitted, images):
@@ -286,13 +323,23 @@ def test_a_folder_with_something_else_is_left_alone(fitted, images):
 def test_a_budget_is_met_on_the_threshold_rows(fitted, asked):
     calibrated = fitted[2].calibrated
     budget = calibrated.budget(asked)
-    full = float(calibrated.costs[-1])
+    full = float(fitted[0].classifier.costs(cut=True)[-1])  # half of it is half of what runs without early exits
     assert budget.target == pytest.approx(asked * full)
     exits = budgets.leave(calibrated.confidences, budget.thresholds)
     assert budget.realised == pytest.approx(float(calibrated.costs[exits].mean()))
     assert abs(budget.realised - budget.target) < 0.1 * full  # of 18 rows
     same = calibrated.budget(asked * full)  # in FLOPs
     assert torch.equal(same.thresholds, budget.thresholds)
+
+
+def test_thresholds_of_an_earlier_version_know_no_shares(fitted, tmp_path):
+    calibrated = fitted[2].calibrated
+    replace(calibrated, full_cost=None).save(tmp_path)  # as it was written then
+    earlier = load_calibrated(tmp_path, fitted[0].network)
+    with pytest.raises(ValueError, match="give FLOPs per row, or calibrate again"):
+        earlier.budget(0.5)
+    flops = 0.5 * float(calibrated.full_cost)
+    assert torch.equal(earlier.budget(flops).thresholds, calibrated.budget(0.5).thresholds)
 
 
 @pytest.mark.parametrize("asked", [0.01, -1.0, 3.0, float("nan"), 1e15])
@@ -433,6 +480,8 @@ def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
     static = found.of("clean", "static exit, vanilla")[0]
     heads = static.alone[3].cost
     assert heads < found.of("clean", "vanilla")[0].alone[3].cost
+    assert heads == pytest.approx(float(networks[0].classifier.costs(cut=True)[-1]), rel=1e-6)
+    assert found.of("clean", "full model, vanilla")[0].mean["cost"].value == pytest.approx(1, rel=1e-5)
     # again: no pass and no fit
     made = counted(monkeypatch)
     monkeypatch.setattr("offramp.classifiers.compare.fit_posterior", None)

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from classifier_data import save_bert, save_resnet, write_idx, write_texts
@@ -113,7 +114,11 @@ def test_calibrate_prints_each_exit_and_what_is_promised(calibrated, images):
     assert {path.name for path in out.iterdir()} == {"posterior", "thresholds", "sets", "result.json", "table.md"}
     values = json.loads((images[0] / "calibrated.json").read_text())
     assert values == json.loads((out / "result.json").read_text())
-    assert values["config"]["promise"] == {"loss": "gap", "tolerance": 0.4, "failure": 0.05, "bound": "wsr"}
+    assert values["config"]["promise"] == {
+        "loss": "gap", "tolerance": 0.4, "failure": 0.05, "bound": "wsr", "reference": None,
+    }  # fmt: skip
+    assert values["config"]["reference"] == "last-exit"
+    assert values["certificate"]["promise"]["reference"] == "the network's own last exit, without the posterior"
     assert "command" in values["conditions"]
 
 
@@ -135,7 +140,7 @@ def test_evaluate_compares_all_methods_over_seeds(images, monkeypatch):
     messages = {m for fits in values["fitted"] for fit in fits.values() for m in fit["messages"]}
     assert messages
     assert all(message in run.stdout for message in messages)
-    assert values["schema"] == "offramp/classifier-evaluation/1"
+    assert values["schema"] == "offramp/classifier-evaluation/2"
     assert len(values["seeds"]) == 2
     assert "test 60" in values["conditions"]["rows"]
     names = {path.name for path in out.iterdir()}
@@ -202,7 +207,10 @@ def test_classify_by_budget_threshold_and_certificate(images, calibrated):
     # one per line of standard input; without a posterior
     plain = answers("--threshold", "2", text="\n".join(map(str, files)) + "\n")
     assert {a["exit"] for a in plain["answers"]} == {3}
-    assert {a["share"] for a in plain["answers"]} == {1.0}
+    classifier = load(model)
+    of_plain = float(classifier.costs(_pixels())[-1] / classifier.costs(_pixels(), cut=True)[-1])
+    assert of_plain > 1  # tested at each exit, all heads are computed
+    assert [a["share"] for a in plain["answers"]] == pytest.approx([of_plain] * 12)
     assert {a["set"] for a in plain["answers"]} == {None}
     assert {a["exit"] for a in answers(*files, "--threshold", "2,-1")["answers"]} == {2}
     # with a certificate that is the rule
@@ -215,10 +223,15 @@ def test_classify_by_budget_threshold_and_certificate(images, calibrated):
     assert own["rule"]["thresholds"] == [0.5]
     run = offramp("classify", model, files[0], "--posterior", out, "--budget", 0.7)
     assert re.fullmatch(
-        r"(lying|standing|spot) +0\.\d{3}  exit [123]/3  [01]\.\d{3} of the FLOPs  \{.*\}  .*\n", run.stdout
+        r"(lying|standing|spot) +0\.\d{3}  exit [123]/3  [01]\.\d{3} of the full network's FLOPs  \{.*\}  .*\n",
+        run.stdout,
     )
-    assert "a budget of 0.700 of the full cost (on the threshold split 0." in run.stderr
+    assert "a budget of 0.700 of the plain full network's FLOPs (on the threshold split 0." in run.stderr
     fails("classify", model, files[0], "--posterior", out, "--budget", 0.01, words=r"allowed are \d+ FLOPs per row")
+
+
+def _pixels():
+    return torch.zeros(1, 1, 8, 8)
 
 
 def test_texts_from_training_to_answers(texts):
@@ -236,6 +249,12 @@ def test_texts_from_training_to_answers(texts):
     shown = offramp("classify", model, "good\tgreat film\nbad", "x" * 61).stdout
     assert "  good\tgreat film\\nbad\n" in shown  # tabs stay, a line end is no line end
     assert f"  {'x' * 59}…\n" in shown
+    long = " ".join(["good"] * 40)  # the tokenizer takes 32 tokens, two of them special
+    run = offramp("classify", model, "--posterior", out, "--json", place / "cut.json", text=f"bad film\n{long}\n")
+    assert "1 of 2 texts were too long and were classified without their end: input 2" in run.stderr
+    found = json.loads((place / "cut.json").read_text())
+    assert [a["tokens_cut"] for a in found["answers"]] == [0, 10]
+    assert found["texts_cut"] == 1
     run = offramp(
         "evaluate", model, *arguments, "--methods", "vanilla,temperature", "--resamples", 0, "--limit", 40, "--out",
         place / "evaluated",
@@ -245,6 +264,16 @@ def test_texts_from_training_to_answers(texts):
 
 
 # ---------------------------------------------------------------- two forms of a command
+
+
+def test_usage_lines_show_the_command_that_was_typed(images):
+    for command in by_task.OF_CLASSIFIERS:
+        run = offramp(command, "--task", IMAGES, "--nonsense", status=2)
+        assert f"Usage: offramp {command} --task {IMAGES} [OPTIONS]" in " ".join(run.output.split())
+        assert f"{command}-classifier" not in run.output
+    run = offramp("distill", "--task", "language-modelling", "--nonsense", status=2)
+    assert "distill --task language-modelling [OPTIONS]" in " ".join(run.output.split())
+    assert "Usage: offramp evaluate-classifier" in offramp("evaluate-classifier", "--help").output
 
 
 def test_the_task_chooses_the_options():

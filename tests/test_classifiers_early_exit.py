@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from offramp.backbone import Activations, Backbone
 from offramp.classifiers import CONFIDENCES, EarlyExitClassifier
+from offramp.finite import NotFiniteError
 from tiny_encoders import CLASSES, EVERYTHING, build, inputs_for, tiny
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -115,10 +116,24 @@ def test_blocks_run_for_the_rows_still_in_and_not_at_all_for_none():
 
 
 def test_the_test_is_strict_and_nan_stays():
-    classifier, x = scripted([[0.0, 0, 0, 0], [1, torch.nan, 9, 9]])
-    assert classifier.classify(x, thresholds=[0.5, 0.5]).exits.tolist() == [2, 1]
+    classifier, x = scripted([[0.0, 0, 0, 0], [1, 5, 9, 9]])
+
+    def measure(p):  # NaN at the first exit of the second row
+        return torch.where(p.amax(-1) == torch.tensor([-5.0, 5.0]).softmax(-1)[1], torch.nan, p.amax(-1))
+
+    assert classifier.classify(x, thresholds=[0.5, 0.5], confidence=measure).exits.tolist() == [2, 1]
     below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
-    assert classifier.classify(x, thresholds=torch.stack([below, below, below])).exits.tolist() == [0, 1]
+    found = classifier.classify(x, thresholds=torch.stack([below, below, below]), confidence=measure)
+    assert found.exits.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_are_refused(value):
+    classifier, x = scripted([[0.0, 0, 9, 9], [1, value, 9, 9]])
+    with pytest.raises(NotFiniteError, match="computes NaN or infinity in the logits of an exit.* train it again"):
+        classifier.classify(x, thresholds=0.9)
+    classifier, x = scripted([[0.0, 9, 0, 0], [1, 9, 9, value]])
+    assert classifier.classify(x, thresholds=0.9).exits.tolist() == [0, 0]  # no row comes to it
 
 
 def test_no_rows_are_refused():

@@ -118,16 +118,42 @@ def test_the_static_exit_is_the_best_that_the_budget_affords(found):
         assert point.cost == float(COSTS[best]) <= point.target
         assert point.metrics == static.alone[best].metrics
     full = of(found, "full model, temperature")
-    assert full.mean["cost"].value == pytest.approx(46 / 40)
+    assert full.mean["cost"].value == pytest.approx(43 / 40)  # with the overhead of its own exit alone
     assert full.points[0].shares == (0, 0, 1)
     assert full.at == full.area == {}
 
 
-def test_static_exits_may_be_cut_networks():
-    found = evaluate(METHODS, THRESHOLD, {"clean": TEST}, Settings(resamples=0, static_costs=(8.0, 16.0, 32.0)))
+CUT = torch.tensor([10.0, 16.0, 32.0], dtype=torch.float64)
+
+
+def test_costs_are_relative_to_the_plain_full_network():
+    """What nobody would run, all heads on the way to the last exit, is no denominator."""
+    found = evaluate(METHODS, replace(THRESHOLD, cut=CUT), {"clean": TEST}, Settings(resamples=0))
+    before = evaluate(METHODS, THRESHOLD, {"clean": TEST}, Settings(resamples=0))
     assert of(found, "full model, vanilla").points[0].cost == 32
+    assert of(found, "full model, vanilla").mean["cost"].value == 1
     assert of(found, "full model, temperature").points[0].cost == 35  # and one overhead, that of its own exit
-    assert of(found, "vanilla").alone[-1].cost == 40
+    assert of(found, "static exit, vanilla").alone[1].cost == 16
+    rule = of(found, "vanilla")
+    assert rule.alone[-1].cost == 40  # a rule that tests pays for all heads
+    assert (rule.full_cost, rule.heads_cost) == (32, 40)
+    assert rule.mean["cost"].value == pytest.approx(of(before, "vanilla").mean["cost"].value * 40 / 32)
+    assert rule.curve("top1")[0][-1] == 40 / 32
+    assert rule.at["50%"]["top1"] == pytest.approx(interpolate(of(before, "vanilla").curve("top1"), 0.5 * 32 / 40))
+    text = ClassifierEvaluation({}, (tuple(found),)).table()
+    assert "over those of the plain full network, the backbone and its last exit's head (32 FLOPs per row)" in text
+    assert "With the heads of all exits that network costs 1.250 of it." in text
+
+
+def test_results_of_an_earlier_version_say_what_their_costs_are_over(found):
+    values = json.loads(json.dumps(ClassifierEvaluation({}, (tuple(found),)).to_dict()))
+    values["schema"] = "offramp/classifier-evaluation/1"
+    for method in values["seeds"][0]:
+        del method["heads_cost"]
+    earlier = ClassifierEvaluation.from_dict(values)
+    assert earlier.unit == "full network with the heads of all exits"
+    assert "Evaluate again for shares of the plain full network" in earlier.table()
+    assert earlier.mean("clean", "vanilla", "cost").mean == of(found, "vanilla").mean["cost"].value
 
 
 def test_differences_are_paired(found):
@@ -344,7 +370,7 @@ def test_pictures_and_files(evaluation, tmp_path):
         if path.suffix == ".svg":
             ElementTree.parse(path)
             assert "<dc:date>" not in path.read_text()
-    assert json.loads((tmp_path / "results.json").read_text())["schema"] == "offramp/classifier-evaluation/1"
+    assert json.loads((tmp_path / "results.json").read_text())["schema"] == "offramp/classifier-evaluation/2"
 
 
 def test_pictures_show_the_figures(evaluation):

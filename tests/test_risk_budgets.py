@@ -182,6 +182,9 @@ def test_q_of_a_cost_asks_for_that_cost(steps, place):
 def test_q_of_the_ends_and_of_a_known_budget():
     assert budgets.q_of(COSTS, flops=6.9) == 0
     assert budgets.q_of(COSTS, share=1) == INF
+    half = float(COSTS[-1]) / 2  # of a plain network that costs half of what all heads do, all is half
+    assert budgets.q_of(COSTS, share=1, full=half) == budgets.q_of(COSTS, share=0.5)
+    assert budgets.q_of(COSTS, share=2, full=half) == INF
     assert budgets.q_of(COSTS, flops=24.15) == pytest.approx(1)
     assert budgets.q_of(COSTS, flops=budgets.target_cost(0.35, COSTS)) == pytest.approx(0.35)
     assert budgets.q_of(torch.tensor([5.0, 5.0]), flops=5) == 0

@@ -19,8 +19,8 @@ from offramp.classifiers.certify import (
     certify_groups,
     ladder,
     try_thresholds,
-    validate,
 )
+from offramp.classifiers.validity import validate
 from offramp.risk import binomial, hoeffding_bentkus, wsr
 from offramp.risk.budgets import leave
 from offramp.risk.classifier_losses import brier_gap, consistency, exits_under, losses_under, performance_gap
@@ -54,6 +54,21 @@ def test_brier_gap_by_hand():
         expected = [[(brier(P[e, i].tolist(), target[i]) - brier(P[1, i].tolist(), target[i])) / 2 for i in range(3)] for e in range(2)]  # fmt: skip  # noqa: E501
         torch.testing.assert_close(gaps, torch.tensor(expected, dtype=torch.float64))
     assert brier_gap(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([1])).tolist() == [[1], [0]]
+
+
+def test_losses_against_a_reference_by_hand():
+    """Such as the network's own last exit, where those at hand are an ensemble's: the last loses, too."""
+    other = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)  # classes 0 2 2
+    assert consistency(P, other).tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert performance_gap(P, Y, other).tolist() == [[0, -1, 1], [1, -1, 1]]
+    gaps = brier_gap(P, Y, other)
+    of_other = [0.02, 2.0, 0.0]
+    of_first = [0.16 + 0.09 + 0.01, 0.04 + 0.25 + 0.09, 0.16 + 0.16 + 0.64]
+    assert gaps[0].tolist() == pytest.approx([(a - b) / 2 for a, b in zip(of_first, of_other, strict=True)])
+    assert brier_gap(P, None, other).tolist() == brier_gap(P, torch.tensor([0, 2, 2]), other).tolist()
+    assert brier_gap(P, Y, P[-1]).tolist() == brier_gap(P, Y).tolist()
+    with pytest.raises(ValueError, match=r"the reference has shape \[2, 3\]; rows x classes are needed, \[3, 3\]"):
+        consistency(P, other[:2])
 
 
 def test_losses_follow_the_exits():

@@ -125,5 +125,9 @@ def test_comparison_is_paired():
     assert "Laplace is better" in steady.words()
     noisy = tuning.compare(base, base + torch.tensor([1.0, -1.0, 1.0, -0.9]), base)
     assert not noisy.better
-    assert "Laplace is not better than temperature here" in noisy.words()
+    assert "Laplace was not shown to be better or worse than temperature" in noisy.words()
+    slight = tuning.Comparison(1.0, 1.0, gain=0.015, error=0.01)  # more than one standard error says nothing yet
+    assert not slight.better
+    assert "(-0.0046 to 0.0346)" in slight.words()
+    assert "Laplace is worse" in tuning.Comparison(1.0, 1.0, gain=-0.03, error=0.01).words()
     assert not tuning.compare(base, base, base).better

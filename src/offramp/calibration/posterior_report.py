@@ -21,6 +21,8 @@ from offramp.uncertainty import token_laplace, token_sets
 from offramp.uncertainty.token_sets import share_outside
 from offramp.uncertainty.token_tuning import TokenRows, log_likelihood, temperature_alone
 
+SCHEMA = "offramp/exit-posterior/1"
+"""Of posterior.json; the state of a classifier's posterior has another, `offramp.uncertainty.posterior.SCHEMA`."""
 THRESHOLD = 0.9
 """Of the softmax gap, whose share of tokens the other gap is compared at."""
 BINS = 15
@@ -101,7 +103,7 @@ class PosteriorReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"schema": "offramp/posterior/1", **asdict(self)}
+        return {"schema": SCHEMA, **asdict(self)}
 
     def table(self) -> str:
         """Tables in Markdown, with what follows from them."""

@@ -33,10 +33,11 @@ class Answer:
         confidence: What the exit was taken by.
         exit: The exit taken, from 1.
         layer: After how many blocks it stands.
-        flops: Of this input, with what the posterior adds.
-        share: The same over the full network's FLOPs.
+        flops: Of this input, with the heads of the exits it came to and what the posterior adds.
+        share: The same over the FLOPs of the plain full network, the backbone and the last exit's head, in this batch.
         probabilities: By label.
         set: Classes in the conformal set at the exit taken, most probable first; None: no sets were calibrated.
+        tokens_cut: How many tokens of a text the classifier never saw, for it takes no more.
     """
 
     given: str
@@ -49,6 +50,7 @@ class Answer:
     share: float
     probabilities: dict[str, float]
     set: list[str] | None = None
+    tokens_cut: int = 0
 
 
 def answers(
@@ -74,18 +76,20 @@ def answers(
         The answers, in the order of the inputs.
 
     Raises:
+        NotFiniteError: The classifier computes NaN or infinity.
         FileNotFoundError: An image is missing.
         ValueError: There is nothing to classify, an image cannot be read, or a pair has no second text.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     rows = rows_of(classifier, _labelled(classifier, given), longest=_longest(classifier))
+    lost = rows.lost
     found: dict[int, Answer] = {}
     for places in torch.split(torch.arange(len(given)), batch_size):
         inputs = rows.inputs(places)
         recorded = None if calibrated is None else Recorded(calibrated.posterior, len(places))
         result = classifier.classify(inputs, recorded, thresholds, confidence)
-        network = classifier.costs(_named(classifier, inputs))
+        network, full = classifier.costs(inputs), float(classifier.costs(inputs, cut=True)[-1])
         costs = network if calibrated is None else network + _added(calibrated, len(network))
         sets = None
         if calibrated is not None and calibrated.sets is not None and recorded is not None:
@@ -94,14 +98,15 @@ def answers(
         for row, place in enumerate(places.tolist()):
             original = int(rows.data.ids[place])
             found[original] = _answer(
-                classifier, given[original], result, row, costs, float(network[-1]), None if sets is None else sets[row]
-            )
+                classifier, given[original], result, row, costs, full, None if sets is None else sets[row],
+                int(lost[place]),
+            )  # fmt: skip
     return [found[place] for place in range(len(given))]
 
 
 def _answer(
     classifier: EarlyExitClassifier, given: str, result: Classification, row: int, costs: Tensor, full: float,
-    members: Tensor | None,
+    members: Tensor | None, lost: int,
 ) -> Answer:  # fmt: skip
     exit_, p = int(result.exits[row]), result.probabilities[row].tolist()
     label = classifier.labels[int(result.classes[row])]
@@ -111,7 +116,7 @@ def _answer(
     flops = float(costs[exit_])
     return Answer(
         given, label, max(p), float(result.confidence[row]), exit_ + 1, classifier.layers[exit_], flops, flops / full,
-        dict(zip(classifier.labels, p, strict=True)), inside,
+        dict(zip(classifier.labels, p, strict=True)), inside, lost,
     )  # fmt: skip
 
 
@@ -120,10 +125,6 @@ def _added(calibrated: Calibrated, exits: int) -> Tensor:
     return torch.tensor(
         [calibrated.posterior.overhead(exit).counted for exit in range(exits)], dtype=torch.float64
     ).cumsum(0)
-
-
-def _named(classifier: EarlyExitClassifier, inputs: Any) -> Any:
-    return {classifier.backbone.main_input: inputs} if isinstance(inputs, Tensor) else inputs
 
 
 def _longest(classifier: EarlyExitClassifier) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -145,7 +146,8 @@ def rows_of(
         longest: Most tokens of a text.
 
     Returns:
-        The rows; those of texts in the order of their lengths, so that little is padded.
+        The rows; those of texts in the order of their lengths, so that little is padded. Of texts that are cut it is
+        warned.
 
     Raises:
         ValueError: The rows are not for this classifier.
@@ -153,6 +155,12 @@ def rows_of(
     if classifier.tokenizer is None:
         return ImageRows(data, ImagePreprocessing.from_settings(classifier.preprocessing), augmentation)
     rows = TextRows(data, classifier.tokenizer, longest)
+    if rows.truncated:
+        warnings.warn(
+            f"{data.source or 'the texts'}: {rows.truncated} of {len(data)} rows are longer than {rows.limit} tokens "
+            "and lose the rest",
+            stacklevel=2,
+        )
     return replace(rows, data=data.take(rows.lengths.argsort(stable=True)))
 
 

@@ -54,6 +54,11 @@ class Rows(Protocol):
         ...
 
     @property
+    def lost(self) -> Tensor:
+        """How many tokens of each row are cut off, [N]; none of images."""
+        ...
+
+    @property
     def settings(self) -> dict[str, Any]:
         """How inputs are made, as JSON values."""
         ...
@@ -232,6 +237,11 @@ class ImageRows:
         return torch.zeros(len(self.data), dtype=torch.long)
 
     @property
+    def lost(self) -> Tensor:
+        """Nothing."""
+        return torch.zeros(len(self.data), dtype=torch.long)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """How inputs are made, as JSON values."""
         return {**asdict(self.preprocessing), "augmentation": self.augmentation and asdict(self.augmentation)}
@@ -288,25 +298,31 @@ class TextRows:
         return isinstance(self.data.inputs, tuple) and any(isinstance(text, tuple) for text in self.data.inputs[:1])
 
     @cached_property
-    def _encoded(self) -> tuple[list[dict[str, list[int]]], int]:
-        """The tokens of each row, and how many rows were cut."""
+    def _encoded(self) -> tuple[list[dict[str, list[int]]], Tensor]:
+        """The tokens of each row, and how many of them were cut off, [N]."""
         texts: Sequence[Any] = self.data.inputs  # type: ignore[assignment]
         given = [list(side) for side in zip(*texts, strict=True)] if self._pairs else [list(texts)]
         options: dict[str, Any] = {"return_attention_mask": True, "verbose": False}
         whole = self.tokenizer(*given, **options)
-        cut = [row for row, ids in enumerate(whole["input_ids"]) if len(ids) > self.limit]
+        lost = torch.tensor([max(0, len(ids) - self.limit) for ids in whole["input_ids"]])
+        cut = lost.nonzero()[:, 0].tolist()
         rows = [{name: values[row] for name, values in whole.items()} for row in range(len(texts))]
         if cut:
             some = [[side[row] for row in cut] for side in given]
             shorter = self.tokenizer(*some, truncation=True, max_length=self.limit, **options)
             for place, row in enumerate(cut):
                 rows[row] = {name: values[place] for name, values in shorter.items()}
-        return rows, len(cut)
+        return rows, lost
+
+    @property
+    def lost(self) -> Tensor:
+        """How many tokens of each row are cut off, [N]."""
+        return self._encoded[1]
 
     @property
     def truncated(self) -> int:
         """How many rows lost some of their tokens."""
-        return self._encoded[1]
+        return int((self.lost > 0).sum())
 
     @cached_property
     def lengths(self) -> Tensor:

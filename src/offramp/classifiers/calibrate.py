@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from offramp.classifiers.calibrated import Calibrated
-from offramp.classifiers.certify import RowCertificate, RowPromise, certify, ladder, try_thresholds
+from offramp.classifiers.certify import RowCertificate, RowPromise, Trials, certify, costs_words, ladder, try_thresholds
+from offramp.classifiers.choice import NONE, Choice, Effect, choose, effect, losses
 from offramp.files import write_json, write_text
 from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
@@ -29,16 +30,26 @@ from offramp.uncertainty.nested_conformal import NestedConformal, NestedConforma
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import Posterior, PosteriorConfig
 
-SCHEMA = "offramp/classifier-calibration/1"
+SCHEMA = "offramp/classifier-calibration/2"
+EARLIER = "offramp/classifier-calibration/1"
+"""Promises were against the posterior's last exit, savings of a network that computes the heads of all exits."""
 RESULT, TABLE = "result.json", "table.md"
 FIT_ON = ("train", "tune")
-LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
-    "consistency": (lambda p, labels: classifier_losses.consistency(p), "binomial"),
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
+    "consistency": (lambda p, labels, reference: classifier_losses.consistency(p, reference), "binomial"),
     "gap": (classifier_losses.performance_gap, "wsr"),
     "brier": (classifier_losses.brier_gap, "wsr"),
-    "brier-consistency": (lambda p, labels: classifier_losses.brier_gap(p), "wsr"),
+    "brier-consistency": (lambda p, labels, reference: classifier_losses.brier_gap(p, None, reference), "wsr"),
 }
-"""Losses of probabilities [E, N, C] by name, with the bound that suits them: exact for 0 and 1, else betting."""
+"""Losses of probabilities [E, N, C], labels [N] and a reference [N, C] by name, with the bound that suits them: exact
+for 0 and 1, else betting."""
+REFERENCES = {
+    "last-exit": "the network's own last exit, without the posterior",
+    "posterior": "the last exit with the posterior",
+}
+"""What a promise may be against, in words: the plain full network as it would be deployed, or its calibrated end."""
+ENSEMBLE = "the ensemble of all exits that the posterior makes of the last"
+"""The second of these, with a model-internal ensemble."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,13 @@ class CalibrationConfig:
     """What to fit.
 
     Attributes:
-        posterior: The posterior.
+        posterior: The posterior; with candidates its method has no say.
+        candidates: Posteriors of which the one that helps is taken, see `offramp.classifiers.choice`; empty:
+            `posterior` as it is.
         fit_on: Which split gives a Laplace approximation its factors: "train", as published, without augmentation; or
             "tune", rows the network has not seen, which then also tune it.
         promise: What a threshold is to keep, its loss one of `LOSSES`; None: no certificate.
+        reference: What it is to keep it against, one of `REFERENCES`.
         alpha: Probability that conformal sets of some exit miss the right class; None: no sets.
         bins: Of the calibration error.
         seed: Of the order of rows in the certificate.
@@ -61,10 +75,13 @@ class CalibrationConfig:
     alpha: float | None = None
     bins: int = 15
     seed: int = 0
+    reference: str = "last-exit"
+    candidates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.fit_on not in FIT_ON:
-            raise ValueError(f"fit_on is {self.fit_on!r}; allowed are {', '.join(FIT_ON)}")
+        for name, allowed in (("fit_on", FIT_ON), ("reference", REFERENCES)):
+            if (given := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {given!r}; allowed are {', '.join(allowed)}")
         if self.promise is not None and self.promise.loss not in LOSSES:
             raise ValueError(f"the loss is {self.promise.loss!r}; allowed are {', '.join(LOSSES)}")
         if self.bins < 1:
@@ -108,10 +125,13 @@ class ClassifierCalibration:
         after: The same of the posterior.
         rows: Of the threshold split.
         certificate: The certified threshold; None: none was asked for.
-        kept: Mean loss and share of the full cost on the test split under the certificate, and its rows.
+        kept: On the test split under the certificate: its rows; the mean loss, and by reference; the saving of the
+            plain full network's FLOPs, and of those with the heads of all exits; None: no certificate.
         sets: Of the test split; None: none were asked for.
-        config: What was asked for.
+        config: What was asked for; of candidates the posterior that was taken.
         conditions: What was held fixed, and versions; JSON values.
+        effect: What the posterior does to the NLPD of the threshold split; None: it is none.
+        choice: How it was chosen; None: it was asked for.
     """
 
     calibrated: Calibrated
@@ -119,10 +139,12 @@ class ClassifierCalibration:
     after: tuple[dict[str, float | None], ...]
     rows: int
     certificate: RowCertificate | None
-    kept: dict[str, float] | None
+    kept: dict[str, Any] | None
     sets: SetSummary | None
     config: CalibrationConfig
     conditions: dict[str, Any]
+    effect: Effect | None = None
+    choice: Choice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -139,7 +161,9 @@ class ClassifierCalibration:
         return {
             "schema": SCHEMA, "config": asdict(self.config), "conditions": self.conditions, "rows": self.rows,
             "exits": exits, "messages": list(posterior.messages), "certificate": certificate, "kept": self.kept,
-            "sets": self.sets and _finite(asdict(self.sets)),
+            "sets": self.sets and _finite(asdict(self.sets)), "full_cost": self.calibrated.full_cost,
+            "effect": self.effect and {**asdict(self.effect), "words": self.effect.words(self.config.posterior.method)},
+            "choice": self.choice and {**self.choice.to_dict(), "words": self.choice.words()},
         }  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -159,17 +183,17 @@ class ClassifierCalibration:
         blocks = [
             markdown(*self.exit_table()),
             f"Softmax -> {posterior.config.method}, on the {self.rows} rows of the threshold split; cost in FLOPs over "
-            "the full network's.",
+            f"the plain full network's ({self.calibrated.full_cost:.4g}, the backbone and its last exit's head).",
+            *([self.choice.words()] if self.choice else []),
+            *([self.effect.words(posterior.config.method)] if self.effect else []),
+            *([HURTS] if self.effect and self.effect.hurts else []),
             *(f"* {message}" for message in posterior.messages),
             *verdicts,
         ]
         if self.certificate is not None:
             blocks.append(self.certificate.words())
         if self.kept is not None:
-            blocks.append(
-                f"On the {self.kept['rows']:g} test rows: mean loss {self.kept['loss']:.4f}, saving "
-                f"{self.kept['saving']:.1%}."
-            )
+            blocks.append(kept_words(self.kept, self.config.reference, self.config.posterior))
         if self.sets is not None:
             blocks += [
                 markdown(*self.set_table()),
@@ -190,7 +214,7 @@ class ClassifierCalibration:
             omega = [f"{exit.omega:.3g}"] if laplace else []
             more = f"{added.counted} (published formula {added.formula})" if added.formula else f"{added.counted}"
             mark = "*" if exit.tuned.edges else ""
-            share = float(costs[e]) / self.calibrated.full_cost
+            share = float(costs[e]) / (self.calibrated.full_cost or float(costs[-1]))
             rows.append([f"{e + 1}{mark}", f"{share:.3f}", *pairs, f"{exit.temperature:.3g}", *omega, more])
         return head, rows
 
@@ -206,6 +230,26 @@ class ClassifierCalibration:
             for e, s in enumerate(self.sets.exits if self.sets else (), 1)
         ]  # fmt: skip
         return head, rows
+
+
+HURTS = "Take another: --posterior auto compares with none and takes what helps."
+"""Behind the verdict on a posterior that was asked for and hurts."""
+
+
+def kept_words(kept: Mapping[str, Any], reference: str, posterior: PosteriorConfig) -> str:
+    """What a certificate came to on the test rows, against what was promised and against the other."""
+    other = next(name for name in REFERENCES if name != reference)
+    against = {name: f"{kept['losses'][name]:.4f} against {_reference(name, posterior)}" for name in REFERENCES}
+    more = "" if posterior.method == NONE else f" ({against[other]})"
+    words = f"On the {kept['rows']} test rows: mean loss {against[reference]}{more}; it "
+    words += costs_words(1 - kept["saving"])
+    if abs(kept["saving"] - kept["saving_with_heads"]) > 5e-4:
+        words += f" ({kept['saving_with_heads']:.1%} of those with the heads of all exits, which nobody would run)"
+    return f"{words}."
+
+
+def _reference(name: str, posterior: PosteriorConfig) -> str:
+    return ENSEMBLE if name == "posterior" and posterior.is_ensemble else REFERENCES[name]
 
 
 def _finite(value: Any) -> Any:
@@ -247,12 +291,16 @@ def calibrate(
     """
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds something else than a calibration; name a new folder")
+    choice = None
+    if config.candidates:
+        choice = choose(config.posterior, outputs("tune"), config.candidates)
+        config = replace(config, posterior=replace(config.posterior, method=choice.method))
     posterior = fit_posterior(config.posterior, config.fit_on, outputs, network)
     threshold = outputs("threshold")
     calibrated = Calibrated.of(posterior, threshold)
     certificate = kept = sets = summary = None
     if config.promise is not None:
-        certificate, kept = _certify(config.promise, calibrated, outputs, config.seed)
+        certificate, kept = _certify(config, config.promise, calibrated, outputs)
     if config.alpha is not None:
         sets, summary = _sets(config.alpha, posterior, outputs)
     calibrated = replace(calibrated, certificate=None if certificate is None else certificate.to_dict(), sets=sets)
@@ -260,29 +308,44 @@ def calibrate(
     before, after = (
         tuple(scores_of(grade(one, threshold.labels), bins=config.bins) for one in p) for p in (plain, honest)
     )
+    seen = None
+    if config.posterior.method != NONE:
+        seen = effect(losses(plain, threshold.labels), losses(honest, threshold.labels), config.seed)
     result = ClassifierCalibration(
-        calibrated, before, after, threshold.rows, certificate, kept, summary, config, conditions or {}
+        calibrated, before, after, threshold.rows, certificate, kept, summary, config, conditions or {}, seen, choice
     )
     result.save(folder)
     return result
 
 
 def _certify(
-    promise: RowPromise, calibrated: Calibrated, outputs: Callable[[str], ExitOutputs], seed: int
-) -> tuple[RowCertificate, dict[str, float]]:
+    config: CalibrationConfig, promise: RowPromise, calibrated: Calibrated, outputs: Callable[[str], ExitOutputs]
+) -> tuple[RowCertificate, dict[str, Any]]:
     """The certificate, and what it comes to on the test split."""
     loss = LOSSES[promise.loss][0]
     thresholds = ladder(calibrated.confidences)
 
-    def tried(split: str) -> Any:
+    def tried(split: str) -> dict[str, Trials]:
+        """Against each reference."""
         rows = outputs(split)
         p = calibrated.posterior.probabilities(rows)
-        return try_thresholds(thresholds, p.amax(-1), loss(p, rows.labels), calibrated.costs)
+        references = {"last-exit": rows.logits[-1].double().softmax(-1), "posterior": p[-1]}
+        return {
+            name: try_thresholds(
+                thresholds, p.amax(-1), loss(p, rows.labels, against), calibrated.costs, calibrated.full_cost
+            )
+            for name, against in references.items()
+        }
 
-    found, test = certify(tried("calibrate"), promise, seed=seed), tried("test")
-    at = found.index
-    mean, saving = float(test.losses[at].mean()), 1 - test.cost(at)
-    return found, {"rows": test.losses.shape[1], "loss": mean, "saving": saving}
+    promise = replace(promise, reference=_reference(config.reference, config.posterior))
+    found = certify(tried("calibrate")[config.reference], promise, seed=config.seed)
+    test, at = tried("test"), found.index
+    means = {name: float(trials.losses[at].mean()) for name, trials in test.items()}
+    trials = test[config.reference]
+    return found, {
+        "rows": trials.losses.shape[1], "loss": means[config.reference], "losses": means,
+        "saving": 1 - trials.cost(at), "saving_with_heads": 1 - replace(trials, full_cost=None).cost(at),
+    }  # fmt: skip
 
 
 def _sets(

@@ -49,7 +49,9 @@ class Calibrated:
     Attributes:
         posterior: What makes probabilities.
         confidences: Largest probabilities of the threshold split's rows, [E, N], float64.
-        costs: FLOPs of a row up to and including each exit, the posterior's own included, [E].
+        costs: FLOPs of a row up to and including each exit, with the heads on the way and the posterior's own, [E].
+        full_cost: FLOPs of a row of the threshold split in the plain full network, the backbone and the last exit's
+            head: what shares are of. None: written by an earlier version, which did not know it.
         certificate: A `RowCertificate` as JSON values; None: none was asked for.
         sets: Where conformal sets end; None: none were asked for.
     """
@@ -57,34 +59,38 @@ class Calibrated:
     posterior: Posterior
     confidences: Tensor
     costs: Tensor
+    full_cost: float | None = None
     certificate: dict[str, Any] | None = None
     sets: NestedConformal | None = None
 
     @classmethod
     def of(cls, posterior: Posterior, threshold: ExitOutputs) -> Calibrated:
         """From the outputs of the threshold split."""
-        return cls(posterior, posterior.probabilities(threshold).amax(-1), charged(threshold.costs, posterior))
+        costs = charged(threshold.costs, posterior)
+        return cls(posterior, posterior.probabilities(threshold).amax(-1), costs, threshold.full_cost)
 
     def budget(self, asked: float) -> budgets.Budget:
         """Thresholds for a budget.
 
         Args:
-            asked: Share of the full cost, in (0, 1], or more than 1: FLOPs per row, on average.
+            asked: Share of the plain full network's FLOPs, or if more than all exits cost: FLOPs per row; on average.
 
         Returns:
             The budget, met on the threshold split.
 
         Raises:
-            ValueError: It is below the first exit's cost or above the full one; the message says what can be had.
+            ValueError: It is below the first exit's cost or above the last one's; the message says what can be had. Or
+                it is a share, and the full cost is unknown.
         """
-        q = budgets.q_of(self.costs, **({"share": asked} if asked <= 1 else {"flops": asked}))
+        most = float(self.costs[-1]) / (self.full_cost or float(self.costs[-1]))
+        given = {"share": asked} if asked <= max(1, most) else {"flops": asked}
+        if self.full_cost is None and "share" in given:
+            raise ValueError(
+                f"a budget of {asked:g} is a share of the plain full network's FLOPs, which this calibration does not "
+                "hold, since an earlier version wrote it; give FLOPs per row, or calibrate again"
+            )
+        q = budgets.q_of(self.costs, full=self.full_cost, **given)
         return budgets.fit(self.confidences, self.costs, q)
-
-    @property
-    def full_cost(self) -> float:
-        """FLOPs of a row of the threshold split in the full network, without the posterior."""
-        added = sum(self.posterior.overhead(exit).counted for exit in range(len(self.costs)))
-        return float(self.costs[-1]) - added
 
     @property
     def certified(self) -> float | None:
@@ -100,6 +106,8 @@ class Calibrated:
         self.posterior.save(place / POSTERIOR)
         values = {"posterior": self.posterior.fingerprint, "certificate": self.certificate}
         tensors = {"confidences": self.confidences.contiguous(), "costs": self.costs}
+        if self.full_cost is not None:
+            tensors["full_cost"] = torch.tensor(self.full_cost, dtype=torch.float64)
         artefact.write(place / THRESHOLDS, SCHEMA, values, tensors)
         if self.sets is not None:
             saving.save(SetsOf(self.posterior.fingerprint, self.sets), place / SETS)
@@ -131,7 +139,8 @@ def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
     if values["posterior"] != posterior.fingerprint:
         raise ValueError(f"the thresholds in {place} are of another posterior; calibrate again")
     sets = _sets(place / SETS, posterior) if (place / SETS).is_dir() else None
-    return Calibrated(posterior, tensors["confidences"], tensors["costs"], values["certificate"], sets)
+    full = float(tensors["full_cost"]) if "full_cost" in tensors else None
+    return Calibrated(posterior, tensors["confidences"], tensors["costs"], full, values["certificate"], sets)
 
 
 def _sets(place: Path, posterior: Posterior) -> NestedConformal:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,12 @@ from torch import Tensor
 from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, wsr
 from offramp.risk.classifier_losses import exits_under, losses_under
 from offramp.risk.control import conformal_risk_control, fixed_sequence
-from offramp.risk.intervals import exact_interval
 from offramp.risk.losses import checked
 
 CRC = "crc"
 NAMES = ("wsr", "hoeffding-bentkus", "binomial", CRC)
 """Bounds by name; "crc" is conformal risk control, which bounds the mean and promises no failure probability."""
-SCHEMA = "offramp/classifier-certificate/1"
+SCHEMA = "offramp/classifier-certificate/2"
 
 # ---------------------------------------------------------------- what is promised
 
@@ -39,6 +38,8 @@ class RowPromise:
 
     Attributes:
         loss: What the losses are called, such as "consistency": for the record.
+        reference: What rows lose against, in words, such as "the network's own last exit"; None: the loss needs none,
+            or it is the last setting's own.
         tolerance: What their mean is to stay below, in (0, 1).
         failure: Probability with which that may fail, in (0, 1); no part of conformal risk control.
         bound: One of `NAMES`. Only "wsr" lets rows that gain make up for others: the rest clip losses at 0, which
@@ -49,6 +50,7 @@ class RowPromise:
     tolerance: float = 0.05
     failure: float = 0.05
     bound: str = "wsr"
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         check_level("tolerance", self.tolerance)
@@ -82,12 +84,14 @@ class Trials:
         losses: Of each setting and row, [Λ, N], at most 1.
         exits: Where each row leaves, [Λ, N], 0..E-1.
         costs: FLOPs of a row that leaves at each exit, [E].
+        full_cost: Of a row in the plain full network, which costs are relative to; None: what the last exit costs.
     """
 
     thresholds: tuple[float, ...]
     losses: Tensor
     exits: Tensor
     costs: Tensor
+    full_cost: float | None = None
 
     def __post_init__(self) -> None:
         size = len(self.thresholds)
@@ -104,11 +108,12 @@ class Trials:
     def take(self, rows: Tensor | NDArray[np.int64]) -> Trials:
         """The same settings on some of the rows."""
         rows = torch.as_tensor(rows)
-        return Trials(self.thresholds, self.losses[:, rows], self.exits[:, rows], self.costs)
+        return Trials(self.thresholds, self.losses[:, rows], self.exits[:, rows], self.costs, self.full_cost)
 
     def cost(self, setting: int) -> float:
-        """Cost of a row on average over the full cost."""
-        return float(self.costs.double()[self.exits[setting]].mean() / self.costs[-1])
+        """Cost of a row on average over that of the plain full network; above 1 where heads cost more than is saved."""
+        full = float(self.costs[-1]) if self.full_cost is None else self.full_cost
+        return float(self.costs.double()[self.exits[setting]].mean()) / full
 
     def shares(self, setting: int) -> list[float]:
         """Share of the rows that leave at each exit, [E]."""
@@ -116,7 +121,9 @@ class Trials:
         return (counts.double() / self.exits.shape[1]).tolist()
 
 
-def try_thresholds(thresholds: Sequence[float], confidences: Tensor, losses: Tensor, costs: Tensor) -> Trials:
+def try_thresholds(
+    thresholds: Sequence[float], confidences: Tensor, losses: Tensor, costs: Tensor, full_cost: float | None = None
+) -> Trials:  # fmt: skip
     """What every threshold would do; "never leave early" is put first.
 
     Args:
@@ -124,6 +131,7 @@ def try_thresholds(thresholds: Sequence[float], confidences: Tensor, losses: Ten
         confidences: Of each exit and row, [E, N].
         losses: Of each exit and row, [E, N], from `offramp.risk.classifier_losses`.
         costs: FLOPs of a row that leaves at each exit, [E].
+        full_cost: Of a row in the plain full network; None: what the last exit costs.
 
     Returns:
         The settings with losses and exits.
@@ -133,7 +141,7 @@ def try_thresholds(thresholds: Sequence[float], confidences: Tensor, losses: Ten
     """
     settings = (math.inf, *(t for t in thresholds if t != math.inf))
     exits = exits_under(settings, confidences)
-    return Trials(settings, losses_under(losses, exits), exits, costs)
+    return Trials(settings, losses_under(losses, exits), exits, costs, full_cost)
 
 
 def ladder(confidences: Tensor, count: int = 50) -> tuple[float, ...]:
@@ -175,8 +183,8 @@ class RowCertificate:
         n: Calibration rows.
         seed: Of their order, which matters to betting.
         tests: Settings that were looked at: threshold (None: infinity), mean loss, p-value (for conformal risk control
-            what is compared with the tolerance), cost over full cost, passed.
-        saving: 1 - cost over full cost, on the calibration rows.
+            what is compared with the tolerance), cost over the plain full network's, passed.
+        saving: 1 - cost over that of the plain full network, on the calibration rows; below 0 where it costs more.
         exit_shares: Share of the calibration rows that leave at each exit, [E].
         clipped: Whether negative losses were clipped at 0, for a bound that knows none.
         needed: If no early leaving is certified, how many rows would certify the safest, with its mean loss; None: no
@@ -205,13 +213,15 @@ class RowCertificate:
     def words(self) -> str:
         """The statement in plain English."""
         p = self.promise
-        wanted = f"a mean {p.loss} loss of at most {p.tolerance:g}"
+        against = "" if p.reference is None else f" against {p.reference}"
+        wanted = f"a mean {p.loss} loss of at most {p.tolerance:g}{against}"
         if not self.index:
             state = "only for never leaving early" if self.certified else "for no setting, so rows never leave early"
             hint = (
                 "no number of rows would change that" if self.needed is None else f"about {self.needed} rows would do"
             )
-            return f"By {self.n} rows {wanted} is certified {state}: {hint}, if the safest threshold's loss stays."
+            words = f"By {self.n} rows {wanted} is certified {state}: {hint}, if the safest threshold's loss stays."
+            return words if self.certified or not self.loss_of_never else f"{words} {NOT_EVEN}"
         how = (
             "on average over calibrations, while a single one may exceed it"
             if p.bound == CRC
@@ -219,8 +229,27 @@ class RowCertificate:
         )
         return (
             f"New rows that leave at the first exit with confidence above {self.threshold:.6g} have {wanted}, {how} "
-            f"(bound {p.bound}). It saves {self.saving:.1%} of the full cost on the calibration rows."
+            f"(bound {p.bound}). On the calibration rows that {costs_words(1 - self.saving)}."
         )
+
+    @property
+    def loss_of_never(self) -> float:
+        """Mean loss of never leaving early on the calibration rows; above 0 if the last exit is not the reference."""
+        return float(self.tests[0]["loss"]) if self.tests else 0.0
+
+
+NOT_EVEN = (
+    "That the rows never leave early is not certified either: the posterior's last exit is an ensemble or another "
+    "distribution than the one it is compared with. Take a posterior without the ensemble, or promise against it."
+)
+"""Behind a certificate of nothing, where the last exit itself loses something."""
+
+
+def costs_words(cost: float) -> str:
+    """What a cost over the plain full network's means, as the rest of a sentence."""
+    if cost <= 1:
+        return f"saves {1 - cost:.1%} of the plain full network's FLOPs"
+    return f"costs {cost - 1:.1%} more than the plain full network's FLOPs"
 
 
 def certify(trials: Trials, promise: RowPromise, *, seed: int = 0) -> RowCertificate:
@@ -279,95 +308,8 @@ def certify_groups(trials: Trials, groups: Tensor, promise: RowPromise, *, seed:
         By group; each has its own threshold, and its promise its share of `failure`.
     """
     found = sorted(set(groups.tolist()))
-    share = RowPromise(promise.loss, promise.tolerance, promise.failure / len(found), promise.bound)
+    share = replace(promise, failure=promise.failure / len(found))
     return {g: certify(trials.take((groups == g).nonzero()[:, 0]), share, seed=seed) for g in found}
-
-
-# ---------------------------------------------------------------- is it kept?
-
-
-@dataclass(frozen=True)
-class Validity:
-    """Counts over calibrations repeated on rows drawn from a pool.
-
-    Attributes:
-        promise: What was promised each time.
-        repeats: Calibrations R.
-        rows: The pool.
-        certifying: How many of them calibrated each time.
-        above_pool: Calibrations whose threshold loses more than the tolerance over the whole pool: what the promise is
-            about, if the pool is all there is.
-        above_held_out: The same on the rows that were not drawn: with their noise, and worse where those drawn were
-            better than the pool, so that it may be more than the promise allows.
-        never: Calibrations after which rows never leave early.
-        loss: Mean of the held-out mean losses.
-        saving: Mean of the held-out savings.
-    """
-
-    promise: RowPromise
-    repeats: int
-    rows: int
-    certifying: int
-    above_pool: int
-    above_held_out: int
-    never: int
-    loss: float
-    saving: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, with exact intervals of both counts."""
-        intervals = {
-            f"{name}_interval": list(exact_interval(getattr(self, name), self.repeats))
-            for name in ("above_pool", "above_held_out")
-        }
-        return {"schema": "offramp/classifier-validity/1", **asdict(self), **intervals}
-
-
-def validate(
-    trials: Trials, promise: RowPromise, *, share: float = 0.5, repeats: int = 200, seed: int = 0
-) -> Validity:  # fmt: skip
-    """Repeat a calibration on rows drawn from a pool, with replacement, and judge it on the pool.
-
-    Drawn so, calibration rows are independent, and their distribution is the pool: of it the promise holds exactly.
-    (A part of the pool that is drawn without replacement tells more about the pool than as many independent rows would,
-    and the promise is broken too seldom.) Also judged on the rows that were not drawn.
-
-    Args:
-        trials: Settings on the pool: calibrate and test rows together.
-        promise: What each calibration is to certify.
-        share: Of the pool's number of rows, how many calibrate, in (0, 1).
-        repeats: How often; 100 or more tell something.
-        seed: Of the draws.
-
-    Returns:
-        The counts.
-
-    Raises:
-        ValueError: No repeats, fewer than two rows, or a share outside (0, 1).
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; ask for at least 1 (100 or more tell something)")
-    pool = trials.losses.double().mean(dim=1)
-    check_level("share", share)
-    if (rows := trials.losses.shape[1]) < 2:
-        raise ValueError(f"there are {rows} rows; at least 2 are needed, to calibrate and to judge by")
-    certifying = min(max(round(share * rows), 1), rows - 1)
-    above_pool = above_held_out = never = 0
-    losses, savings = [], []
-    for repeat in range(repeats):
-        part = np.random.default_rng(seed + repeat).integers(0, rows, certifying)
-        rest = np.setdiff1d(np.arange(rows), part)
-        index = certify(trials.take(part), promise, seed=seed + repeat).index
-        held_out = trials.take(rest)
-        losses.append(float(held_out.losses[index].double().mean()))
-        savings.append(1 - held_out.cost(index))
-        never += index == 0
-        above_pool += bool(pool[index] > promise.tolerance)
-        above_held_out += losses[-1] > promise.tolerance
-    return Validity(
-        promise, repeats, rows, certifying, above_pool, above_held_out, never,
-        float(np.mean(losses)), float(np.mean(savings)),
-    )  # fmt: skip
 
 
 def _json(threshold: float) -> float | None:

@@ -15,6 +15,7 @@ from offramp.backbone import Backbone, evaluating
 from offramp.classifiers.confidence import measure_of
 from offramp.classifiers.flops import exit_costs
 from offramp.classifiers.heads import ExitHead, ExitOutput, HeadConfig
+from offramp.finite import not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,7 +211,8 @@ class EarlyExitClassifier(nn.Module):
 
         Args:
             inputs: A batch of the length or image size asked for; None: images of the size the backbone is made for.
-            cut: Of networks cut after each exit instead, static exits: without the heads before it.
+            cut: Of networks cut after each exit instead, static exits: without the heads before it. The last of
+                these is the plain full network, which savings and budgets are relative to.
 
         Returns:
             [E], float64, ascending.
@@ -218,7 +220,8 @@ class EarlyExitClassifier(nn.Module):
         Raises:
             ValueError: None was given for texts, whose cost depends on their length.
         """
-        return exit_costs(self, self._example() if inputs is None else self._named(inputs), cut=cut)
+        found = exit_costs(self, self._example() if inputs is None else self._named(inputs))
+        return found.cut if cut else found.heads
 
     def outputs(
         self,
@@ -261,6 +264,7 @@ class EarlyExitClassifier(nn.Module):
 
         Raises:
             ValueError: The thresholds or the confidence are not possible.
+            not_finite: The logits of an exit that rows came to hold NaN or infinity.
         """
         measure = measure_of(confidence)
         limits = _limits(thresholds, len(self.layers))
@@ -269,9 +273,11 @@ class EarlyExitClassifier(nn.Module):
             left = torch.arange(len(state.hidden), device=state.hidden.device)  # [A], the rows still in
             exits, carried = torch.zeros_like(left), None
             probabilities, sure = torch.empty(0), torch.empty(0)
+            sound = torch.ones((), dtype=torch.bool, device=left.device)
             for exit_, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
                 state, done = self.backbone.run(state, done, layer), layer
                 features, logits = (x.float() for x in head(state))
+                sound = sound & logits.isfinite().all()
                 if posterior is None:
                     p = logits.softmax(-1)
                 else:
@@ -288,6 +294,8 @@ class EarlyExitClassifier(nn.Module):
                     break
                 if len(stay) < len(left):
                     left, state, carried = left[stay], state.take(stay), take(carried, stay)
+        if not bool(sound):
+            raise not_finite("the classifier", "in the logits of an exit", self.backbone.dtype)
         return Classification(probabilities.argmax(-1), probabilities, sure, exits)
 
     # ------------------------------------------------------------ files

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
-from offramp.classifiers.flops import exit_costs
 from offramp.classifiers.method import Fitted, Method
 from offramp.classifiers.passes import Passes
-from offramp.classifiers.result import RESULTS, SCHEMA, ClassifierEvaluation
+from offramp.classifiers.result import EARLIER, RESULTS, SCHEMA, ClassifierEvaluation
 from offramp.files import replace_file
 from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
@@ -110,8 +109,7 @@ def compare(
         if progress is not None:
             progress(done + len(config.methods), steps, "comparing")
         threshold = network.outputs("threshold")
-        settings = replace(config.settings, static_costs=_static_costs(network, threshold))
-        seeds.append(tuple(evaluate(posteriors, threshold, tests, settings)))
+        seeds.append(tuple(evaluate(posteriors, threshold, tests, config.settings)))
         fits.append({name: _fitted(posterior) for name, posterior in posteriors.items()})
         for name, rows in tests.items():
             _write_records(folder / f"records-{place}-{name.replace(' ', '-')}.jsonl.gz", posteriors, rows)
@@ -126,7 +124,7 @@ def _require_free(folder: Path) -> None:
     """Refuse a folder with results of another kind, which would be replaced."""
     if (folder / RESULTS).is_file():
         values = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if values.get("schema") != SCHEMA:
+        if values.get("schema") not in (SCHEMA, EARLIER):
             raise ValueError(f"{folder} holds results of another kind, {values.get('schema')}; name a new folder")
 
 
@@ -181,13 +179,6 @@ def _fitted(posterior: Posterior) -> Fitted:
     """Settings of a posterior, and what there is to know of its fit."""
     priors = tuple(exit.omega for exit in posterior.exits if exit.omega is not None)
     return Fitted(tuple(exit.temperature for exit in posterior.exits), priors or None, posterior.messages)
-
-
-def _static_costs(network: Passes, outputs: ExitOutputs) -> tuple[float, ...]:
-    """FLOPs of a row in a network cut after each exit: without the heads of earlier ones."""
-    example = network.example("threshold")
-    saved = exit_costs(network.classifier, example) - exit_costs(network.classifier, example, cut=True)
-    return tuple((outputs.costs - saved).tolist())
 
 
 def _write_records(path: Path, posteriors: Mapping[str, Posterior], rows: ExitOutputs) -> None:

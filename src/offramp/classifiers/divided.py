@@ -7,6 +7,7 @@ divide them again, and refuse rows that are not those of the record.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -82,6 +83,39 @@ class DataConfig:
 
 # ---------------------------------------------------------------- reading
 
+NAMED = {
+    "fashion-mnist": ("OFFRAMP_FASHION_MNIST", "on Debian and Ubuntu: sudo apt install dataset-fashion-mnist"),
+    "mnist": ("OFFRAMP_MNIST", "fetch them where the set is published"),
+}
+"""Sets that a name alone stands for: the variable that says where theirs is, and how to come by it."""
+INSTALLED = Path("/usr/share/datasets")
+"""Where Debian's packages dataset-NAME put them."""
+
+
+def located(data: Path) -> Path:
+    """Where data is: the path itself, or if there is nothing the set of that name.
+
+    Args:
+        data: A path, or a name in `NAMED`.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: The set is not installed; the message says what to do.
+    """
+    if data.exists() or str(data) not in NAMED:
+        return data
+    variable, advice = NAMED[str(data)]
+    places = [Path(given).expanduser()] if (given := os.environ.get(variable)) else []
+    for place in (*places, INSTALLED / data):
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(
+        f"there is no {data} here, in ${variable} or in {INSTALLED / data}; give a folder with its four IDX files "
+        f"({advice})"
+    )
+
 
 def divide(config: DataConfig, data: Path, test: Path | None = None) -> dict[str, Labelled]:
     """Read and divide.
@@ -91,7 +125,7 @@ def divide(config: DataConfig, data: Path, test: Path | None = None) -> dict[str
 
     Args:
         config: How.
-        data: A folder of images, or a file of texts.
+        data: A folder of images, or a file of texts; or the name of a set, see `located`.
         test: Such with the published test split; None: that of `data` if it has one, else a share of it.
 
     Returns:
@@ -101,6 +135,7 @@ def divide(config: DataConfig, data: Path, test: Path | None = None) -> dict[str
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or of another layout, there are too few rows, or the test split shares rows.
     """
+    data = located(data)
     found = _read(config, data)
     published = found.get("test")
     if test is not None:

@@ -7,7 +7,7 @@ afterwards: what is measured is quality and FLOPs, not seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -56,14 +56,11 @@ class Settings:
         bins: Of the calibration error; 10 for the published tables.
         resamples: Bootstrap draws of test rows, for the intervals; 0: none.
         seed: Of the draws.
-        static_costs: FLOPs of a row in a network cut after each exit, without the exits before; None: static exits are
-            charged what exits cost in `ExitOutputs`, earlier exits' heads included.
     """
 
     bins: int = 15
     resamples: int = 1000
     seed: int = 0
-    static_costs: tuple[float, ...] | None = None
 
 
 def charged(costs: Tensor, posterior: Posterior) -> Tensor:
@@ -90,7 +87,8 @@ def evaluate(
 
     Thresholds are each method's own, fitted to its confidences (largest probabilities) on the threshold split, and the
     same on all test sets. The static exit of a budget is the most accurate one on the threshold split among those that
-    cost no more than asked.
+    cost no more than asked. It is charged the plain network cut there, without the heads of earlier exits; the full
+    model likewise, and to that plain full network all costs are relative.
 
     Args:
         posteriors: By name, such as `offramp.uncertainty.posterior.METHODS`.
@@ -122,8 +120,8 @@ def evaluate(
         for method, posterior in posteriors.items():
             p = posterior.probabilities(test)
             rows = _Rows(tuple(grade(one, test.labels) for one in p), p.amax(-1), weights, settings.bins)
-            tried += _try(method, prepared[method], rows, settings.static_costs)
-        found += _compare(name, tried, float(threshold.costs[-1]))
+            tried += _try(method, prepared[method], rows)
+        found += _compare(name, tried, threshold)
     return found
 
 
@@ -135,7 +133,7 @@ class _Prepared:
     """What a method takes from the threshold split."""
 
     costs: Tensor
-    overhead: Tensor  # of each exit alone
+    static: Tensor  # of the plain network cut after each exit, with the overhead of that exit alone
     budgets: tuple[budgets.Budget, ...]
     accuracy: tuple[float, ...]
 
@@ -176,19 +174,21 @@ class _Tried:
 
 def _prepare(posterior: Posterior, threshold: ExitOutputs) -> _Prepared:
     costs, p = charged(threshold.costs, posterior), posterior.probabilities(threshold)
-    overhead = torch.cat([costs[:1] - threshold.costs[:1], (costs - threshold.costs).diff()])
+    overhead = torch.tensor(
+        [float(posterior.overhead(exit).counted) for exit in range(len(costs))], dtype=torch.float64
+    )
+    static = (threshold.costs if threshold.cut is None else threshold.cut).double().cpu() + overhead
     accuracy = tuple(float(grade(one, threshold.labels).correct.mean()) for one in p)
-    return _Prepared(costs, overhead, tuple(budgets.fit(p.amax(-1), costs, q) for q in budgets.QS), accuracy)
+    return _Prepared(costs, static, tuple(budgets.fit(p.amax(-1), costs, q) for q in budgets.QS), accuracy)
 
 
-def _try(method: str, ready: _Prepared, rows: _Rows, static_costs: Sequence[float] | None) -> list[_Tried]:
+def _try(method: str, ready: _Prepared, rows: _Rows) -> list[_Tried]:
     exits = [budgets.leave(rows.confidences, budget.thresholds).numpy() for budget in ready.budgets]
     asked = [(budget.q, budget.target, budget.realised) for budget in ready.budgets]
     found = [_at(method, asked, exits, ready.costs.numpy(), rows)]
     if method not in STATIC:
         return found
-    costs = ready.costs if static_costs is None else torch.tensor(static_costs, dtype=torch.float64) + ready.overhead
-    last = len(costs) - 1
+    costs, last = ready.static, len(ready.static) - 1
     chosen = [
         max((e for e in range(last + 1) if costs[e] <= target or e == 0), key=lambda e: ready.accuracy[e])
         for _, target, _ in asked
@@ -237,14 +237,16 @@ def _point(
 # ---------------------------------------------------------------- the methods of a test set
 
 
-def _compare(test: str, tried: Sequence[_Tried], full_cost: float) -> list[Method]:
+def _compare(test: str, tried: Sequence[_Tried], threshold: ExitOutputs) -> list[Method]:
     """Figures of all methods, over the same costs and next to the baseline's."""
+    full_cost = threshold.full_cost
     for one in tried:
         one.mean["cost"] = one.mean["cost"] / full_cost
     baseline = next((one.mean for one in tried if one.name == BASELINE), None)
     low = max(one.alone[0].cost for one in tried) / full_cost
     high = min(one.alone[-1].cost for one in tried) / full_cost
-    return [_method(test, one, baseline, full_cost, low, high) for one in tried]
+    made = [_method(test, one, baseline, full_cost, low, high) for one in tried]
+    return [replace(method, heads_cost=float(threshold.costs[-1])) for method in made]
 
 
 def _method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,20 @@ if TYPE_CHECKING:
     from offramp.classifiers.classifier import EarlyExitClassifier
 
 
-def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor], *, cut: bool = False) -> Tensor:
-    """FLOPs of one row up to and including each exit, with the heads of all exits before it.
+class ExitCosts(NamedTuple):
+    """FLOPs of one row up to and including each exit, [E] each, float64, ascending.
+
+    Attributes:
+        heads: With the heads of all exits before it, as a row pays that is tested at each.
+        cut: Without them, in the plain network cut there; the last is the plain full network's.
+    """
+
+    heads: Tensor
+    cut: Tensor
+
+
+def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> ExitCosts:
+    """FLOPs of one row up to and including each exit.
 
     Linear layers, convolutions and attention, a multiply-add counted as 2; no biases, norms, poolings and activation
     functions, as by `torch.utils.flop_counter`. Padding is computed and therefore counted: the cost of a row is that of
@@ -24,10 +36,9 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor], *,
     Args:
         classifier: The classifier; its weights are not touched.
         inputs: A batch; only the shapes count.
-        cut: Of networks cut after each exit instead: without the heads before it.
 
     Returns:
-        [E], float64, ascending.
+        The costs, with and without earlier heads.
     """
     counted, before, costs = 0, [], []
 
@@ -53,7 +64,7 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor], *,
     mixing = classifier.backbone.mixing_flops(inputs)
     whole = torch.tensor([c + mixing * at for c, at in zip(costs, classifier.layers, strict=True)], dtype=torch.float64)
     heads_of = torch.tensor([after - b for after, b in zip(costs, before, strict=True)], dtype=torch.float64)
-    return whole - (heads_of.cumsum(0) - heads_of) if cut else whole
+    return ExitCosts(whole, whole - (heads_of.cumsum(0) - heads_of))
 
 
 def _run_on_shapes(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> None:

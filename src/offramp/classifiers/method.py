@@ -87,7 +87,8 @@ class Method:
     Attributes:
         name: Of the method.
         test: Of the test set.
-        full_cost: FLOPs per row of the full network with all exits, the unit of relative costs.
+        full_cost: FLOPs per row of the plain full network, the backbone and the last exit's head: the unit of relative
+            costs.
         points: The 39 budgets; one for the full model.
         alone: Each exit taken by all rows, E points.
         mean: Metrics, and "cost" over the full one, averaged over the budgets.
@@ -97,6 +98,8 @@ class Method:
         area: By metric, mean height of the curve over the costs that all methods of the test set reach; None likewise.
         reliability: For each exit its bins of confidence: lower end, upper end, rows, mean confidence, accuracy.
         clamped: Of each exit, rows whose right class had a probability below 1e-12, which counts as that in the NLPD.
+        heads_cost: FLOPs per row of the full network with the heads of all exits; None: written by an earlier version,
+            which had these as `full_cost`.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Method:
     area: dict[str, float | None]
     reliability: tuple[tuple[tuple[float, float, float, float, float], ...], ...]
     clamped: tuple[int, ...]
+    heads_cost: float | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:

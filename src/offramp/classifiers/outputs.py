@@ -1,8 +1,8 @@
 """One pass over a split that keeps what all exits say; every fit, grid, threshold and metric reads this, not the model.
 
-The file is safetensors with the tensors `features.0` .. `features.E-1`, `logits`, `labels`, `costs` and maybe `groups`;
-ids and a description stand in its header. Rows are written as they come, so a split may be larger than memory, and
-loading maps the file instead of reading it.
+The file is safetensors with the tensors `features.0` .. `features.E-1`, `logits`, `labels`, `costs`, and maybe `cut`
+and `groups`; ids and a description stand in its header. Rows are written as they come, so a split may be larger than
+memory, and loading maps the file instead of reading it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def collect(
             ids or groups of another number.
     """
     costs: dict[tuple[tuple[int, ...], ...], Tensor] = {}
-    total, rows = torch.zeros(len(classifier.layers), dtype=torch.float64), 0
+    total, rows = torch.zeros((2, len(classifier.layers)), dtype=torch.float64), 0
     # Beside its target, so that a large split goes to the disk it was meant for.
     target = None if path is None else Path(path).expanduser().resolve()
     with evaluating(classifier, precision), _Spool(target) as spool:
@@ -73,14 +73,16 @@ def collect(
                     spool.add(name, _finite(tensor.float().cpu(), name, rows))
             spool.add("labels", _possible(labels.long().cpu(), len(logits), classifier.num_classes, rows))
             shape = _shape(inputs)
-            costs[shape] = costs[shape] if shape in costs else classifier.costs(inputs)
+            if shape not in costs:
+                costs[shape] = torch.stack([classifier.costs(inputs), classifier.costs(inputs, cut=True)])
             total, rows = total + costs[shape] * len(labels), rows + len(labels)
         if not rows:
             raise ValueError("there are no rows; a pass over a split needs at least one")
         for name, given in (("ids", ids or None), ("groups", groups)):
             if given is not None and len(given) != rows:
                 raise ValueError(f"there are {len(given)} {name} for {rows} rows; give one per row, or none")
-        rest = {"costs": total / rows} | ({} if groups is None else {"groups": groups.long().cpu()})
+        rest = {"costs": total[0] / rows, "cut": total[1] / rows}
+        rest |= {} if groups is None else {"groups": groups.long().cpu()}
         if target is None:
             return _assembled({**spool.tensors(), **rest}, tuple(ids))
         spool.write(target, rest, _header(ids, description or {}))
@@ -105,8 +107,9 @@ def save_outputs(
         "labels": outputs.labels,
         "costs": outputs.costs.double(),
     }
-    if outputs.groups is not None:
-        tensors["groups"] = outputs.groups
+    for name, given in (("groups", outputs.groups), ("cut", outputs.cut)):
+        if given is not None:
+            tensors[name] = given
     header = _header(outputs.ids, description or {})
     replace_file(Path(path).expanduser(), lambda temporary: save_file(tensors, temporary, header))
 
@@ -227,7 +230,8 @@ class _Spool:
 
 def _assembled(tensors: Mapping[str, Tensor], ids: tuple[str, ...]) -> ExitOutputs:
     features = [tensors[f"features.{i}"] for i in range(len(tensors["logits"]))]
-    return ExitOutputs(features, tensors["logits"], tensors["labels"], tensors["costs"], ids, tensors.get("groups"))
+    more = tensors.get("groups"), tensors.get("cut")  # which older files do not have
+    return ExitOutputs(features, tensors["logits"], tensors["labels"], tensors["costs"], ids, *more)
 
 
 def _header(ids: Sequence[str], description: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offramp.classifiers.architectures import rows_of
-from offramp.classifiers.batches import Inputs, in_order
+from offramp.classifiers.batches import Inputs, Rows, in_order
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.divided import read_again
 from offramp.classifiers.outputs import collect, load_description, load_outputs
@@ -107,16 +107,17 @@ class Passes:
         if path.is_file():
             found = load_outputs(path)
             if load_description(path) == made_of:
-                return found
+                return found if found.cut is not None else self._with_cut(found, rows)
         batches = self._followed(in_order(rows, self.batch_size), len(data), name)
         return collect(
             self.classifier, batches, ids=rows.data.ids, groups=rows.data.groups, path=path, description=made_of
         )
 
-    def example(self, split: str) -> Mapping[str, Tensor]:
-        """Inputs of a split's first row, by name."""
-        inputs = rows_of(self.classifier, self.splits[split].take([0]), longest=self.longest).inputs(torch.tensor([0]))
-        return {self.classifier.backbone.main_input: inputs} if isinstance(inputs, Tensor) else inputs
+    def _with_cut(self, found: ExitOutputs, rows: Rows) -> ExitOutputs:
+        """What an earlier version kept, with the costs it lacks: heads cost the same for rows of any length."""
+        inputs = rows.inputs(torch.tensor([0]))
+        heads = self.classifier.costs(inputs) - self.classifier.costs(inputs, cut=True)
+        return replace(found, cut=found.costs - heads)
 
     def _followed(
         self, batches: Iterator[tuple[Inputs, Tensor]], total: int, name: str

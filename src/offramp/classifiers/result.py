@@ -17,13 +17,15 @@ from offramp.classifiers.method import SHARES, Fitted, Method, Point
 from offramp.files import write_json, write_text
 from offramp.tables import markdown
 
-SCHEMA = "offramp/classifier-evaluation/1"
+SCHEMA = "offramp/classifier-evaluation/2"
+EARLIER = "offramp/classifier-evaluation/1"
+"""With costs over those of a network that computes the heads of all exits."""
 RESULTS, TABLE = "results.json", "table.md"
 HEADS = {
     "top1": "Top-1 %", "top5": "Top-5 %", "nlpd": "NLPD", "ece": "ECE", "aurc": "AURC", "augrc": "AUGRC",
     "brier": "Brier", "cost": "cost",
 }  # fmt: skip
-"""Of columns; "cost" is the realised one over the full cost."""
+"""Of columns; "cost" is the realised one over that of the plain full network."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class ClassifierEvaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassifierEvaluation:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; what an earlier version wrote keeps its unit of costs, and `notes` says so.
 
         Returns:
             The evaluation.
@@ -136,7 +138,7 @@ class ClassifierEvaluation:
         Raises:
             ValueError: The schema is another one.
         """
-        if values.get("schema") != SCHEMA:
+        if values.get("schema") not in (SCHEMA, EARLIER):
             raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: no evaluation of classifiers")
         seeds = tuple(tuple(Method.from_dict(method) for method in methods) for methods in values["seeds"])
         fitted = tuple(
@@ -172,7 +174,7 @@ class ClassifierEvaluation:
                 blocks += [f"Minus {BASELINE}", markdown(self.difference_table(test)[0], differences)]
             blocks += ["Along the curve over realised costs", markdown(*self.curve_table(test))]
             blocks += ["Each exit alone", markdown(*self.anytime_table(test))]
-            blocks += ["Asked and realised cost over the full cost", markdown(*self.cost_table(test))]
+            blocks += [f"Asked and realised cost, {self.unit} = 1", markdown(*self.cost_table(test))]
         if self.fitted:
             blocks += ["## Temperatures T and prior variances ω of the exits", markdown(*self.fitted_table())]
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
@@ -288,16 +290,35 @@ class ClassifierEvaluation:
                 "seed says nothing about others"
             )
         notes = [
-            f"{spread}. Costs are FLOPs per row with all exits' heads and what the method adds, over the full "
-            "network's. A static exit is the best on the threshold split that the budget affords; it may cost less "
-            "than asked, so compare it along the curve. All exits were computed and chosen afterwards: these are no "
-            "measured times."
+            f"{spread}. Costs are FLOPs per row, with the heads of all exits on the way and what the method adds, "
+            f"{self._relative()} A static exit is the plain network cut there, the best on the threshold split that "
+            "the budget affords; it may cost less than asked, so compare it along the curve. All exits were computed "
+            "and chosen afterwards: these are no measured times."
         ]
         clamped = {m.name: sum(m.clamped) for methods in self.seeds for m in methods if sum(m.clamped)}
         if clamped:
             words = ", ".join(f"{name} {n}" for name, n in clamped.items())
             notes.append(f"Probabilities below 1e-12 that count as that in the NLPD, over all exits: {words}.")
         return [*notes, *(f"* {message}" for message in self.warnings())]
+
+    @property
+    def unit(self) -> str:
+        """What a cost of 1 is."""
+        known = self.seeds[0][0].heads_cost is not None
+        return "plain full network" if known else "full network with the heads of all exits"
+
+    def _relative(self) -> str:
+        """What costs are relative to, in words."""
+        first = self.seeds[0][0]
+        if first.heads_cost is None:
+            return (
+                "over those of the full network with the heads of all exits, which nobody would run: an earlier "
+                "version wrote this. Evaluate again for shares of the plain full network."
+            )
+        return (
+            f"over those of the plain full network, the backbone and its last exit's head ({first.full_cost:.4g} FLOPs "
+            f"per row). With the heads of all exits that network costs {first.heads_cost / first.full_cost:.3f} of it."
+        )
 
     def _columns(self, test: str) -> list[str]:
         first = self.of(test, self.methods(test)[0])[0]

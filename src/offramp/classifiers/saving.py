@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
 
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
+        ValueError: A weight is NaN or infinite.
     """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not _may_go(target):
@@ -62,6 +64,11 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
     if isinstance(last := classifier.heads[-1], ProjectedHead):
         values["projected"] = last.config.as_dict()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    if (broken := not_finite_in(weights)) is not None:
+        raise ValueError(
+            f"{broken} holds NaN or infinity, so the classifier is not saved: its training diverged; train it again, "
+            "with a smaller learning rate"
+        )
 
     def put(temporary: Path) -> None:
         write_tensors(temporary / WEIGHTS, weights)
@@ -90,7 +97,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         The classifier, with its tokenizer and preprocessing settings.
 
     Raises:
-        ModelError: There is none, or it is damaged.
+        ModelError: There is none, it is damaged, or a weight is NaN or infinite.
     """
     from safetensors.torch import load_file
 
@@ -108,11 +115,21 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         with quiet():
             classifier = _build(place, values)
         classifier.load_state_dict(weights)
+        if (broken := not_finite_in(weights)) is not None:
+            raise ModelError(
+                f"{place / WEIGHTS}: {broken} holds NaN or infinity, so its training diverged or the file is damaged; "
+                "train it again, or copy its whole folder"
+            )
     except ModelError:
         raise
     except Exception as error:  # each damaged file has an exception type of its own
         raise ModelError(f"{place} is damaged ({first_line(error)}); {AGAIN}") from error
     return classifier.to(device).eval()
+
+
+def not_finite_in(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first of these tensors that holds NaN or infinity; None: none does."""
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -167,8 +184,8 @@ def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
 
     from offramp.families.encoders import SplitEncoder
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return SplitEncoder(AutoModel.from_config(config, dtype=dtype))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return SplitEncoder(AutoModel.from_config(config, dtype=dtype, trust_remote_code=False))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -176,7 +193,7 @@ def _tokenizer(folder: Path) -> Any:
 
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _may_go(folder: Path) -> bool:

@@ -18,18 +18,21 @@ class ByTask(TyperGroup):
     """The group of all commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """The command that is meant, and its arguments."""
-        return super().resolve_command(ctx, _routed(args))
+        """The command that is meant, under the name that was typed, and its arguments."""
+        typed, routed = _routed(args)
+        _, command, rest = super().resolve_command(ctx, routed)
+        return typed, command, rest
 
 
-def _routed(arguments: list[str]) -> list[str]:
+def _routed(arguments: list[str]) -> tuple[str, list[str]]:
+    """What usage lines call the command, so that it can be typed again, and the arguments of the one that is meant."""
     name, rest = arguments[0], arguments[1:]
     task, without = _task(rest)
     if name in OF_CLASSIFIERS and "classif" in task:  # a misspelt one too: that command says what is allowed
-        return [f"{name}-classifier", *rest]
+        return f"{name} --task {task}", [f"{name}-classifier", *rest]
     if name == "distill" and task == LANGUAGE_MODELLING:
-        return ["distill-language-model", *without]
-    return arguments
+        return f"{name} --task {task}", ["distill-language-model", *without]
+    return name, arguments
 
 
 def _task(arguments: list[str]) -> tuple[str, list[str]]:

@@ -208,7 +208,7 @@ class Prepared:
     """
 
     def __init__(self, rows: Rows) -> None:
-        self.data, self.lengths, self.settings = rows.data, rows.lengths, rows.settings
+        self.data, self.lengths, self.lost, self.settings = rows.data, rows.lengths, rows.lost, rows.settings
         self.table = rows.inputs(torch.arange(len(rows.data)))
 
     def inputs(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor | dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def reliability_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
     methods = [evaluation.of(test, name)[0] for name in names]
     exits = _some(len(methods[0].alone))
     size = (1.6 + 1.75 * len(exits), 1.6 + 1.75 * len(names))
-    figure = headed(_reliability_title(methods), *size)
+    figure = headed("Accuracy over confidence at each exit: too sure below the diagonal", *size)
     panels = figure.subplots(len(names), len(exits), sharex=True, sharey=True, squeeze=False)
     for row, method in zip(panels, methods, strict=True):
         for axes, exit_ in zip(row, exits, strict=True):
@@ -57,16 +57,6 @@ def reliability_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
         axes.set_xlabel("confidence", fontsize=9)
     footnote(figure, f"{_what(evaluation, test)} · dots: bins, area by rows")
     return figure
-
-
-def _reliability_title(methods: Sequence[Method]) -> str:
-    worst, best = (pick(methods, key=lambda m: m.mean["ece"].value) for pick in (max, min))
-    if worst.mean["ece"].value - best.mean["ece"].value < 0.005:
-        return "All methods are about equally honest"
-    return (
-        f"Calibration error at the chosen exits: {worst.mean['ece'].value:.3f} ({worst.name}) to "
-        f"{best.mean['ece'].value:.3f} ({best.name})"
-    )
 
 
 def _reliability(axes: Any, method: Method, exit_: int) -> None:
@@ -101,8 +91,8 @@ def curves_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
             axes.plot(costs, values, label=name, **style)
     for axes, (metric, label) in zip(panels, CURVES.items(), strict=True):
         axes.set_ylabel(label)
-        axes.set_xlabel("realised FLOPs per row (full model = 1)")
-        axes.set_xlim(0, 1.03)
+        axes.set_xlabel(f"realised FLOPs per row ({evaluation.unit} = 1)")
+        axes.set_xlim(left=0)
         if metric == "top1":
             axes.yaxis.set_major_formatter(percent())
     handles, labels = panels[0].get_legend_handles_labels()

@@ -80,8 +80,8 @@ def footnote(figure: Any, text: str) -> None:
 
 
 def percent() -> Any:
-    """Labels of an axis from 0 to 1 as whole per cent."""
-    return require_matplotlib().ticker.PercentFormatter(1.0, decimals=0)
+    """Labels of an axis from 0 to 1 in per cent, with the decimals that tell the ticks of a short axis apart."""
+    return require_matplotlib().ticker.FuncFormatter(lambda share, _: f"{round(100 * share, 4) + 0:g}%")
 
 
 def save_figures(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:

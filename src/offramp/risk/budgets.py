@@ -91,35 +91,40 @@ def target_cost(q: float, costs: Tensor) -> float:
     return float(fractions(q, len(costs)) @ costs)
 
 
-def q_of(costs: Tensor, *, flops: float | None = None, share: float | None = None) -> float:
+def q_of(
+    costs: Tensor, *, flops: float | None = None, share: float | None = None, full: float | None = None
+) -> float:  # fmt: skip
     """The budget that asks for a given cost, by bisection.
 
     Args:
         costs: FLOPs of a row that leaves at each exit, [E], ascending.
         flops: FLOPs per row, on average; or
-        share: the same as a share of the full cost, that of the last exit.
+        share: the same as a share of the full cost.
+        full: The full cost, that of the plain network, which earlier exits' heads are no part of; None: the last
+            exit's. All that run through may cost more.
 
     Returns:
-        q, from 0 (the first exit's cost) to infinity (the full cost).
+        q, from 0 (the first exit's cost) to infinity (the last one's).
 
     Raises:
-        ValueError: The cost is below the first exit's or above the full one, not exactly one of `flops` and `share` is
-            given, or the costs are not positive and ascending.
+        ValueError: The cost is below the first exit's or above the last one's, not exactly one of `flops` and `share`
+            is given, or the costs are not positive and ascending.
     """
     costs = _checked_costs(costs)
     if (flops is None) == (share is None):
         raise ValueError(f"flops is {flops} and share is {share}; give one of them as the budget")
-    first, full = float(costs[0]), float(costs[-1])
+    first, last = float(costs[0]), float(costs[-1])
+    full = last if full is None else full
     asked = flops if flops is not None else float(share or 0) * full
-    if not first * (1 - ROUNDING) <= asked <= full * (1 + ROUNDING):  # as typed in
+    if not first * (1 - ROUNDING) <= asked <= last * (1 + ROUNDING):  # as typed in
         given = f"{flops:g} FLOPs per row" if flops is not None else f"{share:g} of the full cost"
         raise ValueError(
             f"a budget of {given} cannot be met; allowed are {first:.8g} FLOPs per row ({first / full:.3g} of the full "
-            f"cost: all leave at the first exit) to {full:.8g} (1: all run through)"
+            f"cost: all leave at the first exit) to {last:.8g} ({last / full:.3g}: all run through)"
         )
     if asked <= first:
         return 0.0
-    if asked >= full:
+    if asked >= last:
         return math.inf
     low, high = -700.0, 700.0  # of ln q
     for _ in range(_HALVINGS):

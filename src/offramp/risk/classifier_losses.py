@@ -1,8 +1,9 @@
 """What a row of a classifier loses by leaving early, at each exit; and under each threshold.
 
 Jazbec et al. (2024), "Fast yet Safe: Early-Exiting with Risk Control", section 3: consistency and performance gap of
-predictions, and the same of Brier scores for whole distributions. Each is 0 at the last exit. Ties between classes go
-to the lower one.
+predictions, and the same of Brier scores for whole distributions. What an exit is compared with is the reference: other
+probabilities of the same rows, such as those of the network's own last exit before its exits were made honest, or
+without any the last exit of those at hand, at which each loss is then 0. Ties between classes go to the lower one.
 """
 
 from __future__ import annotations
@@ -17,28 +18,30 @@ from offramp.risk.budgets import checked_confidences
 # ---------------------------------------------------------------- at each exit
 
 
-def consistency(probabilities: Tensor) -> Tensor:
-    """Whether an exit's class is another than the last exit's; no labels needed.
+def consistency(probabilities: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Whether an exit's class is another than the reference's; no labels needed.
 
     Args:
         probabilities: Of each exit, [E, N, C].
+        reference: What it is compared with, [N, C]; None: the last exit.
 
     Returns:
         0 or 1, [E, N], float64.
 
     Raises:
-        ValueError: The probabilities are none.
+        ValueError: The probabilities are none, or the reference is of other rows.
     """
     classes = _checked(probabilities).argmax(dim=-1)
-    return (classes != classes[-1]).double()
+    return (classes != _reference(probabilities, reference).argmax(dim=-1)).double()
 
 
-def performance_gap(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """How much more often an exit is wrong than the last one: 1[ŷ_e ≠ y] - 1[ŷ_E ≠ y].
+def performance_gap(probabilities: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
+    """How much more often an exit is wrong than the reference: 1[ŷ_e ≠ y] - 1[ŷ_ref ≠ y].
 
     Args:
         probabilities: Of each exit, [E, N, C].
         labels: Right classes, [N].
+        reference: What it is compared with, [N, C]; None: the last exit.
 
     Returns:
         -1, 0 or 1, [E, N], float64.
@@ -46,28 +49,32 @@ def performance_gap(probabilities: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: The probabilities are none, or the labels are no classes of as many rows.
     """
-    wrong = (_checked(probabilities).argmax(dim=-1) != _checked_labels(labels, probabilities)).double()
-    return wrong - wrong[-1]
+    labels = _checked_labels(labels, _checked(probabilities))
+    wrong = (probabilities.argmax(dim=-1) != labels).double()
+    return wrong - (_reference(probabilities, reference).argmax(dim=-1) != labels).double()
 
 
-def brier_gap(probabilities: Tensor, labels: Tensor | None = None) -> Tensor:
-    """How much worse an exit's distribution is than the last one's, by half their Brier scores.
+def brier_gap(probabilities: Tensor, labels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+    """How much worse an exit's distribution is than the reference, by half their Brier scores.
 
     Args:
         probabilities: Of each exit, [E, N, C].
-        labels: Right classes, [N]; None: those the last exit chooses, so that no labels are needed.
+        labels: Right classes, [N]; None: those the reference chooses, so that no labels are needed.
+        reference: What it is compared with, [N, C]; None: the last exit.
 
     Returns:
-        (Σ_c (p_e,c - t_c)² - Σ_c (p_E,c - t_c)²) / 2 with t the one-hot label, [E, N], float64, in [-1, 1].
+        (Σ_c (p_e,c - t_c)² - Σ_c (p_ref,c - t_c)²) / 2 with t the one-hot label, [E, N], float64, in [-1, 1].
 
     Raises:
         ValueError: The probabilities are none, or the labels are no classes of as many rows.
     """
     p = _checked(probabilities).double()
-    target = p[-1].argmax(dim=-1) if labels is None else _checked_labels(labels, probabilities)
-    of_target = p.gather(-1, target.expand(p.shape[:2])[..., None])[..., 0]
-    brier = (p**2).sum(dim=-1) - 2 * of_target + 1  # [E, N]
-    return (brier - brier[-1]) / 2
+    against = _reference(probabilities, reference).double()
+    target = against.argmax(dim=-1) if labels is None else _checked_labels(labels, probabilities)
+    both = torch.cat([p, against[None]])  # [E + 1, N, C]
+    of_target = both.gather(-1, target.expand(both.shape[:2])[..., None])[..., 0]
+    brier = (both**2).sum(dim=-1) - 2 * of_target + 1  # [E + 1, N]
+    return (brier[:-1] - brier[-1]) / 2
 
 
 # ---------------------------------------------------------------- under each threshold
@@ -107,6 +114,17 @@ def losses_under(losses: Tensor, exits: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def _reference(probabilities: Tensor, given: Tensor | None) -> Tensor:
+    """What exits are compared with, [N, C]."""
+    if given is None:
+        return probabilities[-1]
+    if given.shape != probabilities.shape[1:]:
+        raise ValueError(
+            f"the reference has shape {list(given.shape)}; rows x classes are needed, {list(probabilities.shape[1:])}"
+        )
+    return _checked(given[None])[0]
 
 
 def _checked(probabilities: Tensor) -> Tensor:

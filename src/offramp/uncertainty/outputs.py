@@ -22,6 +22,8 @@ class ExitOutputs:
             ascending.
         ids: Of the rows, to see that splits do not overlap; empty: unknown.
         groups: A number per row, [N], int64, such as (label, attribute); None: unknown.
+        cut: FLOPs of one row in the plain network cut after each exit, without the heads of earlier exits, [E],
+            float64; the last is what would run without early exits. None: heads cost nothing, or it is unknown.
     """
 
     features: Sequence[Tensor]
@@ -30,6 +32,7 @@ class ExitOutputs:
     costs: Tensor
     ids: tuple[str, ...] = field(default=(), repr=False)
     groups: Tensor | None = None
+    cut: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3:
@@ -46,6 +49,11 @@ class ExitOutputs:
             raise ValueError(f"the label of row {row} is {int(self.labels[row])}; allowed are 0..{classes - 1}")
         if self.costs.shape != (exits,) or bool((self.costs.diff() < 0).any()):
             raise ValueError(f"costs are {self.costs.tolist()}; one per exit is needed, {exits} ascending numbers")
+        if self.cut is not None and (self.cut.shape != (exits,) or bool((self.cut > self.costs * (1 + 1e-9)).any())):
+            raise ValueError(
+                f"costs without earlier heads are {self.cut.tolist()}, with them {self.costs.tolist()}; one per exit "
+                "is needed, none above the other"
+            )
         if self.ids and len(self.ids) != rows:
             raise ValueError(f"there are {len(self.ids)} ids for {rows} rows")
 
@@ -64,12 +72,17 @@ class ExitOutputs:
         """C."""
         return self.logits.shape[2]
 
+    @property
+    def full_cost(self) -> float:
+        """FLOPs of one row in the plain full network, the backbone and the last exit's head: what savings are of."""
+        return float((self.costs if self.cut is None else self.cut)[-1])
+
     def take(self, rows: Tensor) -> ExitOutputs:
         """The rows at these places, [n], int64, in this order."""
         return ExitOutputs(
             [f[rows] for f in self.features], self.logits[:, rows], self.labels[rows], self.costs,
             tuple(self.ids[i] for i in rows.tolist()) if self.ids else (),
-            None if self.groups is None else self.groups[rows],
+            None if self.groups is None else self.groups[rows], self.cut,
         )  # fmt: skip
 
 

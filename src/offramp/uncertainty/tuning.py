@@ -22,6 +22,9 @@ on exits that are better without: at 0.01, features of norm 20 already give logi
 MERONEN = (0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)
 """The published grid (Meronen et al., 2023)."""
 
+Z95 = 1.959964
+"""Standard errors on each side of a 95 % interval."""
+
 Rows = Callable[[float], Tensor]
 """From a temperature to ln p_y of each row, [N], of one exit alone."""
 
@@ -159,13 +162,20 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether the gain is at least one standard error, and there is one."""
-        return self.gain > 0 and self.gain >= self.error
+        """Whether all of the 95 % interval of the gain is above 0."""
+        return self.gain > Z95 * self.error
 
     def words(self) -> str:
-        """The verdict."""
-        verdict = "Laplace is better than temperature" if self.better else "Laplace is not better than temperature here"
-        return f"{verdict}: it lowers the NLPD by {self.gain:.4f} ± {self.error:.4f} (standard error)"
+        """The verdict, which no point estimate decides."""
+        half = Z95 * self.error
+        verdict = (
+            "Laplace is better than temperature"
+            if self.better
+            else "Laplace is worse than temperature"
+            if self.gain < -half
+            else "Laplace was not shown to be better or worse than temperature"
+        )
+        return f"{verdict}: it lowers the NLPD by {self.gain:.4f} ({self.gain - half:.4f} to {self.gain + half:.4f})"
 
 
 def compare(vanilla: Tensor, temperature: Tensor, laplace: Tensor) -> Comparison:

@@ -11,6 +11,9 @@ import typer
 from offramp.cli import options as o
 from offramp.cli.classifiers import options as c
 
+AUTO = "auto"
+"""Name of the posterior that is chosen."""
+
 
 def calibrate_classifier(
     model: c.Model,
@@ -21,9 +24,10 @@ def calibrate_classifier(
         str,
         typer.Option(
             help="What makes probabilities honest: vanilla (nothing), temperature, mie (model-internal ensemble of the "
-            "exits), mie+temperature, laplace (last layer, with temperature), mie+laplace."
+            "exits), mie+temperature, laplace (last layer, with temperature), mie+laplace; or auto: of the first four "
+            "the one that held-out rows of the tune split say helps, which may be none."
         ),
-    ] = "mie+temperature",
+    ] = "auto",
     n_mc: c.NMc = 50,
     grid: c.Grid = None,
     predictive: Annotated[str, typer.Option(help="With Laplace: mc, means over draws, or probit, without any.")] = "mc",
@@ -37,11 +41,18 @@ def calibrate_classifier(
     loss: Annotated[
         str,
         typer.Option(
-            help="Of a row that leaves early. consistency: its class is not the full model's; gap: it is wrong where "
-            "the full model is right (less where it is the other way round); brier: half the difference of Brier "
-            "scores; brier-consistency: the same against the full model's class, without labels."
+            help="Of a row that leaves early. consistency: its class is not the reference's; gap: it is wrong where "
+            "the reference is right (less where it is the other way round); brier: half the difference of Brier "
+            "scores; brier-consistency: the same against the reference's class, without labels."
         ),
     ] = "consistency",
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="What the promise is against. last-exit: the network's own last exit as it is, the plain full "
+            "network; posterior: the last exit with the posterior, of mie the ensemble of all exits."
+        ),
+    ] = "last-exit",
     bound: Annotated[
         str | None,
         typer.Option(
@@ -75,15 +86,18 @@ def calibrate_classifier(
     from offramp.classifiers.calibrate import LOSSES, CalibrationConfig
     from offramp.classifiers.calibrate import calibrate as run
     from offramp.classifiers.certify import RowPromise
+    from offramp.classifiers.choice import CANDIDATES, NONE
     from offramp.classifiers.passes import Passes
     from offramp.machine import describe
     from offramp.uncertainty.posterior import PosteriorConfig
 
     _check(loss, LOSSES)
     promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
+    method, candidates = (NONE, CANDIDATES) if posterior == AUTO else (posterior, ())
     config = CalibrationConfig(
-        PosteriorConfig(posterior, n_mc, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed
-    )
+        PosteriorConfig(method, n_mc, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed,
+        reference, candidates,
+    )  # fmt: skip
     folder = out or Path("runs") / f"calibrate-{c.title(model)}-{posterior}"
     with c.noted(), o.progress("calibrating") as progress:
         passes = Passes.of(

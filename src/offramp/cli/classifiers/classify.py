@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from offramp.classifiers.answers import Answer
     from offramp.classifiers.calibrated import Calibrated
 
-SCHEMA = "offramp/classify/1"
+SCHEMA = "offramp/classify/2"
 SHOWN = 60
 """Characters of an input that are printed; JSON has all of it."""
+CUT_SHOWN = 10
+"""Inputs of which it is said by number that they were cut."""
 
 
 def classify(
@@ -35,7 +37,10 @@ def classify(
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Cost on average: a share of the full one, such as 0.5, or FLOPs; needs --posterior."),
+        typer.Option(
+            help="Cost on average: a share of the plain full network's FLOPs, such as 0.5 for half of what the "
+            "backbone and its last exit cost, or FLOPs; needs --posterior."
+        ),
     ] = None,
     threshold: Annotated[
         str | None,
@@ -75,10 +80,13 @@ def classify(
         for answer in found:
             typer.echo(_line(answer, width, len(classifier.layers)))
     mean = sum(answer.share for answer in found) / len(found)
-    o.note(f"{rule['words']}; {len(found)} inputs, on average {mean:.3f} of the full model's FLOPs")
+    o.note(f"{rule['words']}; {len(found)} inputs, on average {mean:.3f} of the plain full network's FLOPs")
+    if cut := [str(place) for place, answer in enumerate(found, 1) if answer.tokens_cut]:
+        shown = ", ".join(cut[:CUT_SHOWN]) + (", …" if len(cut) > CUT_SHOWN else "")
+        o.note(f"{len(cut)} of {len(found)} texts were too long and were classified without their end: input {shown}")
     values = {
         "schema": SCHEMA, "model": c.title(model), "posterior": None if posterior is None else str(posterior),
-        "rule": rule, "mean_share": mean, "answers": [asdict(answer) for answer in found],
+        "rule": rule, "mean_share": mean, "texts_cut": len(cut), "answers": [asdict(answer) for answer in found],
     }  # fmt: skip
     o.write_result(values, json)
 
@@ -98,8 +106,14 @@ def _rule(
 ) -> tuple[Any, dict[str, Any]]:
     """Thresholds, and where they come from."""
     if budget is not None and calibrated is not None:
-        found, full = calibrated.budget(budget), float(calibrated.costs[-1])
-        met = f"{found.target / full:.3f} of the full cost (on the threshold split {found.realised / full:.3f})"
+        found = calibrated.budget(budget)
+        full = calibrated.full_cost
+        met = (
+            f"{found.target:.4g} FLOPs per row (on the threshold split {found.realised:.4g})"
+            if full is None
+            else f"{found.target / full:.3f} of the plain full network's FLOPs (on the threshold split "
+            f"{found.realised / full:.3f})"
+        )
         limits = found.thresholds.tolist()
         said = [value if abs(value) != float("inf") else None for value in limits]
         return limits, {"words": f"a budget of {met}", "budget": budget, "q": _finite(found.q), "thresholds": said}
@@ -123,7 +137,7 @@ def _finite(value: float) -> float | None:
 
 def _line(answer: Answer, width: int, exits: int) -> str:
     inside = "" if answer.set is None else f"  {{{', '.join(answer.set)}}}"
-    where = f"exit {answer.exit}/{exits}  {answer.share:.3f} of the FLOPs"
+    where = f"exit {answer.exit}/{exits}  {answer.share:.3f} of the full network's FLOPs"
     shown = "\\n".join(answer.given.splitlines())  # tabs stay, as between the texts of a pair
     shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
     return f"{answer.label.ljust(width)}  {answer.probability:.3f}  {where}{inside}  {shown}"

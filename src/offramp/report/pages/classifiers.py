@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from offramp.classifiers.calibrate import EARLIER, kept_words
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.report import classifier_plots
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
 from offramp.report.pages.training import measured
+from offramp.uncertainty.posterior import PosteriorConfig
 
 
 def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
@@ -48,7 +50,7 @@ def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
     first = found.tests[0]
     sections += [
         Section(f"Each exit alone, on {first}", [_table(*found.anytime_table(first))]),
-        Section("Asked and realised cost", [_table(*found.cost_table(first))]),
+        Section(f"Asked and realised cost, {found.unit} = 1", [_table(*found.cost_table(first))]),
         *([Section("Temperatures T and prior variances ω", [_table(*found.fitted_table())])] if found.fitted else []),
         Section("How to read this", [Text(tuple(found.notes()))]),
     ]
@@ -81,19 +83,44 @@ def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
     config, conditions = values["config"], dict(values["conditions"])
     method = config["posterior"]["method"]
     blocks: list[Block] = [_exits(values)]
+    choice, effect = values.get("choice"), values.get("effect")  # which earlier results do not have
+    if choice is not None:
+        blocks.append(Text((choice["words"],)))
+    if effect is not None:
+        blocks.append(Text((effect["words"],), _mark(effect["nlpd"])))
     if values["messages"]:
         blocks.append(Text(tuple(f"* {message}" for message in values["messages"]), "bad"))
     sections = [Section(f"Each exit, softmax -> {method}, on {values['rows']} threshold rows", blocks)]
     if (certificate := values["certificate"]) is not None:
         kept = values["kept"]
-        said = f"On the {kept['rows']} test rows: mean loss {kept['loss']:.4f}, saving {kept['saving']:.1%}."
-        mark = "good" if certificate["certified"] else "bad"
-        sections.append(Section("The certificate", [Text((certificate["words"], said), mark)]))
+        sections.append(Section("The certificate", [_certificate(certificate, kept, values)]))
     if values["sets"] is not None:
         sections.append(Section("Nested sets, on the test rows", [_sets(values["sets"])]))
     command = conditions.pop("command", None)
     title = f"Calibration of a classifier: {conditions.get('model', folder.name)}, {method}"
     return Page(title, str(folder), [*sections, repeat(command, conditions, config)])
+
+
+def _mark(change: Mapping[str, Any]) -> str:
+    """Good where all of a change's interval is an improvement, bad where all of it is the opposite."""
+    return "good" if change["high"] < 0 else "bad" if change["low"] > 0 else ""
+
+
+def _certificate(certificate: Mapping[str, Any], kept: Mapping[str, Any], values: Mapping[str, Any]) -> Text:
+    """What is promised and what came of it; good only if rows do leave early, and the test rows do not break it."""
+    config = values["config"]
+    if values["schema"] == EARLIER:
+        said = (
+            f"On the {kept['rows']} test rows: mean loss {kept['loss']:.4f}, saving {kept['saving']:.1%}. Both losses "
+            "are against the last exit with the posterior, and the savings of a network that computes the heads of all "
+            "exits, which nobody would run: an earlier version wrote this. Calibrate again."
+        )
+    else:
+        said = kept_words(kept, config["reference"], PosteriorConfig(**config["posterior"]))
+    broken = kept["loss"] > config["promise"]["tolerance"]
+    mark = "bad" if broken or not certificate["certified"] else "good" if certificate["index"] else ""
+    more = "The mean loss on the test rows is above the tolerance: so it may be by chance, or these are other rows."
+    return Text((certificate["words"], said, *([more] if broken else [])), mark)
 
 
 def _exits(values: Mapping[str, Any]) -> Table:

@@ -10,7 +10,9 @@ from typing import Any
 
 from offramp.calibration.result import RESULT
 from offramp.calibration.result import SCHEMA as CALIBRATION
+from offramp.classifiers.calibrate import EARLIER as EARLIER_CALIBRATION
 from offramp.classifiers.calibrate import SCHEMA as CLASSIFIER_CALIBRATION
+from offramp.classifiers.result import EARLIER as EARLIER_EVALUATION
 from offramp.classifiers.result import SCHEMA as CLASSIFIER_EVALUATION
 from offramp.classifiers.trainer import SCHEMA as CLASSIFIER_TRAINING
 from offramp.distillation.config import SCHEMA as DISTILLATION
@@ -50,8 +52,10 @@ def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
         (RESULT, CALIBRATION, calibration.page),
         ("probe.json", PROBE, probe.page),
         (RESULTS, CLASSIFIER_EVALUATION, classifiers.evaluation_page),
+        (RESULTS, EARLIER_EVALUATION, classifiers.evaluation_page),
         ("config.json", CLASSIFIER_TRAINING, classifiers.training_page),
         (RESULT, CLASSIFIER_CALIBRATION, classifiers.calibration_page),
+        (RESULT, EARLIER_CALIBRATION, classifiers.calibration_page),
         (RESULT, DISTILLATION, distillation.run_page),
         ("config.json", TOKEN_DISTILLATION, token_distillation.page),
     ]

@@ -1,0 +1,96 @@
+"""Is the promise of a certificate kept? Calibrations repeated on rows drawn from a pool, and judged on the pool."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from offramp.classifiers.certify import RowPromise, Trials, certify
+from offramp.risk.bounds import check_level
+from offramp.risk.intervals import exact_interval
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Counts over calibrations repeated on rows drawn from a pool.
+
+    Attributes:
+        promise: What was promised each time.
+        repeats: Calibrations R.
+        rows: The pool.
+        certifying: How many of them calibrated each time.
+        above_pool: Calibrations whose threshold loses more than the tolerance over the whole pool: what the promise is
+            about, if the pool is all there is.
+        above_held_out: The same on the rows that were not drawn: with their noise, and worse where those drawn were
+            better than the pool, so that it may be more than the promise allows.
+        never: Calibrations after which rows never leave early.
+        loss: Mean of the held-out mean losses.
+        saving: Mean of the held-out savings.
+    """
+
+    promise: RowPromise
+    repeats: int
+    rows: int
+    certifying: int
+    above_pool: int
+    above_held_out: int
+    never: int
+    loss: float
+    saving: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with exact intervals of both counts."""
+        intervals = {
+            f"{name}_interval": list(exact_interval(getattr(self, name), self.repeats))
+            for name in ("above_pool", "above_held_out")
+        }
+        return {"schema": "offramp/classifier-validity/1", **asdict(self), **intervals}
+
+
+def validate(
+    trials: Trials, promise: RowPromise, *, share: float = 0.5, repeats: int = 200, seed: int = 0
+) -> Validity:  # fmt: skip
+    """Repeat a calibration on rows drawn from a pool, with replacement, and judge it on the pool.
+
+    Drawn so, calibration rows are independent, and their distribution is the pool: of it the promise holds exactly.
+    (A part of the pool that is drawn without replacement tells more about the pool than as many independent rows would,
+    and the promise is broken too seldom.) Also judged on the rows that were not drawn.
+
+    Args:
+        trials: Settings on the pool: calibrate and test rows together.
+        promise: What each calibration is to certify.
+        share: Of the pool's number of rows, how many calibrate, in (0, 1).
+        repeats: How often; 100 or more tell something.
+        seed: Of the draws.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: No repeats, fewer than two rows, or a share outside (0, 1).
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; ask for at least 1 (100 or more tell something)")
+    pool = trials.losses.double().mean(dim=1)
+    check_level("share", share)
+    if (rows := trials.losses.shape[1]) < 2:
+        raise ValueError(f"there are {rows} rows; at least 2 are needed, to calibrate and to judge by")
+    certifying = min(max(round(share * rows), 1), rows - 1)
+    above_pool = above_held_out = never = 0
+    losses, savings = [], []
+    for repeat in range(repeats):
+        part = np.random.default_rng(seed + repeat).integers(0, rows, certifying)
+        rest = np.setdiff1d(np.arange(rows), part)
+        index = certify(trials.take(part), promise, seed=seed + repeat).index
+        held_out = trials.take(rest)
+        losses.append(float(held_out.losses[index].double().mean()))
+        savings.append(1 - held_out.cost(index))
+        never += index == 0
+        above_pool += bool(pool[index] > promise.tolerance)
+        above_held_out += losses[-1] > promise.tolerance
+    return Validity(
+        promise, repeats, rows, certifying, above_pool, above_held_out, never,
+        float(np.mean(losses)), float(np.mean(savings)),
+    )  # fmt: skip
