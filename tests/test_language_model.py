@@ -1,16 +1,26 @@
 """Text in, text out: prompts, padding, limits, and the messages for what cannot be done."""
 
+import copy
+import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from offramp import ExitPolicy, LanguageModel
+from offramp.evaluation.records import TaskArm, answer_options
+from offramp.tasks import TASKS, Example
 from tiny import LAYERS, VOCABULARY, character_tokenizer, greedy, inputs_for, tiny, tokenizer
 
 
 @pytest.fixture
 def lm():
+    return LanguageModel(tiny("llama"), tokenizer(chat=False))
+
+
+@pytest.fixture
+def chatty():
     return LanguageModel(tiny("llama"), tokenizer())
 
 
@@ -42,15 +52,138 @@ def test_one_text_ids_and_inputs_are_prompts_too(lm):
     assert text.sequences.tolist() == lm.generate(inputs, max_new_tokens=5).sequences.tolist()
 
 
-def test_chats_go_through_the_template(lm):
+def test_chats_go_through_the_template(chatty):
+    """A text is a user's message where there is a template, as on the command line, unless the caller says no."""
     messages = [{"role": "user", "content": "why ?"}]
-    expected = lm.generate("user why ? assistant", max_new_tokens=4).sequences.tolist()
-    assert lm.generate([messages], max_new_tokens=4).sequences.tolist() == expected
-    assert lm.generate(messages, max_new_tokens=4).sequences.tolist() == expected
-    assert lm.generate("why ?", chat=True, max_new_tokens=4).sequences.tolist() == expected
+    expected = chatty.generate("user why ? assistant", chat=False, max_new_tokens=4).sequences.tolist()
+    assert chatty.generate([messages], max_new_tokens=4).sequences.tolist() == expected
+    assert chatty.generate(messages, max_new_tokens=4).sequences.tolist() == expected
+    assert chatty.generate("why ?", max_new_tokens=4).sequences.tolist() == expected
+    assert chatty.generate("why ?", chat=True, max_new_tokens=4).sequences.tolist() == expected
+    mixed = chatty.generate(["why ?", messages], max_new_tokens=4).sequences.tolist()
+    assert mixed == expected * 2
     plain = LanguageModel(tiny("llama"), tokenizer(chat=False))
     with pytest.raises(ValueError, match="no chat template; give plain texts"):
         plain.generate([messages])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[10, 8, 6, 7], (10, 8, 6, 7), [[10, 8, 6, 7]], np.array([10, 8, 6, 7]), np.array([[10, 8, 6, 7]], dtype=np.int32)],
+    ids=repr,
+)
+def test_numbers_are_token_ids(lm, ids):
+    want = lm.generate(torch.tensor([[10, 8, 6, 7]]), max_new_tokens=5).sequences.tolist()
+    assert lm.generate(ids, max_new_tokens=5).sequences.tolist() == want
+
+
+def test_rows_of_numbers_are_padded(lm):
+    rows = [[10, 8, 6, 7], [6, 7]]
+    assert lm.generate(rows, max_new_tokens=5).tokens == [lm.generate(row, max_new_tokens=5).tokens[0] for row in rows]
+    t5 = LanguageModel(tiny("t5"))
+    assert t5.generate(rows, max_new_tokens=5).tokens == [t5.generate(row, max_new_tokens=5).tokens[0] for row in rows]
+
+
+def test_a_policy_may_be_the_name_of_its_file(lm, tmp_path):
+    policy = ExitPolicy(threshold=0.2, min_layer=1)
+    policy.save(tmp_path / "policy.json")
+    want = lm.generate("why is the sky", policy=policy, max_new_tokens=9).exit_layers
+    for given in (tmp_path / "policy.json", str(tmp_path / "policy.json")):
+        assert lm.generate("why is the sky", policy=given, max_new_tokens=9).exit_layers == want
+        steps = list(lm.stream("why is the sky", policy=given, max_new_tokens=9))
+        assert [int(step.exit_layer) for step in steps] == want[0]
+
+
+# ---------------------------------------------------------------- the model's own generation config
+
+
+@pytest.fixture
+def own():
+    """A model whose generation config says something; tests may change it."""
+    model = copy.deepcopy(tiny("llama"))
+    return LanguageModel(model, tokenizer(chat=False)), model.generation_config
+
+
+def lengths(lm, **options):
+    return [len(row) for row in lm.generate(["the sky", "why is the sky"], **options).tokens]
+
+
+def test_lengths_are_the_callers_else_the_configs_else_the_default(own):
+    lm, config = own
+    free = {"eos_token_id": -1}  # nothing ends a row early
+    assert lengths(lm, **free) == [64, 64]
+    assert lengths(lm, max_length=8, **free) == [4, 4]  # the prompts take four
+    assert lengths(lm, max_new_tokens=3, **free) == [3, 3]
+    config.max_length = 9
+    assert lengths(lm, **free) == [5, 5]
+    assert lengths(lm, max_new_tokens=3, **free) == [3, 3]
+    config.max_length, config.max_new_tokens = None, 6
+    assert lengths(lm, **free) == [6, 6]
+    assert lengths(lm, max_new_tokens=3, **free) == [3, 3]
+
+
+def test_what_the_config_says_stands_unless_the_caller_says_otherwise(own):
+    lm, config = own
+    greedily = lm.generate("why is the sky", max_new_tokens=9).tokens
+    config.do_sample, config.temperature, config.top_k = True, 5.0, 0
+    sampled = lm.generate("why is the sky", max_new_tokens=9, seed=1).tokens
+    assert sampled != greedily
+    assert sampled == lm.generate("why is the sky", max_new_tokens=9, seed=1, do_sample=True).tokens
+    assert lm.generate("why is the sky", max_new_tokens=9, do_sample=False).tokens == greedily
+    config.do_sample, config.repetition_penalty = False, 50.0
+    assert len(set(lm.generate("why is the sky", max_new_tokens=9).tokens[0])) == 9
+    assert lm.generate("why is the sky", max_new_tokens=9, repetition_penalty=1.0).tokens == greedily
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_new_tokens": 4}, {"max_length": 9}, {"do_sample": False}, {"top_p": 0.9}]
+)
+def test_no_warning_speaks_of_an_option_nobody_gave(own, options, capfd):
+    lm, config = own
+    config.max_length, config.temperature, config.top_p, config.min_length = 20, 0.7, 0.9, 1
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        lm.generate("the sky", **options)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert records == []
+    assert capfd.readouterr().err == ""
+
+
+def test_judged_answers_are_greedy_whatever_the_config_says(own):
+    """Evaluations and certificates are about one answer to a prompt."""
+    lm, config = own
+    task = TASKS["prompts"]
+    examples = [Example("0", "why is the sky", (), "why is the sky")]
+    want = lm.generate(task.prompts(lm, examples), max_new_tokens=8).texts
+    config.do_sample, config.temperature = True, 9.0
+    (record,) = TaskArm(lm, task, "full", None, answer_options(task, 8, None)).answer(examples)
+    assert [record.text] == want
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft itself
+def test_adapters_of_peft_are_at_work(own):
+    peft = pytest.importorskip("peft")
+    lm, _ = own
+    plain = lm.generate("why is the sky", max_new_tokens=9).tokens
+    adapted = peft.get_peft_model(lm.model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    inside = LanguageModel(adapted, tokenizer(chat=False))
+    inputs = {"input_ids": torch.tensor([[10, 8, 6, 7]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    theirs = adapted.generate(**inputs, max_new_tokens=9, do_sample=False)[:, 4:].tolist()
+    assert inside.generate("why is the sky", max_new_tokens=9).tokens == theirs
+    assert theirs != plain
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft itself
+def test_prompt_tuning_of_peft_is_refused(own):
+    peft = pytest.importorskip("peft")
+    lm, _ = own
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING prepends tokens"):
+        LanguageModel(peft.get_peft_model(lm.model, config))
 
 
 def test_streaming_gives_the_same_tokens_one_by_one(lm):
@@ -112,6 +245,15 @@ def test_without_exits_nothing_is_tested(lm):
         ("the sky", {"output_scores": True}, "output_scores is True; this is not supported with early exits"),
         ("the sky", {"guidance_scale": 1.5}, "guidance_scale is 1.5; this is not supported with early exits"),
         ("the sky", {"max_new_tokens": 0}, "max_new_tokens is 0; ask for at least one"),
+        ("the sky", {"max_length": 0}, "max_length is 0; ask for at least one"),
+        ("the sky", {"max_length": 2}, "max_length is 2, but the longest prompt has 2 tokens already"),
+        ("the sky", {"max_length": 8, "max_new_tokens": 4}, "max_new_tokens is 4 and max_length is 8; give one"),
+        ("the sky", {"temperature": 0.5, "do_sample": False}, "temperature is 0.5, but do_sample is False"),
+        ("the sky", {"max_new_token": 4}, "unknown option 'max_new_token' .*did you mean 'max_new_tokens'"),
+        ("the sky", {"policy": 0.9}, "the policy is a float; give an ExitPolicy, the file of one, or None"),
+        ([[5, 6], []], {}, "the prompt is empty"),
+        ([5, 97], {}, r"the token id 97; the model's are 0\.\.96"),
+        (torch.tensor([0.5]), {}, "an array of torch.float32 .* give token ids"),
         ("sky " * 300, {}, r"prompt has 300 tokens.*context holds 256; shorten the prompt"),
         ("sky " * 250, {"max_new_tokens": 10}, r"250 tokens and 10 new.*holds 256; .*lower max_new_tokens"),
         ("the sky", {"num_beams": 4}, "num_beams is 4; early exit decodes one hypothesis per row"),

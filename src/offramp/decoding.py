@@ -319,10 +319,9 @@ class _Generation:
 
     def _step(self, token: Tensor, layers: list[int], confidences: list[float], sound: Tensor) -> Step:
         """Append the tokens of one position, which count, and update which rows go on."""
-        device, active = self.buffer.device, self.live
+        device, active, rows = self.buffer.device, self.live, self.rows
         token = torch.where(active, token, self.choosing.pad)
         self._append(token)
-        rows = self.rows
         self.live = active & ~self.choosing.ends(self.buffer[:, : self.length])
         live, sound_or_ended = torch.stack([self.live, sound | ~active]).tolist()
         if not all(sound_or_ended):

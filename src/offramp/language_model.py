@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from offramp.custom_generate import Prepared, prepare
 from offramp.decoding import Step
 from offramp.exits import Exits, fingerprint
 from offramp.families import SplitModel
+from offramp.generation_options import GenerationOptions, checked, most_new_tokens
+from offramp.packaged import quiet
 from offramp.policy import ExitPolicy
-
-Prompt = str | Sequence[dict[str, str]]
-"""A text, or the messages of a chat ({"role": …, "content": …}), to which the tokenizer's chat template is applied."""
+from offramp.prompt_inputs import Prompt as Prompt
+from offramp.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,27 @@ class Generation:
     tokens: list[list[int]]
     costs: Costs
     num_layers: int
+
+
+def _without_peft(model: Any) -> PreTrainedModel:
+    """The model inside a `PeftModel`, whose layers hold the adapters; any other model itself."""
+    if not hasattr(model, "get_base_model"):
+        inside: PreTrainedModel = model
+        return inside
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = model.active_peft_config.peft_type
+        raise ValueError(f"a PeftModel of type {kind} prepends tokens to every prompt, which is not supported here")
+    inside = model.get_base_model()
+    return inside
+
+
+def _policy(policy: ExitPolicy | str | os.PathLike[str] | None) -> ExitPolicy | None:
+    """The policy, read if it is the name of a file."""
+    if policy is None or isinstance(policy, ExitPolicy):
+        return policy
+    if isinstance(policy, str | os.PathLike):
+        return ExitPolicy.load(policy)
+    raise ValueError(f"the policy is a {type(policy).__name__}; give an ExitPolicy, the file of one, or None")
 
 
 class Stream(Iterator[Step]):
@@ -79,7 +102,7 @@ class LanguageModel:
     """A Hugging Face model with early exits; made by `offramp.load`.
 
     Args:
-        model: The untouched Hugging Face model.
+        model: The untouched Hugging Face model; or a `PeftModel`, whose base model it then is, adapters at work.
         tokenizer: Its tokenizer; None if only token ids will be used.
         name: What reports call it; None: its class.
 
@@ -88,6 +111,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+        model = _without_peft(model)
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
         self._split = SplitModel(model)
         self._exits: Exits | None = None
@@ -146,39 +170,57 @@ class LanguageModel:
         """V, the rows of the head."""
         return self.split.shape.vocabulary
 
-    def generate(self, prompts: Any, *, policy: ExitPolicy | None = None, **options: Any) -> Generation:
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        policy: ExitPolicy | str | os.PathLike[str] | None = None,
+        chat: bool | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation:
         """Continue prompts, leaving the network where the policy says so.
 
         Args:
-            prompts: Texts, chats (lists of messages), or token ids [B, T]; also a single text, or the inputs a
-                tokenizer or a speech processor made (a mapping with `input_ids` or `input_features`).
-            policy: The exit policy; None: the full model.
-            **options: See `stream`.
+            prompts: Texts, chats (lists of messages), or token ids (a tensor or array [B, T], or lists of numbers, one
+                per row); also a single one of them, or the inputs a tokenizer or a speech processor made (a mapping
+                with `input_ids` or `input_features`).
+            policy: The exit policy, or the file of one; None: the full model.
+            chat: Whether a text is a user's message in the tokenizer's chat template; None: where it has one. False
+                continues the text as it stands.
+            **options: See `GenerationOptions`: `max_new_tokens`, `temperature`, `seed`, `stop_strings`, … What is left
+                out is as the model's generation config says.
 
         Returns:
             Sequences, texts, exit layers and costs.
 
         Raises:
-            ValueError: Empty or too long prompts, options out of range, or a policy that does not fit the model.
+            ValueError: Empty or too long prompts, options that are unknown, contradictory or out of range, or a policy
+                that does not fit the model.
         """
         began = time.perf_counter()
-        prepared, ledger = self._prepare(prompts, **options)
+        prepared, ledger = self._prepare(prompts, chat, options)
+        policy = _policy(policy)
         steps = list(prepared.steps(policy, ledger, self._learnt(policy)))
         if prepared.ids.is_cuda:
             torch.cuda.synchronize()
         ledger.costs.seconds = time.perf_counter() - began
         return self._collect(prepared.ids, steps, ledger.settle())
 
-    def stream(self, prompts: Any, *, policy: ExitPolicy | None = None, **options: Any) -> Stream:
+    def stream(
+        self,
+        prompts: Prompts,
+        *,
+        policy: ExitPolicy | str | os.PathLike[str] | None = None,
+        chat: bool | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream:
         """Generate and yield one `Step` per position as soon as it is certain.
 
         Args:
             prompts: As for `generate`.
             policy: As for `generate`.
-            **options: max_new_tokens (default 64), min_new_tokens, do_sample (set by itself when temperature, top_k or
-                top_p is given), temperature, top_k, top_p, repetition_penalty, seed, stop_strings (text or list), chat
-                (apply the chat template to texts as a user's message; default False), and any other option of
-                `transformers`' `GenerationConfig` that does not need beams.
+            chat: As for `generate`.
+            **options: As for `generate`.
 
         Returns:
             An iterator of steps, which also has the bill.
@@ -186,7 +228,8 @@ class LanguageModel:
         Raises:
             ValueError: As for `generate`.
         """
-        prepared, ledger = self._prepare(prompts, **options)
+        prepared, ledger = self._prepare(prompts, chat, options)
+        policy = _policy(policy)
         return Stream(prepared, prepared.steps(policy, ledger, self._learnt(policy)), ledger)
 
     def adaptive_threshold(self, policy: ExitPolicy) -> AdaptiveThreshold:
@@ -210,8 +253,12 @@ class LanguageModel:
 
     # ------------------------------------------------------------ inputs
 
-    def encode(self, prompts: Any, *, chat: bool = False) -> dict[str, Tensor]:
+    def encode(self, prompts: Prompts, *, chat: bool = False) -> dict[str, Tensor]:
         """Token ids and mask of prompts, left-padded for a decoder-only model, on the model's device.
+
+        Args:
+            prompts: As for `generate`.
+            chat: Whether a text is a user's message in the tokenizer's chat template.
 
         Returns:
             `input_ids` and `attention_mask`, [B, T] both; a mapping of tensors is passed through.
@@ -219,89 +266,35 @@ class LanguageModel:
         Raises:
             ValueError: No prompt, an empty prompt, texts and chats in one batch, or no tokenizer for a text.
         """
-        if isinstance(prompts, Tensor):
-            prompts = {"input_ids": prompts if prompts.ndim > 1 else prompts[None]}
         if isinstance(prompts, str):
             prompts = [prompts]
-        if not isinstance(prompts, list | tuple):
-            inputs = {key: value.to(self.split.device) for key, value in dict(prompts).items()}
-            if not any(value.numel() for value in inputs.values()):
-                raise ValueError("the prompt is empty; give at least one token")
-            if not {"input_ids", "input_features"} & set(inputs):
-                raise ValueError(
-                    f"the inputs hold {', '.join(inputs)}; give input_ids, or a speech model's input_features"
-                )
-            return inputs
-        texts = self._texts(prompts, chat)
-        side, pad = self.tokenizer.padding_side, self.tokenizer.pad_token
-        try:  # the tokenizer is the user's: leave it as it was
-            self.tokenizer.padding_side = "right" if self.split.is_encoder_decoder else "left"
-            if pad is None and len(texts) > 1:
-                self.tokenizer.pad_token = self.tokenizer.eos_token
-            templated = chat or not isinstance(prompts[0], str)  # a template brings its own special tokens
-            batch = self.tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not templated)
-        finally:
-            self.tokenizer.padding_side, self.tokenizer.pad_token = side, pad
-        if not batch["input_ids"].shape[1]:
-            raise ValueError("the prompt has no tokens; give at least one")
-        return {name: batch[name].to(self.split.device) for name in ("input_ids", "attention_mask")}
-
-    def _texts(self, prompts: Sequence[Any], chat: bool) -> list[str]:
-        """The texts of a batch of one kind, chat template applied."""
-        if not prompts:
-            raise ValueError("the batch is empty; give at least one prompt")
-        if strange := [p for p in prompts if not isinstance(p, str | dict | list | tuple)]:
-            raise ValueError(f"a prompt is {strange[0]!r}; give texts, chats, or token ids as one tensor [B, T]")
-        if isinstance(prompts[0], dict):
-            prompts = [prompts]
-        if not chat and len({isinstance(prompt, str) for prompt in prompts}) > 1:
-            raise ValueError("the batch mixes texts and chats; give one kind, or chat=True to make texts chats")
-        return [self._text(prompt, index, chat) for index, prompt in enumerate(prompts)]
-
-    def _text(self, prompt: Prompt, index: int, chat: bool) -> str:
-        """The text of one prompt, chat template applied."""
-        if self.tokenizer is None:
-            raise ValueError("the model was loaded without a tokenizer; give token ids [B, T] instead of text")
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise ValueError(f"prompt {index + 1} is empty; give at least one word")
-            if not chat:
-                return prompt
-            prompt = [{"role": "user", "content": prompt}]
-        if not self.has_chat_template:
-            raise ValueError("the tokenizer has no chat template; give plain texts")
-        text: str = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        return text
+        if (ids := token_ids(prompts)) is not None:
+            prompts = padded(ids, self.vocabulary, right=self.split.is_encoder_decoder)
+        if isinstance(prompts, list | tuple):
+            prompts = tokenised(prompts, self.tokenizer, chat=chat, right=self.split.is_encoder_decoder)
+        inputs = {key: value.to(self.split.device) for key, value in dict(prompts).items()}
+        if not any(value.numel() for value in inputs.values()):
+            raise ValueError("the prompt is empty; give at least one token")
+        if not {"input_ids", "input_features"} & set(inputs):
+            raise ValueError(f"the inputs hold {', '.join(inputs)}; give input_ids, or a speech model's input_features")
+        return inputs
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model was made for chats."""
-        return getattr(self.tokenizer, "chat_template", None) is not None
+        return has_template(self.tokenizer)
 
-    def _prepare(
-        self,
-        prompts: Any,
-        *,
-        max_new_tokens: int = 64,
-        seed: int | None = None,
-        stop_strings: str | list[str] | None = None,
-        chat: bool = False,
-        **options: Any,
-    ) -> tuple[Prepared, Ledger]:
+    def _prepare(self, prompts: Prompts, chat: bool | None, asked: Mapping[str, Any]) -> tuple[Prepared, Ledger]:
         """Let `transformers` prepare a generation, and take over; a timed encoder pass included."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-        if any(options.get(name) is not None for name in ("temperature", "top_k", "top_p")):
-            options.setdefault("do_sample", True)
-        options.setdefault("do_sample", False)
+        own = self.model.generation_config
+        options = checked(asked, own)
         options.setdefault("num_beams", 1)
-        inputs = self.encode(prompts, chat=chat)
-        self._check_length(inputs, max_new_tokens)
+        seed, stop_strings = options.pop("seed", None), options.pop("stop_strings", None)
+        inputs = self.encode(prompts, chat=self._in_template(prompts) if chat is None else chat)
+        self._check_length(inputs, partial(most_new_tokens, options, own))
         ledger = Ledger(self.split.shape, self.split.device)
         if self.split.is_encoder_decoder:
             inputs = self._with_memory(inputs, ledger)
-        if options.pop("streamer", None) is not None:
-            raise ValueError("streamer is not supported here; iterate over stream(...) instead")
         if stop_strings is not None and self.tokenizer is None:
             raise ValueError("the model was loaded without a tokenizer, which stop_strings need")
         if stop_strings is not None:
@@ -318,16 +311,24 @@ class LanguageModel:
         if options.get("pad_token_id") is None and self.model.generation_config.pad_token_id is None:
             eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)
             options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos  # as generate does, without its notice
-        prepared: Prepared = GenerationMixin.generate(
-            self.model, **inputs, max_new_tokens=max_new_tokens, custom_generate=take_over, **options
-        )
+        with quiet(bars=True):  # what a caller can contradict was checked: more would be about options nobody gave
+            prepared: Prepared = GenerationMixin.generate(self.model, **inputs, custom_generate=take_over, **options)
         return prepared, ledger
 
-    def _check_length(self, inputs: dict[str, Tensor], max_new_tokens: int) -> None:
-        """Refuse prompts that do not fit the model's context."""
+    def _in_template(self, prompts: Any) -> bool:
+        """Whether texts are messages of a user unless the caller says otherwise: where there is a chat template."""
+        texts = isinstance(prompts, str) or (isinstance(prompts, list | tuple) and bool(prompts))
+        return texts and self.has_chat_template
+
+    def _check_length(self, inputs: dict[str, Tensor], room: Callable[[int], int]) -> None:
+        """Refuse prompts that do not fit the model's context, or leave nothing of the length that was asked for."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        new = 0 if self.split.is_encoder_decoder else max_new_tokens
+        new = 0 if self.split.is_encoder_decoder else room(length)
+        if new < 1 and not self.split.is_encoder_decoder:
+            raise ValueError(
+                f"max_length is {length + new}, but the longest prompt has {length} tokens already; give max_new_tokens"
+            )
         if limit is not None and length + new > limit:
             ask = f" and {new} new ones are asked for" if new else ""
             raise ValueError(

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from offramp.confidence import RANGES, Confidence, Contrastive
+from offramp.generation_options import greedy
 from offramp.policy import ExitPolicy
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def layer_thresholds(
         if progress is not None:
             progress(done)
         options = {"max_new_tokens": max_new_tokens, **(settings or {})}
-        for step in lm.stream(task.prompts(lm, [example]), policy=watching, **options):
+        for step in lm.stream(task.prompts(lm, [example]), policy=watching, **greedy(options)):
             for layer, confidence, token in seen:
                 if token != int(step.token[0]) and not math.isnan(confidence):
                     wrong[layer].append(confidence)

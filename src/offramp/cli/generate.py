@@ -34,9 +34,15 @@ def generate(
     exits: o.Exits = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
-    max_new_tokens: o.MaxNewTokens = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens generated per prompt; default: as the model's generation config says, else 64."),
+    ] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens generated per prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; default: greedy.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sample at this temperature; default: as the model's generation config says, else greedy."),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k best tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set of this probability.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
@@ -52,6 +58,7 @@ def generate(
     --exits and without --min-layer, tokens are tested after the layers that have a trained exit.
     """
     import offramp
+    from offramp.generation_options import in_effect
 
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
@@ -66,10 +73,10 @@ def generate(
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
     in_template = lm.has_chat_template if chat is None else chat
-    check_certificate(
-        policy, lm, rule, settings=given if in_template == lm.has_chat_template else {**given, "chat": in_template},
-        batch_size=1,
-    )  # fmt: skip
+    settings = in_effect(given, lm.model.generation_config)
+    if in_template != lm.has_chat_template:
+        settings["chat"] = in_template
+    check_certificate(policy, lm, rule, settings=settings, batch_size=1)
     if (task := certified_task(policy)) not in (None, "prompts"):
         o.note(f"the certificate is about {task} in its prompt template; whether these prompts are that is not checked")
     results = [

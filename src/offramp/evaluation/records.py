@@ -15,6 +15,7 @@ import torch
 from offramp.costs import Costs
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.rounds import take_turns
+from offramp.generation_options import greedy
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _generate(
 ) -> tuple[list[list[int]], list[list[int]], list[list[float | None]], list[dict[str, Any]]]:
     """Tokens, exit layers, confidences and costs of each row."""
     began = time.perf_counter()
-    stream = lm.stream(prompts, policy=policy, **options)
+    stream = lm.stream(prompts, policy=policy, **greedy(options))
     settle(lm)
     begun = time.perf_counter() - began  # with the encoder's pass
     tokens: list[list[int]] = []

@@ -119,7 +119,7 @@ def _name(prompt: Prompt) -> str:
 
 def _answer(lm: LanguageModel, prompts: list[Prompt], config: AnswerConfig, seed: int) -> list[dict[str, Any]]:
     inputs = lm.encode(prompts, chat=config.chat)
-    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "do_sample": config.temperature is not None}
     if config.temperature is not None:
         options |= {"temperature": config.temperature, "seed": seed}
     answers = lm.generate(inputs, **options)
