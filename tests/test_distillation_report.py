@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 from typer.testing import CliRunner
 
 from distillation_runs import READOUT, small_study
@@ -122,6 +123,40 @@ def test_what_the_shortcut_suggests():
 
 
 # ---------------------------------------------------------------- what is printed
+
+
+def test_readouts_stand_beside_their_weights(grid):
+    _, results = grid
+    own = [named(results, "dedier", seed) for seed in (0, 1)]
+    read = [row["readout"] for result in own for row in result["history"] if row.get("readout")]
+    assert len(read) == 2  # of two epochs each, behind the last there is none
+    cells = rows_of(tables(results, RULE), "Weights of training rows")
+    accuracy, chance = (np.mean([row[name] for row in read]) for name in ("accuracy", "chance"))
+    assert cells["dedier"][0] == f"{accuracy:.1%} (chance {chance:.1%})"
+    text = tables(results, RULE)
+    assert "Readout: its accuracy on the training rows" in text
+    low = [stats.binomtest(round(r["accuracy"] * 64), 64).proportion_ci(method="wilson").low for r in read]
+    near = sum(end <= r["chance"] for end, r in zip(low, read, strict=True))
+    assert ("Near chance:" in text) == bool(near)
+    assert (f"near chance in {near} of 2" in cells["dedier"][-1]) == bool(near)
+
+    changed = copy.deepcopy(own)
+    for result in changed:
+        for row in result["history"]:
+            if row.get("readout"):
+                row["readout"] |= {"accuracy": 0.52, "chance": 0.5, "gated": 1.0, "empty": True}
+    text = str(detection_table({"dedier": changed}))
+    assert "near chance in 2 of 2; nearly all gated in 2 of 2; sets empty in 2 of 2" in text
+    for note in (
+        "Near chance: in a batch",
+        "Nearly all gated: above 99.5% of the rows",
+        "Sets empty: those of all rows",
+    ):
+        assert note in text
+    for result in changed:  # as an older version wrote them
+        for row in result["history"]:
+            row.pop("readout", None)
+    assert "Readout:" not in str(detection_table({"dedier": changed}))
 
 
 def test_every_table_is_printed_for_each_teacher(grid):

@@ -546,8 +546,8 @@ def test_all_settings_that_come_along_can_be_read():
     for name in BUNDLED:
         values = bundled(name)
         base = Study(DataConfig("folder", "groups"), Network("s"), Network("t"))
-        study_from({**values, "data": {}}, base)
-        runs(base, list(ALL), ["erm"], [0], values["methods"])
+        study = study_from({**values, "data": {}}, base)
+        runs(study, list(ALL), ["erm"], [0], values["methods"])
 
 
 def test_published_settings_are_those_of_the_paper():

@@ -7,7 +7,7 @@ import pytest
 
 from offramp.distillation import DataConfig, Network, Study, runs
 from offramp.distillation.budget import label_budget
-from offramp.distillation.config import Run, bundled, study_from
+from offramp.distillation.config import BUNDLED, Run, bundled, study_from
 from offramp.distillation.grid import run_grid
 from offramp.distillation.methods import METHODS, method
 from offramp.metrics.selection import LabelBudget
@@ -70,6 +70,35 @@ def test_what_a_teacher_said_once_is_not_for_augmented_images(changes, name, tea
         one(name, teacher, study=augmented)
     assert one("kd", "erm", study=augmented).study.augments
     assert one(name, teacher).name == name
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_no_readout_takes_over_a_rate_of_another_optimiser(name):
+    """As SGD took over AdamW's 2e-5 in the settings for texts, by which it learnt nothing."""
+    values = bundled(name)
+    training, general = values["training"], values["methods"]["*"]["weights"]["readout"]
+    assert "learning_rate" in general or general["optimiser"] == training["optimiser"]
+    task = values["data"].get("task")
+    base = Study(DataConfig("folder" if task else f"stand-in:{name}", task), Network("small-cnn:4"), Network("x"))
+    own = {key: value for key, value in values.items() if key not in ("data", "student", "teacher")}
+    made = one("dedier", "erm", values["methods"], study_from(own, base)).method.weights.readout
+    if training["optimiser"] == "adamw":
+        assert (made.optimiser, made.learning_rate) == ("adamw", 0.005)
+
+
+def test_a_readout_with_an_optimiser_of_its_own_needs_a_rate():
+    adamw = {"weights": {"readout": {"optimiser": "sgd"}}}
+    with pytest.raises(
+        ValueError, match="dedier: the readout learns by sgd, .* is one of adamw, .* give a readout.lear"
+    ):
+        one("dedier", "erm", {"*": adamw})
+    with pytest.raises(ValueError, match="the readout learns by sgd"):
+        one("dedier+readout.optimiser=sgd", "erm")
+    assert (
+        one("dedier+readout.optimiser=sgd+readout.learning_rate=0.1", "erm").method.weights.readout.optimiser == "sgd"
+    )
+    assert one("dedier+readout.optimiser=adamw", "erm").method.weights.readout.learning_rate is None  # the student's
+    assert one("dedier_oracle", "erm", {"*": adamw}).name == "dedier_oracle"  # which has no readout
 
 
 def test_settings_of_a_method_leave_the_general_ones_inside_of_them():

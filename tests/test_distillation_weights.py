@@ -8,18 +8,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from classifier_runs import rows
 from offramp.classifiers import EarlyExitClassifier
 from offramp.classifiers.batches import TextRows
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.distillation import networks
-from offramp.distillation.instance_weights import GATES, MAPS, InstanceWeights, finished, new_weights, weights_of
+from offramp.distillation.instance_weights import (
+    GATES,
+    MAPS,
+    InstanceWeights,
+    finished,
+    look_at,
+    new_weights,
+    weights_of,
+)
 from offramp.distillation.methods import METHODS, method
 from offramp.distillation.networks import Network, build
 from offramp.distillation.readout import Reading, ReadoutConfig, states_at, teach
 from offramp.distillation.signals import SIGNALS, Evidence, margin, share_of_rank, signal
 from offramp.distillation.states import CHUNK
+from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
 from offramp.tasks.labelled import Labelled
 
 
@@ -181,6 +191,73 @@ def test_sets_of_another_readout_are_refused():
         signal("doubt", evidence)
 
 
+# ---------------------------------------------------------------- readouts and sets that say nothing
+
+
+@pytest.mark.parametrize("signal_name", ["set_sharpness", "set_size", "margin"])
+@pytest.mark.parametrize("gate", ["excluded", "all"])
+def test_sets_that_are_all_empty_weight_nothing(signal_name, gate):
+    """Not exp(beta) on every row, which is what an empty set weighs among others."""
+    evidence, config = evidence_of(classes=3), InstanceWeights(signal=signal_name, gate=gate, beta=3.0)
+    evidence.__dict__["members"] = torch.zeros(40, 3, dtype=torch.bool)
+    found, seen = weights_of(evidence, config), look_at(evidence, config, 32)
+    if config.by_sets:
+        assert found.tolist() == [1.0] * 40
+        assert seen.empty
+        assert "sets empty" in seen.flags
+    else:
+        assert found.min() > 1
+        assert seen.empty is None
+    evidence.__dict__["members"][0, 0] = True  # one row has a set: the others are conspicuous again
+    if config.by_sets and signal_name != "margin":
+        assert weights_of(evidence, config)[1:].tolist() == pytest.approx([math.exp(3)] * 39)
+        assert not look_at(evidence, config, 32).empty
+
+
+def test_avcs_of_a_readout_that_knows_nothing_collapse_no_more():
+    """All logits alike: no class has evidence above the threshold, so every set is empty."""
+    labels = torch.arange(60) % 3
+    evidence = Evidence(reading_of(torch.zeros(60, 3), labels), reading_of(torch.zeros(60, 3), labels, prefix="t"),
+                        sets="avcs")  # fmt: skip
+    assert evidence.all_empty
+    config = METHODS["avcs"].weights
+    assert weights_of(evidence, config).tolist() == [1.0] * 60
+    seen = look_at(evidence, config, 32)
+    assert (seen.accuracy, seen.chance, seen.gated) == pytest.approx((1 / 3, 1 / 3, 1.0))
+    assert seen.flags == ("near chance", "nearly all gated", "sets empty")
+
+
+def test_accuracy_chance_and_gate_by_hand():
+    answers, labels = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 2, 2])
+    found = readout_diagnostics(answers, labels, 64, answers != labels)
+    assert found.accuracy == pytest.approx(4 / 6)
+    assert found.chance == pytest.approx((3 * 2 + 2 * 2 + 1 * 2) / 36)
+    assert found.gated == pytest.approx(2 / 6)
+    assert readout_diagnostics(torch.zeros(6, dtype=torch.long), labels, 64, None).chance == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "chance", "batch", "near"),
+    [
+        (0.363, 1 / 3, 64, True),  # what three classes were at by SGD at a rate of AdamW
+        (0.43, 1 / 3, 64, True), (0.48, 1 / 3, 64, False), (0.78, 1 / 3, 32, False), (0.946, 0.5, 64, False),
+        (0.93, 0.85 * 0.88 + 0.15 * 0.12, 64, False),  # a readout that finds most of a rare class
+        (0.85, 0.85, 64, True),  # a constant answer
+    ],
+)  # fmt: skip
+def test_near_chance_by_scipys_interval(accuracy, chance, batch, near):
+    found = ReadoutDiagnostics(accuracy, chance, batch, None)
+    ends = stats.binomtest(round(accuracy * batch), batch).proportion_ci(method="wilson")
+    assert found.near_chance == (ends.low <= chance) == near
+    assert ("near chance" in found.flags) == near
+
+
+def test_gates_that_take_nearly_all_rows():
+    assert ReadoutDiagnostics(0.9, 0.5, 64, 0.996).flags == ("nearly all gated",)
+    assert ReadoutDiagnostics(0.9, 0.5, 64, 0.99).flags == ()
+    assert ReadoutDiagnostics(0.9, 0.5, 64, None).flags == ()  # on purpose
+
+
 # ---------------------------------------------------------------- control and normalisation
 
 
@@ -268,7 +345,9 @@ def test_a_readout_changes_nothing_of_the_student(student):
     before = {name: t.clone() for name, t in student.state_dict().items()}
     momenta = [state["momentum_buffer"].clone() for state in optimiser.state.values()]
     drawn = torch.random.get_rng_state()
-    found = new_weights(student, train, InstanceWeights(readout=READOUT), epoch=0, seed=0)
+    found, seen = new_weights(student, train, InstanceWeights(readout=READOUT), epoch=0, seed=0)
+    assert seen.gated == pytest.approx(1 - seen.accuracy)
+    assert seen.batch == 64
     assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())  # batch norms too
     assert all(p.requires_grad for p in student.parameters())
     assert all(part.training for part in student.modules())
@@ -285,7 +364,7 @@ def test_every_row_gets_a_new_weight(student):
     """A row that turned right is back at 1, whatever it weighed."""
     train = rows(60, augment=False)
     config = InstanceWeights(readout=READOUT)
-    weights = [new_weights(student, train, config, epoch=epoch, seed=0) for epoch in range(4)]
+    weights = [new_weights(student, train, config, epoch=epoch, seed=0)[0] for epoch in range(4)]
     states = states_at(student, train, 1)
     for epoch, found in enumerate(weights):
         readout = teach(states, train.data.labels, 3, READOUT, epoch)
@@ -293,7 +372,7 @@ def test_every_row_gets_a_new_weight(student):
         assert torch.equal(found == 1, right)
     turned = (weights[0] > 1) & (weights[-1] == 1)
     assert bool(turned.any())
-    again = new_weights(student, train, config, epoch=2, seed=0)
+    again, _ = new_weights(student, train, config, epoch=2, seed=0)
     assert torch.equal(again, weights[2])
 
 
@@ -317,12 +396,12 @@ def test_states_that_do_not_fit_in_memory_are_made_batch_by_batch(student, monke
     seen, plain = [], type(train).inputs
     monkeypatch.setattr(type(train), "inputs", lambda self, places, *r: seen.append(len(places)) or plain(self, places))
     config = InstanceWeights("laplace_entropy", "all", alpha=1.0, readout=replace(READOUT, epochs=2))
-    kept = new_weights(student, train, config, epoch=1, seed=3)
+    kept, _ = new_weights(student, train, config, epoch=1, seed=3)
     assert sum(seen) == 300
     seen.clear()
     monkeypatch.setattr(networks, "MEMORY", 0)
     assert states_at(student, train, 1).kept is None
-    made = new_weights(student, train, config, epoch=1, seed=3)
+    made, _ = new_weights(student, train, config, epoch=1, seed=3)
     assert max(seen) <= CHUNK
     assert sum(seen) > 3 * 300
     assert float(kept.std()) > 0.01

@@ -114,11 +114,24 @@ class Run:
             raise ValueError(f"{self.name} needs a teacher; give one")
         if self.method.loss == "features" and (self.teacher or "").startswith("logits:"):
             raise ValueError(f"{self.name} needs the teacher itself, not its logits: it takes over its last layer")
+        self._require_rate()
         fixed = "the teacher's features" if self.method.loss == "features" else (self.teacher or "")
         if self.study.augments and (self.method.loss == "features" or fixed.startswith("logits:")):
             raise ValueError(
                 f"{self.name} learns from {fixed} of images as they are, but the study has pad {self.study.pad} and "
                 f"flip {self.study.flip}; leave both out, or choose kd with a network or a folder as the teacher"
+            )
+
+    def _require_rate(self) -> None:
+        """Refuse a readout that would take over the student's learning rate for an optimiser it is not meant for."""
+        weights, training = self.method.weights, self.study.training
+        if weights is None or weights.control == "oracle" or weights.readout.learning_rate is not None:
+            return
+        if weights.readout.optimiser not in (None, training.optimiser):
+            rate = self.method.learning_rate or training.learning_rate
+            raise ValueError(
+                f"{self.name}: the readout learns by {weights.readout.optimiser}, but the student's learning rate, "
+                f"{rate}, is one of {training.optimiser}, by which it may learn nothing; give a readout.learning_rate"
             )
 
     @property

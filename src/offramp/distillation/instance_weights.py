@@ -3,6 +3,10 @@
 DEDIER (Tiwari et al., WACV 2024) weights exp(β cm^α) the rows its readout gets wrong, by their confidence margin cm.
 The uncertainty variants follow arXiv 2505.01070, which leaves open what scalar is used, where, and through which map:
 these presets are our reading of it. Every row gets a new weight each time, so one that turns right goes back to 1.
+
+An empty set is as conspicuous as it gets, one row among others. Where the sets of all rows are empty they say nothing
+of any, and as in decoding, where an empty set is no set, all rows weigh 1: the same large weight for all would change
+the size of the steps and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
 from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, margin, share_of_rank, signal
+from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
 
 GATES = ("wrong", "all", "correct", "excluded", "uncertain")
 MAPS = ("power", "linear", "rank")
@@ -96,7 +101,12 @@ class InstanceWeights:
     def needs_tuning(self) -> bool:
         """Whether rows outside training are needed."""
         tuned = self.prior_variance is None and (self.signal.startswith("laplace_") or self.signal == "distance")
-        return self.signal.startswith("set_") or self.gate == "excluded" or tuned
+        return self.by_sets or tuned
+
+    @property
+    def by_sets(self) -> bool:
+        """Whether sets of classes say which rows weigh more."""
+        return self.signal.startswith("set_") or self.gate == "excluded"
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether there is a new readout behind an epoch, counted from 0, of so many."""
@@ -122,13 +132,24 @@ def weights_of(evidence: Evidence, config: InstanceWeights) -> Tensor:
     Returns:
         [N], float64; 1 where the gate does not hold.
     """
+    if config.by_sets and evidence.all_empty:
+        return torch.ones(len(evidence.reading.labels), dtype=torch.float64)
     u, answers = signal(config.signal, evidence)
-    open_ = None
+    return gated(u, answers == evidence.reading.labels, config, _asked(evidence, config))
+
+
+def _asked(evidence: Evidence, config: InstanceWeights) -> Tensor | None:
+    """Where a gate holds that asks for more than right or wrong, [N], bool."""
     if config.gate == "excluded":
-        open_ = excluded(evidence)
-    elif config.gate == "uncertain":
-        open_ = margin(evidence.map) < DOUBT
-    return gated(u, answers == evidence.reading.labels, config, open_)
+        return excluded(evidence)
+    return margin(evidence.map) < DOUBT if config.gate == "uncertain" else None
+
+
+def gate_of(right: Tensor, config: InstanceWeights, open_: Tensor | None = None) -> Tensor:
+    """Where the gate holds, [N], bool; arguments as for `gated`."""
+    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right}.get(config.gate, open_)
+    assert gate is not None
+    return gate
 
 
 def gated(u: Tensor, right: Tensor, config: InstanceWeights, open_: Tensor | None = None) -> Tensor:
@@ -143,9 +164,7 @@ def gated(u: Tensor, right: Tensor, config: InstanceWeights, open_: Tensor | Non
     Returns:
         [N].
     """
-    gate = {"wrong": ~right, "all": torch.ones_like(right), "correct": right}.get(config.gate, open_)
-    assert gate is not None
-    return torch.where(gate, mapped(u, config), 1.0)
+    return torch.where(gate_of(right, config, open_), mapped(u, config), 1.0)
 
 
 def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tensor | None = None) -> Tensor:
@@ -205,7 +224,8 @@ def new_weights(
     tune: Rows | None = None,
     minority: Tensor | None = None,
     precision: str | None = None,
-) -> Tensor:
+    batch: int = 64,
+) -> tuple[Tensor, ReadoutDiagnostics | None]:
     """Teach a new readout on the student as it is, and weight all training rows by it.
 
     Args:
@@ -217,16 +237,17 @@ def new_weights(
         tune: Rows outside training, for sets.
         minority: For the control "oracle".
         precision: "bf16": the student computes in bfloat16; None: as it is.
+        batch: Rows of a step of the student.
 
     Returns:
-        [N], float32, in the order of the rows.
+        [N], float32, in the order of the rows; and how good the readout is, None without one ("oracle").
 
     Raises:
         ValueError: The readout is to read after the last block, or rows outside training or a minority are missing.
     """
     here = (seed << 12) + epoch
     if config.control == "oracle":
-        return finished(torch.ones(len(train.data), dtype=torch.float64), config, here, minority).float()
+        return finished(torch.ones(len(train.data), dtype=torch.float64), config, here, minority).float(), None
     depth = config.readout.depth
     require_early(student, config)
     states = states_at(student, train, depth, precision)
@@ -236,4 +257,23 @@ def new_weights(
     if tune is not None and config.needs_tuning:
         other = read(readout, states_at(student, tune, depth, precision), tune, epoch)
     evidence = Evidence(reading, other, config.n_mc, config.prior_variance, config.sets, config.miss, seed)
-    return finished(weights_of(evidence, config), config, here, minority).float()
+    return finished(weights_of(evidence, config), config, here, minority).float(), look_at(evidence, config, batch)
+
+
+def look_at(evidence: Evidence, config: InstanceWeights, batch: int) -> ReadoutDiagnostics:
+    """How good a readout is, and how many rows its gate takes.
+
+    Args:
+        evidence: Of the readout.
+        config: Its gate.
+        batch: Rows of a step of the student.
+
+    Returns:
+        The diagnostics, by the readout's own answers; of a gate on a signal's (Laplace's mean) by those.
+    """
+    own, labels = evidence.map.argmax(-1), evidence.reading.labels
+    gate = None
+    if config.gate != "all":
+        answers = signal(config.signal, evidence)[1] if config.gate in ("wrong", "correct") else own
+        gate = gate_of(answers == labels, config, _asked(evidence, config))
+    return readout_diagnostics(own, labels, batch, gate, evidence.all_empty if config.by_sets else None)

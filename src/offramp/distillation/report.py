@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from offramp.distillation.results import (
     mean_changes,
     mean_exits,
     mean_report,
+    readouts_of,
     report_of,
     selected_by,
     truncated_in,
@@ -32,8 +34,11 @@ from offramp.metrics.selection import RULES
 from offramp.report.groups import (
     EXITS_NOTE,
     PAIRED_HEAD,
+    READOUT_NOTE,
+    READOUT_NOTES,
     TOO_FEW_NOTE,
     GroupTable,
+    accuracy_cell,
     exits_head,
     exits_rows,
     paired_cells,
@@ -243,29 +248,35 @@ def exits_of_methods(methods: Methods, most: int | None = None) -> GroupTable:
 
 
 def detection_table(methods: Methods) -> GroupTable:
-    """Whether weights find the minority: share reweighted, mean weight, in all and by group, and AUROC."""
+    """Whether readouts know anything and weights find the minority: shares, mean weights by group, and AUROC."""
     groups = list(next(iter(methods.values()))[0]["groups"]["names"])
-    rows, warned = [], False
+    rows, warned, wrong = [], False, set[str]()
     for name, own in methods.items():
         found = [w for result in own for w in weights_of(result).values()]
+        read = [r for result in own for r in readouts_of(result).values()]
         if not found:
             continue
         few = sum(w.too_few for w in found)
         alike = (own[0]["method"]["weights"] or {}).get("control") == "mean-matched"  # on purpose
         warned |= bool(few) and not alike
         aurocs = [w.auroc for w in found if w.auroc is not None]
+        flags = Counter(flag for r in read for flag in r.flags)
+        wrong |= set(flags)
+        said = [f"too few in {few} of {len(found)}"] if few and not alike else []
         rows.append([
-            name, f"{np.mean([w.reweighted for w in found]):.1%}", f"{np.mean([w.mean for w in found]):.2f}",
+            name, accuracy_cell(read),
+            f"{np.mean([w.reweighted for w in found]):.1%}", f"{np.mean([w.mean for w in found]):.2f}",
             *(_number([w.by_group.get(group) for w in found]) for group in groups),
             f"{np.mean(aurocs):.3f}" if aurocs else "–",
             f"{min(aurocs):.2f} to {max(aurocs):.2f}" if aurocs else "–",
-            f"too few in {few} of {len(found)}" if few and not alike else "",
+            "; ".join([*said, *(f"{flag} in {count} of {len(read)}" for flag, count in flags.items())]),
         ])  # fmt: skip
-    head = ["method", "reweighted", "mean weight", *groups, "AUROC", "from to", "epochs"]
+    head = ["method", "readout", "reweighted", "mean weight", *groups, "AUROC", "from to", "epochs"]
     notes = (
         "Means over epochs and seeds; under a group: its rows' mean weight. AUROC: of weights as minority detectors.",
-        *([TOO_FEW_NOTE] if warned else []),
-    )
+        *([READOUT_NOTE] if any(row[1] != "–" for row in rows) else []), *([TOO_FEW_NOTE] if warned else []),
+        *(READOUT_NOTES[flag] for flag in READOUT_NOTES if flag in wrong),
+    )  # fmt: skip
     return GroupTable("Weights of training rows", head, rows, notes if rows else ())
 
 

@@ -17,6 +17,7 @@ from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
 from offramp.metrics.group_weights import WeightDiagnostics
 from offramp.metrics.groups import SMALLEST, GroupNumbers, GroupReport
+from offramp.metrics.readouts import ReadoutDiagnostics
 from offramp.metrics.seeds import CHANGES, SHARES, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget
 from offramp.metrics.sets import Share, binomial
@@ -136,6 +137,11 @@ def weights_of(result: Result) -> dict[int, WeightDiagnostics]:
         row["epoch"]: WeightDiagnostics(**row["weights"]) for row in result["history"]
         if row.get("weights") and warmup < row["epoch"] <= last
     }  # fmt: skip
+
+
+def readouts_of(result: Result) -> dict[int, ReadoutDiagnostics]:
+    """Readouts by the epoch behind which they were taught; none of a method without, or by an older version."""
+    return {row["epoch"]: ReadoutDiagnostics(**row["readout"]) for row in result["history"] if row.get("readout")}
 
 
 def large_groups(result: Result) -> list[int]:

@@ -244,11 +244,12 @@ def _train(
     def after_epoch(epoch: int, _: nn.Module) -> None:
         more: dict[str, Any] = {}
         if weights is not None and weights.due(epoch, epochs):
-            found = new_weights(
+            found, seen = new_weights(
                 student, parts.train, weights, epoch=epoch, seed=run.seed, tune=parts.tune, minority=minority,
-                precision=parts.precision,
+                precision=parts.precision, batch=training.batch_size,
             )  # fmt: skip
             objective.weights.copy_(found)  # type: ignore[operator]
+            more["readout"] = None if seen is None else asdict(seen)
         if run.method.weights is not None or run.method.loss == "lff" or run.method.errors is not None:
             now: Any = objective.weights
             if run.method.errors is not None and run.method.errors.by == "sampling":

@@ -97,6 +97,11 @@ class Evidence:
             fitted = nested_conformal.fit_classes(_outputs(tune), plain)
             return nested_conformal.apply_classes(fitted, logits.double().softmax(-1)).members[0]
 
+    @property
+    def all_empty(self) -> bool:
+        """Whether no row's set holds a class, so that sets tell no rows apart."""
+        return not bool(self.members.any())
+
     def _tune(self) -> Reading:
         if self.tune is None:
             raise ValueError("sets and a tuned prior variance need rows outside training; give a share of them (tune)")

@@ -12,6 +12,7 @@ from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
 from offramp.metrics.group_weights import TOO_FEW, WeightDiagnostics
 from offramp.metrics.groups import GroupReport
+from offramp.metrics.readouts import TOO_MANY, ReadoutDiagnostics
 from offramp.metrics.seeds import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, choices
 from offramp.tables import markdown
@@ -42,6 +43,19 @@ TOO_FEW_NOTE = (
     f"Too few: below {TOO_FEW:.1%} of the rows weigh more than the others, so weights do next to nothing; the readout "
     "has hardly an error left: read at an earlier block, or teach the readout less."
 )
+READOUT_NOTE = (
+    "Readout: its accuracy on the training rows, which it was taught on, and chance: that of its answers if they had "
+    "nothing to do with the labels."
+)
+READOUT_NOTES = {
+    "near chance": "Near chance: in a batch of the student such a readout could not be told from chance (Wilson, "
+    "95 %), so its weights are noise; teach it at another learning rate, longer, or after a later block.",
+    "nearly all gated": f"Nearly all gated: above {TOO_MANY:.1%} of the rows; weights change the size of the steps and "
+    "little else.",
+    "sets empty": "Sets empty: those of all rows, so they say nothing and all rows weigh 1; sets of a readout that is "
+    "near chance are often empty.",
+}
+"""By flag of `ReadoutDiagnostics`."""
 EXITS_NOTE = "Under an exit: accuracy if all left there / mean confidence there / share that leaves there."
 
 
@@ -149,21 +163,47 @@ def selection_table(history: Sequence[Epoch]) -> GroupTable:
     return GroupTable("What each rule would have chosen", head, rows)
 
 
-def weights_table(epochs: Mapping[int, WeightDiagnostics]) -> GroupTable:
-    """Weights of every epoch: how many, how much, for whom, and whether they find the minority."""
+def accuracy_cell(readouts: Sequence[ReadoutDiagnostics]) -> str:
+    """Mean accuracy and mean chance; of none a dash."""
+    if not readouts:
+        return "–"
+    accuracy, chance = (
+        sum(values) / len(readouts) for values in zip(*((r.accuracy, r.chance) for r in readouts), strict=True)
+    )
+    return f"{accuracy:.1%} (chance {chance:.1%})"
+
+
+def weights_table(
+    epochs: Mapping[int, WeightDiagnostics], readouts: Mapping[int, ReadoutDiagnostics] | None = None
+) -> GroupTable:  # fmt: skip
+    """Weights of every epoch: how good the readout is, how many rows they touch, how much, and whom.
+
+    Args:
+        epochs: By number.
+        readouts: By the epoch behind which they were taught.
+
+    Returns:
+        A row for each epoch.
+    """
+    taught = readouts or {}
     names = list(next(iter(epochs.values())).by_group) if epochs else []
-    head = ["epoch", "reweighted", "mean", "median", "largest", *(f"mean: {name}" for name in names)]
+    head = ["epoch", "readout", "reweighted", "mean", "median", "largest", *(f"mean: {name}" for name in names)]
     head += ["AUROC", "precision", "recall", ""]
     rows = [
         [
-            f"{epoch}", _percent(w.reweighted), f"{w.mean:.2f}", f"{w.quantiles[3]:.2f}", f"{w.quantiles[-1]:.2f}",
+            f"{epoch}", accuracy_cell([taught[epoch]] if epoch in taught else []),
+            _percent(w.reweighted), f"{w.mean:.2f}", f"{w.quantiles[3]:.2f}", f"{w.quantiles[-1]:.2f}",
             *("–" if (mean := w.by_group.get(name)) is None else f"{mean:.2f}" for name in names),
-            _number(w.auroc), _number(w.precision), _number(w.recall), "too few" if w.too_few else "",
+            _number(w.auroc), _number(w.precision), _number(w.recall),
+            ", ".join([*(["too few"] if w.too_few else []), *(taught[epoch].flags if epoch in taught else ())]),
         ] for epoch, w in epochs.items()
     ]  # fmt: skip
     notes = ["AUROC, precision and recall: of the weights as detectors of the minority."]
+    if taught:
+        notes.append(READOUT_NOTE)
     if any(w.too_few for w in epochs.values()):
         notes.append(TOO_FEW_NOTE)
+    notes += [text for flag, text in READOUT_NOTES.items() if any(flag in r.flags for r in taught.values())]
     return GroupTable("Weights after each epoch", head, rows, tuple(notes))
 
 

@@ -18,6 +18,7 @@ from offramp.distillation.results import (
     exits_of,
     mean_exits,
     mean_report,
+    readouts_of,
     report_of,
     results_in,
     selected_by,
@@ -107,7 +108,7 @@ def run_page(folder: Path, values: dict[str, Any]) -> Page:
     if budgets := budgets_of(values):
         sections.append(_section(budgets_table(budgets, values["groups"]["names"])))
     if weights := weights_of(values):
-        sections.append(_section(weights_table(weights), _weights(values["name"], folder)))
+        sections.append(_section(weights_table(weights, readouts_of(values)), _weights(values["name"], folder)))
     sections.append(_section(selection_table(epochs_of(values))))
     sections.append(Section("Where group labels were used", [Text((budget_of(values).line(),))]))
     about = {
