@@ -322,7 +322,7 @@ def test_other_measures_and_sampling(measure, options):
         ({"confidence": "static", "min_layer": 2}, "a confidence that a single exit has, but it is 'static'"),
         ({"confidence": "state"}, "a single exit has, but it is 'state'"),
         ({"exit_layers": (2, 3)}, "for a single exit, but exit_layers is"),
-        ({"adaptive": "yes"}, "adaptive is 'yes'; allowed are True, False"),
+        ({"adaptive": "yes"}, "adaptive is 'yes'; allowed are True and False"),
     ],
 )
 def test_bad_policies_are_refused(options, message):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
-from offramp import language_model
+from offramp import ExitPolicy, language_model
 from offramp.models import load
 from offramp.packaged import PACKAGED, ModelError, Packaged, packaged_folder
 
@@ -94,17 +94,145 @@ def test_a_folder_gives_the_saved_model_and_its_tokenizer(tiny, tiny_model):
         torch.testing.assert_close(lm.model(ids).logits, tiny_model(ids).logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", torch.float32, torch.float16])
 def test_weights_have_the_dtype_asked_for_and_rotary_frequencies_stay_exact(tiny, dtype):
     model = load(str(tiny), dtype=dtype).model
     assert {str(p.dtype) for p in model.parameters()} == {"torch." + str(dtype).removeprefix("torch.")}
     assert {b.dtype for _, b in model.named_buffers()} == {torch.float32}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", torch.float64, "", "float"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("skipped", ["propagate", "defer", "verify"])
+def test_other_formats_decode_with_confidences_in_float32(tiny, dtype, skipped):
+    lm = load(tiny, dtype=dtype)
+    ids = torch.tensor([[3, 4, 7], [5, 5, 6]])
+    expected = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    never = ExitPolicy(threshold=1.0, min_layer=1, skipped=skipped)
+    assert lm.generate(ids, policy=never, max_new_tokens=6).sequences.tolist() == expected.tolist()
+    out = lm.generate(
+        ids[:1],
+        policy=ExitPolicy(threshold=-torch.inf, min_layer=1, skipped=skipped, confidence="max"),
+        max_new_tokens=6,
+    )
+    with torch.no_grad():
+        state = lm.split.run(lm.split.start(out.sequences), 0, 1)
+        first = lm.split.readout(state.hidden[:, 3]).float().softmax(-1).max()
+    assert out.confidences[0][1] == pytest.approx(float(first), abs=2e-3 if dtype == "float16" else 1e-6)
+
+
+def test_auto_is_the_dtype_that_was_saved(tiny, tmp_path):
+    assert load(tiny, dtype="auto").model.dtype is torch.float32
+    load(tiny, dtype="float16").model.save_pretrained(tmp_path)
+    assert load(tmp_path, dtype="auto").model.dtype is torch.float16
+    assert load(tmp_path).model.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, "", "float"])
 def test_other_dtypes_are_refused_with_the_choices(tiny, dtype):
     with pytest.raises(ValueError, match="choose one of float32, bfloat16"):
         load(tiny, dtype=dtype)
+
+
+def test_a_misspelt_dtype_is_told_the_nearest(tiny):
+    with pytest.raises(ValueError, match=r"dtype 'bflaot16' is not available.*; did you mean 'bfloat16'\?"):
+        load(tiny, dtype="bflaot16")
+
+
+# Other options of loading
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_the_implementation_of_attention_can_be_chosen(tiny, tiny_model, kind):
+    lm = load(tiny, attn_implementation=kind)
+    assert lm.model.config._attn_implementation == kind
+    ids = torch.tensor([[3, 4, 7]])
+    out = lm.generate(ids, policy=ExitPolicy(threshold=1.0, skipped="verify"), max_new_tokens=4)
+    expected = tiny_model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert out.sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("where", ["auto", "cpu", torch.device("cpu"), {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_a_device_map_of_one_device_is_that_device(tiny, where):
+    assert load(tiny, device_map=where).model.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "balanced"}, "device_map is 'balanced', which spreads the model.* give that, such as 'cuda:0'"),
+        ({"device_map": {"model": 0, "lm_head": 1}}, "which spreads the model, but early exits need it whole"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "which spreads the model"),
+        ({"device_map": {}}, "which spreads the model"),
+        ({"device_map": "cupboard"}, "device 'cupboard' is not available"),
+        ({"device_map": 99}, "device '99' is not available"),
+        ({"device_map": "cpu", "device": "cpu"}, "device is 'cpu' and device_map 'cpu'; give one of them"),
+        ({"attn_implementation": "flash_attention_2"}, "tested with early exits are sdpa and eager"),
+        ({"revision": "v1"}, "revision is 'v1', but .* is no model on the hub"),
+        ({"trust_remote_code": True}, "trust_remote_code is no option of offramp.load; code .* is never run"),
+        ({"torch_dtype": "auto"}, "torch_dtype is no option of offramp.load; it is called dtype here"),
+        ({"load_in_4bit": True}, "load_in_4bit .* give quantization_config="),
+        ({"low_cpu_mem_usage": True}, "low_cpu_mem_usage .* leave it away"),
+        ({"gguf_file": "x.gguf"}, "gguf_file .* convert it once"),
+        (
+            {"devise": "cpu"},
+            r"devise is no option of offramp.load; known are dtype, .*; did you mean 'device'\?",
+        ),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(tiny, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tiny, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_a_subfolder(tiny, copy, tmp_path):
+    lm = load(tiny.parent, subfolder=tiny.name)
+    assert (lm.name, lm.num_layers) == (tiny.name, 2)
+    with pytest.raises(ModelError, match=r"elsewhere is not a model folder: it has no config\.json"):
+        load(tiny.parent, subfolder="elsewhere")
+
+
+def test_what_is_not_to_be_run_may_be_said(tiny):
+    assert load(tiny, trust_remote_code=False).num_layers == 2
+
+
+def test_options_reach_the_hub(tiny, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **given: asked.update(given, url=url))
+
+    def stop(place, **given):
+        asked.update(given)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", stop)
+    with pytest.raises(ModelError, match="far enough"):
+        load("somebody/tiny", revision="v2", token="t0", cache_dir=tmp_path, subfolder="small")
+    assert asked["url"].endswith("/somebody/tiny/resolve/v2/small/config.json")
+    assert (asked["token"], asked["revision"], asked["subfolder"]) == ("t0", "v2", "small")
+    assert (asked["cache_dir"], asked["local_files_only"]) == (str(tmp_path), False)
+    assert asked["trust_remote_code"] is False
+
+
+def test_the_hub_is_not_asked_where_only_local_files_count(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", None)
+    with pytest.raises(ModelError, match=r"not in the local hub cache, .*\(local_files_only is True\)"):
+        load("nobody/no-such-model", local_files_only=True)
+
+
+def test_a_quantised_model_goes_where_it_belongs_without_being_moved(tiny, monkeypatch):
+    """Quantised weights cannot be moved or cast: they are put on the device while they are loaded."""
+    given = {}
+
+    def keep(source, **options):
+        given.update(options)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", keep)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ModelError, match="far enough"):
+        load(tiny, quantization_config=config, device="cpu")
+    assert given["quantization_config"] is config
+    assert given["device_map"] == {"": torch.device("cpu")}
 
 
 @pytest.mark.parametrize("device", ["cupboard", "meta", "cuda:99"])
@@ -232,6 +360,14 @@ def test_an_impossible_hub_id_never_reaches_the_hub(name, monkeypatch):
         load(name)
 
 
+@pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smol lm2"])
+def test_a_misspelt_packaged_name_is_told_the_nearest(name, monkeypatch):
+    error = hub_error(huggingface_hub.errors.RepositoryNotFoundError)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub_raises(error))
+    with pytest.raises(ModelError, match=r"did you mean 'smollm2'\?$"):
+        load(name)
+
+
 def test_a_file_is_not_a_folder(tiny):
     with pytest.raises(ModelError, match="is a file; name the folder"):
         load(tiny / "model.safetensors")
@@ -258,6 +394,7 @@ def hub_error(kind):
         (hub_error(huggingface_hub.errors.RepositoryNotFoundError), "the hub has no such model for you"),
         (hub_error(huggingface_hub.errors.EntryNotFoundError), "the hub has no such model for you"),
         (hub_error(huggingface_hub.errors.GatedRepoError), "gated: accept its terms"),
+        (hub_error(huggingface_hub.errors.RevisionNotFoundError), "has no revision 'main'"),
     ],
 )
 def test_hub_failures_are_one_clear_line(error, message, monkeypatch, capfd):

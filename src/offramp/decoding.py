@@ -97,12 +97,11 @@ def decode(
         NotFiniteError: The model computes NaN or infinity for a token, or for one it was to be drawn from.
     """
     plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary, model.exit_layers)
-    if plan.policy.adaptive:
-        adaptive = adaptive or AdaptiveThreshold.of(plan.policy)
+    adaptive = (adaptive or AdaptiveThreshold.of(plan.policy)) if plan.policy.adaptive else None
+    if adaptive is not None:
         plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
     ledger = ledger or Ledger(model.shape, ids.device)
-    learning = adaptive if plan.policy.adaptive else None
-    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, learning)
+    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, adaptive)
     read = generation.first(mask=mask, positions=positions, memory=memory, memory_mask=memory_mask)
     while True:
         try:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.packaged import PACKAGED, ModelError, first_line, packaged_folder, quiet
+from offramp.devices import named_device
+from offramp.model_sources import find
+from offramp.packaged import PACKAGED, ModelError
+from offramp.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.values import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -14,11 +19,25 @@ if TYPE_CHECKING:
 
     from offramp.language_model import LanguageModel
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Number formats a model can be loaded in."""
+ATTENTION = ("sdpa", "eager")
+"""Implementations of attention that give the same text with exits as without."""
+_SPREAD = ("balanced", "balanced_low_0", "sequential")
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "vocab.txt")
+_ELSEWHERE = {
+    "torch_dtype": "it is called dtype here",
+    "load_in_8bit": "give quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)",
+    "load_in_4bit": "give quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)",
+    "trust_remote_code": "code that comes with a model is never run",
+    "low_cpu_mem_usage": "weights are always loaded without a second copy; leave it away",
+    "max_memory": "the model must lie on one device: name it by device",
+    "offload_folder": "the model must lie on one device: name it by device",
+    "tp_plan": "the model must lie on one device: name it by device",
+    "gguf_file": "convert it once with transformers (from_pretrained, then save_pretrained) and load that folder",
+    "config": "change the model's config.json, or wrap a model of your own in offramp.LanguageModel",
+}
+"""Options of `from_pretrained` that have another name here, or no sense, and what to do instead."""
 
 
 def load(
@@ -27,6 +46,15 @@ def load(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     exits: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    **others: Any,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
 
@@ -39,32 +67,64 @@ def load(
 
     Args:
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
-        dtype: Number format of the weights: one of `DTYPES`, or the torch dtype of that name.
-        device: Where to put the model; None is the CPU.
+        dtype: Number format of the weights: one of `DTYPES`, the torch dtype of that name, or "auto": as they were
+            saved. Confidences are computed in float32 whatever it is.
+        device: Where to put the model. None: the first CUDA GPU if there is one, else the CPU.
         exits: Exits trained for this model: a folder that `LanguageModel.save_exits` wrote, a hub id, or "bundled" for
             those that come with offramp.
+        revision: Branch, tag or commit on the hub.
+        token: For gated or private models on the hub; None: the one that `hf auth login` stored.
+        cache_dir: Where what the hub gives is kept; None: the hub's own cache.
+        subfolder: Folder of the model inside the folder or repository.
+        local_files_only: Do not ask the hub; load only what it gave earlier.
+        attn_implementation: One of `ATTENTION`; None: the model's usual one.
+        quantization_config: One of `transformers`, such as `BitsAndBytesConfig`; the library it is for must be
+            installed. Pruned vocabularies need a head that is not quantised.
+        device_map: Another way to say `device`: one device, or "auto" for None. Models are never spread or offloaded.
+        others: Refused, with what to give instead.
 
     Returns:
         The model with its tokenizer, which is None for a local folder without one: prompts must then be token ids.
 
     Raises:
-        ValueError: The dtype or the device is not one of those available.
+        ValueError: The dtype, the device or another option is not one of those available.
         ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
             damaged or were made for another model.
     """
-    torch_dtype, torch_device = named_dtype(dtype), named_device(device)
-    source, local = resolve(name)
+    _refuse(others)
+    torch_dtype = "auto" if dtype == "auto" else named_dtype(dtype)
+    if attn_implementation not in (None, *ATTENTION):
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}; tested with early exits are {' and '.join(ATTENTION)}"
+        )
+    place = named_device(_one_device(device, device_map))
+    source = find(
+        name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
+        local_files_only=local_files_only,
+    )  # fmt: skip
     from offramp.exit_sources import exits_folder
     from offramp.exits import Exits
 
     trained = (
         None if exits is None else Exits.load(exits_folder(exits, str(name)))
     )  # before the model, which takes longer
-    model, tokenizer = _from_pretrained(source, torch_dtype, local=local)
+    options = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+    with loading(source):
+        config = config_of(source)
+        model, missing = model_of(
+            _auto_class(config, source.place), source, config=config, dtype=torch_dtype, device_map={"": place},
+            **{option: value for option, value in options.items() if value is not None},
+        )  # fmt: skip
+        tokenizer = tokenizer_of(source)
+    if missing:
+        raise ModelError(
+            f"{source.place} lacks {len(missing)} of the weights a {config.model_type} language model needs "
+            f"({', '.join(sorted(missing)[:3])}); was it saved without its output head?"
+        )
     from offramp.language_model import LanguageModel
 
-    title = str(name) if name in PACKAGED or not local else Path(name).expanduser().resolve().name
-    lm = LanguageModel(model.to(torch_device), tokenizer, name=title)
+    title = str(name) if name in PACKAGED or not source.local else Path(source.place).resolve().name
+    lm = LanguageModel(model, tokenizer, name=title)
     if trained is not None and exits is not None:
         trained.require(lm.split, title, exits)
         lm.attach_exits(trained)
@@ -80,117 +140,34 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not available; choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {name!r} is not available; choose one of {', '.join(DTYPES)}{nearest(name, DTYPES)}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
 
 
-def named_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None: the CPU.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: This machine has none of that name.
-    """
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    known = ["cpu", *([accelerator.type] if accelerator else [])]
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-    except RuntimeError:
-        chosen = None
-    count = torch.accelerator.device_count() if accelerator else 0
-    if chosen is None or chosen.type not in known or (chosen.type != "cpu" and (chosen.index or 0) >= count):
-        raise ValueError(f"device {str(device)!r} is not available on this machine; choose one of {', '.join(known)}")
-    return chosen
-
-
-def resolve(name: str | os.PathLike[str]) -> tuple[str, bool]:
-    """What to hand to transformers for `name`, and whether that is a local folder.
-
-    Args:
-        name: Packaged name, local folder or hub id.
-
-    Returns:
-        A folder and True, or a hub id, which may not exist, and False.
-
-    Raises:
-        ModelError: It is none of them.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if isinstance(name, str) and name in PACKAGED:
-        return str(packaged_folder(name)), True
-    text = os.fspath(name)
-    folder = Path(text).expanduser()
-    if text and folder.exists():
-        _check_folder(folder)
-        return str(folder), True
-    if not isinstance(name, str) or text.startswith((os.sep, "/", ".", "~")):
-        raise ModelError(f"the folder {text} does not exist; {choices()}")
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        raise ModelError(f"{text!r} is neither an existing folder nor a possible hub id; {choices()}") from None
-    return text, False
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise a ModelError unless `folder` looks like what `save_pretrained` writes."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is a file; name the folder that holds config.json and the weights")
-    lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        lacking.append("weights (model.safetensors)")
-    if lacking:
-        raise ModelError(
-            f"{folder} is not a model folder: it has no {' and no '.join(lacking)}; make one with save_pretrained"
+def _one_device(device: Any, device_map: Any) -> Any:
+    """The device that either names; None: that of `named_device`."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise ValueError(f"device is {device!r} and device_map {device_map!r}; give one of them")
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    if len(set(map(str, places))) != 1 or places[0] in _SPREAD:
+        raise ValueError(
+            f"device_map is {device_map!r}, which spreads the model, but early exits need it whole on one device: give "
+            "that, such as 'cuda:0', or 'auto'"
         )
+    return None if places[0] == "auto" else places[0]
 
 
-def choices() -> str:
-    """What a model may be named by."""
-    return f"give a packaged name ({', '.join(PACKAGED)}), a local model folder or a hub id such as owner/model"
-
-
-# Loading with transformers
-
-
-def _from_pretrained(source: str, dtype: torch.dtype, *, local: bool) -> tuple[Any, Any]:
-    """The model in evaluation mode and its tokenizer or None, from a folder (`local`) or from the hub."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    offline = None if local else hub_problem(source)
-    options: dict[str, Any] = {"local_files_only": local or offline is not None, "trust_remote_code": False}
-    try:
-        with quiet(bars=not local):
-            config = AutoConfig.from_pretrained(source, **options)
-            auto = _auto_class(config, source)
-            model, info = auto.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **options)
-            has_tokenizer = not local or any(any(Path(source).glob(pattern)) for pattern in _TOKENIZER)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options) if has_tokenizer else None
-    except ModelError:
-        raise
-    except Exception as error:  # each damaged file has an exception type of its own
-        if offline is not None:
-            raise ModelError(
-                f"no model {source!r}: it is no packaged name and no local folder, it is not in the local hub cache, "
-                f"and the hub cannot be reached ({offline}); {choices()}"
-            ) from error
-        raise ModelError(
-            f"{source} could not be loaded, probably because a file is damaged or missing: {first_line(error)}"
-        ) from error
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(
-            f"{source} lacks {len(info['missing_keys'])} of the weights a {config.model_type} language model needs "
-            f"({some}); was it saved without its output head?"
-        )
-    return model.eval(), tokenizer
+def _refuse(others: dict[str, Any]) -> None:
+    """Say what to do instead of options that `load` does not have."""
+    for name, value in others.items():
+        if name == "trust_remote_code" and value is False:  # which is what happens
+            continue
+        known = list(load.__kwdefaults__ or ())
+        why = _ELSEWHERE.get(name) or f"known are {', '.join(known)}{nearest(name, known)}"
+        raise ValueError(f"{name} is no option of offramp.load; {why}")
 
 
 def _auto_class(config: PreTrainedConfig, source: str) -> Any:  # noqa: ANN401 (the Auto classes share no public base)
@@ -206,29 +183,3 @@ def _auto_class(config: PreTrainedConfig, source: str) -> Any:  # noqa: ANN401 (
         if type(config) in mapping and bool(config.is_encoder_decoder) == encoder_decoder:
             return auto
     raise ModelError(f"{source} is a {config.model_type} model, which does not predict tokens; load a language model")
-
-
-def hub_problem(repo: str) -> str | None:
-    """Ask the hub for `repo` once; transformers alone would retry for half a minute before it gives up.
-
-    Returns:
-        None if the hub has it, else why the hub cannot be reached.
-
-    Raises:
-        ModelError: The hub was reached and does not give it to this user.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=10)
-    except GatedRepoError as error:
-        raise ModelError(f"{repo!r} on the hub is gated: accept its terms there, then run: hf auth login") from error
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        raise ModelError(
-            f"no model {repo!r}: it is no packaged name and no local folder, and the hub has no such model for you; "
-            f"{choices()}"
-        ) from error
-    except Exception as error:  # connection, time-out, proxy, server error, offline mode
-        return first_line(error)
-    return None

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _MIB = 1 << 20
 
@@ -233,15 +232,18 @@ def _convert(weights: Path, out: Path) -> None:
     With `dequantize` transformers does not treat the result as quantised, which it would refuse to save.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    where: dict[str, Any] = {"gguf_file": weights.name, "local_files_only": True}
+    from offramp.model_sources import Source
+    from offramp.pretrained import model_of, tokenizer_of
+
+    source = Source(str(weights.parent), True, {"gguf_file": weights.name, "local_files_only": True})
     with quiet(), redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that cannot be turned off
-        model = AutoModelForCausalLM.from_pretrained(
-            weights.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
+        model, _ = model_of(
+            AutoModelForCausalLM, source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(out, max_shard_size="100GB")  # one file
-        AutoTokenizer.from_pretrained(weights.parent, **where).save_pretrained(out)
+        tokenizer_of(source).save_pretrained(out)
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # it is written for its owner's eyes only
 
 

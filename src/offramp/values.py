@@ -20,8 +20,9 @@ def choice(name: str, value: object, allowed: Sequence[str | None]) -> None:
 
 def nearest(word: object, known: Iterable[str]) -> str:
     """A question that ends a message, "; did you mean 'softmax'?", if a known word is near; else nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7) if isinstance(word, str) else []
-    return f"; did you mean {found[0]!r}?" if found else ""
+    by_lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7) if isinstance(word, str) else []
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 def flag(name: str, value: object) -> bool:

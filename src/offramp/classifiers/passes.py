@@ -63,7 +63,7 @@ class Passes:
             data: What it was trained on, divided again as it was then.
             test: The published test split it was given, if any.
             folder: Where to keep outputs; None: beside the model, with "-outputs" behind its name.
-            device: Where to run; None: cpu.
+            device: Where to run; None: the first CUDA GPU if there is one, else the CPU.
             batch_size: Rows at once.
             progress: Called with rows done, rows to do and the split's name.
 
@@ -77,7 +77,7 @@ class Passes:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        classifier = load(model, device=device or "cpu")
+        classifier = load(model, device=device)
         config, splits = read_again(classifier.trained_on, task, data, test)
         place = folder or model.parent / f"{model.name}-outputs"
         return cls(classifier, splits, place, config.longest, batch_size, progress)

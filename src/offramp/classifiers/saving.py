@@ -22,10 +22,13 @@ from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
-from offramp.classifiers.sources import PREPROCESSING, TOKENIZER
+from offramp.classifiers.sources import PREPROCESSING
+from offramp.devices import named_device
 from offramp.files import replace_folder, write_json, write_tensors
+from offramp.model_sources import Source
 from offramp.models import named_dtype
 from offramp.packaged import ModelError, first_line, quiet
+from offramp.pretrained import config_of, model_shaped, tokenizer_of
 
 SCHEMA = "offramp/classifier/1"
 CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"
@@ -86,12 +89,12 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
     replace_folder(target, put)
 
 
-def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> EarlyExitClassifier:
+def load(folder: str | os.PathLike[str], *, device: str | torch.device | None = None) -> EarlyExitClassifier:
     """Load a classifier that was saved, in evaluation mode.
 
     Args:
         folder: What `EarlyExitClassifier.save` wrote.
-        device: Where to put it.
+        device: Where to put it; None: the first CUDA GPU if there is one, else the CPU.
 
     Returns:
         The classifier, with its tokenizer and preprocessing settings.
@@ -124,7 +127,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         raise
     except Exception as error:  # each damaged file has an exception type of its own
         raise ModelError(f"{place} is damaged ({first_line(error)}); {AGAIN}") from error
-    return classifier.to(device).eval()
+    return classifier.to(named_device(device)).eval()
 
 
 def not_finite_in(tensors: Mapping[str, Tensor]) -> str | None:
@@ -155,7 +158,7 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
             values["exits"],
             labels=values["labels"],
             head=HeadConfig.from_dict(values["head"]),
-            tokenizer=_tokenizer(folder / ENCODER),
+            tokenizer=tokenizer_of(_beside(folder / ENCODER)),
             preprocessing=_json(folder / PREPROCESSING),
         )
         if (projected := values.get("projected")) is not None:
@@ -180,20 +183,16 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     from offramp.families.encoders import SplitEncoder
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return SplitEncoder(AutoModel.from_config(config, dtype=dtype, trust_remote_code=False))
+    return SplitEncoder(model_shaped(AutoModel, config_of(_beside(folder)), dtype))
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER):
-        return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+def _beside(folder: Path) -> Source:
+    """Where an encoder's settings and tokenizer are kept."""
+    return Source(str(folder), True, {"local_files_only": True})
 
 
 def _may_go(folder: Path) -> bool:

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from offramp.models import choices, hub_problem, resolve
-from offramp.packaged import ModelError, first_line, quiet
+from offramp.model_sources import Source, find
+from offramp.packaged import ModelError
+from offramp.pretrained import config_of, loading, model_of, tokenizer_of
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "vocab.txt")
-"""Files that show that there is a tokenizer."""
 PREPROCESSING = "preprocessor_config.json"
 """File of an image processor's settings."""
 
@@ -29,37 +28,21 @@ def load_encoder(source: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, An
         ModelError: There is no such model, or it is damaged, incomplete or no encoder.
     """
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    found, local = resolve(source)
-    offline = None if local else hub_problem(found)
-    options: dict[str, Any] = {"local_files_only": local or offline is not None, "trust_remote_code": False}
-    try:
-        with quiet(bars=not local):
-            config = AutoConfig.from_pretrained(found, **options)
-            _require_family(config.model_type, found)
-            model, info = AutoModel.from_pretrained(
-                found, config=config, dtype=torch.float32, output_loading_info=True, **options
-            )
-            tokenizer = _tokenizer(found, model.main_input_name == "input_ids", options, local=local)
-            preprocessing = _preprocessing(found, model.main_input_name == "pixel_values", options, local=local)
-    except ModelError:
-        raise
-    except Exception as error:  # each damaged file has an exception type of its own
-        if offline is not None:
-            raise ModelError(
-                f"no model {found!r}: it is no packaged name and no local folder, it is not in the local hub cache, "
-                f"and the hub cannot be reached ({offline}); {choices()}"
-            ) from error
+    found = find(source)
+    with loading(found):
+        config = config_of(found)
+        _require_family(config.model_type, found.place)
+        model, info = model_of(AutoModel, found, config=config, dtype=torch.float32)
+        tokenizer = tokenizer_of(found) if model.main_input_name == "input_ids" else None
+        preprocessing = _preprocessing(found) if model.main_input_name == "pixel_values" else {}
+    if missing := sorted(name for name in info if not name.startswith("pooler.")):
         raise ModelError(
-            f"{found} could not be loaded, probably because a file is damaged or missing: {first_line(error)}"
-        ) from error
-    if missing := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
-        raise ModelError(
-            f"{found} lacks {len(missing)} of the weights a {config.model_type} encoder needs "
+            f"{found.place} lacks {len(missing)} of the weights a {config.model_type} encoder needs "
             f"({', '.join(missing[:3])}); is it of another architecture?"
         )
-    return model.eval(), tokenizer, preprocessing
+    return model, tokenizer, preprocessing
 
 
 def _require_family(name: str, source: str) -> None:
@@ -69,25 +52,15 @@ def _require_family(name: str, source: str) -> None:
         raise ModelError(f"{source} is a {name} model; classifiers can be made of {', '.join(FAMILIES)}")
 
 
-def _tokenizer(source: str, reads_text: bool, options: dict[str, Any], *, local: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if not reads_text or (local and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZER)):
-        return None
-    return AutoTokenizer.from_pretrained(source, **options)
-
-
-def _preprocessing(source: str, reads_images: bool, options: dict[str, Any], *, local: bool) -> dict[str, Any]:
+def _preprocessing(source: Source) -> dict[str, Any]:
     """The settings as a dictionary: an image processor itself would ask for more packages."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    if not reads_images:
-        return {}
-    file = Path(source, PREPROCESSING)
-    if not local:
+    file = Path(source.place, PREPROCESSING)
+    if not source.local:
         try:
-            file = Path(hf_hub_download(source, PREPROCESSING, local_files_only=options["local_files_only"]))
+            file = Path(hf_hub_download(source.place, PREPROCESSING, local_files_only=source.where["local_files_only"]))
         except EntryNotFoundError:
             return {}
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

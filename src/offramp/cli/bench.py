@@ -43,6 +43,7 @@ def bench(
     """
     import offramp
     from offramp.bench import default_arms, run_bench
+    from offramp.devices import named_device
     from offramp.models import named_dtype
     from offramp.report.plots import save_bench
     from offramp.scripted import random_prompts, random_t5, scripted_arms
@@ -51,6 +52,7 @@ def bench(
     if random is not None:
         o.note(f"building a random {random}")
         lm = random_t5(random, dtype=named_dtype(dtype), seed=seed)
+        lm.model.to(named_device(device))
         texts: object = random_prompts(lm, count, seed=seed)
         arms = scripted_arms(lm, tokens=max_new_tokens, min_layer=min_layer, seed=seed)
     else:

@@ -129,13 +129,11 @@ def calibrate(
             vocabulary=vocabulary, vocabulary_size=_one_size(vocabulary_sizes), to_text=to_text, seed=seed,
         )  # fmt: skip
         return
-    import torch
-
     import offramp
     from offramp.calibration import Grid, Promise
     from offramp.calibration import calibrate as run
     from offramp.calibration.certificate import COSTS_MORE
-    from offramp.evaluation.processes import state_of
+    from offramp.devices import process_device
     from offramp.policy import ExitPolicy
     from offramp.tasks import read_examples, take
 
@@ -152,9 +150,8 @@ def calibrate(
         per_layer,
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
-    state = state_of("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
-    device = str(state.device) if state.num_processes > 1 else device
-    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    state, place = process_device(device)
+    lm = offramp.load(model, dtype=dtype, device=place, exits=exits)
     examples, cut = o.fitting(lm, asked, examples, longest, max_new_tokens)
     folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     with o.progress("calibrating") as progress:

@@ -86,6 +86,7 @@ def distill(
     group with its interval, what distillation cost it, exits by group, how well weights find the minority, what other
     selection rules would have chosen, and where group labels were used. `offramp report` shows the same with pictures.
     """
+    from offramp.devices import named_device
     from offramp.distillation.config import runs
     from offramp.distillation.grid import run_grid
     from offramp.distillation.report import FEW, summary, tables, write_groups
@@ -99,7 +100,7 @@ def distill(
     folder = out or Path("runs") / f"distill-{study.data.name}"
     with o.progress("distilling") as progress:
         results = run_grid(
-            asked, folder, processes=processes, engine=engine, threads=threads, device=device or "cpu",
+            asked, folder, processes=processes, engine=engine, threads=threads, device=str(named_device(device)),
             progress=progress,
         )  # fmt: skip
     write_text(folder / "report.md", tables(results, study.select))

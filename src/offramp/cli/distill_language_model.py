@@ -114,18 +114,15 @@ def distill_language_model(
     each group of --group-field. Started again with the same options, an interrupted run goes on. `accelerate launch -m
     offramp distill …` divides each step among processes.
     """
-    from accelerate import PartialState
-
     import offramp
+    from offramp.devices import process_device
     from offramp.distillation.language_models import distil
     from offramp.training import TrainConfig
 
     _check(text, prompts, steps, tokens)
-    state = PartialState(cpu=device is None or device.startswith("cpu"))
-    if state.num_processes > 1:
-        device = str(state.device)
-    lm = offramp.load(student, dtype=dtype, device=device, exits=exits)
-    guide = offramp.load(teacher, dtype=dtype, device=device)
+    state, place = process_device(device)
+    lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
+    guide = offramp.load(teacher, dtype=dtype, device=place)
     data: Data | OwnAnswers
     if prompts is None:
         data, groups = _fixed(
@@ -160,7 +157,8 @@ def distill_language_model(
         typer.echo(result.table())
     o.note(f"wrote {result.model}; train its exits with: offramp train {result.model}")
     o.note(f"pictures: offramp report {folder}")
-    o.write_result({**result.to_dict(), "name": student, "teacher": teacher, "method": method, "dtype": dtype}, json)
+    named = {"name": student, "teacher": teacher, "method": method, "dtype": o.dtype_of(lm)}
+    o.write_result({**result.to_dict(), **named}, json)
 
 
 def _check(text: list[Path] | None, prompts: Path | None, steps: int | None, tokens: int | None) -> None:

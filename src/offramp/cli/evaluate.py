@@ -102,20 +102,16 @@ def evaluate(
     `accelerate launch -m offramp evaluate …` (on CPUs `torchrun --nproc-per-node N -m offramp evaluate …`) divides the
     examples among processes.
     """
-    import torch
-    from accelerate import PartialState
-
     import offramp
+    from offramp.devices import process_device
     from offramp.evaluation import records_of, static_sweep
 
     _refuse_unused(
         task, {"--target": target, "--languages": languages, "--max-new-tokens": max_new_tokens, "--longest": longest},
         {"--window": window},
     )  # fmt: skip
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    if state.num_processes > 1:
-        device = str(state.device)
-    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    state, place = process_device(device)
+    lm = offramp.load(model, dtype=dtype, device=place, exits=exits)
     chosen = _arms(
         lm, arms=arms, files=policy or [], sweep=sweep, confidence=confidence, threshold=threshold,
         min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,

@@ -86,7 +86,8 @@ def generate(
     learnt = None if rule is None or not rule.adaptive else _learnt(lm, rule)
     o.write_result(
         {
-            "schema": "offramp/generate/1", "model": model, "dtype": dtype, "num_layers": lm.num_layers,
+            "schema": "offramp/generate/1", "model": model, "dtype": o.dtype_of(lm), "device": str(lm.split.device),
+            "num_layers": lm.num_layers,
             "trained_exits": list(lm.split.exit_layers),
             "policy": None if rule is None else rule.to_dict(), "options": {**given, "chat": in_template},
             "generations": results, "adaptive_threshold": learnt,

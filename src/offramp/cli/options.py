@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder or hub id.")]
-Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32 or bfloat16.")]
-Device = Annotated[str | None, typer.Option(help="Where to run, for example cuda; default: cpu.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the weights: float32, bfloat16, float16, float64, or auto (as they were saved)."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, …; default: the first CUDA GPU if there is one, else cpu.")
+]
 JsonPath = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", help="Write everything as one JSON object; - is standard output."),
@@ -239,6 +246,11 @@ def write_result(values: dict[str, Any], path: Path | None) -> None:
     else:
         write_json(path, values)
         note(f"wrote {path}")
+
+
+def dtype_of(lm: LanguageModel) -> str:
+    """What the weights are in, for the record: `--dtype auto` is settled by the model's files."""
+    return str(lm.model.dtype).removeprefix("torch.")
 
 
 def command_line() -> str:

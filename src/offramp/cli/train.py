@@ -146,19 +146,16 @@ def train(
     options, an interrupted run goes on from its last checkpoint. `accelerate launch -m offramp train …` (on CPUs
     `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
-    from accelerate import PartialState
-
     import offramp
+    from offramp.devices import process_device
     from offramp.training import AnswerConfig, TrainConfig, prepare
     from offramp.training import train as run
     from offramp.training.data import steps_per_epoch
 
     _check(exits, objective, epochs, steps, tokens)
     folder = out or Path("runs") / f"train-{Path(model).name}"
-    state = PartialState(cpu=device is None or device.startswith("cpu"))
-    if state.num_processes > 1:
-        device = str(state.device)
-    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    state, place = process_device(device)
+    lm = offramp.load(model, dtype=dtype, device=place, exits=exits)
     answering = AnswerConfig(
         max_new_tokens=max_new_tokens, temperature=answer_temperature, per_prompt=answers, prompts_too=with_prompts,
         chat=lm.has_chat_template if chat is None else chat, seed=seed,
@@ -203,7 +200,7 @@ def train(
         else:
             use = f"offramp generate {push_to_hub} --exits {push_to_hub} --threshold 0.9"
             o.note(f"pushed the model and its exits to {address}; use them with: {use}")
-    o.write_result({**result.to_dict(), "name": model, "dtype": dtype}, json)
+    o.write_result({**result.to_dict(), "name": model, "dtype": o.dtype_of(lm)}, json)
 
 
 def _check(exits: str | None, objective: str, *ends: int | None) -> None:

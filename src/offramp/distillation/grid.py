@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from offramp.classifiers.saving import WEIGHTS
+from offramp.devices import named_device
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
 from offramp.distillation.networks import begun_from
 from offramp.distillation.teacher import require_unseen
 from offramp.files import differences, write_json
-from offramp.models import named_device
 
 Progress = Callable[[int, int, str], None]
 

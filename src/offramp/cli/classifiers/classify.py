@@ -62,7 +62,7 @@ def classify(
     from offramp.exits import fingerprint
 
     _check(budget, threshold, posterior, confidence)
-    classifier = load(model, device=device or "cpu")
+    classifier = load(model, device=device)
     calibrated = None if posterior is None else load_calibrated(posterior, fingerprint(classifier))
     thresholds, rule = _rule(calibrated, budget, o.numbers(threshold, "--threshold", float), confidence)
     given = inputs or [line for line in o.standard_input("the inputs, one per line,").split("\n") if line.strip()]

@@ -108,6 +108,7 @@ def train_classifier(
     from offramp.classifiers import train_classifier as run
     from offramp.classifiers.architectures import build, rows_of, usual
     from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
+    from offramp.devices import named_device
     from offramp.tasks.row_hashes import row_hashes
 
     options: dict[str, Any] = {
@@ -132,7 +133,7 @@ def train_classifier(
         model = build(
             architecture, splits["train"], layers=o.numbers(layers, "--layers", int), seed=seed,
             head=HeadConfig(pooling, hidden, dropout),
-        ).to(device or "cpu")  # fmt: skip
+        ).to(named_device(device))  # fmt: skip
         model.trained_on = record(reading, splits)
         if task == TEXTS:  # images of another layout have other ids
             model.training_rows = row_hashes(splits["train"], "")

@@ -1,0 +1,57 @@
+"""Where a model runs: one rule for all functions and commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def named_device(device: str | int | torch.device | None = None) -> torch.device:
+    """The device of that name; None: the first CUDA GPU if there is one (ROCm's count as such), else the CPU.
+
+    Other accelerators are used when they are named: `mps`, for example, has no float64, in which statistics are summed.
+
+    Args:
+        device: Its name, "cpu", "cuda", "cuda:1"; a number is that of an accelerator.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: This machine has none of that name.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu", *([accelerator.type] if accelerator else [])]
+    if device is None:
+        return torch.device("cuda" if "cuda" in known else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    count = torch.accelerator.device_count() if accelerator else 0
+    if chosen is None or chosen.type not in known or (chosen.type != "cpu" and (chosen.index or 0) >= count):
+        raise ValueError(f"device {str(device)!r} is not available on this machine; choose one of {', '.join(known)}")
+    return chosen
+
+
+def process_device(device: str | None) -> tuple[Any, torch.device]:
+    """Where this process runs: alone as `named_device` says, one of several (`accelerate launch`) on a GPU of its own.
+
+    Args:
+        device: As for `named_device`.
+
+    Returns:
+        `accelerate`'s state of the processes, and the device.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    from accelerate import PartialState
+
+    chosen = named_device(device)
+    state = PartialState(cpu=chosen.type == "cpu")
+    return state, state.device if state.num_processes > 1 else chosen
