@@ -270,6 +270,42 @@ def test_bad_input_is_named_with_what_is_allowed(lm, prompts, options, message):
         lm.generate(prompts, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"assistant_model": object()}, "assistant_model is an option of assisted decoding"),
+        ({"num_assistant_tokens": 4}, "num_assistant_tokens is an option of assisted decoding"),
+        ({"synced_gpus": True}, "synced_gpus has no effect with early exits"),
+        ({"negative_prompt_ids": torch.tensor([[3]])}, "negative_prompt_ids is an option of guidance"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask is an input and no option; give it together with"),
+        ({"position_ids": torch.ones(1, 3)}, "position_ids is an input"),
+        ({"encoder_outputs": (torch.ones(1, 3, 4),)}, "encoder_outputs is an input"),
+        ({"cache": object()}, "cache cannot be given: early exits keep keys and values of their own"),
+        ({"past_key_values": object()}, "past_key_values cannot be given"),
+        ({"length_penalty": 2.0}, "length_penalty is an option of beam search"),
+        ({"cache_implementation": "paged"}, "cache_implementation is 'paged'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation is 'quantized'"),
+        ({"generation_config": {"max_length": 8}}, "generation_config is a dict; give a transformers.GenerationConfig"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
+        ({"max_length": 2.5}, "max_length is 2.5; it must be a whole number"),
+        ({"seed": "a"}, "seed is 'a'; it must be a whole number"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": "x"}, "temperature is 'x'; it must be a number"),
+        ({"chat": "yes"}, "chat is 'yes'; allowed are True and False"),
+    ],
+)
+def test_options_that_would_do_nothing_or_are_no_values_are_refused_by_name(lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate("the sky", **options)
+
+
+def test_options_on_which_no_token_depends_are_taken(lm):
+    plain = lm.generate("the sky", max_new_tokens=4).tokens
+    assert lm.generate("the sky", max_new_tokens=4, use_cache=False, logits_to_keep=3, num_beams=1).tokens == plain
+    assert lm.generate("the sky", max_new_tokens=np.int64(4), synced_gpus=False).tokens == plain
+
+
 def test_text_needs_a_tokenizer():
     with pytest.raises(ValueError, match="without a tokenizer; give token ids"):
         LanguageModel(tiny("llama")).generate("the sky")

@@ -192,6 +192,12 @@ def test_a_model_in_a_subfolder(tiny, copy, tmp_path):
         load(tiny.parent, subfolder="elsewhere")
 
 
+def test_a_folder_of_an_adapter_says_how(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is an adapter without its model: .* offramp\.LanguageModel"):
+        load(tmp_path)
+
+
 def test_what_is_not_to_be_run_may_be_said(tiny):
     assert load(tiny, trust_remote_code=False).num_layers == 2
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from offramp.values import nearest
+from offramp.values import nearest, number, whole
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -15,15 +15,42 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 64
 """Most new tokens where neither the caller nor the model's generation config says how many."""
 
+_LENGTHS = ("max_new_tokens", "max_length")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-_OF_GENERATE = (
-    "streamer", "assistant_model", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask",
-    "attention_mask", "position_ids", "inputs_embeds", "encoder_outputs", "decoder_attention_mask", "token_type_ids",
-    "cache", "past_key_values", "use_cache", "logits_to_keep", "use_model_defaults",
-)  # fmt: skip
-"""What `transformers`' generate takes besides the options of a generation config."""
+_NOT_HERE = {
+    **dict.fromkeys(
+        ("attention_mask", "position_ids", "inputs_embeds", "encoder_outputs", "decoder_attention_mask",
+         "token_type_ids"),
+        "is an input and no option; give it together with input_ids, in one mapping",
+    ),
+    **dict.fromkeys(
+        ("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping", "low_memory"),
+        "is an option of beam search, but early exit decodes one hypothesis per row; leave it away",
+    ),
+    **dict.fromkeys(
+        ("assistant_model", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+         "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
+        "is an option of assisted decoding; here the model's own early layers draft: skipped='verify'",
+    ),
+    **dict.fromkeys(
+        ("cache", "past_key_values"), "cannot be given: early exits keep keys and values of their own; leave it away"
+    ),
+    **dict.fromkeys(
+        ("negative_prompt_ids", "negative_prompt_attention_mask"),
+        "is an option of guidance, which is not supported with early exits; leave it away",
+    ),
+    **dict.fromkeys(("synced_gpus", "use_model_defaults"), "has no effect with early exits; leave it away"),
+    "streamer": "is not supported here; iterate over stream(...) instead",
+}  # fmt: skip
+"""What `transformers`' generate takes and decoding with exits would not use, and what to do instead."""
+_INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
+_WHOLE = {
+    "max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1,
+    "seed": -(2**63),
+}  # fmt: skip
+"""Options that are whole numbers, and the smallest allowed."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -98,30 +125,45 @@ def checked(options: Mapping[str, Any], own: GenerationConfig) -> dict[str, Any]
         ValueError: A name is unknown, or options contradict each other or are out of range.
     """
     known = GenerationOptions.__annotations__
-    rarer = {*vars(own), *_OF_GENERATE}  # used, or refused by name where a generation is prepared
+    rarer = {*vars(own), *_NOT_HERE, *_INDIFFERENT}  # those of a config are used, or refused where it is prepared
     if unknown := [name for name in options if name not in known and name not in rarer]:
         name = unknown[0]
         raise ValueError(f"unknown option {name!r} of a generation{nearest(name, [*known, *rarer])}")
-    if options.get("streamer") is not None:
-        raise ValueError("streamer is not supported here; iterate over stream(...) instead")
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and name not in _INDIFFERENT}
+    _check_values(given)
     config = given.get("generation_config", own)
     if given.get("max_new_tokens") is not None and "max_length" in given:
         raise ValueError(
             f"max_new_tokens is {given['max_new_tokens']} and max_length is {given['max_length']}; give one of them"
         )
-    for name in ("max_new_tokens", "max_length"):
-        if given.get(name, 1) < 1:
-            raise ValueError(f"{name} is {given[name]}; ask for at least one token")
     sampling = [name for name in _SAMPLING if name in given]
     if given.get("do_sample", bool(sampling)) != bool(sampling) and sampling:
         raise ValueError(f"{sampling[0]} is {given[sampling[0]]}, but do_sample is False; leave one of them out")
     if sampling:
         given["do_sample"] = True
-    lengths = ("max_new_tokens", "max_length")
-    if not any(name in given or getattr(config, name, None) is not None for name in lengths):
+    if not any(name in given or getattr(config, name, None) is not None for name in _LENGTHS):
         given["max_new_tokens"] = DEFAULT_NEW_TOKENS
     return given
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    """Refuse what would have no effect and values of the wrong kind; numbers become plain ones."""
+    if not_here := [name for name in given if name in _NOT_HERE and given[name] is not False]:
+        raise ValueError(f"{not_here[0]} {_NOT_HERE[not_here[0]]}")
+    for name in _NOT_HERE:
+        given.pop(name, None)
+    for name, least in _WHOLE.items():
+        if name in given:
+            why = "ask for at least one token" if name in _LENGTHS else ""
+            given[name] = whole(name, given[name], least, 2**63 - 1, why=why)
+    for name in _SAMPLING:
+        if name in given:
+            given[name] = number(name, given[name])
+    config = given.get("generation_config")
+    if config is not None and not hasattr(config, "max_length"):
+        raise ValueError(f"generation_config is a {type(config).__name__}; give a transformers.GenerationConfig")
+    if (kind := given.get("cache_implementation")) in ("paged", "quantized"):  # before transformers makes it
+        raise ValueError(f"cache_implementation is {kind!r}, which does without early exits; leave it away")
 
 
 def greedy(options: Mapping[str, Any]) -> dict[str, Any]:

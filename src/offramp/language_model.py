@@ -24,6 +24,7 @@ from offramp.packaged import quiet
 from offramp.policy import ExitPolicy
 from offramp.prompt_inputs import Prompt as Prompt
 from offramp.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
+from offramp.values import flag
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,7 @@ class LanguageModel:
         """Let `transformers` prepare a generation, and take over; a timed encoder pass included."""
         own = self.model.generation_config
         options = checked(asked, own)
+        chat = None if chat is None else flag("chat", chat)
         options.setdefault("num_beams", 1)
         seed, stop_strings = options.pop("seed", None), options.pop("stop_strings", None)
         inputs = self.encode(prompts, chat=self._in_template(prompts) if chat is None else chat)

@@ -104,6 +104,11 @@ def _check_folder(folder: Path) -> None:
     """Raise a ModelError unless `folder` looks like what `save_pretrained` writes."""
     if folder.is_file():
         raise ModelError(f"{folder} is a file; name the folder that holds config.json and the weights")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is an adapter without its model: load that with transformers, put the adapter on it with "
+            "peft.PeftModel.from_pretrained(model, folder), and give both to offramp.LanguageModel(model, tokenizer)"
+        )
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern)):
         lacking.append("weights (model.safetensors)")
