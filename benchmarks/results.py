@@ -57,7 +57,7 @@ SCRIPTS = ("new_t5", "figures", "claims", "baseline")
 _TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
 _T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
 _CERTIFY = (
-    "--batch-size 16 --vocabulary fixed --metric chrf --bound wsr --thresholds 0.95,0.9,0.8,0.6,0.4,0.3,0.2,0.1,0 "
+    "--batch-size 16 --vocabulary fixed --metric chrf --bound wsr --threshold 0.95,0.9,0.8,0.6,0.4,0.3,0.2,0.1,0 "
     "--validate 200"
 )
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
@@ -85,7 +85,7 @@ STUDIES = {
                  "--warmup 100 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 444 "
                  "--save-every 222", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
-                 "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --count 4000 "
+                 "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --limit 4000 "
                  "--objective consistency --epochs 1 --batch-size 32 --window 128 --learning-rate 1e-2", "classifier"),
             Step("Sentences as prompts", "prompts {data}/multi30k/val.en.gz {run}/prompts.txt", "sentences",
                  shows=False),
@@ -129,12 +129,12 @@ STUDIES = {
         "a policy that takes the whole prompt through all layers can save little. Judged on DialogSum dev and, never "
         "trained on, SAMSum validation.",
         (
-            Step("Training", "train smollm2 --task summarisation --data {data}/dialogsum/train.jsonl.gz --count 1500 "
+            Step("Training", "train smollm2 --task summarisation --data {data}/dialogsum/train.jsonl.gz --limit 1500 "
                  "--trainable lora --lora-rank 32 --rank 128 --objective labels --weights layer --layers 14,18,22,26 "
                  "--prompt-layer 14 --epochs 1 --batch-size 8 --window 448 --learning-rate 8e-4 --warmup 20 "
                  "--dtype bfloat16 --held-out 0.03 --validate-every 90 --save-every 25", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task summarisation "
-                 "--data {data}/dialogsum/train.jsonl.gz --count 300 --objective consistency --epochs 1 --batch-size 4 "
+                 "--data {data}/dialogsum/train.jsonl.gz --limit 300 --objective consistency --epochs 1 --batch-size 4 "
                  "--window 448 --prompt-layer 14 --dtype bfloat16", "classifier"),
             Step("Every policy at one threshold, DialogSum dev", f"evaluate {_SMOLLM2} {_SUMMARIES} --limit 30 "
                  "--arms default --prompt-layer 14", "evaluate"),
@@ -142,7 +142,7 @@ STUDIES = {
                  "--data {data}/samsum/validation.json --longest 512 --limit 30 --confidence softmax "
                  "--threshold 0.6,0.9 --prompt-layer 14", "samsum"),
             Step("The baseline: the same training with full prompts", "train smollm2 --task summarisation "
-                 "--data {data}/dialogsum/train.jsonl.gz --count 1500 --trainable lora --lora-rank 32 --rank 128 "
+                 "--data {data}/dialogsum/train.jsonl.gz --limit 1500 --trainable lora --lora-rank 32 --rank 128 "
                  "--objective labels --weights layer --layers 14,18,22,26 --epochs 1 --batch-size 8 --window 448 "
                  "--learning-rate 8e-4 --warmup 20 --dtype bfloat16 --held-out 0.03 --validate-every 90 "
                  "--save-every 25", "train-full"),
@@ -158,10 +158,10 @@ STUDIES = {
             Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
             Step("What it claims of them: differences between arms", _CLAIMS, "claims"),
             Step("A certificate at tolerance 0.05", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
-                 "--batch-size 8 --bound wsr --thresholds 0.95,0.8 --tolerance 0.05 --validate 200",
+                 "--batch-size 8 --bound wsr --threshold 0.95,0.8 --tolerance 0.05 --validate 200",
                  "calibrate-05", folder="calibrate"),
             Step("A certificate at tolerance 0.10", f"calibrate {_SMOLLM2} {_SUMMARIES} --limit 200 --prompt-layer 14 "
-                 "--batch-size 8 --bound wsr --thresholds 0.95,0.8 --tolerance 0.10 --validate 200",
+                 "--batch-size 8 --bound wsr --threshold 0.95,0.8 --tolerance 0.10 --validate 200",
                  "calibrate-10", folder="calibrate"),
             Step("Dialogues that nothing was trained or certified on", "rows {data}/dialogsum/dev.jsonl "
                  "{run}/later.jsonl 200 100", "later", shows=False),

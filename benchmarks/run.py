@@ -16,11 +16,11 @@ BENCHES = {
     "smollm2-float32": ("SmolLM2-135M-Instruct, float32", ["smollm2"]),
     "smollm2-bfloat16": (
         "SmolLM2-135M-Instruct, bfloat16",
-        ["smollm2", "--dtype", "bfloat16", "--count", "2", "--max-new-tokens", "24"],
+        ["smollm2", "--dtype", "bfloat16", "--limit", "2", "--max-new-tokens", "24"],
     ),
     "t5-large": (
         "Shape of T5-large, random weights, scripted exits, float32",
-        ["--random", "t5-large", "--count", "1", "--max-new-tokens", "8"],
+        ["--random", "t5-large", "--limit", "1", "--max-new-tokens", "8"],
     ),
 }
 INTRO = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split("\n", 1)[1].strip()

@@ -182,7 +182,7 @@ def calibrated(folder, data, out, *more):
 def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
     out, path = tmp_path / "run", tmp_path / "out.json"
     run = calibrated(
-        folder, data, out, "--thresholds", "0,1", "--min-layers", "3,2", "--order", "chains", "--validate", 20,
+        folder, data, out, "--threshold", "0,1", "--min-layer", "3,2", "--order", "chains", "--validate", 20,
         "--json", path,
     )  # fmt: skip
     assert run.exit_code == 0, run.output
@@ -204,7 +204,7 @@ def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
 
 def test_evaluate_warns_where_tokens_leave_elsewhere(folder, data, tmp_path):
     out = tmp_path / "run"
-    assert calibrated(folder, data, out, "--thresholds", "1", "--test-share", 0.3).exit_code == 0
+    assert calibrated(folder, data, out, "--threshold", "1", "--test-share", 0.3).exit_code == 0
     use = (
         "evaluate", folder, "--task", "question-answering", "--data", data, "--max-new-tokens", 3, "--static", 3,
         "--policy", out / "policy.json", "--resamples", 10, "--out", tmp_path / "evaluate",
@@ -218,21 +218,21 @@ def test_evaluate_warns_where_tokens_leave_elsewhere(folder, data, tmp_path):
 
 def test_thresholds_per_layer_from_a_tuning_part(folder, data, tmp_path):
     out = tmp_path / "run"
-    run = calibrated(folder, data, out, "--per-layer", "--thresholds", "1,0.9", "--min-layers", "1", "--json", "-")
+    run = calibrated(folder, data, out, "--per-layer", "--threshold", "1,0.9", "--min-layer", "1", "--json", "-")
     assert run.exit_code == 0, run.output
     result = json.loads(run.stdout)
     assert result["certificate"]["splits"]["tuning"][0] == 9
     assert [len(setting["policy"]["threshold"]) for setting in result["settings"]] == [3, 3]
     assert (out / "thresholds.json").exists()
     again = json.loads(
-        calibrated(folder, data, out, "--per-layer", "--thresholds", "1,0.9", "--min-layers", "1", "--json", "-").stdout
+        calibrated(folder, data, out, "--per-layer", "--threshold", "1,0.9", "--min-layer", "1", "--json", "-").stdout
     )
     assert again == result
 
 
 def test_nothing_certified_is_said_plainly(folder, data, tmp_path):
     out = tmp_path / "run"
-    run = calibrated(folder, data, out, "--confidence", "static", "--min-layers", "1")
+    run = calibrated(folder, data, out, "--confidence", "static", "--min-layer", "1")
     assert run.exit_code == 0, run.output
     assert "NOTHING CERTIFIED" in run.stderr
     assert "Nothing was certified" in run.stdout
@@ -244,7 +244,7 @@ def test_wrong_use_is_refused_in_one_line(folder, data, tmp_path):
     assert "are too few to certify tolerance 0.01" in str(run.exception)
     assert not (tmp_path / "run").exists()
     assert offramp("calibrate", folder, "--task", "poetry", "--data", data).exit_code == 2
-    assert calibrated(folder, data, tmp_path / "run", "--thresholds", "high").exit_code == 2
+    assert calibrated(folder, data, tmp_path / "run", "--threshold", "high").exit_code == 2
 
 
 # ---------------------------------------------------------------- relative to what

@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = offramp(
         "calibrate", folder / "model", "--task", "question-answering", "--data", folder / "data.jsonl", "--kind",
-        "textual", "--metric", "f1", "--tolerance", 0.3, "--failure", 0.3, "--max-new-tokens", 3, "--thresholds", "1",
+        "textual", "--metric", "f1", "--tolerance", 0.3, "--failure", 0.3, "--max-new-tokens", 3, "--threshold", "1",
         "--exits", folder / "exits", "--dtype", "bfloat16", "--out", folder / "run",
     )  # fmt: skip
     assert said.exit_code == 0, said.output
@@ -55,7 +55,7 @@ def test_without_options_the_printed_command_has_the_tasks_answer_length(run, tm
     folder, _ = run
     said = offramp(
         "calibrate", folder / "model", "--task", "question-answering", "--data", folder / "data.jsonl", "--kind",
-        "textual", "--tolerance", 0.3, "--failure", 0.3, "--thresholds", "1", "--limit", 8, "--out", tmp_path / "run",
+        "textual", "--tolerance", 0.3, "--failure", 0.3, "--threshold", "1", "--limit", 8, "--out", tmp_path / "run",
     )  # fmt: skip
     settings = load(tmp_path / "run" / "policy.json").conditions["settings"]
     printed = shlex.split(said.stderr.split("use its policy with: ")[1].splitlines()[0])
@@ -80,7 +80,7 @@ def test_where_the_promise_would_say_nothing_the_command_says_so_and_nothing_is_
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = offramp(
         "calibrate", folder / "model", "--task", "question-answering", "--data", tmp_path / "data.jsonl", "--tolerance",
-        0.3, "--failure", 0.3, "--max-new-tokens", 3, "--thresholds", "0", "--out", tmp_path / "run",
+        0.3, "--failure", 0.3, "--max-new-tokens", 3, "--threshold", "0", "--out", tmp_path / "run",
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     assert "NOTHING CERTIFIED" in said.stderr

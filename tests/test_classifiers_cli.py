@@ -67,7 +67,7 @@ def calibrated(images):
     place, data, runs, _ = images
     out = place / "calibrated"
     run = offramp(
-        "calibrate", runs[0] / "model", "--task", IMAGES, "--data", data, "--posterior", "mie+laplace", "--n-mc", 10,
+        "calibrate", runs[0] / "model", "--task", IMAGES, "--data", data, "--posterior", "mie+laplace", "--draws", 10,
         "--grid", "meronen", "--tolerance", 0.4, "--loss", "gap", "--alpha", 0.2, "--out", out, "--json",
         place / "calibrated.json",
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_the_same_training_again_is_done_and_another_is_refused(images):
     offramp(*same)
     assert (runs[0] / "model" / "model.safetensors").read_bytes() == before
     fails(*same, "--weight-decay", 0.5, words="holds another run: config.weight_decay was 0.01 and is now 0.5")
-    fails(*same, "--count", 100, words="holds another run: .*count was None and is now 100")
+    fails(*same, "--limit", 100, words="holds another run: .*count was None and is now 100")
 
 
 def test_calibrate_prints_each_exit_and_what_is_promised(calibrated, images):
@@ -128,7 +128,7 @@ def test_evaluate_compares_all_methods_over_seeds(images, monkeypatch):
     out = place / "evaluated"
     models = [run / "model" for run in runs]
     run = offramp(
-        "evaluate", *models, "--task", IMAGES, "--data", data, "--corruption", "contrast", "--n-mc", 5, "--grid",
+        "evaluate", *models, "--task", IMAGES, "--data", data, "--corruption", "contrast", "--draws", 5, "--grid",
         "meronen", "--resamples", 5, "--out", out,
     )  # fmt: skip
     assert "## contrast 3, mean over the budgets" in run.stdout

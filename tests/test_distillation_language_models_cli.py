@@ -64,7 +64,7 @@ def distilled(folders, tmp_path_factory):
     text, path, out = place / "a.jsonl", place / "result.json", place / "run"
     lines = [{"p": f"w{i} the", "text": f" sky is w{i + 1}", "kind": ["odd", "even"][i % 2]} for i in range(20, 60)]
     text.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = ["--text", text, "--prompt-field", "p", "--group-field", "kind", "--steps", 3, "--held-out", 0.3]
+    arguments = ["--text", text, "--prompt-column", "p", "--group-column", "kind", "--steps", 3, "--held-out", 0.3]
     arguments += ["--method", "dedier+alpha=1+fraction=0.5", "--readout", "lens", "--layer", 2, "--weigh-every", 1]
     arguments += ["--out", out, "--json", path]
     return out, arguments, run(folders, *arguments)
@@ -190,7 +190,7 @@ def test_what_is_longer_than_the_window_is_counted(folders, tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"w{i} the sky {'is blue ' * (i < 23) * 9}\n" for i in range(20, 30)))
     common = ["--window", 12, "--steps", 1, "--json", tmp_path / "result.json"]
     for name, options in (
-        ("text", ["--text", tmp_path / "a.jsonl", "--prompt-field", "p"]),
+        ("text", ["--text", tmp_path / "a.jsonl", "--prompt-column", "p"]),
         ("own", ["--prompts", tmp_path / "p.txt", "--max-new-tokens", 4]),
     ):
         made = run(folders, *options, *common, "--out", tmp_path / name)
@@ -216,7 +216,7 @@ def test_options_that_do_not_go_together(folders, arguments, message):
 def test_at_least_one_text_or_prompt_is_taken(folders, tmp_path):
     (tmp_path / "a.txt").write_text("the sky is blue .\nwhy ?\n")
     for option in ("--text", "--prompts"):
-        made = run(folders, option, tmp_path / "a.txt", "--count", -5, "--out", tmp_path / "run")
+        made = run(folders, option, tmp_path / "a.txt", "--limit", -5, "--out", tmp_path / "run")
         assert made.exit_code != 0
         assert "the first -5 are asked for; take at least one" in str(made.exception)
 

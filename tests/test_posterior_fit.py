@@ -396,7 +396,7 @@ def test_the_command_writes_exits_for_a_model_without_any(folder, texts, tmp_pat
     ("words", "message"),
     [
         (("--posterior", "mie"), "choose from laplace, conformal, avcs"),
-        (("--posterior", "laplace", "--vocabulary-sizes", "5,9"), "a posterior is for one size"),
+        (("--posterior", "laplace", "--vocabulary-size", "5,9"), "a posterior is for one size"),
         (("--posterior", "laplace", "--vocabulary", "adaptive"), "vocabulary is 'adaptive'"),
         (("--posterior", "laplace", "--draws", "0"), "draws is 0"),
     ],

@@ -31,8 +31,9 @@ def test_train_then_generate(folder, tmp_path):
     text.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts.write_text("why is the sky\nthe sky is\n")
     arguments = [
-        "train", folder, "--text", text, "--field", "a", "--field", "b", "--prompts", prompts, "--max-new-tokens", 5,
-        "--with-prompts", "--layers", "1,3", "--steps", 3, "--window", 16, "--out", out, "--json", path,
+        "train", folder, "--text", text, "--text-column", "a", "--text-column", "b", "--prompts", prompts,
+        "--max-new-tokens", 5, "--with-prompts", "--layers", "1,3", "--steps", 3, "--window", 16,
+        "--out", out, "--json", path,
     ]  # fmt: skip
     for _ in range(2):  # the second time there is nothing left to do
         run = offramp(*arguments)
@@ -146,7 +147,7 @@ def test_layouts_of_prompts(tmp_path, name):
 def test_at_least_one_is_taken(folder, tmp_path, squad, count):
     data = ["--task", "question-answering", "--data", squad(long=0)]
     for options in (["train", folder, *data], ["train", folder], ["probe", folder]):
-        run = offramp(*options, "--count", count, "--out", tmp_path / "run")
+        run = offramp(*options, "--limit", count, "--out", tmp_path / "run")
         assert run.exit_code != 0
         assert f"the first {count} are asked for; take at least one" in words(run)
 

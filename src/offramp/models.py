@@ -11,7 +11,7 @@ from offramp.devices import named_device
 from offramp.model_sources import find
 from offramp.packaged import PACKAGED, ModelError
 from offramp.pretrained import config_of, loading, model_of, tokenizer_of
-from offramp.values import nearest
+from offramp.values import listed
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not available; choose one of {', '.join(DTYPES)}{nearest(name, DTYPES)}")
+        raise ValueError(f"dtype {name!r} is not available; choose one of {listed(name, DTYPES)}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
 
@@ -166,7 +166,7 @@ def _refuse(others: dict[str, Any]) -> None:
         if name == "trust_remote_code" and value is False:  # which is what happens
             continue
         known = list(load.__kwdefaults__ or ())
-        why = _ELSEWHERE.get(name) or f"known are {', '.join(known)}{nearest(name, known)}"
+        why = _ELSEWHERE.get(name) or f"known are {listed(name, known)}"
         raise ValueError(f"{name} is no option of offramp.load; {why}")
 
 

@@ -25,6 +25,12 @@ def nearest(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
+def listed(value: object, allowed: Iterable[object]) -> str:
+    """What is allowed, with commas, and a question if a misspelt value is near to one of it."""
+    words = [str(option) for option in allowed]
+    return ", ".join(words) + nearest(value, words)
+
+
 def flag(name: str, value: object) -> bool:
     """True or False, and nothing that only passes for it."""
     if not isinstance(value, bool):

@@ -44,6 +44,7 @@ from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
 from offramp.files import write_json
 from offramp.risk import pareto_front
+from offramp.values import listed
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -158,7 +159,7 @@ def _check(promise: Promise, task: Task, order: str, repeats: int, test: float) 
     if promise.metric not in task.metrics:
         raise ValueError(f"metric is {promise.metric!r}; {task.name} has {', '.join(task.metrics)}")
     if order not in ORDERS:
-        raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
+        raise ValueError(f"order is {order!r}; allowed are {listed(order, ORDERS)}")
     if order == "chains" and promise.bound == CRC:
         raise ValueError("conformal risk control has no failure probability to divide among chains; use path or pareto")
     if repeats and not test:

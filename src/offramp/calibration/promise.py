@@ -23,6 +23,7 @@ from offramp.risk import (
     wsr,
 )
 from offramp.risk.bounds import check_level
+from offramp.values import listed
 
 CRC = "crc"
 KINDS = {"risk": "hoeffding-bentkus", "textual": "hoeffding-bentkus", "signed": "wsr", "tail": "binomial"}
@@ -65,7 +66,7 @@ class Promise:
             ("metric", self.metric, METRICS), ("kind", self.kind, KINDS), ("unit", self.unit, UNITS),
         ):  # fmt: skip
             if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+                raise ValueError(f"{name} is {value!r}; allowed are {listed(value, allowed)}")
         if self.bound is None:
             object.__setattr__(self, "bound", KINDS[self.kind])
         if (self.kind == "tail") != (self.margin is not None):

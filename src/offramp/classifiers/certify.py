@@ -23,6 +23,7 @@ from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, wsr
 from offramp.risk.classifier_losses import exits_under, losses_under
 from offramp.risk.control import conformal_risk_control, fixed_sequence
 from offramp.risk.losses import checked
+from offramp.values import listed
 
 CRC = "crc"
 NAMES = ("wsr", "hoeffding-bentkus", "binomial", CRC)
@@ -56,7 +57,7 @@ class RowPromise:
         check_level("tolerance", self.tolerance)
         check_level("failure", self.failure)
         if self.bound not in NAMES:
-            raise ValueError(f"bound is {self.bound!r}; allowed are {', '.join(NAMES)}")
+            raise ValueError(f"bound is {self.bound!r}; allowed are {listed(self.bound, NAMES)}")
 
     @property
     def p_value(self) -> Bound:

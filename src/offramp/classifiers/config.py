@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from offramp.training.config import FALLS, PRECISIONS, WEIGHTS
+from offramp.values import listed
 
 OPTIMISERS = ("sgd", "adamw")
 
@@ -72,7 +73,7 @@ class ClassifierTrainConfig:
             choices["weights"] = WEIGHTS
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
+                raise ValueError(f"{name} is {value!r}; choose one of {listed(value, allowed)}")
         self._check_numbers()
 
     def _check_numbers(self) -> None:

@@ -20,6 +20,7 @@ from offramp.tasks.image_files import read_image_folder
 from offramp.tasks.images import read_cifar10, read_cifar100, read_idx
 from offramp.tasks.labelled import SHARES, Labelled, split, without
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, SST2, Column, TextLayout, read_labelled_text
+from offramp.values import listed
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 TASKS = (IMAGES, TEXTS)
@@ -65,7 +66,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # a list, if it comes from JSON
         if self.task not in TASKS:
-            raise ValueError(f"task is {self.task!r}; allowed are {', '.join(TASKS)}")
+            raise ValueError(f"task is {self.task!r}; allowed are {listed(self.task, TASKS)}")
         allowed = IMAGE_LAYOUTS if self.task == IMAGES else (*TEXT_LAYOUTS, COLUMNS)
         if self.layout not in (None, *allowed):
             raise ValueError(f"layout is {self.layout!r}; allowed for {self.task} are {', '.join(allowed)}")

@@ -35,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(probe)
 app.command()(train)
@@ -52,8 +53,19 @@ app.command()(evaluate_classifier)
 app.command()(classify)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from offramp import __version__
+
+        typer.echo(f"offramp {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Early-exit models: what is easy leaves the network early."""

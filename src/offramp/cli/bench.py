@@ -21,7 +21,7 @@ def bench(
         ),
     ] = None,
     prompts: o.PromptFile = None,
-    count: Annotated[int, typer.Option(help="Prompts per round.")] = 4,
+    limit: Annotated[int, typer.Option(help="Prompts per round.")] = 4,
     max_new_tokens: o.MaxNewTokens = 32,
     repeats: Annotated[int, typer.Option(help="Rounds; each runs every arm on the same prompts.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
@@ -53,12 +53,12 @@ def bench(
         o.note(f"building a random {random}")
         lm = random_t5(random, dtype=named_dtype(dtype), seed=seed)
         lm.model.to(named_device(device))
-        texts: object = random_prompts(lm, count, seed=seed)
+        texts: object = random_prompts(lm, limit, seed=seed)
         arms = scripted_arms(lm, tokens=max_new_tokens, min_layer=min_layer, seed=seed)
     else:
         assert model is not None
         lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
-        texts = o.prompts_from(prompts, count)
+        texts = o.prompts_from(prompts, limit)
         arms = default_arms(lm, threshold=threshold, min_layer=min_layer)
     with o.progress("timing") as progress:
         result = run_bench(

@@ -10,6 +10,13 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+EARLIER = {
+    "--count": "--limit", "--thresholds": "--threshold", "--min-layers": "--min-layer",
+    "--vocabulary-sizes": "--vocabulary-size", "--n-mc": "--draws", "--field": "--text-column",
+    "--prompt-field": "--prompt-column", "--group-field": "--group-column",
+}  # fmt: skip
+"""Options by what they were called, which still works; no help speaks of it."""
+
 OF_CLASSIFIERS = ("train", "calibrate", "evaluate")
 LANGUAGE_MODELLING = "language-modelling"
 
@@ -21,7 +28,20 @@ class ByTask(TyperGroup):
         """The command that is meant, under the name that was typed, and its arguments."""
         typed, routed = _routed(args)
         _, command, rest = super().resolve_command(ctx, routed)
-        return typed, command, rest
+        return typed, command, _renamed(command, rest)
+
+
+def _renamed(command: Any, arguments: list[str]) -> list[str]:
+    """Arguments with options of earlier names called as they are today."""
+    known = {name for parameter in getattr(command, "params", ()) for name in parameter.opts}
+    found = []
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if "--" in arguments[:place] or name in known or EARLIER.get(name) not in known:
+            found.append(argument)
+        else:
+            found.append(EARLIER[name] + equals + value)
+    return found
 
 
 def _routed(arguments: list[str]) -> tuple[str, list[str]]:

@@ -57,16 +57,16 @@ def calibrate(
     skipped: o.Skipped = None,
     prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
-    thresholds: Annotated[
+    threshold: Annotated[
         str | None, typer.Option(help="To try, with commas; default: 16 from 0.999 to 0, finer near 1.")
     ] = None,
-    min_layers: Annotated[str | None, typer.Option(help="First layers tested, to try, such as 10,15,20.")] = None,
-    vocabulary_sizes: Annotated[str | None, typer.Option(help="Tokens kept, to try, such as 500,2000.")] = None,
+    min_layer: Annotated[str | None, typer.Option(help="First layers tested, to try, such as 10,15,20.")] = None,
+    vocabulary_size: Annotated[str | None, typer.Option(help="Tokens kept, to try, such as 500,2000.")] = None,
     per_layer: Annotated[
         bool,
         typer.Option(
             "--per-layer",
-            help="A threshold for each layer, from the tuning part: --thresholds are then shares of the tokens that "
+            help="A threshold for each layer, from the tuning part: --threshold are then shares of the tokens that "
             "would leave wrongly and are kept in; default: 14 from 1 to 0.1.",
         ),
     ] = False,
@@ -126,7 +126,7 @@ def calibrate(
             model, posterior, task=task, data=data, target=target, languages=languages, own_answers=own_answers,
             limit=limit, max_new_tokens=max_new_tokens, longest=longest, exits=exits, layers=layers, dtype=dtype,
             device=device, out=out, json=json, candidates=candidates, alpha=alpha, draws=draws, evidence=evidence,
-            vocabulary=vocabulary, vocabulary_size=_one_size(vocabulary_sizes), to_text=to_text, seed=seed,
+            vocabulary=vocabulary, vocabulary_size=_one_size(vocabulary_size), to_text=to_text, seed=seed,
         )  # fmt: skip
         return
     import offramp
@@ -139,14 +139,14 @@ def calibrate(
 
     asked = o.task_named(task, languages)
     promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
-    starts = o.numbers(min_layers, "--min-layers", int)
+    starts = o.numbers(min_layer, "--min-layer", int)
     first = None if starts is None or confidence != "static" else max(starts)  # a static policy cannot do without
     base = o.policy_from(
         policy, confidence=confidence, vocabulary=vocabulary, skipped=skipped, min_layer=first,
         prompt_layer=prompt_layer,
     )  # fmt: skip
     grid = Grid(
-        o.numbers(thresholds, "--thresholds", float), starts, o.numbers(vocabulary_sizes, "--vocabulary-sizes", int),
+        o.numbers(threshold, "--threshold", float), starts, o.numbers(vocabulary_size, "--vocabulary-size", int),
         per_layer,
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
@@ -188,7 +188,7 @@ def _why(certificate: Certificate) -> str:
 
 def _one_size(sizes: str | None) -> int | None:
     """The tokens kept by the pruning that a posterior is for."""
-    found = o.numbers(sizes, "--vocabulary-sizes", int)
+    found = o.numbers(sizes, "--vocabulary-size", int)
     if found is not None and len(found) > 1:
-        raise typer.BadParameter(f"--vocabulary-sizes {sizes}: a posterior is for one size")
+        raise typer.BadParameter(f"--vocabulary-size {sizes}: a posterior is for one size")
     return None if found is None else int(found[0])

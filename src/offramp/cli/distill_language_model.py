@@ -25,8 +25,8 @@ def distill_language_model(
         str, typer.Option(metavar="TEACHER", help="A model with the same tokenizer: packaged name, folder or hub id.")
     ],
     text: o.TrainingText = None,
-    field: o.Field = None,
-    prompt_field: Annotated[
+    text_column: o.TextColumn = None,
+    prompt_column: Annotated[
         str | None,
         typer.Option(
             help="Key of what stands before the text and is not learnt; default: nothing. Of --prompts: prompt."
@@ -40,10 +40,10 @@ def distill_language_model(
             "objects.",
         ),
     ] = None,
-    group_field: Annotated[
+    group_column: Annotated[
         str | None, typer.Option(help="Key of the group in JSON objects; results are then told apart by group.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Use only the first texts or prompts.")] = None,
+    limit: o.Limit = None,
     max_new_tokens: o.OwnAnswerTokens = 128,
     answer_temperature: o.AnswerTemperature = None,
     answer_every: Annotated[int, typer.Option(help="Steps between own answers, which are then given anew.")] = 100,
@@ -111,7 +111,7 @@ def distill_language_model(
     """Distil a language model from one with the same tokenizer: also offramp distill --task language-modelling.
 
     Printed are divergence from the teacher, agreement with it and cross-entropy to the text on held-out tokens, for
-    each group of --group-field. Started again with the same options, an interrupted run goes on. `accelerate launch -m
+    each group of --group-column. Started again with the same options, an interrupted run goes on. `accelerate launch -m
     offramp distill …` divides each step among processes.
     """
     import offramp
@@ -126,13 +126,13 @@ def distill_language_model(
     data: Data | OwnAnswers
     if prompts is None:
         data, groups = _fixed(
-            lm, text or [], field or ["text"], prompt_field, group_field, count, window, held_out, seed
+            lm, text or [], text_column or ["text"], prompt_column, group_column, limit, window, held_out, seed
         )
     else:
         answers = {"max_new_tokens": max_new_tokens, "temperature": answer_temperature, "seed": seed}
         answers["chat"] = lm.has_chat_template if chat is None else chat
         data, groups = _own(
-            prompts, prompt_field or "prompt", group_field, count, answers,
+            prompts, prompt_column or "prompt", group_column, limit, answers,
             every=answer_every, window=window or lm.split.max_positions or 1024, share=held_out, seed=seed,
         )  # fmt: skip
     training: dict[str, Any] = {

@@ -105,9 +105,10 @@ TrainingText = Annotated[
         "given several times.",
     ),
 ]
-Field = Annotated[
+Limit = Annotated[int | None, typer.Option(help="Use only the first of the texts, prompts or examples.")]
+TextColumn = Annotated[
     list[str] | None,
-    typer.Option(help="Key of the text in JSON objects, several are joined; default: text."),
+    typer.Option(help="Column (key of JSON objects) of the text, several are joined; default: text."),
 ]
 OwnAnswerTokens = Annotated[int, typer.Option(help="Longest own answer, in tokens.")]
 AnswerTemperature = Annotated[
@@ -122,8 +123,19 @@ MicroBatch = Annotated[
 WeightDecay = Annotated[float, typer.Option(help="Of AdamW.")]
 Warmup = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
 Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")]
+
+
+def _precision(name: str | None) -> str | None:
+    """The trainers' name of a number format, which is a --dtype's."""
+    return {"bfloat16": "bf16", "float32": None}.get(name, name) if name is not None else None
+
+
 Precision = Annotated[
-    str | None, typer.Option(help="bf16: compute in bfloat16, keep weights as --dtype; default: as --dtype.")
+    str | None,
+    typer.Option(
+        callback=_precision,
+        help="bfloat16: compute in it, faster where the processor can, keep weights as loaded; default: as loaded.",
+    ),
 ]
 HeldOut = Annotated[float, typer.Option(help="Share of the documents to judge by, never trained on.")]
 ValidateEvery = Annotated[int | None, typer.Option(help="Steps between judgements; default: before and after.")]
@@ -141,9 +153,10 @@ def task_named(name: str, languages: str | None = None) -> Task:
     from dataclasses import replace
 
     from offramp.tasks import TASKS
+    from offramp.values import listed
 
     if name not in TASKS:
-        raise typer.BadParameter(f"--task {name}: choose one of {', '.join(TASKS)}")
+        raise typer.BadParameter(f"--task {name}: choose one of {listed(name, TASKS)}")
     if languages is None:
         return TASKS[name]
     source, _, target = languages.partition(",")

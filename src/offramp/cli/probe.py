@@ -17,7 +17,7 @@ def probe(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Look at this text instead of at answers; may be given several times."),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
+    limit: o.Limit = None,
     max_new_tokens: o.MaxNewTokens = 32,
     min_layer: o.MinLayer = None,
     dtype: o.Dtype = "float32",
@@ -36,7 +36,7 @@ def probe(
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
     texts = None if text is None else [path.read_text(encoding="utf-8") for path in text]
-    given = o.prompts_from(prompts, count) if texts is None and (prompts or count is not None) else None
+    given = o.prompts_from(prompts, limit) if texts is None and (prompts or limit is not None) else None
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:
         result = look(

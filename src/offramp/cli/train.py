@@ -31,7 +31,7 @@ def train(
     target: Annotated[Path | None, typer.Option(metavar="FILE", help="Second file of a parallel text.")] = None,
     languages: o.Languages = None,
     text: o.TrainingText = None,
-    field: o.Field = None,
+    text_column: o.TextColumn = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -44,7 +44,7 @@ def train(
         bool,
         typer.Option("--own-answers", help="On the model's own answers to the task's questions, not the references."),
     ] = False,
-    count: Annotated[int | None, typer.Option(help="Use only the first prompts or examples.")] = None,
+    limit: o.Limit = None,
     max_new_tokens: o.OwnAnswerTokens = 128,
     answers: Annotated[int, typer.Option(help="Answers to each prompt; several need --answer-temperature.")] = 1,
     answer_temperature: o.AnswerTemperature = None,
@@ -162,8 +162,8 @@ def train(
     )  # fmt: skip
     window = window or min(512 if task else 256, lm.split.max_positions or 512)
     documents = documents_of(
-        lm, texts=(text or [], field or ["text"]), task=task, data=data, target=target, languages=languages,
-        own_answers=own_answers, prompts=prompts, count=count, answering=answering, window=window, folder=folder,
+        lm, texts=(text or [], text_column or ["text"]), task=task, data=data, target=target, languages=languages,
+        own_answers=own_answers, prompts=prompts, count=limit, answering=answering, window=window, folder=folder,
     )  # fmt: skip
     parts = prepare(lm, documents, window=window, share=held_out, seed=seed)
     if cut := parts.settings.get("shortened"):

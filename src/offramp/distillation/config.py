@@ -14,6 +14,7 @@ from offramp.distillation.data import DataConfig
 from offramp.distillation.methods import METHODS, Method, method, updated
 from offramp.distillation.networks import Network
 from offramp.metrics.selection import RULES, WITH_GROUPS
+from offramp.values import listed
 
 SCHEMA = "offramp/distill/1"
 EARLY_EXITS = ("readout", "joint")
@@ -68,7 +69,7 @@ class Study:
     def __post_init__(self) -> None:
         for name, allowed in (("select", RULES), ("teacher_select", RULES), ("early_exits", EARLY_EXITS)):
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {value!r}; choose one of {listed(value, allowed)}")
         for training in (self.training, self.teacher_training):
             if training.label_smoothing or training.weights != "uniform":
                 raise ValueError(

@@ -21,6 +21,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
 from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, margin, share_of_rank, signal
 from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
+from offramp.values import listed
 
 GATES = ("wrong", "all", "correct", "excluded", "uncertain")
 MAPS = ("power", "linear", "rank")
@@ -85,7 +86,7 @@ class InstanceWeights:
         }  # fmt: skip
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} of the weights is {value!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name} of the weights is {value!r}; choose one of {listed(value, allowed)}")
         if self.alpha < 0 or self.beta < 0:
             raise ValueError(f"alpha is {self.alpha} and beta {self.beta}; neither may be negative")
         if self.every < 1 or self.warmup < 0 or self.n_mc < 1:

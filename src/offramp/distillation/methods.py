@@ -14,6 +14,7 @@ from typing import Any
 
 from offramp.distillation.instance_weights import InstanceWeights
 from offramp.distillation.readout import ReadoutConfig
+from offramp.values import listed
 
 LOSSES = ("labels", "kd", "features", "group_dro", "lff")
 
@@ -78,7 +79,7 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}; choose one of {', '.join(LOSSES)}")
+            raise ValueError(f"loss is {self.loss!r}; choose one of {listed(self.loss, LOSSES)}")
         if not self.temperature > 0 or not 0 <= self.fraction <= 1:
             raise ValueError(
                 f"temperature is {self.temperature} and fraction {self.fraction}; they are above 0, and in [0, 1]"

@@ -20,6 +20,7 @@ from offramp.uncertainty.nested_conformal import NestedConformalConfig
 from offramp.uncertainty.one_exit import Laplace
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
+from offramp.values import listed
 
 CONFIDENCES = ("margin", "laplace_margin", "set_sharpness")
 """Signals that are large where the readout is sure; they go with a gate that asks whether it is wrong."""
@@ -150,7 +151,7 @@ def signal(name: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
         if name != "set_miss":
             u = u.masked_fill(sizes == 0, 1.0)  # nothing is left: as conspicuous as it gets
     else:
-        raise ValueError(f"the signal is {name!r}; choose one of {', '.join(SIGNALS)}")
+        raise ValueError(f"the signal is {name!r}; choose one of {listed(name, SIGNALS)}")
     return u.clamp(0, 1), p.argmax(-1)
 
 

@@ -12,6 +12,7 @@ from offramp.families import SplitModel
 from offramp.training.data import Windows
 from offramp.training.objectives import OBJECTIVES, Teacher
 from offramp.training.optimiser import adamw
+from offramp.values import listed
 
 READOUTS = ("head", "lens")
 FITS = ("labels", "forward-kl", "teacher-argmax")
@@ -49,7 +50,7 @@ class TokenReadoutConfig:
     def __post_init__(self) -> None:
         for name, allowed in (("kind", READOUTS), ("fit", FITS)):
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} of the readout is {value!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name} of the readout is {value!r}; choose one of {listed(value, allowed)}")
         for name in ("layer", "rank", "tokens", "epochs", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} of the readout is {getattr(self, name)}; it counts from 1")

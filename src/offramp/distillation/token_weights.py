@@ -29,6 +29,7 @@ from offramp.training.tally import chunk_rows
 from offramp.uncertainty import token_laplace
 from offramp.uncertainty.shortlist import shortlist
 from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, TokenLaplace
+from offramp.values import listed
 
 SIGNALS = ("margin", "entropy", "loss", "laplace_margin", "laplace_entropy")
 GATES = ("wrong", "all", "correct")
@@ -70,9 +71,11 @@ class TokenWeights:
     def __post_init__(self) -> None:
         for name, allowed in (("signal", SIGNALS), ("gate", GATES), ("control", CONTROLS)):
             if (value := getattr(self.rule, name)) not in allowed:
-                raise ValueError(f"{name} of token weights is {value!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name} of token weights is {value!r}; choose one of {listed(value, allowed)}")
         if self.target not in TARGETS:
-            raise ValueError(f"target of token weights is {self.target!r}; choose one of {', '.join(TARGETS)}")
+            raise ValueError(
+                f"target of token weights is {self.target!r}; choose one of {listed(self.target, TARGETS)}"
+            )
         if (self.rule.every, self.rule.warmup) != (1, 0):
             raise ValueError(
                 "every and warmup of the rule count epochs of rows; give every and start of the token weights"

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from offramp.metrics.group_members import Groups
+from offramp.values import listed
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def select(history: Sequence[Epoch], rule: str) -> Epoch:
         ValueError: No such rule, no epoch, or groups of validation rows are needed and not known.
     """
     if rule not in RULES:
-        raise ValueError(f"the selection rule is {rule!r}; allowed are {', '.join(RULES)}")
+        raise ValueError(f"the selection rule is {rule!r}; allowed are {listed(rule, RULES)}")
     if not history:
         raise ValueError("the run has recorded no epoch; train at least one before selecting")
     values = [RULES[rule](epoch) for epoch in history]
@@ -137,9 +138,9 @@ class LabelBudget:
     def __post_init__(self) -> None:
         for (use, split), count in self.used.items():
             if use not in USES:
-                raise ValueError(f"the use is {use!r}; allowed are {', '.join(USES)}")
+                raise ValueError(f"the use is {use!r}; allowed are {listed(use, USES)}")
             if split not in SPLITS:
-                raise ValueError(f"the split is {split!r}; allowed are {', '.join(SPLITS)}")
+                raise ValueError(f"the split is {split!r}; allowed are {listed(split, SPLITS)}")
             if count is not None and count < 0:
                 raise ValueError(f"{use} is to have used {count} group labels of {split}; a count from 0 on is needed")
 

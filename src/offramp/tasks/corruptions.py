@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from offramp.tasks.labelled import Labelled
+from offramp.values import listed
 
 Image = NDArray[np.float32]
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -72,7 +73,7 @@ def corrupt(
         ValueError: No such kind or severity.
     """
     if kind not in CORRUPTIONS:
-        raise ValueError(f"corruption {kind!r} is unknown; choose one of {', '.join(CORRUPTIONS)}")
+        raise ValueError(f"corruption {kind!r} is unknown; choose one of {listed(kind, CORRUPTIONS)}")
     if severity not in (0, *SEVERITIES):
         raise ValueError(f"severity is {severity}; give 1 to 5, or 0 for none")
     if not severity:

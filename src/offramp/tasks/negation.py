@@ -6,6 +6,8 @@ import string
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from offramp.values import choice
+
 PUBLISHED = "four words"
 EXTENDED = "twelve words"
 RULES: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -38,6 +40,5 @@ def has_negation(text: str, rule: str = PUBLISHED) -> bool:
     Raises:
         ValueError: There is no such rule.
     """
-    if rule not in RULES:
-        raise ValueError(f"the negation rule is {rule!r}; allowed are {', '.join(map(repr, RULES))}")
+    choice("the negation rule", rule, tuple(RULES))
     return not RULES[rule].isdisjoint(text.translate(_DROP).lower().split(" "))

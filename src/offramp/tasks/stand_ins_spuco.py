@@ -14,6 +14,7 @@ from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.stand_ins import Integers, as_bytes
+from offramp.values import listed
 
 Render = Callable[[NDArray[np.uint8], Integers, np.random.Generator], NDArray[np.uint8]]
 """Images [n, 28, 28] and the colour of each [n] -> [n, 28, 28, 3]."""
@@ -68,7 +69,7 @@ def spuco_mnist(
         ValueError: An unknown difficulty, a share out of range, or fewer images than asked for.
     """
     if difficulty not in PLACES:
-        raise ValueError(f"difficulty is {difficulty!r}; allowed are {', '.join(PLACES)}")
+        raise ValueError(f"difficulty is {difficulty!r}; allowed are {listed(difficulty, PLACES)}")
     for name, share in (("label_noise", label_noise), ("core_noise", core_noise)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}; it must be in [0, 1)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from offramp.training import consistency
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.run_folder import Clock
+from offramp.values import listed
 
 FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -117,7 +118,7 @@ class TrainConfig:
         }  # fmt: skip
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
+                raise ValueError(f"{name} is {value!r}; choose one of {listed(value, allowed)}")
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give steps or tokens, one of them, to say when training ends")
         self._check_numbers()

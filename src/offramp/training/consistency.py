@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from offramp.training.objectives import choices as chosen
 from offramp.training.tally import Tally
+from offramp.values import listed
 
 if TYPE_CHECKING:
     from offramp.exits import Exits
@@ -42,7 +43,7 @@ def consistency_targets(choices: Tensor, kind: str = "agree") -> Tensor:
         ValueError: There is no such kind.
     """
     if kind not in TARGETS:
-        raise ValueError(f"the target is {kind!r}; allowed are {', '.join(TARGETS)}")
+        raise ValueError(f"the target is {kind!r}; allowed are {listed(kind, TARGETS)}")
     agree = choices[:-1] == choices[-1]
     if kind == "agree":
         return agree

@@ -21,6 +21,7 @@ from offramp.tables import markdown
 from offramp.uncertainty import artefact, checks, ensemble, fingerprint, overhead, predictive
 from offramp.uncertainty.one_exit import ExitPosterior, fit_exits
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
+from offramp.values import choice
 
 METHODS = ("vanilla", "temperature", "mie", "mie+temperature", "laplace", "mie+laplace")
 """From the network's own softmax to the published method; "mie" is the model-internal ensemble."""
@@ -61,8 +62,7 @@ class PosteriorConfig:
             "grid": (None, "meronen"),
         }  # fmt: skip
         for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+            choice(name, getattr(self, name), allowed)
         if self.n_mc < 1:
             raise ValueError(f"n_mc is {self.n_mc}; it must be at least 1 (50 are customary)")
         if not 0 < self.evidence <= 1:

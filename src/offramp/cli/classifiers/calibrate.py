@@ -28,7 +28,7 @@ def calibrate_classifier(
             "the one that held-out rows of the tune split say helps, which may be none."
         ),
     ] = "auto",
-    n_mc: c.NMc = 50,
+    draws: c.Draws = 50,
     grid: c.Grid = None,
     predictive: Annotated[str, typer.Option(help="With Laplace: mc, means over draws, or probit, without any.")] = "mc",
     damping: Annotated[str, typer.Option(help="Of Laplace: factored, as published, or exact.")] = "factored",
@@ -95,7 +95,7 @@ def calibrate_classifier(
     promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
     method, candidates = (NONE, CANDIDATES) if posterior == AUTO else (posterior, ())
     config = CalibrationConfig(
-        PosteriorConfig(method, n_mc, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed,
+        PosteriorConfig(method, draws, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed,
         reference, candidates,
     )  # fmt: skip
     folder = out or Path("runs") / f"calibrate-{c.title(model)}-{posterior}"

@@ -31,7 +31,7 @@ def evaluate_classifier(
         str | None, typer.Option(help="Test on corrupted images too: noise, blur, contrast, or several with commas.")
     ] = None,
     severity: Annotated[int, typer.Option(help="Of the corruptions, 1 to 5.")] = 3,
-    n_mc: c.NMc = 50,
+    draws: c.Draws = 50,
     grid: c.Grid = None,
     fit_on: c.FitOn = "train",
     bins: c.Bins = 15,
@@ -59,7 +59,7 @@ def evaluate_classifier(
     from offramp.uncertainty.posterior import METHODS, PosteriorConfig
 
     config = ComparisonConfig(
-        METHODS if methods == "all" else _names(methods), PosteriorConfig(n_mc=n_mc, grid=grid, seed=seed), fit_on,
+        METHODS if methods == "all" else _names(methods), PosteriorConfig(n_mc=draws, grid=grid, seed=seed), fit_on,
         () if corruption is None else _names(corruption), severity, limit, Settings(bins, resamples, seed),
     )  # fmt: skip
     folder = out or Path("runs") / f"evaluate-{c.title(models[0])}"
@@ -74,7 +74,7 @@ def evaluate_classifier(
         rows = {name: len(part) for name, part in networks[0].splits.items()}
         conditions = {
             "model": c.title(models[0]), "data": str(data), "rows": ", ".join(f"{n} {k}" for n, k in rows.items()),
-            "draws": n_mc, "grid": grid or "wide", "factors_from": fit_on, "bins": bins, "seed": seed,
+            "draws": draws, "grid": grid or "wide", "factors_from": fit_on, "bins": bins, "seed": seed,
             "command": o.command_line(), **describe(networks[0].classifier.device),
         }  # fmt: skip
         result = compare(networks, config, folder, conditions=conditions, progress=progress)

@@ -38,7 +38,7 @@ Cache = Annotated[
     typer.Option(metavar="FOLDER", help="Where outputs of exits are kept for later steps; default: beside the model."),
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows at once.")]
-NMc = Annotated[int, typer.Option(help="Draws of the logits, with Laplace.")]
+Draws = Annotated[int, typer.Option(help="Draws of the logits, with Laplace.")]
 Grid = Annotated[
     str | None,
     typer.Option(help="meronen: the published grid of temperatures and prior variances; default: a wider one."),

@@ -46,7 +46,7 @@ def train_classifier(
     classes: Annotated[
         str | None, typer.Option(help="Names of the classes, with commas, in their order; default: as the files say.")
     ] = None,
-    count: Annotated[
+    limit: Annotated[
         int | None, typer.Option(help="Use only so many rows, drawn at random; a published test split stays whole.")
     ] = None,
     image_size: Annotated[
@@ -85,9 +85,7 @@ def train_classifier(
     augment: Annotated[
         str, typer.Option(help="Of images: crop-flip, crop (for digits and letters), flip or none.")
     ] = "crop-flip",
-    precision: Annotated[
-        str | None, typer.Option(help="bf16: compute in bfloat16, faster where the processor can; default: float32.")
-    ] = None,
+    precision: o.Precision = None,
     seed: Annotated[int, typer.Option(help="Of the division, of first weights, and of all draws.")] = 0,
     validate_every: Annotated[int, typer.Option(help="Epochs between judgements on the tune split.")] = 1,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
@@ -123,7 +121,7 @@ def train_classifier(
     )  # fmt: skip
     reading = DataConfig(
         task, layout, text=_column(text_column), label=_column(label_column), pair=_column(pair_column),
-        cluster=_column(cluster_column), count=count, seed=seed, image_size=image_size, longest=longest,
+        cluster=_column(cluster_column), count=limit, seed=seed, image_size=image_size, longest=longest,
         classes=() if classes is None else tuple(name.strip() for name in classes.split(",")),
     )  # fmt: skip
     augmentation = _augmentation(augment)
