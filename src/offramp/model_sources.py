@@ -106,8 +106,8 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} is a file; name the folder that holds config.json and the weights")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} is an adapter without its model: load that with transformers, put the adapter on it with "
-            "peft.PeftModel.from_pretrained(model, folder), and give both to offramp.LanguageModel(model, tokenizer)"
+            f"{folder} is an adapter without its model: load that with transformers, put the adapter on it with peft's "
+            "PeftModel, and give it to offramp.LanguageModel(model, tokenizer)"
         )
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern)):
