@@ -22,6 +22,7 @@ from offramp.classifiers.compare import ComparisonConfig, compare
 from offramp.classifiers.compare import fitted as fit_method
 from offramp.classifiers.divided import IMAGES, TEXTS, DataConfig, divide, record
 from offramp.classifiers.evaluate import Settings, charged
+from offramp.classifiers.outputs import load_description, save_outputs
 from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics.calibration import grade
@@ -119,6 +120,18 @@ def test_a_pass_of_other_weights_or_rows_is_made_anew(texts, tmp_path, monkeypat
     other.on("tune", passes.splits["test"])
     other.on("tune", passes.splits["test"])
     assert made == ["tune.safetensors"] * 3
+
+
+def test_outputs_that_an_earlier_version_kept_get_the_costs_they_lack(texts, tmp_path, monkeypatch):
+    made = counted(monkeypatch)
+    passes = Passes.of(texts[0], TEXTS, texts[1], folder=tmp_path)
+    new = passes.outputs("tune")
+    description = load_description(tmp_path / "tune.safetensors")
+    save_outputs(replace(new, cut=None), tmp_path / "tune.safetensors", description)
+    found = passes.outputs("tune")
+    assert made == ["tune.safetensors"]
+    assert found.cut.tolist() == pytest.approx(new.cut.tolist())
+    assert found.full_cost < float(found.costs[-1])
 
 
 def test_a_run_of_another_task_or_data_has_no_passes(texts, images):

@@ -176,6 +176,37 @@ def test_a_report_needs_nothing_beside_it(images, calibrated):
     ]  # fmt: skip
 
 
+def test_pages_of_earlier_results_say_what_they_are_over(images, calibrated):
+    place, out = images[0], images[0] / "earlier"
+    out.mkdir()
+    values = json.loads((calibrated[0] / "result.json").read_text())
+    for name in ("choice", "effect", "full_cost"):
+        del values[name]
+    values["schema"] = "offramp/classifier-calibration/1"
+    values["kept"] = {name: values["kept"][name] for name in ("rows", "loss", "saving")}
+    (out / "result.json").write_text(json.dumps(values))
+    offramp("report", out, "--out", place / "earlier.html")
+    assert "an earlier version wrote this. Calibrate again." in (place / "earlier.html").read_text()
+
+
+def test_the_posterior_is_chosen_unless_it_is_named(images):
+    place, data, runs, _ = images
+    out = place / "chosen"
+    run = offramp("calibrate", runs[0] / "model", "--task", IMAGES, "--data", data, "--out", out)
+    values = json.loads((out / "result.json").read_text())
+    method = values["choice"]["method"]
+    assert method == values["config"]["posterior"]["method"]
+    assert f"Posterior: {method}, " in run.stdout
+    assert set(values["choice"]["nlpd"]) == {"vanilla", "temperature", "mie", "mie+temperature"}
+    assert (values["effect"] is None) == (method == "vanilla")
+    run = offramp(
+        "calibrate", runs[0] / "model", "--task", IMAGES, "--data", data, "--posterior", "mie", "--out", place / "mie"
+    )
+    assert re.search(
+        r"mie (helps|HURTS|was not shown to help or to hurt): against none it changes the NLPD", run.stdout
+    )
+
+
 def test_classify_by_budget_threshold_and_certificate(images, calibrated):
     image = pytest.importorskip("PIL.Image")
     place, data, runs, _ = images
@@ -324,6 +355,9 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     fails("calibrate", model, *task, data, "--posterior", "platt", words="method is 'platt'; allowed are 'vanilla'")
     fails("calibrate", model, *task, data, "--tolerance", 0.1, "--loss", "f1", words="--loss f1: choose one of")
     fails("calibrate", model, *task, data, "--alpha", 2, words="alpha is 2")
+    fails(
+        "calibrate", model, *task, data, "--reference", "x", words="reference is 'x'; allowed are last-exit, posterior"
+    )
     fails("classify", model, "x.png", "--budget", 0.5, words="--budget needs --posterior")
     both = ("--posterior", calibrated[0], "--budget", 0.7)
     fails("classify", model, "x.png", *both, "--threshold", 1, words="give one of --budget and --threshold")

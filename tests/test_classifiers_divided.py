@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from classifier_data import write_idx, write_texts
-from offramp.classifiers.divided import IMAGES, SCHEMA, TEXTS, DataConfig, divide, read_again, record
+from offramp.classifiers import divided
+from offramp.classifiers.divided import IMAGES, SCHEMA, TEXTS, DataConfig, divide, located, read_again, record
 from offramp.tasks.labelled import SHARES
 
 
@@ -167,3 +169,24 @@ def test_drawing_rows_leaves_the_outer_draws_alone(folder):
     before = torch.get_rng_state()
     divide(DataConfig(IMAGES, count=50), folder)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_name_stands_for_a_set_that_is_installed(folder, tmp_path, monkeypatch):
+    name = Path("fashion-mnist")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(divided, "INSTALLED", tmp_path / "installed")
+    monkeypatch.delenv("OFFRAMP_FASHION_MNIST", raising=False)
+    with pytest.raises(
+        FileNotFoundError, match="no fashion-mnist here.*sudo apt install dataset-fashion-mnist"
+    ) as raised:
+        divide(DataConfig(IMAGES), name)
+    assert "\n" not in str(raised.value)
+    shutil.copytree(folder, tmp_path / "installed" / "fashion-mnist")
+    assert located(name) == tmp_path / "installed" / "fashion-mnist"
+    monkeypatch.setenv("OFFRAMP_FASHION_MNIST", str(folder))
+    assert located(name) == folder
+    found, expected = divide(DataConfig(IMAGES), name), divide(DataConfig(IMAGES), folder)
+    assert {part: rows.digest() for part, rows in found.items()} == {n: rows.digest() for n, rows in expected.items()}
+    shutil.copytree(folder, tmp_path / "fashion-mnist")  # what is here comes first
+    assert located(name) == name
+    assert located(tmp_path / "other") == tmp_path / "other"

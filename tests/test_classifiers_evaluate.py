@@ -15,6 +15,7 @@ from offramp.classifiers.method import Fitted, Interval, Method, Point, area, cu
 from offramp.classifiers.result import ClassifierEvaluation, summarise
 from offramp.metrics import resampled
 from offramp.metrics.calibration import grade, scores
+from offramp.report.drawing import percent
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs
 
@@ -386,3 +387,10 @@ def test_pictures_show_the_figures(evaluation):
     assert len(panels) == 2 * 3  # methods and exits
     dots = panels[0].collections[-1].get_offsets()
     np.testing.assert_allclose(dots, [(b[3], b[4]) for b in found[0].reliability[0]])
+
+
+def test_ticks_of_a_short_axis_differ():
+    pytest.importorskip("matplotlib")
+    label = percent()
+    assert [label(x, 0) for x in (0.875, 0.8775, 0.88, 0.88125)] == ["87.5%", "87.75%", "88%", "88.125%"]
+    assert [label(x, 0) for x in (0, 0.1 + 0.2, 1, -1e-17)] == ["0%", "30%", "100%", "0%"]

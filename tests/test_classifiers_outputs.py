@@ -73,6 +73,7 @@ def test_saved_outputs_come_back(groups, tmp_path):
     assert all(a.equal(b) for a, b in zip(got.features, outputs.features, strict=True))
     assert got.logits.equal(outputs.logits)
     assert (got.ids, got.labels.tolist(), got.costs.tolist()) == (IDS, outputs.labels.tolist(), outputs.costs.tolist())
+    assert got.cut.tolist() == outputs.cut.tolist()
     assert got.groups is None if groups is None else got.groups.equal(groups)
     assert load_description(tmp_path / "o.safetensors") == {"weights": "abc"}
 

@@ -11,6 +11,7 @@ import transformers as hf
 from offramp import ModelError
 from offramp import load as load_language_model
 from offramp.classifiers import EarlyExitClassifier, HeadConfig, load
+from offramp.files import write_tensors
 from offramp.packaged import PACKAGED, Packaged
 from tiny import tokenizer
 from tiny_encoders import EVERYTHING, VOCABULARY, build, encoder, inputs_for, tiny
@@ -184,3 +185,37 @@ def test_minilm_finds_what_two_sentences_have_in_common(tmp_path, monkeypatch):
     assert classifier.layers == (2, 4, 6)
     with pytest.raises(ModelError, match="bert language model needs"):
         load_language_model("minilm")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(value, tmp_path):
+    classifier = build("bert")
+    classifier.save(tmp_path / "c")
+    name = "heads.1.linear.bias"
+    with torch.no_grad():
+        dict(classifier.named_parameters())[name][0] = value
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity, so the classifier is not saved"):
+        classifier.save(tmp_path / "c")
+    assert torch.isfinite(load(tmp_path / "c").heads[1].linear.bias).all()  # what was there stays
+    write_tensors(tmp_path / "c" / "model.safetensors", {n: t.contiguous() for n, t in classifier.state_dict().items()})
+    with pytest.raises(ModelError, match=f"model.safetensors: {name} holds NaN or infinity.* train it again") as raised:
+        load(tmp_path / "c")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_a_folder_is_run_nor_asked_about(part, tmp_path, monkeypatch):
+    """transformers asks a user at the terminal, for seconds, where it was not told to refuse."""
+    EarlyExitClassifier.from_encoder(encoder("bert"), (1,), 2, tokenizer=tokenizer()).save(tmp_path / "c")
+    file = tmp_path / "c" / "encoder" / part
+    values = json.loads(file.read_text())
+    kinds = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoTokenizer": ["own.Slow", "own.Fast"]}
+    file.write_text(json.dumps({**values, "model_type": "own", "tokenizer_class": "Own", "auto_map": kinds}))
+    (tmp_path / "c" / "encoder" / "own.py").write_text("raise AssertionError('this ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    if part == "tokenizer_config.json":
+        assert load(tmp_path / "c").tokenizer("why ?").input_ids  # all that it needs is in tokenizer.json
+        return
+    with pytest.raises(ModelError, match="needs code of its own .* which offramp never runs") as raised:
+        load(tmp_path / "c")
+    assert "this ran" not in str(raised.value)
