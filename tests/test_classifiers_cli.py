@@ -246,7 +246,9 @@ def test_classify_by_budget_threshold_and_certificate(images, calibrated):
     assert {a["exit"] for a in answers(*files, "--threshold", "2,-1")["answers"]} == {2}
     # with a certificate that is the rule
     certified = json.loads((out / "result.json").read_text())["certificate"]["threshold"]
-    assert answers(*files, "--posterior", out)["rule"]["thresholds"] == [certified]
+    rule = answers(*files, "--posterior", out)["rule"]
+    assert rule["thresholds"] == [certified]
+    assert rule["words"].endswith("(its promise is against the network's own last exit, without the posterior)")
     for other in ("entropy", "gap"):  # not what was certified
         fails("classify", model, files[0], "--posterior", out, "--confidence", other,
               words=f"is certified for --confidence max, not for {other}")  # fmt: skip

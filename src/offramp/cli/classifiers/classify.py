@@ -126,8 +126,14 @@ def _rule(
                 f"the threshold in --posterior is certified for --confidence max, not for {confidence}; give a "
                 "--threshold for it, or leave out --confidence"
             )
-        certified = calibrated.certified
-        return certified, {"words": f"the certified threshold, {certified:.6g}", "thresholds": [_finite(certified)]}
+        certified, certificate = calibrated.certified, calibrated.certificate or {}
+        against = certificate["promise"].get("reference") or "the last exit with the posterior"  # as it once was
+        words = (
+            f"the certified threshold, {certified:.6g} (its promise is against {against})"
+            if certificate["index"]
+            else "full depth, for no early leaving is certified"
+        )
+        return certified, {"words": words, "thresholds": [_finite(certified)]}
     return None, {"words": "full depth, for want of --budget or --threshold", "thresholds": []}
 
 
