@@ -192,6 +192,13 @@ def test_a_model_in_a_subfolder(tiny, copy, tmp_path):
         load(tiny.parent, subfolder="elsewhere")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_library_that_is_missing_is_named(tiny):
+    with pytest.raises(ModelError, match="needs what is not installed: .*bitsandbytes") as caught:
+        load(tiny, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_of_an_adapter_says_how(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"is an adapter without its model: .* offramp\.LanguageModel"):

@@ -36,6 +36,8 @@ def loading(source: Source) -> Iterator[None]:
             yield
     except ModelError:
         raise
+    except ImportError as error:  # of a quantisation, for example
+        raise ModelError(f"{source.place} needs what is not installed: {first_line(error)}") from error
     except Exception as error:  # each damaged file has an exception type of its own
         place = source.place
         if source.offline is not None:
