@@ -103,7 +103,7 @@ def packaged_folder(name: str) -> Path:
             for want of room.
     """
     packaged = PACKAGED[name]
-    folder = _cache() / "models" / f"{name}-{packaged.sha256[:12]}"
+    folder = cache_folder() / "models" / f"{name}-{packaged.sha256[:12]}"
     if _is_complete(folder):
         return folder
     weights = _find_weights(packaged)
@@ -143,7 +143,8 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
                 disable_progress_bars()
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where converted models and compiled kernels are kept: `$OFFRAMP_CACHE`, else the user's cache folder."""
     if chosen := os.environ.get("OFFRAMP_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offramp"

@@ -20,6 +20,11 @@ class HeadRows(NamedTuple):
         """The rows of some batch rows only."""
         return HeadRows(self.weight[index], None if self.bias is None else self.bias[index])
 
+    def columns(self, index: Tensor) -> HeadRows:
+        """Some of each batch row's tokens, `index` [A, K'] into its K."""
+        weight = self.weight[0][index] if len(index) == 1 else self.weight.take_along_dim(index[:, :, None], 1)
+        return HeadRows(weight, None if self.bias is None else self.bias.gather(1, index))
+
 
 @dataclass
 class Context:

@@ -136,9 +136,7 @@ class Kept:
         rows = self.rows
         if rows is not None:
             behind = torch.arange(self.ranked.shape[1], self.ids.shape[1], device=order.device)
-            columns = torch.cat([order, behind.expand(len(order), -1)], dim=1)
-            weight = rows.weight[0][columns] if len(order) == 1 else rows.weight.take_along_dim(columns[:, :, None], 1)
-            rows = type(rows)(weight, None if rows.bias is None else rows.bias.gather(1, columns))
+            rows = rows.columns(torch.cat([order, behind.expand(len(order), -1)], dim=1))
         return Kept(self.ranked.gather(1, order), sizes, self.protected, rows)
 
     def select(self, index: list[int]) -> Kept:

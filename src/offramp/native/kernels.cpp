@@ -1,0 +1,924 @@
+// Decoder blocks as short programs over registers, run by a few threads inside one call.
+//
+// A token costs what its weights cost to read; everything here follows from that. Weights are read where they lie (bf16
+// and float32: the model's own memory), widened in registers and multiplied with float32 activations. All sums are taken
+// in an order that depends on the weights' width alone: neither the number of rows in a call nor the number of threads
+// changes a bit of any row, so that a drafted token and its check agree exactly.
+//
+// A plain C interface, no torch and no Python: `native/library.py` mirrors the structs below, all of whose fields are
+// eight bytes wide. Vectors are the compiler's own, sixteen floats, which it splits where the machine's are shorter.
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+// ------------------------------------------------------------------------------------------------ the interface
+
+extern "C" {
+
+enum Format : int64_t { F32 = 0, BF16 = 1, INT8 = 2 };
+enum NormKind : int64_t { NO_NORM = 0, RMS = 1, LAYER = 2 };
+enum Activation : int64_t { IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, RELU_SQUARED = 5 };
+enum Kind : int64_t { LINEAR = 0, NORM = 1, ROTATE = 2, ATTEND = 3 };
+enum Into : int64_t { STORE = 0, ADD = 1, ACTIVATE = 2, GATE = 3 };
+
+struct Matrix {              // [rows, cols], y = W x + bias
+    int64_t format, rows, cols, stride;  // stride: elements from one row to the next
+    const void* data;
+    const float* scales;     // INT8: one per row and 64 columns
+    const float* bias;       // or null
+};
+
+struct Norm {
+    int64_t kind, cols;
+    double eps;
+    const float* weight;     // or null: ones
+    const float* bias;       // or null
+};
+
+struct Op {
+    int64_t kind;
+    int64_t src, dst;        // registers; 0 is the residual state
+    int64_t first, width;    // NORM: which columns of `src`
+    int64_t into;            // LINEAR, NORM: what becomes of the result
+    int64_t activation;
+    int64_t count;           // LINEAR: matrices, side by side in `dst`
+    double multiplier;       // of what is added to the residual
+    Norm norm;               // LINEAR: of the input, first. NORM: this. ROTATE: of each query head
+    Norm key_norm;           // ROTATE: of each key head
+    Matrix matrix[3];
+    // ROTATE, ATTEND
+    int64_t heads, kv_heads, head_dim;
+    int64_t rotation;        // which table; -1: none
+    int64_t rotated;         // leading dimensions of a head that turn
+    int64_t interleaved;     // neighbours turn together, not halves
+    int64_t window;          // 0: none
+    double scale, cap;       // of scores; cap 0: none
+    const float* sinks;      // one per head, or null
+    int64_t memory;          // to the encoder's output, not to the text
+    int64_t biased;          // scores get the call's bias by distance
+};
+
+struct Model {
+    int64_t width, registers;
+    const int64_t* widths;   // floats per row of each register
+    const Op* ops;
+    const int64_t* program;  // where each program begins, and the last one ends
+    int64_t kv_format;       // F32 or BF16
+};
+
+struct Rotation {
+    const float* cosines;    // [positions, rotated / 2]
+    const float* sines;
+};
+
+struct Call {
+    int64_t first, last;     // programs [first, last)
+    int64_t rows;            // tokens, M
+    int64_t layer;           // of the first program: which cache it has
+    int64_t capacity;        // slots per row of the caches, a multiple of 16
+    int64_t threads;
+    float* hidden;           // [M, D], in and out
+    const int64_t* batch;    // [M]: the cache row of each token
+    const int64_t* slot;     // [M]: its slot, which is its position
+    void* const* keys;       // per layer [B, heads, capacity / 16, head_dim, 16]
+    void* const* values;     // per layer [B, heads, capacity, head_dim]
+    const Rotation* rotations;
+    const float* distances;  // bias of scores by head and distance, [heads, reach]
+    int64_t reach;
+    int64_t memory_capacity;         // the same for the encoder's output
+    const int64_t* memory_lengths;   // [B]
+    void* const* memory_keys;
+    void* const* memory_values;
+};
+}
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ threads
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Spins for a moment, then lets others run: on a busy machine the one waited for may not be on a core.
+struct Patience {
+    int turns = 0;
+    void wait() {
+        if (++turns < 4000) pause();
+        else std::this_thread::yield();
+    }
+};
+
+struct Barrier {
+    std::atomic<int64_t> arrived{0}, phase{0};
+    void wait(int64_t threads) {
+        const int64_t now = phase.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            phase.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (Patience p; phase.load(std::memory_order_acquire) == now;) p.wait();
+    }
+};
+
+// What the threads of one call share.
+struct Team {
+    int64_t threads;
+    Barrier barrier;
+    std::vector<std::atomic<int64_t>> taken;  // one counter per stage of the call
+    Team(int64_t threads, size_t stages) : threads(threads), taken(stages) {
+        for (auto& counter : taken) counter.store(0, std::memory_order_relaxed);
+    }
+};
+
+typedef void (*Task)(void* argument, int64_t thread);
+
+// Workers that wait for tasks: they spin for a fraction of a millisecond, then sleep.
+class Pool {
+  public:
+    void run(int64_t threads, Task task, void* argument) {
+        std::lock_guard<std::mutex> one(calls_);
+        while (static_cast<int64_t>(workers_) < threads - 1) {
+            const int64_t id = ++workers_;
+            const uint64_t seen = epoch_.load();
+            std::thread([this, id, seen] { work(id, seen); }).detach();
+        }
+        if (threads > 1) {
+            std::lock_guard<std::mutex> lock(sleep_);
+            task_ = task, argument_ = argument, threads_ = threads;
+            left_.store(workers_, std::memory_order_relaxed);
+            epoch_.fetch_add(1, std::memory_order_release);
+        }
+        if (threads > 1) wake_.notify_all();
+        task(argument, 0);
+        if (threads > 1)
+            for (Patience p; left_.load(std::memory_order_acquire) > 0;) p.wait();
+    }
+
+  private:
+    void work(int64_t id, uint64_t seen) {
+        for (;;) {
+            for (int turn = 0; turn < 20000 && epoch_.load(std::memory_order_acquire) == seen; ++turn) pause();
+            if (epoch_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> lock(sleep_);
+                wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+            }
+            seen = epoch_.load(std::memory_order_acquire);
+            if (id < threads_) task_(argument_, id);
+            left_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    std::mutex calls_, sleep_;
+    std::condition_variable wake_;
+    std::atomic<uint64_t> epoch_{0};
+    std::atomic<int64_t> left_{0};
+    int64_t workers_ = 0, threads_ = 1;
+    Task task_ = nullptr;
+    void* argument_ = nullptr;
+};
+
+std::atomic<Pool*> the_pool{nullptr};
+
+// After a fork the child has no workers: it gets a pool of its own, and the old one is left as it lies.
+Pool& pool() {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+    (void)registered;
+    Pool* have = the_pool.load();
+    if (!have) {
+        Pool* made = new Pool;
+        if (the_pool.compare_exchange_strong(have, made)) have = made;
+        else delete made;
+    }
+    return *have;
+}
+
+// ------------------------------------------------------------------------------------------------ arithmetic
+
+inline f32x16 splat(float x) { return f32x16{} + x; }
+
+inline f32x16 load(const float* p) {
+    f32x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+
+// Always in this order: eight and eight, four and four, two and two, one and one.
+inline float sum(f32x16 v) {
+    f32x8 a, b;
+    std::memcpy(&a, &v, 32);
+    std::memcpy(&b, reinterpret_cast<char*>(&v) + 32, 32);
+    a += b;
+    f32x4 c, d;
+    std::memcpy(&c, &a, 16);
+    std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
+    c += d;
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+inline f32x16 choose(i32x16 mask, f32x16 yes, f32x16 no) {
+    return (f32x16)(((i32x16)yes & mask) | ((i32x16)no & ~mask));
+}
+
+// e^x to about two units in the last place; 0 below -87, clamped above 88.
+inline f32x16 exp16(f32x16 x) {
+    const i32x16 gone = x < splat(-87.0f);
+    x = choose(x > splat(88.0f), splat(88.0f), x);
+    x = choose(gone, splat(0.0f), x);
+    const f32x16 magic = splat(12582912.0f);
+    const f32x16 shifted = x * splat(1.44269504088896341f) + magic;  // rounds to a whole number in the low bits
+    const f32x16 n = shifted - magic;
+    f32x16 r = x - n * splat(0.693359375f);
+    r = r - n * splat(-2.12194440e-4f);
+    f32x16 p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    const i32x16 power = ((i32x16)shifted - (i32x16)magic) << 23;
+    return choose(gone, splat(0.0f), (f32x16)((i32x16)p + power));
+}
+
+inline f32x16 activated(int64_t kind, f32x16 x) {
+    const f32x16 one = splat(1.0f), zero = splat(0.0f);
+    switch (kind) {
+        case SILU: return x / (one + exp16(-x));
+        case GELU_TANH: return x / (one + exp16(x * (splat(-1.5957691216f) - splat(0.0713548163f) * x * x)));
+        case GELU: {
+            f32x16 y;
+            for (int i = 0; i < 16; ++i) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+            return y;
+        }
+        case RELU: return choose(x > zero, x, zero);
+        case RELU_SQUARED: {
+            const f32x16 y = choose(x > zero, x, zero);
+            return y * y;
+        }
+        default: return x;
+    }
+}
+
+inline uint16_t to_bf16(float x) {  // to nearest, ties to even
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((u >> 16) | 64);
+    return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// ------------------------------------------------------------------------------------------------ formats of weights
+
+// Weights come in steps of 32 columns, as two vectors of 16. Inputs lie so that both match: in natural order, but for
+// bf16, whose vectors are the even and the odd columns of a step: the high halves of its 32-bit words, and the low ones.
+
+struct WeightsF32 {
+    typedef float Element;
+    const float* row;
+    WeightsF32(const Matrix& m, int64_t r) : row(static_cast<const float*>(m.data) + r * m.stride) {}
+    explicit WeightsF32(const float* row) : row(row) {}
+    f32x16 low(int64_t c) const { return load(row + c); }
+    f32x16 high(int64_t c) const { return load(row + c + 16); }
+    const void* at(int64_t c) const { return row + c; }
+};
+
+struct WeightsBF16 {
+    typedef uint16_t Element;
+    const uint16_t* row;
+    WeightsBF16(const Matrix& m, int64_t r) : row(static_cast<const uint16_t*>(m.data) + r * m.stride) {}
+    explicit WeightsBF16(const uint16_t* row) : row(row) {}
+    u32x16 words(int64_t c) const {
+        u32x16 u;
+        std::memcpy(&u, row + c, sizeof u);
+        return u;
+    }
+    f32x16 low(int64_t c) const { return (f32x16)(words(c) << 16); }
+    f32x16 high(int64_t c) const { return (f32x16)(words(c) & 0xffff0000u); }
+    const void* at(int64_t c) const { return row + c; }
+};
+
+struct WeightsInt8 {
+    typedef int8_t Element;
+    const int8_t* row;
+    const float* scale;
+    WeightsInt8(const Matrix& m, int64_t r)
+        : row(static_cast<const int8_t*>(m.data) + r * m.stride), scale(m.scales + r * (m.stride / 64)) {}
+    f32x16 wide(int64_t c) const {
+        i8x16 q;
+        std::memcpy(&q, row + c, sizeof q);
+        return __builtin_convertvector(q, f32x16) * splat(scale[c / 64]);
+    }
+    f32x16 low(int64_t c) const { return wide(c); }
+    f32x16 high(int64_t c) const { return wide(c + 16); }
+    const void* at(int64_t c) const { return row + c; }
+};
+
+inline int64_t padded(int64_t cols) { return (cols + 31) / 32 * 32; }
+
+// One row of input as the kernels want it, zeros behind its end.
+void pack(const float* x, int64_t cols, int64_t format, float* into) {
+    const int64_t whole = format == BF16 ? cols / 32 * 32 : cols;
+    if (format == BF16) {
+        for (int64_t c = 0; c < whole; c += 32)
+            for (int64_t i = 0; i < 16; ++i) {
+                into[c + i] = x[c + 2 * i];
+                into[c + 16 + i] = x[c + 2 * i + 1];
+            }
+        float tail[32] = {};
+        if (whole < cols) {
+            std::copy(x + whole, x + cols, tail);
+            for (int64_t i = 0; i < 16; ++i) {
+                into[whole + i] = tail[2 * i];
+                into[whole + 16 + i] = tail[2 * i + 1];
+            }
+        }
+        return;
+    }
+    std::copy(x, x + cols, into);
+    std::fill(into + cols, into + padded(cols), 0.0f);
+}
+
+// ------------------------------------------------------------------------------------------------ matrix times rows
+
+// R rows of weights times M rows of inputs. Each sum runs over the columns in one chain of sixteen lanes.
+template <class W, int R, int M>
+inline void tile(const W* w, const float* const* x, int64_t whole, const W* ends, int64_t ahead, float* out) {
+    f32x16 acc[R][M] = {};
+    auto step = [&](const W* v, int64_t at, int64_t c) {
+        f32x16 in[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) in[m] = load(x[m] + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const f32x16 weights = v[r].low(at);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[r][m] += weights * in[m];
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) in[m] = load(x[m] + c + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const f32x16 weights = v[r].high(at);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[r][m] += weights * in[m];
+        }
+    };
+    for (int64_t c = 0; c < whole; c += 32) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)  // the memory that this thread comes to in a moment
+            if (ahead) __builtin_prefetch(static_cast<const char*>(w[r].at(c)) + ahead, 0, 2);
+        step(w, c, c);
+    }
+    if (ends) step(ends, 0, whole);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) out[r * M + m] = sum(acc[r][m]);
+}
+
+// What a LINEAR op works on: the packed inputs and where results go.
+struct Inputs {
+    const float* packed;     // [M, stride]
+    int64_t rows, stride;
+};
+
+// Rows behind the last whole step of 32 columns, copied with zeros: reading on would leave the matrix.
+template <class W>
+struct Ends {
+    typename W::Element memory[8][32];
+    float scales[8];
+    alignas(W) char views[8 * sizeof(W)];
+    const W* of(const Matrix& a, const int64_t* rows, int count, int64_t whole) {
+        if (whole == a.cols || a.format == INT8) return nullptr;  // INT8 is padded as it is made
+        W* made = reinterpret_cast<W*>(views);
+        for (int r = 0; r < count; ++r) {
+            std::memset(memory[r], 0, sizeof memory[r]);
+            const W row(a, rows[r]);
+            std::memcpy(memory[r], row.at(whole), (a.cols - whole) * sizeof(typename W::Element));
+            made[r] = row;
+            made[r].row = memory[r];
+        }
+        return made;
+    }
+};
+
+template <class W, int R, int M>
+inline void write_tile(const W* w, const W* ends, const Inputs& in, int64_t m, int64_t whole, int64_t ahead, float* out,
+                       int64_t stride, int64_t col) {
+    const float* x[M];
+    for (int i = 0; i < M; ++i) x[i] = in.packed + (m + i) * in.stride;
+    float got[R * M];
+    tile<W, R, M>(w, x, whole, ends, ahead, got);
+    for (int i = 0; i < M; ++i)
+        for (int r = 0; r < R; ++r) out[(m + i) * stride + col + r] = got[r * M + i];
+}
+
+template <class W, int R>
+inline void all_inputs(const W* w, const W* ends, const Inputs& in, int64_t whole, int64_t ahead, float* out,
+                       int64_t stride, int64_t col) {
+    int64_t m = 0;
+    for (; m + 4 <= in.rows; m += 4, ahead = 0) write_tile<W, R, 4>(w, ends, in, m, whole, ahead, out, stride, col);
+    switch (in.rows - m) {
+        case 3: write_tile<W, R, 3>(w, ends, in, m, whole, ahead, out, stride, col); break;
+        case 2: write_tile<W, R, 2>(w, ends, in, m, whole, ahead, out, stride, col); break;
+        case 1: write_tile<W, R, 1>(w, ends, in, m, whole, ahead, out, stride, col); break;
+    }
+}
+
+constexpr int64_t MANY = 12;  // inputs from which weights are widened once for all of them
+
+// Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + col + (row - from)].
+template <class W>
+void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
+              int64_t stride, int64_t col, float* scratch) {
+    const int64_t whole = a.format == INT8 ? padded(a.cols) : a.cols / 32 * 32;
+    const int64_t ahead = ids ? 0 : 8 * a.stride * static_cast<int64_t>(sizeof(typename W::Element));
+    for (int64_t r = from; r < to;) {
+        const int count = static_cast<int>(std::min<int64_t>(8, to - r));
+        int64_t rows[8];
+        for (int i = 0; i < count; ++i) rows[i] = ids ? ids[r + i] : r + i;
+        alignas(W) char memory[8 * sizeof(W)];
+        W* w = reinterpret_cast<W*>(memory);
+        for (int i = 0; i < count; ++i) w[i] = W(a, rows[i]);
+        Ends<W> tails;
+        const W* ends = tails.of(a, rows, count, whole);
+        const int64_t at = col + (r - from);
+        if (in.rows >= MANY) {
+            const int64_t wide = padded(a.cols);
+            for (int i = 0; i < count; ++i)
+                for (int64_t c = 0; c < wide; c += 32) {
+                    const W& v = c < whole ? w[i] : ends[i];
+                    store(scratch + i * wide + c, v.low(c < whole ? c : 0));
+                    store(scratch + i * wide + c + 16, v.high(c < whole ? c : 0));
+                }
+            for (int i = 0; i < count;) {
+                const WeightsF32 v[4] = {WeightsF32(scratch + i * wide), WeightsF32(scratch + (i + 1) * wide),
+                                         WeightsF32(scratch + (i + 2) * wide), WeightsF32(scratch + (i + 3) * wide)};
+                const WeightsF32* none = nullptr;
+                int64_t m = 0;
+                if (count - i >= 4) {
+                    for (; m + 6 <= in.rows; m += 6)
+                        write_tile<WeightsF32, 4, 6>(v, none, in, m, wide, 0, out, stride, at + i);
+                    const Inputs rest{in.packed + m * in.stride, in.rows - m, in.stride};
+                    all_inputs<WeightsF32, 4>(v, none, rest, wide, 0, out + m * stride, stride, at + i);
+                    i += 4;
+                } else {
+                    all_inputs<WeightsF32, 1>(v, none, in, wide, 0, out, stride, at + i);
+                    i += 1;
+                }
+            }
+        } else if (in.rows == 1 && count == 8) {
+            write_tile<W, 8, 1>(w, ends, in, 0, whole, ahead, out, stride, at);
+        } else {
+            int i = 0;
+            for (; i + 4 <= count; i += 4)
+                all_inputs<W, 4>(w + i, ends ? ends + i : nullptr, in, whole, ahead, out, stride, at + i);
+            for (; i < count; ++i) all_inputs<W, 1>(w + i, ends ? ends + i : nullptr, in, whole, 0, out, stride, at + i);
+        }
+        r += count;
+    }
+}
+
+void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
+              int64_t stride, int64_t col, float* scratch) {
+    if (a.format == F32) multiply<WeightsF32>(a, from, to, ids, in, out, stride, col, scratch);
+    else if (a.format == BF16) multiply<WeightsBF16>(a, from, to, ids, in, out, stride, col, scratch);
+    else multiply<WeightsInt8>(a, from, to, ids, in, out, stride, col, scratch);
+    if (a.bias)
+        for (int64_t m = 0; m < in.rows; ++m)
+            for (int64_t r = from; r < to; ++r) out[m * stride + col + r - from] += a.bias[ids ? ids[r] : r];
+}
+
+// ------------------------------------------------------------------------------------------------ norms
+
+// Sums in sixteen lanes, in float32, whatever the machine.
+void normalise(const Norm& n, const float* x, float* y) {
+    const int64_t cols = n.cols;
+    auto total = [&](float centre, bool squared) {
+        f32x16 acc = {};
+        int64_t c = 0;
+        for (; c + 16 <= cols; c += 16) {
+            const f32x16 d = load(x + c) - splat(centre);
+            acc += squared ? d * d : d;
+        }
+        float last[16] = {};
+        for (int64_t i = c; i < cols; ++i) last[i - c] = squared ? (x[i] - centre) * (x[i] - centre) : x[i] - centre;
+        return sum(acc + load(last));
+    };
+    const float mean = n.kind == LAYER ? total(0.0f, false) / cols : 0.0f;
+    const float inverse = 1.0f / std::sqrt(total(mean, true) / cols + static_cast<float>(n.eps));
+    for (int64_t c = 0; c < cols; ++c) {
+        const float z = (x[c] - mean) * inverse;
+        y[c] = (n.weight ? z * n.weight[c] : z) + (n.bias ? n.bias[c] : 0.0f);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ one call
+
+struct Run {
+    const Model& model;
+    const Call& call;
+    Team& team;
+    std::vector<float*> registers;
+
+    float* row(int64_t reg, int64_t m) const { return registers[reg] + m * model.widths[reg]; }
+};
+
+// Memory of one thread, kept from call to call.
+struct Scratch {
+    std::vector<float> packed, wide, line;
+    static float* at_least(std::vector<float>& v, int64_t size) {
+        if (static_cast<int64_t>(v.size()) < size) v.resize(size);
+        return v.data();
+    }
+};
+thread_local Scratch scratch;
+
+// Inputs of a LINEAR op in this thread's own memory, normalised on the way.
+Inputs prepared(const Norm& norm, int64_t format, int64_t cols, const float* x, int64_t stride, int64_t rows) {
+    const int64_t wide = padded(cols);
+    float* packed = Scratch::at_least(scratch.packed, rows * wide);
+    float* line = Scratch::at_least(scratch.line, cols);
+    for (int64_t m = 0; m < rows; ++m) {
+        const float* from = x + m * stride;
+        if (norm.kind != NO_NORM) normalise(norm, from, line), from = line;
+        pack(from, cols, format, packed + m * wide);
+    }
+    return {packed, rows, wide};
+}
+
+// Work is taken in pieces as threads come free: the machine's cores are not always equally ours.
+template <class F>
+void shared_out(Team& team, size_t stage, int64_t total, int64_t piece, F work) {
+    for (;;) {
+        const int64_t from = team.taken[stage].fetch_add(piece, std::memory_order_relaxed);
+        if (from >= total) return;
+        work(from, std::min(total, from + piece));
+    }
+}
+
+void linear(Run& run, const Op& op, size_t stage) {
+    const int64_t rows = run.call.rows, cols = op.matrix[0].cols, width = run.model.widths[op.dst];
+    const Inputs in =
+        prepared(op.norm, op.matrix[0].format, cols, run.registers[op.src], run.model.widths[op.src], rows);
+    float* wide = Scratch::at_least(scratch.wide, 8 * padded(cols));
+    int64_t total = 0;
+    for (int64_t i = 0; i < op.count; ++i) total += op.matrix[i].rows;
+    const bool gated = op.into == GATE;
+    if (gated) total = op.matrix[0].rows;
+    const int64_t piece = std::max<int64_t>(16, (total / (run.team.threads * 4) + 15) / 16 * 16);
+    float* out = run.registers[op.dst];
+    shared_out(run.team, stage, total, piece, [&](int64_t from, int64_t to) {
+        if (op.into == ADD) {  // through this thread's memory: the target holds what is added to
+            const int64_t n = to - from;
+            thread_local std::vector<float> sums;
+            float* got = Scratch::at_least(sums, rows * n);
+            multiply(op.matrix[0], from, to, nullptr, in, got, n, 0, wide);
+            for (int64_t m = 0; m < rows; ++m)
+                for (int64_t r = 0; r < n; ++r)
+                    out[m * width + from + r] += static_cast<float>(op.multiplier) * got[m * n + r];
+            return;
+        }
+        if (gated) {
+            for (int i = 0; i < 2; ++i)
+                multiply(op.matrix[i], from, to, nullptr, in, out, width, i * total + from, wide);
+        } else {
+            int64_t start = 0;
+            for (int64_t i = 0; i < op.count; start += op.matrix[i++].rows) {
+                const int64_t lo = std::max(from, start), hi = std::min(to, start + op.matrix[i].rows);
+                if (lo < hi) multiply(op.matrix[i], lo - start, hi - start, nullptr, in, out, width, lo, wide);
+            }
+        }
+        if (op.into == STORE) return;
+        for (int64_t m = 0; m < rows; ++m)
+            for (int64_t c = from; c < to; c += 16) {
+                const int64_t n = std::min<int64_t>(16, to - c);
+                float x[16] = {}, up[16] = {};
+                float* y = out + m * width + c;
+                std::copy(y, y + n, x);
+                f32x16 v = activated(op.activation, load(x));
+                if (gated) {
+                    std::copy(y + total, y + total + n, up);
+                    v = v * load(up);
+                }
+                store(x, v);
+                std::copy(x, x + n, y);
+            }
+    });
+}
+
+void norm(Run& run, const Op& op, size_t stage) {
+    shared_out(run.team, stage, run.call.rows, 1, [&](int64_t m, int64_t) {
+        float* line = Scratch::at_least(scratch.line, op.norm.cols);
+        normalise(op.norm, run.row(op.src, m) + op.first, line);
+        float* y = run.row(op.dst, m) + (op.into == ADD ? 0 : op.first);
+        for (int64_t c = 0; c < op.norm.cols; ++c)
+            y[c] = op.into == ADD ? y[c] + static_cast<float>(op.multiplier) * line[c] : line[c];
+    });
+}
+
+// The cache of one layer that an op works on: that of the text, or that of the encoder's output. Keys of sixteen slots
+// lie side by side, so that sixteen scores are computed at once.
+struct Slots {
+    void *keys, *values;
+    int64_t capacity, heads, dim;
+    Slots(const Call& call, const Op& op, int64_t layer)
+        : keys(op.memory ? call.memory_keys[layer] : call.keys[layer]),
+          values(op.memory ? call.memory_values[layer] : call.values[layer]),
+          capacity(op.memory ? call.memory_capacity : call.capacity), heads(op.kv_heads), dim(op.head_dim) {}
+    int64_t key_at(int64_t b, int64_t head, int64_t slot, int64_t d) const {
+        return (((b * heads + head) * (capacity / 16) + slot / 16) * dim + d) * 16 + slot % 16;
+    }
+    int64_t value_at(int64_t b, int64_t head, int64_t slot) const { return ((b * heads + head) * capacity + slot) * dim; }
+};
+
+void turn(const Op& op, const Rotation& table, int64_t position, float* x) {
+    const int64_t half = op.rotated / 2;
+    const float *cosines = table.cosines + position * half, *sines = table.sines + position * half;
+    for (int64_t i = 0; i < half; ++i) {
+        float& a = x[op.interleaved ? 2 * i : i];
+        float& b = x[op.interleaved ? 2 * i + 1 : half + i];
+        const float turned = a * cosines[i] - b * sines[i];
+        b = b * cosines[i] + a * sines[i];
+        a = turned;
+    }
+}
+
+// Norms and turns the heads of queries and keys in place, and puts keys and values into the cache. `heads` may be 0: a
+// skipped block needs keys and values only.
+void rotate(Run& run, const Op& op, size_t stage, int64_t layer) {
+    const Call& call = run.call;
+    const Slots cache(call, op, layer);
+    const int64_t all = op.heads + 2 * op.kv_heads;
+    shared_out(run.team, stage, call.rows * all, 4, [&](int64_t from, int64_t to) {
+        for (int64_t unit = from; unit < to; ++unit) {
+            const int64_t m = unit / all, head = unit % all, slot = call.slot[m], b = call.batch[m];
+            float* x = run.row(op.src, m) + head * op.head_dim;
+            const bool is_value = head >= op.heads + op.kv_heads, is_key = !is_value && head >= op.heads;
+            if (!is_value) {
+                const Norm& n = is_key ? op.key_norm : op.norm;
+                if (n.kind != NO_NORM) {
+                    float* line = Scratch::at_least(scratch.line, n.cols);
+                    normalise(n, x, line);
+                    std::copy(line, line + n.cols, x);
+                }
+                if (op.rotation >= 0) turn(op, call.rotations[op.rotation], slot, x);
+            }
+            if (is_key) {
+                for (int64_t d = 0; d < op.head_dim; ++d) {
+                    const int64_t at = cache.key_at(b, head - op.heads, slot, d);
+                    if (run.model.kv_format == F32) static_cast<float*>(cache.keys)[at] = x[d];
+                    else static_cast<uint16_t*>(cache.keys)[at] = to_bf16(x[d]);
+                }
+            } else if (is_value) {
+                const int64_t at = cache.value_at(b, head - op.heads - op.kv_heads, slot);
+                for (int64_t d = 0; d < op.head_dim; ++d)
+                    if (run.model.kv_format == F32) static_cast<float*>(cache.values)[at + d] = x[d];
+                    else static_cast<uint16_t*>(cache.values)[at + d] = to_bf16(x[d]);
+            }
+        }
+    });
+}
+
+inline f32x16 widened(const float* p) { return load(p); }
+
+inline f32x16 widened(const uint16_t* p) {
+    u16x16 half;
+    std::memcpy(&half, p, sizeof half);
+    return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
+}
+
+inline float widened_one(float x) { return x; }
+
+inline float widened_one(uint16_t x) {
+    const uint32_t u = static_cast<uint32_t>(x) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+// One head of one token attends to its row's slots up to its own, or to all of the encoder's output.
+template <class E>
+void attend_head(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t head) {
+    const Call& call = run.call;
+    const int64_t slot = call.slot[m], b = call.batch[m], dim = op.head_dim, kv = head / (op.heads / op.kv_heads);
+    const int64_t first = op.window ? std::max<int64_t>(0, slot - op.window + 1) : 0;
+    const int64_t begin = first / 16 * 16, end = op.memory ? call.memory_lengths[b] : slot + 1;
+    const float* q = run.row(op.src, m) + head * dim;
+    float* p = Scratch::at_least(scratch.line, (end - begin + 31) / 16 * 16);
+    const E* keys = static_cast<const E*>(cache.keys) + cache.key_at(b, kv, 0, 0);
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    f32x16 best = splat(-INFINITY);
+    for (int64_t t = begin; t < end; t += 16) {
+        const E* block = keys + t * dim;
+        f32x16 even = {}, odd = {};
+        int64_t d = 0;
+        for (; d + 2 <= dim; d += 2) {
+            even += splat(q[d]) * widened(block + d * 16);
+            odd += splat(q[d + 1]) * widened(block + d * 16 + 16);
+        }
+        if (d < dim) even += splat(q[d]) * widened(block + d * 16);
+        f32x16 score = (even + odd) * splat(static_cast<float>(op.scale));
+        if (op.cap != 0) {
+            const float cap = static_cast<float>(op.cap);
+            for (int i = 0; i < 16; ++i) score[i] = cap * std::tanh(score[i] / cap);
+        }
+        if (op.biased)
+            for (int64_t i = 0; i < 16 && t + i <= slot; ++i) score[i] += call.distances[head * call.reach + slot - t - i];
+        const i32x16 at = lanes + static_cast<int32_t>(t);
+        score = choose((at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(end)), score, splat(-INFINITY));
+        store(p + (t - begin), score);
+        best = choose(score > best, score, best);
+    }
+    float most = best[0];
+    for (int i = 1; i < 16; ++i) most = std::max(most, best[i]);
+    if (op.sinks) most = std::max(most, op.sinks[head]);
+    f32x16 totals = {};
+    for (int64_t t = begin; t < end; t += 16) {
+        const f32x16 e = exp16(load(p + (t - begin)) - splat(most));
+        store(p + (t - begin), e);
+        totals += e;
+    }
+    float total = sum(totals);
+    if (op.sinks) total += std::exp(op.sinks[head] - most);
+    float* y = run.row(op.dst, m) + head * dim;
+    const E* values = static_cast<const E*>(cache.values) + cache.value_at(b, kv, 0);
+    const float inverse = 1.0f / total;
+    int64_t d = 0;
+    for (; d + 64 <= dim; d += 64) {
+        f32x16 acc[4] = {};
+        for (int64_t t = first; t < end; ++t)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) acc[i] += splat(p[t - begin]) * widened(values + t * dim + d + 16 * i);
+        for (int i = 0; i < 4; ++i) store(y + d + 16 * i, acc[i] * splat(inverse));
+    }
+    for (; d + 16 <= dim; d += 16) {
+        f32x16 acc = {};
+        for (int64_t t = first; t < end; ++t) acc += splat(p[t - begin]) * widened(values + t * dim + d);
+        store(y + d, acc * splat(inverse));
+    }
+    for (; d < dim; ++d) {
+        float acc = 0;
+        for (int64_t t = first; t < end; ++t) acc += p[t - begin] * widened_one(values[t * dim + d]);
+        y[d] = acc * inverse;
+    }
+}
+
+void attend(Run& run, const Op& op, size_t stage, int64_t layer) {
+    const Slots cache(run.call, op, layer);
+    shared_out(run.team, stage, run.call.rows * op.heads, 1, [&](int64_t from, int64_t to) {
+        for (int64_t unit = from; unit < to; ++unit) {
+            if (run.model.kv_format == F32) attend_head<float>(run, op, cache, unit / op.heads, unit % op.heads);
+            else attend_head<uint16_t>(run, op, cache, unit / op.heads, unit % op.heads);
+        }
+    });
+}
+
+void programs(void* argument, int64_t) {
+    Run& run = *static_cast<Run*>(argument);
+    const Model& model = run.model;
+    size_t stage = 0;
+    for (int64_t program = run.call.first; program < run.call.last; ++program) {
+        const int64_t layer = run.call.layer + program - run.call.first;
+        for (int64_t at = model.program[program]; at < model.program[program + 1]; ++at, ++stage) {
+            const Op& op = model.ops[at];
+            switch (op.kind) {
+                case LINEAR: linear(run, op, stage); break;
+                case NORM: norm(run, op, stage); break;
+                case ROTATE: rotate(run, op, stage, layer); break;
+                case ATTEND: attend(run, op, stage, layer); break;
+            }
+            if (run.team.threads > 1) run.team.barrier.wait(run.team.threads);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ readouts
+
+struct Readout {
+    const Matrix& matrix;
+    const Norm& norm;
+    const float* x;
+    const int64_t* ids;      // [M, count] or null
+    int64_t rows, count;
+    float* y;                // [M, count]
+    Team& team;
+};
+
+void readout(void* argument, int64_t) {
+    Readout& r = *static_cast<Readout*>(argument);
+    const Matrix& a = r.matrix;
+    const Inputs in = prepared(r.norm, a.format, a.cols, r.x, a.cols, r.rows);
+    float* wide = Scratch::at_least(scratch.wide, 8 * padded(a.cols));
+    const int64_t piece = std::max<int64_t>(16, (r.count / (r.team.threads * 8) + 15) / 16 * 16);
+    if (!r.ids) {
+        shared_out(r.team, 0, r.count, piece, [&](int64_t from, int64_t to) {
+            multiply(a, from, to, nullptr, in, r.y, r.count, from, wide);
+        });
+        return;
+    }
+    for (int64_t m = 0; m < r.rows; ++m) {  // each row has tokens of its own
+        const Inputs one{in.packed + m * in.stride, 1, in.stride};
+        shared_out(r.team, m, r.count, piece, [&](int64_t from, int64_t to) {
+            multiply(a, from, to, r.ids + m * r.count, one, r.y + m * r.count, r.count, from, wide);
+        });
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t offramp_sizes(int64_t which) {  // so that a mirror that has gone astray is noticed
+    const int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Op), sizeof(Model), sizeof(Call)};
+    return which >= 0 && which < 5 ? sizes[which] : -1;
+}
+
+// Run programs [first, last) over M tokens.
+void offramp_run(const Model* model, const Call* call) {
+    thread_local std::vector<float> memory;
+    std::vector<float*> registers{call->hidden};
+    int64_t size = 0;
+    for (int64_t r = 1; r < model->registers; ++r) size += call->rows * model->widths[r];
+    float* next = Scratch::at_least(memory, size);
+    for (int64_t r = 1; r < model->registers; ++r) {
+        registers.push_back(next);
+        next += call->rows * model->widths[r];
+    }
+    Team team(call->threads, model->program[call->last] - model->program[call->first]);
+    Run run{*model, *call, team, registers};
+    pool().run(call->threads, programs, &run);
+}
+
+// y[m] = norm(x[m]).
+void offramp_norm(const Norm* norm, const float* x, int64_t rows, float* y) {
+    for (int64_t m = 0; m < rows; ++m) normalise(*norm, x + m * norm->cols, y + m * norm->cols);
+}
+
+// y[m, i] = W[ids[m, i]] · norm(x[m]) + bias, for all rows of W where `ids` is null.
+void offramp_readout(const Matrix* matrix, const Norm* norm, const float* x, int64_t rows, const int64_t* ids,
+                     int64_t count, float* y, int64_t threads) {
+    Team team(threads, ids ? rows : 1);
+    Readout r{*matrix, *norm, x, ids, rows, count, y, team};
+    pool().run(threads, readout, &r);
+}
+
+// Bytes read as fast as they come, for comparison: returns their sum so that nobody leaves the reading out.
+uint64_t offramp_read(const uint64_t* data, int64_t words, int64_t threads) {
+    struct Probe {
+        const uint64_t* data;
+        int64_t words;
+        std::atomic<uint64_t> total{0};
+        Team team;
+    } probe{data, words, {}, Team(threads, 1)};
+    pool().run(
+        threads,
+        [](void* argument, int64_t) {
+            Probe& p = *static_cast<Probe*>(argument);
+            shared_out(p.team, 0, p.words, 1 << 15, [&](int64_t from, int64_t to) {
+                typedef uint64_t u64x8 __attribute__((vector_size(64)));
+                u64x8 acc[4] = {};
+                int64_t i = from;
+                for (; i + 32 <= to; i += 32)
+#pragma GCC unroll 4
+                    for (int k = 0; k < 4; ++k) {
+                        u64x8 v;
+                        std::memcpy(&v, p.data + i + 8 * k, 64);
+                        acc[k] += v;
+                        __builtin_prefetch(p.data + i + 8 * k + 256);
+                    }
+                uint64_t total = 0;
+                for (int k = 0; k < 4; ++k)
+                    for (int j = 0; j < 8; ++j) total += acc[k][j];
+                for (; i < to; ++i) total += p.data[i];
+                p.total += total;
+            });
+        },
+        &probe);
+    return probe.total;
+}
+}

@@ -1,0 +1,116 @@
+"""The kernels as Python sees them: the structs of `kernels.cpp`, field by field, and its functions."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from pathlib import Path
+
+from torch import Tensor
+
+F32, BF16, INT8 = 0, 1, 2
+"""Formats of weights, and the first two of cached keys and values."""
+
+RMS, LAYER = 1, 2
+"""Kinds of norms."""
+
+ACTIVATIONS = {"identity": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+"""Activations of feed-forward layers."""
+
+LINEAR, NORM, ROTATE, ATTEND = 0, 1, 2, 3
+"""Kinds of operations."""
+
+STORE, ADD, ACTIVATE, GATE = 0, 1, 2, 3
+"""What becomes of an operation's result: it is stored, added to the target, activated, or gates its other half."""
+
+
+class Matrix(Structure):
+    """[rows, cols] in some format, with a bias or none; `stride` elements from one row to the next."""
+
+    _fields_ = [
+        ("format", c_int64), ("rows", c_int64), ("cols", c_int64), ("stride", c_int64),
+        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
+    ]  # fmt: skip
+
+
+class Norm(Structure):
+    """A norm over `cols` values; kind 0 is none."""
+
+    _fields_ = [("kind", c_int64), ("cols", c_int64), ("eps", c_double), ("weight", c_void_p), ("bias", c_void_p)]
+
+
+class Op(Structure):
+    """One operation of a block's program."""
+
+    _fields_ = [
+        ("kind", c_int64), ("src", c_int64), ("dst", c_int64), ("first", c_int64), ("width", c_int64),
+        ("into", c_int64), ("activation", c_int64), ("count", c_int64), ("multiplier", c_double),
+        ("norm", Norm), ("key_norm", Norm), ("matrix", Matrix * 3),
+        ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("rotation", c_int64),
+        ("rotated", c_int64), ("interleaved", c_int64), ("window", c_int64), ("scale", c_double), ("cap", c_double),
+        ("sinks", c_void_p), ("memory", c_int64), ("biased", c_int64),
+    ]  # fmt: skip
+
+
+class Model(Structure):
+    """Programs and the registers they work on."""
+
+    _fields_ = [
+        ("width", c_int64), ("registers", c_int64), ("widths", POINTER(c_int64)), ("ops", POINTER(Op)),
+        ("program", POINTER(c_int64)), ("kv_format", c_int64),
+    ]  # fmt: skip
+
+
+class Rotation(Structure):
+    """Cosines and sines by position, [positions, rotated / 2] each."""
+
+    _fields_ = [("cosines", c_void_p), ("sines", c_void_p)]
+
+
+class Call(Structure):
+    """One run of some programs over M tokens."""
+
+    _fields_ = [
+        ("first", c_int64), ("last", c_int64), ("rows", c_int64), ("layer", c_int64), ("capacity", c_int64),
+        ("threads", c_int64), ("hidden", c_void_p), ("batch", c_void_p), ("slot", c_void_p),
+        ("keys", c_void_p), ("values", c_void_p), ("rotations", c_void_p), ("distances", c_void_p), ("reach", c_int64),
+        ("memory_capacity", c_int64), ("memory_lengths", c_void_p), ("memory_keys", c_void_p),
+        ("memory_values", c_void_p),
+    ]  # fmt: skip
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's values lie one after another; a view that skips some would be read wrongly."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
+    return tensor.data_ptr()
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Returns:
+        The library, its functions typed.
+
+    Raises:
+        OSError: It is damaged, or not for this machine.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        library.offramp_sizes.restype = c_int64
+        sizes = [library.offramp_sizes(c_int64(i)) for i in range(5)]
+        library.offramp_run.argtypes = [POINTER(Model), POINTER(Call)]
+        library.offramp_run.restype = None
+        library.offramp_readout.argtypes = [
+            POINTER(Matrix), POINTER(Norm), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64,
+        ]  # fmt: skip
+        library.offramp_readout.restype = None
+        library.offramp_norm.argtypes = [POINTER(Norm), c_void_p, c_int64, c_void_p]
+        library.offramp_norm.restype = None
+        library.offramp_read.argtypes = [c_void_p, c_int64, c_int64]
+        library.offramp_read.restype = ctypes.c_uint64
+    except AttributeError as error:
+        raise OSError(f"{path} lacks a function ({error})") from error
+    if sizes != [ctypes.sizeof(struct) for struct in (Matrix, Norm, Op, Model, Call)]:
+        raise OSError(f"{path} was made for other structures")
+    return library

@@ -1,0 +1,296 @@
+"""A model whose blocks and readouts run in the kernels; to the decode loop it is a `SplitModel` like any other.
+
+States are float32 whatever the weights are in. Sums have the same order in every call, so that a token's state does not
+depend on which tokens it is computed with: `skipped="verify"` gives this engine's own full depth bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offramp.exits import Exits
+from offramp.families import SplitModel
+from offramp.families.block_calls import rotation
+from offramp.native import blocks
+from offramp.native import library as lib
+from offramp.native.blocks import Part, Turning, Weights
+from offramp.native.build import NativeError, library
+from offramp.native.cache import NativeCache
+from offramp.native.library import address
+from offramp.state import Context, Frame, HeadRows, Skipped, State
+
+
+class HeadIds(NamedTuple):
+    """Tokens [A, K] whose rows of the head are read where they lie, without a copy."""
+
+    ids: Tensor
+
+    def select(self, index: Any) -> HeadIds:
+        """The tokens of some batch rows only."""
+        return HeadIds(self.ids[index])
+
+    def columns(self, index: Tensor) -> HeadIds:
+        """Some of each batch row's tokens, `index` [A, K'] into its K."""
+        return HeadIds(self.ids.gather(1, index))
+
+
+@dataclass
+class Places:
+    """Which cache rows and slots some tokens have, [M] each; `real` are those of a frame that are no padding."""
+
+    batch: Tensor
+    slots: Tensor
+    real: Tensor | None = None
+
+
+class NativeModel(SplitModel):
+    """A Hugging Face model that decodes in the kernels.
+
+    Args:
+        model: Of a family in `native.blocks.FAMILIES`, on the CPU, in float32 or bfloat16, with ordinary linear layers.
+        int8: Read all matrices in eight bits per weight, with a scale for 64 of them (a copy is made; norms, biases,
+            embeddings and an encoder stay as they are).
+
+    Raises:
+        UnsupportedModelError: No engine supports it.
+        NativeError: The native engine does not support it, or cannot be compiled here.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
+        super().__init__(model)
+        self.int8 = int8
+        if self.name not in blocks.FAMILIES:
+            raise NativeError(f"models of type {self.name!r} have no native description yet")
+        if self.device.type != "cpu":
+            raise NativeError(f"the model is on {self.device}; the native engine runs on the CPU")
+        if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
+            raise NativeError("its rotary frequencies change with the length of the text")
+        self._library = library()
+        self._lenses: dict[int, list[lib.Matrix]] = {}
+        self._described = [blocks.FAMILIES[self.name](self, index) for index in range(self.num_layers)]
+        self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
+        self._reach = 0
+        self._tabulate(64)
+        self._compose()
+
+    # ------------------------------------------------------------ programs and tables
+
+    def _compose(self) -> None:
+        """Programs for all blocks, for tokens that skip them, and for the encoder's output, in this order."""
+        weights = self._weights = Weights(self.int8)
+        turning = [self._turning(index) for index in range(self.num_layers)]
+        programs = [
+            *(blocks.program(b, weights, t) for b, t in zip(self._described, turning, strict=True)),
+            *(blocks.fill(b, weights, t) for b, t in zip(self._described, turning, strict=True)),
+            *(blocks.cross(b, weights) for b in self._described),
+        ]
+        ops = [op for program in programs for op in program]
+        starts = [0, *accumulate(map(len, programs))]
+        needs = [blocks.widths(block, self.shape.width) for block in self._described]
+        widths = [max(need[register] for need in needs) for register in sorted(needs[0])]
+        self._arrays = (
+            (ctypes.c_int64 * len(widths))(*widths),
+            (lib.Op * len(ops))(*ops),
+            (ctypes.c_int64 * len(starts))(*starts),
+        )
+        self._kv = torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16
+        self._programs = lib.Model(
+            self.shape.width, len(widths), *self._arrays, lib.F32 if self._kv == torch.float32 else lib.BF16
+        )
+        self._norm = weights.norm(self.norm)
+        bias = self.model.final_logits_bias[0] if self.name == "bart" else None
+        self._head = weights.matrix(Part(self.head), bias)
+
+    def _turning(self, index: int) -> Turning:
+        if self.rotary is None:
+            return Turning()
+        table = self._kinds.index(self.types[index] if self.rotary_by_type else self.types[0])
+        return Turning(table, 2 * self._tables[table][0].shape[1])
+
+    def _tabulate(self, positions: int) -> None:
+        """Cosines, sines and biases for at least so many positions, by the model's own rules."""
+        if positions <= self._reach:
+            return
+        self._reach = max(positions, 2 * self._reach)
+        places, like = torch.arange(self._reach)[None], torch.zeros(1, 1, self.shape.width)
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        for kind in self._kinds if self.rotary is not None else ():
+            cosines, sines = rotation(self, kind, like, places)
+            half = cosines.shape[-1] // 2
+            self._tables.append((cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()))
+        pairs = [lib.Rotation(address(c), address(s)) for c, s in self._tables]
+        self._rotations = (lib.Rotation * max(1, len(pairs)))(*pairs)
+        self._distances = torch.empty(0, 0)
+        if self.name in ("t5", "mt5"):
+            attention = self.blocks[0].layer[0].SelfAttention
+            bias = attention.compute_bias(1, self._reach, past_seen_tokens=self._reach - 1)  # [1, H, 1, reach]
+            self._distances = bias.detach()[0, :, 0].float().flip(-1).contiguous()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model still has the head and the weights that this object was made with."""
+        return super().is_current and not self._weights.changed
+
+    # ------------------------------------------------------------ start, run, fill
+
+    def start(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> State:
+        """As `SplitModel.start`, in float32."""
+        state = super().start(ids, mask, **options)
+        return replace(state, hidden=state.hidden.float())
+
+    def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
+        context = Context(self._new_cache(batch), None, torch.empty(0), None, memory, memory_mask)
+        if memory is None:
+            return context
+        mask = torch.ones(memory.shape[:2], dtype=torch.long)
+        if memory_mask is not None and self.name != "whisper":  # Whisper attends to all of its padded input
+            mask = memory_mask.long()
+        real = mask.reshape(-1).nonzero()[:, 0]
+        slots = (mask.cumsum(-1) - 1).reshape(-1)[real].contiguous()
+        batch_of = torch.arange(batch).repeat_interleave(memory.shape[1])[real].contiguous()
+        context.past = _Memory(self._new_cache(batch), Places(batch_of, slots, real), mask.sum(-1).contiguous())
+        context.past.cache.reserve(memory.shape[1])
+        return context
+
+    def _new_cache(self, batch: int) -> NativeCache:
+        own = [block[0] for block in self._described]
+        return NativeCache(batch, [a.kv_heads for a in own], [a.head_dim for a in own], self._kv)
+
+    def run(self, state: State, lo: int, hi: int) -> State:
+        """As `SplitModel.run`; padding is passed over, and keeps the states it came with."""
+        if state.depth != lo or not lo <= hi <= self.num_layers:
+            return super().run(state, lo, hi)  # which refuses
+        frame, context = state.frame, state.context
+        if context.memory is not None:
+            self._cross(context, lo, hi)
+        places = self._places(frame, context)
+        flat = state.hidden.reshape(-1, self.shape.width)
+        hidden = flat.clone() if places.real is None else flat[places.real]
+        self._call(context, hidden, places, lo, hi, layer=lo)
+        for layer in context.cache.layers[lo:hi]:
+            layer.length = frame.start + frame.queries
+        if places.real is not None:
+            hidden = flat.index_copy(0, places.real, hidden)
+        return replace(state, hidden=hidden.view(state.hidden.shape), depth=hi)
+
+    def _cross(self, context: Context, lo: int, hi: int) -> None:
+        """Keys and values of the encoder's output for blocks that are visited for the first time."""
+        for layer in range(lo, hi):
+            if layer not in context.crossed:
+                memory, places = context.memory, context.past.places
+                assert memory is not None
+                hidden, program = memory.float().reshape(-1, memory.shape[-1])[places.real], 2 * self.num_layers + layer
+                self._call(context, hidden, places, program, program + 1, layer=layer)
+                context.crossed.append(layer)
+
+    def fill(self, context: Context, layer: int, skipped: Skipped) -> None:
+        """As `SplitModel.fill`."""
+        if "native" not in skipped.memo:
+            slots = context.positions[skipped.rows, skipped.slots].contiguous()
+            skipped.memo["native"] = Places(skipped.rows.contiguous(), slots)
+        program = self.num_layers + layer
+        self._call(context, skipped.hidden.clone(), skipped.memo["native"], program, program + 1, layer=layer)
+
+    def _places(self, frame: Frame, context: Context) -> Places:
+        """Where a frame's tokens are cached: a token's slot is its position, and padding has none."""
+        if ("native", "") not in frame.memo:
+            span = slice(frame.start, frame.start + frame.queries)
+            slots = context.positions[frame.rows, span]  # [A, n]
+            rows = torch.arange(len(context.positions))[frame.rows]
+            places = Places(rows[:, None].expand_as(slots).flatten().contiguous(), slots.reshape(-1).contiguous())
+            if context.padding is not None and not bool((kept := context.padding[frame.rows, span].reshape(-1)).all()):
+                real = kept.nonzero()[:, 0]
+                places = Places(places.batch[real], places.slots[real], real)
+            frame.memo["native", ""] = places
+        found: Places = frame.memo["native", ""]
+        return found
+
+    def _call(
+        self, context: Context, hidden: Tensor, places: Places, first: int, last: int, *, layer: int
+    ) -> None:  # fmt: skip
+        """Run programs on states [M, D], in place."""
+        cache: NativeCache = context.cache
+        self._tabulate(context.slots)
+        cache.reserve(context.slots)
+        memory: tuple[Any, ...] = ()
+        if context.past is not None:
+            far: NativeCache = context.past.cache
+            memory = (far.capacity, address(context.past.lengths), *far.addresses)
+        call = lib.Call(
+            first, last, len(hidden), layer, cache.capacity, torch.get_num_threads(),
+            address(hidden), address(places.batch), address(places.slots), *cache.addresses,
+            ctypes.addressof(self._rotations), address(self._distances), self._reach, *memory,
+        )  # fmt: skip
+        self._library.offramp_run(self._programs, call)
+
+    # ------------------------------------------------------------ readout
+
+    @property
+    def exits(self) -> Exits | None:
+        """The trained exits, in float32."""
+        return self._exits
+
+    @exits.setter
+    def exits(self, exits: Exits | None) -> None:
+        SplitModel.exits.fset(self, exits)  # type: ignore[attr-defined]
+        self._lenses = {}
+        if exits is None:
+            return
+        self._exits = exits.placed(torch.float32, self.device)
+        self._lens_weights = Weights()
+        for layer, lens in self._exits.lenses.items():
+            parts = [part for part in (lens.down, lens.up) if part is not None]
+            self._lenses[int(layer)] = [self._lens_weights.matrix(Part(part)) for part in parts]
+
+    def readout_input(self, hidden: Tensor, layer: int | None = None) -> Tensor:
+        """As `SplitModel.readout_input`, in float32 and in the kernels' order of sums."""
+        flat = hidden.reshape(-1, self.shape.width).contiguous()
+        lens = self._lenses.get(layer, []) if layer is not None else []
+        x = flat
+        for matrix in lens:
+            x = self._product(matrix, x)
+        if lens:
+            flat = flat + x
+        out = flat
+        if self._norm.kind:
+            out = torch.empty_like(flat)
+            self._library.offramp_norm(self._norm, address(flat), len(flat), address(out))
+        out = out.view(hidden.shape)
+        return out if self.scale is None else out * self.scale
+
+    def project(self, x: Tensor, rows: HeadRows | HeadIds | None = None) -> Tensor:
+        """As `SplitModel.project`, in float32; the head's rows are read where they lie."""
+        ids = rows.ids if isinstance(rows, HeadIds) else None
+        flat = x.reshape(-1, self.shape.width).contiguous()
+        logits = self._product(self._head, flat, ids).view(*x.shape[:-1], -1)
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def gather(self, ids: Tensor) -> HeadIds:  # type: ignore[override]
+        """Which rows of the head to read for tokens [A, K]; nothing is copied."""
+        return HeadIds(ids.contiguous())
+
+    def _product(self, matrix: lib.Matrix, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """x [M, cols] times a matrix, or times those of its rows that `ids` [M, K] names."""
+        count = matrix.rows if ids is None else ids.shape[1]
+        out = torch.empty(len(x), count)
+        self._library.offramp_readout(
+            matrix, lib.Norm(), address(x), len(x), None if ids is None else address(ids), count,
+            address(out), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+@dataclass
+class _Memory:
+    """Keys and values of the encoder's output, where they stand, and how many each row has."""
+
+    cache: NativeCache
+    places: Places
+    lengths: Tensor

@@ -1,0 +1,144 @@
+"""Compiling the kernels: without a compiler, with a broken one, into a cache that cannot be written, by two at once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from offramp.native import build
+from offramp.native.build import NativeError
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, and nothing remembered."""
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # quick to compile
+    build.library.cache_clear()
+    build._version.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+    build._version.cache_clear()
+
+
+def kernels(folder):
+    return sorted(folder.glob("native/*"))
+
+
+def test_it_is_compiled_once(fresh, monkeypatch):
+    build.library()
+    (made,) = kernels(fresh)
+    before = made.stat().st_mtime_ns
+    build.library.cache_clear()
+    build.library()
+    assert [made] == kernels(fresh)
+    assert made.stat().st_mtime_ns == before
+
+
+def test_a_damaged_file_is_made_again(fresh):
+    build.library()
+    (made,) = kernels(fresh)
+    made.unlink()  # the open library keeps the old one
+    made.write_bytes(b"\x7fELF and nothing else")
+    build.library.cache_clear()
+    assert build.library().offramp_sizes(0) > 0
+    assert made.stat().st_size > 1000
+
+
+def test_no_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NativeError, match=r"no C\+\+ compiler was found; install one"):
+        build.library()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 3", "failed"),
+        ("echo 'kernels.cpp:1: error: not today' >&2; exit 1", "not today"),
+        ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "cannot be opened"),
+    ],
+)
+def test_a_broken_compiler(fresh, monkeypatch, script, message):
+    compiler = fresh / "compiler"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo one && exit 0\n{script}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(NativeError, match=message):
+        build.library()
+    assert kernels(fresh) == []  # nothing half-made
+
+
+def test_a_compiler_that_is_not_there(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", str(fresh / "nothing"))
+    with pytest.raises(NativeError, match="cannot be run"):
+        build.library()
+
+
+def test_a_cache_that_is_a_file(fresh, monkeypatch):
+    (fresh / "native").write_text("in the way")
+    assert build.library().offramp_sizes(0) > 0
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may write anywhere is not stopped")
+def test_a_cache_that_cannot_be_written(fresh):
+    fresh.chmod(0o500)
+    assert build.library().offramp_sizes(0) > 0
+
+
+def test_two_processes_at_once(fresh):
+    code = (
+        "from offramp.native import build; build.FLAGS = ('-O0', *build.FLAGS[1:]); "
+        "print(build.library().offramp_sizes(0))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert len(set(said)) == 1
+    assert len(kernels(fresh)) == 1
+
+
+def test_a_child_after_a_fork_computes_the_same():
+    """Workers do not survive a fork: the child starts its own."""
+    code = """
+import os, torch
+from offramp.native import library as lib
+from offramp.native.blocks import Part, Weights
+from offramp.native.build import library
+torch.manual_seed(0)
+linear, weights = torch.nn.Linear(64, 4096, bias=False), Weights()
+matrix, x = weights.matrix(Part(linear)), torch.randn(1, 64)
+def times():
+    out = torch.empty(1, 4096)
+    library().offramp_readout(matrix, lib.Norm(), lib.address(x), 1, None, 4096, lib.address(out), 2)
+    return out
+first = times()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(times(), first) else 1)
+assert torch.equal(times(), first)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workers_sleep_between_calls():
+    """A second after a call no thread of this process works."""
+    code = """
+import resource, time, torch
+from offramp.native import library as lib
+from offramp.native.build import library
+data = torch.zeros(1 << 16, dtype=torch.int64)
+library().offramp_read(lib.address(data), len(data), 4)
+time.sleep(0.2)
+before = resource.getrusage(resource.RUSAGE_SELF)
+time.sleep(1)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout) < 0.5

@@ -1,0 +1,248 @@
+"""The kernels by themselves, against torch in double precision, on sizes that fit no vector."""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from offramp.native import library as lib
+from offramp.native.blocks import Part, Weights, quantised
+from offramp.native.build import library
+from offramp.native.cache import NativeCache
+
+FORMATS = ("float32", "bfloat16", "int8")
+
+
+def matrix_of(kind, rows, cols, *, bias=False, seed=0):
+    """A matrix for the kernels, its values in double precision, its bias, and what keeps them alive."""
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    linear = torch.nn.Linear(cols, rows, bias=bias, dtype=dtype)
+    weights = Weights(int8=kind == "int8")
+    matrix = weights.matrix(Part(linear))
+    values = linear.weight.detach()
+    if kind == "int8":
+        whole, scales = quantised(values)
+        values = (whole.view(rows, -1, 64).double() * scales.double()[..., None]).view(rows, -1)[:, :cols]
+    return matrix, values.double(), linear.bias.detach().double() if bias else 0.0, (linear, weights)
+
+
+def times(matrix, x, ids=None, norm=None, threads=2):
+    count = matrix.rows if ids is None else ids.shape[1]
+    out = torch.full((len(x), count), math.nan)
+    place = None if ids is None else lib.address(ids)
+    library().offramp_readout(
+        matrix, norm or lib.Norm(), lib.address(x), len(x), place, count, lib.address(out), threads
+    )
+    return out
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 140), st.integers(1, 30), st.booleans())
+def test_products_are_those_of_torch(kind, rows, cols, count, bias):
+    matrix, values, shift, _alive = matrix_of(kind, rows, cols, bias=bias)
+    x = torch.randn(count, cols)
+    torch.testing.assert_close(times(matrix, x).double(), x.double() @ values.T + shift, atol=2e-5, rtol=2e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 140), st.integers(1, 40), st.integers(1, 5))
+def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(kind, rows, cols, count, threads):
+    matrix, *_alive = matrix_of(kind, rows, cols, bias=True)
+    x = torch.randn(count, cols)
+    together = times(matrix, x, threads=threads)
+    alone = torch.cat([times(matrix, row[None].contiguous(), threads=1) for row in x])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_named_rows_are_those_of_the_whole_product(kind):
+    matrix, *_alive = matrix_of(kind, 50, 70, bias=True)
+    x = torch.randn(3, 70)
+    ids = torch.randint(0, 50, (3, 21))
+    assert torch.equal(times(matrix, x, ids), times(matrix, x).gather(1, ids))
+
+
+@pytest.mark.parametrize("cols", [1, 8, 16, 33, 64, 100])
+def test_norms_are_those_of_torch(cols):
+    x, weights = torch.randn(3, cols), Weights()
+    layer, root = torch.nn.LayerNorm(cols), torch.nn.RMSNorm(cols, eps=1e-5)
+    for module in (layer, root):
+        torch.nn.init.normal_(module.weight)
+    torch.nn.init.normal_(layer.bias)
+    for module in (layer, root):
+        out = torch.empty_like(x)
+        library().offramp_norm(weights.norm(module), lib.address(x), 3, lib.address(out))
+        torch.testing.assert_close(out, module(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_quantisation_is_within_half_a_step_and_keeps_the_largest():
+    torch.manual_seed(0)
+    weight = torch.randn(5, 130)
+    weight[2] = 0
+    values, scales = quantised(weight)
+    assert values.shape == (5, 192)
+    assert scales.shape == (5, 3)
+    back = (values.view(5, 3, 64) * scales[..., None]).view(5, -1)[:, :130]
+    assert bool(((back - weight).abs() <= scales.repeat_interleave(64, 1)[:, :130] / 2 + 1e-7).all())
+    assert bool((back[2] == 0).all())
+    torch.testing.assert_close(back.abs().amax(-1), weight.abs().amax(-1))
+
+
+# ---------------------------------------------------------------- operations
+
+
+def run(ops, widths, hidden, batch, slots, cache, *, rotations=None, distances=None, threads=2):
+    """Run operations over tokens; returns what the last register holds through a final copy into the state."""
+    numbers = (ctypes.c_int64 * len(widths))(*widths)
+    program = (ctypes.c_int64 * 2)(0, len(ops))
+    kv = lib.F32 if cache.dtype == torch.float32 else lib.BF16
+    model = lib.Model(widths[0], len(widths), numbers, (lib.Op * len(ops))(*ops), program, kv)
+    batch, slots = torch.tensor(batch), torch.tensor(slots)
+    tables = (lib.Rotation * 1)(*(rotations or ()))
+    distances = torch.empty(0, 0) if distances is None else distances
+    call = lib.Call(
+        0, 1, len(hidden), 0, cache.capacity, threads, lib.address(hidden), lib.address(batch), lib.address(slots),
+        *cache.addresses, ctypes.addressof(tables), lib.address(distances), distances.shape[-1],
+    )  # fmt: skip
+    library().offramp_run(model, call)
+    return hidden
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]),
+    st.sampled_from([3, 8, 16, 20, 64, 80]), st.integers(1, 40), st.sampled_from([0, 1, 5, 17]), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_attention_is_that_of_the_formula(dtype, groups, kv_heads, dim, length, window, capped, biased):
+    """Tokens of two rows that stand at different positions, in one call, against softmax written out."""
+    torch.manual_seed(length)
+    heads = groups * kv_heads
+    width = heads * dim
+    cache = NativeCache(2, [kv_heads], [dim], dtype)
+    cache.reserve(length)
+    joint = torch.nn.Linear(width, (heads + 2 * kv_heads) * dim, bias=False)
+    weights = Weights()
+    cap = 3.0 if capped else 0.0
+    distances = torch.randn(heads, length) if biased else None
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "rotation": -1, "window": window, "cap": cap}
+    shape |= {"scale": 0.3, "biased": int(biased)}
+    matrices = (lib.Matrix * 3)(weights.matrix(Part(joint)))
+    back = torch.nn.Linear(width, width, bias=False)
+    ops = [
+        lib.Op(kind=lib.LINEAR, src=0, dst=1, count=1, matrix=matrices),
+        lib.Op(kind=lib.ROTATE, src=1, dst=1, **shape),
+        lib.Op(kind=lib.ATTEND, src=1, dst=2, **shape),
+        lib.Op(
+            kind=lib.LINEAR, src=2, dst=0, count=1, into=lib.ADD, multiplier=1,
+            matrix=(lib.Matrix * 3)(weights.matrix(Part(back))),
+        ),
+    ]  # fmt: skip
+    lengths = (length, max(1, length // 2))
+    x = torch.randn(sum(lengths), width)
+    batch = [0] * lengths[0] + [1] * lengths[1]
+    slots = [*range(lengths[0]), *range(lengths[1])]
+    got = run(ops, [width, (heads + 2 * kv_heads) * dim, width], x.clone(), batch, slots, cache, distances=distances)
+
+    start = 0
+    for n in lengths:
+        own = x[start : start + n].double()
+        q, k, v = (own @ joint.weight.double().T).split([width, kv_heads * dim, kv_heads * dim], -1)
+        if dtype == torch.bfloat16:
+            k, v = k.float().bfloat16().double(), v.float().bfloat16().double()
+        q, k, v = (t.view(n, -1, dim).transpose(0, 1) for t in (q, k, v))
+        k, v = (t.repeat_interleave(groups, 0) for t in (k, v))
+        scores = q @ k.transpose(1, 2) * 0.3
+        if capped:
+            scores = cap * torch.tanh(scores / cap)
+        there = torch.arange(n)
+        apart = there[:, None] - there[None]
+        if biased:
+            scores = scores + distances.double()[:, apart.clamp(min=0)]
+        hidden = (apart < 0) | ((apart >= window) if window else False)
+        mixed = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+        want = own + mixed.transpose(0, 1).reshape(n, width) @ back.weight.double().T
+        # bfloat16 keys that lie between two numbers may round to either
+        tolerance = 2e-5 if dtype == torch.float32 else 5e-3
+        torch.testing.assert_close(got[start : start + n].double(), want, atol=tolerance, rtol=tolerance)
+        start += n
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_are_those_of_torch(name, gated):
+    known = {
+        "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+        "relu2": lambda x: F.relu(x) ** 2, "identity": lambda x: x,
+    }  # fmt: skip
+    width, inner = 24, 37
+    up, gate, down = (torch.nn.Linear(*shape, bias=False) for shape in ((width, inner), (width, inner), (inner, width)))
+    torch.nn.init.normal_(gate.weight, std=4)  # far out as well
+    weights = Weights()
+    cache = NativeCache(1, [1], [1], torch.float32)
+    cache.reserve(1)
+    first = [gate, up] if gated else [gate]
+    ops = [
+        lib.Op(
+            kind=lib.LINEAR, src=0, dst=1, count=len(first), into=lib.GATE if gated else lib.ACTIVATE,
+            activation=lib.ACTIVATIONS[name], matrix=(lib.Matrix * 3)(*(weights.matrix(Part(m)) for m in first)),
+        ),
+        lib.Op(
+            kind=lib.LINEAR, src=1, dst=0, count=1, into=lib.ADD, multiplier=1,
+            matrix=(lib.Matrix * 3)(weights.matrix(Part(down))),
+        ),
+    ]  # fmt: skip
+    x = torch.randn(9, width)
+    got = run(ops, [width, 2 * inner], x.clone(), [0] * 9, [0] * 9, cache)
+    d = x.double()
+    inside = known[name](d @ gate.weight.double().T)
+    if gated:
+        inside = inside * (d @ up.weight.double().T)
+    torch.testing.assert_close(got.double(), d + inside @ down.weight.double().T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("rotated", [8, 4])
+def test_heads_turn_by_their_position(rotated, interleaved):
+    """Scores of turned heads depend on distances alone, and turning keeps lengths."""
+    dim, width = 8, 8
+    angles = torch.arange(6)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])[: rotated // 2]
+    cosines, sines = angles.cos(), angles.sin()
+    cache = NativeCache(1, [1], [dim], torch.float32)
+    cache.reserve(6)
+    one = torch.nn.Linear(width, 3 * dim, bias=False)
+    weights = Weights()
+    shape = {"heads": 1, "kv_heads": 1, "head_dim": dim, "rotation": 0, "rotated": rotated, "interleaved": interleaved}
+    ops = [
+        lib.Op(
+            kind=lib.LINEAR, src=0, dst=1, count=1, matrix=(lib.Matrix * 3)(weights.matrix(Part(one))),
+        ),
+        lib.Op(kind=lib.ROTATE, src=1, dst=1, scale=1.0, **shape),
+    ]  # fmt: skip
+    x = torch.randn(6, width)
+    tables = [lib.Rotation(lib.address(cosines.contiguous()), lib.address(sines.contiguous()))]
+    run(ops, [width, 3 * dim], x.clone(), [0] * 6, list(range(6)), cache, rotations=tables)
+    keys = cache.keys[0][0, 0].transpose(1, 2).reshape(-1, dim)[:6]  # [slots, dim]
+    plain = (x.double() @ one.weight.double().T)[:, dim : 2 * dim]
+    pairs = (torch.arange(rotated).view(-1, 2) if interleaved else torch.arange(rotated).view(2, -1).T).tolist()
+    for (a, b), angle in zip(pairs, angles.double().T, strict=True):
+        turned = torch.complex(plain[:, a], plain[:, b]) * torch.polar(torch.ones(6, dtype=torch.double), angle)
+        torch.testing.assert_close(keys[:, a].double(), turned.real, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(keys[:, b].double(), turned.imag, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys[:, rotated:].double(), plain[:, rotated:], atol=1e-5, rtol=1e-5)
+
+
+def test_reading_memory_gives_its_sum():
+    data = torch.randint(0, 2**40, (100_003,))
+    for threads in (1, 2, 3):
+        assert library().offramp_read(lib.address(data), len(data), threads) == int(data.sum())
+
+
+def test_views_that_skip_values_are_refused():
+    with pytest.raises(ValueError, match="not contiguous"):
+        lib.address(torch.zeros(4, 4)[:, :2])

@@ -1,0 +1,203 @@
+"""The native engine as a whole: what `transformers` and the torch engine make, and what it promises beyond."""
+
+import copy
+
+import pytest
+import torch
+from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
+
+from offramp import ExitPolicy, LanguageModel
+from offramp.exits import Exits
+from offramp.families import SplitModel
+from offramp.native.blocks import FAMILIES as DESCRIBED
+from offramp.native.blocks import GROUP, quantised
+from offramp.native.build import NativeError
+from offramp.native.model import NativeModel
+
+NEW = 12
+NATIVE = [name for name in FAMILIES if tiny(name).config.model_type in DESCRIBED]
+POLICIES = {
+    "propagate": ExitPolicy(threshold=0.15, min_layer=1),
+    "pruned": ExitPolicy(threshold=0.15, min_layer=1, vocabulary="adaptive", vocabulary_size=20),
+    "defer": ExitPolicy(threshold=0.15, min_layer=1, skipped="defer"),
+    "contrastive": ExitPolicy("contrastive", 0.15, 2),
+    "state": ExitPolicy("state", 0.9, 1),
+}
+
+
+def native(model, **options):
+    """A language model on the native engine, beside whatever exists of that model."""
+    lm = LanguageModel(model)
+    lm._split = NativeModel(model, **options)
+    return lm
+
+
+@pytest.fixture(params=NATIVE)
+def name(request):
+    return request.param
+
+
+def in_bfloat16(name):
+    return copy.deepcopy(tiny(name)).to(torch.bfloat16)
+
+
+def test_full_depth_is_that_of_transformers(name):
+    inputs = inputs_for(name, 4, padded=True)
+    got = native(tiny(name)).generate(inputs, max_new_tokens=NEW).sequences
+    assert got.tolist() == greedy(tiny(name), inputs, NEW).tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_do_as_on_torch(name, policy):
+    inputs = inputs_for(name, 4, padded=True)
+    got, want = (
+        lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=NEW)
+        for lm in (native(tiny(name)), LanguageModel(tiny(name)))
+    )
+    assert got.tokens == want.tokens
+    assert got.exit_layers == want.exit_layers
+    assert got.costs.flops == want.costs.flops
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+def test_verify_is_its_own_full_depth(name, form):
+    model = in_bfloat16(name) if form == "bfloat16" else tiny(name)
+    lm, inputs = native(model, int8=form == "int8"), inputs_for(name, 3, padded=True)
+    if form == "bfloat16" and name == "whisper":
+        inputs = {key: value.bfloat16() for key, value in inputs.items()}
+    full = lm.generate(inputs, max_new_tokens=NEW)
+    for length in (1, 3, 5):
+        policy = ExitPolicy(threshold=0.1, min_layer=1, skipped="verify", draft_length=length)
+        out = lm.generate(inputs, policy=policy, max_new_tokens=NEW)
+        assert out.tokens == full.tokens
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_states_are_the_same_bits_in_any_company(name, form):
+    """One token at a time, all at once, and in a padded batch: every state and logit is the same."""
+    model = in_bfloat16(name) if form == "bfloat16" else tiny(name)
+    split = NativeModel(model, int8=form == "int8")
+    inputs = inputs_for(name, 3, padded=True)
+    if split.is_encoder_decoder:
+        source = inputs.get("input_features", inputs.get("input_ids"))
+        memory = split.encode(source.to(model.dtype) if name == "whisper" else source, inputs.get("attention_mask"))
+        ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+        given = {"memory": memory, "memory_mask": inputs.get("attention_mask")}
+        mask, rows = None, [{key: v[i : i + 1] for key, v in given.items() if v is not None} for i in range(3)]
+    else:
+        ids, mask, given, rows = inputs["input_ids"], inputs["attention_mask"], {}, [{}] * 3
+    together = split.run(split.start(ids, mask, **given), 0, LAYERS)
+    logits = split.readout(together.hidden)
+    for row in range(3):
+        real = slice(None) if mask is None else mask[row].bool()
+        own, context, state = ids[row][real], None, None
+        for token in own:
+            options = rows[row] if context is None else {"context": context}
+            state = split.run(split.start(token.view(1, 1), **options), 0, LAYERS)
+            context = state.context
+        assert state is not None
+        assert torch.equal(state.hidden[0, 0], together.hidden[row, -1])
+        assert torch.equal(split.readout(state.hidden)[0, 0], logits[row, -1])
+
+
+def test_a_row_of_a_batch_is_as_alone(name):
+    lm, inputs = native(tiny(name)), inputs_for(name, 4, padded=True)
+    together = lm.generate(inputs, policy=POLICIES["pruned"], max_new_tokens=NEW)
+    for row in range(4):
+        alone = {k: v[row : row + 1, row if name in DECODER_ONLY else 0 :] for k, v in inputs.items()}
+        out = lm.generate(alone, policy=POLICIES["pruned"], max_new_tokens=NEW)
+        assert out.tokens[0] == together.tokens[row]
+        assert out.exit_layers[0] == together.exit_layers[row]
+
+
+@torch.no_grad()
+def test_int8_is_the_model_with_its_weights_rounded(name):
+    inputs = inputs_for(name, 2, padded=True)
+    rounded = copy.deepcopy(tiny(name))
+    split = SplitModel(rounded)
+    for module in [split.head, *(m for block in split.blocks for m in block.modules())]:
+        if isinstance(module, torch.nn.Linear) and not hasattr(module, "rounded"):
+            values, scales = quantised(module.weight)
+            back = (values.view(*scales.shape, GROUP) * scales[..., None]).flatten(1)[:, : module.in_features]
+            # Another tensor, where the head is the embedding too, which stays as it is
+            module.weight, module.rounded = torch.nn.Parameter(back), True
+    got = native(tiny(name), int8=True).generate(inputs, max_new_tokens=NEW)
+    assert got.tokens == LanguageModel(rounded).generate(inputs, max_new_tokens=NEW).tokens
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+@torch.no_grad()
+def test_bfloat16_is_nearer_to_the_exact_model_than_torch(name):
+    """Its states are float32, the model's own are rounded after every operation."""
+    model, ids = in_bfloat16(name), inputs_for(name, 2)["input_ids"]
+    exact = copy.deepcopy(model).float()(ids).logits
+    split = NativeModel(model)
+    got = split.readout(split.run(split.start(ids), 0, LAYERS).hidden)
+    assert (got - exact).pow(2).mean() < (model(ids).logits.float() - exact).pow(2).mean()
+
+
+def test_long_texts_grow_caches_and_tables():
+    lm, reference = native(tiny("llama")), LanguageModel(tiny("llama"))
+    inputs = inputs_for("llama", 2, padded=True)
+    policy = ExitPolicy(threshold=0.15, min_layer=1)
+    got, want = (each.generate(inputs, policy=policy, max_new_tokens=150) for each in (lm, reference))
+    assert got.tokens == want.tokens
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_lenses_and_classifiers(rank):
+    """Trained exits, in float32 whatever the weights are in."""
+    torch.manual_seed(1)
+    lm, reference = native(tiny("llama")), LanguageModel(tiny("llama"))
+    exits = Exits.fresh(reference.split, (1, 2), rank).with_classifiers()
+    for parameter in exits.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    for each in (lm, reference):
+        each.attach_exits(exits)
+    for confidence in ("softmax", "classifier"):
+        policy = ExitPolicy(confidence, threshold=0.2)
+        got, want = (e.generate(inputs_for("llama", 3), policy=policy, max_new_tokens=NEW) for e in (lm, reference))
+        assert got.exit_layers == want.exit_layers
+        assert got.tokens == want.tokens
+        torch.testing.assert_close(torch.tensor(got.confidences), torch.tensor(want.confidences), equal_nan=True)
+
+
+def test_weights_that_change_are_seen():
+    model = copy.deepcopy(tiny("llama"))
+    split = NativeModel(model)
+    assert split.is_current
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    assert not split.is_current
+    split = NativeModel(model)
+    model.model.norm.weight.data = model.model.norm.weight.data * 2
+    assert not split.is_current
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.to(torch.float16), "float16; float32 and bfloat16 are supported"),
+        (lambda m: setattr(m.model.layers[0].mlp, "up_proj", torch.nn.Sequential()), "a Sequential is more than its"),
+        (lambda m: setattr(m.config, "rope_parameters", {"rope_type": "dynamic"}), "change with the length"),
+        (lambda m: setattr(m.config, "hidden_act", "mish"), "'mish' is not known"),
+    ],
+)
+def test_what_it_cannot_run_is_said(change, message):
+    model = copy.deepcopy(tiny("llama"))
+    change(model)
+    with pytest.raises(NativeError, match=message):
+        NativeModel(model)
+
+
+def test_families_without_a_description_are_named():
+    model = copy.deepcopy(tiny("llama"))
+    split = NativeModel.__new__(NativeModel)
+    DESCRIBED_BEFORE = dict(DESCRIBED)
+    try:
+        del DESCRIBED["llama"]
+        with pytest.raises(NativeError, match="models of type 'llama' have no native description yet"):
+            split.__init__(model)
+    finally:
+        DESCRIBED.update(DESCRIBED_BEFORE)
