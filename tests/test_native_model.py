@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.exits import Exits
@@ -13,6 +12,7 @@ from offramp.native.blocks import FAMILIES as DESCRIBED
 from offramp.native.blocks import GROUP, quantised
 from offramp.native.build import NativeError
 from offramp.native.model import NativeModel
+from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
 
 NEW = 12
 NATIVE = [name for name in FAMILIES if tiny(name).config.model_type in DESCRIBED]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from offramp.native import library as lib
 from offramp.native.build import NativeError
 
 STATE, QKV, MIXED, INNER, ADDEND = range(5)
-"""Registers: the residual state; queries, keys and values side by side; what attention and what feed-forward layers make
-of them; what a norm takes on its way back to the state."""
+"""Registers: the residual state; queries, keys and values side by side; what attention and what feed-forward layers
+make of them; what a norm takes on its way back to the state."""
 
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -126,16 +127,16 @@ def _rotary(split: Any, index: int) -> Block:
     if hasattr(attention, "qkv_proj"):  # Phi-3
         fused, kv = attention.qkv_proj, attention.num_key_value_heads * attention.head_dim
         cuts = (0, Part(fused).width - 2 * kv, Part(fused).width - kv, Part(fused).width)
-        projections = [Part(fused, slice(*pair)) for pair in zip(cuts, cuts[1:], strict=False)]
+        query, key, value = (Part(fused, slice(*pair)) for pair in pairwise(cuts))
         half = Part(mlp.gate_up_proj).width // 2
         gate, up = Part(mlp.gate_up_proj, slice(0, half)), Part(mlp.gate_up_proj, slice(half, 2 * half))
     else:
-        projections = [Part(attention.q_proj), Part(attention.k_proj), Part(attention.v_proj)]
+        query, key, value = Part(attention.q_proj), Part(attention.k_proj), Part(attention.v_proj)
         gate, up = Part(mlp.gate_proj), Part(mlp.up_proj)
     config = split.config
     return (
         Attention(
-            *projections, Part(attention.o_proj), attention.head_dim, attention.scaling, norms[0], norms[1],
+            query, key, value, Part(attention.o_proj), attention.head_dim, attention.scaling, norms[0], norms[1],
             query_norm=getattr(attention, "q_norm", None), key_norm=getattr(attention, "k_norm", None),
             window=split.windows[index] or 0, cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             rotary=getattr(attention, "use_rope", True),
@@ -153,8 +154,8 @@ def _t5(split: Any, index: int) -> Block:
     gated = hasattr(mlp, "wi_0")
 
     def attention(module: Any, norm: Any, *, memory: bool) -> Attention:
-        parts = [Part(linear) for linear in (module.q, module.k, module.v, module.o)]
-        return Attention(*parts, width, module.scaling, norm, memory=memory, biased=not memory)
+        q, k, v, o = map(Part, (module.q, module.k, module.v, module.o))
+        return Attention(q, k, v, o, width, module.scaling, norm, memory=memory, biased=not memory)
 
     return (
         attention(own.SelfAttention, own.layer_norm, memory=False),
@@ -175,8 +176,8 @@ def _bart(split: Any, index: int) -> Block:
         return {"before" if first else "behind": norm}
 
     def attention(module: Any, norm: Any, *, memory: bool) -> Attention:
-        parts = [Part(linear) for linear in (module.q_proj, module.k_proj, module.v_proj, module.out_proj)]
-        return Attention(*parts, module.head_dim, module.scaling, memory=memory, **norms(norm))
+        q, k, v, o = map(Part, (module.q_proj, module.k_proj, module.v_proj, module.out_proj))
+        return Attention(q, k, v, o, module.head_dim, module.scaling, memory=memory, **norms(norm))
 
     return (
         attention(block.self_attn, block.self_attn_layer_norm, memory=False),
@@ -243,8 +244,8 @@ class Weights:
             raise NativeError(f"weights are in {weight.dtype}; float32 and bfloat16 are supported")
         if weight.stride(1) != 1:
             raise NativeError("a weight does not lie row by row; call .contiguous() on it")
-        made = {"rows": weight.shape[0], "cols": weight.shape[1]}
-        made["bias"] = self.vector(linear.bias if bias is None else bias, part.rows)
+        bias_at = self.vector(linear.bias if bias is None else bias, part.rows)
+        made: dict[str, Any] = {"rows": weight.shape[0], "cols": weight.shape[1], "bias": bias_at}
         if self.int8:
             values, scales = quantised(weight)
             data, stride = self._hold(values), values.stride(0)
@@ -312,8 +313,12 @@ def program(block: Block, weights: Weights, turning: Turning) -> list[lib.Op]:
 
 def fill(block: Block, weights: Weights, turning: Turning) -> list[lib.Op]:
     """The operations that cache keys and values of tokens that skip a block."""
-    first = next(sub for sub in block if isinstance(sub, Attention))
-    return _into_cache(first, weights, turning, queries=False)
+    return _into_cache(own_attention(block), weights, turning, queries=False)
+
+
+def own_attention(block: Block) -> Attention:
+    """A block's attention to the text."""
+    return next(sub for sub in block if isinstance(sub, Attention) and not sub.memory)
 
 
 def cross(block: Block, weights: Weights) -> list[lib.Op]:

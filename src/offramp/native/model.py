@@ -160,7 +160,7 @@ class NativeModel(SplitModel):
         return context
 
     def _new_cache(self, batch: int) -> NativeCache:
-        own = [block[0] for block in self._described]
+        own = [blocks.own_attention(block) for block in self._described]
         return NativeCache(batch, [a.kv_heads for a in own], [a.head_dim for a in own], self._kv)
 
     def run(self, state: State, lo: int, hi: int) -> State:
@@ -277,7 +277,7 @@ class NativeModel(SplitModel):
         return HeadIds(ids.contiguous())
 
     def _product(self, matrix: lib.Matrix, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """x [M, cols] times a matrix, or times those of its rows that `ids` [M, K] names."""
+        """Inputs [M, cols] times a matrix, or times those of its rows that `ids` [M, K] names."""
         count = matrix.rows if ids is None else ids.shape[1]
         out = torch.empty(len(x), count)
         self._library.offramp_readout(
