@@ -107,7 +107,7 @@ def run(ops, widths, hidden, batch, slots, cache, *, rotations=None, distances=N
     distances = torch.empty(0, 0) if distances is None else distances
     call = lib.Call(
         0, 1, len(hidden), 0, cache.capacity, threads, lib.address(hidden), lib.address(batch), lib.address(slots),
-        *cache.addresses, ctypes.addressof(tables), lib.address(distances), distances.shape[-1],
+        lib.address(slots), *cache.addresses, ctypes.addressof(tables), lib.address(distances), distances.shape[-1],
     )  # fmt: skip
     library().offramp_run(model, call)
     return hidden

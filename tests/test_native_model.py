@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import offramp
 from offramp import ExitPolicy, LanguageModel
 from offramp.exits import Exits
 from offramp.families import SplitModel
@@ -26,10 +27,8 @@ POLICIES = {
 
 
 def native(model, **options):
-    """A language model on the native engine, beside whatever exists of that model."""
-    lm = LanguageModel(model)
-    lm._split = NativeModel(model, **options)
-    return lm
+    """A language model on the native engine."""
+    return LanguageModel(model, engine="native", **options)
 
 
 @pytest.fixture(params=NATIVE)
@@ -201,3 +200,42 @@ def test_families_without_a_description_are_named():
             split.__init__(model)
     finally:
         DESCRIBED.update(DESCRIBED_BEFORE)
+
+
+# ---------------------------------------------------------------- chosen by name
+
+
+def test_the_engine_is_chosen_by_name(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    inputs = inputs_for("llama", 2)
+    want = offramp.load(tmp_path).generate(inputs, max_new_tokens=NEW)
+    lm = offramp.load(tmp_path, engine="native")
+    assert lm.generate(inputs, max_new_tokens=NEW).tokens == want.tokens
+    assert lm.number_format == "float32, native"
+    assert offramp.load(tmp_path, engine="native", dtype="int8").number_format == "int8, native"
+    with pytest.raises(ValueError, match="engine is 'nativ'.*did you mean 'native'"):
+        offramp.load(tmp_path, engine="nativ")
+    with pytest.raises(ValueError, match="dtype 'int8' is for engine='native'"):
+        offramp.load(tmp_path, dtype="int8")
+    with pytest.raises(NativeError, match="float16"):
+        offramp.load(tmp_path, engine="native", dtype="float16")
+
+
+def test_weights_that_changed_generate_anew():
+    model = copy.deepcopy(tiny("llama"))
+    lm, inputs = native(model), inputs_for("llama")
+    before = lm.generate(inputs, max_new_tokens=NEW).tokens
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(-1)
+    assert lm.generate(inputs, max_new_tokens=NEW).tokens != before
+    assert lm.generate(inputs, max_new_tokens=NEW).sequences.tolist() == greedy(model, inputs, NEW).tolist()
+
+
+def test_positions_of_the_caller():
+    inputs = inputs_for("llama", 2, padded=True)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) * 3
+    got, want = (
+        lm.generate(inputs, max_new_tokens=NEW).tokens for lm in (native(tiny("llama")), LanguageModel(tiny("llama")))
+    )
+    assert got == want

@@ -256,7 +256,7 @@ def _conditions(
         "width": shape.width,
         "vocabulary": shape.vocabulary,
         **({"trained_exits": list(lm.split.exit_layers)} if lm.split.exit_layers else {}),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "dtype": lm.number_format,
         "attention": str(lm.split.config._attn_implementation),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),

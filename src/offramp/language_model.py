@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ from offramp.packaged import quiet
 from offramp.policy import ExitPolicy
 from offramp.prompt_inputs import Prompt as Prompt
 from offramp.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
-from offramp.values import flag
+from offramp.values import choice, flag
+
+if TYPE_CHECKING:
+    from offramp.native.model import NativeModel
+
+ENGINES = ("torch", "native")
 
 
 @dataclass(frozen=True)
@@ -106,17 +111,50 @@ class LanguageModel:
         model: The untouched Hugging Face model; or a `PeftModel`, whose base model it then is, adapters at work.
         tokenizer: Its tokenizer; None if only token ids will be used.
         name: What reports call it; None: its class.
+        engine: What generates: "torch", or "native", our own kernels on the CPU (see `offramp.native`).
+        int8: With "native": matrices in eight bits per weight.
 
     Raises:
         UnsupportedModelError: The architecture is not supported.
+        NativeError: The native engine is asked for and cannot run the model, or cannot be had here.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        name: str | None = None,
+        *,
+        engine: str = "torch",
+        int8: bool = False,
+    ) -> None:
+        choice("engine", engine, ENGINES)
         model = _without_peft(model)
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
+        self.engine, self.int8 = engine, int8
         self._split = SplitModel(model)
+        self._native: NativeModel | None = None
         self._exits: Exits | None = None
         self._adaptive: dict[ExitPolicy, AdaptiveThreshold] = {}
+        assert self.decoder is not None  # what the engine cannot run is said here
+
+    @property
+    def decoder(self) -> SplitModel:
+        """What generates: `split` itself, or a `NativeModel`, made anew if the model's weights have changed."""
+        if self.engine == "torch":
+            return self.split
+        if self._native is None or not self._native.is_current:
+            from offramp.native.model import NativeModel
+
+            self._native = NativeModel(self.model, int8=self.int8)
+            self._native.exits = self._exits
+        return self._native
+
+    @property
+    def number_format(self) -> str:
+        """Of the weights, and the engine if it is not torch, whose results differ by rounding: for records."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return dtype if self.engine == "torch" else f"{'int8' if self.int8 else dtype}, native"
 
     @property
     def split(self) -> SplitModel:
@@ -143,6 +181,8 @@ class LanguageModel:
                 weights is checked by `offramp.load`.)
         """
         self.split.exits = exits
+        if self._native is not None:
+            self._native.exits = exits
         self._exits = exits
         self._adaptive.clear()
 
@@ -308,7 +348,7 @@ class LanguageModel:
             generator = torch.Generator(self.split.device).manual_seed(seed)
 
         def take_over(model: Any, input_ids: Tensor, **kwargs: Any) -> Prepared:
-            return prepare(self.split, input_ids, generator=generator, **kwargs)
+            return prepare(self.decoder, input_ids, generator=generator, **kwargs)
 
         if options.get("pad_token_id") is None and self.model.generation_config.pad_token_id is None:
             eos = options.get("eos_token_id", self.model.generation_config.eos_token_id)

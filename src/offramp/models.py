@@ -54,6 +54,7 @@ def load(
     attn_implementation: str | None = None,
     quantization_config: Any = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    engine: str = "torch",
     **others: Any,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
@@ -68,7 +69,8 @@ def load(
     Args:
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, the torch dtype of that name, or "auto": as they were
-            saved. Confidences are computed in float32 whatever it is.
+            saved. Confidences are computed in float32 whatever it is. With the native engine also "int8": matrices
+            in eight bits per weight, made from bfloat16.
         device: Where to put the model. None: the first CUDA GPU if there is one, else the CPU.
         exits: Exits trained for this model: a folder that `LanguageModel.save_exits` wrote, a hub id, or "bundled" for
             those that come with offramp.
@@ -81,6 +83,8 @@ def load(
         quantization_config: One of `transformers`, such as `BitsAndBytesConfig`; the library it is for must be
             installed. Pruned vocabularies need a head that is not quantised.
         device_map: Another way to say `device`: one device, or "auto" for None. Models are never spread or offloaded.
+        engine: What generates: "torch", or "native", our own kernels on the CPU (see `offramp.native`), which are
+            compiled on first use.
         others: Refused, with what to give instead.
 
     Returns:
@@ -88,16 +92,20 @@ def load(
 
     Raises:
         ValueError: The dtype, the device or another option is not one of those available.
+        NativeError: The native engine cannot run the model, or cannot be compiled here.
         ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
             damaged or were made for another model.
     """
     _refuse(others)
-    torch_dtype = "auto" if dtype == "auto" else named_dtype(dtype)
+    if (int8 := dtype == "int8") and engine != "native":
+        raise ValueError("dtype 'int8' is for engine='native'; give that too, or a quantization_config")
+    torch_dtype = "auto" if dtype == "auto" else named_dtype("bfloat16" if int8 else dtype)
     if attn_implementation not in (None, *ATTENTION):
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; tested with early exits are {' and '.join(ATTENTION)}"
         )
-    place = named_device(_one_device(device, device_map))
+    asked = _one_device(device, device_map)
+    place = named_device("cpu" if asked is None and engine == "native" else asked)
     source = find(
         name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
         local_files_only=local_files_only,
@@ -124,7 +132,7 @@ def load(
     from offramp.language_model import LanguageModel
 
     title = str(name) if name in PACKAGED or not source.local else Path(source.place).resolve().name
-    lm = LanguageModel(model, tokenizer, name=title)
+    lm = LanguageModel(model, tokenizer, name=title, engine=engine, int8=int8)
     if trained is not None and exits is not None:
         trained.require(lm.split, title, exits)
         lm.attach_exits(trained)

@@ -365,7 +365,7 @@ def conditions_of(
     return {
         "model": lm.name,
         "weights": fingerprint(lm.model),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "dtype": lm.number_format,
         "exits": None if lm.exits is None else fingerprint(lm.exits),
         "chat_template": None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest(),
         "task": None if task is None else _json(vars(task)),

@@ -28,6 +28,7 @@ def bench(
     threshold: Annotated[float, typer.Option(help="Of all tests.")] = 0.9,
     min_layer: o.MinLayer = None,
     dtype: o.Dtype = "float32",
+    engine: o.Engine = "torch",
     device: o.Device = None,
     exits: o.Exits = None,
     seed: Annotated[int, typer.Option(help="Of the order of the arms and of random models.")] = 0,
@@ -57,7 +58,7 @@ def bench(
         arms = scripted_arms(lm, tokens=max_new_tokens, min_layer=min_layer, seed=seed)
     else:
         assert model is not None
-        lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+        lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
         texts = o.prompts_from(prompts, limit)
         arms = default_arms(lm, threshold=threshold, min_layer=min_layer)
     with o.progress("timing") as progress:

@@ -13,9 +13,9 @@ from typer.core import TyperGroup
 EARLIER = {
     "--count": "--limit", "--thresholds": "--threshold", "--min-layers": "--min-layer",
     "--vocabulary-sizes": "--vocabulary-size", "--n-mc": "--draws", "--field": "--text-column",
-    "--prompt-field": "--prompt-column", "--group-field": "--group-column",
+    "--prompt-field": "--prompt-column", "--group-field": "--group-column", "--engine": "--backend",
 }  # fmt: skip
-"""Options by what they were called, which still works; no help speaks of it."""
+"""Options by what they were called, which still works where the name is not taken; no help speaks of it."""
 
 OF_CLASSIFIERS = ("train", "calibrate", "evaluate")
 LANGUAGE_MODELLING = "language-modelling"

@@ -105,6 +105,7 @@ def calibrate(
     longest: o.Longest = None,
     batch_size: o.AnsweredTogether = 1,
     dtype: o.Dtype = "float32",
+    engine: o.Engine = "torch",
     device: o.Device = None,
     out: Annotated[
         Path | None,
@@ -151,7 +152,7 @@ def calibrate(
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
     state, place = process_device(device)
-    lm = offramp.load(model, dtype=dtype, device=place, exits=exits)
+    lm = offramp.load(model, dtype=dtype, device=place, exits=exits, engine=engine)
     examples, cut = o.fitting(lm, asked, examples, longest, max_new_tokens)
     folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     with o.progress("calibrating") as progress:

@@ -71,7 +71,7 @@ def distill(
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
-    engine: Annotated[str, typer.Option(help="processes, or ray for the machines of a Ray cluster.")] = "processes",
+    backend: Annotated[str, typer.Option(help="processes, or ray for the machines of a Ray cluster.")] = "processes",
     threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
     device: o.Device = None,
     out: Annotated[
@@ -100,7 +100,7 @@ def distill(
     folder = out or Path("runs") / f"distill-{study.data.name}"
     with o.progress("distilling") as progress:
         results = run_grid(
-            asked, folder, processes=processes, engine=engine, threads=threads, device=str(named_device(device)),
+            asked, folder, processes=processes, engine=backend, threads=threads, device=str(named_device(device)),
             progress=progress,
         )  # fmt: skip
     write_text(folder / "report.md", tables(results, study.select))

@@ -90,6 +90,7 @@ def evaluate(
     batch_size: o.AnsweredTogether = 1,
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap behind the intervals.")] = 2000,
     dtype: o.Dtype = "float32",
+    engine: o.Engine = "torch",
     device: o.Device = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/evaluate-MODEL-TASK.")
@@ -111,7 +112,7 @@ def evaluate(
         {"--window": window},
     )  # fmt: skip
     state, place = process_device(device)
-    lm = offramp.load(model, dtype=dtype, device=place, exits=exits)
+    lm = offramp.load(model, dtype=dtype, device=place, exits=exits, engine=engine)
     chosen = _arms(
         lm, arms=arms, files=policy or [], sweep=sweep, confidence=confidence, threshold=threshold,
         min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,

@@ -33,6 +33,7 @@ def generate(
     policy: o.PolicyFile = None,
     exits: o.Exits = None,
     dtype: o.Dtype = "float32",
+    engine: o.Engine = "torch",
     device: o.Device = None,
     max_new_tokens: Annotated[
         int | None,
@@ -65,7 +66,7 @@ def generate(
         vocabulary_size=vocabulary_size, skipped=skipped, adaptive=adaptive, prompt_layer=prompt_layer,
     )  # fmt: skip
     texts = prompts or [o.standard_input("the prompt")]
-    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
     _explain(lm, rule)
     settings = {
         "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "temperature": temperature, "top_k": top_k,

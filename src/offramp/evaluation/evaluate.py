@@ -205,7 +205,7 @@ def _conditions(
         "examples": len(examples),
         **(about or {}),
         "trained_exits": list(lm.split.exit_layers),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "dtype": lm.number_format,
         **describe(lm.split.device),
     }
 

@@ -253,7 +253,7 @@ def _score(
     first: dict[str, int] = {}
     begun = 0.0
     steps = decode(
-        lm.split, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger, adaptive=learner
+        lm.decoder, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger, adaptive=learner
     )
     for step in steps:
         first = prefill_parts(ledger.costs) if step.prefill else first

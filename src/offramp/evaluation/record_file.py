@@ -114,7 +114,7 @@ def conditions_of(
     """What the arms of an evaluation have in common, as JSON values."""
     return {
         "model": fingerprint(lm.model),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "dtype": lm.number_format,
         "exits": None if lm.exits is None else fingerprint(lm.exits),
         "task": dict(task),
         "examples": digest(examples),

@@ -96,7 +96,8 @@ struct Call {
     int64_t threads;
     float* hidden;           // [M, D], in and out
     const int64_t* batch;    // [M]: the cache row of each token
-    const int64_t* slot;     // [M]: its slot, which is its position
+    const int64_t* slot;     // [M]: its slot there; a row's slots are filled from 0 on
+    const int64_t* position; // [M]: what its heads turn by
     void* const* keys;       // per layer [B, heads, capacity / 16, head_dim, 16]
     void* const* values;     // per layer [B, heads, capacity, head_dim]
     const Rotation* rotations;
@@ -686,7 +687,7 @@ void rotate(Run& run, const Op& op, size_t stage, int64_t layer) {
                     normalise(n, x, line);
                     std::copy(line, line + n.cols, x);
                 }
-                if (op.rotation >= 0) turn(op, call.rotations[op.rotation], slot, x);
+                if (op.rotation >= 0) turn(op, call.rotations[op.rotation], call.position[m], x);
             }
             if (is_key) {
                 for (int64_t d = 0; d < op.head_dim; ++d) {

@@ -72,7 +72,7 @@ class Call(Structure):
 
     _fields_ = [
         ("first", c_int64), ("last", c_int64), ("rows", c_int64), ("layer", c_int64), ("capacity", c_int64),
-        ("threads", c_int64), ("hidden", c_void_p), ("batch", c_void_p), ("slot", c_void_p),
+        ("threads", c_int64), ("hidden", c_void_p), ("batch", c_void_p), ("slot", c_void_p), ("position", c_void_p),
         ("keys", c_void_p), ("values", c_void_p), ("rotations", c_void_p), ("distances", c_void_p), ("reach", c_int64),
         ("memory_capacity", c_int64), ("memory_lengths", c_void_p), ("memory_keys", c_void_p),
         ("memory_values", c_void_p),

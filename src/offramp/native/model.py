@@ -43,10 +43,18 @@ class HeadIds(NamedTuple):
 
 @dataclass
 class Places:
-    """Which cache rows and slots some tokens have, [M] each; `real` are those of a frame that are no padding."""
+    """Where M tokens are cached, and where they stand in their texts.
+
+    Attributes:
+        batch: The cache row of each, [M].
+        slots: Its slot there, [M].
+        positions: Its position, [M].
+        real: Which of a frame's A * n tokens these are; None: all of them, there is no padding.
+    """
 
     batch: Tensor
     slots: Tensor
+    positions: Tensor
     real: Tensor | None = None
 
 
@@ -155,7 +163,7 @@ class NativeModel(SplitModel):
         real = mask.reshape(-1).nonzero()[:, 0]
         slots = (mask.cumsum(-1) - 1).reshape(-1)[real].contiguous()
         batch_of = torch.arange(batch).repeat_interleave(memory.shape[1])[real].contiguous()
-        context.past = _Memory(self._new_cache(batch), Places(batch_of, slots, real), mask.sum(-1).contiguous())
+        context.past = _Memory(self._new_cache(batch), Places(batch_of, slots, slots, real), mask.sum(-1).contiguous())
         context.past.cache.reserve(memory.shape[1])
         return context
 
@@ -193,22 +201,24 @@ class NativeModel(SplitModel):
     def fill(self, context: Context, layer: int, skipped: Skipped) -> None:
         """As `SplitModel.fill`."""
         if "native" not in skipped.memo:
-            slots = context.positions[skipped.rows, skipped.slots].contiguous()
-            skipped.memo["native"] = Places(skipped.rows.contiguous(), slots)
+            rows, slots = skipped.rows.contiguous(), _own_slots(context)[skipped.rows, skipped.slots]
+            skipped.memo["native"] = Places(rows, slots, context.positions[rows, skipped.slots])
         program = self.num_layers + layer
         self._call(context, skipped.hidden.clone(), skipped.memo["native"], program, program + 1, layer=layer)
 
     def _places(self, frame: Frame, context: Context) -> Places:
-        """Where a frame's tokens are cached: a token's slot is its position, and padding has none."""
+        """Where a frame's tokens are."""
         if ("native", "") not in frame.memo:
             span = slice(frame.start, frame.start + frame.queries)
-            slots = context.positions[frame.rows, span]  # [A, n]
-            rows = torch.arange(len(context.positions))[frame.rows]
-            places = Places(rows[:, None].expand_as(slots).flatten().contiguous(), slots.reshape(-1).contiguous())
-            if context.padding is not None and not bool((kept := context.padding[frame.rows, span].reshape(-1)).all()):
+            rows = torch.arange(len(context.positions))[:, None].expand_as(context.positions)
+            batch, slots, positions = (
+                values[frame.rows, span].flatten() for values in (rows, _own_slots(context), context.positions)
+            )
+            real = None
+            if context.padding is not None and not bool((kept := context.padding[frame.rows, span].flatten()).all()):
                 real = kept.nonzero()[:, 0]
-                places = Places(places.batch[real], places.slots[real], real)
-            frame.memo["native", ""] = places
+                batch, slots, positions = batch[real], slots[real], positions[real]
+            frame.memo["native", ""] = Places(batch.contiguous(), slots.contiguous(), positions.contiguous(), real)
         found: Places = frame.memo["native", ""]
         return found
 
@@ -217,7 +227,7 @@ class NativeModel(SplitModel):
     ) -> None:  # fmt: skip
         """Run programs on states [M, D], in place."""
         cache: NativeCache = context.cache
-        self._tabulate(context.slots)
+        self._tabulate(max(context.slots, int(places.positions.max()) + 1))
         cache.reserve(context.slots)
         memory: tuple[Any, ...] = ()
         if context.past is not None:
@@ -225,7 +235,8 @@ class NativeModel(SplitModel):
             memory = (far.capacity, address(context.past.lengths), *far.addresses)
         call = lib.Call(
             first, last, len(hidden), layer, cache.capacity, torch.get_num_threads(),
-            address(hidden), address(places.batch), address(places.slots), *cache.addresses,
+            address(hidden), address(places.batch), address(places.slots), address(places.positions),
+            *cache.addresses,
             ctypes.addressof(self._rotations), address(self._distances), self._reach, *memory,
         )  # fmt: skip
         self._library.offramp_run(self._programs, call)
@@ -285,6 +296,13 @@ class NativeModel(SplitModel):
             address(out), torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+def _own_slots(context: Context) -> Tensor:
+    """The slot of each token if padding takes none, [B, T]: a row in a batch is then cached as it is alone."""
+    if context.padding is None:
+        return torch.arange(context.slots).expand_as(context.positions)
+    return context.padding.long().cumsum(-1) - 1
 
 
 @dataclass
