@@ -215,7 +215,7 @@ def test_the_engine_is_chosen_by_name(tmp_path):
     assert offramp.load(tmp_path, engine="native", dtype="int8").number_format == "int8, native"
     with pytest.raises(ValueError, match="engine is 'nativ'.*did you mean 'native'"):
         offramp.load(tmp_path, engine="nativ")
-    with pytest.raises(ValueError, match="dtype 'int8' is for engine='native'"):
+    with pytest.raises(ValueError, match="dtype 'int8' .* or give engine='native' too"):
         offramp.load(tmp_path, dtype="int8")
     with pytest.raises(NativeError, match="float16"):
         offramp.load(tmp_path, engine="native", dtype="float16")

@@ -98,7 +98,9 @@ def load(
     """
     _refuse(others)
     if (int8 := dtype == "int8") and engine != "native":
-        raise ValueError("dtype 'int8' is for engine='native'; give that too, or a quantization_config")
+        raise ValueError(
+            f"dtype 'int8' is not available on torch; choose one of {', '.join(DTYPES)}, or give engine='native' too"
+        )
     torch_dtype = "auto" if dtype == "auto" else named_dtype("bfloat16" if int8 else dtype)
     if attn_implementation not in (None, *ATTENTION):
         raise ValueError(
