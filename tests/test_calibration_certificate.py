@@ -11,6 +11,7 @@ from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
 from offramp.calibration.certificate import COSTS_MORE
 from offramp.exits import Exits
+from offramp.lines import write_lines
 from offramp.report import calibration_plots
 from offramp.report.pages import calibration as page
 from offramp.tasks import TASKS
@@ -164,7 +165,7 @@ def data(tmp_path):
         {"context": f"w{i + 20} sky w{i + 30} is blue", "question": "why ?", "answers": {"text": [f"w{i + 30}"]}}
         for i in range(30)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp import ExitPolicy
+from offramp import ExitPolicy, digests
 from offramp.calibration import Certificate, Grid, Promise, calibrate, decoded, load
 from offramp.calibration.evidence import packed, unpacked
 from offramp.report import calibration_plots
-from offramp.uncertainty import fingerprint
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, betas, examples, model, ups_and_downs
 
 REFUSED = "the certificate was changed or is damaged: "
@@ -43,7 +42,7 @@ def saved(monkeypatch, folder, promise, *, truth=TRUTH, draw=None, **options):
 def signed(values):
     """The same with the digest that it then has: an editor who knows how."""
     bare = {name: value for name, value in values.items() if name != "digest"}
-    return {**bare, "digest": fingerprint.of(bare, ())}
+    return {**bare, "digest": digests.of(bare)}
 
 
 def edited(values, **changes):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from offramp.classifiers import collect, load_outputs, save_outputs
 from offramp.classifiers.outputs import load_description
+from offramp.tensor_files import write_tensors
 from tiny_encoders import inputs_for, tiny
 
 ROWS = (4, 4, 3)
@@ -95,7 +96,7 @@ def test_loading_maps_the_file(tmp_path):
     }
     tensors |= {"labels": torch.zeros(rows, dtype=torch.long), "costs": torch.tensor([1.0, 2.0]).double()}
     path = tmp_path / "o.safetensors"
-    save_file(tensors, path, {"schema": "offramp/exit-outputs/1", "ids": "[]", "description": "{}"})
+    write_tensors(path, tensors, {"schema": "offramp/exit-outputs/1", "ids": "[]", "description": "{}"})
     del tensors
     before = resident()
     got = load_outputs(path)
@@ -149,10 +150,10 @@ def test_no_rows_and_labels_outside_are_refused(tmp_path):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "missing or damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "missing or damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "is not what was written"),
         (lambda path: path.write_text(json.dumps({})), "missing or damaged"),
-        (lambda path: save_file({"x": torch.zeros(1)}, path), "schema None"),
-        (lambda path: save_file({"x": torch.zeros(1)}, path, {"schema": "offramp/exit-outputs/1"}), "damaged"),
+        (lambda path: write_tensors(path, {"x": torch.zeros(1)}), "schema None"),
+        (lambda path: write_tensors(path, {"x": torch.zeros(1)}, {"schema": "offramp/exit-outputs/1"}), "damaged"),
     ],
 )
 def test_damaged_files_are_named(damage, message, tmp_path):

@@ -13,6 +13,7 @@ from offramp import load as load_language_model
 from offramp.classifiers import EarlyExitClassifier, HeadConfig, load
 from offramp.files import write_tensors
 from offramp.packaged import PACKAGED, Packaged
+from sealing import rewrite
 from tiny import tokenizer
 from tiny_encoders import EVERYTHING, VOCABULARY, build, encoder, inputs_for, tiny
 
@@ -82,8 +83,7 @@ def test_a_classifier_replaces_a_classifier_and_nothing_else(tmp_path):
 
 
 def edit(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    rewrite(folder / "config.json", lambda have: have | values)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def edit(folder, **values):
     [
         (lambda f: (f / "config.json").unlink(), "no classifier: there is no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda f: (f / "config.json").write_text("[]"), "schema None"),
-        (lambda f: edit(f, schema="offramp/exits/1"), "no early-exit classifier, or one of another version"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list, not an object"),
+        (lambda f: edit(f, schema="offramp/exits/1"), "no classifier, or one of another version"),
         (lambda f: edit(f, exits=[9]), r"is damaged .*exits are \(9,\)"),
         (lambda f: edit(f, labels=["a", "b", "c"]), "is damaged"),
         (lambda f: edit(f, head={"colour": 1}), "is damaged"),
-        (lambda f: (f / "model.safetensors").unlink(), "is damaged"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "is damaged"),
-        (lambda f: (f / "encoder" / "config.json").unlink(), "is damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "is missing or damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "is missing or damaged"),
+        (lambda f: (f / "encoder" / "config.json").unlink(), "is missing or damaged"),
     ],
 )
 def test_damaged_folders_are_named(damage, message, tmp_path):

@@ -19,6 +19,7 @@ from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows,
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import joint_cross_entropy, logits_of
 from offramp.classifiers.trainer import train_classifier
+from offramp.lines import read_lines
 from offramp.tasks.labelled import Labelled
 from offramp.training.config import FALLS
 from offramp.training.run_folder import TrainingError
@@ -27,7 +28,7 @@ from tiny_encoders import encoder
 
 
 def lines(folder, kind=None):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = read_lines(folder / "metrics.jsonl", "metrics")
     return [row for row in found if kind in (None, row["kind"])]
 
 

@@ -57,7 +57,7 @@ def one(study, method, teacher=None):
 
 def result_of(folder):
     found = json.loads((folder / "result.json").read_text())
-    return {name: value for name, value in found.items() if name != "seconds"}
+    return {name: value for name, value in found.items() if name not in ("seconds", "digest")}
 
 
 # ---------------------------------------------------------------- cut short

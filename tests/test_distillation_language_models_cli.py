@@ -12,6 +12,7 @@ from offramp import cli
 from offramp.distillation.language_models import distil
 from offramp.distillation.prompt_groups import entry_documents, group_names, read_entries, read_prompts
 from offramp.distillation.token_report import readouts_table
+from offramp.lines import read_lines, write_lines
 from offramp.report.pages import pages_of
 from tiny import tiny, tokenizer
 from token_distillation import GROUPS, config, data, teacher, token_weights
@@ -149,16 +150,17 @@ def test_a_run_has_a_page(distilled, tmp_path):
 def test_an_unfinished_run_says_so(distilled, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(distilled[0], folder)
+    rows = read_lines(folder / "metrics.jsonl", "metrics")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])  # judged, one step, and half a line
     source, found = reported(folder, tmp_path)
     assert "Not finished: 1 of 3 steps" in source
     assert "Weights after each readout" not in found
-    old = [json.loads(line) for line in lines]
+    old = rows
     for row in old:
         if row["kind"] == "weights":  # as an older version wrote them
             del row["group_tokens"]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    write_lines(folder / "metrics.jsonl", old)
     assert "reporting unknown." in reported(folder, tmp_path)[0]
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="has measured nothing yet"):

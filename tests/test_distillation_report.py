@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from distillation_runs import READOUT, small_study
 from offramp import cli
+from offramp.digests import sealed
 from offramp.distillation import DataConfig, run_grid, runs
 from offramp.distillation.by_group import THRESHOLDS, kept_weights, suggested
 from offramp.distillation.data import load_set
@@ -288,7 +289,7 @@ def test_a_run_has_a_page_too_old_or_new(grid, tmp_path):
     ]  # fmt: skip
     assert titles(new)[:7] == wanted
     assert new.count("data:image/svg+xml") == 3
-    (folder / "result.json").write_text(json.dumps(older([named(results, "dedier")])[0]))
+    (folder / "result.json").write_text(json.dumps(sealed(older([named(results, "dedier")])[0])))
     (folder / "weights.safetensors").unlink()
     assert report(folder, "--out", tmp_path / "old.html")[0] == 0
     old = (tmp_path / "old.html").read_text()

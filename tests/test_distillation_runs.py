@@ -41,7 +41,7 @@ def one(method, teacher=None, study=STUDY, seed=0):
 
 
 def without_time(result):
-    return {name: value for name, value in result.items() if name != "seconds"}
+    return {name: value for name, value in result.items() if name not in ("seconds", "digest")}
 
 
 def result_of(folder):

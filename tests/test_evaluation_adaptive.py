@@ -10,6 +10,7 @@ from evaluation_runs import TASK, examples
 from offramp import ExitPolicy, LanguageModel
 from offramp.adaptive_threshold import AdaptiveThreshold
 from offramp.evaluation import Passage, decode_records, perplexity_records, read_records
+from offramp.lines import read_lines, write_lines
 from test_brute_force import lively
 from tiny import VOCABULARY, tokenizer
 
@@ -97,11 +98,11 @@ def test_what_was_learnt_stands_at_the_end_of_each_batch_and_nowhere_else(tmp_pa
 @pytest.mark.parametrize("done", [4, COUNT])
 def test_of_an_earlier_version_what_is_finished_is_read_and_what_is_not_begins_anew(tmp_path, done):
     path, whole = tmp_path / "free.jsonl", answers(model(), tmp_path)
-    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    header, *rows = read_lines(path, "records")
     old = [{**row, "seconds": -1.0} for row in rows[:done]]
     for row in old:
         del row["learnt"]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *old]))
+    write_lines(path, [header, *old])
     again = answers(model(), tmp_path)
     assert timeless(replace(record, learnt={}) for record in again) == timeless(replace(r, learnt={}) for r in whole)
     assert {record.seconds == -1 for record in again} == {done == COUNT}
@@ -110,8 +111,8 @@ def test_of_an_earlier_version_what_is_finished_is_read_and_what_is_not_begins_a
 def test_perplexities_of_an_earlier_version_which_learnt_nothing_are_refused(tmp_path):
     scores(model(), tmp_path)
     path = tmp_path / "free.jsonl"
-    header, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([json.dumps({**json.loads(header), "settings": {}}), *rows, ""]))
+    header, *rows = read_lines(path, "records")
+    write_lines(path, [{**header, "settings": {}}, *rows])
     with pytest.raises(ValueError, match=r"learning was None and is now 'over all passages'\); remove it"):
         scores(model(), tmp_path)
 

@@ -16,6 +16,7 @@ from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.break_even import break_even, exit_flops
 from offramp.exits import Lens, default_layers, fingerprint
 from offramp.probe import probe
+from sealing import rewrite
 from test_brute_force import NO_END, Row, batch_of, deep, layers_of, lively, thresholds
 from tiny import LAYERS, VOCABULARY, greedy, inputs_for, tiny, tokenizer, truncated
 
@@ -461,8 +462,7 @@ def test_exits_of_another_model_are_refused(folder, saved, tmp_path):
     ids=str,
 )
 def test_a_description_that_is_wrong(saved, change, message):
-    file = saved / "exits.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    rewrite(saved / "exits.json", lambda values: values | change)
     with pytest.raises(ModelError, match=message):
         Exits.load(saved)
 
@@ -523,7 +523,7 @@ def test_an_interrupted_save_leaves_the_old_exits(saved, tmp_path, monkeypatch, 
         raise error("stopped")
 
     if where == "write":
-        monkeypatch.setattr("safetensors.torch.save_file", stop)
+        monkeypatch.setattr("offramp.artefact.write_tensors", stop)
     else:
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda a, b: stop() if a.name == "new" else rename(a, b))

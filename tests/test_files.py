@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from offramp.files import append_lines, locked, open_lines, replace_file, write_json
+from offramp.files import locked, replace_file, write_json
 
 
 def everything_in(folder):
@@ -108,43 +108,3 @@ def test_a_run_folder_has_one_user_at_a_time(tmp_path):
             again.__enter__()
     with locked(folder, "another calibration runs"):
         pass
-
-
-# JSON Lines that grow
-
-
-@pytest.mark.parametrize("cut", range(0, 40, 3))
-def test_lines_survive_an_interruption_anywhere(tmp_path, cut):
-    path, values = tmp_path / "runs" / "a.jsonl", [{"n": 1}, "zwei \u00fc", [3]]
-    assert open_lines(path, {"of": "me"}, "things") == []
-    append_lines(path, values)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:cut])
-    kept = open_lines(path, {"of": "me"}, "things")
-    assert kept == values[: max(whole[:cut].count(b"\n") - 1, 0)]
-    append_lines(path, values[len(kept) :])
-    assert path.read_bytes() == whole
-
-
-def test_lines_of_something_else_are_left_alone(tmp_path):
-    path = tmp_path / "a.jsonl"
-    open_lines(path, {"of": "me"}, "things")
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="holds things made otherwise .of was 'me' and is now 'you'.; remove it"):
-        open_lines(path, {"of": "you"}, "things")
-    assert path.read_bytes() == before
-    for other in (b"no json\n", b"[1]\n"):
-        path.write_bytes(other)
-        with pytest.raises(ValueError, match="does not hold things"):
-            open_lines(path, {"of": "me"}, "things")
-        assert path.read_bytes() == other
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        append_lines(path, [math.nan])
-
-
-def test_only_whole_groups_of_lines_count(tmp_path):
-    path = tmp_path / "a.jsonl"
-    open_lines(path, {}, "things")
-    append_lines(path, range(5))
-    assert open_lines(path, {}, "things", lambda count: count - count % 2) == [0, 1, 2, 3]
-    assert open_lines(path, {}, "things") == [0, 1, 2, 3]

@@ -17,6 +17,7 @@ from offramp.evaluation.perplexity import Passage, perplexity_records
 from offramp.exit_posterior import METHODS, SETS, require_posterior
 from offramp.exits import fingerprint
 from posteriors import CANDIDATES, LAYERS, with_posterior
+from sealing import rewrite
 from test_brute_force import NO_END, batch_of, lively
 from test_exits import same
 from tiny import VOCABULARY, greedy, inputs_for, tiny, tokenizer
@@ -374,10 +375,7 @@ def other_layers(values):
 def test_a_damaged_posterior(tmp_path, change, message):
     lm = with_posterior("llama")
     lm.save_exits(tmp_path / "exits")
-    file = tmp_path / "exits" / "exits.json"
-    values = json.loads(file.read_text())
-    change(values)
-    file.write_text(json.dumps(values))
+    rewrite(tmp_path / "exits" / "exits.json", change)
     with pytest.raises(ModelError, match=message):
         Exits.load(tmp_path / "exits")
 

@@ -19,6 +19,7 @@ from offramp import ExitPolicy, cli
 from offramp.calibration import Promise, calibrate, decoded
 from offramp.evaluation import Evaluation, Passage, evaluate_perplexity, read_records
 from offramp.files import write_json
+from offramp.lines import read_lines, write_lines
 from offramp.probe import Probe, probe
 from offramp.report import training_plots
 from offramp.report.html import report
@@ -196,9 +197,9 @@ def test_text_of_data_is_escaped(runs, tmp_path):
     results["arms"][2]["name"] = bad
     write_json(folder / "results.json", results)
     path = folder / "records" / "softmax.jsonl"
-    header, *lines = map(json.loads, path.read_text().splitlines())
+    header, *lines = read_lines(path, "records")
     lines = [line | {"arm": bad, "pieces": [bad, *line["pieces"][1:]]} for line in lines]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    write_lines(path, [header, *lines])
     config = tmp_path / "runs" / "training" / "config.json"
     write_json(config, json.loads(config.read_text()) | {"model": {"name": bad, "fingerprint": bad, "dtype": bad}})
     certificate = result_of_calibration() | {"words": bad}
@@ -285,9 +286,9 @@ def test_without_records_everything_else_is_there(runs, tmp_path, missing):
         shutil.rmtree(tmp_path / "evaluation" / "records")
     else:  # as an earlier version wrote them
         for path in (tmp_path / "evaluation" / "records").iterdir():
-            header, *lines = map(json.loads, path.read_text().splitlines())
+            header, *lines = read_lines(path, "records")
             lines = [{key: line[key] for key in line if key not in ("pieces", "confidences")} for line in lines]
-            path.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
+            write_lines(path, [header, *lines])
     page = one(tmp_path, "evaluation", tmp_path)
     assert {"records": "are not there", "pieces": "hold no texts of tokens"}[missing] in page.text
     assert "softmax" in rows(page.path)

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from offramp.tasks import TASKS, bounded, read_examples
-from offramp.tasks.bounded import content, decoded, parsed
+from offramp import bounded
+from offramp.bounded import content, decoded, parsed
+from offramp.tasks import TASKS, read_examples
 from offramp.tasks.group_tables import table_rows
 from offramp.tasks.images import read_idx
 from offramp.tasks.labelled_text import SST2, TextLayout, read_labelled_text

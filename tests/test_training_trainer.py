@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 import training_runs
 from offramp.exits import Exits
+from offramp.lines import read_lines
 from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
 from training_runs import config, data, model
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl", "metrics")
 
 
 def lenses(folder):
@@ -189,7 +190,8 @@ def test_a_crash_before_or_after_any_write_loses_nothing(tmp_path, monkeypatch):
         folder = tmp_path / str(at)
         writes.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder, "replace_file", crashing(run_folder.replace_file, at))
+            patch.setattr(run_folder, "write_tensors", crashing(run_folder.write_tensors, at))
+            patch.setattr(run_folder, "write_lines", crashing(run_folder.write_lines, at))
             patch.setattr(run_folder.RunFolder, "log", crashing(run_folder.RunFolder.log, at))
             with pytest.raises(KeyboardInterrupt):
                 training_runs.run(folder, **options)

@@ -14,8 +14,8 @@ from torch import Tensor
 from offramp.bench_results import CONFIDENCE_PARTS, Arms, policy_values
 from offramp.costs import PARTS, Costs
 from offramp.exits import fingerprint
-from offramp.files import append_lines, open_lines
 from offramp.language_model import LanguageModel
+from offramp.lines import append_lines, open_lines
 
 ROUNDS = "rounds.jsonl"
 SCHEMA = "offramp/bench-rounds/1"

@@ -5,7 +5,6 @@ Nothing here knows what exits are: `Exits.save` and `Exits.load` do.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.files import replace_folder, write_json, write_tensors
-from offramp.packaged import ModelError, first_line
+from offramp import artefact
+from offramp.packaged import ModelError
 
 SCHEMA = "offramp/exits/1"
 CONFIG, WEIGHTS = "exits.json", "exits.safetensors"
 AGAIN = "save the exits again, or copy their whole folder"
+MOST_LAYERS = 10_000
+"""A description that speaks of more is damaged."""
+KIND = artefact.Kind(
+    "exits", CONFIG, WEIGHTS, family="offramp/exits/", again=AGAIN, saved="name a folder that save_exits wrote"
+)
 
 
 def write(folder: str | os.PathLike[str], values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -26,45 +30,29 @@ def write(folder: str | os.PathLike[str], values: Mapping[str, Any], tensors: Ma
 
     Args:
         folder: A new or empty folder, or one with nothing but exits, which are replaced.
-        values: The description, as JSON values; the schema is added to it.
-        tensors: The weights by name, contiguous and on the CPU.
+        values: The description, as JSON values; schema and digests are added to it.
+        tensors: The weights by name.
 
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not _may_go(target):
-        raise FileExistsError(
-            f"{folder} exists and holds something else than exits, which is not replaced; name a new folder"
-        )
-
-    def put(temporary: Path) -> None:
-        write_tensors(temporary / WEIGHTS, tensors)
-        write_json(temporary / CONFIG, {"schema": SCHEMA, **values})
-
-    replace_folder(target, put)
+    artefact.write(folder, SCHEMA, values, tensors, KIND)
 
 
-def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `exits.json` says, as the arguments of `Exits`, of the right types.
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write` wrote: the description as the arguments of `Exits`, of the right types, and the weights.
 
     Returns:
-        The arguments by name.
+        The arguments and "posterior", and tensors, by name.
 
     Raises:
-        ModelError: There is no such file, or it is damaged.
+        ModelError: There are no exits, or they are damaged.
     """
-    place = Path(folder).expanduser()
-    file = place / CONFIG
-    if not file.is_file():
-        raise ModelError(f"{place} holds no exits: there is no {CONFIG}; name a folder that save_exits wrote")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged ({first_line(error)}); {AGAIN}") from error
-    schema = values.pop("schema", None) if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise ModelError(f"{file} has the schema {schema!r}, not {SCHEMA!r}: no exits, or those of another version")
+        values, tensors = artefact.read(folder, SCHEMA, KIND, without_digest=True)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    file = Path(folder).expanduser() / CONFIG
     values.setdefault("classifier", False)  # younger than the schema, as the posterior is
     types = {
         "model": str, "fingerprint": str, "num_layers": int, "width": int, "layers": list, "settings": dict,
@@ -75,36 +63,6 @@ def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     wrong += [] if wrong or all(type(layer) is int for layer in values["layers"]) else ["layers"]
     if wrong:
         raise ModelError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type; {AGAIN}")
-    return {**{name: values[name] for name in (*types, "rank")}, "posterior": values.get("posterior")}
-
-
-def weights(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:
-    """The file of the weights, and what is in it by name.
-
-    Returns:
-        Path and tensors.
-
-    Raises:
-        ModelError: The file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = Path(folder).expanduser() / WEIGHTS
-    try:
-        return file, load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} is missing or damaged ({first_line(error)}); {AGAIN}") from error
-
-
-def _may_go(folder: Path) -> bool:
-    """Whether a folder is empty, or exits and nothing else."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if not names <= {CONFIG, WEIGHTS}:
-        return False
-    try:
-        return not names or str(json.loads((folder / CONFIG).read_text("utf-8"))["schema"]).startswith("offramp/exits/")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    if len(values["layers"]) > MOST_LAYERS:
+        raise ModelError(f"{file} is damaged: it speaks of {len(values['layers']):,} exits; {AGAIN}")
+    return {**{name: values[name] for name in (*types, "rank")}, "posterior": values.get("posterior")}, tensors

@@ -304,14 +304,13 @@ class Exits(nn.Module):
         Raises:
             ModelError: There are none, or a file is missing or damaged.
         """
-        values = exit_files.description(folder)
-        posterior = values.pop("posterior")
+        values, tensors = exit_files.read(folder)
+        file, posterior = Path(folder) / exit_files.WEIGHTS, values.pop("posterior")
         try:
             with torch.device("meta"):
                 exits = cls(**values)
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the latter from impossible sizes
             raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
-        file, tensors = exit_files.weights(folder)
         fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
         expected = {name: t.shape for name, t in exits.state_dict().items()}
         if {name: t.shape for name, t in tensors.items()} != expected:

@@ -7,12 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -40,65 +37,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write one JSON document, atomically; NaN is refused, as JSON has none."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, contiguous ones, as safetensors that others may read too; into a folder not yet in use."""
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), path)
-    path.chmod(0o644)  # it is written for its owner's eyes only
-
-
-def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Add JSON documents to a file, one per line; they are on the disk when this returns. NaN is refused."""
-    text = "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def open_lines(
-    path: Path, header: Mapping[str, Any], what: str, whole: Callable[[int], int] | None = None
-) -> list[Any]:
-    """Begin a file of JSON lines with a header, or go on with one that begins with the same.
-
-    Half a line, which an interrupted `append_lines` may have left at the end, is cut off.
-
-    Args:
-        path: The file; made if missing, with its folder.
-        header: How the lines come about, as JSON values.
-        what: They are, for messages.
-        whole: From the number of lines behind the header to how many of them count; the others are cut off, too. None:
-            all count.
-
-    Returns:
-        The values behind the header.
-
-    Raises:
-        ValueError: The header is another one, or the file holds something else.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # behind the last line end: half a line
-    asked = json.loads(json.dumps(header))
-    if not lines:
-        path.write_bytes(b"")
-        append_lines(path, [asked])
-        return []
-    try:
-        have, *values = [json.loads(line) for line in lines]
-        if not isinstance(have, dict):
-            raise ValueError(f"it begins with a JSON {type(have).__name__}")
-    except ValueError as error:
-        raise ValueError(f"{path} does not hold {what} ({error}); remove it, or use another folder") from None
-    if differing := differences(have, asked):
-        raise ValueError(
-            f"{path} holds {what} made otherwise ({'; '.join(differing)}); remove it, or use another folder"
-        )
-    count = len(values) if whole is None else whole(len(values))
-    os.truncate(path, sum(len(line) + 1 for line in lines[: count + 1]))
-    return values[:count]
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.bounded import read_object
 from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, certain
 from offramp.files import write_json
 from offramp.plan import Plan
@@ -29,6 +29,8 @@ SKIPPED = ("propagate", "defer", "verify")
 _SCHEMA = "offramp/policy/1"
 _FAR = 2**31 - 1  # of a layer that no model has; `resolve` knows the model's own
 _KEPT = "at least 2 tokens must be kept"
+WRITE = "write a policy with ExitPolicy.save"
+"""What to do about a damaged file."""
 _WHOLE = {
     "min_layer": (1, "layers count from 1"), "prompt_layer": (1, "layers count from 1"), "vocabulary_size": (2, _KEPT),
     "vocabulary_floor": (2, _KEPT), "vocabulary_start": (2, _KEPT),
@@ -267,12 +269,11 @@ class ExitPolicy:
             FileNotFoundError: There is no such file.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a policy file ({error}); write one with ExitPolicy.save") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a JSON {type(values).__name__}, not the object that ExitPolicy.save writes")
-        return cls.from_dict(values)
+            return cls.from_dict(read_object(Path(path), WRITE))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                str(error) if str(path) in str(error) else f"{path} is no policy: {' '.join(str(error).split())}"
+            ) from error
 
     # ------------------------------------------------------------ use
 

@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.bounded import read_object
 from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.evidence import require_evidence
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.room import Room
+from offramp.digests import of as digest
 from offramp.exits import fingerprint
 from offramp.files import write_json
-from offramp.policy import ExitPolicy
-from offramp.uncertainty.fingerprint import of as digest
+from offramp.policy import WRITE, ExitPolicy
 
 if TYPE_CHECKING:
     from offramp.language_model import LanguageModel
@@ -340,7 +341,7 @@ def load(path: str | os.PathLike[str]) -> Certificate | None:
             than follows from its losses.
     """
     ExitPolicy.load(path)
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    values = read_object(Path(path), WRITE)
     if "certificate" not in values:
         return None
     try:

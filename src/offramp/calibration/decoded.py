@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.bounded import read_object
 from offramp.calibration.grid import Setting
 from offramp.calibration.layer_thresholds import layer_thresholds
+from offramp.digests import sealed, unsealed, warn_of_none
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.processes import shared, state_of
 from offramp.evaluation.record_file import Progress, Record, header_of
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from offramp.tasks import Example, Task
 
 RECORDS, THRESHOLDS = "records", "thresholds.json"
+AGAIN = "remove it to find thresholds again"
 
 
 class Decoded:
@@ -88,7 +91,7 @@ class Decoded:
         header = header_of(self.lm, vars(self.task), self.parts[part], policy, options, 1)
         key = json.dumps([header, list(shares)], sort_keys=True)
         path = self.folder / THRESHOLDS
-        known: dict[str, list[list[float]]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = _thresholds(path) if path.exists() else {}
         self.state.wait_for_everyone()  # all have read what there was before one of them writes
         if key not in known:
             count, mine = self._count(part), self.parts[part][self.state.process_index :: self.state.num_processes]
@@ -99,7 +102,7 @@ class Decoded:
             )  # fmt: skip
             known[key] = [list(row) for row in made]
             if self.state.is_main_process:
-                write_json(path, known)
+                write_json(path, sealed({"thresholds": known}))
         self._done += len(self.parts[part])
         return [tuple(row) for row in known[key]]
 
@@ -119,3 +122,15 @@ class Decoded:
             progress(before + done, max(self.most, before + size), f"{part}: {what}")
 
         return update
+
+
+def _thresholds(path: Path) -> dict[str, list[list[float]]]:
+    """Thresholds of each layer by what they are of; earlier versions kept nothing else."""
+    values = read_object(path, AGAIN)
+    if "digest" not in values:
+        warn_of_none(path)
+        return values
+    found = unsealed(values, path, AGAIN).get("thresholds")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no thresholds; {AGAIN}")
+    return found

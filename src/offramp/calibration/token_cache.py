@@ -8,7 +8,6 @@ Logits are never kept (N · V numbers): whoever needs them computes them from th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offramp.bounded import read_object
 from offramp.exits import fingerprint
-from offramp.files import differences, replace_file, write_json
+from offramp.files import differences, write_json
 from offramp.finite import name_of, require_finite
+from offramp.tensor_files import read_tensors, write_tensors
 from offramp.training.data import Document, Windows, cut
 from offramp.training.passes import states_of
 from offramp.training.tally import chunk_rows
@@ -32,6 +33,8 @@ SPLITS = ("fit", "tune", "calibrate", "test")
 the report."""
 SHARES = (0.4, 0.2, 0.2, 0.2)
 """Of the documents."""
+AGAIN = "remove it, and it is made again"
+_OF_TOKENS = ("chosen", "written", "positions", "windows")
 _BATCH = 4  # windows of one pass, and of one file
 Progress = Callable[..., None]
 """(done, total[, what is next])."""
@@ -163,7 +166,7 @@ def _require(file: Path, header: dict[str, Any]) -> None:
     """Write what the features are of, or see that it is the same."""
     if not file.exists():
         write_json(file, header)
-    elif differing := differences(json.loads(file.read_text(encoding="utf-8")), header):
+    elif differing := differences(read_object(file, AGAIN), header):
         raise ValueError(
             f"{file.parent} holds readout inputs of something else ({'; '.join(differing)}); remove it, or use another "
             "folder"
@@ -189,15 +192,18 @@ def _read(lm: LanguageModel, windows: Windows, layers: Sequence[int], first: int
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    replace_file(file, lambda temporary: save_file(tensors, temporary))
+    write_tensors(file, tensors)
 
 
 def _joined(files: Sequence[Path], layers: Sequence[int]) -> Tokens:
-    from safetensors.torch import load_file
-
-    parts = [load_file(file) for file in files]
+    parts = [_whole(file, layers) for file in files]
     inputs = {layer: torch.cat([part[str(layer)] for part in parts]) for layer in layers}
-    rest = {name: torch.cat([part[name] for part in parts]) for name in ("chosen", "written", "positions", "windows")}
-    return Tokens(inputs, **rest)
+    return Tokens(inputs, **{name: torch.cat([part[name] for part in parts]) for name in _OF_TOKENS})
+
+
+def _whole(file: Path, layers: Sequence[int]) -> dict[str, Tensor]:
+    """What a file holds of its windows."""
+    tensors = read_tensors(file, AGAIN)[1]
+    if set(tensors) != {*map(str, layers), *_OF_TOKENS} or len({len(tensor) for tensor in tensors.values()}) > 1:
+        raise ValueError(f"{file} is damaged: readout inputs are missing, or of another number of tokens; {AGAIN}")
+    return tensors

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp import artefact
 from offramp.classifiers.evaluate import charged
 from offramp.risk import budgets
-from offramp.uncertainty import artefact, saving
+from offramp.uncertainty import saving
 from offramp.uncertainty.nested_conformal import NestedConformal
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import Posterior, load_posterior
@@ -112,7 +113,7 @@ class Calibrated:
         if self.sets is not None:
             saving.save(SetsOf(self.posterior.fingerprint, self.sets), place / SETS)
         elif (place / SETS).is_dir():
-            for name in (artefact.DESCRIPTION, artefact.TENSORS):
+            for name in artefact.STATE.names:
                 (place / SETS / name).unlink(missing_ok=True)
             (place / SETS).rmdir()
 

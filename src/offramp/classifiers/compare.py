@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.bounded import read_object
 from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.method import Fitted, Method
@@ -124,7 +125,7 @@ def compare(
 def _require_free(folder: Path) -> None:
     """Refuse a folder with results of another kind, which would be replaced."""
     if (folder / RESULTS).is_file():
-        values = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        values = read_object(folder / RESULTS, "name a new folder")
         if values.get("schema") not in (SCHEMA, EARLIER):
             raise ValueError(f"{folder} holds results of another kind, {values.get('schema')}; name a new folder")
 

@@ -8,12 +8,10 @@ memory, and loading maps the file instead of reading it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +19,15 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import evaluating
-from offramp.files import replace_file
 from offramp.packaged import first_line
+from offramp.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
 
 if TYPE_CHECKING:
     from offramp.classifiers.classifier import EarlyExitClassifier, Inputs
 
 SCHEMA = "offramp/exit-outputs/1"
-_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+AGAIN = "remove it to collect the outputs again"
 
 
 @torch.no_grad()
@@ -99,19 +97,16 @@ def save_outputs(
         path: The file; an older one is replaced.
         description: What they were made of, such as a fingerprint of the weights.
     """
-    from safetensors.torch import save_file
-
-    tensors = {f"features.{i}": f.float().contiguous() for i, f in enumerate(outputs.features)}
+    tensors = {f"features.{i}": f.float() for i, f in enumerate(outputs.features)}
     tensors |= {
-        "logits": outputs.logits.float().contiguous(),
+        "logits": outputs.logits.float(),
         "labels": outputs.labels,
         "costs": outputs.costs.double(),
     }
     for name, given in (("groups", outputs.groups), ("cut", outputs.cut)):
         if given is not None:
             tensors[name] = given
-    header = _header(outputs.ids, description or {})
-    replace_file(Path(path).expanduser(), lambda temporary: save_file(tensors, temporary, header))
+    write_tensors(Path(path).expanduser(), tensors, _header(outputs.ids, description or {}))
 
 
 def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
@@ -126,27 +121,24 @@ def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
     Raises:
         ValueError: There is no such file, or it is damaged or something else.
     """
-    from safetensors import SafetensorError, safe_open
-
+    header, tensors = read_tensors(Path(path).expanduser(), AGAIN)
+    if header.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no outputs of exits, or those of another "
+            "version"
+        )
     try:
-        with safe_open(Path(path).expanduser(), framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("schema") != SCHEMA:
-                raise ValueError(
-                    f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no outputs of exits, or those of "
-                    "another version"
-                )
-            return _assembled({name: file.get_tensor(name) for name in file.keys()}, tuple(json.loads(header["ids"])))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); collect the outputs again") from error
+        return _assembled(tensors, tuple(json.loads(header["ids"])))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
 
 
 def load_description(path: str | os.PathLike[str]) -> dict[str, str]:
     """What the outputs in a file were made of, as `collect` and `save_outputs` were told."""
-    from safetensors import safe_open
-
-    with safe_open(Path(path).expanduser(), framework="pt") as file:
-        found: dict[str, str] = json.loads(file.metadata()["description"])
+    try:
+        found: dict[str, str] = json.loads(claimed_header(Path(path).expanduser(), AGAIN)["description"])
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
     return found
 
 
@@ -199,33 +191,23 @@ class _Spool:
         return {**made, "logits": torch.stack([made.pop(name) for name in self.exits])}
 
     def write(self, path: Path, rest: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Join `rest` and the files to one in the layout of safetensors: header's length, header, data without gaps."""
+        """Join `rest` and the files to one."""
         assert self.folder is not None
         folder, exits = self.folder, self.exits
         sources: dict[str, list[str]] = {name: [name] for name in self.shapes if name not in exits}
         sources["logits"] = exits
         shapes = {**self.shapes, "logits": [len(exits), *self.shapes[exits[0]]]}
         dtypes = {**self.dtypes, "logits": self.dtypes[exits[0]]}
-        order = sorted(sources, key=lambda name: -dtypes[name].itemsize)  # so that numbers stand at multiples of 8
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
-        end = 0
-        for name in (*rest, *order):
-            shape, dtype = (list(rest[name].shape), rest[name].dtype) if name in rest else (shapes[name], dtypes[name])
-            start, end = end, end + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
 
-        def put(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                file.write(struct.pack("<Q", len(text)) + text)
-                for tensor in rest.values():
-                    file.write(_bytes(tensor))
-                for part in (part for name in order for part in sources[name]):
-                    with (folder / part).open("rb") as source:
-                        shutil.copyfileobj(source, file, 1 << 22)
+        def pieces(name: str) -> Iterator[bytes]:
+            for source in sources[name]:
+                with (folder / source).open("rb") as file:
+                    while piece := file.read(1 << 22):
+                        yield piece
 
-        replace_file(path, put)
+        parts = {name: Part(dtypes[name], tuple(shapes[name]), pieces(name)) for name in sources}
+        parts |= {name: Part(t.dtype, tuple(t.shape), [_bytes(t)]) for name, t in rest.items()}
+        write_parts(path, parts, metadata)
 
 
 def _assembled(tensors: Mapping[str, Tensor], ids: tuple[str, ...]) -> ExitOutputs:

@@ -7,7 +7,6 @@ in `trained_on.json` how the training data was read and divided, in `training_ro
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp import artefact
 from offramp.backbone import Backbone
+from offramp.bounded import read_object
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
@@ -24,16 +25,21 @@ from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING
 from offramp.devices import named_device
-from offramp.files import replace_folder, write_json, write_tensors
+from offramp.files import write_json
 from offramp.model_sources import Source
 from offramp.models import named_dtype
 from offramp.packaged import ModelError, first_line, quiet
 from offramp.pretrained import config_of, model_shaped, tokenizer_of
+from offramp.tensor_files import read_tensors, write_tensors
 
 SCHEMA = "offramp/classifier/1"
 CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"
 ROWS = "training_rows.safetensors"
 AGAIN = "save the classifier again, or copy its whole folder"
+KIND = artefact.Kind(
+    "a classifier", CONFIG, WEIGHTS, frozenset((ENCODER, PREPROCESSING, TRAINED_ON, ROWS)), "offramp/classifier/",
+    AGAIN, "name a folder that save wrote",
+)  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {"msdnet": (MSDNet, MSDNetConfig), "small-cnn": (SmallCNN, SmallCNNConfig)}
 """Networks of our own and their configurations, by the kind that is written."""
 
@@ -49,15 +55,9 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         FileExistsError: There is something else of that name; it is left alone.
         ValueError: A weight is NaN or infinite.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not _may_go(target):
-        raise FileExistsError(
-            f"{folder} exists and holds something else than a classifier, which is not replaced; name a new folder"
-        )
     backbone: Any = classifier.backbone
     own = next((kind for kind, (network, _) in OWN.items() if isinstance(backbone, network)), None)
     values = {
-        "schema": SCHEMA,
         "backbone": {"kind": own, **backbone.config.as_dict()} if own else {"kind": "encoder"},
         "exits": list(classifier.layers[:-1]),
         "labels": list(classifier.labels),
@@ -66,7 +66,7 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
     }
     if isinstance(last := classifier.heads[-1], ProjectedHead):
         values["projected"] = last.config.as_dict()
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    weights = classifier.state_dict()
     if (broken := not_finite_in(weights)) is not None:
         raise ValueError(
             f"{broken} holds NaN or infinity, so the classifier is not saved: its training diverged; train it again, "
@@ -74,8 +74,6 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         )
 
     def put(temporary: Path) -> None:
-        write_tensors(temporary / WEIGHTS, weights)
-        write_json(temporary / CONFIG, values)
         if own is None:
             backbone.config.save_pretrained(temporary / ENCODER)
         if classifier.tokenizer is not None:
@@ -86,7 +84,7 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
         if classifier.training_rows is not None:
             write_tensors(temporary / ROWS, {"rows": classifier.training_rows})
 
-    replace_folder(target, put)
+    artefact.write(folder, SCHEMA, values, weights, KIND, put)
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device | None = None) -> EarlyExitClassifier:
@@ -102,20 +100,11 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device | None = 
     Raises:
         ModelError: There is none, it is damaged, or a weight is NaN or infinite.
     """
-    from safetensors.torch import load_file
-
     place = Path(folder).expanduser()
-    if not (place / CONFIG).is_file():
-        raise ModelError(f"{place} holds no classifier: there is no {CONFIG}; name a folder that save wrote")
-    values = _description(place)
-    if values.get("schema") != SCHEMA:
-        raise ModelError(
-            f"{place / CONFIG} has the schema {values.get('schema')!r}, not {SCHEMA!r}: no early-exit classifier, or "
-            "one of another version"
-        )
     try:
-        weights = load_file(place / WEIGHTS)
+        values, weights = artefact.read(place, SCHEMA, KIND, without_digest=True)
         with quiet():
+            _require_shapes(place, values, weights)
             classifier = _build(place, values)
         classifier.load_state_dict(weights)
         if (broken := not_finite_in(weights)) is not None:
@@ -126,7 +115,8 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device | None = 
     except ModelError:
         raise
     except Exception as error:  # each damaged file has an exception type of its own
-        raise ModelError(f"{place} is damaged ({first_line(error)}); {AGAIN}") from error
+        told = isinstance(error, ValueError) and str(place) in str(error)
+        raise ModelError(str(error) if told else f"{place} is damaged ({first_line(error)}); {AGAIN}") from error
     return classifier.to(named_device(device)).eval()
 
 
@@ -135,12 +125,16 @@ def not_finite_in(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
-def _description(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
-    return values if isinstance(values, dict) else {}
+def _require_shapes(folder: Path, values: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse, before any memory is asked for, a description of another network than the weights are of."""
+    most = max(1024, len(weights), *(size for tensor in weights.values() for size in tensor.shape))
+    for name, value in values["backbone"].items():
+        if any(type(size) in (int, float) and size > most for size in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name} is {value!r:.60}, more than its weights are")
+    with torch.device("meta"):
+        described = _build(folder, values).state_dict()
+    if {name: t.shape for name, t in described.items()} != {name: t.shape for name, t in weights.items()}:
+        raise ValueError(f"{WEIGHTS} does not hold the network {CONFIG} speaks of")
 
 
 def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
@@ -171,15 +165,12 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
 
 def training_rows(folder: Path) -> Tensor | None:
     """Hashes of the rows that a saved classifier was trained on, [N]; None: it does not say."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / ROWS)["rows"] if (folder / ROWS).is_file() else None
+    return read_tensors(folder / ROWS, AGAIN)[1]["rows"] if (folder / ROWS).is_file() else None
 
 
 def _json(file: Path) -> dict[str, Any]:
     """Its content; nothing if it is not there."""
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    return read_object(file, AGAIN) if file.is_file() else {}
 
 
 def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
@@ -193,16 +184,3 @@ def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
 def _beside(folder: Path) -> Source:
     """Where an encoder's settings and tokenizer are kept."""
     return Source(str(folder), True, {"local_files_only": True})
-
-
-def _may_go(folder: Path) -> bool:
-    """Whether a folder is empty, or a classifier and nothing else."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if not names <= {CONFIG, WEIGHTS, ENCODER, PREPROCESSING, TRAINED_ON, ROWS}:
-        return False
-    try:
-        return not names or str(_description(folder).get("schema")).startswith("offramp/classifier/")
-    except ModelError:
-        return False

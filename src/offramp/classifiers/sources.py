@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from offramp.bounded import read_object
 from offramp.model_sources import Source, find
 from offramp.packaged import ModelError
 from offramp.pretrained import config_of, loading, model_of, tokenizer_of
@@ -63,5 +63,5 @@ def _preprocessing(source: Source) -> dict[str, Any]:
             file = Path(hf_hub_download(source.place, PREPROCESSING, local_files_only=source.where["local_files_only"]))
         except EntryNotFoundError:
             return {}
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_object(file, "name another folder") if file.is_file() else {}
     return found

@@ -113,8 +113,7 @@ def distill(
 
 def settings_from(config: str | None, data: str | None) -> dict[str, Any]:
     """The settings of a file, or of a set that come with the library; those of a stand-in need not be asked for."""
-    import json
-
+    from offramp.bounded import read_object
     from offramp.distillation.config import BUNDLED, bundled
 
     if config is None:
@@ -125,13 +124,7 @@ def settings_from(config: str | None, data: str | None) -> dict[str, Any]:
     path = Path(config).expanduser()
     if not path.is_file():
         raise typer.BadParameter(f"--config {config}: no such file; those that come along are {', '.join(BUNDLED)}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a JSON {type(found).__name__}, but an object is needed")
-    return found
+    return read_object(path, "give a JSON file with an object")
 
 
 def study_of(

@@ -233,7 +233,7 @@ def standard_input(what: str) -> str:
     Raises:
         ValueError: It is empty, or no text in UTF-8.
     """
-    from offramp.tasks.bounded import decoded, whole
+    from offramp.bounded import decoded, whole
 
     if sys.stdin.isatty():
         note(f"reading {what} from standard input, end it with Ctrl-D")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from offramp.bounded import read_object
 from offramp.distillation.config import SCHEMA, Run
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import budget_of
@@ -69,7 +69,7 @@ def _of_given(teacher: str) -> dict[str, int | None]:
     kind, _, path = teacher.partition(":")
     folder = Path(path).expanduser()
     try:
-        values = json.loads((folder.parent / "result.json").read_text(encoding="utf-8"))
+        values = read_object(folder.parent / "result.json", "")
         if kind != "folder" or folder.name != "model" or values["schema"] != SCHEMA:
             return {"train": None}
         used = budget_of(values).used

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from offramp.classifiers.saving import load
 from offramp.distillation.config import Run
+from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import rows_for
 from offramp.distillation.teacher import load_logits, logits_of_all
-from offramp.files import replace_file
 from offramp.metrics.group_changes import group_changes
 from offramp.metrics.group_exits import budgets_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import group_report
 from offramp.risk.budgets import leave
 from offramp.tasks.group_sets import Grouped, GroupedSet
+from offramp.tensor_files import read_tensors, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
 
 PREDICTIONS, WEIGHTS = "predictions.safetensors", "weights.safetensors"
@@ -102,35 +103,33 @@ def keep_weights(folder: Path, weights: Tensor, groups: Groups | None, epoch: in
         groups: Of the rows.
         epoch: After which they were set.
     """
-    from safetensors.torch import save_file
-
     if groups is None:
         return
-    tensors = {"weights": weights.float().contiguous(), "members": groups.members.contiguous()}
+    tensors = {"weights": weights.float(), "members": groups.members}
     header = {"groups": json.dumps(list(groups.names)), "epoch": str(epoch)}
-    replace_file(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, header))
+    write_tensors(folder / WEIGHTS, tensors, header)
 
 
 def kept_weights(folder: Path) -> tuple[Tensor, Groups, int] | None:
     """Weights, groups and epoch of `keep_weights`; None: none were kept."""
-    from safetensors import safe_open
-
     if not (folder / WEIGHTS).is_file():
         return None
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        header = file.metadata()
-        groups = Groups(tuple(json.loads(header["groups"])), file.get_tensor("members"))
-        return file.get_tensor("weights"), groups, int(header["epoch"])
+    header, tensors = read_tensors(folder / WEIGHTS, AGAIN)
+    try:
+        groups = Groups(tuple(json.loads(header["groups"])), tensors["members"])
+        return tensors["weights"], groups, int(header["epoch"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error!r}); {AGAIN}") from error
 
 
 def _selected(folder: Path, test: Grouped) -> Tensor:
     """Logits of all exits at the selected epoch, [E, N, C], in the order of the rows."""
-    from safetensors import safe_open
-
-    with safe_open(folder / PREDICTIONS, framework="pt") as file:
-        place = {id: at for at, id in enumerate(json.loads(file.metadata()["ids"]))}
-        logits: Tensor = file.get_tensor("selected")
-    return logits[:, [place[id] for id in test.rows.ids]]
+    header, tensors = read_tensors(folder / PREDICTIONS, AGAIN)
+    try:
+        place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
+        return tensors["selected"][:, [place[id] for id in test.rows.ids]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / PREDICTIONS} is damaged ({error!r}); {AGAIN}") from error
 
 
 def _teachers_logits(run: Run, test: Grouped, need: Callable[[Run], Path]) -> Tensor | None:

@@ -6,7 +6,6 @@ Several grids may work in one folder, also from several machines that share it: 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -14,11 +13,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from offramp.bounded import read_object
 from offramp.classifiers.saving import WEIGHTS
 from offramp.devices import named_device
+from offramp.digests import of_file, sealed, unsealed
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
+from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import begun_from
+from offramp.distillation.results import read_result
 from offramp.distillation.teacher import require_unseen
 from offramp.files import differences, write_json
 
@@ -56,9 +59,9 @@ def ensure(run: Run, root: Path, *, place: str = "runs", device: str = "cpu") ->
 def _same(run: Run, folder: Path) -> None:
     asked, path = json.loads(json.dumps(run.to_dict())), folder / "config.json"
     if not path.is_file():
-        write_json(path, {**asked, "digests": digests(run)})
+        write_json(path, sealed({**asked, "digests": digests(run)}))
         return
-    have = json.loads(path.read_text("utf-8"))
+    have = unsealed(read_object(path, AGAIN), path, AGAIN)
     known = have.pop("digests", None)
     if differing := differences(have, asked):
         raise ValueError(
@@ -89,7 +92,7 @@ def _require_one_study(runs: Sequence[Run], root: Path) -> None:
     """Refuse a folder with runs of another study: tables compare all that is in one."""
     asked = json.loads(json.dumps(runs[0].to_dict()["study"])) if runs else None
     for path in sorted((root / "runs").glob("*/config.json")):
-        have = json.loads(path.read_text(encoding="utf-8")).get("study")
+        have = read_object(path, AGAIN).get("study")
         if have is not None and asked is not None and (differing := differences(have, asked)):
             raise ValueError(
                 f"{root} holds runs of another study, such as {path.parent.name}: {'; '.join(differing[:3])}; give the "
@@ -110,8 +113,7 @@ def digests(run: Run) -> dict[str, str]:
     kind, _, path = (run.teacher or "").partition(":")
     file = Path(path).expanduser() / (WEIGHTS if kind == "folder" else "")
     if path and file.is_file():  # if there is none, whoever needs it says so
-        with file.open("rb") as opened:
-            found["teacher"] = hashlib.file_digest(opened, "sha256").hexdigest()
+        found["teacher"] = of_file(file)
     return found
 
 
@@ -189,7 +191,7 @@ def run_grid(
             f"{len(failed)} of {len(runs)} runs failed, the first is {first['key']}: {first['error']} (error.txt in "
             "its folder shows where); the others are finished, start again to go on"
         )
-    return [json.loads((root / "runs" / key / "result.json").read_text("utf-8")) for key in keys]
+    return [dict(read_result(root / "runs" / key / "result.json")) for key in keys]
 
 
 def _outcomes(

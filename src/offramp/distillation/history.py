@@ -5,7 +5,6 @@ Only validation rows are looked at here; test rows are judged once, when trainin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offramp.files import replace_file, write_json
+from offramp.bounded import read_json
+from offramp.digests import sealed, unsealed
+from offramp.files import write_json
 from offramp.metrics.selection import Epoch, Judged, choices
+from offramp.tensor_files import read_tensors, write_tensors
+
+AGAIN = "remove the run's folder to train it again"
 
 
 class History:
@@ -26,7 +30,7 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "history.json"
-        self.rows: list[dict[str, Any]] = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else []
+        self.rows = _rows(self.file) if self.file.is_file() else []
 
     def add(self, epoch: int, val: Judged, more: Mapping[str, Any], model: nn.Module) -> None:
         """Record an epoch; one that is repeated after an interruption replaces what was recorded of it and later.
@@ -42,7 +46,7 @@ class History:
         chosen = {found.number for found in choices(self.epochs()).values()}
         if epoch in chosen:
             self._keep(epoch, model)
-        write_json(self.file, self.rows)
+        write_json(self.file, sealed({"epochs": self.rows}))
         self._forget_but(chosen)
 
     def epochs(self) -> list[Epoch]:
@@ -55,9 +59,7 @@ class History:
 
     def weights(self, epoch: int) -> dict[str, Tensor]:
         """The state of the model after an epoch that a rule chooses."""
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / f"{epoch}.safetensors")
+        return read_tensors(self.folder / f"{epoch}.safetensors", AGAIN)[1]
 
     def forget_weights(self) -> None:
         """Drop the weights: a finished run has been judged at all epochs that a rule chooses."""
@@ -69,7 +71,14 @@ class History:
                 path.unlink()
 
     def _keep(self, epoch: int, model: nn.Module) -> None:
-        from safetensors.torch import save_file
+        write_tensors(self.folder / f"{epoch}.safetensors", model.state_dict())
 
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        replace_file(self.folder / f"{epoch}.safetensors", lambda temporary: save_file(state, temporary))
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """What is known after each epoch; earlier versions kept nothing but the list."""
+    values = read_json(file, AGAIN)
+    values = {"epochs": values} if isinstance(values, list) else values
+    rows = unsealed(values, file, AGAIN).get("epochs") if isinstance(values, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"epoch", "val"} <= set(row) for row in rows):
+        raise ValueError(f"{file} is damaged: it holds no epochs; {AGAIN}")
+    return rows

@@ -21,13 +21,14 @@ from offramp.distillation.config import Run
 from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.history import History
 from offramp.distillation.parts import Parts
-from offramp.files import replace_file
+from offramp.lines import read_lines
 from offramp.metrics.group_exits import exits_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import flip_rate
 from offramp.metrics.selection import judge
 from offramp.report.groups import plain
 from offramp.risk.budgets import leave
+from offramp.tensor_files import write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
 
 
@@ -80,7 +81,8 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
     exits = exits_by_group(outputs, left, groups, split="test")
     counts = parts.data.counts().get("train")
     flips = None if test.pairs is None else flip_rate(outputs.logits[-1].argmax(-1), test.pairs)[0]
-    metrics = [json.loads(line) for line in _lines(folder / "training" / "metrics.jsonl")]
+    path = folder / "training" / "metrics.jsonl"
+    metrics = read_lines(path, "metrics") if path.is_file() else []
     budget = label_budget(run, len(parts.data.train) if counts else 0, len(parts.kept[0]), len(test))
     return {
         "groups": {"names": groups.names, "train": counts, "test": groups.counts.tolist()},
@@ -111,15 +113,7 @@ def _accuracies(logits: Tensor, labels: Tensor, groups: Groups | None) -> list[f
 
 
 def _save_predictions(path: Path, selected: Tensor, last: Tensor, ids: Sequence[str]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {"selected": selected.float().contiguous(), "last": last.float().contiguous()}
-    header = {"ids": json.dumps(list(ids))}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    write_tensors(path, {"selected": selected.float(), "last": last.float()}, {"ids": json.dumps(list(ids))})
 
 
 def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.bounded import read_object
 from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
@@ -155,12 +156,10 @@ def begun_from(network: Network) -> str | None:
 
 def is_classifier(folder: str) -> bool:
     """Whether a folder holds a classifier that was saved."""
-    import json
-
     from offramp.classifiers.saving import CONFIG
 
     path = Path(folder).expanduser() / CONFIG
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_object(path, "name another folder") if path.is_file() else {}
     return str(values.get("schema", "")).startswith("offramp/classifier/")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.bounded import read_object
+from offramp.digests import unsealed
 from offramp.distillation.config import SCHEMA
+from offramp.distillation.history import AGAIN
 from offramp.distillation.methods import METHODS
 from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
@@ -39,7 +41,7 @@ def results_in(root: Path) -> tuple[list[Result], list[str]]:
     unfinished = []
     for folder in sorted((root / "runs").iterdir()):
         if (folder / "result.json").is_file():
-            values = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            values = read_result(folder / "result.json")
             if values.get("schema") == SCHEMA:
                 found.append(values)
         elif (folder / "config.json").is_file():
@@ -52,6 +54,21 @@ def results_in(root: Path) -> tuple[list[Result], list[str]]:
         return where, result["name"], result["teacher"] or "", result["seed"]
 
     return sorted(found, key=place), unfinished
+
+
+def read_result(file: Path) -> Result:
+    """The result of a run.
+
+    Args:
+        file: Its result.json.
+
+    Returns:
+        What stands there.
+
+    Raises:
+        ValueError: It was changed or is damaged.
+    """
+    return unsealed(read_object(file, AGAIN), file, AGAIN)
 
 
 def chosen(result: Result, rule: str) -> Any:

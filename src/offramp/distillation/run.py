@@ -27,6 +27,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.saving import load, training_rows
 from offramp.classifiers.trainer import train_classifier
+from offramp.digests import sealed
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
 from offramp.distillation.by_group import found_by_group, keep_weights
@@ -91,7 +92,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
     found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
-    write_json(folder / RESULT, found)
+    write_json(folder / RESULT, sealed(found))
     (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)  # only now is nothing to be lost
     history.forget_weights()
     return found

@@ -17,13 +17,13 @@ from offramp.classifiers.saving import training_rows
 from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
 from offramp.distillation.states import States
-from offramp.files import replace_file
 from offramp.finite import require_finite
 from offramp.packaged import first_line
 from offramp.tasks.group_sets import GroupedSet
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
 from offramp.tasks.row_hashes import input_hashes, row_hashes
+from offramp.tensor_files import read_tensors, write_tensors
 
 SCHEMA = "offramp/teacher-logits/1"
 
@@ -149,15 +149,13 @@ def save_logits(
         inputs: Of the rows, so that rows of the same ids that hold something else are refused; None: it goes by ids
             alone, as for images in files.
     """
-    from safetensors.torch import save_file
-
     header = {
         "schema": SCHEMA, "ids": json.dumps(list(ids)), "classes": json.dumps(list(classes)), "teacher": teacher
     }  # fmt: skip
-    tensors = {"logits": logits.float().contiguous()}
+    tensors = {"logits": logits.float()}
     if (held := None if inputs is None else input_hashes(inputs)) is not None:
         tensors["inputs"] = held
-    replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+    write_tensors(path, tensors, header)
 
 
 def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tensor:
@@ -175,24 +173,23 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
         ValueError: The file is missing, damaged, not finite or of another teacher, a row is missing or holds something
             else, or classes differ.
     """
-    from safetensors import SafetensorError, safe_open
-
+    header, tensors = read_tensors(path, "save the logits again")
+    if header.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("schema") != SCHEMA:
-                raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
-            logits: Tensor = file.get_tensor("logits")
-            held: Tensor | None = file.get_tensor("inputs") if "inputs" in file.keys() else None  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); save the logits again") from error
-    if teacher is not None and header["teacher"] != teacher:
+        ids, classes, made_by = json.loads(header["ids"]), tuple(json.loads(header["classes"])), header["teacher"]
+        logits, held = tensors["logits"], tensors.get("inputs")
+        if logits.shape != (len(ids), len(classes)) or (held is not None and len(held) != len(ids)):
+            raise ValueError(f"logits of shape {list(logits.shape)} for {len(ids)} rows")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); save the logits again") from error
+    if teacher is not None and made_by != teacher:
         raise ValueError(f"{path} was made by another teacher or preprocessing; save the logits again")
-    require_same_classes(rows.classes, tuple(json.loads(header["classes"])))
+    require_same_classes(rows.classes, classes)
     if not bool(torch.isfinite(logits).all()):
-        row = json.loads(header["ids"])[int((~torch.isfinite(logits)).any(-1).nonzero()[0])]
+        row = ids[int((~torch.isfinite(logits)).any(-1).nonzero()[0])]
         raise ValueError(f"{path} holds logits of row {row!r} that are not finite; save the logits again")
-    place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
+    place = {id: at for at, id in enumerate(ids)}
     if missing := next((id for id in rows.ids if id not in place), None):
         raise ValueError(f"{path} says nothing of the training row {missing!r}; it has {len(place)} other rows")
     at = [place[id] for id in rows.ids]

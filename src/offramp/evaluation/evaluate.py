@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.bounded import read_object
+from offramp.digests import sealed, unsealed
 from offramp.evaluation.arms import FULL, baselines
 from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, PassageArm
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from offramp.tasks import Example, Task
 
 CONFIG, RECORDS = "config.json", "records"
+AGAIN = "give another folder"
 
 
 def evaluate(
@@ -241,9 +244,9 @@ def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any]
 def _configure(folder: Path, common: dict[str, Any], about: Mapping[str, Any]) -> None:
     path = folder / CONFIG
     if not path.exists():
-        write_json(path, {"schema": "offramp/evaluate-config/1", **common, "about": dict(about)})
+        write_json(path, sealed({"schema": "offramp/evaluate-config/1", **common, "about": dict(about)}))
         return
-    have = json.loads(path.read_text(encoding="utf-8"))
+    have = unsealed(read_object(path, AGAIN), path, AGAIN)
     if differing := differences({key: have.get(key) for key in common}, common):
         raise ValueError(
             f"{folder} holds another evaluation: {'; '.join(differing)}; give the same options to continue it, or "

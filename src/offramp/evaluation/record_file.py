@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from offramp.exits import fingerprint
-from offramp.files import append_lines, differences, replace_file
+from offramp.files import differences
+from offramp.lines import REMOVE, append_lines, keep_lines, read_lines, write_lines
 
 if TYPE_CHECKING:
     from offramp.adaptive_threshold import AdaptiveThreshold
@@ -184,28 +184,25 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
         Header and records; an empty header if there is not even a first line.
 
     Raises:
-        ValueError: The file does not hold records.
+        ValueError: The file does not hold records, or they were changed or are damaged.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line end: half a line
+    lines = read_lines(path, "records")
     if not lines:
         return {}, []
+    header, *rows = lines
+    if header.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} does not hold records (its schema is {header.get('schema')!r}, not {SCHEMA!r}); {REMOVE}"
+        )
     try:
-        header, *rows = [json.loads(line) for line in lines]
-        if header.get("schema") != SCHEMA:
-            raise ValueError(f"its schema is {header.get('schema')!r}, not {SCHEMA!r}")
         return header, [Record(**row) for row in rows]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold records ({error}); remove it, or use another folder") from None
+    except TypeError as error:
+        raise ValueError(f"{path} does not hold records ({error}); {REMOVE}") from None
 
 
 def write_records(path: Path, header: Mapping[str, Any], records: Sequence[Record]) -> None:
     """Write a whole file at once: it appears complete, or stays what it was."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(b"")
-        append_lines(temporary, [dict(header), *map(_line, records)])
-
-    replace_file(path, write)
+    write_lines(path, [dict(header), *map(_line, records)])
 
 
 def _line(record: Record) -> dict[str, Any]:
@@ -225,15 +222,12 @@ def _open(
         append_lines(path, [header])
         return []
     if differing := differences(have, header):
-        raise ValueError(
-            f"{path} holds records made otherwise ({'; '.join(differing)}); remove it, or use another folder"
-        )
+        raise ValueError(f"{path} holds records made otherwise ({'; '.join(differing)}); {REMOVE}")
     done = len(records)
     if done < len(examples):
         done -= done % batch_size
         done = 0 if learns and done and not records[done - 1].learnt else done
     if [record.id for record in records[:done]] != [example.id for example in examples[:done]]:
-        raise ValueError(f"{path} holds records of other examples; remove it, or use another folder")
-    lines = path.read_bytes().split(b"\n")
-    os.truncate(path, sum(len(line) + 1 for line in lines[: done + 1]))
+        raise ValueError(f"{path} holds records of other examples; {REMOVE}")
+    keep_lines(path, done + 1)
     return records[:done]

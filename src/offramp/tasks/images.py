@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.tasks.bounded import content
+from offramp.bounded import content
 from offramp.tasks.labelled import Labelled
 
 FASHION = (

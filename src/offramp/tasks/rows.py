@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offramp.tasks.bounded import LONGEST_LINE, content, decoded, parsed
+from offramp.bounded import LONGEST_LINE, content, decoded, parsed
 
 HUB = "hub:"
 

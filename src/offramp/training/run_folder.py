@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.files import differences, locked, replace_file, write_json, write_text
+from offramp.bounded import parsed, read_object
+from offramp.digests import sealed, unsealed
+from offramp.files import differences, locked, write_json
+from offramp.lines import append_lines, read_lines, write_lines
+from offramp.tensor_files import read_tensors, write_tensors
 
 MAY_CHANGE = [f"config.{part}{name}" for part in ("", "training.") for name in ("learning_rate", "clip")]
 """Options that a run may go on with other values of, once NaN or infinity has stopped it."""
+
+
+ANEW = "remove the run folder to train anew, or give another folder"
 
 
 class TrainingError(RuntimeError):
@@ -77,9 +82,9 @@ class RunFolder:
         if not self.writes:
             return []
         if not self.config.exists():
-            write_json(self.config, {**record, "about": dict(about or {})})
+            write_json(self.config, sealed({**record, "about": dict(about or {})}))
             return []
-        have = json.loads(self.config.read_text(encoding="utf-8"))
+        have = self._config()
         about, stopped, changed = have.pop("about", {}), have.pop("stopped", None), have.pop("changed", [])
         differing = differences(have, record)
         if any(stopped is None or not _may_change(each) for each in differing):
@@ -89,32 +94,38 @@ class RunFolder:
             )
         if stopped is not None:  # once for each stop
             changed = [*changed, *(f"{each}, after {stopped}" for each in differing)]
-            write_json(self.config, {**record, "about": about, **({"changed": changed} if changed else {})})
+            write_json(self.config, sealed({**record, "about": about, **({"changed": changed} if changed else {})}))
         return list(changed)
+
+    def _config(self) -> dict[str, Any]:
+        return unsealed(read_object(self.config, ANEW), self.config, ANEW)
 
     def stopped(self, why: str) -> None:
         """Keep in config.json that NaN or infinity stopped the run, so that it may go on with other `MAY_CHANGE`."""
         if self.config.exists():
-            write_json(self.config, {**json.loads(self.config.read_text(encoding="utf-8")), "stopped": why})
+            write_json(self.config, sealed({**self._config(), "stopped": why}))
 
     # ------------------------------------------------------------ metrics
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line of metrics."""
-        with self.metrics.open("ab") as file:
-            file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        append_lines(self.metrics, [row], durable=False)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines of metrics."""
-        lines = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        """All lines of metrics.
+
+        Returns:
+            JSON objects.
+
+        Raises:
+            ValueError: They were changed or are damaged.
+        """
+        return read_lines(self.metrics, "metrics", ANEW) if self.metrics.exists() else []
 
     def _rewind(self, step: int) -> None:
         """Drop metrics of steps that will be repeated."""
-        if not self.writes:
-            return
-        kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step)
-        write_text(self.metrics, kept)
+        if self.writes:
+            write_lines(self.metrics, [row for row in self.rows() if row["step"] <= step])
 
     # ------------------------------------------------------------ checkpoint
 
@@ -129,31 +140,40 @@ class RunFolder:
             raise TrainingError(f"weights are not finite after step {clock.step} ({strange[0]}); {self.advice()}")
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        header = {"clock": json.dumps(asdict(clock))}
-        replace_file(self.checkpoint, lambda temporary: save_file(tensors, temporary, metadata=header))
+        write_tensors(self.checkpoint, tensors, {"clock": json.dumps(asdict(clock))})
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Clock | None:
-        """Continue from the checkpoint; None if there is none."""
+        """Continue from the checkpoint.
+
+        Args:
+            parameters: What is trained, by name.
+            optimizer: Of these.
+
+        Returns:
+            Where the run was; None if there is no checkpoint.
+
+        Raises:
+            ValueError: The checkpoint is damaged, or not of these parameters; nothing was changed.
+        """
         if not self.checkpoint.exists():
             self._rewind(-1)
             return None
+        header, tensors = read_tensors(self.checkpoint, ANEW)
         learns = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        states: dict[int, dict[str, Tensor]] = {}
-        with safe_open(self.checkpoint, framework="pt") as file:
-            clock = Clock(**json.loads(file.metadata()["clock"]))
-            for name in file.keys():  # noqa: SIM118 - it is not a dict
-                kind, rest = name.split(".", 1)
-                if kind == "weights":
-                    tensor, place = file.get_tensor(name), parameters[rest]
-                    if place.shape == tensor.shape:
-                        place.data.copy_(tensor)
-                    else:  # not a weight: what the model is trained on may grow and shrink
-                        place.data = tensor.to(place.device)
-                else:
-                    index, key = rest.split(".", 1)
-                    states.setdefault(int(index), {})[key] = _laid_out(file.get_tensor(name), learns[int(index)])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        try:
+            clock = Clock(**parsed(header["clock"], "its clock"))
+            weights, states = _divided(tensors)
+            _require_whole(weights, states, parameters, learns)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint} is damaged or of another run: {error}; {ANEW}") from error
+        for name, tensor in weights.items():
+            place = parameters[name]
+            if place.shape == tensor.shape:
+                place.data.copy_(tensor)
+            else:  # not a weight: what the model is trained on may grow and shrink
+                place.data = tensor.to(place.device)
+        kept = {at: {key: _laid_out(value, learns[at]) for key, value in state.items()} for at, state in states.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
         self._rewind(clock.step)
         return clock
 
@@ -197,6 +217,46 @@ def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
 def _may_change(difference: str) -> bool:
     """Whether a line of `differences` is about one of `MAY_CHANGE`."""
     return difference.partition(" was ")[0] in MAY_CHANGE
+
+
+def _divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Weights by name, and states of the optimiser by number and name."""
+    weights: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "weights":
+            weights[rest] = tensor
+        elif kind == "optimizer":
+            index, _, key = rest.partition(".")
+            states.setdefault(int(index), {})[key] = tensor
+        else:
+            raise ValueError(f"it holds {name!r}")
+    return weights, states
+
+
+def _require_whole(
+    weights: Mapping[str, Tensor],
+    states: Mapping[int, Mapping[str, Tensor]],
+    parameters: Mapping[str, Tensor],
+    learns: list[Tensor],
+) -> None:
+    """Refuse a checkpoint without something that training goes on from."""
+    if differing := sorted(set(weights) ^ set(parameters)):
+        raise ValueError(f"it has no {differing[0]!r}" if differing[0] in parameters else f"it has {differing[0]!r}")
+    learnt = {id(parameter) for parameter in learns}
+    for name, tensor in weights.items():
+        place = parameters[name]
+        if id(place) in learnt and place.shape != tensor.shape:
+            raise ValueError(f"its {name!r} has the shape {list(tensor.shape)}, not {list(place.shape)}")
+    if states and not set(states) <= set(range(len(learns))):
+        raise ValueError(f"it has states of {len(states)} parameters, and {len(learns)} are trained")
+    names = {frozenset(state) for state in states.values()}
+    if len(names) > 1:
+        raise ValueError("the optimiser's states are not complete")
+    for at, state in states.items():
+        if any(value.ndim and value.shape != learns[at].shape for value in state.values()):
+            raise ValueError(f"the optimiser's state of parameter {at} is of another shape")
 
 
 def _laid_out(state: Tensor, like: Tensor) -> Tensor:

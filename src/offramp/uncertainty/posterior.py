@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp import artefact, digests
 from offramp.tables import markdown
-from offramp.uncertainty import artefact, checks, ensemble, fingerprint, overhead, predictive
+from offramp.uncertainty import checks, ensemble, fingerprint, overhead, predictive
 from offramp.uncertainty.one_exit import ExitPosterior, fit_exits
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
 from offramp.values import choice
@@ -291,7 +292,7 @@ class Posterior:
     def fingerprint(self) -> str:
         """Of the fitted state: what is found with it, such as thresholds, holds for it alone."""
         tensors = self._tensors()
-        return fingerprint.of(self._values(), [tensors[name] for name in sorted(tensors)])
+        return digests.of(self._values(), [tensors[name] for name in sorted(tensors)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write state.json and state.safetensors into a new folder, or one with an earlier state, which is replaced."""
@@ -326,15 +327,18 @@ def load_posterior(folder: str | os.PathLike[str], inputs: Mapping[str, str] | N
         ValueError: There is none, its files were changed, or it was fitted on something else.
     """
     values, tensors = artefact.read(folder, SCHEMA)
-    artefact.require_inputs(f"the posterior in {folder}", values["inputs"], inputs or {})
-    exits = []
-    for e, exit in enumerate(values["exits"]):
-        own = {name.removeprefix(f"{e}."): tensor for name, tensor in tensors.items() if name.startswith(f"{e}.")}
-        exits.append(ExitPosterior.from_dict(exit, own))
-    return Posterior(
-        PosteriorConfig(**values["config"]), tuple(exits), tuple(values["widths"]), values["classes"], tensors["costs"],
-        tensors.get("draws"), values["inputs"], tuple(values["messages"]),
-    )  # fmt: skip
+    try:
+        artefact.require_inputs(f"the posterior in {folder}", values["inputs"], inputs or {})
+        exits = []
+        for e, exit in enumerate(values["exits"]):
+            own = {name.removeprefix(f"{e}."): tensor for name, tensor in tensors.items() if name.startswith(f"{e}.")}
+            exits.append(ExitPosterior.from_dict(exit, own))
+        return Posterior(
+            PosteriorConfig(**values["config"]), tuple(exits), tuple(values["widths"]), values["classes"],
+            tensors["costs"], tensors.get("draws"), values["inputs"], tuple(values["messages"]),
+        )  # fmt: skip
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the posterior in {folder} is damaged ({error!r}); {artefact.STATE.again}") from error
 
 
 def _of(probabilities: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from offramp.uncertainty import artefact
+from offramp import artefact
 
 SCHEMA = "offramp/uncertainty/1"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from offramp.bounded import read_json
 from offramp.calibration.result import RESULT
 from offramp.calibration.result import SCHEMA as CALIBRATION
 from offramp.classifiers.calibrate import EARLIER as EARLIER_CALIBRATION
@@ -84,10 +84,7 @@ def _of(path: Path, schema: str) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is no JSON ({error}); remove it, or give another run") from None
+    values = read_json(path, "remove it, or give another run")
     return values if isinstance(values, dict) else {}
 
 

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, cast
 
 MOST_BYTES = 4 << 30
 """Of one file, unpacked."""
+MOST_JSON = 256 << 20
+"""Bytes of a file that is one JSON document: its values take several times as much memory."""
 MOST_RATIO, FREE_BYTES = 200, 64 << 20
 """A gzip file may unpack to so many times its size; what unpacks to no more than `FREE_BYTES`, to any number of times.
 Text packs to a third or a tenth, black images to a fiftieth; only what was made for it comes near gzip's 1,000."""
@@ -46,6 +48,50 @@ def content(path: Path) -> bytes:
             return whole(cast("BinaryIO", gzip.GzipFile(fileobj=file)), path, packed=file)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again, or drop the .gz") from None
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """The value of a file that is one JSON document, not larger and not deeper than sensible.
+
+    Args:
+        path: The file.
+        advice: What to do if it is damaged.
+
+    Returns:
+        The value.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no JSON, has NaN or infinity, which JSON does not, or is larger than `MOST_JSON`; or it cannot
+            be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+        if len(data) > MOST_JSON:
+            raise ValueError(f"{path} holds more than {MOST_JSON:,} bytes, the most that is read of one document")
+        return parsed(decoded(data, path), str(path), finite=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {str(error).removeprefix(f'{path} ')}; {advice}") from None
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """`read_json` for a file that holds an object.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: It holds something else, too.
+    """
+    values = read_json(path, advice)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds a JSON {type(values).__name__}, not an object; {advice}")
+    return values
 
 
 def whole(file: BinaryIO, place: object, *, packed: BinaryIO | None = None) -> bytes:
@@ -108,13 +154,14 @@ def _line(data: bytes, at: int) -> int:
     return data.count(b"\n", 0, at) + 1
 
 
-def parsed(text: str, place: str, *, hint: str = "") -> Any:
+def parsed(text: str, place: str, *, hint: str = "", finite: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: The text.
         place: Where it stands, for messages.
         hint: What else to say if it is not JSON.
+        finite: Refuse NaN and infinity, which Python reads though JSON has neither.
 
     Returns:
         The value.
@@ -124,7 +171,9 @@ def parsed(text: str, place: str, *, hint: str = "") -> Any:
             digits, or half of a character.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant if finite else float)
+    except _ConstantError as error:
+        raise ValueError(f"{place} holds {error}, which is no JSON number") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON ({error}){hint}") from None
     except _TwiceError as error:
@@ -150,6 +199,14 @@ def parsed(text: str, place: str, *, hint: str = "") -> Any:
 
 class _TwiceError(Exception):
     """A key that an object has twice."""
+
+
+class _ConstantError(Exception):
+    """NaN or infinity."""
+
+
+def _constant(name: str) -> Any:
+    raise _ConstantError(name)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

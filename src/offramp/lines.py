@@ -1,0 +1,154 @@
+"""Files of JSON lines that grow: killed at any moment they go on where they were, and an edited line is seen.
+
+Every line is an object with the SHA-256 of itself and of the line before it under "digest", so that a line that was
+changed, moved or taken out of the middle does not go unnoticed. Half a line at the end, which a killed process may have
+left, counts for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from offramp import digests
+from offramp.bounded import content, parsed
+from offramp.files import differences, replace_file
+
+_DIGITS = 32  # of a digest
+_CHUNK = 1 << 16
+Lines = list[dict[str, Any]]
+REMOVE = "remove it, or use another folder"
+
+
+def append_lines(path: Path, values: Iterable[Mapping[str, Any]], *, durable: bool = True) -> None:
+    """Add JSON objects to a file, one per line. NaN is refused.
+
+    Args:
+        path: The file; made if missing. To one of an earlier version, without digests, lines are added without.
+        values: The objects.
+        durable: Whether they are on the disk when this returns.
+    """
+    text = _text(values, _last_digest(path))
+    with path.open("ab") as file:
+        file.write(text)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file of JSON objects, one per line, atomically."""
+    text = _text(values, "")
+    replace_file(path, lambda temporary: temporary.write_bytes(text))
+
+
+def read_lines(path: Path, what: str, advice: str = REMOVE) -> Lines:
+    """The objects of a file, half a line at its end left out.
+
+    Args:
+        path: The file.
+        what: They are, for messages.
+        advice: What to do if it is damaged.
+
+    Returns:
+        The objects, without digests. A file of an earlier version, without any, is taken with a warning.
+
+    Raises:
+        ValueError: A line is no JSON object, or not what was written.
+    """
+    found: Lines = []
+    last: str | None = ""
+    for number, line in enumerate(content(path).split(b"\n")[:-1], 1):
+        place = f"{path}, line {number}"
+        try:
+            value = parsed(line.decode("utf-8"), place)
+            if not isinstance(value, dict):
+                raise ValueError(f"{place} is a JSON {type(value).__name__}")  # noqa: TRY004 - it is in a file
+        except ValueError as error:
+            raise ValueError(f"{path} does not hold {what} ({error}); {advice}") from None
+        given = value.pop("digest", None)
+        if number == 1 and given is None:
+            last = None
+        if given != (None if last is None else _digest(last, value)):
+            raise ValueError(
+                f"{place} is not what was written: {what} were changed or are damaged (the digest differs); {advice}"
+            )
+        last = given
+        found.append(value)
+    if last is None:
+        digests.warn_of_none(path)
+    return found
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cut off all lines behind the first `count`, and half a line at the end."""
+    lines = content(path).split(b"\n")[:-1]
+    os.truncate(path, sum(len(line) + 1 for line in lines[:count]))
+
+
+def open_lines(path: Path, header: Mapping[str, Any], what: str, whole: Callable[[int], int] | None = None) -> Lines:
+    """Begin a file of JSON lines with a header, or go on with one that begins with the same.
+
+    Args:
+        path: The file; made if missing, with its folder.
+        header: How the lines come about, as JSON values.
+        what: They are, for messages.
+        whole: From the number of lines behind the header to how many of them count; the others are cut off, too. None:
+            all count.
+
+    Returns:
+        The objects behind the header.
+
+    Raises:
+        ValueError: The header is another one, or the file is damaged or holds something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    asked = json.loads(json.dumps(header))
+    lines = read_lines(path, what) if path.exists() else []
+    if not lines:
+        path.write_bytes(b"")
+        append_lines(path, [asked])
+        return []
+    have, *values = lines
+    if differing := differences(have, asked):
+        raise ValueError(f"{path} holds {what} made otherwise ({'; '.join(differing)}); {REMOVE}")
+    count = len(values) if whole is None else whole(len(values))
+    keep_lines(path, count + 1)
+    return values[:count]
+
+
+def _text(values: Iterable[Mapping[str, Any]], last: str | None) -> bytes:
+    """Lines behind one of that digest; None: behind one that has none."""
+    lines = []
+    for value in values:
+        plain = json.loads(json.dumps(dict(value), allow_nan=False))
+        if last is not None:
+            last = _digest(last, plain)
+            plain["digest"] = last
+        lines.append(json.dumps(plain, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _digest(before: str, value: Mapping[str, Any]) -> str:
+    return hashlib.sha256((before + json.dumps(value)).encode()).hexdigest()[:_DIGITS]
+
+
+def _last_digest(path: Path) -> str | None:
+    """Of the last line; empty: there is no line; None: it has none."""
+    if not path.exists() or not (size := path.stat().st_size):
+        return ""
+    tail, length = b"", _CHUNK
+    with path.open("rb") as file:
+        while len(tail) < size and tail.count(b"\n") < 2:  # the end of the last line, and that of the line before it
+            file.seek(max(0, size - length))
+            tail, length = file.read(), 4 * length
+    try:
+        value = json.loads(tail.split(b"\n")[-2])
+    except (ValueError, IndexError):
+        raise ValueError(f"{path} does not end with a whole line; {REMOVE}") from None
+    digest = value.get("digest") if isinstance(value, dict) else None
+    return digest if isinstance(digest, str) else None
