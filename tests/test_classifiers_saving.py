@@ -11,8 +11,8 @@ import transformers as hf
 from offramp import ModelError
 from offramp import load as load_language_model
 from offramp.classifiers import EarlyExitClassifier, HeadConfig, load
-from offramp.files import write_tensors
 from offramp.packaged import PACKAGED, Packaged
+from offramp.tensor_files import claimed_header, write_tensors
 from sealing import rewrite
 from tiny import tokenizer
 from tiny_encoders import EVERYTHING, VOCABULARY, build, encoder, inputs_for, tiny
@@ -197,7 +197,10 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(value, tmp_pat
     with pytest.raises(ValueError, match=f"{name} holds NaN or infinity, so the classifier is not saved"):
         classifier.save(tmp_path / "c")
     assert torch.isfinite(load(tmp_path / "c").heads[1].linear.bias).all()  # what was there stays
-    write_tensors(tmp_path / "c" / "model.safetensors", {n: t.contiguous() for n, t in classifier.state_dict().items()})
+    file = tmp_path / "c" / "model.safetensors"
+    write_tensors(file, classifier.state_dict())
+    files = {file.name: claimed_header(file, "")["digest"]}
+    rewrite(tmp_path / "c" / "config.json", lambda values: {**values, "files": values["files"] | files})
     with pytest.raises(ModelError, match=f"model.safetensors: {name} holds NaN or infinity.* train it again") as raised:
         load(tmp_path / "c")
     assert "\n" not in str(raised.value)
@@ -212,6 +215,8 @@ def test_no_code_of_a_folder_is_run_nor_asked_about(part, tmp_path, monkeypatch)
     kinds = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoTokenizer": ["own.Slow", "own.Fast"]}
     file.write_text(json.dumps({**values, "model_type": "own", "tokenizer_class": "Own", "auto_map": kinds}))
     (tmp_path / "c" / "encoder" / "own.py").write_text("raise AssertionError('this ran')")
+    files = {f"encoder/{part}": hashlib.sha256(file.read_bytes()).hexdigest()}
+    rewrite(tmp_path / "c" / "config.json", lambda values: {**values, "files": values["files"] | files})
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     if part == "tokenizer_config.json":
         assert load(tmp_path / "c").tokenizer("why ?").input_ids  # all that it needs is in tokenizer.json

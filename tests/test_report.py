@@ -346,6 +346,7 @@ def test_a_stop_for_nan_and_what_was_changed_behind_it_are_told(runs, tmp_path):
     del record["about"]
     folder.stopped("training met NaN or infinity at step 4 in the gradient")
     assert "Not finished: training met NaN or infinity at step 4" in one(tmp_path, "training", tmp_path).text
+    del record["digest"]
     folder.check({**record, "config": {**record["config"], "learning_rate": 0.5}})
     said = one(tmp_path, "training", tmp_path).text
     assert "Not finished" not in said
@@ -510,7 +511,7 @@ def test_runs_that_are_none(runs, tmp_path):
     refused(tmp_path / "list", "list holds no run")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "results.json").write_text('{"schema": "offramp/eval')
-    refused(tmp_path / "damaged", "damaged, it is no JSON")
+    refused(tmp_path / "damaged", "is damaged: it is not JSON")
     write_json(tmp_path / "begun" / "config.json", {"schema": "offramp/evaluate-config/1"})
     refused(tmp_path / "begun", "the evaluation in .*begun is not finished")
     write_json(tmp_path / "old" / "results.json", {"schema": "offramp/evaluate/1", "arms": [{}]})

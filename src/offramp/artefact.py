@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offramp import digests
 from offramp.bounded import read_object
-from offramp.files import replace_folder, write_json
+from offramp.files import recover_folder, replace_folder, write_json
 from offramp.tensor_files import claimed_header, read_tensors, write_tensors
 
 
@@ -100,6 +100,7 @@ def description(folder: str | os.PathLike[str], kind: Kind = STATE) -> dict[str,
         ValueError: There is none, or it is damaged.
     """
     place = Path(folder).expanduser()
+    recover_folder(place)
     if not (place / kind.description).is_file():
         raise ValueError(
             f"{place} holds no {kind.what.removeprefix('a ')}: there is no {kind.description}; {kind.saved}"

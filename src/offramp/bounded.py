@@ -76,7 +76,9 @@ def read_json(path: Path, advice: str) -> Any:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {str(error).removeprefix(f'{path} ')}; {advice}") from None
+        said = str(error)
+        said = f"it {said.removeprefix(f'{path} ')}" if said.startswith(f"{path} ") else said
+        raise ValueError(f"{path} is damaged: {said}; {advice}") from None
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:

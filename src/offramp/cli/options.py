@@ -32,9 +32,25 @@ Engine = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, …; default: the first CUDA GPU if there is one, else cpu.")
 ]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """The path, if it can be written: it is better known before long work than behind it."""
+    from offramp.files import require_writable
+
+    if path is not None and str(path) != "-":
+        try:
+            require_writable(path)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return path
+
+
 JsonPath = Annotated[
     Path | None,
-    typer.Option("--json", metavar="PATH", help="Write everything as one JSON object; - is standard output."),
+    typer.Option(
+        "--json", metavar="PATH", help="Write everything as one JSON object; - is standard output.", callback=_writable
+    ),
 ]
 Chat = Annotated[
     bool | None,
