@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import ExitPolicy, Exits, LanguageModel
 from offramp.costs import PARTS, Ledger
-from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, inputs_for, tiny
+from tiny import FAMILIES, LAYERS, VOCABULARY, inputs_for, tiny
 
 POLICIES = {
     "full": None,
@@ -25,16 +25,22 @@ POLICIES = {
 
 
 def eager(name):
-    """The tiny model with attention that the counter sees (it counts nothing for the fused kernel on CPU)."""
+    """The tiny model with attention and experts that the counter sees (it counts nothing for fused kernels on CPU)."""
     model = copy.deepcopy(tiny(name))
     model.set_attn_implementation("eager")
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
     return model
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [*((name, policy) for name in ("llama", "t5") for policy in POLICIES), *((name, "softmax") for name in FAMILIES)],
+    [
+        *((name, policy) for name in ("llama", "t5") for policy in POLICIES),
+        *((name, "softmax") for name in FAMILIES),
+        *((name, "fixed") for name in ("gpt2", "gpt-neox", "opt-350m", "qwen2-moe", "gpt-oss")),
+    ],
 )
 def test_flops_equal_the_counters(name, policy, batch):
     lm = LanguageModel(eager(name))
@@ -42,7 +48,7 @@ def test_flops_equal_the_counters(name, policy, batch):
     with FlopCounterMode(display=False) as counter:
         out = lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=6)
     # The rotation's angles are a product, too: 1 multiply-add per token and angle, which the ledger leaves out.
-    slack = 0.005 if name in DECODER_ONLY else 1e-9
+    slack = 0.005 if lm.split.rotary is not None else 1e-9
     assert out.costs.flops == pytest.approx(counter.get_total_flops(), rel=slack)
 
 
@@ -82,6 +88,36 @@ def test_parts_of_a_static_run_by_hand():
     assert out.costs.flops == blocks + new * 2 * d * VOCABULARY
     assert (out.costs.tokens, out.costs.tests, out.costs.mean_exit_layer) == (new, 0, 2)
     assert out.costs.executed_layers == 2 * (new - 1)
+
+
+def test_a_mixture_of_experts_by_hand():
+    """Two of five experts multiply a token; together, tokens may read all five."""
+    shape = LanguageModel(tiny("qwen2-moe")).split.shape
+    d, kv, width, shared, dense = 32, 16, 24, 40, 48
+    attention, expert = 2 * d * d + 2 * d * kv, 3 * d * width
+    routed = attention + d * 5 + 3 * d * shared + d + 2 * expert  # router, shared expert and its gate
+    assert [block.weights for block in shape.blocks] == [routed, attention + 3 * d * dense, routed, routed]
+    assert [block.weights_read(1) for block in shape.blocks] == [block.weights for block in shape.blocks]
+    assert [shape.blocks[0].weights_read(n) - routed for n in (2, 3, 9)] == [2 * expert, 3 * expert, 3 * expert]
+    assert shape.blocks[1].weights_read(9) == attention + 3 * d * dense
+    ledger = Ledger(shape, torch.device("cpu"))
+    ledger.blocks(0, 1, rows=2, queries=1, start=3)
+    assert ledger.costs.parts["blocks"].bytes == 4 * (routed + 2 * expert + 2 * kv * 2 * 3)
+
+
+def test_a_head_narrower_than_the_states_by_hand():
+    shape = LanguageModel(tiny("opt-350m")).split.shape
+    assert (shape.width, shape.head_width) == (32, 16)
+    assert shape.readout_flops() == 2 * (32 * 16 + 16 * VOCABULARY)
+    assert shape.readout_flops(7) == 2 * (32 * 16 + 16 * 7)
+    ledger = Ledger(shape, torch.device("cpu"))
+    ledger.readout(3)
+    ledger.pruned_readout(3, 7)
+    ledger.gather(3, 7)
+    parts = ledger.costs.parts
+    assert parts["readout"].bytes == 4 * (32 * 16 + 16 * VOCABULARY)
+    assert parts["pruned_readout"].bytes == 4 * (32 * 16 + 3 * 7 * 16)
+    assert parts["select"].bytes == 4 * 2 * 3 * 7 * 16
 
 
 def test_draft_flops_follow_the_source_documents_rule():

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from offramp import cli
+from offramp.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +70,16 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_pages_list_the_families():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = [
+        name for row in re.findall(r"^\| (`[^|]*) \|", page, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert sorted(set(listed) - {"model_type"}) == sorted(FAMILIES)
+    assert f"{len(FAMILIES)} families of `transformers`" in page
+    assert f"{len(FAMILIES)} families, by `model_type`" in README
 
 
 def test_files_stay_one_idea_long():

@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import GenerationMixin
 
+from offramp.families import FAMILIES as SUPPORTED
+
 VOCABULARY = 97
 LAYERS = 4
 
@@ -31,7 +33,7 @@ def _decoder(config: str, model: str, **options) -> Callable:
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
-        return getattr(hf, model)(getattr(hf, config)(**{**sizes, **options}))
+        return with_biases(getattr(hf, model)(getattr(hf, config)(**{**sizes, **options})))
 
     return make
 
@@ -88,6 +90,45 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}
+_EXPERTS = {"num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.5,
+}
+
+
+def _gpt2(**options):
+    sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return lambda: with_biases(hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **tokens, initializer_range=0.3, **options)))
+
+
+def _opt(**options):
+    sizes = {"ffn_dim": 48, "max_position_embeddings": 64, "init_std": 0.3}
+    return _decoder("OPTConfig", "OPTForCausalLM", **sizes, **options)
+
+
+def with_biases(model):
+    """Random biases, which new models have as zeros."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in ("bias", "sinks") or name.endswith("_bias"):
+                parameter.normal_(std=0.3)
+    return model
+
+
 MAKERS: dict[str, Callable] = {
     "llama": _decoder("LlamaConfig", "LlamaForCausalLM"),
     "llama-tied": _decoder("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True),
@@ -99,6 +140,37 @@ MAKERS: dict[str, Callable] = {
     "phi3": _decoder("Phi3Config", "Phi3ForCausalLM", sliding_window=None),
     "olmo2": _decoder("Olmo2Config", "Olmo2ForCausalLM"),
     "smollm3": _decoder("SmolLM3Config", "SmolLM3ForCausalLM", no_rope_layer_interval=2),
+    "cohere": _decoder("CohereConfig", "CohereForCausalLM", logit_scale=0.3, use_qk_norm=True),
+    "cohere2": _decoder("Cohere2Config", "Cohere2ForCausalLM", logit_scale=0.3, **_WINDOWS),
+    "ernie4.5": _decoder("Ernie4_5Config", "Ernie4_5ForCausalLM", head_dim=8, use_bias=True),
+    "exaone4": _decoder("Exaone4Config", "Exaone4ForCausalLM", head_dim=8, **_WINDOWS),
+    "gemma": _decoder("GemmaConfig", "GemmaForCausalLM", head_dim=8),
+    "gemma2": _decoder("Gemma2Config", "Gemma2ForCausalLM", attn_logit_softcapping=2.0, **_GEMMA),
+    "glm": _decoder("GlmConfig", "GlmForCausalLM", head_dim=8, rope_parameters=_PARTIAL_ROPE),
+    "glm4": _decoder("Glm4Config", "Glm4ForCausalLM", head_dim=8, rope_parameters=_PARTIAL_ROPE),
+    "gpt2": _gpt2(scale_attn_by_inverse_layer_idx=True),
+    "gpt-neox": _decoder("GPTNeoXConfig", "GPTNeoXForCausalLM", rope_parameters=_PARTIAL_ROPE),
+    "gpt-neox-serial": _decoder("GPTNeoXConfig", "GPTNeoXForCausalLM", use_parallel_residual=False),
+    "gpt-oss": _decoder(
+        "GptOssConfig", "GptOssForCausalLM", head_dim=8, rope_parameters=_YARN_ROPE, **_WINDOWS, **_EXPERTS
+    ),
+    "granite": _decoder("GraniteConfig", "GraniteForCausalLM", **_GRANITE),
+    "granitemoe": _decoder("GraniteMoeConfig", "GraniteMoeForCausalLM", **_GRANITE, **_EXPERTS),
+    "ministral": _decoder("MinistralConfig", "MinistralForCausalLM", head_dim=8, **_WINDOWS),
+    "mixtral": _decoder("MixtralConfig", "MixtralForCausalLM", **_EXPERTS),
+    "nemotron": _decoder("NemotronConfig", "NemotronForCausalLM", rope_parameters=_PARTIAL_ROPE),
+    "olmo": _decoder("OlmoConfig", "OlmoForCausalLM", clip_qkv=0.8),
+    "olmo3": _decoder("Olmo3Config", "Olmo3ForCausalLM", **_WINDOWS),
+    "olmoe": _decoder("OlmoeConfig", "OlmoeForCausalLM", clip_qkv=0.8, **_EXPERTS),
+    "opt": _opt(),
+    "opt-350m": _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
+    "phi": _decoder("PhiConfig", "PhiForCausalLM", rope_parameters=_PARTIAL_ROPE, qk_layernorm=True),
+    "qwen2-moe": _decoder(
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", shared_expert_intermediate_size=40, mlp_only_layers=[1], **_EXPERTS
+    ),
+    "qwen3-moe": _decoder("Qwen3MoeConfig", "Qwen3MoeForCausalLM", head_dim=8, **_EXPERTS),
+    "seed-oss": _decoder("SeedOssConfig", "SeedOssForCausalLM", head_dim=8),
+    "starcoder2": _decoder("Starcoder2Config", "Starcoder2ForCausalLM", sliding_window=5),
     "t5": _t5("T5Config", "T5ForConditionalGeneration"),
     "t5-v1.1": _t5("T5Config", "T5ForConditionalGeneration", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": _t5("MT5Config", "MT5ForConditionalGeneration", feed_forward_proj="gated-gelu"),
@@ -130,11 +202,19 @@ def truncated(model, layers: int):
         model.model.decoder.layers = model.model.decoder.layers[:layers]
         config.decoder_layers = layers
     else:
-        model.model.layers = model.model.layers[:layers]
+        family = SUPPORTED[config.model_type]
+        decoder = model.get_submodule(family.decoder)
+        setattr(decoder, family.layers, getattr(decoder, family.layers)[:layers])
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     return model
+
+
+@cache
+def shortened(name: str, layers: int):
+    """The model of that name, only its first layers; do not change it, tests share it."""
+    return tiny(name) if layers == LAYERS else truncated(tiny(name), layers)
 
 
 def inputs_for(name: str, batch: int = 1, *, padded: bool = False, length: int = 9, seed: int = 0):

@@ -1,7 +1,8 @@
 """What a generation costs: FLOPs, bytes read and seconds, by part, with nothing left out.
 
 A multiply-add counts 2 FLOPs and only matrix products count, as in `torch.utils.flop_counter`. Bytes are weights and
-cached keys and values read, plus both copies that a gathered (pruned) readout makes. Seconds are measured.
+cached keys and values read, plus both copies that a gathered (pruned) readout makes; tokens that run together may be
+sent to the same expert, and count as if they were not. Seconds are measured.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ class BlockShape:
     """Sizes of one decoder block, in weights and widths.
 
     Attributes:
-        weights: Weights that every token is multiplied with (all matrices except the cross-attention K/V).
+        weights: Weights that every token is multiplied with: all matrices except the cross-attention K/V, and of
+            experts only those that it is sent to.
         kv_weights: Weights of the self-attention key and value projections.
         query_width: Heads times head width of the queries.
         kv_width: Heads times head width of the keys, and of the values.
         cross_kv_weights: Weights of the cross-attention key and value projections; 0 without cross-attention.
         window: Sliding attention window in tokens, or None.
+        experts: How many experts a router can send a token to; 0 without.
+        active_experts: To how many of them it sends each.
+        expert_weights: Weights of one of them.
     """
 
     weights: int
@@ -39,6 +44,14 @@ class BlockShape:
     kv_width: int
     cross_kv_weights: int = 0
     window: int | None = None
+    experts: int = 0
+    active_experts: int = 0
+    expert_weights: int = 0
+
+    def weights_read(self, tokens: int) -> int:
+        """Weights that `tokens` tokens read together: of experts as many as they can be sent to, if none share one."""
+        more = min(self.experts, tokens * self.active_experts) - self.active_experts
+        return self.weights + more * self.expert_weights
 
 
 @dataclass(frozen=True)
@@ -46,13 +59,14 @@ class ModelShape:
     """Sizes of a model, enough to count the work of any way through it.
 
     Attributes:
-        blocks: The L decoder blocks.
+        blocks: The L decoder blocks; what comes between the embeddings and the first one counts with it.
         width: Width D of the states.
         vocabulary: Rows V of the head.
         element_size: Bytes per weight.
         encoder_weights: Weights each encoder position is multiplied with.
         encoder_attention_width: Query width summed over the encoder's layers.
         lenses: Weights of the lens after each of layers 1..L, 0 where there is none; empty without trained exits.
+        head_width: Width of the head's rows where a matrix from D to it comes before the head (OPT-350m); None: D.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -62,6 +76,7 @@ class ModelShape:
     encoder_weights: int = 0
     encoder_attention_width: int = 0
     lenses: tuple[int, ...] = ()
+    head_width: int | None = None
 
     def block_flops(self, layer: int, queries: int, start: int, memory: int = 0) -> int:
         """FLOPs of block `layer` (0-based) for `queries` tokens of one row that come after `start` cached ones."""
@@ -74,9 +89,22 @@ class ModelShape:
         """FLOPs of the keys and values of one token at block `layer` (0-based)."""
         return 2 * self.blocks[layer].kv_weights
 
+    @property
+    def squeeze_weights(self) -> int:
+        """Weights of the matrix before the head; 0 where there is none."""
+        return 0 if self.head_width is None else self.width * self.head_width
+
+    def row_weights(self, rows: int | None = None) -> int:
+        """Weights of `rows` rows of the head (None: all V)."""
+        return (self.head_width or self.width) * (self.vocabulary if rows is None else rows)
+
+    def readout_weights(self, rows: int | None = None) -> int:
+        """Weights that one state is multiplied with to score `rows` kept tokens (None: all V)."""
+        return self.squeeze_weights + self.row_weights(rows)
+
     def readout_flops(self, rows: int | None = None) -> int:
         """FLOPs of reading one state out on `rows` kept tokens (None: all V)."""
-        return 2 * self.width * (self.vocabulary if rows is None else rows)
+        return 2 * self.readout_weights(rows)
 
     def lens_weights(self, layer: int) -> int:
         """Weights of the lens after `layer`, 1..L; 0 where there is none."""
@@ -234,7 +262,8 @@ class Ledger:
             block = self.shape.blocks[layer]
             seen = start if block.window is None else min(start, block.window - 1)
             cached = 2 * block.kv_width * rows * (seen + (memory if block.cross_kv_weights else 0))
-            self._add("blocks", rows * self.shape.block_flops(layer, queries, start, memory), block.weights + cached)
+            read = block.weights_read(rows * queries) + cached
+            self._add("blocks", rows * self.shape.block_flops(layer, queries, start, memory), read)
 
     def cross(self, layer: int, rows: int, memory: int) -> None:
         """First visit of a block's cross-attention."""
@@ -261,15 +290,16 @@ class Ledger:
 
     def readout(self, states: int) -> None:
         """A readout of `states` states on the full vocabulary, in one product."""
-        self._add("readout", states * self.shape.readout_flops(), self.shape.width * self.shape.vocabulary)
+        self._add("readout", states * self.shape.readout_flops(), self.shape.readout_weights())
 
     def pruned_readout(self, states: int, kept: int) -> None:
         """A readout of each of `states` states on `kept` rows gathered for it."""
-        self._add("pruned_readout", states * self.shape.readout_flops(kept), states * kept * self.shape.width)
+        shape, rows = self.shape, states * self.shape.row_weights(kept)
+        self._add("pruned_readout", states * shape.readout_flops(kept), shape.squeeze_weights + rows)
 
     def gather(self, states: int, kept: int) -> None:
         """Copying `kept` rows of the head for each of `states` states: read and written."""
-        self._add("select", 0, 2 * states * kept * self.shape.width)
+        self._add("select", 0, 2 * states * self.shape.row_weights(kept))
 
     def test(self, rows: int, scored: int | None, *, pruned: bool) -> None:
         """A confidence test of `rows` rows on `scored` tokens (None: it read no logits)."""

@@ -268,5 +268,5 @@ def _score(
     costs, shape = ledger.settle(), lm.split.shape
     readout = costs.parts["readout"]
     readout.flops -= forced.rereads * len(batch) * shape.readout_flops()
-    readout.bytes -= forced.rereads * shape.width * shape.vocabulary * shape.element_size
+    readout.bytes -= forced.rereads * shape.readout_weights() * shape.element_size
     return forced, layers, confidences, shares(costs, first, seconds, len(batch))

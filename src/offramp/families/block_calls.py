@@ -76,7 +76,7 @@ def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, conte
         "encoder_attention_mask": _cross_mask(split, hidden, frame, context),
         split.cache_name: context.past,
     }
-    if split.name in ("t5", "mt5"):
+    if split.family.position_bias is not None:
         return block(hidden, position_bias=_bias(split, frame), **arguments)[0]  # type: ignore[no-any-return]
     return block(hidden, **arguments)  # type: ignore[no-any-return]
 
@@ -112,7 +112,7 @@ def _mask(split: SplitModel, kind: str, index: int, hidden: Tensor, frame: Frame
 
 
 def _cross_mask(split: SplitModel, hidden: Tensor, frame: Frame, context: Context) -> Any:
-    if context.memory_mask is None or split.name == "whisper":  # Whisper attends to all of its padded input
+    if context.memory_mask is None or split.family.listens:  # to all of its padded input
         return None
     if ("mask", "cross") not in frame.memo:
         frame.memo["mask", "cross"] = create_bidirectional_mask(
@@ -141,7 +141,7 @@ def rotation(split: SplitModel, kind: str, hidden: Tensor, positions: Tensor) ->
 def _bias(split: SplitModel, frame: Frame) -> Tensor:
     """T5's relative position bias, which the first block owns and all blocks share, [1, H, n, T]."""
     if ("bias", "") not in frame.memo:
-        attention = split.blocks[0].layer[0].SelfAttention
+        attention = split.blocks[0].get_submodule(split.family.position_bias)
         frame.memo["bias", ""] = attention.compute_bias(
             frame.queries, frame.start + frame.queries, device=split.device, past_seen_tokens=frame.start
         )

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from offramp.cache import LayerCache
 from offramp.families.block_calls import cache_name, rotation, run_block
+from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
 from offramp.families.table import FAMILIES
 from offramp.module_sizes import model_shape
 from offramp.state import Context, Frame, HeadRows, Skipped, State
@@ -31,10 +32,6 @@ CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cach
 
 Edit = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
-
-
-class UnsupportedModelError(ValueError):
-    """The architecture has no tested family here; the message names those that have."""
 
 
 class SplitModel:
@@ -51,9 +48,7 @@ class SplitModel:
         config = model.config
         name = config.model_type
         if name not in FAMILIES:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} (model type {name!r}) is not supported; supported are {', '.join(FAMILIES)}"
-            )
+            raise without_a_family(model)
         self.model, self.family, self.name = model, FAMILIES[name], name
         try:
             self.decoder: Any = model.get_submodule(self.family.decoder)
@@ -74,27 +69,27 @@ class SplitModel:
             )
         self.config: Any = self.decoder.config
         self.types, self.windows = self._layer_types()
-        self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        self.scale = config.d_model**-0.5 if name == "t5" and config.scale_decoder_outputs else None
-        self.norm: Any = getattr(self.decoder, self.family.norm) if self.family.norm else nn.Identity()
-        self.dropout: Any = self.decoder.dropout if name in ("t5", "mt5") else nn.Identity()  # acts in training only
+        self.norm = self._part(self.family.norm)
+        self.dropout = self._part(self.family.dropout)  # acts in training only
+        self.squeeze = self._part(self.family.squeeze)
+        self.scale = self.family.scale(config)
         rotary = getattr(self.decoder, "rotary_emb", None)
         self.rotary: Any = rotary
         self.rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         self.shape = model_shape(self)
         self._exits: Exits | None = None
 
+    def _part(self, name: str | None) -> Any:
+        """A module of the decoder; one that does nothing where there is none of that name."""
+        return (getattr(self.decoder, name) if name else None) or nn.Identity()
+
     def _layer_types(self) -> tuple[list[str], list[int | None]]:
         """Attention type and sliding window of every block."""
         if self.is_encoder_decoder:
             return ["full_attention"] * self.num_layers, [None] * self.num_layers
+        if strange := strange_types(self.config):
+            raise UnsupportedModelError(f"{type(self.model).__name__} is not supported: {layers_of(strange)}")
         types, options = get_layer_types_and_kwargs(self.config)
-        strange = sorted(set(types) - {"full_attention", "sliding_attention"})
-        if strange or getattr(self.config, "use_bidirectional_attention", False):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} has layers of type {', '.join(strange) or 'bidirectional attention'}, "
-                "whose cache cannot be filled later; full and sliding-window causal attention are supported"
-            )
         return list(types), [option.get("sliding_window") for option in options]
 
     # ------------------------------------------------------------ start
@@ -125,7 +120,7 @@ class SplitModel:
     def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encoder output [B, X, D] for token ids [B, X], or for Whisper's features [B, mel, frames]."""
         encoder: Any = self.model.get_encoder()
-        output = encoder(inputs) if self.name == "whisper" else encoder(input_ids=inputs, attention_mask=mask)
+        output = encoder(inputs) if self.family.listens else encoder(input_ids=inputs, attention_mask=mask)
         memory: Tensor = output.last_hidden_state
         return memory
 
@@ -244,7 +239,7 @@ class SplitModel:
         try:
             cross = {}
             if self.is_encoder_decoder:
-                mask = None if self.name == "whisper" else {"encoder_attention_mask": memory_mask}
+                mask = None if self.family.listens else {"encoder_attention_mask": memory_mask}
                 cross = {"encoder_hidden_states": memory, **(mask or {})}
             self.decoder(input_ids=ids, use_cache=False, **cross)
         finally:
@@ -264,11 +259,12 @@ class SplitModel:
             layer: The skipped block, counted from 0.
             skipped: The tokens and the states they are frozen in.
         """
-        x, kind = skipped.hidden[:, None], self.types[layer]  # [N, 1, D]
+        x, block, kind = skipped.hidden[:, None], self.blocks[layer], self.types[layer]  # [N, 1, D]
         if kind not in skipped.memo:
             positions = context.positions[skipped.rows, skipped.slots][:, None]
             skipped.memo[kind] = rotation(self, kind, x, positions)
-        keys, values = self.family.keys_values(self.blocks[layer], x, skipped.memo[kind])  # [N, H, 1, D_head]
+        rope = skipped.memo[kind] if self.family.rotates(block) else None
+        keys, values = self.family.keys_values(block, x, rope)  # [N, H, 1, D_head]
         cache: Any = context.cache.layers[layer]
         cache.write(skipped.rows, skipped.slots, keys[:, :, 0], values[:, :, 0], stop=skipped.stop)
 
@@ -296,7 +292,7 @@ class SplitModel:
         return () if self._exits is None else self._exits.layers
 
     def readout_input(self, hidden: Tensor, layer: int | None = None) -> Tensor:
-        """What the head multiplies: the final norm, recomputed on this state, and T5's scale. Any shape [..., D].
+        """What is projected to logits: the final norm, recomputed on this state, and T5's scale. Any shape [..., D].
 
         Args:
             hidden: Residual states, [..., D].
@@ -318,28 +314,30 @@ class SplitModel:
             rows: From `gather`; None for the full head.
 
         Returns:
-            Logits [..., V], or [A, K], soft-capped and biased as the model does it, in the model's dtype.
+            Logits [..., V], or [A, K], biased, scaled and soft-capped as the model does it, in the model's dtype.
         """
+        x = self.squeeze(x)
         if rows is None:
             logits: Tensor = self.head(x)
-            if self.name == "bart":
-                logits = logits + self.model.final_logits_bias
+            if (bias := self._logits_bias) is not None:
+                logits = logits + bias
         elif len(x) == 1:
             logits = F.linear(x, rows.weight[0])
         else:
             logits = torch.bmm(rows.weight, x[:, :, None])[:, :, 0]
         if rows is not None and rows.bias is not None:
             logits = logits + rows.bias
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
+        return self.family.logits(self.config, logits)
+
+    @property
+    def _logits_bias(self) -> Tensor | None:
+        """A bias of the logits beside the head's own, [V]; None: the model has none."""
+        return getattr(self.model, self.family.logits_bias)[0] if self.family.logits_bias else None
 
     def gather(self, ids: Tensor) -> HeadRows:
         """Copy the head's rows of token ids [A, K]."""
-        bias = self.head.bias
-        if self.name == "bart":
-            bias = self.model.final_logits_bias[0]
-        return HeadRows(self.head.weight[ids], None if bias is None else bias[ids])
+        biases = [bias[ids] for bias in (self.head.bias, self._logits_bias) if bias is not None]
+        return HeadRows(self.head.weight[ids], sum(biases[1:], biases[0]) if biases else None)
 
     def readout(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """Logits [..., V] of residual states [..., D], as the model computes them after the last layer.

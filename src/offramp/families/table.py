@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------- keys and values of a skipped block
 
@@ -21,10 +23,10 @@ def _split_heads(x: Tensor, width: int) -> Tensor:
     return x.view(*x.shape[:-1], -1, width).transpose(1, 2)
 
 
-def _rotary_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values of a decoder-only block, [N, n, D] -> two of [N, H, n, D_head]."""
+def _rotary_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of a block whose `self_attn` projects, may normalise and may rotate."""
     attention, x = layer.self_attn, hidden
-    if hasattr(layer, "input_layernorm"):  # OLMo 2 normalises after attention instead
+    if hasattr(layer, "input_layernorm"):  # OLMo 2 and 3 and EXAONE 4 normalise after attention instead
         x = layer.input_layernorm(hidden)
     if hasattr(attention, "qkv_proj"):  # Phi-3
         width, fused = attention.num_key_value_heads * attention.head_dim, attention.qkv_proj
@@ -33,15 +35,52 @@ def _rotary_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor])
         keys, values = both[..., :width], both[..., width:]
     else:
         keys, values = attention.k_proj(x), attention.v_proj(x)
-    norm = getattr(attention, "k_norm", None)  # over a head (Qwen3, Gemma 3) or over all heads (OLMo 2)
-    if norm is not None and norm.weight.shape[0] == keys.shape[-1]:
+    norm = getattr(attention, "k_norm", None) or getattr(attention, "k_layernorm", None)
+    if norm is not None and norm.weight.shape == keys.shape[-1:]:  # over all heads at once (OLMo 2, OLMoE)
         keys, norm = norm(keys), None
+    if (clip := getattr(attention.config, "clip_qkv", None)) is not None:  # OLMo, OLMoE
+        keys, values = keys.clamp(-clip, clip), values.clamp(-clip, clip)
+    if norm is not None:  # over each head (Qwen3, Gemma 3), maybe with weights of its own (Cohere)
+        keys = norm(keys.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
     keys, values = _split_heads(keys, attention.head_dim), _split_heads(values, attention.head_dim)
-    if norm is not None:
-        keys = norm(keys)
-    if getattr(attention, "use_rope", True):  # SmolLM3 leaves every fourth layer without
-        keys = sys.modules[type(attention).__module__].apply_rotary_pos_emb(keys, keys, *rope)[1]
-    return keys, values
+    return _rotated(attention, keys, rope), values
+
+
+def _rotated(attention: Any, keys: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Keys [N, H, n, D_head] at their positions, rotated as the model's own code does it, all of a head or a part."""
+    if rope is None:
+        return keys
+    width = getattr(attention, "rotary_ndims", keys.shape[-1])  # Phi, GPT-NeoX
+    turned = keys[..., :width]
+    turned = sys.modules[type(attention).__module__].apply_rotary_pos_emb(turned, turned, *rope)[1]
+    return turned if width == keys.shape[-1] else torch.cat((turned, keys[..., width:]), dim=-1)
+
+
+def _neox_keys_values(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Query, key and value of a head lie together in the fused projection."""
+    attention, x = layer.attention, layer.input_layernorm(hidden)
+    fused, width = attention.query_key_value, attention.head_size
+    if type(fused) is nn.Linear:
+        weight = fused.weight.view(-1, 3 * width, x.shape[-1])[:, width:]  # [H, 2 * width, D]
+        both = x.flatten(0, -2) @ weight.mT  # [H, N * n, 2 * width]
+        if fused.bias is not None:
+            both = both + fused.bias.view(-1, 1, 3 * width)[..., width:]
+        both = both.view(-1, *x.shape[:-1], 2 * width).transpose(0, 1)  # [N, H, n, 2 * width]
+    else:
+        both = _split_heads(fused(x), 3 * width)[..., width:]
+    keys, values = both.chunk(2, dim=-1)
+    return _rotated(attention, keys, rope), values
+
+
+def _gpt2_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
+    attention, x = layer.attn, layer.ln_1(hidden)
+    fused, width = attention.c_attn, attention.split_size
+    if type(fused) is Conv1D:  # as a linear layer, its weight transposed
+        both = x @ fused.weight[:, width:] + fused.bias[width:]
+    else:
+        both = fused(x)[..., width:]
+    keys, values = both.chunk(2, dim=-1)
+    return _split_heads(keys, attention.head_dim), _split_heads(values, attention.head_dim)
 
 
 def _t5_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
@@ -58,6 +97,11 @@ def _whisper_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor
     return _projected(layer.self_attn, layer.self_attn_layer_norm(hidden))
 
 
+def _opt_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
+    before = _whisper_keys_values if layer.do_layer_norm_before else _bart_keys_values  # OPT-350m: behind attention
+    return before(layer, hidden, rope)
+
+
 def _projected(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return _split_heads(attention.k_proj(x), attention.head_dim), _split_heads(attention.v_proj(x), attention.head_dim)
 
@@ -72,12 +116,50 @@ def _bart_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
     return _projected(layer.encoder_attn, memory)
 
 
+# ---------------------------------------------------------------- which blocks rotate their keys
+
+
+def _all_rotate(layer: Any) -> bool:
+    return True
+
+
+def _marked_rotate(layer: Any) -> bool:
+    return bool(layer.self_attn.use_rope)  # SmolLM3 leaves every fourth block without
+
+
+def _windows_rotate(layer: Any) -> bool:
+    return layer.self_attn.sliding_window is not None
+
+
+def _windows_rotate_if_any(layer: Any) -> bool:
+    return layer.self_attn.sliding_window is None or layer.self_attn.is_sliding
+
+
 # ---------------------------------------------------------------- before the first block
 
 
 def _embed_plain(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
     embedded: Tensor = decoder.embed_tokens(ids)
     return embedded
+
+
+def _embed_scaled(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return decoder.embed_tokens(ids) * decoder.embedding_multiplier  # type: ignore[no-any-return]
+
+
+def _embed_neox(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return decoder.embed_in(ids)  # type: ignore[no-any-return]
+
+
+def _embed_gpt2(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return decoder.wte(ids) + decoder.wpe(positions)  # type: ignore[no-any-return]
+
+
+def _embed_opt(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    embedded = decoder.embed_tokens(ids)
+    if decoder.project_in is not None:  # OPT-350m embeds in half the width
+        embedded = decoder.project_in(embedded)
+    return embedded + decoder.embed_positions(None, position_ids=positions)  # type: ignore[no-any-return]
 
 
 def _embed_bart(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -87,6 +169,34 @@ def _embed_bart(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
 
 def _embed_whisper(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
     return decoder.embed_tokens(ids) + decoder.embed_positions(ids, position_ids=positions)  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------- around the head
+
+
+def _unscaled(config: Any) -> float | None:
+    return None
+
+
+def _t5_scale(config: Any) -> float | None:
+    return config.d_model**-0.5 if config.scale_decoder_outputs else None
+
+
+def _as_they_are(config: Any, logits: Tensor) -> Tensor:
+    return logits
+
+
+def _capped(config: Any, logits: Tensor) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _multiplied(config: Any, logits: Tensor) -> Tensor:
+    return logits * config.logit_scale  # type: ignore[no-any-return]
+
+
+def _divided(config: Any, logits: Tensor) -> Tensor:
+    return logits / config.logits_scaling  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- the families
@@ -99,11 +209,19 @@ class Family:
     Attributes:
         decoder: Path from the model to its decoder.
         layers: Name of the block list in the decoder.
-        norm: Name of the final norm in the decoder; None where there is none (BART).
+        norm: Name of the final norm in the decoder, which may be missing (OPT-350m); None where there is none (BART).
         head: Path from the model to the head.
-        keys_values: (block, states [N, n, D], rotation) -> keys and values [N, H, n, D_head].
+        keys_values: (block, states [N, n, D], rotation or None) -> keys and values [N, H, n, D_head].
+        rotates: (block) -> whether it rotates keys, where the model has rotary positions.
         embed: (decoder, ids [A, n], positions [A, n]) -> states entering the first block.
+        scale: (config) -> what the normed states are multiplied with before the head; None: with nothing.
+        dropout: Name of a dropout in the decoder between norm and head, for training.
+        squeeze: Name of a linear layer in the decoder between norm and head, which only some sizes have (OPT-350m).
+        logits_bias: Name of a bias of the logits [1, V] in the model, beside that of the head.
+        logits: (config, products of the head [..., K]) -> logits, the same for each token.
         cross: (block, memory) -> cross-attention keys and values; None for a decoder-only model.
+        position_bias: Path from the first block to the attention that owns the relative position bias of all (T5).
+        listens: Whether the encoder takes sound, which is padded to one length, so that all of it is attended to.
     """
 
     decoder: str = "model"
@@ -111,25 +229,69 @@ class Family:
     norm: str | None = "norm"
     head: str = "lm_head"
     keys_values: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor]] = _rotary_keys_values
+    rotates: Callable[[Any], bool] = _all_rotate
     embed: Callable[[Any, Tensor, Tensor], Tensor] = _embed_plain
+    scale: Callable[[Any], float | None] = _unscaled
+    dropout: str | None = None
+    squeeze: str | None = None
+    logits_bias: str | None = None
+    logits: Callable[[Any, Tensor], Tensor] = _as_they_are
     cross: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    position_bias: str | None = None
+    listens: bool = False
 
 
-_T5 = Family("decoder", "block", "final_layer_norm", "lm_head", _t5_keys_values, _embed_plain, _t5_cross)
+_GRANITE = Family(embed=_embed_scaled, logits=_divided)
+_MT5 = Family(
+    "decoder", "block", "final_layer_norm", keys_values=_t5_keys_values, dropout="dropout", cross=_t5_cross,
+    position_bias="layer.0.SelfAttention",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
+    "cohere": Family(logits=_multiplied),
+    "cohere2": Family(logits=_multiplied, rotates=_windows_rotate),
+    "ernie4_5": Family(),
+    "exaone4": Family(rotates=_windows_rotate_if_any),
+    "gemma": Family(),
+    "gemma2": Family(logits=_capped),
+    "gemma3_text": Family(logits=_capped),
+    "glm": Family(),
+    "glm4": Family(),
+    "gpt2": Family("transformer", "h", "ln_f", keys_values=_gpt2_keys_values, embed=_embed_gpt2),
+    "gpt_neox": Family("gpt_neox", norm="final_layer_norm", keys_values=_neox_keys_values, embed=_embed_neox),
+    "gpt_oss": Family(),
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
     "llama": Family(),
+    "ministral": Family(),
     "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma3_text": Family(),
-    "phi3": Family(),
+    "mixtral": Family(),
+    "nemotron": Family(),
+    "olmo": Family(),
     "olmo2": Family(),
-    "smollm3": Family(),
-    "t5": _T5,
-    "mt5": _T5,
-    "bart": Family("model.decoder", "layers", None, "lm_head", _bart_keys_values, _embed_bart, _bart_cross),
-    "whisper": Family(
-        "model.decoder", "layers", "layer_norm", "proj_out", _whisper_keys_values, _embed_whisper, _bart_cross
+    "olmo3": Family(),
+    "olmoe": Family(),
+    "opt": Family(
+        "model.decoder", norm="final_layer_norm", keys_values=_opt_keys_values, embed=_embed_opt, squeeze="project_out"
     ),
-}
+    "phi": Family(norm="final_layernorm"),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen2_moe": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(),
+    "seed_oss": Family(),
+    "smollm3": Family(rotates=_marked_rotate),
+    "starcoder2": Family(),
+    # encoder-decoders
+    "bart": Family(
+        "model.decoder", norm=None, keys_values=_bart_keys_values, embed=_embed_bart, logits_bias="final_logits_bias",
+        cross=_bart_cross,
+    ),
+    "mt5": _MT5,
+    "t5": replace(_MT5, scale=_t5_scale),
+    "whisper": Family(
+        "model.decoder", norm="layer_norm", head="proj_out", keys_values=_whisper_keys_values, embed=_embed_whisper,
+        cross=_bart_cross, listens=True,
+    ),
+}  # fmt: skip
 """Supported values of `config.model_type`."""

@@ -78,7 +78,7 @@ class Task:
             if lm.has_chat_template:
                 return [{"role": "user", "content": text}]
             return f"{text}\n\n{self.cue.format(languages=self.languages)}" if self.cue else text
-        if lm.split.name == "whisper":
+        if lm.split.family.listens:
             raise ValueError(f"{lm.name} listens and does not read; {self.name} needs a model for text")
         bare = lm.split.name not in ("t5", "mt5") and example.question is None
         return example.source if bare else self.prompt(example, instruct=False)

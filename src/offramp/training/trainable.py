@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from offramp.exits import Exits, fingerprint
 from offramp.files import replace_folder
+from offramp.module_sizes import LINEAR
 from offramp.packaged import quiet
 from offramp.training.config import TrainConfig
 
@@ -85,7 +87,7 @@ def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
 
 
 def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
-    """Adapters on every linear layer of the decoder's and the encoder's blocks; the head stays as it is."""
+    """Adapters on every linear layer of the decoder's and the encoder's blocks; head, routers and experts stay."""
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
@@ -95,9 +97,14 @@ def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
 
     split = lm.split
     parts = [*split.blocks, *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
-    inside = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
+    inside = {id(module): module for part in parts for module in part.modules() if isinstance(module, LINEAR)}
     names = [name for name, module in lm.model.named_modules() if id(module) in inside]
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in inside.values()),  # its weight is transposed
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks by a name that transformers 5.23 deprecates
         return get_peft_model(lm.model, settings)
