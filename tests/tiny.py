@@ -105,7 +105,7 @@ _GRANITE = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
     "attention_multiplier": 0.2,
-    "logits_scaling": 2.5,
+    "logits_scaling": 0.6,
 }
 
 
@@ -140,8 +140,8 @@ MAKERS: dict[str, Callable] = {
     "phi3": _decoder("Phi3Config", "Phi3ForCausalLM", sliding_window=None),
     "olmo2": _decoder("Olmo2Config", "Olmo2ForCausalLM"),
     "smollm3": _decoder("SmolLM3Config", "SmolLM3ForCausalLM", no_rope_layer_interval=2),
-    "cohere": _decoder("CohereConfig", "CohereForCausalLM", logit_scale=0.3, use_qk_norm=True),
-    "cohere2": _decoder("Cohere2Config", "Cohere2ForCausalLM", logit_scale=0.3, **_WINDOWS),
+    "cohere": _decoder("CohereConfig", "CohereForCausalLM", logit_scale=1.5, use_qk_norm=True),
+    "cohere2": _decoder("Cohere2Config", "Cohere2ForCausalLM", logit_scale=1.5, **_WINDOWS),
     "ernie4.5": _decoder("Ernie4_5Config", "Ernie4_5ForCausalLM", head_dim=8, use_bias=True),
     "exaone4": _decoder("Exaone4Config", "Exaone4ForCausalLM", head_dim=8, **_WINDOWS),
     "gemma": _decoder("GemmaConfig", "GemmaForCausalLM", head_dim=8),
@@ -166,7 +166,12 @@ MAKERS: dict[str, Callable] = {
     "opt-350m": _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
     "phi": _decoder("PhiConfig", "PhiForCausalLM", rope_parameters=_PARTIAL_ROPE, qk_layernorm=True),
     "qwen2-moe": _decoder(
-        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", shared_expert_intermediate_size=40, mlp_only_layers=[1], **_EXPERTS
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+        **_EXPERTS,
     ),
     "qwen3-moe": _decoder("Qwen3MoeConfig", "Qwen3MoeForCausalLM", head_dim=8, **_EXPERTS),
     "seed-oss": _decoder("SeedOssConfig", "SeedOssForCausalLM", head_dim=8),
@@ -178,6 +183,15 @@ MAKERS: dict[str, Callable] = {
     "whisper": _whisper,
 }
 FAMILIES = tuple(MAKERS)
+KINDS = tuple(
+    name
+    for name in FAMILIES
+    if name not in {
+        "ernie4.5", "exaone4", "gemma", "glm", "glm4", "gpt-neox-serial", "granitemoe", "ministral", "mixtral",
+        "nemotron", "olmo", "olmo3", "olmoe", "opt", "qwen3-moe", "seed-oss", "starcoder2",
+    }
+)  # fmt: skip
+"""At least one of each kind of architecture, for what stands on the contract of families and is costly."""
 DECODER_ONLY = FAMILIES[: FAMILIES.index("t5")]
 ENCODER_DECODER = FAMILIES[FAMILIES.index("t5") :]
 
