@@ -1,14 +1,12 @@
 """The ledger against torch's own counter, and against hand-made sums."""
 
-import copy
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import ExitPolicy, Exits, LanguageModel
 from offramp.costs import PARTS, Ledger
-from tiny import FAMILIES, LAYERS, VOCABULARY, inputs_for, tiny
+from tiny import FAMILIES, LAYERS, VOCABULARY, eager, inputs_for, tiny
 
 POLICIES = {
     "full": None,
@@ -22,15 +20,6 @@ POLICIES = {
     "defer": ExitPolicy(threshold=0.15, min_layer=1, skipped="defer"),
     "verify": ExitPolicy(threshold=0.15, min_layer=1, skipped="verify"),
 }
-
-
-def eager(name):
-    """The tiny model with attention and experts that the counter sees (it counts nothing for fused kernels on CPU)."""
-    model = copy.deepcopy(tiny(name))
-    model.set_attn_implementation("eager")
-    if hasattr(model.config, "num_experts_per_tok"):
-        model.set_experts_implementation("eager")
-    return model
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -1,6 +1,5 @@
 """Prompts that stop early except for their last position: against hooks on the untouched model, counters and sums."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -14,14 +13,15 @@ from offramp import ExitPolicy, LanguageModel, cli
 from offramp.decoding import decode
 from scripted import ScriptedModel
 from test_brute_force import batch_of, compare, layers_of, reference, thresholds
-from tiny import DECODER_ONLY, ENCODER_DECODER, LAYERS, greedy, inputs_for, tiny, tokenizer, truncated
+from tiny import DECODER_ONLY, ENCODER_DECODER, LAYERS, eager, greedy, inputs_for, shortened, tiny, tokenizer
+from tiny import KINDS as ALL_KINDS
 
 NO_END = 96
+KINDS = [name for name in ALL_KINDS if name in DECODER_ONLY]
 
 
 def costs(name, policy, batch=1, length=9, **options):
-    model = copy.deepcopy(tiny(name))
-    model.set_attn_implementation("eager")
+    model = eager(name)
     with FlopCounterMode(display=False) as counter:
         out = LanguageModel(model).generate(
             inputs_for(name, batch, padded=batch > 1, length=length), policy=policy, **options
@@ -33,7 +33,7 @@ def costs(name, policy, batch=1, length=9, **options):
 
 
 @pytest.mark.parametrize("skipped", ["propagate", "defer"])
-@pytest.mark.parametrize("name", DECODER_ONLY)
+@pytest.mark.parametrize("name", KINDS)
 def test_prompts_of_every_depth(name, skipped):
     layers = set()
     for depth in range(1, LAYERS) if skipped == "propagate" else (2,):
@@ -57,14 +57,14 @@ def test_without_any_exit(name):
     assert changed  # else the tests above would show nothing
 
 
-@pytest.mark.parametrize("name", DECODER_ONLY)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_static_exit_is_the_truncated_model_with_the_same_prompt(name):
     for layer, depth in ((2, 1), (3, 1), (3, 2), (3, 3)):
         policy = ExitPolicy("static", min_layer=layer, prompt_layer=depth)
         short = ExitPolicy(threshold=None, prompt_layer=None if depth == layer else depth)
         out, other = (
             LanguageModel(model).generate(batch_of(name), policy=own, max_new_tokens=8, eos_token_id=NO_END)
-            for model, own in ((tiny(name), policy), (truncated(tiny(name), layer), short))
+            for model, own in ((tiny(name), policy), (shortened(name, layer), short))
         )
         assert out.tokens == other.tokens
         assert out.costs.flops == other.costs.flops
@@ -128,7 +128,7 @@ def test_an_adaptive_policy_may_shorten_its_prompts():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", DECODER_ONLY)
+@pytest.mark.parametrize("name", KINDS)
 def test_flops_equal_the_counters(name, batch):
     for depth in (1, 3):
         spent, counted = costs(

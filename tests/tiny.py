@@ -231,6 +231,15 @@ def shortened(name: str, layers: int):
     return tiny(name) if layers == LAYERS else truncated(tiny(name), layers)
 
 
+def eager(name):
+    """The tiny model with attention and experts that the counter sees (it counts nothing for fused kernels on CPU)."""
+    model = copy.deepcopy(tiny(name))
+    model.set_attn_implementation("eager")
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    return model
+
+
 def inputs_for(name: str, batch: int = 1, *, padded: bool = False, length: int = 9, seed: int = 0):
     """Inputs of a batch; `padded` pads all rows but the first, on the side the family pads on."""
     generator = torch.Generator().manual_seed(seed)
