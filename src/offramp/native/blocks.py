@@ -170,7 +170,7 @@ def _t5(split: Any, index: int) -> Block:
 def _bart(split: Any, index: int) -> Block:
     """BART, whose norms stand behind the sublayers, and Whisper, whose stand before them."""
     block = split.blocks[index]
-    first = split.name == "whisper"
+    first = split.family.listens
 
     def norms(norm: Any) -> dict[str, Any]:
         return {"before" if first else "behind": norm}

@@ -113,8 +113,7 @@ class NativeModel(SplitModel):
             self.shape.width, len(widths), *self._arrays, lib.F32 if self._kv == torch.float32 else lib.BF16
         )
         self._norm = weights.norm(self.norm)
-        bias = self.model.final_logits_bias[0] if self.name == "bart" else None
-        self._head = weights.matrix(Part(self.head), bias)
+        self._head = weights.matrix(Part(self.head), self._logits_bias)
 
     def _turning(self, index: int) -> Turning:
         if self.rotary is None:
@@ -136,8 +135,8 @@ class NativeModel(SplitModel):
         pairs = [lib.Rotation(address(c), address(s)) for c, s in self._tables]
         self._rotations = (lib.Rotation * max(1, len(pairs)))(*pairs)
         self._distances = torch.empty(0, 0)
-        if self.name in ("t5", "mt5"):
-            attention = self.blocks[0].layer[0].SelfAttention
+        if self.family.position_bias is not None:
+            attention: Any = self.blocks[0].get_submodule(self.family.position_bias)
             bias = attention.compute_bias(1, self._reach, past_seen_tokens=self._reach - 1)  # [1, H, 1, reach]
             self._distances = bias.detach()[0, :, 0].float().flip(-1).contiguous()
 
@@ -158,7 +157,7 @@ class NativeModel(SplitModel):
         if memory is None:
             return context
         mask = torch.ones(memory.shape[:2], dtype=torch.long)
-        if memory_mask is not None and self.name != "whisper":  # Whisper attends to all of its padded input
+        if memory_mask is not None and not self.family.listens:  # else to all of its padded input
             mask = memory_mask.long()
         real = mask.reshape(-1).nonzero()[:, 0]
         slots = (mask.cumsum(-1) - 1).reshape(-1)[real].contiguous()
@@ -281,7 +280,7 @@ class NativeModel(SplitModel):
         ids = rows.ids if isinstance(rows, HeadIds) else None
         flat = x.reshape(-1, self.shape.width).contiguous()
         logits = self._product(self._head, flat, ids).view(*x.shape[:-1], -1)
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        return self.family.logits(self.config, logits)
 
     def gather(self, ids: Tensor) -> HeadIds:  # type: ignore[override]
         """Which rows of the head to read for tokens [A, K]; nothing is copied."""
