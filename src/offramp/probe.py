@@ -105,7 +105,7 @@ class Probe:
             keeps the tokens saves more.
         flops: FLOPs over those of the full model when every token leaves at its saturation layer (`min_layer` at the
             earliest): "untested", "tested" (all V tokens at each test) and "pruned".
-        suitable: Whether the better of "tested" and "pruned" is below 1.
+        suitable: Whether "tested" or "pruned" is below 1 by a 95 % interval in which examples, not positions, count.
         verdict: That in words, with the reason and the remedies.
     """
 
@@ -279,6 +279,13 @@ def summarise(
         spent = sum(n * exit_flops(shape, layer, first, kept) for layer, n in enumerate(counts, 1))
         return spent / tokens / full
 
+    def margin(counts: Sequence[int], first: int, kept: int | None = None) -> float:
+        """Half of a 95 % interval, at its widest: the positions of an example may all be alike."""
+        costs = [exit_flops(shape, layer, first, kept) / full for layer in range(1, depth + 1)]
+        mean = share(counts, first, kept)
+        variance = sum(n * (cost - mean) ** 2 for n, cost in zip(counts, costs, strict=True)) / tokens
+        return 1.96 * math.sqrt(variance / (examples - 1)) if examples > 1 else math.inf
+
     sober, best = _depths(saturation, depth), _depths(oracle, depth)
     leave = _depths(saturation.clamp(min=min_layer), depth).counts
     flops = {
@@ -286,7 +293,8 @@ def summarise(
         "tested": share(leave, min_layer),
         "pruned": share(leave, min_layer, kept),
     }
-    suitable = min(flops["tested"], flops["pruned"]) < 1
+    margins = {"tested": margin(leave, min_layer), "pruned": margin(leave, min_layer, kept)}
+    suitable = any(flops[name] + margins[name] < 1 for name in margins)
     return Probe(
         model=model,
         source=source,
@@ -310,7 +318,7 @@ def summarise(
         ceiling=1 / share(best.counts, None),
         flops=flops,
         suitable=suitable,
-        verdict=_verdict(flops, head, sober, min_layer, depth),
+        verdict=_verdict(flops, margins, head, sober, min_layer, depth, examples),
     )
 
 
@@ -358,20 +366,33 @@ def _believable_from(layers: Sequence[LayerReport]) -> int | None:
 # ---------------------------------------------------------------- in words
 
 
-def _verdict(flops: Mapping[str, float], head: float, saturation: Depths, min_layer: int, depth: int) -> str:
+def _verdict(
+    flops: Mapping[str, float], margins: Mapping[str, float], head: float, saturation: Depths, min_layer: int,
+    depth: int, examples: int,
+) -> str:  # fmt: skip
     tests = f"after each of layers {min_layer}..{depth - 1}" if min_layer < depth - 1 else f"after layer {min_layer}"
     setting = (
         f"if every token left where its choice is settled (after {saturation.mean:.1f} of {depth} layers on average), "
         f"with a test {tests},"
     )
     tested, pruned = flops["tested"], flops["pruned"]
-    if tested < 1:
+    bound = "No rule knows where a choice is settled: `offramp evaluate` shows what one saves and loses."
+    if tested + margins["tested"] < 1:
         also = f", {pruned:.0%} with a pruned vocabulary" if pruned < tested - 0.005 else ""
-        return f"Suitable: {setting} it would cost {tested:.0%} of the full model's FLOPs{also}."
-    if pruned < 1:
+        sure = f"(at most {tested + margins['tested']:.0%}, by a 95 % interval over {examples} examples)"
+        return f"Worth trying: {setting} it would cost {tested:.0%} {sure} of the full model's FLOPs{also}. {bound}"
+    if pruned + margins["pruned"] < 1:
+        sure = f"(at most {pruned + margins['pruned']:.0%}, by a 95 % interval over {examples} examples)"
         return (
-            f"Suitable with a pruned vocabulary: {setting} it would cost {pruned:.0%} of the full model's FLOPs, but "
-            f"{tested:.0%} without, as one readout of the whole vocabulary costs as much as {head:.1f} layers."
+            f"Worth trying with a pruned vocabulary: {setting} it would cost {pruned:.0%} {sure} of the full model's "
+            f"FLOPs, but {tested:.0%} without, as one readout of the whole vocabulary costs as much as {head:.1f} "
+            f"layers. {bound}"
+        )
+    if min(tested, pruned) < 1:
+        return (
+            f"Not shown: {setting} it would cost {min(tested, pruned):.0%} of the full model's FLOPs"
+            f"{' (pruned)' if pruned < tested else ''}, which {examples} examples do not tell from 100%; "
+            f"{_wanted(flops, margins, examples)} would."
         )
     reasons = []
     if saturation.mean > 0.75 * depth:
@@ -389,3 +410,11 @@ def _verdict(flops: Mapping[str, float], head: float, saturation: Depths, min_la
         "test fewer of them, prune the vocabulary, or let the deep layers verify the tokens, which keeps the output "
         'exact (skipped="verify").'
     )
+
+
+def _wanted(flops: Mapping[str, float], margins: Mapping[str, float], examples: int) -> str:
+    """About how many examples an interval would have to be of to end below the full model's cost."""
+    if examples < 2:
+        return "more"
+    ratios = [(margins[name] / (1 - flops[name])) ** 2 for name in margins if flops[name] < 1]
+    return f"about {math.ceil(1 + (examples - 1) * min(ratios)) + 1:,}"

@@ -1,16 +1,86 @@
-"""Markdown tables that also read well in a terminal."""
+"""Markdown tables that also read well in a terminal, however narrow it is."""
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Sequence
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in (head, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return "\n".join([_line(head, widths), _rule(widths), *(_line(row, widths) for row in rows)])
+
+
+def fitted(text: str, width: int | None) -> str:
+    """A text whose tables are no wider than a terminal: cells are folded at blanks, then columns go below each other.
+
+    Nothing is left out; the first column is repeated. A table that fits, or whose single words do not, stays Markdown.
+
+    Args:
+        text: Anything with tables of `markdown` in it.
+        width: Columns of the terminal. None: it is no terminal, and the text stays what it is.
+
+    Returns:
+        The text.
+    """
+    if width is None:
+        return text
+    blocks = itertools.groupby(text.split("\n"), key=lambda line: line.startswith("| "))
+    return "\n".join(line for table, lines in blocks for line in (_fitted(list(lines), width) if table else lines))
+
+
+def _fitted(lines: list[str], width: int) -> list[str]:
+    """The lines of a table that is perhaps too wide."""
+    head, rule, *rows = [line[2:-2].split(" | ") for line in lines]
+    odd = any(len(row) != len(head) for row in (rule, *rows)) or any(cell.strip("-:") for cell in rule)
+    if odd or max(map(len, lines)) <= width:
+        return lines
+    columns = [[cell.strip() for cell in column] for column in zip(head, *rows, strict=True)]
+    widths = [max(map(len, [*_words(column[0]), *column[1:]])) for column in columns]
+    if _breadth(widths) > width:  # folded heads are not enough: fold names, too
+        names = columns[0]
+        widths[0] = min(widths[0], max([width // 3, *(len(word) for name in names for word in _words(name))]))
+    room = width - _breadth(widths[:1])
+    for place, column in enumerate(columns[1:], 1):
+        if widths[place] + 3 > room:
+            widths[place] = max([room - 3, *(len(word) for cell in column for word in _words(cell))])
+    parts: list[list[int]] = [[0]]
+    for place in range(1, len(columns)):
+        if len(parts[-1]) > 1 and _breadth([widths[at] for at in (*parts[-1], place)]) > width:
+            parts.append([0])
+        parts[-1].append(place)
+    tables = [_folded([columns[at] for at in part], [widths[at] for at in part]) for part in parts]
+    return "\n\n".join("\n".join(table) for table in tables).split("\n")
+
+
+def _folded(columns: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
+    """The lines of a table whose cells have as many lines as they need."""
+    made: list[str] = []
+    for row in zip(*columns, strict=True):
+        cells = [
+            textwrap.wrap(cell, max(size, 1), break_long_words=False, break_on_hyphens=False)
+            for cell, size in zip(row, widths, strict=True)
+        ]
+        folded = itertools.zip_longest(*(cell or [""] for cell in cells), fillvalue="")
+        made += [_line(line, widths) for line in folded] + ([] if made else [_rule(widths)])
+    return made
+
+
+def _words(cell: str) -> list[str]:
+    return cell.split() or [""]
+
+
+def _breadth(widths: Sequence[int]) -> int:
+    """Columns that a table takes."""
+    return sum(size + 3 for size in widths) + 1
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(widths: Sequence[int]) -> str:
+    return f"| {' | '.join(['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])} |"

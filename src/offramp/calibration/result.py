@@ -14,6 +14,7 @@ from offramp.calibration.search import Outcome
 from offramp.calibration.validate import Validation
 from offramp.files import write_json
 from offramp.policy import ExitPolicy
+from offramp.tables import markdown
 
 SCHEMA = "offramp/calibrate/1"
 CONFIG, RESULT, POLICY = "config.json", "result.json", "policy.json"
@@ -72,13 +73,10 @@ class Calibration:
         """The settings that were looked at, the statement, and the repeated calibrations."""
         certificate = self.certificate
         p = "mean for CRC" if certificate.promise.bound == CRC else "p-value"
-        rows = [("setting", "mean loss", p, "")]
+        rows = []
         for index, test in enumerate(certificate.tests):
             verdict = "chosen" if index == certificate.selected else "passed" if test["passed"] else "failed"
             rows.append((test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", verdict))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
-        ]
-        blocks = ["\n".join(lines), certificate.words()] if certificate.tests else [certificate.words()]
+        head = ("setting", "mean loss", p, "verdict")
+        blocks = [markdown(head, rows), certificate.words()] if rows else [certificate.words()]
         return "\n\n".join(blocks if self.validation is None else [*blocks, self.validation.words()])

@@ -68,7 +68,7 @@ def bench(
             progress=progress,
         )  # fmt: skip
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     if out is not None:
         for path in save_bench(result, out):
             o.note(f"wrote {path}")

@@ -164,7 +164,7 @@ def calibrate(
     if not state.is_main_process:
         return
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     if not result.certificate.certified:
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({_why(result.certificate)})")
     elif not result.certificate.saves:
@@ -175,6 +175,7 @@ def calibrate(
     use += [] if dtype == "float32" else ["--dtype", dtype]
     then = f"use its policy with: {shlex.join(use)}" if result.certificate.certified else "its policy is the full model"
     o.note(f"wrote {folder}; {then}")
+    o.next_steps({"look at it with": ["report", str(folder)]})
     o.write_result(result.to_dict(), json)
 
 

@@ -106,7 +106,7 @@ def distill(
     write_text(folder / "report.md", tables(results, study.select))
     write_groups(results, folder / "groups.csv")
     if str(json) != "-":
-        typer.echo(tables(results, study.select, FEW))
+        o.say(tables(results, study.select, FEW))
     o.note(f"wrote {folder / 'report.md'} and groups.csv; pictures: offramp report {folder}")
     o.write_result(summary(results, study.select), json)
 

@@ -154,7 +154,7 @@ def distill_language_model(
     if not state.is_main_process:
         return
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     o.note(f"wrote {result.model}; train its exits with: offramp train {result.model}")
     o.note(f"pictures: offramp report {folder}")
     named = {"name": student, "teacher": teacher, "method": method, "dtype": o.dtype_of(lm)}

@@ -137,9 +137,26 @@ def evaluate(
     for file in (policy or []) if task != "perplexity" else []:
         check_drift(file, [record.exit_layers for record in records_of(folder, file.stem)])
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     o.note(f"wrote {folder}: records, results.json, table.md and pictures")
+    o.next_steps({"look at it with": ["report", str(folder)], **_promises(result, model, task, data, exits, dtype)})
     o.write_result(result.to_dict(), json)
+
+
+def _promises(
+    result: Evaluation, model: str, task: str, data: list[str], exits: str | None, dtype: str
+) -> dict[str, list[str | None]]:  # fmt: skip
+    """The command that makes a promise of the first recommended policy."""
+    good = result.recommended() if task != "perplexity" else []
+    if not good:
+        return {}
+    policy = result.arm(good[0]).policy or {}
+    words: list[str | None] = ["calibrate", model, "--task", task, "--data", *data]
+    given = {"--exits": exits, "--dtype": None if dtype == "float32" else dtype}
+    given |= {f"--{name.replace('_', '-')}": policy[name] for name in ("confidence", "vocabulary", "prompt_layer")}
+    given["--skipped"] = None if policy["skipped"] == "propagate" else policy["skipped"]
+    words += [str(word) for option, value in given.items() if value is not None for word in (option, value)]
+    return {f"find a threshold with a promise for {good[0]}, on examples that it was not chosen by, with": words}
 
 
 def _refuse_unused(task: str, of_answers: dict[str, Any], of_texts: dict[str, Any]) -> None:

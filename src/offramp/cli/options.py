@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -289,6 +292,20 @@ def dtype_of(lm: LanguageModel) -> str:
 def command_line() -> str:
     """The command as it was given, for the record of a run."""
     return shlex.join(["offramp", *sys.argv[1:]])
+
+
+def say(text: str) -> None:
+    """A result on standard output; its tables fit the terminal, or COLUMNS. A file gets them whole."""
+    from offramp.tables import fitted
+
+    narrow = "COLUMNS" in os.environ or sys.stdout.isatty()
+    typer.echo(fitted(text, shutil.get_terminal_size().columns if narrow else None))
+
+
+def next_steps(steps: Mapping[str, Sequence[str | None]]) -> None:
+    """What to do with a result, on standard error: commands by what they are for; parts that are None are left out."""
+    for purpose, words in steps.items():
+        note(f"{purpose}: {shlex.join(['offramp', *(word for word in words if word is not None)])}")
 
 
 def note(text: str) -> None:

@@ -68,7 +68,7 @@ def fit_posterior(
     with o.progress("fitting") as progress:
         report = run(lm, documents, folder, config, window=window, about=about, progress=progress)
     if str(json) != "-":
-        typer.echo(report.table())
+        o.say(report.table())
     pruned = "" if config.vocabulary is None else f" --vocabulary {config.vocabulary}"
     pruned += "" if config.vocabulary_size is None else f" --vocabulary-size {config.vocabulary_size}"
     usage = f"offramp generate {model} --exits {folder / 'exits'} --confidence {config.methods[0]}{pruned}"

@@ -43,8 +43,9 @@ def probe(
             lm, given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
         )
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     folder = out or Path("runs") / f"probe-{Path(model).name}{'' if exits is None else '-exits'}"
     for path in result.save(folder):
         o.note(f"wrote {path}")
+    o.next_steps({"look at it with": ["report", str(folder)]})
     o.write_result(result.to_dict(), json)

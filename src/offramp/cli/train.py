@@ -188,9 +188,10 @@ def train(
     if not state.is_main_process:
         return
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     trained = str(result.model or model)
     o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} --threshold 0.9")
+    o.next_steps({"look at it with": ["report", str(folder)]})
     if push_to_hub is not None:
         from offramp.exit_sources import push
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from offramp.probe import COVERAGE, TOLERANCE, Depths, Probe
+from offramp.tables import markdown
 
 
 def probe_table(probe: Probe) -> str:
@@ -14,24 +15,22 @@ def probe_table(probe: Probe) -> str:
 
 def _rows(probe: Probe) -> list[str]:
     head = [
-        "layer  same token  confidence     gap  over-   rank of the final token         K for  settled",
-        "                   (max prob)          conf.   median       p90       p99      99.5%   so far",
-    ]
+        "layer", "same token", "max prob", "gap", "too sure", "rank p50", "p90", "p99", "K 99.5%", "settled"
+    ]  # fmt: skip
     step = -(-probe.num_layers // 20)
     rows = []
     for r in probe.layers:
         if r.layer not in (1, probe.min_layer) and (probe.num_layers - r.layer) % step:
             continue
-        over = "     " if r.layer == probe.num_layers else f"{r.overconfidence:+5.2f}"
-        ranks = "".join(f"{r.rank[name]:10.0f}" for name in ("p50", "p90", "p99"))
-        mark = ">" if r.layer == probe.min_layer else " "
-        rows.append(
-            f"{mark}{r.layer:4d}  {r.agreement:10.2f}  {r.max_probability:10.2f}  {r.gap:6.2f}  {over}"
-            f"{ranks[1:]} {r.coverage_size:10d}  {r.settled:7.2f}"
-        )
+        rows.append([
+            f"{'>' if r.layer == probe.min_layer else ''}{r.layer}", f"{r.agreement:.2f}", f"{r.max_probability:.2f}",
+            f"{r.gap:.2f}", "" if r.layer == probe.num_layers else f"{r.overconfidence:+.2f}",
+            *(f"{r.rank[name]:.0f}" for name in ("p50", "p90", "p99")), f"{r.coverage_size}", f"{r.settled:.2f}",
+        ])  # fmt: skip
     where = f"{probe.model}: {probe.num_layers} layers, {probe.vocabulary} tokens in the vocabulary"
     seen = f"{probe.tokens} positions of {probe.examples} {probe.source_noun}; the final token is the last layer's"
-    return [where, seen, "", *head, *rows]
+    note = "rank: tokens above the final one; K: so many best tokens hold 99.5% of the final ones; settled: so far"
+    return [where, seen, "", markdown(head, rows), "", *textwrap.wrap(note, 100)]
 
 
 def _summary(probe: Probe) -> list[str]:
@@ -56,7 +55,10 @@ def _summary(probe: Probe) -> list[str]:
         "suggested vocabulary": f"{size} tokens ({share:.0%}), with {COVERAGE:.1%} of the final ones at layer {first}",
     }
     width = max(map(len, lines))
-    listed = [f"{name:{width}}  {text}" for name, text in lines.items()]
+    listed = [
+        textwrap.fill(f"{name:{width}}  {text}", 100, subsequent_indent=" " * (width + 2))
+        for name, text in lines.items()
+    ]
     tests = f"layers {first}..{last - 1}" if first < last - 1 else f"layer {first}"
     return [f"Exits are thought to be tested after {tests} (>).", *listed, "", *textwrap.wrap(probe.verdict, 100)]
 

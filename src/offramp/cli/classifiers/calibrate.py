@@ -109,7 +109,7 @@ def calibrate_classifier(
         }  # fmt: skip
         result = run(passes.outputs, config, folder, network=passes.network, conditions=about)
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     o.note(f"wrote {folder}; use it with: offramp classify {model} INPUT --posterior {folder} --budget 0.5")
     o.write_result(result.to_dict(), json)
 

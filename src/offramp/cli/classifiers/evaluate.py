@@ -80,9 +80,9 @@ def evaluate_classifier(
         result = compare(networks, config, folder, conditions=conditions, progress=progress)
     if str(json) != "-":
         for test in result.tests:
-            typer.echo(f"## {test}, mean over the budgets\n\n{markdown(*result.mean_table(test))}\n")
-        typer.echo(f"## Temperatures T and prior variances ω of the exits\n\n{markdown(*result.fitted_table())}\n")
-        typer.echo("\n\n".join(result.notes()))
+            o.say(f"## {test}, mean over the budgets\n\n{markdown(*result.mean_table(test))}\n")
+        o.say(f"## Temperatures T and prior variances ω of the exits\n\n{markdown(*result.fitted_table())}\n")
+        o.say("\n\n".join(result.notes()))
     o.note(f"wrote {folder}: results.json, records, pictures and, with more tables, table.md")
     o.note(f"read it with: offramp report {folder}")
     o.write_result(result.to_dict(), json)

@@ -144,7 +144,7 @@ def train_classifier(
                 about={"command": o.command_line(), "architecture": architecture, "data": str(data)},
             )  # fmt: skip
     if str(json) != "-":
-        typer.echo(result.table())
+        o.say(result.table())
     test = "" if test_data is None else f" --test-data {test_data}"
     o.note(f"wrote {result.model}; next: offramp evaluate {result.model} --task {task} --data {data}{test}")
     o.write_result({**result.to_dict(), "architecture": architecture}, json)

@@ -52,9 +52,7 @@ def page(path: Path, values: dict[str, Any]) -> Page:
         f"Probe: {probe.model}",
         str(path),
         [
-            Section(
-                "Is it worth it?", [Text((probe.verdict,), "good" if probe.suitable else "bad"), pictures["exits"]]
-            ),
+            Section("Is it worth it?", [Text((probe.verdict,), _mark(probe.verdict)), pictures["exits"]]),
             Section(
                 "Confidence and accuracy by layer",
                 [pictures["confidence"], Table(head, rows, marks), Text((note,)), pictures["rank"]],
@@ -63,3 +61,8 @@ def page(path: Path, values: dict[str, Any]) -> Page:
             repeat(None, about),
         ],
     )
+
+
+def _mark(verdict: str) -> str:
+    """Of its box; an earlier version's praise, which no interval supports, has none."""
+    return "good" if verdict.startswith("Worth trying") else "bad" if verdict.startswith("Not suitable") else ""
