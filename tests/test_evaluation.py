@@ -306,6 +306,13 @@ def offramp(*arguments):
     return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
 
 
+def test_names_of_a_grid_tell_all_that_was_asked_for(lm):
+    assert list(grid(lm, min_layers=(2,), skipped="verify")) == ["softmax > 0.9, from 2, verify"]
+    assert list(grid(lm, vocabularies=("fixed",), skipped="defer")) == ["softmax > 0.9, fixed, defer"]
+    assert list(grid(lm, prompt_layer=2)) == ["softmax > 0.9, prompt to 2"]
+    assert list(grid(lm)) == ["softmax > 0.9"]
+
+
 def test_the_command_from_end_to_end(folder, squad, tmp_path):
     policy, path, out = tmp_path / "mine.json", tmp_path / "all.json", tmp_path / "run"
     ExitPolicy("max", threshold=0.1, min_layer=1).save(policy)

@@ -167,7 +167,7 @@ def grid(
         prompt_layer: Of all of them.
 
     Returns:
-        Policies by name, such as "softmax > 0.9, from 20, fixed".
+        Policies by name, such as "softmax > 0.9, from 20, fixed, verify".
 
     Raises:
         ValueError: A value that `ExitPolicy` or the model does not allow.
@@ -176,7 +176,11 @@ def grid(
         raise ValueError(f"vocabulary_size is {vocabulary_size}, but nothing is pruned; name one of {', '.join(KINDS)}")
     arms = {}
     for confidence, threshold, layer, kind in itertools.product(confidences, thresholds, min_layers, vocabularies):
-        name = f"{confidence} > {threshold:g}{'' if layer is None else f', from {layer}'}{f', {kind}' if kind else ''}"
+        parts = [
+            f"{confidence} > {threshold:g}", layer and f"from {layer}", kind, skipped != "propagate" and skipped,
+            prompt_layer and f"prompt to {prompt_layer}",
+        ]  # fmt: skip
+        name = ", ".join(str(part) for part in parts if part)
         arms[name] = ExitPolicy(
             confidence, threshold=threshold, vocabulary=kind, vocabulary_size=vocabulary_size if kind else None,
             skipped=skipped, prompt_layer=prompt_layer, **tested_from(lm, layer),
