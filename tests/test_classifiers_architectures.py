@@ -105,3 +105,10 @@ def test_usual_options_make_a_configuration():
 
     assert ClassifierTrainConfig(**usual("msdnet-large")).learning_rate == 0.1
     assert ClassifierTrainConfig(**usual("minilm")).learning_rate == 5e-5
+
+
+def test_coloured_images_for_a_network_of_grey_ones_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="images of 3 colours, and the network takes 1; choose another network, or make"
+    ):
+        build(str(save_resnet(tmp_path / "grey")), coloured(16))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 from typer.testing import CliRunner
@@ -140,3 +141,24 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
 def test_importing_offramp_and_its_help_do_not_import_torch():
     code = "import sys, offramp, offramp.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_warnings_about_what_was_given_are_notes(tmp_path, monkeypatch, capsys):
+    """And what is wrong with a file is one line with its place, also of plain text."""
+
+    def said(*arguments):
+        monkeypatch.setattr(sys, "argv", ["offramp", *map(str, arguments)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            with pytest.raises(SystemExit):
+                cli.main()
+        return capsys.readouterr().err.strip().splitlines()
+
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "the"}\n{"prompt": " "}\n')
+    first, last = said("probe", tmp_path / "none", "--prompts", data)
+    assert first == f"note: {data}: 1 of 2 entries are empty and were left out"
+    assert last.startswith("offramp: error: ")
+    data.write_bytes("good\nna\xefve\n".encode("latin-1"))
+    (line,) = said("probe", tmp_path / "none", "--text", data)
+    assert f"{data}, line 2 is not UTF-8; convert the file" in line

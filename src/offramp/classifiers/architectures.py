@@ -114,14 +114,31 @@ def _shape(data: Labelled) -> tuple[int, int, int]:
 
 
 def _preprocessing(backbone: Any, data: Labelled, given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a pretrained network, else mean and deviation of the training images; and the images' size."""
-    height, width, _ = _shape(data)
+    """Settings of a pretrained network, else mean and deviation of the training images; and the images' size.
+
+    Args:
+        backbone: The network.
+        data: Training rows.
+        given: Settings of a pretrained one; empty: there are none.
+
+    Returns:
+        Them.
+
+    Raises:
+        ValueError: The images have more colours than the network takes.
+    """
+    height, width, colours = _shape(data)
     size = {"size": {"height": height, "width": width}}
+    config = backbone.config
+    channels = config.in_channels if hasattr(config, "in_channels") else config.num_channels
+    if colours not in (1, channels):
+        raise ValueError(
+            f"{data.source} has images of {colours} colours, and the network takes {channels}; choose another "
+            "network, or make the images grey"
+        )
     if "image_mean" in given:
         return {**given, **size}
     of = ImagePreprocessing.of(data)
-    config = backbone.config
-    channels = config.in_channels if hasattr(config, "in_channels") else config.num_channels
     if len(of.mean) == 1 < channels:  # grey images for a network of colours
         of = ImagePreprocessing(of.mean * channels, of.std * channels)
     return {**of.settings, **size}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +25,7 @@ from offramp.cli.distill import distill
 from offramp.cli.distill_language_model import distill_language_model
 from offramp.cli.evaluate import evaluate
 from offramp.cli.generate import generate
+from offramp.cli.options import note
 from offramp.cli.probe import probe
 from offramp.cli.report import report
 from offramp.cli.train import train
@@ -71,12 +74,29 @@ def _options(
     """Early-exit models: what is easy leaves the network early."""
 
 
+def _noted(usual: Callable[..., None]) -> Callable[..., None]:
+    """Writes warnings for users as notes, and others as usual."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            note(f"note: {' '.join(str(message).split())}")
+        else:
+            usual(message, category, *place, **more)
+
+    return show
+
+
 def main() -> None:
-    """Run the command line; errors are one line without a traceback, unless `--debug` stands anywhere."""
+    """Run the command line; errors are one line without a traceback, unless `--debug` stands anywhere.
+
+    So are warnings about what a user gave: notes, without the place in this library that wrote them.
+    """
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _noted(warnings.showwarning)
+            app(arguments)
     except Exception as error:  # noqa: BLE001 - whatever went wrong, one line and status 1
         if debug:
             traceback.print_exc()

@@ -32,10 +32,11 @@ def probe(
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
     from offramp.probe import probe as look
+    from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
-    texts = None if text is None else [path.read_text(encoding="utf-8") for path in text]
+    texts = None if text is None else [read_text(path) for path in text]
     given = o.prompts_from(prompts, limit) if texts is None and (prompts or limit is not None) else None
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:
