@@ -10,9 +10,9 @@ from offramp import ExitPolicy, LanguageModel
 from offramp.exits import Exits
 from offramp.families import SplitModel
 from offramp.native.blocks import FAMILIES as DESCRIBED
-from offramp.native.blocks import GROUP, quantised
 from offramp.native.build import NativeError
 from offramp.native.model import NativeModel
+from offramp.native.quantisation import GROUP, quantised
 from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
 
 NEW = 12

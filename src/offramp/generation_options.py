@@ -63,6 +63,7 @@ class GenerationOptions(TypedDict, total=False):
         min_new_tokens: Fewest new tokens; likewise `min_length`.
         do_sample: Sample instead of taking the best; set by itself when an option of sampling is given.
         temperature: Of the samples; likewise `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`.
+        eos_token_id: What ends a row, one id or several; None: nothing does.
         seed: Makes samples repeatable.
         stop_strings: Texts behind which a row ends.
         generation_config: All other options in one object, as `transformers` takes it.
@@ -130,6 +131,8 @@ def checked(options: Mapping[str, Any], own: GenerationConfig) -> dict[str, Any]
         name = unknown[0]
         raise ValueError(f"unknown option {name!r} of a generation{nearest(name, [*known, *rarer])}")
     given = {name: value for name, value in options.items() if value is not None and name not in _INDIFFERENT}
+    if options.get("eos_token_id", 0) is None:  # said, not left out
+        given["eos_token_id"] = None
     _check_values(given)
     config = given.get("generation_config", own)
     if given.get("max_new_tokens") is not None and "max_length" in given:

@@ -22,6 +22,7 @@ from offramp.families import SplitModel
 from offramp.generation_options import GenerationOptions, checked, most_new_tokens
 from offramp.packaged import quiet
 from offramp.policy import ExitPolicy
+from offramp.pretrained import inside_peft
 from offramp.prompt_inputs import Prompt as Prompt
 from offramp.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 from offramp.values import choice, flag
@@ -54,27 +55,6 @@ class Generation:
     tokens: list[list[int]]
     costs: Costs
     num_layers: int
-
-
-def _without_peft(model: Any) -> PreTrainedModel:
-    """The model inside a `PeftModel`, whose layers hold the adapters; any other model itself."""
-    if not hasattr(model, "get_base_model"):
-        inside: PreTrainedModel = model
-        return inside
-    if getattr(model.active_peft_config, "is_prompt_learning", False):
-        kind = model.active_peft_config.peft_type
-        raise ValueError(f"a PeftModel of type {kind} prepends tokens to every prompt, which is not supported here")
-    inside = model.get_base_model()
-    return inside
-
-
-def _policy(policy: ExitPolicy | str | os.PathLike[str] | None) -> ExitPolicy | None:
-    """The policy, read if it is the name of a file."""
-    if policy is None or isinstance(policy, ExitPolicy):
-        return policy
-    if isinstance(policy, str | os.PathLike):
-        return ExitPolicy.load(policy)
-    raise ValueError(f"the policy is a {type(policy).__name__}; give an ExitPolicy, the file of one, or None")
 
 
 class Stream(Iterator[Step]):
@@ -129,7 +109,7 @@ class LanguageModel:
         int8: bool = False,
     ) -> None:
         choice("engine", engine, ENGINES)
-        model = _without_peft(model)
+        model = inside_peft(model)
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
         self.engine, self.int8 = engine, int8
         self._split = SplitModel(model)
@@ -240,7 +220,7 @@ class LanguageModel:
         """
         began = time.perf_counter()
         prepared, ledger = self._prepare(prompts, chat, options)
-        policy = _policy(policy)
+        policy = ExitPolicy.of(policy)
         steps = list(prepared.steps(policy, ledger, self._learnt(policy)))
         if prepared.ids.is_cuda:
             torch.cuda.synchronize()
@@ -270,7 +250,7 @@ class LanguageModel:
             ValueError: As for `generate`.
         """
         prepared, ledger = self._prepare(prompts, chat, options)
-        policy = _policy(policy)
+        policy = ExitPolicy.of(policy)
         return Stream(prepared, prepared.steps(policy, ledger, self._learnt(policy)), ledger)
 
     def adaptive_threshold(self, policy: ExitPolicy) -> AdaptiveThreshold:

@@ -32,7 +32,7 @@ _KEPT = "at least 2 tokens must be kept"
 WRITE = "write a policy with ExitPolicy.save"
 """What to do about a damaged file."""
 _WHOLE = {
-    "min_layer": (1, "layers count from 1"), "prompt_layer": (1, "layers count from 1"), "vocabulary_size": (2, _KEPT),
+    "min_layer": (1, "layers count from 1"), "prompt_layer": (-_FAR, ""), "vocabulary_size": (2, _KEPT),
     "vocabulary_floor": (2, _KEPT), "vocabulary_start": (2, _KEPT),
     "draft_length": (1, "at least one token must be drafted"),
 }  # fmt: skip
@@ -274,6 +274,22 @@ class ExitPolicy:
             raise ValueError(
                 str(error) if str(path) in str(error) else f"{path} is no policy: {' '.join(str(error).split())}"
             ) from error
+
+    @classmethod
+    def of(cls, policy: ExitPolicy | str | os.PathLike[str] | None) -> ExitPolicy | None:
+        """The policy, read if it is the name of a file; None for None.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: It is something else, or the file is not a policy.
+        """
+        if policy is None or isinstance(policy, ExitPolicy):
+            return policy
+        if isinstance(policy, str | os.PathLike):
+            return cls.load(policy)
+        raise ValueError(f"the policy is a {type(policy).__name__}; give an ExitPolicy, the file of one, or None")
 
     # ------------------------------------------------------------ use
 

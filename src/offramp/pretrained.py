@@ -15,7 +15,7 @@ from offramp.packaged import ModelError, first_line, quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "vocab.txt")
 _NEVER: dict[str, Any] = {"trust_remote_code": False}
@@ -104,3 +104,22 @@ def tokenizer_of(source: Source) -> Any:
             return None
     with _without_code(source.place):
         return AutoTokenizer.from_pretrained(source.place, **source.where, **_NEVER)
+
+
+def inside_peft(model: Any) -> PreTrainedModel:
+    """The model inside a `PeftModel`, whose layers hold the adapters; any other model itself.
+
+    Returns:
+        The model of `transformers`.
+
+    Raises:
+        ValueError: The adapter prepends tokens, which no layer holds.
+    """
+    if not hasattr(model, "get_base_model"):
+        inside: PreTrainedModel = model
+        return inside
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = model.active_peft_config.peft_type
+        raise ValueError(f"a PeftModel of type {kind} prepends tokens to every prompt, which is not supported here")
+    inside = model.get_base_model()
+    return inside

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offramp.native import library as lib
 from offramp.native.build import NativeError
+from offramp.native.quantisation import quantised
 
 STATE, QKV, MIXED, INNER, ADDEND = range(5)
 """Registers: the residual state; queries, keys and values side by side; what attention and what feed-forward layers
@@ -24,9 +25,6 @@ _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
-GROUP = 64
-"""Columns of a row that share a scale when quantised."""
-
 _FORMATS = {torch.float32: lib.F32, torch.bfloat16: lib.BF16}
 
 
@@ -262,23 +260,6 @@ class Weights:
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
         plus = 1.0 if type(module).__name__.startswith("Gemma") else 0.0  # Gemma keeps its weights less one
         return lib.Norm(lib.RMS, module.weight.shape[0], eps, self.vector(module.weight, plus=plus), None)
-
-
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight bits per weight and one scale for 64 of them: weight ≈ values * scale, the largest of each 64 exactly.
-
-    Args:
-        weight: [R, C].
-
-    Returns:
-        Values, int8 [R, C rounded up to 64s] with zeros behind the end, and scales, float32 [R, that / 64].
-    """
-    rows, cols = weight.shape
-    groups = -(-cols // GROUP)
-    padded = nn.functional.pad(weight.float(), (0, groups * GROUP - cols)).view(rows, groups, GROUP)
-    scales = padded.abs().amax(-1) / 127
-    values = (padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
-    return values.view(rows, groups * GROUP), scales.contiguous()
 
 
 # ---------------------------------------------------------------- programs
