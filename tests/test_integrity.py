@@ -250,7 +250,8 @@ def test_headers_that_lie_ask_for_no_memory(tmp_path):
     [
         ("[" * 100_000, "nested more than"), ('{"a": ' * 200 + "1" + "}" * 200, "nested more than"),
         ("1" * 5000, "more than 4,300 digits"), ("[NaN]", "NaN, which is no JSON number"),
-        ("[-Infinity]", "-Infinity, which is no JSON number"), ('{"a": 1, "a": 2}', "twice"), ("", "not JSON"),
+        ("[-Infinity]", "-Infinity, which is no JSON number"), ("[1e999]", "1e999, which is no JSON number"),
+        ("[-1e999]", "-1e999, which is no JSON number"), ('{"a": 1, "a": 2}', "twice"), ("", "not JSON"),
         ("{", "not JSON"), ("\udcff", "not UTF-8"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import sys
 import zlib
@@ -173,7 +174,12 @@ def parsed(text: str, place: str, *, hint: str = "", finite: bool = False) -> An
             digits, or half of a character.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant if finite else float)
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_constant if finite else float,
+            parse_float=_finite if finite else float,
+        )
     except _ConstantError as error:
         raise ValueError(f"{place} holds {error}, which is no JSON number") from None
     except json.JSONDecodeError as error:
@@ -209,6 +215,13 @@ class _ConstantError(Exception):
 
 def _constant(name: str) -> Any:
     raise _ConstantError(name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # such as 1e999, which no float holds
+        raise _ConstantError(text)
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import evaluating
+from offramp.bounded import parsed
 from offramp.packaged import first_line
 from offramp.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
@@ -128,7 +129,7 @@ def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
             "version"
         )
     try:
-        return _assembled(tensors, tuple(json.loads(header["ids"])))
+        return _assembled(tensors, tuple(parsed(header["ids"], "its header")))
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
 
@@ -136,7 +137,7 @@ def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
 def load_description(path: str | os.PathLike[str]) -> dict[str, str]:
     """What the outputs in a file were made of, as `collect` and `save_outputs` were told."""
     try:
-        found: dict[str, str] = json.loads(claimed_header(Path(path).expanduser(), AGAIN)["description"])
+        found: dict[str, str] = parsed(claimed_header(Path(path).expanduser(), AGAIN)["description"], "its header")
     except (LookupError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.bounded import parsed
 from offramp.classifiers.saving import load
 from offramp.distillation.config import Run
 from offramp.distillation.history import AGAIN
@@ -116,7 +117,7 @@ def kept_weights(folder: Path) -> tuple[Tensor, Groups, int] | None:
         return None
     header, tensors = read_tensors(folder / WEIGHTS, AGAIN)
     try:
-        groups = Groups(tuple(json.loads(header["groups"])), tensors["members"])
+        groups = Groups(tuple(parsed(header["groups"], "its header")), tensors["members"])
         return tensors["weights"], groups, int(header["epoch"])
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error!r}); {AGAIN}") from error
@@ -126,7 +127,7 @@ def _selected(folder: Path, test: Grouped) -> Tensor:
     """Logits of all exits at the selected epoch, [E, N, C], in the order of the rows."""
     header, tensors = read_tensors(folder / PREDICTIONS, AGAIN)
     try:
-        place = {id: at for at, id in enumerate(json.loads(header["ids"]))}
+        place = {id: at for at, id in enumerate(parsed(header["ids"], "its header"))}
         return tensors["selected"][:, [place[id] for id in test.rows.ids]]
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / PREDICTIONS} is damaged ({error!r}); {AGAIN}") from error

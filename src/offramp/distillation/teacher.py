@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import autocast, evaluating
+from offramp.bounded import parsed
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.saving import training_rows
@@ -177,7 +178,11 @@ def load_logits(path: Path, rows: Labelled, teacher: str | None = None) -> Tenso
     if header.get("schema") != SCHEMA:
         raise ValueError(f"{path} has the schema {header.get('schema')!r}, not {SCHEMA!r}: no teacher's logits")
     try:
-        ids, classes, made_by = json.loads(header["ids"]), tuple(json.loads(header["classes"])), header["teacher"]
+        ids, classes, made_by = (
+            parsed(header["ids"], "its header"),
+            tuple(parsed(header["classes"], "its header")),
+            header["teacher"],
+        )
         logits, held = tensors["logits"], tensors.get("inputs")
         if logits.shape != (len(ids), len(classes)) or (held is not None and len(held) != len(ids)):
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(ids)} rows")
