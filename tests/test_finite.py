@@ -44,6 +44,7 @@ def headless(value):
 
 
 PROMPT = ["w1 the sky is w2"]
+SEVEN = torch.tensor([7])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -70,20 +71,21 @@ def test_a_broken_head_is_named(value, options):
 def test_the_first_token_and_the_sequence_are_named():
     model = copy.deepcopy(tiny("llama"))
     lm = LanguageModel(model, tokenizer(), name="broken")
-    prompts = ["w21 w22 w23", "w21 w22 w23 w24 w29 w25"]
-    ids = lm.encode(prompts)["input_ids"]
+    inputs = lm.encode(["w21 w22 w23", "w21 w22 w23 w24 w29 w25"])
+    ids = inputs["input_ids"]
     rare = int(ids[1, -2])
     assert int((ids == rare).sum()) == 1
     model.model.embed_tokens.weight.data[rare] = math.nan
     with pytest.raises(NotFiniteError, match=f"in its embeddings, first at token {ids.shape[1] - 1} of sequence 2"):
-        lm.generate(prompts, max_new_tokens=2)
+        lm.generate(inputs, max_new_tokens=2)
 
 
 def test_what_processors_forbid_is_no_fault_of_the_model():
     lm = LanguageModel(tiny("llama"), tokenizer(), name="sound")
-    words = [[i] for i in range(lm.vocabulary) if i != 7]
-    forced = lm.generate(PROMPT, max_new_tokens=2, bad_words_ids=words, eos_token_id=None)
-    assert forced.tokens == [[7, 7]]
+    only_7 = LogitsProcessorList(
+        [lambda ids, scores: torch.full_like(scores, -math.inf).index_fill(1, SEVEN, math.inf)]
+    )
+    assert lm.generate(PROMPT, max_new_tokens=2, logits_processor=only_7).tokens == [[7, 7]]
     all_of_them = LogitsProcessorList([lambda ids, scores: torch.full_like(scores, -math.inf)])
     with pytest.raises(ValueError, match="the logits processors forbid all of them"):
         lm.generate(PROMPT, max_new_tokens=2, logits_processor=all_of_them, do_sample=True)
