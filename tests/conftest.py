@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # tables are then as wide as they are; workers of pytest-xdist are told a width
 
 import torch
 from hypothesis import settings

@@ -352,7 +352,7 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     for command in ("calibrate", "evaluate"):
         fails(command, model, *task, other, words="is not what the model was trained and divided with")
         fails(command, model, *words, one, words="was trained for image-classification, not for text")
-        fails(command, runs[0], *task, data, words="no early-exit classifier")
+        fails(command, runs[0], *task, data, words="no classifier, or one of another version")
         fails(command, tmp_path / "none", *task, data, words="holds no classifier")
     fails("calibrate", model, *task, data, "--posterior", "platt", words="method is 'platt'; allowed are 'vanilla'")
     fails("calibrate", model, *task, data, "--tolerance", 0.1, "--loss", "f1", words="--loss f1: choose one of")

@@ -306,7 +306,8 @@ def offramp(*arguments):
     return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
 
 
-def test_names_of_a_grid_tell_all_that_was_asked_for(lm):
+def test_names_of_a_grid_tell_all_that_was_asked_for():
+    lm = model()
     assert list(grid(lm, min_layers=(2,), skipped="verify")) == ["softmax > 0.9, from 2, verify"]
     assert list(grid(lm, vocabularies=("fixed",), skipped="defer")) == ["softmax > 0.9, fixed, defer"]
     assert list(grid(lm, prompt_layer=2)) == ["softmax > 0.9, prompt to 2"]

@@ -434,8 +434,7 @@ def test_exits_of_another_model_are_refused(folder, saved, tmp_path):
     copy.deepcopy(tiny("llama-tied")).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=r"with weights \w{12}, but those of other are \w{12}.*load the model they"):
         offramp.load(tmp_path / "other", exits=saved)
-    wide = json.loads((saved / "exits.json").read_text()) | {"width": 64}
-    (saved / "exits.json").write_text(json.dumps(wide))
+    rewrite(saved / "exits.json", lambda values: values | {"width": 64})
     with pytest.raises(ModelError, match="does not hold the lenses"):
         offramp.load(folder, exits=saved)
 

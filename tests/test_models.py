@@ -43,6 +43,8 @@ class Loaded(NamedTuple):
     model: torch.nn.Module
     tokenizer: object
     name: str = ""
+    engine: str = "torch"
+    int8: bool = False
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import offramp
 import training_runs
-from offramp import ExitPolicy, ModelError
+from offramp import ExitPolicy, ModelError, tensor_files
 from offramp.exits import fingerprint
 from offramp.families import SplitModel
 from offramp.training import OBJECTIVES, TrainingError, run_folder, train
@@ -470,17 +470,19 @@ def test_training_for_short_prompts_is_judged_with_them(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     whole, folder = tmp_path / "whole", tmp_path / "full"
     training_runs.run(whole, steps=6)
-    kept, save = [], run_folder.save_file
+    kept, replace = [], tensor_files.replace_file
 
-    def full(tensors, path, **options):
-        save(tensors, path, **options)
-        kept.append(path)
-        if len(kept) == 3:
-            path.write_bytes(path.read_bytes()[:99])
+    def full(path, write):
+        def half(temporary):
+            write(temporary)
+            temporary.write_bytes(temporary.read_bytes()[:99])
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        kept.extend([path] if path.name == "checkpoint.safetensors" else [])
+        replace(path, half if len(kept) == 3 else write)
+
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "save_file", full)
+        patch.setattr(tensor_files, "replace_file", full)
         with pytest.raises(OSError, match="No space left"):
             training_runs.run(folder, steps=6)
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
