@@ -81,7 +81,7 @@ def main() -> None:
     with progress("calibrating") as update:
         certified = calibrate(
             lm, task, questions, CLASSIFIER, promise, FOLDER / "calibrate", max_new_tokens=16, batch_size=8,
-            grid=Grid(thresholds=(0.9, 0.8, 0.75, 0.7)), progress=update,
+            grid=Grid(thresholds=(0.9, 0.75, 0.7)), progress=update,
         )  # fmt: skip
     print(certified.table())
 
