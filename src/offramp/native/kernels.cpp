@@ -55,7 +55,7 @@ struct Norm {
 struct Op {
     int64_t kind;
     int64_t src, dst;        // registers; 0 is the residual state
-    int64_t first, width;    // NORM: which columns of `src`
+    int64_t first;           // NORM: from which column of `src` on
     int64_t into;            // LINEAR, NORM: what becomes of the result
     int64_t activation;
     int64_t count;           // LINEAR: matrices, side by side in `dst`

@@ -43,7 +43,7 @@ class Op(Structure):
     """One operation of a block's program."""
 
     _fields_ = [
-        ("kind", c_int64), ("src", c_int64), ("dst", c_int64), ("first", c_int64), ("width", c_int64),
+        ("kind", c_int64), ("src", c_int64), ("dst", c_int64), ("first", c_int64),
         ("into", c_int64), ("activation", c_int64), ("count", c_int64), ("multiplier", c_double),
         ("norm", Norm), ("key_norm", Norm), ("matrix", Matrix * 3),
         ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("rotation", c_int64),
