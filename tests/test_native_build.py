@@ -106,7 +106,7 @@ def test_a_child_after_a_fork_computes_the_same():
     code = """
 import os, torch
 from offramp.native import library as lib
-from offramp.native.blocks import Part, Weights
+from offramp.native.weights import Part, Weights
 from offramp.native.build import library
 torch.manual_seed(0)
 linear, weights = torch.nn.Linear(64, 4096, bias=False), Weights()

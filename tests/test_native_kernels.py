@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from offramp.native import library as lib
-from offramp.native.blocks import Part, Weights
 from offramp.native.build import library
 from offramp.native.cache import NativeCache
 from offramp.native.quantisation import quantised
+from offramp.native.weights import Part, Weights
 
 FORMATS = ("float32", "bfloat16", "int8")
 

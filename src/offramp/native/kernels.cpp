@@ -73,6 +73,8 @@ struct Op {
     const float* sinks;      // one per head, or null
     int64_t memory;          // to the encoder's output, not to the text
     int64_t biased;          // scores get the call's bias by distance
+    double clip;             // ROTATE: heads are clamped to this size first; 0: not
+    int64_t headwise;        // ROTATE: each head's norm has weights of its own
 };
 
 struct Model {
@@ -680,8 +682,13 @@ void rotate(Run& run, const Op& op, size_t stage, int64_t layer) {
             const int64_t m = unit / all, head = unit % all, slot = call.slot[m], b = call.batch[m];
             float* x = run.row(op.src, m) + head * op.head_dim;
             const bool is_value = head >= op.heads + op.kv_heads, is_key = !is_value && head >= op.heads;
+            if (op.clip != 0) {
+                const float most = static_cast<float>(op.clip);
+                for (int64_t d = 0; d < op.head_dim; ++d) x[d] = x[d] < -most ? -most : x[d] > most ? most : x[d];
+            }
             if (!is_value) {
-                const Norm& n = is_key ? op.key_norm : op.norm;
+                Norm n = is_key ? op.key_norm : op.norm;
+                if (op.headwise) n.weight += (is_key ? head - op.heads : head) * op.head_dim;
                 if (n.kind != NO_NORM) {
                     float* line = Scratch::at_least(scratch.line, n.cols);
                     normalise(n, x, line);

@@ -48,7 +48,7 @@ class Op(Structure):
         ("norm", Norm), ("key_norm", Norm), ("matrix", Matrix * 3),
         ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("rotation", c_int64),
         ("rotated", c_int64), ("interleaved", c_int64), ("window", c_int64), ("scale", c_double), ("cap", c_double),
-        ("sinks", c_void_p), ("memory", c_int64), ("biased", c_int64),
+        ("sinks", c_void_p), ("memory", c_int64), ("biased", c_int64), ("clip", c_double), ("headwise", c_int64),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offramp.exits import Exits
@@ -20,10 +20,12 @@ from offramp.families import SplitModel
 from offramp.families.block_calls import rotation
 from offramp.native import blocks
 from offramp.native import library as lib
-from offramp.native.blocks import Part, Turning, Weights
+from offramp.native.blocks import Turning
 from offramp.native.build import NativeError, library
 from offramp.native.cache import NativeCache
+from offramp.native.families import FAMILIES
 from offramp.native.library import address
+from offramp.native.weights import Part, Weights
 from offramp.state import Context, Frame, HeadRows, Skipped, State
 
 
@@ -62,7 +64,7 @@ class NativeModel(SplitModel):
     """A Hugging Face model that decodes in the kernels.
 
     Args:
-        model: Of a family in `native.blocks.FAMILIES`, on the CPU, in float32 or bfloat16, with ordinary linear layers.
+        model: Of a family in `native.families`, on the CPU, in float32 or bfloat16, with ordinary linear layers.
         int8: Read all matrices in eight bits per weight, with a scale for 64 of them (a copy is made; norms, biases,
             embeddings and an encoder stay as they are).
 
@@ -74,15 +76,17 @@ class NativeModel(SplitModel):
     def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
         super().__init__(model)
         self.int8 = int8
-        if self.name not in blocks.FAMILIES:
-            raise NativeError(f"models of type {self.name!r} have no native description yet")
+        if self.name not in FAMILIES:
+            raise NativeError(f"models of type {self.name!r} have no native description (those with experts have none)")
+        if not isinstance(self.squeeze, nn.Identity):
+            raise NativeError("its embeddings are not as wide as its states, which the kernels do not know")
         if self.device.type != "cpu":
             raise NativeError(f"the model is on {self.device}; the native engine runs on the CPU")
         if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
             raise NativeError("its rotary frequencies change with the length of the text")
         self._library = library()
         self._lenses: dict[int, list[lib.Matrix]] = {}
-        self._described = [blocks.FAMILIES[self.name](self, index) for index in range(self.num_layers)]
+        self._described = [FAMILIES[self.name](self, index) for index in range(self.num_layers)]
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
         self._tabulate(64)
@@ -130,8 +134,9 @@ class NativeModel(SplitModel):
         self._tables: list[tuple[Tensor, Tensor]] = []
         for kind in self._kinds if self.rotary is not None else ():
             cosines, sines = rotation(self, kind, like, places)
-            half = cosines.shape[-1] // 2
-            self._tables.append((cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()))
+            half = cosines.shape[-1] // 2  # each stands there twice: in both halves, or side by side
+            once = slice(half) if torch.equal(cosines[..., :half], cosines[..., half:]) else slice(None, None, 2)
+            self._tables.append((cosines[0, :, once].contiguous(), sines[0, :, once].contiguous()))
         pairs = [lib.Rotation(address(c), address(s)) for c, s in self._tables]
         self._rotations = (lib.Rotation * max(1, len(pairs)))(*pairs)
         self._distances = torch.empty(0, 0)
