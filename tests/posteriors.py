@@ -3,13 +3,13 @@
 import torch
 
 from offramp import Exits, LanguageModel
+from offramp.core.exits import fingerprint
+from offramp.core.vocabulary import Pruning
 from offramp.exit_posterior import Posterior
-from offramp.exits import fingerprint
 from offramp.uncertainty import token_laplace
 from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets
 from offramp.uncertainty.token_tuning import Tuned
-from offramp.vocabulary import Pruning
 from test_brute_force import lively
 from tiny import VOCABULARY
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from offramp.cache import LayerCache
-from offramp.costs import BlockShape, ModelShape
-from offramp.state import Context, Frame, HeadRows, State
+from offramp.families.cache import LayerCache
+from offramp.families.sizes import BlockShape, ModelShape
+from offramp.families.state import Context, Frame, HeadRows, State
 
 
 class ScriptedModel:

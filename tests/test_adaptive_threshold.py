@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from offramp import ExitPolicy, LanguageModel, cli
-from offramp.adaptive_threshold import GRID, AdaptiveThreshold
-from offramp.choosing import Choosing
-from offramp.decoding import decode
+from offramp.core.adaptive_threshold import GRID, AdaptiveThreshold
+from offramp.core.decoding import decode
+from offramp.core.plan import resolve
+from offramp.core.sampling import Sampler
 from scripted import ScriptedModel
 from test_brute_force import Row, batch_of, gap, lively
 from test_classifier import with_classifiers
@@ -187,7 +188,7 @@ def test_what_is_compared_step_by_step():
     policy = ExitPolicy(threshold=0.9, min_layer=1, skipped="defer", adaptive=True)
     watched = Watched.of(policy)
     ids = torch.ones(1, 3, dtype=torch.long)
-    steps = list(decode(ScriptedModel(script), ids, policy, max_new_tokens=6, choosing=Choosing(), adaptive=watched))
+    steps = list(decode(ScriptedModel(script), ids, policy, max_new_tokens=6, sampler=Sampler(), adaptive=watched))
     assert [int(step.exit_layer) for step in steps] == [2, 2, 1, 1, 2, 2]
     # Step 1 goes deep with nothing waiting: no pair. Steps 2 and 3 leave and are compared with step 4's pass; step 5
     # finds nothing waiting again.
@@ -332,11 +333,11 @@ def test_bad_policies_are_refused(options, message):
 
 def test_an_adaptive_policy_has_one_exit_and_survives_a_file(tmp_path):
     policy = ExitPolicy(min_layer=2, skipped="defer", adaptive=True)
-    assert dict(policy.resolve(12, 100).thresholds) == {2: 0.9}
-    assert dict(ExitPolicy(skipped="defer", adaptive=True).resolve(12, 100).thresholds) == {6: 0.9}
-    assert dict(ExitPolicy(skipped="defer", adaptive=True).resolve(12, 100, exits=(4,)).thresholds) == {4: 0.9}
+    assert dict(resolve(policy, 12, 100).thresholds) == {2: 0.9}
+    assert dict(resolve(ExitPolicy(skipped="defer", adaptive=True), 12, 100).thresholds) == {6: 0.9}
+    assert dict(resolve(ExitPolicy(skipped="defer", adaptive=True), 12, 100, exits=(4,)).thresholds) == {4: 0.9}
     with pytest.raises(ValueError, match="for a single exit"):
-        ExitPolicy(skipped="defer", adaptive=True).resolve(12, 100, exits=(4, 8))
+        resolve(ExitPolicy(skipped="defer", adaptive=True), 12, 100, exits=(4, 8))
     policy.save(tmp_path / "free.json")
     assert ExitPolicy.load(tmp_path / "free.json") == policy
 

@@ -5,16 +5,15 @@ import importlib.util
 import pytest
 
 import offramp
-from offramp.exit_files import WEIGHTS
+from offramp.exit_files import WEIGHTS, load_exits
 from offramp.exit_sources import BUNDLED, exits_folder
-from offramp.exits import Exits
 
 
 def test_they_are_small_and_say_how_they_were_trained():
     folder = exits_folder(BUNDLED, "smollm2")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12e6
     assert (folder / WEIGHTS).is_file()
-    exits = Exits.load(folder)
+    exits = load_exits(folder)
     assert (exits.model, exits.num_layers) == ("smollm2", 30)
     assert exits.classifiers is not None
     assert {"config", "data", "model"} <= exits.settings.keys()

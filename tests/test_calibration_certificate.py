@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
 from offramp.calibration.certificate import COSTS_MORE
-from offramp.exits import Exits
+from offramp.core.exits import Exits
 from offramp.lines import write_lines
 from offramp.report import calibration_plots
 from offramp.report.pages import calibration as page

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.backbone import Activations, Backbone
 from offramp.classifiers import CONFIDENCES, EarlyExitClassifier
-from offramp.finite import NotFiniteError
+from offramp.families.backbone import Activations, Backbone
+from offramp.families.finite import NotFiniteError
 from tiny_encoders import CLASSES, EVERYTHING, build, inputs_for, tiny
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

@@ -9,10 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.confidence import HEADLESS, MEASURES, RANGES, Contrast, Contrastive, gap_of, jensen_shannon
-from offramp.policy import ExitPolicy
+from offramp.core.confidence import (
+    HEADLESS,
+    LEARNED,
+    MEASURES,
+    NAMES,
+    RANGES,
+    Contrast,
+    Contrastive,
+    gap_of,
+    jensen_shannon,
+)  # fmt: skip
+from offramp.core.exits import Consistency
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
+from offramp.exit_posterior import Laplace, NestedSets
 from offramp.uncertainty import token_laplace, token_sets
-from offramp.uncertainty.shortlist import shortlist
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 ROWS, WIDTH, VOCABULARY, LAYERS, LAYER = 5, 7, 23, 12, 8
@@ -21,7 +33,27 @@ ALWAYS = -math.inf
 
 
 def measure_named(name, options=None):
-    return MEASURES[name](options or Contrast())
+    if name == "classifier":
+        return Consistency(Fitted)
+    if name == "laplace":
+        return Laplace(Fitted)
+    return NestedSets(Fitted, name) if name in LEARNED else MEASURES[name](options or Contrast())
+
+
+class Fitted:
+    """Exits and their posterior in one: classifiers whose logit is the input's only number, a posterior that is certain
+    (so that its numbers are those of the trained head), and sets of all tokens of probability 0.2 or more."""
+
+    width, candidates = 1, 1000
+
+    def classify(layer, x):
+        return x[:, 0]
+
+    def laplace(layer):
+        return token_laplace.TokenLaplace(torch.eye(1), None, None, torch.zeros(1000), torch.ones(3, 1000))
+
+    def sets(kind):
+        return token_sets.ConformalSets(0.1, -math.log(0.2), {})
 
 
 class Scripted:
@@ -31,7 +63,7 @@ class Scripted:
         self, logits, amateurs=None, *, layer=LAYER, mask=None, hidden=None, previous=None, candidates=None,
         verdicts=None,
     ):  # fmt: skip
-        self.layer, self.num_layers = layer, LAYERS
+        self.layer, self.num_layers, self.position, self.ids = layer, LAYERS, 0, None
         self.amateurs, self.mask = amateurs or {}, mask
         self.candidates = tuple(sorted(self.amateurs)) if candidates is None else candidates
         self.hidden, self.previous, self.verdicts = hidden, previous, verdicts
@@ -48,24 +80,15 @@ class Scripted:
     def plausible(self):
         return self.mask
 
-    def classified(self):
-        return self.verdicts
+    @property
+    def input(self):
+        return self.verdicts[:, None]
 
-    def posterior_gap(self):
-        """Through a posterior that is certain, so that the numbers are those of the trained head."""
-        width, vocabulary = 2, self.logits.shape[1]
-        state = token_laplace.TokenLaplace(
-            torch.eye(width), None, None, torch.zeros(vocabulary), torch.ones(3, vocabulary)
-        )
-        x = torch.ones(len(self.logits), width)
-        return token_laplace.gap(state, x, shortlist(self.logits, vocabulary))
+    def of(self, ids):
+        return self.logits.gather(1, ids)
 
-    def active(self, kind):
-        """Tokens of probability 0.2 or more."""
-        short, normaliser = shortlist(self.logits, self.logits.shape[1]), self.logits.logsumexp(-1)
-        sets = token_sets.ConformalSets(0.1, -math.log(0.2), {})
-        running = sets.step(token_sets.start(short.ids), self.layer, short.logits, normaliser, 0)
-        return running.active.sum(-1).float().masked_fill(~normaliser.isfinite(), math.nan)
+    def bill(self, flops, shared, own=0):
+        assert flops > 0
 
     def earlier(self, layer, columns=None):
         self.asked.append((layer, None if columns is None else columns.shape[1]))
@@ -133,7 +156,7 @@ class Case:
 
 CASES = [
     pytest.param(Case(name, options), id=f"{name} {label}".strip())
-    for name in MEASURES
+    for name in NAMES
     for label, options in OPTIONS.items()
     if not label or name in {"contrastive", "jsd"}
 ]
@@ -374,10 +397,10 @@ def test_classifiers_that_overflow_never_exit(bad):
 
 
 def test_every_named_measure_has_a_range_up_to_one():
-    assert set(MEASURES) == set(RANGES) == {
+    assert set(NAMES) == set(RANGES) == {
         *HEADLESS, "softmax", "max", "entropy", "contrastive", "jsd", "laplace", "conformal", "avcs",
     }  # fmt: skip
-    assert {name: low for name, (low, _) in RANGES.items()} == {name: -(name == "state") for name in MEASURES}
+    assert {name: low for name, (low, _) in RANGES.items()} == {name: -(name == "state") for name in NAMES}
     assert {high for _, high in RANGES.values()} == {1.0}
 
 
@@ -598,7 +621,7 @@ def test_jensen_shannon_of_disjoint_distributions_is_ln_2():
 
 def planned(min_layer, num_layers=24, exit_layers=None, name="jsd", **options):
     policy = ExitPolicy(confidence=name, min_layer=min_layer, exit_layers=exit_layers, contrast=Contrast(**options))
-    return policy.resolve(num_layers, 100).candidates
+    return resolve(policy, num_layers, 100).candidates
 
 
 @pytest.mark.parametrize(("min_layer", "expected"), [(1, ()), (2, (1,)), (3, (2,)), (4, (2, 3)), (6, (2, 3, 4, 5))])
@@ -703,4 +726,4 @@ def test_wrong_options_are_refused_with_what_came_and_what_is_allowed(options, w
 def test_an_amateur_outside_the_model_is_refused(name, amateur):
     policy = ExitPolicy(confidence=name, min_layer=6, contrast=Contrast(amateur=amateur))
     with pytest.raises(ValueError, match=rf"amateur.* {amateur}\b.*1\.\.11"):
-        policy.resolve(12, 100)
+        resolve(policy, 12, 100)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import ExitPolicy, Exits, LanguageModel
-from offramp.costs import PARTS, Ledger
+from offramp.core.costs import PARTS, Ledger
 from tiny import FAMILIES, LAYERS, VOCABULARY, eager, inputs_for, tiny
 
 POLICIES = {
@@ -160,7 +160,7 @@ def test_propagated_layers_cost_their_fill():
 
 def test_nested_times_are_exclusive(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr("offramp.costs.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("offramp.core.costs.time.perf_counter", lambda: next(clock))
     ledger = Ledger(LanguageModel(tiny("llama")).split.shape, torch.device("cpu"))
     with ledger.time("confidence"), ledger.time("readout"):
         pass

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.custom_generate import EarlyExitOutput
+from offramp.core.custom_generate import EarlyExitOutput
 from offramp.families.block_calls import cache_name
 from tiny import DECODER_ONLY, FAMILIES, LAYERS, greedy, inputs_for, tiny
 

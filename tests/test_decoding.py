@@ -7,8 +7,8 @@ import torch
 from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor
 
 from offramp import Contrast, ExitPolicy, LanguageModel
-from offramp.choosing import Choosing
-from offramp.decoding import decode
+from offramp.core.decoding import decode
+from offramp.core.sampling import Sampler
 from scripted import ScriptedModel
 from tiny import LAYERS, VOCABULARY, greedy, inputs_for, tiny
 
@@ -25,7 +25,7 @@ def unsure(token):
 
 
 def run(model, policy, n, ids=PROMPT, **choosing):
-    return list(decode(model, ids, policy, max_new_tokens=n, choosing=Choosing(**choosing)))
+    return list(decode(model, ids, policy, max_new_tokens=n, sampler=Sampler(**choosing)))
 
 
 def ran(model, position):
@@ -199,10 +199,10 @@ def test_verify_samples_from_the_full_model():
     p = full.softmax(-1)
     expected = (p[1][:, None] * p[2]).flatten()
     n, counts = 1500, torch.zeros(16)
-    choosing = Choosing(sample=True, generator=torch.Generator().manual_seed(1))
+    choosing = Sampler(sample=True, generator=torch.Generator().manual_seed(1))
     ids = torch.ones(2, 3, dtype=torch.long)  # two rows: drafts of both must be judged alone
     for _ in range(n):
-        _, a, b = (s.token for s in decode(model, ids, policy, max_new_tokens=3, choosing=choosing))
+        _, a, b = (s.token for s in decode(model, ids, policy, max_new_tokens=3, sampler=choosing))
         counts += torch.bincount(a * 4 + b, minlength=16)
     distance = (counts / counts.sum() - expected).abs().sum() / 2
     assert distance < total_variation_bound(2 * n, 16, 1e-6)

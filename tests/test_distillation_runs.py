@@ -361,7 +361,7 @@ def test_simkd_moves_encoder_and_projector_only(tmp_path):
     assert float(student.eval().costs()[-1]) > plain + 2 * 4 * (16 * 12 + 12 * 12 * 9 + 12 * 24) - 1  # counted
     # a student whose projected maps are the teacher's is the teacher
     head.projector = torch.nn.Identity()
-    from offramp.backbone import Activations
+    from offramp.families.backbone import Activations
 
     given = head(Activations((table[:8],)))
     torch.testing.assert_close(given.logits, teacher.eval()(images[:8])[-1].logits)

@@ -12,6 +12,7 @@ import evaluation_runs
 import two_processes
 from evaluation_runs import POLICIES, SHORT, examples, model
 from offramp import ExitPolicy, Exits, LanguageModel, cli
+from offramp.core.plan import resolve
 from offramp.evaluation import (
     document_arms,
     evaluate,
@@ -258,7 +259,7 @@ def test_with_trained_exits_only_they_are_tested():
     lm = model()
     lm.attach_exits(Exits.fresh(lm.split, (1, 3)))
     (policy,) = grid(lm, min_layers=(2,)).values()
-    assert tuple(policy.resolve(LAYERS, lm.vocabulary, (1, 3)).thresholds) == (3,)
+    assert tuple(resolve(policy, LAYERS, lm.vocabulary, (1, 3)).thresholds) == (3,)
     with pytest.raises(ValueError, match="the last trained exit is after layer 3"):
         grid(lm, min_layers=(4,))
     assert sweep_layers(lm) == (1, 3)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import offramp
 from offramp import Exits, LanguageModel, ModelError, cli, exit_sources
+from offramp.exit_files import load_exits, save_exits
 from offramp.exit_sources import exits_folder, push
 from test_exits import same
 from tiny import inputs_for, tiny, tokenizer
@@ -59,7 +60,7 @@ def saved(tmp_path):
     lm = LanguageModel(tiny("llama"), tokenizer(), name="tiny")
     exits = Exits.fresh(lm.split, (1, 3))
     exits.lenses["1"].up.bias.data += 1.0
-    exits.save(tmp_path / "exits")
+    save_exits(exits, tmp_path / "exits")
     lm.model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     return tmp_path / "model", tmp_path / "exits"
@@ -155,7 +156,7 @@ def test_the_command_pushes_what_it_trained(hub, saved, tmp_path, trainable):
     run = CliRunner().invoke(cli.app, [str(a) for a in arguments])
     assert run.exit_code == 0, run.output
     pushed = hub.place / OWNER
-    exits = Exits.load(pushed)
+    exits = load_exits(pushed)
     assert exits.layers == (2,)
     assert exits.settings["config"]["trainable"] == trainable
     assert exits_folder(OWNER, "tiny") == pushed
@@ -165,7 +166,7 @@ def test_the_command_pushes_what_it_trained(hub, saved, tmp_path, trainable):
         assert offramp.load(saved[0], exits=OWNER).exits.layers == (2,)
         return
     assert f"offramp generate {OWNER} --exits {OWNER}" in run.stderr
-    assert (exits.model, Exits.load(tmp_path / "run" / "exits").model) == (OWNER, str(tmp_path / "run" / "model"))
+    assert (exits.model, load_exits(tmp_path / "run" / "exits").model) == (OWNER, str(tmp_path / "run" / "model"))
     lm = offramp.load(pushed, exits=OWNER)  # the stand-in gives models by their folders only
     assert lm.exits.layers == (2,)
     with pytest.raises(ModelError, match=f"were made for {OWNER} with weights"):

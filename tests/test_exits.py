@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import offramp
 import test_brute_force
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError, cli
-from offramp.break_even import break_even, exit_flops
-from offramp.exits import Lens, default_layers, fingerprint
+from offramp.core.costs import break_even, exit_flops
+from offramp.core.exits import Lens, default_layers, fingerprint
+from offramp.core.plan import resolve
+from offramp.exit_files import load_exits, save_exits
 from offramp.probe import probe
 from sealing import rewrite
 from test_brute_force import NO_END, Row, batch_of, deep, layers_of, lively, thresholds
@@ -252,10 +254,10 @@ def test_a_policy_without_layers_tests_at_the_exits():
     assert first(always) == {2}
     assert first(ExitPolicy(threshold=-math.inf, min_layer=4)) == {4}
     assert first(ExitPolicy(threshold=-math.inf, exit_layers=(3, 6))) == {3}
-    assert tuple(always.resolve(7, VOCABULARY, (2, 5)).thresholds) == (2, 5)
-    assert always.resolve(7, VOCABULARY).min_layer == 3
-    assert ExitPolicy(threshold=(0.1, 0.2)).resolve(7, VOCABULARY, (2, 5)).thresholds == {2: 0.1, 5: 0.2}
-    assert ExitPolicy("static", min_layer=4).resolve(7, VOCABULARY, (2, 5)).last == 4
+    assert tuple(resolve(always, 7, VOCABULARY, (2, 5)).thresholds) == (2, 5)
+    assert resolve(always, 7, VOCABULARY).min_layer == 3
+    assert resolve(ExitPolicy(threshold=(0.1, 0.2)), 7, VOCABULARY, (2, 5)).thresholds == {2: 0.1, 5: 0.2}
+    assert resolve(ExitPolicy("static", min_layer=4), 7, VOCABULARY, (2, 5)).last == 4
     lm.attach_exits(None)
     assert lm.exits is None
     assert first(always) == {3}
@@ -413,7 +415,7 @@ def test_the_file_says_what_it_is(saved):
 def test_settings_survive_a_second_saving(folder, saved):
     lm = offramp.load(folder, exits=saved)
     lm.save_exits(saved)
-    assert Exits.load(saved).settings == {"steps": 10, "objective": "kl"}
+    assert load_exits(saved).settings == {"steps": 10, "objective": "kl"}
 
 
 def test_fingerprints_see_every_value(folder):
@@ -465,7 +467,7 @@ def test_exits_of_another_model_are_refused(folder, saved, tmp_path):
 def test_a_description_that_is_wrong(saved, change, message):
     rewrite(saved / "exits.json", lambda values: values | change)
     with pytest.raises(ModelError, match=message):
-        Exits.load(saved)
+        load_exits(saved)
 
 
 @pytest.mark.parametrize("file", ["exits.json", "exits.safetensors"])
@@ -488,21 +490,21 @@ def test_a_path_that_leads_nowhere(folder, tmp_path):
 
 
 def test_numbers_that_are_not_finite(saved):
-    exits = Exits.load(saved)
+    exits = load_exits(saved)
     with torch.no_grad():
         exits.lenses["2"].up.bias[3] = math.nan
-    exits.save(saved)
+    save_exits(exits, saved)
     with pytest.raises(ModelError, match="diverged"):
-        Exits.load(saved)
+        load_exits(saved)
 
 
 def test_only_exits_are_replaced(folder, saved, tmp_path):
-    exits = Exits.load(saved)
-    exits.save(saved)
+    exits = load_exits(saved)
+    save_exits(exits, saved)
     (tmp_path / "empty").mkdir()
-    exits.save(tmp_path / "empty")
-    assert Exits.load(tmp_path / "empty").layers == exits.layers
-    exits.save(tmp_path / "a" / "b")
+    save_exits(exits, tmp_path / "empty")
+    assert load_exits(tmp_path / "empty").layers == exits.layers
+    save_exits(exits, tmp_path / "a" / "b")
     (tmp_path / "file").write_text("mine")
     (saved / "notes.txt").write_text("mine")
     (tmp_path / "half").mkdir()
@@ -510,7 +512,7 @@ def test_only_exits_are_replaced(folder, saved, tmp_path):
     before = everything_in(tmp_path), everything_in(folder)
     for path in (tmp_path / "file", saved, folder, tmp_path, tmp_path / "half"):
         with pytest.raises(FileExistsError, match="not replaced"):
-            exits.save(path)
+            save_exits(exits, path)
     assert (everything_in(tmp_path), everything_in(folder)) == before
     assert (tmp_path / "file").read_text() == (saved / "notes.txt").read_text() == "mine"
 
@@ -518,7 +520,7 @@ def test_only_exits_are_replaced(folder, saved, tmp_path):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["write", "rename"])
 def test_an_interrupted_save_leaves_the_old_exits(saved, tmp_path, monkeypatch, error, where):
-    exits, before = Exits.load(saved), (saved / "exits.json").read_text()
+    exits, before = load_exits(saved), (saved / "exits.json").read_text()
 
     def stop(*args, **kwargs):
         raise error("stopped")
@@ -530,20 +532,20 @@ def test_an_interrupted_save_leaves_the_old_exits(saved, tmp_path, monkeypatch, 
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda a, b: stop() if a.name == "new" else rename(a, b))
     with pytest.raises(error, match="stopped"):
-        exits.save(saved, settings={"new": True})
+        save_exits(exits, saved, settings={"new": True})
     with pytest.raises(error, match="stopped"):
-        exits.save(tmp_path / "first")
+        save_exits(exits, tmp_path / "first")
     assert (saved / "exits.json").read_text() == before
     assert everything_in(tmp_path) == ["exits", "exits/exits.json", "exits/exits.safetensors"]
 
 
 @pytest.mark.parametrize("value", [object(), math.nan])
 def test_settings_that_are_not_json_lose_nothing(saved, value):
-    exits, before = Exits.load(saved), everything_in(saved.parent)
+    exits, before = load_exits(saved), everything_in(saved.parent)
     with pytest.raises((TypeError, ValueError)):
-        exits.save(saved, settings={"a": value})
+        save_exits(exits, saved, settings={"a": value})
     assert everything_in(saved.parent) == before
-    Exits.load(saved)
+    load_exits(saved)
 
 
 # ---------------------------------------------------------------- commands

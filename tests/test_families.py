@@ -9,12 +9,12 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from offramp import ExitPolicy, LanguageModel, SplitModel, UnsupportedModelError
-from offramp.costs import Ledger
+from offramp.core.costs import Ledger
+from offramp.core.skipped_kv import Defer, Propagate
 from offramp.families import FAMILIES as SUPPORTED
 from offramp.families import run_block
 from offramp.families.block_calls import cache_name
-from offramp.skipping import Defer, Propagate
-from offramp.state import Skipped
+from offramp.families.state import Skipped
 from tiny import (
     DECODER_ONLY,
     ENCODER_DECODER,

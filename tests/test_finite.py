@@ -17,7 +17,7 @@ from offramp.calibration.token_cache import cache_tokens
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate
 from offramp.evaluation.perplexity import Passage, perplexity_records
-from offramp.finite import NotFiniteError, not_finite, require_finite
+from offramp.families.finite import NotFiniteError, not_finite, require_finite
 from offramp.layerwise import read_layers
 from offramp.probe import probe
 from offramp.training import AnswerConfig, TrainConfig, answer_documents, train

@@ -14,7 +14,7 @@ import training_runs
 from offramp import digests
 from offramp.bounded import read_json
 from offramp.classifiers import load as load_classifier
-from offramp.exits import Exits
+from offramp.exit_files import load_exits
 from offramp.packaged import ModelError
 from offramp.tensor_files import read_tensors, write_tensors
 from offramp.uncertainty import nested_conformal, saving
@@ -33,7 +33,7 @@ KINDS = {
 def loaded(kind, folder):
     """All that a saved thing holds, in a form that can be compared."""
     if kind == "exits":
-        exits = Exits.load(folder)
+        exits = load_exits(folder)
         described = (exits.layers, exits.rank, exits.model, exits.fingerprint, exits.settings, exits.posterior.settings)
         return described, exits.state_dict()
     if kind == "classifier":

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
-from offramp import ExitPolicy, language_model
+from offramp import ExitPolicy
+from offramp.core import language_model
 from offramp.models import load
 from offramp.packaged import PACKAGED, ModelError, Packaged, packaged_folder
 

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import offramp
 from offramp import ExitPolicy, LanguageModel
-from offramp.exits import Exits
+from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.native.build import NativeError
 from offramp.native.families import FAMILIES as DESCRIBED

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from offramp.bench import run_bench
-from offramp.costs import BlockShape, ModelShape
-from offramp.language_model import LanguageModel
+from offramp.core.language_model import LanguageModel
+from offramp.core.policy import ExitPolicy
+from offramp.families.sizes import BlockShape, ModelShape
 from offramp.layerwise import Readings
-from offramp.policy import ExitPolicy
 from offramp.probe import summarise
 from offramp.report import drawing, plots
 from tiny import inputs_for, tiny

@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.confidence import MEASURES, Contrast
-from offramp.policy import ExitPolicy
+from offramp.core.confidence import NAMES, Contrast
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=100, database=None)
 LAYERS, VOCABULARY = 12, 1000
 ALWAYS = -math.inf
-NAMES = sorted(MEASURES)
 
 
 def resolved(**options):
-    return ExitPolicy(**options).resolve(LAYERS, VOCABULARY)
+    return resolve(ExitPolicy(**options), LAYERS, VOCABULARY)
 
 
 def my_measure(reading):
@@ -306,11 +306,11 @@ def test_other_values_that_make_no_sense_are_refused(options, words):
 @pytest.mark.parametrize("confidence", ["softmax", "static"])
 def test_a_model_of_one_layer_has_no_exit(confidence):
     with pytest.raises(ValueError, match="1 layer"):
-        ExitPolicy(confidence=confidence, min_layer=1).resolve(1, VOCABULARY)
+        resolve(ExitPolicy(confidence=confidence, min_layer=1), 1, VOCABULARY)
 
 
 def test_never_leaving_works_for_a_model_of_one_layer():
-    assert dict(ExitPolicy(threshold=None).resolve(1, VOCABULARY).thresholds) == {}
+    assert dict(resolve(ExitPolicy(threshold=None), 1, VOCABULARY).thresholds) == {}
 
 
 # ------------------------------------------------------------ what is resolved
@@ -318,7 +318,7 @@ def test_never_leaving_works_for_a_model_of_one_layer():
 
 @pytest.mark.parametrize(("num_layers", "first"), [(2, 1), (3, 1), (4, 2), (7, 3), (24, 12)])
 def test_by_default_exits_are_tested_from_half_the_depth_to_the_last_but_one(num_layers, first):
-    plan = ExitPolicy().resolve(num_layers, VOCABULARY)
+    plan = resolve(ExitPolicy(), num_layers, VOCABULARY)
     assert dict(plan.thresholds) == dict.fromkeys(range(first, num_layers), 0.9)
     assert (plan.min_layer, plan.last, plan.num_layers, plan.vocabulary) == (first, num_layers, num_layers, VOCABULARY)
     assert plan.pruning is None
@@ -352,18 +352,18 @@ def test_a_callable_is_the_measure():
 
 @pytest.mark.parametrize("kind", ["fixed", "decaying", "adaptive"])
 def test_pruning_gets_the_fields_of_the_policy(kind):
-    pruning = ExitPolicy(
+    pruning = resolve(ExitPolicy(
         min_layer=7, vocabulary=kind, vocabulary_floor=250, vocabulary_start=35000, vocabulary_shrink=0.5
-    ).resolve(24, 32128).pruning  # fmt: skip
+    ), 24, 32128).pruning  # fmt: skip
     assert (pruning.kind, pruning.vocabulary, pruning.num_layers, pruning.first_layer) == (kind, 32128, 24, 7)
     assert pruning.first_size() == 842
     assert pruning.next_size(8, 842, 1.0) == {"fixed": 842, "decaying": 739, "adaptive": 421}[kind]
 
 
 def test_a_recursive_decay_is_passed_on():
-    pruning = ExitPolicy(
+    pruning = resolve(ExitPolicy(
         min_layer=7, vocabulary="decaying", vocabulary_floor=250, vocabulary_start=35000, vocabulary_recursive=True
-    ).resolve(24, 32128).pruning  # fmt: skip
+    ), 24, 32128).pruning  # fmt: skip
     assert pruning.next_size(8, 842, 0.0) == 470
 
 
@@ -434,7 +434,7 @@ def test_each_exit_decays_from_its_own_threshold(form):
 
 def test_policies_plans_and_options_are_frozen():
     policy = ExitPolicy()
-    for record, name in ((policy, "threshold"), (policy.resolve(12, 100), "thresholds"), (Contrast(), "alpha")):
+    for record, name in ((policy, "threshold"), (resolve(policy, 12, 100), "thresholds"), (Contrast(), "alpha")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, name, 0.5)
 
@@ -446,7 +446,7 @@ def test_a_policy_is_checked_again_when_it_is_changed():
 
 
 def test_chosen_exits_set_the_first_layer():
-    plan = ExitPolicy(exit_layers=(3, 6)).resolve(30, 1000)
+    plan = resolve(ExitPolicy(exit_layers=(3, 6)), 30, 1000)
     assert (plan.min_layer, tuple(plan.thresholds)) == (3, (3, 6))
 
 
@@ -480,7 +480,7 @@ def test_any_value_of_any_field_is_refused_or_works(tmp_path, name, value):
     policy.save(tmp_path / "policy.json")
     assert ExitPolicy.load(tmp_path / "policy.json") == policy
     with contextlib.suppress(ValueError):
-        policy.resolve(LAYERS, VOCABULARY)
+        resolve(policy, LAYERS, VOCABULARY)
 
 
 @pytest.mark.parametrize("value", NONSENSE, ids=lambda value: f"{type(value).__name__} {value!r:.20}".split(" at ")[0])
@@ -498,7 +498,7 @@ def test_any_value_of_a_contrast_is_refused_or_works(name, value):
     policy = ExitPolicy("jsd", contrast=contrast)
     assert ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
     with contextlib.suppress(ValueError):
-        policy.resolve(LAYERS, VOCABULARY)
+        resolve(policy, LAYERS, VOCABULARY)
 
 
 def test_a_misspelt_name_is_told_the_nearest():

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 import offramp
 import test_brute_force
 from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
-from offramp.confidence import ActiveSet
+from offramp.core.exits import fingerprint
 from offramp.evaluation import document_arms
 from offramp.evaluation.perplexity import Passage, perplexity_records
-from offramp.exit_posterior import METHODS, SETS, require_posterior
-from offramp.exits import fingerprint
+from offramp.exit_files import load_exits
+from offramp.exit_posterior import METHODS, SETS, NestedSets, RunningSet
 from posteriors import CANDIDATES, LAYERS, with_posterior
 from sealing import rewrite
 from test_brute_force import NO_END, batch_of, lively
@@ -109,19 +109,24 @@ def test_the_ledger_knows_what_laplace_costs(rank):
 # ---------------------------------------------------------------- sets
 
 
-class Spy:
+class Spy(NestedSets):
     """The measure of a kind of sets, which writes down what it saw."""
 
-    def __init__(self, kind):
-        self.kind, self.seen = kind, []
+    def __init__(self, lm, kind):
+        super().__init__(lm.exits.posterior, kind)
+        object.__setattr__(self, "seen", [])
 
+    def begin(self):
+        begun = Spied(self.posterior, self.posterior.sets(self.kind))
+        begun.seen = self.seen
+        return begun
+
+
+class Spied(RunningSet):
     def __call__(self, reading):
-        confidence = ActiveSet(self.kind)(reading)
-        running = reading._sets[self.kind]
-        full = reading.logits
-        if reading.columns is not None:
-            full = reading.columns.scatter(full, VOCABULARY)
-        self.seen.append((reading.layer, full.clone(), running.ids.clone(), running.active.clone(), confidence))
+        confidence = super().__call__(reading)
+        full = reading.of(torch.arange(VOCABULARY)[None])
+        self.seen.append((reading.layer, full, self.running.ids.clone(), self.running.active.clone(), confidence))
         return confidence
 
 
@@ -132,7 +137,7 @@ class Spy:
 def test_who_leaves_emits_the_best_token_of_a_set_that_is_small_enough(name, vocabulary, kind, threshold):
     size = None if vocabulary is None else 15
     lm = with_posterior(name, vocabulary=vocabulary, size=size, limit=1.6, alpha=0.3)
-    spy = Spy(kind)
+    spy = Spy(lm, kind)
     left = 0
     for seed in range(4):
         policy = ExitPolicy(spy, threshold=threshold, exit_layers=LAYERS, vocabulary=vocabulary, vocabulary_size=size)
@@ -172,7 +177,8 @@ def by_hand(posterior, seen):
 @pytest.mark.parametrize("vocabulary", [None, "decaying"])
 def test_conformal_sets_by_hand(name, vocabulary):
     size = None if vocabulary is None else 15
-    lm, spy = with_posterior(name, vocabulary=vocabulary, size=size), Spy("conformal")
+    lm = with_posterior(name, vocabulary=vocabulary, size=size)
+    spy = Spy(lm, "conformal")
     policy = ExitPolicy(spy, threshold=1.0, exit_layers=LAYERS, vocabulary=vocabulary, vocabulary_size=size)
     changed = 0
     for _ in lm.stream(inputs_for(name), policy=policy, max_new_tokens=10, eos_token_id=NO_END):
@@ -304,7 +310,7 @@ def test_what_a_posterior_was_not_fitted_for():
     tensors = {n: t for n, t in posterior.state_dict().items() if n != "digest"}
     lm.attach_exits(lm.exits.with_posterior(type(posterior)(settings, tensors)))
     refused(lm, policy_for("laplace", vocabulary="fixed", vocabulary_size=15), "theirs has only avcs")
-    assert require_posterior(lm.exits, "avcs") is lm.exits.posterior
+    answer(lm, policy_for("avcs", vocabulary="fixed", vocabulary_size=15), inputs_for("llama"), 2)
 
 
 # ---------------------------------------------------------------- files
@@ -330,7 +336,7 @@ def test_saved_and_loaded_the_same(folder, tmp_path, lens, rank):
         outs = [answer(m, policy_for(method), inputs_for("llama", 3)) for m in (lm, again)]
         same(*outs)
     again.save_exits(tmp_path / "exits")  # nothing else is in the folder
-    assert Exits.load(tmp_path / "exits").posterior.layers == LAYERS
+    assert load_exits(tmp_path / "exits").posterior.layers == LAYERS
 
 
 def test_a_model_in_bfloat16_keeps_its_posterior_in_float32(folder, tmp_path):
@@ -349,7 +355,7 @@ def test_exits_without_a_posterior_are_written_as_before_there_were_any(folder, 
     lm.attach_exits(Exits.fresh(lm.split, (1, 2)))
     lm.save_exits(tmp_path / "exits")
     assert "posterior" not in json.loads((tmp_path / "exits" / "exits.json").read_text())
-    assert Exits.load(tmp_path / "exits").posterior is None
+    assert load_exits(tmp_path / "exits").posterior is None
 
 
 def change_limit(values):
@@ -377,7 +383,7 @@ def test_a_damaged_posterior(tmp_path, change, message):
     lm.save_exits(tmp_path / "exits")
     rewrite(tmp_path / "exits" / "exits.json", change)
     with pytest.raises(ModelError, match=message):
-        Exits.load(tmp_path / "exits")
+        load_exits(tmp_path / "exits")
 
 
 def test_a_posterior_beside_other_lenses_is_refused(tmp_path):
@@ -386,7 +392,7 @@ def test_a_posterior_beside_other_lenses_is_refused(tmp_path):
         lm.exits.lenses["2"].up.bias.add_(1)
     lm.save_exits(tmp_path / "exits")
     with pytest.raises(ModelError, match="fitted for other lenses"):
-        Exits.load(tmp_path / "exits")
+        load_exits(tmp_path / "exits")
 
 
 def test_another_limit_is_another_fingerprint():

@@ -21,12 +21,13 @@ from offramp.calibration.posterior_report import (
 )
 from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
 from offramp.calibration.token_rows import factors_of, views_of
+from offramp.core.exits import fingerprint
+from offramp.core.vocabulary import Pruning
+from offramp.exit_files import load_exits
 from offramp.exit_posterior import METHODS, Posterior
-from offramp.exits import fingerprint
 from offramp.training.data import Document
 from offramp.uncertainty.shortlist import shortlist
 from offramp.uncertainty.token_sets import EvidenceSets
-from offramp.vocabulary import Pruning
 from test_brute_force import NO_END, lively
 from tiny import VOCABULARY, inputs_for, tiny, tokenizer
 
@@ -154,12 +155,11 @@ class Seen:
         self.candidates, self.rows, self.first = candidates, [], None
 
     def __call__(self, reading):
-        short = reading._shortlist(self.candidates)
+        short = shortlist(reading.logits, self.candidates, reading.ids)
         if reading.layer == LAYERS[0]:
             self.first = short.ids
-        z = reading.logits if reading.columns is None else reading.columns.scatter(reading.logits, VOCABULARY)
-        at = z.gather(1, self.first)
-        self.rows.append((reading.layer, reading.reader.position, short, at, reading.logits.logsumexp(-1)))
+        at = reading.of(self.first)
+        self.rows.append((reading.layer, reading.position, short, at, reading.logits.logsumexp(-1)))
         return torch.zeros(len(reading.hidden))
 
 
@@ -252,7 +252,7 @@ def test_fitted_saved_loaded_and_used(name, kind, tmp_path):
         assert a.kind != b.kind or (a.size >= b.size and a.coverage >= b.coverage)
         assert a.interval[0] <= a.coverage <= a.interval[1]
     again = LanguageModel(lm.model)
-    again.attach_exits(Exits.load(tmp_path / "exits"))
+    again.attach_exits(load_exits(tmp_path / "exits"))
     assert again.exits.posterior.settings == report.settings
     for method in METHODS:
         policy = again.exits.posterior.policy(ExitPolicy(method, threshold=0.3))
@@ -264,7 +264,7 @@ def test_some_layers_and_methods_only(tmp_path):
     documents = documents_of(lm, "llama", 8, 6)
     report = fit_posterior(lm, documents, tmp_path, PosteriorConfig(("avcs",), layers=(2, 3), candidates=10))
     assert not report.honesty
-    exits = Exits.load(tmp_path / "exits")
+    exits = load_exits(tmp_path / "exits")
     assert (exits.layers, exits.posterior.layers, exits.posterior.methods) == ((2, 3), (2, 3), ("avcs",))
     assert set(exits.lenses) == {"2", "3"}
 
@@ -280,7 +280,7 @@ def test_too_few_candidates_are_called_so(tmp_path):
     assert report.settings["conformal"]["limit"] == "inf"
     assert any("k too small: after layer 1" in warning for warning in report.warnings)
     assert "no token leaves" in report.table()
-    loaded = Exits.load(tmp_path / "exits").posterior
+    loaded = load_exits(tmp_path / "exits").posterior
     assert loaded.sets("conformal").limit == math.inf
 
 

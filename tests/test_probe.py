@@ -11,9 +11,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from offramp.break_even import break_even, exit_flops, ratios
-from offramp.costs import BlockShape, ModelShape
-from offramp.language_model import LanguageModel
+from offramp.core.costs import break_even, exit_flops, ratios
+from offramp.core.language_model import LanguageModel
+from offramp.families.sizes import BlockShape, ModelShape
 from offramp.layerwise import Readings, read_layers
 from offramp.probe import probe, summarise
 from offramp.prompts import bundled_prompts

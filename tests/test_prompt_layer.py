@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from offramp import ExitPolicy, LanguageModel, cli
-from offramp.decoding import decode
+from offramp.core.decoding import decode
 from scripted import ScriptedModel
 from test_brute_force import batch_of, compare, layers_of, reference, thresholds
 from tiny import DECODER_ONLY, ENCODER_DECODER, LAYERS, eager, greedy, inputs_for, shortened, tiny, tokenizer

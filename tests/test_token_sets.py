@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp.confidence import ActiveSet
+from offramp.core.confidence import ActiveSet
 from offramp.uncertainty import token_sets as ts
 from offramp.uncertainty.shortlist import shortlist
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import offramp
 import training_runs
 from offramp import ExitPolicy, ModelError, tensor_files
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
 from offramp.families import SplitModel
 from offramp.training import OBJECTIVES, TrainingError, run_folder, train
 from offramp.training.data import Data, Windows, batch

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import offramp as package
 from offramp import cli
 from offramp.cli.options import prompts_from
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
 from tiny import tiny, tokenizer
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel
+from offramp.exit_files import load_exits
 from offramp.training import Data, train
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.data import Windows
@@ -51,7 +52,7 @@ def trained(request, tmp_path_factory):
     options = {"sources": request.param == "t5"}
     data = Data(windows(100, **options), windows(50, seed=1, **options))
     lenses = train(lm, data, config(steps=2, layers=(1, LAYER), learning_rate=1e-3), folder / "lenses")
-    lm.attach_exits(Exits.load(lenses.exits))
+    lm.attach_exits(load_exits(lenses.exits))
     result = train(lm, data, config(objective="consistency", **CLASSIFIERS), folder / "classifiers")
     lm.model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
@@ -65,26 +66,26 @@ def test_nothing_else_changes(trained):
     assert all(torch.equal(second[name], value) for name, value in first.items())
     assert set(second) - set(first) == {f"classifiers.{n}.{part}" for n in (1, LAYER) for part in ("weight", "bias")}
     assert result.model is None
-    assert Exits.load(result.exits).fingerprint == Exits.load(lenses.exits).fingerprint
+    assert load_exits(result.exits).fingerprint == load_exits(lenses.exits).fingerprint
     assert lm.exits.classifiers is None  # a copy was trained
 
 
 def test_how_the_lenses_were_trained_is_kept(trained, tmp_path):
     """Also where classifiers are trained once more, in place of those there are."""
     _, lm, _, data, lenses, result = trained
-    wanted, settings = Exits.load(lenses.exits).settings, Exits.load(result.exits).settings
+    wanted, settings = load_exits(lenses.exits).settings, load_exits(result.exits).settings
     assert settings["lenses"] == wanted
     assert (wanted["config"]["objective"], settings["config"]["objective"]) == ("forward-kl", "consistency")
-    lm.attach_exits(Exits.load(result.exits))
+    lm.attach_exits(load_exits(result.exits))
     again = train(lm, data, config(objective="consistency-settled", **{**CLASSIFIERS, "steps": 1}), tmp_path)
-    lm.attach_exits(Exits.load(lenses.exits))
-    settings = Exits.load(again.exits).settings
+    lm.attach_exits(load_exits(lenses.exits))
+    settings = load_exits(again.exits).settings
     assert (settings["lenses"], settings["config"]["objective"]) == (wanted, "consistency-settled")
 
 
 def test_verdicts_on_held_out_text_beat_the_majority(trained):
     _, lm, _, data, _, result = trained
-    part, exits = data.held_out, Exits.load(result.exits)
+    part, exits = data.held_out, load_exits(result.exits)
     where, memory = part.counted[:, 1:], {}
     if part.sources is not None:
         memory = {"memory": lm.split.encode(part.sources, part.present), "memory_mask": part.present}
@@ -102,7 +103,7 @@ def test_verdicts_on_held_out_text_beat_the_majority(trained):
         assert result.agreement_before[index] == pytest.approx(1 - share)  # untrained, a verdict is no
     assert result.what == "accuracy"
     assert "accuracy" in result.table()
-    lm.attach_exits(Exits.load(trained[4].exits))
+    lm.attach_exits(load_exits(trained[4].exits))
 
 
 def test_policies_decide_by_saved_classifiers(trained):
@@ -191,7 +192,7 @@ def test_without_exits_classifiers_are_trained_on_the_model_alone(tmp_path):
     lm = divided("llama")
     data = Data(windows(20), windows(10, seed=1))
     result = train(lm, data, config(objective="consistency-settled", **{**CLASSIFIERS, "layers": (1, 3)}), tmp_path)
-    exits = Exits.load(result.exits)
+    exits = load_exits(result.exits)
     assert (exits.rank, exits.layers) == (0, (1, 3))
     assert "lenses" not in exits.settings  # there are none
     assert min(result.agreement_after) > 0.9

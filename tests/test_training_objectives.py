@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from offramp.exits import Exits
+from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.training import OBJECTIVES, WEIGHTS
 from offramp.training.objectives import Teacher

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import training_runs
-from offramp.exits import Exits
+from offramp.exit_files import load_exits
 from offramp.lines import read_lines
 from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
 from training_runs import config, data, model
@@ -48,7 +48,7 @@ def test_exits_learn_and_the_model_stays_as_it_is(tmp_path, objective):
     assert torch.equal(torch.random.get_rng_state(), drawn)
     assert all(p.requires_grad and p.grad is None for p in lm.model.parameters())
     assert (result.steps, result.tokens, result.positions) == (80, 80 * 4 * 11, 8 * 11)
-    exits = Exits.load(result.exits)
+    exits = load_exits(result.exits)
     assert exits.layers == result.layers == (1, 3)
     lm.attach_exits(exits)
     output = lm.model(ids[:, :-1], output_hidden_states=True)
@@ -271,7 +271,7 @@ def test_behind_nan_a_run_goes_on_with_another_rate_and_says_so(tmp_path):
         "config.learning_rate was 1e+37 and is now 0.001, after training met NaN or infinity at step"
     )
     assert clip.startswith("config.clip was 1.0 and is now 0.5, after ")
-    assert Exits.load(result.exits).settings["changed"] == written["changed"]
+    assert load_exits(result.exits).settings["changed"] == written["changed"]
     training_runs.run(tmp_path, **options, learning_rate=1e-3, clip=0.5)  # the same once more
     with pytest.raises(ValueError, match=r"config.learning_rate was 0.001 and is now 0.002"):
         training_runs.run(tmp_path, **options, learning_rate=2e-3, clip=0.5)  # nothing stopped it since

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.confidence import gap_of
-from offramp.policy import ExitPolicy
-from offramp.state import HeadRows
-from offramp.vocabulary import KINDS, Kept, Pruning
+from offramp.core.confidence import gap_of
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
+from offramp.core.vocabulary import KINDS, Kept, Pruning
+from offramp.families.state import HeadRows
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=80, database=None)
 NONE = torch.tensor([], dtype=torch.long)
@@ -171,9 +172,9 @@ def test_a_floor_above_the_given_size_keeps_that_size(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_refuses_more_kept_tokens_than_the_vocabulary_has(kind):
     policy = ExitPolicy(vocabulary=kind, vocabulary_size=101)
-    assert policy.resolve(12, 101).pruning.first_size() == 101
+    assert resolve(policy, 12, 101).pruning.first_size() == 101
     with pytest.raises(ValueError, match=r"101.*100"):
-        policy.resolve(12, 100)
+        resolve(policy, 12, 100)
 
 
 # ------------------------------------------------------------ which tokens are kept

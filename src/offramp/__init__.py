@@ -12,36 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offramp.classifiers import EarlyExitClassifier as EarlyExitClassifier
-    from offramp.confidence import Contrast as Contrast
-    from offramp.costs import Costs as Costs
-    from offramp.decoding import Step as Step
-    from offramp.exits import Exits as Exits
+    from offramp.core.confidence import Contrast as Contrast
+    from offramp.core.costs import Costs as Costs
+    from offramp.core.decoding import Step as Step
+    from offramp.core.exits import Exits as Exits
+    from offramp.core.language_model import Generation as Generation
+    from offramp.core.language_model import LanguageModel as LanguageModel
+    from offramp.core.policy import ExitPolicy as ExitPolicy
     from offramp.families import SplitModel as SplitModel
     from offramp.families import UnsupportedModelError as UnsupportedModelError
-    from offramp.language_model import Generation as Generation
-    from offramp.language_model import LanguageModel as LanguageModel
     from offramp.models import load as load
     from offramp.packaged import ModelError as ModelError
-    from offramp.policy import ExitPolicy as ExitPolicy
 
 __version__ = "0.1.0"
 
 _HOMES = {
     # models
     "load": "models",
-    "LanguageModel": "language_model",
-    "Generation": "language_model",
-    "Exits": "exits",
+    "LanguageModel": "core.language_model",
+    "Generation": "core.language_model",
+    "Exits": "core.exits",
     "EarlyExitClassifier": "classifiers",
     "ModelError": "packaged",
     "UnsupportedModelError": "families",
     # when to leave
-    "ExitPolicy": "policy",
-    "Contrast": "confidence",
+    "ExitPolicy": "core.policy",
+    "Contrast": "core.confidence",
     # generation, piece by piece
     "SplitModel": "families",
-    "Step": "decoding",
-    "Costs": "costs",
+    "Step": "core.decoding",
+    "Costs": "core.costs",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the table above is the list
 

@@ -25,11 +25,12 @@ from torch import Tensor
 from offramp import __version__
 from offramp.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, Spread, script_of
 from offramp.bench_rounds import Round, Turn, header_of, read_rounds, write_round
-from offramp.costs import PARTS
+from offramp.core.costs import PARTS
+from offramp.core.language_model import LanguageModel
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
+from offramp.core.vocabulary import KINDS
 from offramp.files import locked
-from offramp.language_model import LanguageModel
-from offramp.policy import ExitPolicy
-from offramp.vocabulary import KINDS
 
 Progress = Callable[[int, int, str], None]
 """Called with the generations done, their total, and what comes next."""
@@ -147,7 +148,7 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     for arm, policy in arms.items():
         if policy is not None:
-            policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+            resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
             if script_of(policy) is not None and counts["batch_size"] > 1:
                 raise ValueError(f"batch_size is {counts['batch_size']}, but arm {arm!r} is scripted: use batch_size=1")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from offramp.costs import PARTS
-from offramp.policy import ExitPolicy
+from offramp.core.costs import PARTS
+from offramp.core.policy import ExitPolicy
 from offramp.tables import markdown
 
 REFERENCE = "transformers generate"

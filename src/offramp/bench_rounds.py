@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from offramp.bench_results import CONFIDENCE_PARTS, Arms, policy_values
-from offramp.costs import PARTS, Costs
-from offramp.exits import fingerprint
-from offramp.language_model import LanguageModel
+from offramp.core.costs import PARTS, Costs
+from offramp.core.exits import fingerprint
+from offramp.core.language_model import LanguageModel
 from offramp.lines import append_lines, open_lines
 
 ROUNDS = "rounds.jsonl"

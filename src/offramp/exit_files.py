@@ -1,7 +1,4 @@
-"""The folder that exits are saved in: a description, `exits.json`, and their weights, `exits.safetensors`.
-
-Nothing here knows what exits are: `Exits.save` and `Exits.load` do.
-"""
+"""The folder that exits are saved in: a description, `exits.json`, and their weights, `exits.safetensors`."""
 
 from __future__ import annotations
 
@@ -10,37 +7,90 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from offramp import artefact
-from offramp.packaged import ModelError
+from offramp.core.exits import Exits, fingerprint
+from offramp.exit_posterior import Posterior
+from offramp.families import SplitModel
+from offramp.packaged import ModelError, first_line
 
 SCHEMA = "offramp/exits/1"
 CONFIG, WEIGHTS = "exits.json", "exits.safetensors"
 AGAIN = "save the exits again, or copy their whole folder"
 MOST_LAYERS = 10_000
 """A description that speaks of more is damaged."""
+_POSTERIOR = "posterior."  # what its tensors' names begin with
 KIND = artefact.Kind(
     "exits", CONFIG, WEIGHTS, family="offramp/exits/", again=AGAIN, saved="name a folder that save_exits wrote"
 )
 
 
-def write(folder: str | os.PathLike[str], values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files: the folder appears complete, or stays what it was.
+def save_exits(
+    exits: Exits,
+    folder: str | os.PathLike[str],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    fingerprint: str | None = None,
+) -> None:
+    """Write exits, and their posterior if there is one: the folder appears complete, or stays what it was.
 
     Args:
+        exits: The exits.
         folder: A new or empty folder, or one with nothing but exits, which are replaced.
-        values: The description, as JSON values; schema and digests are added to it.
-        tensors: The weights by name.
+        settings: How they were trained, as JSON values; None: their own.
+        model: Name of the model they are for; None: their own.
+        fingerprint: Of its weights; None: their own.
 
     Raises:
         FileExistsError: There is something else of that name; it is left alone.
     """
+    values = {
+        "model": exits.model if model is None else model, "num_layers": exits.num_layers, "width": exits.width,
+        "layers": list(exits.layers), "rank": exits.rank, "classifier": exits.classifiers is not None,
+        "fingerprint": exits.fingerprint if fingerprint is None else fingerprint,
+        "settings": exits.settings if settings is None else dict(settings),
+        **({} if exits.posterior is None else {"posterior": exits.posterior.settings}),
+    }  # fmt: skip
+    tensors = {
+        name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in exits.state_dict().items()
+    }
     artefact.write(folder, SCHEMA, values, tensors, KIND)
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` wrote: the description as the arguments of `Exits`, of the right types, and the weights.
+def load_exits(folder: str | os.PathLike[str]) -> Exits:
+    """Read exits that `save_exits` wrote; `offramp.load(name, exits=folder)` also sees to it that they fit.
+
+    Returns:
+        Exits in float32 on the CPU.
+
+    Raises:
+        ModelError: There are none, or a file is missing or damaged.
+    """
+    values, tensors = _read(folder)
+    file, posterior = Path(folder) / WEIGHTS, values.pop("posterior")
+    try:
+        with torch.device("meta"):
+            exits = Exits(**values)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the latter from impossible sizes
+        raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
+    fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
+    expected = {name: t.shape for name, t in exits.state_dict().items()}
+    if {name: t.shape for name, t in tensors.items()} != expected:
+        raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+        raise ModelError(f"{file} holds numbers that are not finite: their training diverged; train them again")
+    exits.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, assign=True)
+    if posterior is not None or fitted:
+        exits.posterior = _posterior(exits, folder, posterior, fitted)
+    return exits
+
+
+def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was saved: the description as the arguments of `Exits`, of the right types, and the weights.
 
     Returns:
         The arguments and "posterior", and tensors, by name.
@@ -66,3 +116,37 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
     if len(values["layers"]) > MOST_LAYERS:
         raise ModelError(f"{file} is damaged: it speaks of {len(values['layers']):,} exits; {AGAIN}")
     return {**{name: values[name] for name in (*types, "rank")}, "posterior": values.get("posterior")}, tensors
+
+
+def _posterior(exits: Exits, folder: str | os.PathLike[str], values: Any, tensors: dict[str, Tensor]) -> Posterior:
+    """The posterior of what was read, if it was fitted for these exits."""
+    tensors = {name.removeprefix(_POSTERIOR): t.clone() for name, t in tensors.items()}
+    try:
+        if not isinstance(values, dict) or not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise ValueError("its settings are missing, or numbers are not finite")
+        posterior = Posterior(values, tensors)
+        if not set(posterior.layers) <= set(exits.layers):
+            raise ValueError(f"it is for layers {posterior.layers}")
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the posterior in {folder} is damaged ({first_line(error)}); {AGAIN}") from error
+    if posterior.settings.get("lenses") != fingerprint(exits.lenses):
+        raise ModelError(
+            f"the posterior in {folder} was fitted for other lenses than those beside it; fit it again with: "
+            "offramp calibrate --posterior"
+        )
+    return posterior
+
+
+def require_made_for(exits: Exits, split: SplitModel, name: str, folder: str | os.PathLike[str]) -> None:
+    """Raise a ModelError unless exits, from `folder`, were made for the model called `name`."""
+    advice = "load the model they were made for, or train exits for this one"
+    if (exits.num_layers, exits.width) != (split.num_layers, split.shape.width):
+        raise ModelError(
+            f"the exits in {folder} were made for {exits.model} ({exits.num_layers} layers of width {exits.width}), "
+            f"but {name} has {split.num_layers} of width {split.shape.width}; {advice}"
+        )
+    if (found := fingerprint(split.model)) != exits.fingerprint:
+        raise ModelError(
+            f"the exits in {folder} were made for {exits.model} with weights {exits.fingerprint[:12]}, but those of "
+            f"{name} are {found[:12]} (fingerprints); {advice}"
+        )

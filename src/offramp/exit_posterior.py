@@ -11,26 +11,27 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.uncertainty import token_laplace, token_sets
+from offramp.uncertainty.shortlist import shortlist
 from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace
-from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, TokenSets
+from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, Running, TokenSets
 from offramp.uncertainty.token_tuning import Tuned
 
 if TYPE_CHECKING:
-    from offramp.exits import Exits
-    from offramp.plan import Plan
-    from offramp.policy import ExitPolicy
+    from offramp.core.confidence import Confidence, Reading
+    from offramp.core.plan import Plan
+    from offramp.core.policy import ExitPolicy
 
 METHODS = ("laplace", "conformal", "avcs")
 """Confidences that need a posterior."""
 SETS = ("conformal", "avcs")
 """Those that keep sets of tokens."""
-_FIT = "fit one with: offramp calibrate MODEL --posterior "
 
 
 class Posterior(nn.Module):
@@ -170,50 +171,121 @@ class Posterior(nn.Module):
         pruning = self.settings["pruning"] or {"vocabulary": None, "vocabulary_size": None}
         return replace(policy, min_layer=None, exit_layers=self.layers, **pruning)
 
+    def confidence(self, name: str, plan: Plan) -> Confidence:
+        """One of the confidences it serves, for a plan that it was fitted for.
 
-def require_posterior(exits: Exits | None, method: str, plan: Plan | None = None) -> Posterior:
-    """The posterior of exits, for a confidence in `METHODS`.
+        Returns:
+            The measure.
 
-    Args:
-        exits: Those of the model.
-        method: The confidence.
-        plan: Where it is to be tested; None: unknown.
+        Raises:
+            ValueError: It was fitted for others, for other exits or for another pruning.
+        """
+        if name not in self.methods:
+            raise ValueError(
+                f"confidence {name!r} needs a posterior fitted on text, but theirs has only {', '.join(self.methods)}; "
+                f"fit one with: offramp calibrate MODEL --posterior {name}"
+            )
+        if plan.thresholds:
+            self._require(name, plan)
+        return Laplace(self) if name == "laplace" else NestedSets(self, name)
 
-    Returns:
-        The posterior.
+    def _require(self, method: str, plan: Plan) -> None:
+        """Raise a ValueError unless it was fitted for what a plan asks for."""
+        if lacking := [layer for layer in plan.thresholds if layer not in self.layers]:
+            raise ValueError(
+                f"confidence {method!r} is asked for after layer {lacking[0]}, but it was fitted after layers "
+                f"{_listed(self.layers)} only; name some of these as exit_layers, or fit again"
+            )
+        first = next(iter(plan.thresholds))
+        pruned = self.settings["pruning"] is not None
+        if first != self.layers[0] and (pruned or method in SETS):
+            raise ValueError(
+                f"confidence {method!r} was fitted for tokens chosen at its first exit, after layer {self.layers[0]}, "
+                f"but the first test is after layer {first}; test there, or fit again"
+            )
+        adaptive = plan.pruning is not None and plan.pruning.kind == "adaptive"
+        sizes = dict.fromkeys(plan.thresholds) if plan.pruning is None else plan.pruning.sizes(list(plan.thresholds))
+        if adaptive or any(self.settings["sizes"][str(layer)] != size for layer, size in sizes.items()):
+            asked = "vocabulary=None" if plan.pruning is None else f"vocabulary={plan.pruning.kind!r} of other sizes"
+            have = "all tokens" if not pruned else ", ".join(f"{k}={v!r}" for k, v in self.settings["pruning"].items())
+            raise ValueError(
+                f"confidence {method!r} was fitted for {have}, but the policy has {asked}; use what it was fitted for, "
+                "or fit again"
+            )
 
-    Raises:
-        ValueError: There is none, or it was fitted for other exits or another pruning.
+
+@dataclass(frozen=True)
+class Laplace:
+    """Gap of the two largest probabilities, averaged over a last-layer Laplace posterior, in [0, 1].
+
+    p̄_(1) - p̄_(2) over the candidates, as Meronen et al. (arXiv 2302.06359) for classifiers; see
+    `offramp.uncertainty.token_laplace`. It changes when a token leaves, not which one: that is the trained head's best.
     """
-    posterior = None if exits is None else exits.posterior
-    if posterior is None or method not in posterior.methods:
-        what = "the model's exits have none" if posterior is None else f"theirs has only {', '.join(posterior.methods)}"
-        what = "the model has no exits" if exits is None else what
-        raise ValueError(f"confidence {method!r} needs a posterior fitted on text, but {what}; {_FIT}{method}")
-    if plan is None:
-        return posterior
-    if lacking := [layer for layer in plan.thresholds if layer not in posterior.layers]:
-        raise ValueError(
-            f"confidence {method!r} is asked for after layer {lacking[0]}, but it was fitted after layers "
-            f"{_listed(posterior.layers)} only; name some of these as exit_layers, or fit again"
-        )
-    first = next(iter(plan.thresholds))
-    pruned = posterior.settings["pruning"] is not None
-    if first != posterior.layers[0] and (pruned or method in SETS):
-        raise ValueError(
-            f"confidence {method!r} was fitted for tokens chosen at its first exit, after layer {posterior.layers[0]}, "
-            f"but the first test is after layer {first}; test there, or fit again"
-        )
-    adaptive = plan.pruning is not None and plan.pruning.kind == "adaptive"
-    sizes = dict.fromkeys(plan.thresholds) if plan.pruning is None else plan.pruning.sizes(list(plan.thresholds))
-    if adaptive or any(posterior.settings["sizes"][str(layer)] != size for layer, size in sizes.items()):
-        asked = "vocabulary=None" if plan.pruning is None else f"vocabulary={plan.pruning.kind!r} of other sizes"
-        have = "all tokens" if not pruned else ", ".join(f"{k}={v!r}" for k, v in posterior.settings["pruning"].items())
-        raise ValueError(
-            f"confidence {method!r} was fitted for {have}, but the policy has {asked}; use what it was fitted for, or "
-            "fit again"
-        )
-    return posterior
+
+    posterior: Posterior
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """One gap per row, [A]; NaN for logits that are not finite."""
+        state = self.posterior.laplace(reading.layer)
+        short = shortlist(reading.logits, self.posterior.candidates, reading.ids)
+        k, n = short.ids.shape[1], len(state.draws)
+        reading.bill(token_laplace.flops(state, k), 4 * token_laplace.size(state), 4 * k * (n + 1))
+        return token_laplace.gap(state, reading.input, short)
+
+
+@dataclass(frozen=True)
+class NestedSets:
+    """1 / n of the n tokens in the running set, 0 for an empty one: any threshold in [1/2, 1) asks for a single token.
+
+    The set is the intersection over the exits of a token, see `offramp.uncertainty.token_sets`. A threshold of
+    1 / (n + 1) lets a token leave as soon as at most n are left, of which it emits the best. Whose set is empty goes
+    through all layers.
+
+    Attributes:
+        posterior: What was fitted.
+        kind: "conformal" or "avcs".
+    """
+
+    posterior: Posterior
+    kind: str
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """The confidence at a token's first exit, [A]."""
+        return self.begin()(reading)
+
+    def begin(self) -> RunningSet:
+        """The set of all candidates, before a token's first exit."""
+        return RunningSet(self.posterior, self.posterior.sets(self.kind))
+
+
+@dataclass
+class RunningSet:
+    """The tokens that are still possible, from exit to exit of one token."""
+
+    posterior: Posterior
+    sets: TokenSets
+    running: Running | None = None
+    restricts: bool = True
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """One value per row, [A], in [0, 1]; NaN for logits that are not finite."""
+        normaliser = reading.logits.logsumexp(-1)
+        if self.running is None:
+            self.running = token_sets.start(shortlist(reading.logits, self.posterior.candidates, reading.ids).ids)
+        logits = reading.of(self.running.ids)
+        self.running = self.sets.step(self.running, reading.layer, logits, normaliser, reading.position)
+        size = self.running.active.sum(-1).float().masked_fill(~normaliser.isfinite(), torch.nan)
+        # Rounded down: in float32, 1/3 is above a threshold of 1/3.
+        return torch.where(size > 1, torch.nextafter(1 / size.clamp(min=1), size.new_zeros(())), size)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.running = None if self.running is None else self.running.select(rows)
+
+    def among(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Scores [n, V] of `rows`, with -inf outside a row's set unless that is empty."""
+        assert self.running is not None
+        return self.running.select(rows).among(scores)
 
 
 def _listed(layers: Iterable[int]) -> str:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from offramp.exit_files import CONFIG, WEIGHTS
+from offramp.exit_files import CONFIG, WEIGHTS, load_exits, save_exits
 from offramp.packaged import ModelError, first_line
 
 BUNDLED = "bundled"
@@ -21,7 +21,7 @@ def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
         model: Name of the model they are for; "bundled" exits are found by it.
 
     Returns:
-        A folder; whether it holds exits is for `Exits.load` to see.
+        A folder; whether it holds exits is for `load_exits` to see.
 
     Raises:
         ModelError: No exits come with offramp for this model, or the hub does not give them.
@@ -74,16 +74,14 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    from offramp.exits import Exits
-
-    exits = Exits.load(folder)  # nothing half-written goes out
+    exits = load_exits(folder)  # nothing half-written goes out
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         if model is not None:
             hub.upload_folder(repo_id=repository, folder_path=Path(model))
         with tempfile.TemporaryDirectory() as place:
-            exits.save(place, model=None if model is None else repository)
+            save_exits(exits, place, model=None if model is None else repository)
             hub.upload_folder(repo_id=repository, folder_path=Path(place), allow_patterns=[CONFIG, WEIGHTS])
     except Exception as error:
         what = "exits" if model is None else f"model (kept in {model}) and its exits"

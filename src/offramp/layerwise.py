@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from offramp.families import SplitModel
-from offramp.finite import name_of, require_finite
+from offramp.families.finite import name_of, require_finite
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 ROWS = 8
 """Prompts decoded together."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.devices import named_device
+from offramp.exit_files import load_exits, require_made_for
 from offramp.model_sources import find
 from offramp.packaged import PACKAGED, ModelError
 from offramp.pretrained import config_of, loading, model_of, tokenizer_of
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Number formats a model can be loaded in."""
@@ -113,10 +114,9 @@ def load(
         local_files_only=local_files_only,
     )  # fmt: skip
     from offramp.exit_sources import exits_folder
-    from offramp.exits import Exits
 
     trained = (
-        None if exits is None else Exits.load(exits_folder(exits, str(name)))
+        None if exits is None else load_exits(exits_folder(exits, str(name)))
     )  # before the model, which takes longer
     options = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
     with loading(source):
@@ -131,12 +131,12 @@ def load(
             f"{source.place} lacks {len(missing)} of the weights a {config.model_type} language model needs "
             f"({', '.join(sorted(missing)[:3])}); was it saved without its output head?"
         )
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
     title = str(name) if name in PACKAGED or not source.local else Path(source.place).resolve().name
     lm = LanguageModel(model, tokenizer, name=title, engine=engine, int8=int8)
     if trained is not None and exits is not None:
-        trained.require(lm.split, title, exits)
+        require_made_for(trained, lm.split, title, exits)
         lm.attach_exits(trained)
     return lm
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.break_even import break_even, exit_flops, ratios
-from offramp.costs import ModelShape
+from offramp.core.costs import break_even, exit_flops, ratios
+from offramp.core.vocabulary import Pruning
+from offramp.families.sizes import ModelShape
 from offramp.files import write_json, write_text
 from offramp.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
 from offramp.probe_verdict import verdict
 from offramp.prompts import bundled_prompts
-from offramp.vocabulary import Pruning
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel, Prompt
+    from offramp.core.language_model import LanguageModel, Prompt
 
 SCHEMA = "offramp/probe/1"
 QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}

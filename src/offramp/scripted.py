@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor
 
 from offramp.bench_results import FULL, REFERENCE
-from offramp.confidence import Confidence, Contrast, Contrastive, Reading, softmax_gap
-from offramp.language_model import LanguageModel
-from offramp.policy import ExitPolicy
-from offramp.vocabulary import KINDS
+from offramp.core.confidence import Confidence, Contrast, Contrastive, Reading, softmax_gap
+from offramp.core.language_model import LanguageModel
+from offramp.core.policy import ExitPolicy
+from offramp.core.vocabulary import KINDS
 
 T5_SIZES = {
     "t5-small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},

@@ -47,8 +47,8 @@ from offramp.risk import pareto_front
 from offramp.values import listed
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
 ORDERS = ("auto", "path", "chains", "pareto")

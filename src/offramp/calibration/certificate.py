@@ -19,13 +19,13 @@ from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.evidence import require_evidence
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.room import Room
+from offramp.core.exits import fingerprint
+from offramp.core.policy import WRITE, ExitPolicy
 from offramp.digests import of as digest
-from offramp.exits import fingerprint
 from offramp.files import write_json
-from offramp.policy import WRITE, ExitPolicy
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
     from offramp.tasks import Task
 
 SCHEMA = "offramp/certificate/2"

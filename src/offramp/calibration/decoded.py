@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from offramp.bounded import read_object
 from offramp.calibration.grid import Setting
 from offramp.calibration.layer_thresholds import layer_thresholds
+from offramp.core.policy import ExitPolicy
 from offramp.digests import sealed, unsealed, warn_of_none
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.processes import shared, state_of
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.records import decode_records
 from offramp.files import write_json
-from offramp.policy import ExitPolicy
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
     from offramp.tasks import Example, Task
 
 RECORDS, THRESHOLDS = "records", "thresholds.json"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from offramp.calibration.grid import NEVER, Grid
 from offramp.calibration.room import Room
 from offramp.calibration.search import Test, search
-from offramp.policy import ExitPolicy
+from offramp.core.policy import ExitPolicy
 
 if TYPE_CHECKING:
     from offramp.calibration.certificate import Certificate

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
 from offramp.evaluation.arms import tested_from
-from offramp.policy import ExitPolicy
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 THRESHOLDS = (
     0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0,
@@ -177,7 +178,7 @@ def _at(lm: LanguageModel, base: ExitPolicy, layer: int | None, size: int | None
     if base.confidence != "static":
         changes["threshold"] = 1.0  # for now
     policy = replace(base, **changes)  # type: ignore[arg-type]
-    policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     return policy
 
 

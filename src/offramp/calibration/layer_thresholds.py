@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from offramp.confidence import RANGES, Confidence, Contrastive
-from offramp.generation_options import greedy
-from offramp.policy import ExitPolicy
+from offramp.core.confidence import RANGES, Confidence, Contrastive, TokenConfidence, begun
+from offramp.core.generation_options import greedy
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
+from offramp.core.readout import measure_of
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
     from offramp.tasks import Example, Task
 
 Seen = list[tuple[int, float, int]]
@@ -37,7 +39,31 @@ class _Watched:
     seen: Seen
 
     def __call__(self, reading: Any) -> Tensor:
+        return self.begin()(reading)
+
+    def begin(self) -> _WatchedToken:
+        return _WatchedToken(begun(self.measure), self.seen)
+
+
+@dataclass
+class _WatchedToken:
+    """The same within one token step."""
+
+    measure: TokenConfidence
+    seen: Seen
+
+    @property
+    def restricts(self) -> bool:
+        return self.measure.restricts
+
+    def __call__(self, reading: Any) -> Tensor:
         return _watch(reading, self.measure(reading), self.seen)
+
+    def select(self, rows: Tensor) -> None:
+        self.measure.select(rows)
+
+    def among(self, scores: Tensor, rows: Tensor) -> Tensor:
+        return self.measure.among(scores, rows)
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ def layer_thresholds(
     Raises:
         ValueError: The policy does not test anything.
     """
-    exits = tuple(policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers).thresholds)
+    exits = tuple(resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers).thresholds)
     wrong: dict[int, list[float]] = {layer: [] for layer in exits}
     seen: Seen = []
     watching = _watching(lm, policy, seen)
@@ -113,7 +139,8 @@ def layer_thresholds(
 
 def _watching(lm: LanguageModel, policy: ExitPolicy, seen: Seen) -> ExitPolicy:
     """The policy with its measure watched and no token leaving: no confidence is above 1."""
-    measure = policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers).measure
+    plan = resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    measure = measure_of(lm.decoder, plan)
     if measure is None:
         raise ValueError(f"a policy with confidence {policy.confidence!r} tests nothing; it has no thresholds")
     watched: Confidence = _Watched(measure, seen)

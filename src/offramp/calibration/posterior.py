@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.posterior_report import PosteriorReport, judge
 from offramp.calibration.token_cache import cache_tokens
 from offramp.calibration.token_rows import TokenViews, factors_of, views_of
+from offramp.core.exits import Exits, fingerprint
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
+from offramp.core.vocabulary import Pruning
+from offramp.exit_files import save_exits
 from offramp.exit_posterior import METHODS, Posterior
-from offramp.exits import Exits, fingerprint
 from offramp.files import locked, write_json
 from offramp.machine import describe
-from offramp.policy import ExitPolicy
 from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets
 from offramp.uncertainty.token_tuning import Tuned, tune
-from offramp.vocabulary import Pruning
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
     from offramp.training.data import Document
 
 Progress = Callable[..., None]
@@ -112,7 +114,7 @@ def fit_posterior(
     if strange := [layer for layer in layers if layer not in lm.exits.layers]:
         raise ValueError(f"layer {strange[0]} is no exit of the model, which has {lm.exits.layers}; name some of these")
     policy = ExitPolicy(exit_layers=layers, vocabulary=config.vocabulary, vocabulary_size=config.vocabulary_size)
-    pruning = policy.resolve(lm.num_layers, lm.vocabulary).pruning
+    pruning = resolve(policy, lm.num_layers, lm.vocabulary).pruning
     with locked(folder, "another calibration runs"):
         tokens, splits = cache_tokens(
             lm, documents, folder / "features", layers=lm.exits.layers, window=window, seed=config.seed,
@@ -186,6 +188,6 @@ def _sets(config: PosteriorConfig, views: Mapping[str, TokenViews]) -> dict[str,
 
 
 def _save(lm: LanguageModel, exits: Exits, folder: Path, config: PosteriorConfig, report: PosteriorReport) -> None:
-    exits.save(folder / "exits", model=lm.name, fingerprint=fingerprint(lm.model))
+    save_exits(exits, folder / "exits", model=lm.name, fingerprint=fingerprint(lm.model))
     write_json(folder / "posterior.json", {**report.to_dict(), "config": asdict(config)})
     (folder / "table.md").write_text(report.table() + "\n", encoding="utf-8")

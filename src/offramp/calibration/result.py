@@ -12,8 +12,8 @@ from offramp.calibration.grid import Setting
 from offramp.calibration.promise import CRC
 from offramp.calibration.search import Outcome
 from offramp.calibration.validate import Validation
+from offramp.core.policy import ExitPolicy
 from offramp.files import write_json
-from offramp.policy import ExitPolicy
 from offramp.tables import markdown
 
 SCHEMA = "offramp/calibrate/1"

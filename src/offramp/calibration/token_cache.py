@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from offramp.bounded import read_object
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
+from offramp.families.finite import name_of, require_finite
 from offramp.files import differences, write_json
-from offramp.finite import name_of, require_finite
 from offramp.tensor_files import read_tensors, write_tensors
 from offramp.training.data import Document, Windows, cut
 from offramp.training.passes import states_of
 from offramp.training.tally import chunk_rows
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 SPLITS = ("fit", "tune", "calibrate", "test")
 """fit: the factors A and G. tune: T, ω, τ and what equalises scores. calibrate: the quantile of conformal sets. test:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from offramp.calibration.token_cache import Tokens
+from offramp.core.vocabulary import Kept, Pruning
 from offramp.training.tally import chunk_rows
 from offramp.uncertainty.shortlist import Shortlist, shortlist
 from offramp.uncertainty.token_laplace import Factors
 from offramp.uncertainty.token_tuning import TokenRows, rows_of
-from offramp.vocabulary import Kept, Pruning
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.backbone import Backbone
 from offramp.classifiers.batches import Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import HeadConfig
+from offramp.families.backbone import Backbone
 from offramp.tasks.labelled import Labelled
 
 MSDNETS = ("msdnet-small", "msdnet-medium", "msdnet-large")

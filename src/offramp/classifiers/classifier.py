@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone, evaluating
 from offramp.classifiers.confidence import measure_of
 from offramp.classifiers.flops import exit_costs
 from offramp.classifiers.heads import ExitHead, ExitOutput, HeadConfig
-from offramp.finite import not_finite
+from offramp.families.backbone import Backbone, evaluating
+from offramp.families.finite import not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import evaluating
+from offramp.families.backbone import evaluating
 
 if TYPE_CHECKING:
     from offramp.classifiers.classifier import EarlyExitClassifier

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from offramp.backbone import Activations, Backbone
+from offramp.families.backbone import Activations, Backbone
 
 POOLINGS = ("mean", "first")
 """How states [B, T, D] become one vector: the mean over tokens that are not padding, or the first token (CLS)."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import Activations, Backbone
+from offramp.families.backbone import Activations, Backbone
 
 SIZES = ("small", "medium", "large")
 """Published sizes, see `MSDNetConfig.published`."""

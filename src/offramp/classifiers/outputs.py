@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offramp.backbone import evaluating
 from offramp.bounded import parsed
+from offramp.families.backbone import evaluating
 from offramp.packaged import first_line
 from offramp.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs

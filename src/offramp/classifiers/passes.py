@@ -17,7 +17,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.divided import read_again
 from offramp.classifiers.outputs import collect, load_description, load_outputs
 from offramp.classifiers.saving import load
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty.outputs import ExitOutputs
 

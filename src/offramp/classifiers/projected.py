@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import Activations, Backbone
 from offramp.classifiers.heads import ExitHead, ExitOutput, PooledBody
 from offramp.classifiers.msdnet import ConvBody
 from offramp.classifiers.small_cnn import PlacesBody
+from offramp.families.backbone import Activations, Backbone
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from offramp import artefact
-from offramp.backbone import Backbone
 from offramp.bounded import read_object
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import HeadConfig
@@ -25,6 +24,7 @@ from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING
 from offramp.devices import named_device
+from offramp.families.backbone import Backbone
 from offramp.files import write_json
 from offramp.model_sources import Source
 from offramp.models import named_dtype

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import Activations, Backbone
+from offramp.families.backbone import Activations, Backbone
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import autocast
 from offramp.classifiers.batches import Batch, Rows, batch, by_length, order
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
+from offramp.families.backbone import autocast
 from offramp.machine import describe
 from offramp.tables import markdown
 from offramp.tasks.labelled import require_apart

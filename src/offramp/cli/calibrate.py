@@ -134,8 +134,8 @@ def calibrate(
     from offramp.calibration import Grid, Promise
     from offramp.calibration import calibrate as run
     from offramp.calibration.certificate import COSTS_MORE
+    from offramp.core.policy import ExitPolicy
     from offramp.devices import process_device
-    from offramp.policy import ExitPolicy
     from offramp.tasks import read_examples, take
 
     asked = o.task_named(task, languages)

@@ -10,8 +10,8 @@ from offramp.cli import options as o
 
 if TYPE_CHECKING:
     from offramp.calibration import Certificate
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
     from offramp.tasks import Task
 
 

@@ -11,9 +11,9 @@ import typer
 from offramp.cli import options as o
 
 if TYPE_CHECKING:
+    from offramp.core.language_model import LanguageModel
     from offramp.distillation.language_models import TokenDistillation
     from offramp.distillation.own_answers import OwnAnswers
-    from offramp.language_model import LanguageModel
     from offramp.training import Data, TrainConfig
 
 

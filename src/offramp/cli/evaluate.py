@@ -11,9 +11,9 @@ from offramp.cli import options as o
 from offramp.cli.certified import certified_task, check_certificate, check_drift
 
 if TYPE_CHECKING:
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
     from offramp.evaluation import Evaluation
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
     from offramp.tasks import Task
 
 SWEEP = {"confidence": "softmax,jsd", "threshold": "0.5,0.7,0.9", "vocabulary": "none,fixed"}
@@ -211,8 +211,8 @@ def _arms(
     skipped: str | None, prompt_layer: int | None, **given: str | None,
 ) -> dict[str, ExitPolicy]:  # fmt: skip
     """The policies asked for, by name."""
+    from offramp.core.policy import ExitPolicy
     from offramp.evaluation import document_arms, grid, sweep_layers
-    from offramp.policy import ExitPolicy
 
     if arms not in (None, "default"):
         raise typer.BadParameter(f"--arms {arms}: there is only 'default'; name policies with --policy or --confidence")

@@ -10,11 +10,12 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.certified import certified_task, check_certificate, check_drift
+from offramp.core.plan import resolve
 
 if TYPE_CHECKING:
-    from offramp.decoding import Step
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.decoding import Step
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
 
 
 def generate(
@@ -59,7 +60,7 @@ def generate(
     --exits and without --min-layer, tokens are tested after the layers that have a trained exit.
     """
     import offramp
-    from offramp.generation_options import in_effect
+    from offramp.core.generation_options import in_effect
 
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
@@ -99,13 +100,13 @@ def generate(
 
 def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     """Say before decoding where exits begin to pay."""
-    from offramp.break_even import break_even, ratios
-    from offramp.confidence import HEADLESS
+    from offramp.core.confidence import HEADLESS
+    from offramp.core.costs import break_even, ratios
 
     if policy is None:
         o.note(f"full depth, {lm.num_layers} layers; exits: see --confidence, --threshold, --min-layer, --skipped")
         return
-    plan = policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    plan = resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     if not plan.thresholds:
         return
     shape, head = lm.split.shape, ratios(lm.split.shape)[0]
@@ -146,7 +147,7 @@ def _one(
 
     console = Console(quiet=quiet, soft_wrap=True)
     first, trained = lm.num_layers, lm.split.exit_layers
-    first = first if policy is None else policy.resolve(first, lm.vocabulary, trained).min_layer
+    first = first if policy is None else resolve(policy, first, lm.vocabulary, trained).min_layer
     painter = Painter(console, lm.tokenizer, lm.num_layers, first, show_exits=show_exits)
     if show_exits:
         painter.legend()

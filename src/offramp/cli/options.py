@@ -15,8 +15,8 @@ import typer
 from offramp.cli.progress import progress as progress  # for commands, which have all of this module as `o`
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None
 
 def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
     """The policy of a file and of options that are not None; None if there is neither."""
-    from offramp.policy import ExitPolicy
+    from offramp.core.policy import ExitPolicy
 
     given = {name: value for name, value in options.items() if value is not None}
     if file is None and not given:

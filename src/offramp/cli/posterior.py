@@ -47,7 +47,7 @@ def fit_posterior(
     import offramp
     from offramp.calibration import PosteriorConfig
     from offramp.calibration import fit_posterior as run
-    from offramp.exits import Exits
+    from offramp.core.exits import Exits
     from offramp.training import AnswerConfig
 
     chosen = o.numbers(layers, "--layers", int)

@@ -11,7 +11,7 @@ import typer
 from offramp.cli import options as o
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
     from offramp.tasks import Example, Task
     from offramp.training import AnswerConfig
     from offramp.training.data import Document

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import evaluating
 from offramp.classifiers.batches import Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.families.backbone import evaluating
 
 DECAY = 1e-4
 """Of the readouts' weights, on standardised features."""

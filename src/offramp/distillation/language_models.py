@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.backbone import autocast, evaluating
+from offramp.core.exits import fingerprint
 from offramp.distillation.own_answers import OwnAnswers
 from offramp.distillation.token_losses import TokenLoss, TokenSums, token_losses
 from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summary
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
-from offramp.exits import fingerprint
-from offramp.finite import name_of, require_finite
+from offramp.families.backbone import autocast, evaluating
+from offramp.families.finite import name_of, require_finite
 from offramp.machine import describe
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
@@ -37,7 +37,7 @@ from offramp.training.tally import chunk_rows
 from offramp.training.trainable import save_model, trainable
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 
 def _training() -> TrainConfig:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import autocast
 from offramp.classifiers.batches import Batch
 from offramp.classifiers.objectives import logits_of
+from offramp.families.backbone import autocast
 
 Targets = Callable[[Batch], Tensor]
 """What a teacher says about a batch, [B, ...], without gradients."""

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offramp.backbone import evaluating
+from offramp.families.backbone import evaluating
 from offramp.training.answers import AnswerConfig, answer_documents
 from offramp.training.data import Document, Progress, Windows, cut, divide
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel, Prompt
+    from offramp.core.language_model import LanguageModel, Prompt
 
 
 @dataclass(frozen=True)

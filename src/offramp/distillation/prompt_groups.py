@@ -11,7 +11,7 @@ from offramp.tasks.rows import Row, json_rows, kind, objects, prompt_rows, read_
 from offramp.training.data import Document, with_text
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

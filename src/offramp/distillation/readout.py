@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.backbone import Activations
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import PooledBody
 from offramp.distillation.states import CHUNK, States
+from offramp.families.backbone import Activations
 from offramp.training.optimiser import adamw
 
 

@@ -27,6 +27,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.saving import load, training_rows
 from offramp.classifiers.trainer import train_classifier
+from offramp.core.exits import fingerprint
 from offramp.digests import sealed
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
@@ -40,7 +41,6 @@ from offramp.distillation.judging import judged, outputs_of, record
 from offramp.distillation.networks import begun_from, build, rows_for
 from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
-from offramp.exits import fingerprint
 from offramp.files import write_json
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.report.groups import plain

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.backbone import Activations
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.distillation.states import States
+from offramp.families.backbone import Activations
 
 
 def features_of(teacher: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> States:

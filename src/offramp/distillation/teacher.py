@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.backbone import autocast, evaluating
 from offramp.bounded import parsed
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
@@ -18,7 +17,8 @@ from offramp.classifiers.saving import training_rows
 from offramp.distillation.objectives import Targets
 from offramp.distillation.simkd import require_same_classes
 from offramp.distillation.states import States
-from offramp.finite import require_finite
+from offramp.families.backbone import autocast, evaluating
+from offramp.families.finite import require_finite
 from offramp.packaged import first_line
 from offramp.tasks.group_sets import GroupedSet
 from offramp.tasks.labelled import Labelled

@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
+from offramp.core.vocabulary import KINDS
 from offramp.exit_posterior import SETS
-from offramp.policy import ExitPolicy
-from offramp.vocabulary import KINDS
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 FULL = "full model"
 """The arm that all others are compared with."""
@@ -45,7 +46,7 @@ def static_arms(
             if layer > stop
         }
     for policy in arms.values():
-        policy.resolve(depth, lm.vocabulary, trained)
+        resolve(policy, depth, lm.vocabulary, trained)
     return arms
 
 
@@ -85,7 +86,7 @@ def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int
     """
     if lm.split.exit_layers:
         return lm.split.exit_layers
-    plans = [policy.resolve(lm.num_layers, lm.vocabulary) for policy in arms.values()]
+    plans = [resolve(policy, lm.num_layers, lm.vocabulary) for policy in arms.values()]
     tested = [layer for plan in plans for layer in plan.thresholds]
     return tuple(range(min(tested), lm.num_layers)) if tested else None
 
@@ -111,7 +112,7 @@ def document_arms(
     """
     softmax = ExitPolicy("softmax", threshold=threshold, prompt_layer=prompt_layer, **tested_from(lm, min_layer))
     jsd = replace(softmax, confidence="jsd")
-    plan = softmax.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    plan = resolve(softmax, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     arms = {
         "softmax": softmax,
         **{f"softmax + {kind}": replace(softmax, vocabulary=kind) for kind in KINDS},
@@ -185,7 +186,7 @@ def grid(
             confidence, threshold=threshold, vocabulary=kind, vocabulary_size=vocabulary_size if kind else None,
             skipped=skipped, prompt_layer=prompt_layer, **tested_from(lm, layer),
         )  # fmt: skip
-        arms[name].resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+        resolve(arms[name], lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     return arms
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.bounded import read_object
+from offramp.core.plan import resolve
 from offramp.digests import sealed, unsealed
 from offramp.evaluation.arms import FULL, baselines
 from offramp.evaluation.bootstrap import Bootstrap
@@ -34,8 +35,8 @@ from offramp.machine import describe
 from offramp.metrics.text import reads
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
 CONFIG, RECORDS = "config.json", "records"
@@ -185,7 +186,7 @@ def _check(lm: LanguageModel, policies: Mapping[str, ExitPolicy | None]) -> None
     names: dict[str, str] = {}
     for arm, policy in policies.items():
         if policy is not None:
-            policy.resolve(lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+            resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
         if (name := _file_name(arm)) in names:
             raise ValueError(f"arms {names[name]!r} and {arm!r} would share the file {name}.jsonl; rename one")
         names[name] = arm

@@ -22,19 +22,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.choosing import Choosing
-from offramp.costs import Ledger
-from offramp.decoding import decode
+from offramp.core.costs import Ledger
+from offramp.core.decoding import decode
+from offramp.core.plan import resolve
+from offramp.core.sampling import Sampler
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.records import compared, learner_of, pieces, prefill_parts, settle, shares, sure
 from offramp.evaluation.rounds import take_turns
-from offramp.finite import broken_at, not_finite
+from offramp.families.finite import broken_at, not_finite
 from offramp.training.data import read_texts
 
 if TYPE_CHECKING:
-    from offramp.adaptive_threshold import AdaptiveThreshold
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.adaptive_threshold import AdaptiveThreshold
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
 
 PERPLEXITY = "perplexity"
 
@@ -147,7 +148,7 @@ class PassageArm:
         """Raise a ValueError if the policy does not fit the model, or its tokens cannot be forced."""
         if self.policy is None:
             return
-        self.policy.resolve(self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
+        resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
         if self.policy.skipped == "verify":
             raise ValueError("skipped='verify' has the full model's perplexity; evaluate 'propagate' or 'defer'")
         if (source := self.policy.decode_from) != "logits":
@@ -223,7 +224,7 @@ class _Forced:
         return only.masked_fill(pruned[:, None], -torch.inf)
 
 
-class _Unending(Choosing):
+class _Unending(Sampler):
     """Ends at no token: a text may go on behind an end of sequence, which is never pruned, as in generation."""
 
     def is_eos(self, ids: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ def _score(
     lengths = torch.tensor([len(passage.ids) for passage in batch], device=device)
     forced = _Forced(padded[:, 1:], prompt=1)
     eos = lm.model.generation_config.eos_token_id
-    choosing = _Unending(
+    sampler = _Unending(
         processors=forced,
         stopping=lambda ids: lengths <= ids.shape[1],
         eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
@@ -253,7 +254,7 @@ def _score(
     first: dict[str, int] = {}
     begun = 0.0
     steps = decode(
-        lm.decoder, padded[:, :1], policy, max_new_tokens=longest, choosing=choosing, ledger=ledger, adaptive=learner
+        lm.decoder, padded[:, :1], policy, max_new_tokens=longest, sampler=sampler, ledger=ledger, adaptive=learner
     )
     for step in steps:
         first = prefill_parts(ledger.costs) if step.prefill else first

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
 from offramp.files import differences
 from offramp.lines import REMOVE, append_lines, keep_lines, read_lines, write_lines
 
 if TYPE_CHECKING:
-    from offramp.adaptive_threshold import AdaptiveThreshold
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.adaptive_threshold import AdaptiveThreshold
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
 
 SCHEMA = "offramp/records/1"
 Progress = Callable[..., None]
@@ -54,9 +54,9 @@ class Record:
         flops: FLOPs of all parts.
         bytes: Bytes read.
         seconds: Wall-clock time, preparation included.
-        parts: FLOPs by part (`offramp.costs.PARTS`), the pass over a decoder-only model's prompt and the token read off
-            it apart from them as "prefill"; they add up to `flops`. Of examples answered together, each bears an equal
-            share of the costs.
+        parts: FLOPs by part (`offramp.core.costs.PARTS`), the pass over a decoder-only model's prompt and the token
+            read off it apart from them as "prefill"; they add up to `flops`. Of examples answered together, each bears
+            an equal share of the costs.
         sums: Further quantities that add up over examples: for perplexity, see `offramp.evaluation.perplexity`.
         pieces: What each token adds to the text, perhaps nothing; together they are the text.
         confidences: Of the last test of each token, to four places; None where none was made.

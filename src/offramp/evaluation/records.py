@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offramp.costs import Costs
+from offramp.core.costs import Costs
+from offramp.core.generation_options import greedy
+from offramp.core.plan import resolve
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.rounds import take_turns
-from offramp.generation_options import greedy
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
 if TYPE_CHECKING:
-    from offramp.adaptive_threshold import AdaptiveThreshold
-    from offramp.decoding import Step
-    from offramp.language_model import LanguageModel
-    from offramp.policy import ExitPolicy
+    from offramp.core.adaptive_threshold import AdaptiveThreshold
+    from offramp.core.decoding import Step
+    from offramp.core.language_model import LanguageModel
+    from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
 PREFILL = "prefill"
@@ -102,7 +103,7 @@ class TaskArm:
     def check(self) -> None:
         """Raise a ValueError if the policy does not fit the model."""
         if self.policy is not None:
-            self.policy.resolve(self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
+            resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
 
     def header(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
         """How records come about."""

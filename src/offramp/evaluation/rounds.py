@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from offramp.evaluation.record_file import Item, Progress, Record, RecordFile
 
 if TYPE_CHECKING:
-    from offramp.adaptive_threshold import AdaptiveThreshold
-    from offramp.policy import ExitPolicy
+    from offramp.core.adaptive_threshold import AdaptiveThreshold
+    from offramp.core.policy import ExitPolicy
 
 
 class Arm(Protocol):

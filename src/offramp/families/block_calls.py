@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_bidirectional_mask
 
-from offramp.state import Context, Frame
+from offramp.families.state import Context, Frame
 
 if TYPE_CHECKING:
     from offramp.families.split_model import SplitModel

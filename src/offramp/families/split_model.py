@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
 
-from offramp.cache import LayerCache
 from offramp.families.block_calls import cache_name, rotation, run_block
+from offramp.families.cache import LayerCache
 from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
+from offramp.families.sizes import model_shape
+from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 from offramp.families.table import FAMILIES
-from offramp.module_sizes import model_shape
-from offramp.state import Context, Frame, HeadRows, Skipped, State
 
 if TYPE_CHECKING:
-    from offramp.exits import Exits
+    from offramp.core.exits import Exits
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offramp.exits import Exits
+from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.families.block_calls import rotation
+from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 from offramp.native import blocks
 from offramp.native import library as lib
 from offramp.native.blocks import Turning
@@ -26,7 +27,6 @@ from offramp.native.cache import NativeCache
 from offramp.native.families import FAMILIES
 from offramp.native.library import address
 from offramp.native.weights import Part, Weights
-from offramp.state import Context, Frame, HeadRows, Skipped, State
 
 
 class HeadIds(NamedTuple):

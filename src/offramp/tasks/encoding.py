@@ -11,7 +11,7 @@ from offramp.tasks.examples import Example
 from offramp.tasks.task import Task
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel, Prompt
+    from offramp.core.language_model import LanguageModel, Prompt
 
 
 @dataclass(frozen=True)

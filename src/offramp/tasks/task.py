@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel, Prompt
+    from offramp.core.language_model import LanguageModel, Prompt
     from offramp.tasks.examples import Example
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from offramp.exits import fingerprint
+from offramp.core.exits import fingerprint
 from offramp.lines import append_lines, open_lines
 from offramp.training.data import Document, Progress
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel, Prompt
+    from offramp.core.language_model import LanguageModel, Prompt
 
 
 @dataclass(frozen=True)

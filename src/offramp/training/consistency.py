@@ -18,7 +18,7 @@ from offramp.training.tally import Tally
 from offramp.values import listed
 
 if TYPE_CHECKING:
-    from offramp.exits import Exits
+    from offramp.core.exits import Exits
     from offramp.families import SplitModel
 
 OBJECTIVES = {"consistency": "agree", "consistency-settled": "settled"}

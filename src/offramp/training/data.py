@@ -22,7 +22,7 @@ from offramp.tasks import task_documents
 from offramp.tasks.rows import Row, json_rows, kind, objects, read_text
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
     from offramp.tasks import Example, Task
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offramp.core.skipped_kv import parted
 from offramp.families import Edit, SplitModel
-from offramp.skipping import parted
 from offramp.training.data import Windows
 
 

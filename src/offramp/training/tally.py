@@ -22,7 +22,7 @@ CHUNK = 1 << 21
 
 
 class Adapters(Protocol):
-    """What is trained: `offramp.exits.Exits`."""
+    """What is trained: `offramp.core.exits.Exits`."""
 
     @property
     def layers(self) -> Sequence[int]:

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from offramp.exits import Exits, fingerprint
+from offramp.core.exits import Exits, fingerprint
+from offramp.exit_files import save_exits
+from offramp.families.sizes import LINEAR
 from offramp.files import replace_folder
-from offramp.module_sizes import LINEAR
 from offramp.packaged import quiet
 from offramp.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
         exits.model, exits.fingerprint = str(model), fingerprint(lm.model)
     before = exits.settings.get("lenses", {} if "lenses" in exits.settings.get("model", ()) else exits.settings)
     lenses = {"lenses": before} if exits.classifiers is not None and before else {}
-    exits.save(folder, settings={**record, **lenses})
+    save_exits(exits, folder, settings={**record, **lenses})
 
 
 def save_model(lm: LanguageModel, folder: Path) -> None:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.backbone import autocast
-from offramp.exits import Exits, fingerprint
+from offramp.core.exits import Exits, fingerprint
 from offramp.families import SplitModel
-from offramp.finite import NotFiniteError, broken_at
+from offramp.families.backbone import autocast
+from offramp.families.finite import NotFiniteError, broken_at
 from offramp.machine import describe
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
@@ -38,7 +38,7 @@ from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
 
 if TYPE_CHECKING:
-    from offramp.language_model import LanguageModel
+    from offramp.core.language_model import LanguageModel
 
 _LOOKED_AT = 8
 """Windows that a model's pass is gone through on, to see where it first computes NaN or infinity."""

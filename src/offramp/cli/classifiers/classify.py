@@ -59,7 +59,7 @@ def classify(
     from offramp.classifiers import load
     from offramp.classifiers.answers import answers
     from offramp.classifiers.calibrated import load_calibrated
-    from offramp.exits import fingerprint
+    from offramp.core.exits import fingerprint
 
     _check(budget, threshold, posterior, confidence)
     classifier = load(model, device=device)

@@ -29,10 +29,14 @@ class Reading(Protocol):
         logits: Raw logits in float32 on the whole vocabulary, [A, V], or on the kept tokens, [A, K]; -inf where masked.
             Computed when first asked for.
         kept: Whether `logits` are those of a pruned set of tokens.
+        ids: Their token ids, [A, K]; None: all V, in order.
+        input: Readout input, [A, D]: what the head is multiplied with. Computed when first asked for.
+        position: Of the token, counted from the first generated one.
     """
 
     layer: int
     num_layers: int
+    position: int
     candidates: tuple[int, ...]
     hidden: Tensor
     previous: Tensor | None
@@ -47,6 +51,20 @@ class Reading(Protocol):
         """Whether `logits` are pruned."""
         ...
 
+    @property
+    def ids(self) -> Tensor | None:
+        """Token ids of the columns of pruned `logits`."""
+        ...
+
+    @property
+    def input(self) -> Tensor:
+        """Readout input, computed when first asked for."""
+        ...
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Logits of tokens [A, k]; -inf for those that were not scored."""
+        ...
+
     def plausible(self) -> Tensor | None:
         """Columns of `logits` that survive pruning, bool [A, K or V]; None without pruning."""
         ...
@@ -55,28 +73,64 @@ class Reading(Protocol):
         """Logits of an earlier layer on the columns of `logits`, or only on some of them, [A, M]."""
         ...
 
-    def classified(self) -> Tensor:
-        """Logits of the consistency classifier trained for this exit, [A], float32; needs no head."""
-        ...
-
-    def posterior_gap(self) -> Tensor:
-        """Gap of the two largest probabilities averaged over the posterior of this exit's head, [A], float32."""
-        ...
-
-    def active(self, kind: str) -> Tensor:
-        """Size of the running set of tokens after this exit, [A], float32; NaN for logits that are not finite.
-
-        Whoever leaves here emits a token of the set, if there is one.
-        """
+    def bill(self, flops: int, shared: int, own: int = 0) -> None:
+        """Write down what the measure computes beyond logits: FLOPs per row, bytes read for all rows and per row."""
         ...
 
 
 class Confidence(Protocol):
-    """A measure: a plain function, or a frozen dataclass with parameters."""
+    """A measure: a plain function, or a frozen dataclass with parameters.
+
+    One that remembers something from exit to exit of a token also has `begin() -> TokenConfidence`.
+    """
 
     def __call__(self, reading: Reading, /) -> Tensor:
         """[A] in [-1, 1]; NaN means "do not exit"."""
         ...
+
+
+class TokenConfidence(Protocol):
+    """A measure within one token step of A rows."""
+
+    restricts: bool
+    """Whether a token that leaves is chosen among some tokens only."""
+
+    def __call__(self, reading: Reading, /) -> Tensor:
+        """As for `Confidence`."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows; the others have left."""
+        ...
+
+    def among(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Scores [n, V] of the `rows` that leave, -inf for tokens that are out of the question."""
+        ...
+
+
+@dataclass
+class Forgetful:
+    """A measure that remembers nothing, within one token step."""
+
+    measure: Confidence
+    restricts: bool = False
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """As the measure."""
+        return self.measure(reading)
+
+    def select(self, rows: Tensor) -> None:
+        """Nothing is kept by row."""
+
+    def among(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """The scores as they are."""
+        return scores
+
+
+def begun(measure: Confidence) -> TokenConfidence:
+    """A measure at the start of a token step."""
+    begin: Callable[[], TokenConfidence] | None = getattr(measure, "begin", None)
+    return Forgetful(measure) if begin is None else begin()
 
 
 def gap_of(logits: Tensor) -> Tensor:
@@ -117,52 +171,6 @@ def state_saturation(reading: Reading) -> Tensor:
     if reading.previous is None:
         return torch.full((len(reading.hidden),), torch.nan, device=reading.hidden.device)
     return torch.cosine_similarity(reading.hidden.float(), reading.previous.float(), dim=-1).clamp(-1, 1)
-
-
-def consistency(reading: Reading) -> Tensor:
-    """How probably the last layer would choose the same token (CALM's classifier, section 3.3; FREE), in [0, 1].
-
-    σ(w_l · x + b_l) of the readout input x, for which w_l and b_l were trained (see `Exits.classify`). If they were
-    trained on balanced classes, it is the probability if both outcomes were equally frequent. Needs no head.
-
-    Returns:
-        One probability per row, [A]; NaN for logits that are not finite.
-    """
-    logits = reading.classified()
-    return torch.where(logits.isfinite(), logits.sigmoid(), torch.nan)
-
-
-def laplace(reading: Reading) -> Tensor:
-    """Gap of the two largest probabilities, averaged over a last-layer Laplace posterior, in [0, 1].
-
-    p̄_(1) - p̄_(2) over the candidates, as Meronen et al. (arXiv 2302.06359) for classifiers; see
-    `offramp.uncertainty.token_laplace`. It changes when a token leaves, not which one: that is the trained head's best.
-
-    Returns:
-        One gap per row, [A]; NaN for logits that are not finite.
-    """
-    return reading.posterior_gap()
-
-
-@dataclass(frozen=True)
-class ActiveSet:
-    """1 / n of the n tokens in the running set, 0 for an empty one: any threshold in [1/2, 1) asks for a single token.
-
-    The set is the intersection over the exits of a token, see `offramp.uncertainty.token_sets`. A threshold of
-    1 / (n + 1) lets a token leave as soon as at most n are left, of which it emits the best. Whose set is empty goes
-    through all layers.
-
-    Attributes:
-        kind: "conformal" or "avcs".
-    """
-
-    kind: str
-
-    def __call__(self, reading: Reading) -> Tensor:
-        """One value per row, [A], in [0, 1]; NaN for logits that are not finite."""
-        size = reading.active(self.kind)
-        # Rounded down: in float32, 1/3 is above a threshold of 1/3.
-        return torch.where(size > 1, torch.nextafter(1 / size.clamp(min=1), size.new_zeros(())), size)
 
 
 def certain(reading: Reading) -> Tensor:
@@ -326,21 +334,46 @@ def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
     return (a * (log(a) - log_mean) + b * (log(b) - log_mean)).sum(-1) / 2
 
 
+def require_learned(exits: Any, name: str, plan: Any) -> Confidence:
+    """One of the measures in `LEARNED`, for a model's exits, `Exits` or None.
+
+    Returns:
+        The measure.
+
+    Raises:
+        ValueError: The model has no exits, or they cannot give it where it is asked for.
+    """
+    if exits is not None:
+        found: Confidence = exits.confidence(name, plan)
+        return found
+    if name == "classifier":
+        raise ValueError(
+            "confidence 'classifier' needs trained classifiers, but the model has no trained exits; train some with: "
+            "offramp train --objective consistency"
+        )
+    raise ValueError(
+        f"confidence {name!r} needs a posterior fitted on text, but the model has no exits; fit one with: "
+        f"offramp calibrate MODEL --posterior {name}"
+    )
+
+
 MEASURES: dict[str, Callable[[Contrast], Confidence]] = {
     "softmax": lambda _: softmax_gap,
     "max": lambda _: max_probability,
     "entropy": lambda _: entropy,
     "state": lambda _: state_saturation,
-    "classifier": lambda _: consistency,
     "contrastive": lambda options: Contrastive(options, discounted=False),
     "jsd": lambda options: Contrastive(options, discounted=True),
-    "laplace": lambda _: laplace,
-    "conformal": lambda _: ActiveSet("conformal"),
-    "avcs": lambda _: ActiveSet("avcs"),
 }
-"""Measures by the names that `ExitPolicy` and the command line take, besides "static"."""
+"""Measures of the readout alone, by name."""
 
-RANGES: dict[str, tuple[float, float]] = {name: (-1.0 if name == "state" else 0.0, 1.0) for name in MEASURES}
+LEARNED = ("classifier", "laplace", "conformal", "avcs")
+"""Measures that a model's exits bring: `Exits.confidence` gives them."""
+
+NAMES = (*MEASURES, *LEARNED)
+"""All that `ExitPolicy` and the command line take, besides "static"."""
+
+RANGES: dict[str, tuple[float, float]] = {name: (-1.0 if name == "state" else 0.0, 1.0) for name in NAMES}
 """Smallest and largest value of each measure: the thresholds that make sense."""
 
 HEADLESS = ("state", "classifier")

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from offramp.adaptive_threshold import AdaptiveThreshold
-from offramp.costs import Costs, Ledger
-from offramp.custom_generate import Prepared, prepare
-from offramp.decoding import Step
-from offramp.exits import Exits, fingerprint
+from offramp.core.adaptive_threshold import AdaptiveThreshold
+from offramp.core.costs import Costs, Ledger
+from offramp.core.custom_generate import Prepared, prepare
+from offramp.core.decoding import Step
+from offramp.core.exits import Exits, fingerprint
+from offramp.core.generation_options import GenerationOptions, checked, most_new_tokens
+from offramp.core.policy import ExitPolicy
+from offramp.core.prompt_inputs import Prompt as Prompt
+from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 from offramp.families import SplitModel
-from offramp.generation_options import GenerationOptions, checked, most_new_tokens
 from offramp.packaged import quiet
-from offramp.policy import ExitPolicy
 from offramp.pretrained import inside_peft
-from offramp.prompt_inputs import Prompt as Prompt
-from offramp.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 from offramp.values import choice, flag
 
 if TYPE_CHECKING:
@@ -179,7 +179,9 @@ class LanguageModel:
         """
         if self._exits is None:
             raise ValueError("the model has no trained exits to save; train some and attach them with attach_exits")
-        self._exits.save(path, settings=settings, model=self.name, fingerprint=fingerprint(self.model))
+        from offramp.exit_files import save_exits  # it knows posteriors, which decoding does not
+
+        save_exits(self._exits, path, settings=settings, model=self.name, fingerprint=fingerprint(self.model))
 
     @property
     def num_layers(self) -> int:

@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp import exit_files
-from offramp.exit_files import AGAIN, CONFIG
-from offramp.exit_posterior import Posterior
-from offramp.packaged import ModelError, first_line
-
 if TYPE_CHECKING:
+    from offramp.core.confidence import Confidence, Reading
+    from offramp.core.plan import Plan
     from offramp.families import SplitModel
 
-_POSTERIOR = "posterior."  # what its tensors' names begin with
 _CHUNK = 1 << 22  # elements hashed at a time
 
 
@@ -164,7 +159,7 @@ class Exits(nn.Module):
         lensed = () if rank == 0 else self.layers
         self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in lensed})
         self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
-        self.posterior: Posterior | None = None
+        self.posterior: Any = None  # an `offramp.exit_posterior.Posterior`, if one was fitted
 
     def _untrained(self, device: torch.device | None) -> nn.ModuleDict:
         """A classifier per exit whose logit is 0 for every state."""
@@ -217,7 +212,7 @@ class Exits(nn.Module):
                 del parts[name]
         return made
 
-    def with_posterior(self, posterior: Posterior | None) -> Exits:
+    def with_posterior(self, posterior: nn.Module | None) -> Exits:
         """A copy with a posterior that was fitted for these exits, or with none."""
         made = copy.deepcopy(self)
         made.posterior = posterior
@@ -231,7 +226,7 @@ class Exits(nn.Module):
         the same model.
 
         Args:
-            layer: An exit layer; the classifiers must be there (see `require_classifiers`).
+            layer: An exit layer; the classifiers must be there (see `with_classifiers_after`).
             x: Readout inputs after it, [..., D], as `SplitModel.readout_input` gives them.
 
         Returns:
@@ -260,120 +255,62 @@ class Exits(nn.Module):
             made.posterior = copy.deepcopy(self.posterior).to(device)
         return made
 
-    # ------------------------------------------------------------ files
+    # ------------------------------------------------------------ confidences
 
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        settings: Mapping[str, Any] | None = None,
-        model: str | None = None,
-        fingerprint: str | None = None,
-    ) -> None:
-        """Write `exits.json` and `exits.safetensors`: the folder appears complete, or stays what it was.
-
-        Args:
-            folder: A new or empty folder, or one with nothing but exits, which are replaced.
-            settings: How they were trained, as JSON values; None: `self.settings`.
-            model: Name of the model they are for; None: `self.model`.
-            fingerprint: Of its weights; None: `self.fingerprint`.
-
-        Raises:
-            FileExistsError: There is something else of that name; it is left alone.
-        """
-        values = {
-            "model": self.model if model is None else model, "num_layers": self.num_layers, "width": self.width,
-            "layers": list(self.layers), "rank": self.rank, "classifier": self.classifiers is not None,
-            "fingerprint": self.fingerprint if fingerprint is None else fingerprint,
-            "settings": self.settings if settings is None else dict(settings),
-            **({} if self.posterior is None else {"posterior": self.posterior.settings}),
-        }  # fmt: skip
-        tensors = {
-            name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
-            for name, t in self.state_dict().items()
-        }
-        exit_files.write(folder, values, tensors)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Exits:
-        """Read exits that `save` wrote; `offramp.load(name, exits=folder)` also sees to it that they fit.
+    def confidence(self, name: str, plan: Plan) -> Confidence:
+        """The measure "classifier", or one of the posterior's.
 
         Returns:
-            Exits in float32 on the CPU.
+            The measure.
 
         Raises:
-            ModelError: There are none, or a file is missing or damaged.
+            ValueError: There are no classifiers or no posterior, or none for what the plan asks for.
         """
-        values, tensors = exit_files.read(folder)
-        file, posterior = Path(folder) / exit_files.WEIGHTS, values.pop("posterior")
-        try:
-            with torch.device("meta"):
-                exits = cls(**values)
-        except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the latter from impossible sizes
-            raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
-        fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
-        expected = {name: t.shape for name, t in exits.state_dict().items()}
-        if {name: t.shape for name, t in tensors.items()} != expected:
-            raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
-        if not all(bool(t.isfinite().all()) for t in tensors.values()):
-            raise ModelError(f"{file} holds numbers that are not finite: their training diverged; train them again")
-        exits.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, assign=True)
-        if posterior is not None or fitted:
-            exits.posterior = exits._fitted(folder, posterior, fitted)
-        return exits
-
-    def _fitted(self, folder: str | os.PathLike[str], values: Any, tensors: dict[str, Tensor]) -> Posterior:
-        """The posterior of what was read, if it was fitted for these exits."""
-        tensors = {name.removeprefix(_POSTERIOR): t.clone() for name, t in tensors.items()}
-        try:
-            if not isinstance(values, dict) or not all(bool(t.isfinite().all()) for t in tensors.values()):
-                raise ValueError("its settings are missing, or numbers are not finite")
-            posterior = Posterior(values, tensors)
-            if not set(posterior.layers) <= set(self.layers):
-                raise ValueError(f"it is for layers {posterior.layers}")
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"the posterior in {folder} is damaged ({first_line(error)}); {AGAIN}") from error
-        if posterior.settings.get("lenses") != fingerprint(self.lenses):
-            raise ModelError(
-                f"the posterior in {folder} was fitted for other lenses than those beside it; fit it again with: "
-                "offramp calibrate --posterior"
+        if name == "classifier":
+            return Consistency(self.with_classifiers_after(plan.thresholds))
+        if self.posterior is None:
+            raise ValueError(
+                f"confidence {name!r} needs a posterior fitted on text, but the model's exits have none; fit one with: "
+                f"offramp calibrate MODEL --posterior {name}"
             )
-        return posterior
+        found: Confidence = self.posterior.confidence(name, plan)
+        return found
 
-    def require(self, split: SplitModel, name: str, folder: str | os.PathLike[str]) -> None:
-        """Raise a ModelError unless these exits, from `folder`, were made for the model called `name`."""
-        advice = "load the model they were made for, or train exits for this one"
-        if (self.num_layers, self.width) != (split.num_layers, split.shape.width):
-            raise ModelError(
-                f"the exits in {folder} were made for {self.model} ({self.num_layers} layers of width {self.width}), "
-                f"but {name} has {split.num_layers} of width {split.shape.width}; {advice}"
+    def with_classifiers_after(self, layers: Iterable[int]) -> Exits:
+        """See that there are classifiers after some layers.
+
+        Returns:
+            These exits themselves.
+
+        Raises:
+            ValueError: They have none, or none after one of the layers.
+        """
+        if self.classifiers is None:
+            raise ValueError(
+                "confidence 'classifier' needs trained classifiers, but the model's exits have no classifiers; train "
+                "some with: offramp train --objective consistency"
             )
-        if (found := fingerprint(split.model)) != self.fingerprint:
-            raise ModelError(
-                f"the exits in {folder} were made for {self.model} with weights {self.fingerprint[:12]}, but those of "
-                f"{name} are {found[:12]} (fingerprints); {advice}"
+        if lacking := [layer for layer in layers if layer not in self.layers]:
+            raise ValueError(
+                f"confidence 'classifier' is asked for after layer {lacking[0]}, but the exits have classifiers after "
+                f"layers {', '.join(map(str, self.layers))} only; name some of these as exit_layers, or leave "
+                "min_layer and exit_layers away"
             )
+        return self
 
 
-def require_classifiers(exits: Exits | None, layers: Iterable[int]) -> Exits:
-    """The exits, for the confidence "classifier" after some layers.
+@dataclass(frozen=True)
+class Consistency:
+    """How probably the last layer would choose the same token (CALM's classifier, section 3.3; FREE), in [0, 1].
 
-    Returns:
-        The exits themselves.
-
-    Raises:
-        ValueError: They have no classifiers, or none after one of the layers.
+    σ(w_l · x + b_l) of the readout input x, for which w_l and b_l were trained (see `Exits.classify`). If they were
+    trained on balanced classes, it is the probability if both outcomes were equally frequent. Needs no head.
     """
-    if exits is None or exits.classifiers is None:
-        what = "the model has no trained exits" if exits is None else "the model's exits have no classifiers"
-        raise ValueError(
-            f"confidence 'classifier' needs trained classifiers, but {what}; train some with: "
-            "offramp train --objective consistency"
-        )
-    if lacking := [layer for layer in layers if layer not in exits.layers]:
-        raise ValueError(
-            f"confidence 'classifier' is asked for after layer {lacking[0]}, but the exits have classifiers after "
-            f"layers {', '.join(map(str, exits.layers))} only; name some of these as exit_layers, or leave min_layer "
-            "and exit_layers away"
-        )
-    return exits
+
+    exits: Exits
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """One probability per row, [A]; NaN for logits that are not finite."""
+        logits = self.exits.classify(reading.layer, reading.input)
+        reading.bill(2 * self.exits.width, self.exits.width * reading.input.element_size())
+        return torch.where(logits.isfinite(), logits.sigmoid(), torch.nan)

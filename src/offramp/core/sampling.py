@@ -21,7 +21,7 @@ _STATEFUL = (
 
 
 @dataclass
-class Choosing:
+class Sampler:
     """How scores become tokens, and when to stop.
 
     Attributes:
@@ -83,7 +83,7 @@ class Choosing:
             )
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
-    def judge(self, token: Tensor, processed: Tensor, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def accept_drafts(self, token: Tensor, processed: Tensor, target: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
         """Judge one position's drafts so that what is emitted is what the full model's scores would have given.
 
         Greedy drafts must be its choice; sampled ones are accepted with probability min(1, p/q), else drawn from what

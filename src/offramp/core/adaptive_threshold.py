@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.policy import ExitPolicy
+    from offramp.core.policy import ExitPolicy
 
 GRID = tuple(0.3 + 0.6 * i / 9 for i in range(10))
 """Values τ can take after the first fit."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offramp.costs import Ledger
-from offramp.exit_posterior import METHODS, require_posterior
-from offramp.exits import require_classifiers
+from offramp.core.confidence import Confidence, TokenConfidence, begun, require_learned
+from offramp.core.costs import Ledger
+from offramp.core.plan import Plan
+from offramp.core.vocabulary import Kept
 from offramp.families import SplitModel
-from offramp.plan import Plan
-from offramp.uncertainty import token_laplace, token_sets
-from offramp.uncertainty.shortlist import Shortlist, shortlist
-from offramp.uncertainty.token_sets import Running
-from offramp.vocabulary import Kept
 
 
-def check(model: SplitModel, plan: Plan) -> None:
-    """See that a model can be read out as a plan demands.
+def measure_of(model: SplitModel, plan: Plan) -> Confidence | None:
+    """The plan's measure, from the model's exits where they bring it.
+
+    Returns:
+        The measure; None if no test is made.
 
     Raises:
         ValueError: Single rows of the head are wanted but cannot be had, or classifiers or a posterior that it has not.
@@ -28,10 +27,9 @@ def check(model: SplitModel, plan: Plan) -> None:
             f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
             "use vocabulary=None, or merge adapters and dequantise first"
         )
-    if plan.policy.confidence == "classifier" and plan.thresholds:
-        require_classifiers(model.exits, plan.thresholds)
-    if plan.policy.confidence in METHODS and plan.thresholds:
-        require_posterior(model.exits, str(plan.policy.confidence), plan)
+    if plan.measure is None and plan.thresholds:
+        return require_learned(model.exits, str(plan.policy.confidence), plan)
+    return plan.measure
 
 
 class Reader:
@@ -40,18 +38,27 @@ class Reader:
     Args:
         model: The model.
         plan: Where to look.
+        measure: The confidence, as `measure_of` gives it.
         ledger: Where the work is written down.
         protected: Ids that pruning never drops, [P].
         position: Of the token, counted from the first generated one.
     """
 
-    def __init__(self, model: SplitModel, plan: Plan, ledger: Ledger, protected: Tensor, position: int = 0) -> None:
+    def __init__(
+        self,
+        model: SplitModel,
+        plan: Plan,
+        measure: Confidence | None,
+        ledger: Ledger,
+        protected: Tensor,
+        position: int = 0,
+    ) -> None:
         self.model, self.plan, self.ledger, self.protected, self.position = model, plan, ledger, protected, position
+        self.measure: TokenConfidence | None = None if measure is None else begun(measure)
         self.kept: Kept | None = None
         self.previous: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}  # readout inputs of candidate layers, [A, D] each
         self.earlier: dict[int, Tensor] = {}  # logits of candidate layers on the current columns, [A, K or V] each
-        self.running: dict[str, Running] = {}  # sets of tokens by kind
 
     def capture(self, layer: int, hidden: Tensor) -> None:
         """Keep the readout input of a candidate layer."""
@@ -92,7 +99,8 @@ class Reader:
         self.previous = None if self.previous is None else self.previous[rows]
         self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
         self.earlier = {layer: z[rows] for layer, z in self.earlier.items()}
-        self.running = {kind: running.select(rows) for kind, running in self.running.items()}
+        if self.measure is not None:
+            self.measure.select(rows)
 
     def project(self, x: Tensor) -> Tensor:
         """Logits in float32 of readout inputs [A, D], on the kept tokens if there are any."""
@@ -111,18 +119,17 @@ class Reader:
 
 
 class Exit:
-    """One exit of one token step: what a confidence measure sees (see `offramp.confidence.Reading`)."""
+    """One exit of one token step: what a confidence measure sees (see `offramp.core.confidence.Reading`)."""
 
     def __init__(self, reader: Reader, layer: int, hidden: Tensor) -> None:
         self.reader, self.layer, self.hidden = reader, layer, hidden
         self.num_layers = reader.plan.num_layers
         self.candidates = tuple(c for c in reader.plan.candidates if c < layer)
-        self.previous = reader.previous
+        self.previous, self.position = reader.previous, reader.position
         self.columns = reader.kept
         self.judged = False  # whether the measure read the logits
         self._logits: Tensor | None = None
         self._input: Tensor | None = None
-        self._sets: dict[str, Running] = {}
 
     @property
     def input(self) -> Tensor:
@@ -140,7 +147,7 @@ class Exit:
 
     def confidence(self) -> list[float]:
         """The measure's values of the A rows, at most 1, moved to the host: the one synchronisation of a test."""
-        measure = self.reader.plan.measure
+        measure = self.reader.measure
         assert measure is not None
         with self.reader.ledger.time("confidence"):
             values: list[float] = measure(self).clamp(-1, 1).tolist()
@@ -154,41 +161,24 @@ class Exit:
         """Whether `logits` are those of a pruned set."""
         return self.columns is not None
 
-    def classified(self) -> Tensor:
-        """Logits of this layer's consistency classifier, [A], float32."""
-        exits = require_classifiers(self.reader.model.exits, [self.layer])
-        self.reader.ledger.classifier(len(self.hidden))
-        return exits.classify(self.layer, self.input)
+    @property
+    def ids(self) -> Tensor | None:
+        """Token ids of the columns, [A, K]; None: all V, in order."""
+        return None if self.columns is None else self.columns.ids
 
-    def posterior_gap(self) -> Tensor:
-        """The gap averaged over this exit's posterior, [A], float32."""
-        reader = self.reader
-        posterior = require_posterior(reader.model.exits, "laplace")
-        state, short = posterior.laplace(self.layer), self._shortlist(posterior.candidates)
-        k, n = short.ids.shape[1], len(state.draws)
-        reader.ledger.posterior(len(short.ids), token_laplace.flops(state, k), token_laplace.size(state), k * (n + 1))
-        return token_laplace.gap(state, self.input, short)
+    def of(self, ids: Tensor) -> Tensor:
+        """Logits of tokens [A, k]; -inf for those that were not scored."""
+        columns, vocabulary = self.columns, self.reader.plan.vocabulary
+        return (self.logits if columns is None else columns.scatter(self.logits, vocabulary)).gather(1, ids)
 
-    def _shortlist(self, size: int) -> Shortlist:
-        """The best tokens that are scored here."""
-        return shortlist(self.logits, size, None if self.columns is None else self.columns.ids)
-
-    def active(self, kind: str) -> Tensor:
-        """How many tokens the running sets hold after this exit, [A], float32; NaN for logits that are not finite."""
-        reader, normaliser = self.reader, self.logits.logsumexp(-1)
-        if kind not in self._sets:
-            posterior = require_posterior(reader.model.exits, kind)
-            running = reader.running.get(kind) or token_sets.start(self._shortlist(posterior.candidates).ids)
-            scored = self.logits if self.columns is None else self.columns.scatter(self.logits, reader.plan.vocabulary)
-            logits = scored.gather(1, running.ids)
-            running = posterior.sets(kind).step(running, self.layer, logits, normaliser, reader.position)
-            reader.running[kind] = self._sets[kind] = running
-        return self._sets[kind].active.sum(-1).float().masked_fill(~normaliser.isfinite(), torch.nan)
+    def bill(self, flops: int, shared: int, own: int = 0) -> None:
+        """Write down FLOPs per row, bytes read for all rows and per row."""
+        self.reader.ledger.confidence(len(self.hidden), flops, shared, own)
 
     @property
     def restricted(self) -> bool:
         """Whether `emission` leaves tokens out: those that pruning or a set of tokens excludes."""
-        return self.kept or bool(self._sets)
+        return self.kept or (self.reader.measure is not None and self.reader.measure.restricts)
 
     def plausible(self) -> Tensor | None:
         """Which columns survive pruning, bool [A, K or V]; None without pruning."""
@@ -245,6 +235,6 @@ class Exit:
             columns = self.columns if len(index) == len(self.hidden) else self.columns.select(index)
             with self.reader.ledger.time("select"):
                 scores = columns.scatter(scores, plan.vocabulary)
-        for running in self._sets.values():
-            scores = running.select(torch.tensor(index, device=scores.device)).among(scores)
+        if (measure := self.reader.measure) is not None and measure.restricts:
+            scores = measure.among(scores, torch.tensor(index, device=scores.device))
         return scores

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from offramp.adaptive_threshold import AdaptiveThreshold
-from offramp.choosing import Choosing
-from offramp.costs import Costs, Ledger
-from offramp.decoding import Step, decode
+from offramp.core.adaptive_threshold import AdaptiveThreshold
+from offramp.core.costs import Costs, Ledger
+from offramp.core.decoding import Step, decode
+from offramp.core.policy import ExitPolicy
+from offramp.core.sampling import Sampler
 from offramp.families import SplitModel
-from offramp.policy import ExitPolicy
 
 if TYPE_CHECKING:
-    from offramp.exits import Exits
+    from offramp.core.exits import Exits
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Prepared:
 
     model: SplitModel
     ids: Tensor
-    choosing: Choosing
+    sampler: Sampler
     max_new_tokens: int
     mask: Tensor | None = None
     positions: Tensor | None = None
@@ -61,7 +61,7 @@ class Prepared:
     ) -> Iterator[Step]:
         """Decode."""
         return decode(
-            self.model, self.ids, policy, max_new_tokens=self.max_new_tokens, choosing=self.choosing, mask=self.mask,
+            self.model, self.ids, policy, max_new_tokens=self.max_new_tokens, sampler=self.sampler, mask=self.mask,
             positions=self.positions, memory=self.memory, memory_mask=self.memory_mask, ledger=ledger,
             adaptive=adaptive,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def prepare(
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     pad = generation_config.pad_token_id
     pad = pad if isinstance(pad, int) and pad >= 0 else ends[0] if ends else 0
-    choosing = Choosing(
+    sampler = Sampler(
         processors=logits_processor if len(logits_processor) else None,
         stopping=lambda so_far: stopping_criteria(so_far, None),
         sample=bool(generation_config.do_sample),
@@ -117,10 +117,10 @@ def prepare(
                     "decoder_attention_mask leaves tokens of decoder_input_ids out, which is not supported with early "
                     "exits; give rows of equal length, or one at a time"
                 )
-        return Prepared(model, ids, choosing, limit, memory=memory, memory_mask=mask)
+        return Prepared(model, ids, sampler, limit, memory=memory, memory_mask=mask)
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("a prompt is padded on the right; pad decoder-only models on the left (padding_side='left')")
-    return Prepared(model, ids, choosing, limit, mask=mask, positions=positions)
+    return Prepared(model, ids, sampler, limit, mask=mask, positions=positions)
 
 
 def _positions(given: Tensor | None, ids: Tensor) -> Tensor | None:

@@ -1,6 +1,6 @@
 """When to leave the network: an `ExitPolicy` is the whole rule, frozen and saved as JSON.
 
-`ExitPolicy.resolve` checks it against a model's depth and vocabulary, once, and gives the `Plan` that decoding follows.
+`offramp.core.plan.resolve` checks it against a model's depth and vocabulary, once, and gives what decoding follows.
 """
 
 from __future__ import annotations
@@ -8,20 +8,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.bounded import read_object
-from offramp.confidence import MEASURES, RANGES, Confidence, Contrast, certain
-from offramp.files import write_json
-from offramp.plan import Plan
+from offramp.core.confidence import NAMES, RANGES, Confidence, Contrast
+from offramp.core.vocabulary import KINDS
 from offramp.values import choice, flag, nearest, number, plain, whole
-from offramp.vocabulary import KINDS, Pruning
 
 if TYPE_CHECKING:
-    from offramp.custom_generate import CustomGenerate
-    from offramp.exits import Exits
+    from offramp.core.custom_generate import CustomGenerate
+    from offramp.core.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
 
@@ -48,7 +45,7 @@ class ExitPolicy:
             model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "laplace",
             "conformal", "avcs" (these three of the exits' posterior, see `offramp.exit_posterior`; test only where it
             was fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a
-            callable (see `offramp.confidence.Confidence`).
+            callable (see `offramp.core.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
@@ -75,8 +72,8 @@ class ExitPolicy:
         decay_rate: θ.
         draft_length: Under "verify", most tokens drafted before a deep pass.
         batch: "rows": each row of a batch leaves at its own layer. "all": no row leaves before all would.
-        adaptive: FREE's adaptive threshold (see `offramp.adaptive_threshold`): `threshold` is where it starts, and what
-            the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
+        adaptive: FREE's adaptive threshold (see `offramp.core.adaptive_threshold`): `threshold` is where it starts, and
+            what the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
             guarantee, whose results depend on what was generated before. Needs skipped="defer" and a single exit: the
             one of `exit_layers`, or `min_layer`.
         prompt_layer: Layers that the whole prompt goes through; behind them only its last position goes on, and the
@@ -107,7 +104,7 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         if not callable(self.confidence):
-            choice("confidence", self.confidence, (*MEASURES, "static"))
+            choice("confidence", self.confidence, (*NAMES, "static"))
         choice("skipped", self.skipped, SKIPPED)
         choice("decode_from", self.decode_from, ("logits", "contrastive"))
         choice("decay", self.decay, (None, "multiplicative", "additive"))
@@ -255,6 +252,8 @@ class ExitPolicy:
         Raises:
             ValueError: The confidence is a callable.
         """
+        from offramp.files import write_json  # decoding touches no files
+
         write_json(Path(path), self.to_dict())
 
     @classmethod
@@ -268,6 +267,8 @@ class ExitPolicy:
             ValueError: The file is not a policy.
             FileNotFoundError: There is no such file.
         """
+        from offramp.bounded import read_object
+
         try:
             return cls.from_dict(read_object(Path(path), WRITE))
         except (ValueError, TypeError) as error:
@@ -302,72 +303,9 @@ class ExitPolicy:
         Returns:
             What `generate` takes. Keep it for many calls if the policy is adaptive: it holds what was learnt.
         """
-        from offramp.custom_generate import CustomGenerate
+        from offramp.core.custom_generate import CustomGenerate
 
         return CustomGenerate(self, exits)
-
-    def resolve(self, num_layers: int, vocabulary: int, exits: tuple[int, ...] = ()) -> Plan:
-        """The policy for a model of L layers and V tokens, with trained exits after layers `exits`.
-
-        Returns:
-            What decoding follows, with all defaults filled in.
-
-        Raises:
-            ValueError: A layer is outside 1..L-1, the vocabulary size above V, or the thresholds do not fit the exits.
-        """
-        if exits and self.min_layer is None and self.exit_layers is None:
-            return replace(self, exit_layers=exits).resolve(num_layers, vocabulary)
-        if num_layers < 2 and self == ExitPolicy(threshold=None):
-            return Plan(self, num_layers, vocabulary, num_layers, {}, None, None, (), num_layers)
-        if num_layers < 2:
-            raise ValueError(f"a model of {num_layers} layer has no earlier layer to exit from")
-        first = self.min_layer or (self.exit_layers[0] if self.exit_layers else max(1, num_layers // 2))
-        last = num_layers - 1
-        if not 1 <= first <= last:
-            raise ValueError(f"min_layer is {first}; a model of {num_layers} layers can exit after layers 1..{last}")
-        if self.prompt_layer is not None and not 1 <= self.prompt_layer <= num_layers:
-            raise ValueError(f"prompt_layer is {self.prompt_layer}; the model's layers are 1..{num_layers}")
-        if self.vocabulary_size is not None and self.vocabulary_size > vocabulary:
-            raise ValueError(f"vocabulary_size is {self.vocabulary_size}; the model has {vocabulary} tokens")
-        if self.confidence == "static" and self.skipped != "verify":
-            return Plan(self, num_layers, vocabulary, first, {}, None, None, (), first)
-        if self.confidence == "static":
-            return Plan(self, num_layers, vocabulary, num_layers, {first: -math.inf}, certain, None, (), first)
-        exits = self._exits(first, num_layers)
-        measure = self.confidence if callable(self.confidence) else MEASURES[self.confidence](self.contrast)
-        pruning = None
-        if self.vocabulary is not None:
-            pruning = Pruning(
-                self.vocabulary, vocabulary, num_layers, exits[0], self.vocabulary_size, self.vocabulary_floor,
-                self.vocabulary_start, self.vocabulary_shrink, self.vocabulary_recursive,
-            )  # fmt: skip
-        plan = Plan(self, num_layers, vocabulary, num_layers, self._per_exit(exits), measure, pruning, (), exits[0])
-        return plan.with_candidates()
-
-    def _exits(self, first: int, num_layers: int) -> tuple[int, ...]:
-        """The layers to test after, from `first` on."""
-        exits, last = self.exit_layers, num_layers - 1
-        if exits is None:
-            exits = (first,) if self.adaptive else tuple(range(first, num_layers))
-        if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
-            raise ValueError(
-                f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "
-                f"but one); layer {num_layers} is always an exit, leave it out"
-            )
-        return exits
-
-    def _per_exit(self, exits: tuple[int, ...]) -> dict[int, float]:
-        """Thresholds by exit layer; no exits at all if none can ever be passed."""
-        if self.threshold is None:
-            return {}
-        if not isinstance(self.threshold, tuple):
-            return dict.fromkeys(exits, float(self.threshold))
-        if len(self.threshold) != len(exits):
-            raise ValueError(
-                f"threshold has {len(self.threshold)} values for {len(exits)} exits (after layers {exits[0]}.."
-                f"{exits[-1]}); give one number, or one per exit"
-            )
-        return dict(zip(exits, map(float, self.threshold), strict=True))
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,116 +15,12 @@ from typing import Any
 
 import torch
 
+from offramp.families.sizes import ModelShape
+
 PARTS = ("encoder", "blocks", "fill", "readout", "pruned_readout", "select", "confidence")
 """encoder · blocks (attention, FFN, first-visit cross keys and values) · fill (keys and values of skipped layers) ·
 readout (lenses; all V rows) · pruned_readout (K rows) · select (top-k and gather) · confidence (the measure itself;
 only classifiers and posteriors have products, and so FLOPs)."""
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Sizes of one decoder block, in weights and widths.
-
-    Attributes:
-        weights: Weights that every token is multiplied with: all matrices except the cross-attention K/V, and of
-            experts only those that it is sent to.
-        kv_weights: Weights of the self-attention key and value projections.
-        query_width: Heads times head width of the queries.
-        kv_width: Heads times head width of the keys, and of the values.
-        cross_kv_weights: Weights of the cross-attention key and value projections; 0 without cross-attention.
-        window: Sliding attention window in tokens, or None.
-        experts: How many experts a router can send a token to; 0 without.
-        active_experts: To how many of them it sends each.
-        expert_weights: Weights of one of them.
-    """
-
-    weights: int
-    kv_weights: int
-    query_width: int
-    kv_width: int
-    cross_kv_weights: int = 0
-    window: int | None = None
-    experts: int = 0
-    active_experts: int = 0
-    expert_weights: int = 0
-
-    def weights_read(self, tokens: int) -> int:
-        """Weights that `tokens` tokens read together: of experts as many as they can be sent to, if none share one."""
-        more = min(self.experts, tokens * self.active_experts) - self.active_experts
-        return self.weights + more * self.expert_weights
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a model, enough to count the work of any way through it.
-
-    Attributes:
-        blocks: The L decoder blocks; what comes between the embeddings and the first one counts with it.
-        width: Width D of the states.
-        vocabulary: Rows V of the head.
-        element_size: Bytes per weight.
-        encoder_weights: Weights each encoder position is multiplied with.
-        encoder_attention_width: Query width summed over the encoder's layers.
-        lenses: Weights of the lens after each of layers 1..L, 0 where there is none; empty without trained exits.
-        head_width: Width of the head's rows where a matrix from D to it comes before the head (OPT-350m); None: D.
-    """
-
-    blocks: tuple[BlockShape, ...]
-    width: int
-    vocabulary: int
-    element_size: int
-    encoder_weights: int = 0
-    encoder_attention_width: int = 0
-    lenses: tuple[int, ...] = ()
-    head_width: int | None = None
-
-    def block_flops(self, layer: int, queries: int, start: int, memory: int = 0) -> int:
-        """FLOPs of block `layer` (0-based) for `queries` tokens of one row that come after `start` cached ones."""
-        block = self.blocks[layer]
-        keys = queries + (start if block.window is None else min(start, block.window - 1))
-        attended = keys + (memory if block.cross_kv_weights else 0)
-        return queries * (2 * block.weights + 4 * block.query_width * attended)
-
-    def fill_flops(self, layer: int) -> int:
-        """FLOPs of the keys and values of one token at block `layer` (0-based)."""
-        return 2 * self.blocks[layer].kv_weights
-
-    @property
-    def squeeze_weights(self) -> int:
-        """Weights of the matrix before the head; 0 where there is none."""
-        return 0 if self.head_width is None else self.width * self.head_width
-
-    def row_weights(self, rows: int | None = None) -> int:
-        """Weights of `rows` rows of the head (None: all V)."""
-        return (self.head_width or self.width) * (self.vocabulary if rows is None else rows)
-
-    def readout_weights(self, rows: int | None = None) -> int:
-        """Weights that one state is multiplied with to score `rows` kept tokens (None: all V)."""
-        return self.squeeze_weights + self.row_weights(rows)
-
-    def readout_flops(self, rows: int | None = None) -> int:
-        """FLOPs of reading one state out on `rows` kept tokens (None: all V)."""
-        return 2 * self.readout_weights(rows)
-
-    def lens_weights(self, layer: int) -> int:
-        """Weights of the lens after `layer`, 1..L; 0 where there is none."""
-        return self.lenses[layer - 1] if self.lenses else 0
-
-    def encoder_flops(self, positions: int) -> int:
-        """FLOPs of the encoder for one row of `positions` outputs."""
-        return 2 * self.encoder_weights * positions + 4 * self.encoder_attention_width * positions**2
-
-    def cross_flops(self, layer: int, memory: int) -> int:
-        """FLOPs of the cross-attention keys and values of one row at a first visit of block `layer` (0-based)."""
-        return 2 * self.blocks[layer].cross_kv_weights * memory
-
-    def generation_flops(self, prompt: int, new: int, memory: int = 0) -> int:
-        """FLOPs of the full model for one row: encoder, prompt and `new` generated tokens."""
-        passes = [(prompt, 0), *((1, prompt + t) for t in range(new - 1))]
-        layers = range(len(self.blocks))
-        blocks = sum(self.block_flops(layer, n, start, memory) for n, start in passes for layer in layers)
-        cross = sum(self.cross_flops(layer, memory) for layer in layers)
-        return self.encoder_flops(memory) + cross + blocks + new * self.readout_flops()
 
 
 @dataclass
@@ -278,15 +174,11 @@ class Ledger:
         weights = self.shape.lens_weights(layer)
         self._add("readout", states * 2 * weights, weights)
 
-    def classifier(self, states: int) -> None:
-        """A consistency classifier on `states` states."""
-        self._add("confidence", states * 2 * self.shape.width, self.shape.width)
-
-    def posterior(self, states: int, flops: int, shared: int, own: int) -> None:
-        """A posterior's confidence of `states` states: FLOPs of each, float32 numbers read for all and for each."""
+    def confidence(self, states: int, flops: int, shared: int, own: int) -> None:
+        """What a measure computes beyond logits: FLOPs of each of `states` states, bytes read for all and for each."""
         part = self.costs.parts["confidence"]
         part.flops += states * flops
-        part.bytes += 4 * (shared + states * own)
+        part.bytes += shared + states * own
 
     def readout(self, states: int) -> None:
         """A readout of `states` states on the full vocabulary, in one product."""
@@ -306,3 +198,74 @@ class Ledger:
         self.costs.tests += rows
         if scored is not None and (scored < self.shape.vocabulary or not pruned):
             self.costs.draft_flops += rows * self.shape.width**2 * scored
+
+
+# ---------------------------------------------------------------- where leaving early pays
+
+
+def exit_flops(shape: ModelShape, layer: int, first: int | None, kept: int | None = None) -> int:
+    """FLOPs of one token that leaves after `layer`: blocks, lenses, readouts, keys and values of the skipped blocks.
+
+    Weights only, as for a short context. The logits of the last test are those the token is taken from. A token that
+    reaches layer L has failed all tests and is read out once more, in full.
+
+    Args:
+        shape: The model.
+        layer: Exit layer, 1..L.
+        first: First tested layer; every layer from it on is tested. None: no tests, one readout where it leaves.
+        kept: Tokens scored by the tests after the first; None: all V. Copying their head rows is bytes, not FLOPs.
+
+    Returns:
+        FLOPs, with a multiply-add counted as 2.
+    """
+    depth = len(shape.blocks)
+    passed = sum(2 * block.weights for block in shape.blocks[:layer])
+    filled = sum(shape.fill_flops(index) for index in range(layer, depth))
+    full, later, read = shape.readout_flops(), 0, range(layer, layer + 1)
+    if first is not None and layer >= first:
+        later = min(layer, depth - 1) - first  # tests after the first
+        full = full * 2 if layer == depth else full
+        read = range(first, layer + 1)
+    lenses = sum(2 * shape.lens_weights(index) for index in read)
+    return passed + filled + lenses + full + later * shape.readout_flops(kept)
+
+
+def ratios(shape: ModelShape) -> tuple[float, float]:
+    """H = readout / block and φ = fill / block, in FLOPs of the mean block."""
+    depth = len(shape.blocks)
+    block = sum(2 * block.weights for block in shape.blocks) / depth
+    return shape.readout_flops() / block, sum(shape.fill_flops(index) for index in range(depth)) / depth / block
+
+
+def break_even(shape: ModelShape, first: int, kept: int | None = None, tests: int | None = None) -> float:
+    """The exit layer l* at which a token costs as much as in the full model; leaving before it saves FLOPs.
+
+    With H = readout / block, φ = fill / block and every layer from m on tested, a token that leaves after l costs
+    l + H(l - m + 1) + φ(L - l) blocks against L + H, its last test being its readout, so
+
+        l* = (L(1 - φ) + H·m) / (1 + H - φ).
+
+    With only n tested layers, spread evenly from m on, H(l - m + 1) becomes H(ρ(l - m) + 1) with ρ = n / (L - m); it is
+    1 if every layer is tested. A lens of λ blocks in each test (the mean over the tests) comes on top of H there.
+
+    With a fixed pruned vocabulary the first test scores V tokens and the l - m later ones K: the first test takes the
+    place of the full model's readout and the formula keeps its shape, with H_K = H·K/V in place of H. A token that
+    never leaves then pays one more full readout than the straight line through the exits says (H - H_K), so means have
+    to be compared by `exit_flops`; without pruning the line holds at L as well, and the mean exit layer decides.
+
+    Args:
+        shape: The model, its blocks alike.
+        first: m, the first tested layer, 1..L-1.
+        kept: K; None: V.
+        tests: n; None: every layer from m on.
+
+    Returns:
+        l*, between m and L where there are no lenses; not a whole number in general.
+    """
+    head, fill = ratios(shape)
+    depth = len(shape.blocks)
+    tests = depth - first if tests is None else tests
+    lens = sum(shape.lens_weights(layer) for layer in range(first, depth)) / tests
+    lens /= sum(block.weights for block in shape.blocks) / depth
+    tested = (head * (1 if kept is None else kept / shape.vocabulary) + lens) * tests / (depth - first)
+    return (depth * (1 - fill) + tested * first - lens) / (1 + tested - fill)

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offramp.adaptive_threshold import AdaptiveThreshold
-from offramp.choosing import Choosing, NoProbabilitiesError
-from offramp.costs import Ledger
+from offramp.core.adaptive_threshold import AdaptiveThreshold
+from offramp.core.costs import Ledger
+from offramp.core.plan import Plan, resolve
+from offramp.core.policy import ExitPolicy
+from offramp.core.readout import Reader, measure_of
+from offramp.core.sampling import NoProbabilitiesError, Sampler
+from offramp.core.skipped_kv import Defer, Propagate, freeze_prompt
 from offramp.families import SplitModel
-from offramp.finite import NotFiniteError, broken_at, name_of, not_finite
-from offramp.plan import Plan
-from offramp.policy import ExitPolicy
-from offramp.reading import Reader, check
-from offramp.skipping import Defer, Propagate, freeze_prompt
+from offramp.families.finite import NotFiniteError, broken_at, name_of, not_finite
 
 
 class Step(NamedTuple):
@@ -62,7 +62,7 @@ def decode(
     policy: ExitPolicy | None,
     *,
     max_new_tokens: int,
-    choosing: Choosing | None = None,
+    sampler: Sampler | None = None,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
     memory: Tensor | None = None,
@@ -74,14 +74,14 @@ def decode(
 
     A prompt runs at full depth (a static policy: at its own depth; with `prompt_layer`, only its last position goes
     deeper) and its token is marked `prefill`; the single start token of an encoder-decoder is an ordinary step. Rows
-    stop at EOS, by `choosing.stopping` or at the length limit.
+    stop at EOS, by `sampler.stopping` or at the length limit.
 
     Args:
         model: The model.
         ids: Prompt, or decoder start tokens, [B, T].
         policy: The exit policy; None: the full model.
         max_new_tokens: Most tokens generated per row.
-        choosing: Processors, sampling and stopping; None: plain greedy without EOS.
+        sampler: Processors, sampling and stopping; None: plain greedy without EOS.
         mask: 1 for tokens, 0 for left padding, [B, T]; None without padding.
         positions: Positions of the prompt's tokens, [B, T]; new ones go on from its last. None: counted from the mask.
         memory: Encoder output, [B, X, D], for encoder-decoders.
@@ -96,12 +96,12 @@ def decode(
         ValueError: The policy does not fit the model.
         NotFiniteError: The model computes NaN or infinity for a token, or for one it was to be drawn from.
     """
-    plan = (policy or ExitPolicy(threshold=None)).resolve(model.num_layers, model.shape.vocabulary, model.exit_layers)
+    plan = resolve(policy or ExitPolicy(threshold=None), model.num_layers, model.shape.vocabulary, model.exit_layers)
     adaptive = (adaptive or AdaptiveThreshold.of(plan.policy)) if plan.policy.adaptive else None
     if adaptive is not None:
         plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
     ledger = ledger or Ledger(model.shape, ids.device)
-    generation = _Generation(model, ids, plan, choosing or Choosing(), max_new_tokens, ledger, adaptive)
+    generation = _Generation(model, ids, plan, sampler or Sampler(), max_new_tokens, ledger, adaptive)
     read = generation.first(mask=mask, positions=positions, memory=memory, memory_mask=memory_mask)
     while True:
         try:
@@ -121,28 +121,28 @@ class _Generation:
         model: SplitModel,
         ids: Tensor,
         plan: Plan,
-        choosing: Choosing,
+        sampler: Sampler,
         max_new_tokens: int,
         ledger: Ledger,
         adaptive: AdaptiveThreshold | None,
     ) -> None:
-        self.model, self.plan, self.choosing, self.ledger, self.adaptive = model, plan, choosing, ledger, adaptive
-        check(model, plan)
+        self.model, self.plan, self.sampler, self.ledger, self.adaptive = model, plan, sampler, ledger, adaptive
+        self.measure = measure_of(model, plan)
         if plan.policy.prompt_layer is not None and model.is_encoder_decoder:
             raise ValueError(
                 f"prompt_layer is {plan.policy.prompt_layer}, but the decoder of an encoder-decoder has no prompt to "
                 "shorten; leave prompt_layer away"
             )
         self.limit, self.prompt = max_new_tokens, ids.shape[1]
-        self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), choosing.pad)], dim=1)
+        self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), sampler.pad)], dim=1)
         self.length = ids.shape[1]  # tokens known, drafts included
         self.live = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.rows = list(range(len(ids)))  # live rows
         self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger)
-        self.protected = torch.tensor(sorted(set(choosing.eos)), dtype=torch.long, device=ids.device)
+        self.protected = torch.tensor(sorted(set(sampler.eos)), dtype=torch.long, device=ids.device)
         self.verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
         if self.verifying:
-            self.choosing.require_repeatable()
+            self.sampler.require_repeatable()
         self.drafts: list[_Read] = []
         self.shallow: list[tuple[list[float], Tensor]] = []  # confidences, choices [B] of positions not yet compared
         self.billed = 0
@@ -180,7 +180,7 @@ class _Generation:
     def _with_tests(self) -> _Read:
         plan, way, batch = self.plan, self.way, len(self.buffer)
         read = _Read(self._scores(), [0] * batch, [math.nan] * batch)
-        reader = Reader(self.model, plan, self.ledger, self.protected, self.length - self.prompt)
+        reader = Reader(self.model, plan, self.measure, self.ledger, self.protected, self.length - self.prompt)
         exits = tuple(plan.thresholds)
         for layer in plan.stops:
             way.advance(layer)
@@ -277,7 +277,7 @@ class _Generation:
             read.states = inputs.new_zeros(len(self.buffer), inputs.shape[1])
         read.states[rows] = inputs
 
-    # ------------------------------------------------------------ choosing tokens
+    # ------------------------------------------------------------ sampler tokens
 
     def _process(self, read: _Read) -> None:
         """Processed scores of a read, and its tokens.
@@ -286,21 +286,21 @@ class _Generation:
         is read at the same exit.
         """
         ids = self.buffer[:, : self.length]
-        read.processed = self.choosing.process(ids, read.scores)
-        if read.states is not None and self.choosing.processors is not None:
+        read.processed = self.sampler.process(ids, read.scores)
+        if read.states is not None and self.sampler.processors is not None:
             empty = (read.processed.amax(-1) == -torch.inf) & self.live
             if bool(empty.any()):
                 with self.ledger.time("readout"):
                     full = self.model.project(read.states).float()
                 self.ledger.readout(len(full))
-                read.processed = self.choosing.process(ids, torch.where(empty[:, None], full, read.scores))
-        read.token = self.choosing.pick(read.processed)
+                read.processed = self.sampler.process(ids, torch.where(empty[:, None], full, read.scores))
+        read.token = self.sampler.pick(read.processed)
         read.sound = self._sound(read.scores, read.token)
 
     def _sound(self, scores: Tensor, token: Tensor) -> Tensor:
         """Rows whose token has a number for a score, bool [B]."""
         chosen = scores.gather(1, token[:, None])[:, 0]  # where scores hold NaN or +inf, such a one is the largest
-        if self.choosing.processors is None:
+        if self.sampler.processors is None:
             return chosen.isfinite()
         return chosen < torch.inf  # one that they force may have -inf of the model, or of its pruned readout
 
@@ -319,9 +319,9 @@ class _Generation:
     def _step(self, token: Tensor, layers: list[int], confidences: list[float], sound: Tensor) -> Step:
         """Append the tokens of one position, which count, and update which rows go on."""
         device, active, rows = self.buffer.device, self.live, self.rows
-        token = torch.where(active, token, self.choosing.pad)
+        token = torch.where(active, token, self.sampler.pad)
         self._append(token)
-        self.live = active & ~self.choosing.ends(self.buffer[:, : self.length])
+        self.live = active & ~self.sampler.ends(self.buffer[:, : self.length])
         live, sound_or_ended = torch.stack([self.live, sound | ~active]).tolist()
         if not all(sound_or_ended):
             self.length -= 1  # what was chosen by no number is no text
@@ -354,10 +354,10 @@ class _Generation:
             self._process(read)
         else:  # every row went to full depth: no drafts
             read.token = torch.zeros_like(self.buffer[:, 0])
-        self._append(torch.where(self.live, read.token, self.choosing.pad))
+        self._append(torch.where(self.live, read.token, self.sampler.pad))
         self.drafts.append(read)
         if not deep:
-            ended = (self.choosing.is_eos(self.buffer[:, : self.length]) & self.live).any()
+            ended = (self.sampler.is_eos(self.buffer[:, : self.length]) & self.live).any()
             full = len(self.drafts) >= self.plan.policy.draft_length or self.length - self.prompt >= self.limit
             if not full and not bool(ended):
                 return
@@ -384,9 +384,9 @@ class _Generation:
         drafts, self.drafts = self.drafts, []
         self.length -= len(drafts)
         for index, draft in enumerate(drafts):
-            target = self.choosing.process(self.buffer[:, : self.length], logits[:, index])
+            target = self.sampler.process(self.buffer[:, : self.length], logits[:, index])
             drafted = torch.tensor([layer < depth for layer in draft.layers], device=state.hidden.device)
-            token, agreed = self.choosing.judge(draft.token, draft.processed, target, drafted)
+            token, agreed = self.sampler.accept_drafts(draft.token, draft.processed, target, drafted)
             layers = [layer if same else depth for layer, same in zip(draft.layers, agreed.tolist(), strict=True)]
             wrong = bool((~agreed & self.live).any())
             sound = self._sound(logits[:, index], token)

@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from offramp.cache import as_rows
-from offramp.costs import Ledger
+from offramp.core.costs import Ledger
 from offramp.families import SplitModel
-from offramp.state import Frame, Skipped, State
+from offramp.families.cache import as_rows
+from offramp.families.state import Frame, Skipped, State
 
 
 class Propagate:

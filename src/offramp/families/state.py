@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from offramp.cache import Rows
+from offramp.families.cache import Rows
 
 
 class HeadRows(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel
-    from offramp.state import HeadRows
+    from offramp.families.state import HeadRows
 
 KINDS = ("fixed", "decaying", "adaptive")
 
