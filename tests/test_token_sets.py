@@ -1,6 +1,7 @@
 """Nested sets of tokens: coverage by simulation, nestedness, singletons, draws that belong to a place."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp.core.confidence import ActiveSet
+from offramp.exit_posterior import RunningSet
 from offramp.uncertainty import token_sets as ts
 from offramp.uncertainty.shortlist import shortlist
 
@@ -244,11 +245,17 @@ def test_scores_among_a_set_keep_its_tokens_only(seed):
 
 @pytest.mark.parametrize("most", range(1, 70))
 def test_a_threshold_of_one_over_n_plus_one_asks_for_at_most_n_tokens(most):
-    class Sizes:
-        def active(self, kind):
-            return torch.arange(0, 100).float()
+    class Sets:
+        def step(self, running, *rest):
+            return running._replace(active=torch.arange(100)[None] < torch.arange(100)[:, None])
 
-    confidence = ActiveSet("conformal")(Sizes())
+    class Reading:
+        layer, position, ids, logits = 1, 0, None, torch.zeros(100, 100)
+
+        def of(self, ids):
+            return self.logits.gather(1, ids)
+
+    confidence = RunningSet(SimpleNamespace(candidates=100), Sets())(Reading())
     leaving = [size for size, c in enumerate(confidence.tolist()) if c > 1 / (most + 1)]
     assert leaving == list(range(1, most + 1))
     single = [size for size, c in enumerate(confidence.tolist()) if c > 0.9]
