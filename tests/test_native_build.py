@@ -104,7 +104,7 @@ def test_two_processes_at_once(fresh):
 def test_a_child_after_a_fork_computes_the_same():
     """Workers do not survive a fork: the child starts its own."""
     code = """
-import os, torch
+import ctypes, os, torch
 from offramp.native import library as lib
 from offramp.native.weights import Part, Weights
 from offramp.native.build import library
@@ -113,7 +113,9 @@ linear, weights = torch.nn.Linear(64, 4096, bias=False), Weights()
 matrix, x = weights.matrix(Part(linear)), torch.randn(1, 64)
 def times():
     out = torch.empty(1, 4096)
-    library().offramp_readout(matrix, lib.Norm(), lib.address(x), 1, None, 4096, lib.address(out), 2)
+    call = lib.Readout(1, 64, 4096, 2, 1, 1, head=ctypes.pointer(matrix))
+    call.hidden, call.logits = lib.address(x), lib.address(out)
+    library().offramp_readout(call)
     return out
 first = times()
 child = os.fork()

@@ -32,14 +32,24 @@ def matrix_of(kind, rows, cols, *, bias=False, seed=0):
     return matrix, values.double(), linear.bias.detach().double() if bias else 0.0, (linear, weights)
 
 
-def times(matrix, x, ids=None, norm=None, threads=2):
-    count = matrix.rows if ids is None else ids.shape[1]
-    out = torch.full((len(x), count), math.nan)
-    place = None if ids is None else lib.address(ids)
-    library().offramp_readout(
-        matrix, norm or lib.Norm(), lib.address(x), len(x), place, count, lib.address(out), threads
-    )
-    return out
+def read(x, matrix=None, ids=None, *, norm=None, lens=(), scale=1.0, bend=(1.0, 0.0), threads=2):
+    """A readout of states [A, D]: what the head reads, logits, the two best, their tokens, the normaliser."""
+    count = 1 if matrix is None else matrix.rows if ids is None else ids.shape[-1]
+    inputs, logits = torch.full_like(x, math.nan), torch.full((len(x), count), math.nan)
+    best, tokens, normaliser = torch.empty(len(x), 2), torch.empty(len(x), 2, dtype=torch.long), torch.empty(len(x))
+    lens = (lib.Matrix * len(lens))(*lens)
+    call = lib.Readout(
+        *x.shape, count, threads, scale, *bend, lib.address(x), len(lens), lens, norm and ctypes.pointer(norm),
+        matrix and ctypes.pointer(matrix), None if ids is None else lib.address(ids),
+        ids.shape[1] if ids is not None and ids.ndim == 2 else 0,
+        *map(lib.address, (inputs, logits, best, tokens, normaliser)),
+    )  # fmt: skip
+    library().offramp_readout(call)
+    return inputs, logits, best, tokens, normaliser
+
+
+def times(matrix, x, ids=None, threads=2):
+    return read(x, matrix, ids, threads=threads)[1]
 
 
 @settings(deadline=None, max_examples=60)
@@ -76,9 +86,74 @@ def test_norms_are_those_of_torch(cols):
         torch.nn.init.normal_(module.weight)
     torch.nn.init.normal_(layer.bias)
     for module in (layer, root):
-        out = torch.empty_like(x)
-        library().offramp_norm(weights.norm(module), lib.address(x), 3, lib.address(out))
-        torch.testing.assert_close(out, module(x).detach(), atol=1e-5, rtol=1e-5)
+        inputs = read(x, norm=weights.norm(module))[0]
+        torch.testing.assert_close(inputs, module(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", ["all", "shared", "own"])
+def test_the_best_are_those_of_torch(kind, rows):
+    """The two best of hundreds of logits, bent to lie below a cap, with tokens that are none; in any company."""
+    matrix, *_alive = matrix_of(kind, 700, 70, bias=True)
+    x, ids = torch.randn(14, 70), None
+    if rows != "all":
+        ids = torch.stack([torch.randperm(700)[:300] for _ in range(14 if rows == "own" else 1)])
+        ids[:, 5::7] = -1
+        ids = ids if rows == "own" else ids[0]
+    inputs, logits, best, tokens, normaliser = read(x, matrix, ids, bend=(0.7, 3.0))
+    plain = times(matrix, x).double()
+    want = 3 * torch.tanh(plain * 0.7 / 3)
+    if ids is not None:
+        each = ids.expand(14, -1)
+        want = want.gather(1, each.clamp(min=0)).masked_fill(each < 0, -math.inf)
+    assert torch.equal(inputs, x)
+    torch.testing.assert_close(logits.double(), want, atol=2e-6, rtol=2e-6)
+    top = logits.topk(2, dim=1)
+    assert torch.equal(best, top.values)
+    assert torch.equal(tokens, top.indices if ids is None else each.gather(1, top.indices))
+    torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(1), atol=1e-6, rtol=1e-6)
+    for threads in (1, 3):
+        alone = [
+            read(x[i : i + 1], matrix, ids[i : i + 1] if rows == "own" else ids, bend=(0.7, 3.0), threads=threads)
+            for i in range(14)
+        ]
+        for got, parts in zip((logits, best, tokens, normaliser), list(zip(*alone, strict=True))[1:], strict=True):
+            assert torch.equal(got, torch.cat(parts))
+
+
+def test_lens_norm_and_scale_come_before_the_head():
+    torch.manual_seed(2)
+    down, up, norm = torch.nn.Linear(40, 5, bias=False), torch.nn.Linear(5, 40), torch.nn.LayerNorm(40)
+    matrix, values, *_alive = matrix_of("float32", 33, 40)
+    weights = Weights()
+    x = torch.randn(3, 40)
+    lens = [weights.matrix(Part(part)) for part in (down, up)]
+    inputs, logits, *_ = read(x, matrix, norm=weights.norm(norm), lens=lens, scale=0.5)
+    want = norm(x + up(down(x))).detach() * 0.5
+    torch.testing.assert_close(inputs, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits.double(), want.double() @ values.T, atol=1e-5, rtol=1e-5)
+
+
+def test_of_equal_logits_the_lowest_token_is_best():
+    head = torch.nn.Linear(8, 400, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    matrix = Weights().matrix(Part(head))
+    x = torch.ones(2, 8)
+    assert read(x, matrix)[3].tolist() == [[0, 1], [0, 1]]
+    assert read(x, matrix, torch.tensor([311, 250, 7, -1, 260]))[3].tolist() == [[7, 250], [7, 250]]
+    assert read(x, matrix, torch.tensor([5]))[3].tolist() == [[5, -1], [5, -1]]
+    with torch.no_grad():
+        head.weight[300] = 1
+    assert read(x, matrix)[3].tolist() == [[300, 0], [300, 0]]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told_by_the_normaliser(wrong):
+    matrix, *_alive = matrix_of("float32", 400, 8)
+    x = torch.randn(2, 8)
+    x[1, 3] = wrong
+    normaliser = read(x, matrix)[4]
+    assert normaliser.isfinite().tolist() == [True, False]
 
 
 def test_quantisation_is_within_half_a_step_and_keeps_the_largest():

@@ -242,3 +242,30 @@ def test_positions_of_the_caller():
         lm.generate(inputs, max_new_tokens=NEW).tokens for lm in (native(tiny("llama")), LanguageModel(tiny("llama")))
     )
     assert got == want
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@torch.no_grad()
+def test_the_best_tokens_come_in_one_call(name, rank):
+    """What a test needs of a readout is what its parts give, with a lens and on some tokens only, too."""
+    torch.manual_seed(3)
+    split = NativeModel(tiny(name))
+    exits = Exits.fresh(split, (1, 2), rank)
+    for parameter in exits.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    split.exits = exits
+    hidden = torch.randn(3, split.shape.width)
+    kept = split.gather(torch.stack([torch.randperm(VOCABULARY)[:20] for _ in range(3)]))
+    for layer, rows in ((1, None), (None, None), (2, kept)):
+        x = split.readout_input(hidden, layer)
+        logits = split.project(x, rows)
+        torch.testing.assert_close(x, SplitModel.readout_input(split, hidden, layer), atol=1e-5, rtol=1e-5)
+        want = SplitModel.project(split, x)
+        torch.testing.assert_close(logits, want if rows is None else want.gather(1, rows.ids), atol=1e-5, rtol=1e-5)
+        best = split.best(hidden, layer, rows, logits=True, inputs=True)
+        assert torch.equal(best.inputs, x)
+        assert torch.equal(best.logits, logits)
+        top = logits.topk(2, dim=1)
+        assert torch.equal(best.values, top.values)
+        assert torch.equal(best.tokens, top.indices if rows is None else rows.ids.gather(1, top.indices))
+        torch.testing.assert_close(best.normaliser, logits.logsumexp(1), atol=1e-6, rtol=1e-6)

@@ -9,6 +9,9 @@
 // eight bytes wide. Vectors are the compiler's own, sixteen floats, which it splits where the machine's are shorter.
 
 #include <pthread.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -88,6 +91,26 @@ struct Model {
 struct Rotation {
     const float* cosines;    // [positions, rotated / 2]
     const float* sines;
+};
+
+struct Readout {             // of A states after one layer
+    int64_t rows, width;     // A states of D numbers
+    int64_t count;           // K logits each
+    int64_t threads;
+    double scale;            // of what the head reads
+    double factor, cap;      // of logits, which are bent to lie below the cap; 0: none
+    const float* hidden;     // [A, D]
+    int64_t lenses;
+    const Matrix* lens;      // applied one after the other and added to the state, first
+    const Norm* norm;        // or null
+    const Matrix* head;      // or null: only `inputs` are wanted
+    const int64_t* ids;      // which rows of the head, -1 for none; or null: all
+    int64_t ids_step;        // from one state's ids to the next one's; 0: they share them
+    float* inputs;           // [A, D]: what the head reads; or null
+    float* logits;           // [A, K], or null
+    float* best;             // [A, 2]: the two largest logits; or null: logits are all that is wanted
+    int64_t* tokens;         // [A, 2]: whose they are; of equal ones, the lowest
+    float* normaliser;       // [A]: logsumexp; NaN if a logit is NaN or +inf
 };
 
 struct Call {
@@ -243,6 +266,32 @@ inline float sum(f32x16 v) {
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
+#if defined(__clang__)
+#define LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LANES(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
+#endif
+
+inline f32x16 fold8(f32x16 a, f32x16 b) {
+    return LANES(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           LANES(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+inline f32x16 fold4(f32x16 a, f32x16 b) {
+    return LANES(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           LANES(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+// The sums of eight vectors, each in the order of `sum`.
+inline void sums8(const f32x16* v, float* out) {
+    const f32x16 a = fold4(fold8(v[0], v[1]), fold8(v[2], v[3])), b = fold4(fold8(v[4], v[5]), fold8(v[6], v[7]));
+    const f32x16 c = LANES(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                     LANES(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    const f32x16 d = LANES(c, c, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14) +
+                     LANES(c, c, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
+    std::memcpy(out, &d, 32);
+}
+
 inline f32x16 choose(i32x16 mask, f32x16 yes, f32x16 no) {
     return (f32x16)(((i32x16)yes & mask) | ((i32x16)no & ~mask));
 }
@@ -267,6 +316,14 @@ inline f32x16 exp16(f32x16 x) {
     const i32x16 power = ((i32x16)shifted - (i32x16)magic) << 23;
     return choose(gone, splat(0.0f), (f32x16)((i32x16)p + power));
 }
+
+inline f32x16 tanh16(f32x16 x) {
+    const i32x16 sign = (i32x16)x & (i32x16)splat(-0.0f);
+    const f32x16 t = exp16(splat(-2.0f) * (f32x16)((i32x16)x & ~(i32x16)splat(-0.0f)));
+    return (f32x16)((i32x16)((splat(1.0f) - t) / (splat(1.0f) + t)) | sign);
+}
+
+inline f32x16 capped(f32x16 x, float cap) { return splat(cap) * tanh16(x / splat(cap)); }
 
 inline f32x16 activated(int64_t kind, f32x16 x) {
     const f32x16 one = splat(1.0f), zero = splat(0.0f);
@@ -331,9 +388,14 @@ struct WeightsInt8 {
     WeightsInt8(const Matrix& m, int64_t r)
         : row(static_cast<const int8_t*>(m.data) + r * m.stride), scale(m.scales + r * (m.stride / 64)) {}
     f32x16 wide(int64_t c) const {
+#if defined(__AVX512F__)  // for which GCC makes a hundred instructions of the lines below
+        const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c));
+        return __builtin_convertvector((i32x16)_mm512_maskz_cvtepi8_epi32(0xffff, q), f32x16) * splat(scale[c / 64]);
+#else
         i8x16 q;
         std::memcpy(&q, row + c, sizeof q);
         return __builtin_convertvector(q, f32x16) * splat(scale[c / 64]);
+#endif
     }
     f32x16 low(int64_t c) const { return wide(c); }
     f32x16 high(int64_t c) const { return wide(c + 16); }
@@ -367,43 +429,7 @@ void pack(const float* x, int64_t cols, int64_t format, float* into) {
 
 // ------------------------------------------------------------------------------------------------ matrix times rows
 
-// R rows of weights times M rows of inputs. Each sum runs over the columns in one chain of sixteen lanes.
-template <class W, int R, int M>
-inline void tile(const W* w, const float* const* x, int64_t whole, const W* ends, int64_t ahead, float* out) {
-    f32x16 acc[R][M] = {};
-    auto step = [&](const W* v, int64_t at, int64_t c) {
-        f32x16 in[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) in[m] = load(x[m] + c);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const f32x16 weights = v[r].low(at);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[r][m] += weights * in[m];
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) in[m] = load(x[m] + c + 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const f32x16 weights = v[r].high(at);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[r][m] += weights * in[m];
-        }
-    };
-    for (int64_t c = 0; c < whole; c += 32) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)  // the memory that this thread comes to in a moment
-            if (ahead) __builtin_prefetch(static_cast<const char*>(w[r].at(c)) + ahead, 0, 2);
-        step(w, c, c);
-    }
-    if (ends) step(ends, 0, whole);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) out[r * M + m] = sum(acc[r][m]);
-}
-
-// What a LINEAR op works on: the packed inputs and where results go.
+// What weights are multiplied with.
 struct Inputs {
     const float* packed;     // [M, stride]
     int64_t rows, stride;
@@ -413,7 +439,6 @@ struct Inputs {
 template <class W>
 struct Ends {
     typename W::Element memory[8][32];
-    float scales[8];
     alignas(W) char views[8 * sizeof(W)];
     const W* of(const Matrix& a, const int64_t* rows, int count, int64_t whole) {
         if (whole == a.cols || a.format == INT8) return nullptr;  // INT8 is padded as it is made
@@ -429,91 +454,144 @@ struct Ends {
     }
 };
 
+// R rows of weights times M rows of inputs, to out[m * stride + r]. Each sum runs over the columns in one chain of
+// sixteen lanes. On the way, the R rows from `next` on are fetched: the memory that this thread comes to in a moment.
 template <class W, int R, int M>
-inline void write_tile(const W* w, const W* ends, const Inputs& in, int64_t m, int64_t whole, int64_t ahead, float* out,
-                       int64_t stride, int64_t col) {
+inline void tile(const W* w, const W* ends, const char* const* next, const Inputs& in, int64_t first, int64_t whole,
+                 float* out, int64_t stride) {
     const float* x[M];
-    for (int i = 0; i < M; ++i) x[i] = in.packed + (m + i) * in.stride;
-    float got[R * M];
-    tile<W, R, M>(w, x, whole, ends, ahead, got);
-    for (int i = 0; i < M; ++i)
-        for (int r = 0; r < R; ++r) out[(m + i) * stride + col + r] = got[r * M + i];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) x[m] = in.packed + (first + m) * in.stride;
+    f32x16 acc[R * M] = {};
+    auto step = [&](const W* v, int64_t at, int64_t c) {
+        f32x16 inputs[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) inputs[m] = load(x[m] + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const f32x16 weights = v[r].low(at);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[m * R + r] += weights * inputs[m];
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) inputs[m] = load(x[m] + c + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const f32x16 weights = v[r].high(at);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[m * R + r] += weights * inputs[m];
+        }
+    };
+    for (int64_t c = 0; c < whole; c += 32) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+            if (next) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
+        step(w, c, c);
+    }
+    if (ends) step(ends, 0, whole);
+    float got[(R * M + 7) / 8 * 8];
+#pragma GCC unroll 8
+    for (int i = 0; i + 8 <= R * M; i += 8) sums8(acc + i, got + i);
+#pragma GCC unroll 8
+    for (int i = R * M / 8 * 8; i < R * M; ++i) got[i] = sum(acc[i]);
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) out[(first + m) * stride + r] = got[m * R + r];
 }
 
-template <class W, int R>
-inline void all_inputs(const W* w, const W* ends, const Inputs& in, int64_t whole, int64_t ahead, float* out,
-                       int64_t stride, int64_t col) {
-    int64_t m = 0;
-    for (; m + 4 <= in.rows; m += 4, ahead = 0) write_tile<W, R, 4>(w, ends, in, m, whole, ahead, out, stride, col);
-    switch (in.rows - m) {
-        case 3: write_tile<W, R, 3>(w, ends, in, m, whole, ahead, out, stride, col); break;
-        case 2: write_tile<W, R, 2>(w, ends, in, m, whole, ahead, out, stride, col); break;
-        case 1: write_tile<W, R, 1>(w, ends, in, m, whole, ahead, out, stride, col); break;
+// As many rows of weights at once as leave room for sums of M inputs in registers.
+template <class W, int M>
+inline void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t first,
+                  int64_t whole, float* out, int64_t stride) {
+    constexpr int R = M == 1 ? 8 : M <= 6 ? 4 : 2;
+    int64_t r = 0;
+    for (; r + R <= count; r += R)
+        tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, in, first, whole, out + r, stride);
+    for (; r < count; ++r) tile<W, 1, M>(w + r, ends ? ends + r : nullptr, nullptr, in, first, whole, out + r, stride);
+}
+
+// The same for `size` inputs from `first` on, at most eight.
+template <class W>
+void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t first,
+           int64_t size, int64_t whole, float* out, int64_t stride) {
+    switch (size) {
+        case 1: return tiles<W, 1>(w, ends, next, count, in, first, whole, out, stride);
+        case 2: return tiles<W, 2>(w, ends, next, count, in, first, whole, out, stride);
+        case 3: return tiles<W, 3>(w, ends, next, count, in, first, whole, out, stride);
+        case 4: return tiles<W, 4>(w, ends, next, count, in, first, whole, out, stride);
+        case 5: return tiles<W, 5>(w, ends, next, count, in, first, whole, out, stride);
+        case 6: return tiles<W, 6>(w, ends, next, count, in, first, whole, out, stride);
+        case 7: return tiles<W, 7>(w, ends, next, count, in, first, whole, out, stride);
+        case 8: return tiles<W, 8>(w, ends, next, count, in, first, whole, out, stride);
     }
 }
 
-constexpr int64_t MANY = 12;  // inputs from which weights are widened once for all of them
+// Memory of one thread, kept from call to call.
+struct Scratch {
+    std::vector<float> packed, wide, line, sums;
+    static float* at_least(std::vector<float>& v, int64_t size) {
+        if (static_cast<int64_t>(v.size()) < size) v.resize(size);
+        return v.data();
+    }
+};
+thread_local Scratch scratch;
 
-// Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + col + (row - from)].
+constexpr int64_t MANY = 12;       // inputs from which weights are widened once for all of them
+constexpr int64_t WIDE = 1 << 16;  // floats widened at a time: half of a small second cache
+
+// Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + (row - from)]. `then` is
+// what will be read next, or null.
 template <class W>
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
-              int64_t stride, int64_t col, float* scratch) {
-    const int64_t whole = a.format == INT8 ? padded(a.cols) : a.cols / 32 * 32;
-    const int64_t ahead = ids ? 0 : 8 * a.stride * static_cast<int64_t>(sizeof(typename W::Element));
-    for (int64_t r = from; r < to;) {
+              int64_t stride, const char* then) {
+    const bool many = in.rows >= MANY;
+    const int64_t wide = padded(a.cols), whole = a.format == INT8 ? wide : a.cols / 32 * 32;
+    const int64_t bytes = a.stride * static_cast<int64_t>(sizeof(typename W::Element));
+    const int64_t room = many ? std::max<int64_t>(8, WIDE / wide / 8 * 8) : 8;
+    auto row = [&](int64_t r) { return ids ? std::max<int64_t>(0, ids[r]) : r; };
+    float* widened = many ? Scratch::at_least(scratch.wide, room * wide) : nullptr;
+    std::vector<WeightsF32> views;
+    for (int64_t r = from; r < to; r += 8) {
         const int count = static_cast<int>(std::min<int64_t>(8, to - r));
         int64_t rows[8];
-        for (int i = 0; i < count; ++i) rows[i] = ids ? ids[r + i] : r + i;
         alignas(W) char memory[8 * sizeof(W)];
         W* w = reinterpret_cast<W*>(memory);
-        for (int i = 0; i < count; ++i) w[i] = W(a, rows[i]);
+        const char* next[8];
+        for (int i = 0; i < count; ++i) {
+            rows[i] = row(r + i);
+            w[i] = W(a, rows[i]);
+            next[i] = r + i + 8 < to ? static_cast<const char*>(a.data) + row(r + i + 8) * bytes : then + i * bytes;
+        }
         Ends<W> tails;
         const W* ends = tails.of(a, rows, count, whole);
-        const int64_t at = col + (r - from);
-        if (in.rows >= MANY) {
-            const int64_t wide = padded(a.cols);
-            for (int i = 0; i < count; ++i)
-                for (int64_t c = 0; c < wide; c += 32) {
-                    const W& v = c < whole ? w[i] : ends[i];
-                    store(scratch + i * wide + c, v.low(c < whole ? c : 0));
-                    store(scratch + i * wide + c + 16, v.high(c < whole ? c : 0));
-                }
-            for (int i = 0; i < count;) {
-                const WeightsF32 v[4] = {WeightsF32(scratch + i * wide), WeightsF32(scratch + (i + 1) * wide),
-                                         WeightsF32(scratch + (i + 2) * wide), WeightsF32(scratch + (i + 3) * wide)};
-                const WeightsF32* none = nullptr;
-                int64_t m = 0;
-                if (count - i >= 4) {
-                    for (; m + 6 <= in.rows; m += 6)
-                        write_tile<WeightsF32, 4, 6>(v, none, in, m, wide, 0, out, stride, at + i);
-                    const Inputs rest{in.packed + m * in.stride, in.rows - m, in.stride};
-                    all_inputs<WeightsF32, 4>(v, none, rest, wide, 0, out + m * stride, stride, at + i);
-                    i += 4;
-                } else {
-                    all_inputs<WeightsF32, 1>(v, none, in, wide, 0, out, stride, at + i);
-                    i += 1;
-                }
-            }
-        } else if (in.rows == 1 && count == 8) {
-            write_tile<W, 8, 1>(w, ends, in, 0, whole, ahead, out, stride, at);
-        } else {
-            int i = 0;
-            for (; i + 4 <= count; i += 4)
-                all_inputs<W, 4>(w + i, ends ? ends + i : nullptr, in, whole, ahead, out, stride, at + i);
-            for (; i < count; ++i) all_inputs<W, 1>(w + i, ends ? ends + i : nullptr, in, whole, 0, out, stride, at + i);
+        if (!many) {
+            for (int64_t m = 0; m < in.rows; m += 8)
+                tiles<W>(w, ends, m == 0 && then ? next : nullptr, count, in, m, std::min<int64_t>(8, in.rows - m),
+                         whole, out + (r - from), stride);
+            continue;
         }
-        r += count;
+        for (int i = 0; i < count; ++i) {
+            float* line = widened + views.size() * wide;
+            for (int64_t c = 0; c < whole; c += 32) store(line + c, w[i].low(c)), store(line + c + 16, w[i].high(c));
+            if (ends) store(line + whole, ends[i].low(0)), store(line + whole + 16, ends[i].high(0));
+            views.emplace_back(line);
+        }
+        if (static_cast<int64_t>(views.size()) < room && r + 8 < to) continue;
+        const int64_t start = r + count - static_cast<int64_t>(views.size());
+        for (int64_t m = 0; m < in.rows; m += 6)
+            tiles<WeightsF32>(views.data(), nullptr, nullptr, views.size(), in, m, std::min<int64_t>(6, in.rows - m),
+                              wide, out + (start - from), stride);
+        views.clear();
     }
 }
 
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
-              int64_t stride, int64_t col, float* scratch) {
-    if (a.format == F32) multiply<WeightsF32>(a, from, to, ids, in, out, stride, col, scratch);
-    else if (a.format == BF16) multiply<WeightsBF16>(a, from, to, ids, in, out, stride, col, scratch);
-    else multiply<WeightsInt8>(a, from, to, ids, in, out, stride, col, scratch);
+              int64_t stride, const char* then) {
+    if (a.format == F32) multiply<WeightsF32>(a, from, to, ids, in, out, stride, then);
+    else if (a.format == BF16) multiply<WeightsBF16>(a, from, to, ids, in, out, stride, then);
+    else multiply<WeightsInt8>(a, from, to, ids, in, out, stride, then);
     if (a.bias)
         for (int64_t m = 0; m < in.rows; ++m)
-            for (int64_t r = from; r < to; ++r) out[m * stride + col + r - from] += a.bias[ids ? ids[r] : r];
+            for (int64_t r = from; r < to; ++r) out[m * stride + r - from] += a.bias[ids ? std::max<int64_t>(0, ids[r]) : r];
 }
 
 // ------------------------------------------------------------------------------------------------ norms
@@ -551,16 +629,6 @@ struct Run {
     float* row(int64_t reg, int64_t m) const { return registers[reg] + m * model.widths[reg]; }
 };
 
-// Memory of one thread, kept from call to call.
-struct Scratch {
-    std::vector<float> packed, wide, line;
-    static float* at_least(std::vector<float>& v, int64_t size) {
-        if (static_cast<int64_t>(v.size()) < size) v.resize(size);
-        return v.data();
-    }
-};
-thread_local Scratch scratch;
-
 // Inputs of a LINEAR op in this thread's own memory, normalised on the way.
 Inputs prepared(const Norm& norm, int64_t format, int64_t cols, const float* x, int64_t stride, int64_t rows) {
     const int64_t wide = padded(cols);
@@ -574,46 +642,68 @@ Inputs prepared(const Norm& norm, int64_t format, int64_t cols, const float* x, 
     return {packed, rows, wide};
 }
 
-// Work is taken in pieces as threads come free: the machine's cores are not always equally ours.
+// Work is taken in pieces as threads come free, smaller ones towards the end: the machine's cores are not always equally
+// ours. `work` also hears where its next piece begins (`total`: nowhere), which is taken beforehand.
 template <class F>
-void shared_out(Team& team, size_t stage, int64_t total, int64_t piece, F work) {
-    for (;;) {
-        const int64_t from = team.taken[stage].fetch_add(piece, std::memory_order_relaxed);
-        if (from >= total) return;
-        work(from, std::min(total, from + piece));
+void shared_out(Team& team, size_t stage, int64_t total, int64_t grain, F work) {
+    auto take = [&] {
+        int64_t from = team.taken[stage].load(std::memory_order_relaxed), to;
+        do to = std::min(total, from + std::max(grain, (total - from) / (2 * team.threads) / grain * grain));
+        while (from < total && !team.taken[stage].compare_exchange_weak(from, to, std::memory_order_relaxed));
+        return std::make_pair(from, to);
+    };
+    for (auto now = take(); now.first < total;) {
+        const auto next = take();
+        work(now.first, now.second, next.first);
+        now = next;
     }
 }
+
+// The rows of an op's matrices, counted through: side by side, or those of the first where two are gated.
+struct Rows {
+    const Op& op;
+    int64_t total = 0;
+    explicit Rows(const Op& op) : op(op) {
+        for (int64_t i = 0; i < op.count; ++i) total += op.matrix[i].rows;
+        if (op.into == GATE) total = op.matrix[0].rows;
+    }
+    const char* at(int64_t row) const {
+        for (int64_t i = 0; i < op.count; row -= op.matrix[i++].rows)
+            if (row < op.matrix[i].rows) return address(op.matrix[i], row);
+        return nullptr;
+    }
+    static const char* address(const Matrix& a, int64_t row) {
+        return static_cast<const char*>(a.data) + row * a.stride * (a.format == F32 ? 4 : a.format == BF16 ? 2 : 1);
+    }
+};
 
 void linear(Run& run, const Op& op, size_t stage) {
     const int64_t rows = run.call.rows, cols = op.matrix[0].cols, width = run.model.widths[op.dst];
     const Inputs in =
         prepared(op.norm, op.matrix[0].format, cols, run.registers[op.src], run.model.widths[op.src], rows);
-    float* wide = Scratch::at_least(scratch.wide, 8 * padded(cols));
-    int64_t total = 0;
-    for (int64_t i = 0; i < op.count; ++i) total += op.matrix[i].rows;
-    const bool gated = op.into == GATE;
-    if (gated) total = op.matrix[0].rows;
-    const int64_t piece = std::max<int64_t>(16, (total / (run.team.threads * 4) + 15) / 16 * 16);
+    const Rows all(op);
     float* out = run.registers[op.dst];
-    shared_out(run.team, stage, total, piece, [&](int64_t from, int64_t to) {
+    shared_out(run.team, stage, all.total, 16, [&](int64_t from, int64_t to, int64_t next) {
+        const char* then = all.at(next);
         if (op.into == ADD) {  // through this thread's memory: the target holds what is added to
             const int64_t n = to - from;
-            thread_local std::vector<float> sums;
-            float* got = Scratch::at_least(sums, rows * n);
-            multiply(op.matrix[0], from, to, nullptr, in, got, n, 0, wide);
+            float* got = Scratch::at_least(scratch.sums, rows * n);
+            multiply(op.matrix[0], from, to, nullptr, in, got, n, then);
             for (int64_t m = 0; m < rows; ++m)
                 for (int64_t r = 0; r < n; ++r)
                     out[m * width + from + r] += static_cast<float>(op.multiplier) * got[m * n + r];
             return;
         }
-        if (gated) {
-            for (int i = 0; i < 2; ++i)
-                multiply(op.matrix[i], from, to, nullptr, in, out, width, i * total + from, wide);
+        if (op.into == GATE) {
+            const Matrix &gate = op.matrix[0], &up = op.matrix[1];
+            multiply(gate, from, to, nullptr, in, out + from, width, Rows::address(up, from));
+            multiply(up, from, to, nullptr, in, out + all.total + from, width, then);
         } else {
             int64_t start = 0;
             for (int64_t i = 0; i < op.count; start += op.matrix[i++].rows) {
                 const int64_t lo = std::max(from, start), hi = std::min(to, start + op.matrix[i].rows);
-                if (lo < hi) multiply(op.matrix[i], lo - start, hi - start, nullptr, in, out, width, lo, wide);
+                if (lo >= hi) continue;
+                multiply(op.matrix[i], lo - start, hi - start, nullptr, in, out + lo, width, hi < to ? all.at(hi) : then);
             }
         }
         if (op.into == STORE) return;
@@ -624,8 +714,8 @@ void linear(Run& run, const Op& op, size_t stage) {
                 float* y = out + m * width + c;
                 std::copy(y, y + n, x);
                 f32x16 v = activated(op.activation, load(x));
-                if (gated) {
-                    std::copy(y + total, y + total + n, up);
+                if (op.into == GATE) {
+                    std::copy(y + all.total, y + all.total + n, up);
                     v = v * load(up);
                 }
                 store(x, v);
@@ -635,12 +725,14 @@ void linear(Run& run, const Op& op, size_t stage) {
 }
 
 void norm(Run& run, const Op& op, size_t stage) {
-    shared_out(run.team, stage, run.call.rows, 1, [&](int64_t m, int64_t) {
+    shared_out(run.team, stage, run.call.rows, 1, [&](int64_t from, int64_t to, int64_t) {
         float* line = Scratch::at_least(scratch.line, op.norm.cols);
-        normalise(op.norm, run.row(op.src, m) + op.first, line);
-        float* y = run.row(op.dst, m) + (op.into == ADD ? 0 : op.first);
-        for (int64_t c = 0; c < op.norm.cols; ++c)
-            y[c] = op.into == ADD ? y[c] + static_cast<float>(op.multiplier) * line[c] : line[c];
+        for (int64_t m = from; m < to; ++m) {
+            normalise(op.norm, run.row(op.src, m) + op.first, line);
+            float* y = run.row(op.dst, m) + (op.into == ADD ? 0 : op.first);
+            for (int64_t c = 0; c < op.norm.cols; ++c)
+                y[c] = op.into == ADD ? y[c] + static_cast<float>(op.multiplier) * line[c] : line[c];
+        }
     });
 }
 
@@ -677,7 +769,7 @@ void rotate(Run& run, const Op& op, size_t stage, int64_t layer) {
     const Call& call = run.call;
     const Slots cache(call, op, layer);
     const int64_t all = op.heads + 2 * op.kv_heads;
-    shared_out(run.team, stage, call.rows * all, 4, [&](int64_t from, int64_t to) {
+    shared_out(run.team, stage, call.rows * all, 4, [&](int64_t from, int64_t to, int64_t) {
         for (int64_t unit = from; unit < to; ++unit) {
             const int64_t m = unit / all, head = unit % all, slot = call.slot[m], b = call.batch[m];
             float* x = run.row(op.src, m) + head * op.head_dim;
@@ -751,10 +843,7 @@ void attend_head(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t 
         }
         if (d < dim) even += splat(q[d]) * widened(block + d * 16);
         f32x16 score = (even + odd) * splat(static_cast<float>(op.scale));
-        if (op.cap != 0) {
-            const float cap = static_cast<float>(op.cap);
-            for (int i = 0; i < 16; ++i) score[i] = cap * std::tanh(score[i] / cap);
-        }
+        if (op.cap != 0) score = capped(score, static_cast<float>(op.cap));
         if (op.biased)
             for (int64_t i = 0; i < 16 && t + i <= slot; ++i) score[i] += call.distances[head * call.reach + slot - t - i];
         const i32x16 at = lanes + static_cast<int32_t>(t);
@@ -798,7 +887,7 @@ void attend_head(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t 
 
 void attend(Run& run, const Op& op, size_t stage, int64_t layer) {
     const Slots cache(run.call, op, layer);
-    shared_out(run.team, stage, run.call.rows * op.heads, 1, [&](int64_t from, int64_t to) {
+    shared_out(run.team, stage, run.call.rows * op.heads, 1, [&](int64_t from, int64_t to, int64_t) {
         for (int64_t unit = from; unit < to; ++unit) {
             if (run.model.kv_format == F32) attend_head<float>(run, op, cache, unit / op.heads, unit % op.heads);
             else attend_head<uint16_t>(run, op, cache, unit / op.heads, unit % op.heads);
@@ -827,34 +916,133 @@ void programs(void* argument, int64_t) {
 
 // ------------------------------------------------------------------------------------------------ readouts
 
-struct Readout {
-    const Matrix& matrix;
-    const Norm& norm;
-    const float* x;
-    const int64_t* ids;      // [M, count] or null
-    int64_t rows, count;
-    float* y;                // [M, count]
-    Team& team;
+constexpr int64_t CHUNK = 128;  // logits that are looked through at once, so that no sum depends on the threads
+
+// What is known of the logits of one state and one chunk.
+struct Found {
+    float best, second, total;  // the sum of e^(logit - best)
 };
 
-void readout(void* argument, int64_t) {
-    Readout& r = *static_cast<Readout*>(argument);
-    const Matrix& a = r.matrix;
-    const Inputs in = prepared(r.norm, a.format, a.cols, r.x, a.cols, r.rows);
-    float* wide = Scratch::at_least(scratch.wide, 8 * padded(a.cols));
-    const int64_t piece = std::max<int64_t>(16, (r.count / (r.team.threads * 8) + 15) / 16 * 16);
-    if (!r.ids) {
-        shared_out(r.team, 0, r.count, piece, [&](int64_t from, int64_t to) {
-            multiply(a, from, to, nullptr, in, r.y, r.count, from, wide);
-        });
-        return;
+// Scales and bends n logits in place, and looks for the best of them; those of no row of the head become -inf.
+Found look(const Readout& r, const int64_t* ids, float* z, int64_t n) {
+    f32x16 best = splat(-INFINITY), second = best, totals = {};
+    auto piece = [&](int64_t i) {
+        float line[16];
+        for (int64_t k = 0; k < 16; ++k) line[k] = i + k < n && !(ids && ids[i + k] < 0) ? z[i + k] : -INFINITY;
+        return load(line);
+    };
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 v = piece(i);
+        if (r.factor != 1) v = v * splat(static_cast<float>(r.factor));
+        if (r.cap != 0) v = choose(v > splat(-INFINITY), capped(v, static_cast<float>(r.cap)), v);
+        second = choose(v > best, best, choose(v > second, v, second));
+        best = choose(v > best, v, best);
+        float line[16];
+        store(line, v);
+        std::copy(line, line + std::min<int64_t>(16, n - i), z + i);
     }
-    for (int64_t m = 0; m < r.rows; ++m) {  // each row has tokens of its own
-        const Inputs one{in.packed + m * in.stride, 1, in.stride};
-        shared_out(r.team, m, r.count, piece, [&](int64_t from, int64_t to) {
-            multiply(a, from, to, r.ids + m * r.count, one, r.y + m * r.count, r.count, from, wide);
-        });
+    Found found{best[0], second[0], 0};
+    for (int k = 1; k < 16; ++k) {
+        found.second = std::max({found.second, second[k], std::min(found.best, best[k])});
+        found.best = std::max(found.best, best[k]);
     }
+    const float base = found.best == -INFINITY ? 0.0f : found.best;
+    for (int64_t i = 0; i < n; i += 16) {
+        const f32x16 v = piece(i);
+        totals += choose(v == v, exp16(v - splat(base)), v);
+    }
+    found.total = sum(totals);
+    return found;
+}
+
+// The two best of K logits, the lowest tokens of equal ones, and the logarithm of the sum of all exponentials.
+void judge(const Readout& r, int64_t m, const float* z, const Found* found) {
+    const int64_t chunks = (r.count + CHUNK - 1) / CHUNK, *ids = r.ids ? r.ids + m * r.ids_step : nullptr;
+    float best = -INFINITY, second = -INFINITY;
+    for (int64_t i = 0; i < chunks; ++i) {
+        second = std::max({second, found[i].second, std::min(best, found[i].best)});
+        best = std::max(best, found[i].best);
+    }
+    double total = 0;
+    for (int64_t i = 0; i < chunks; ++i)
+        total += found[i].total * (found[i].best == -INFINITY ? 1.0 : std::exp(static_cast<double>(found[i].best) - best));
+    auto lowest = [&](float value, int64_t other) {  // -1: there is none
+        int64_t token = INT64_MAX;
+        for (int64_t i = 0; i < r.count; ++i) {
+            if (i % CHUNK == 0 && !(found[i / CHUNK].best >= value)) {
+                i += CHUNK - 1;
+                continue;
+            }
+            const int64_t id = ids ? ids[i] : i;
+            if (z[i] == value && id >= 0 && id < token && id != other) token = id;
+        }
+        return token == INT64_MAX ? -1 : token;
+    };
+    r.best[2 * m] = best;
+    r.best[2 * m + 1] = second;
+    r.tokens[2 * m] = lowest(best, -1);
+    r.tokens[2 * m + 1] = lowest(second, r.tokens[2 * m]);
+    r.normaliser[m] = static_cast<float>(best + std::log(total));
+}
+
+// What the threads of one readout share.
+struct Reading {
+    const Readout& call;
+    Team& team;
+    float *inputs, *between, *logits;
+    Found* found;
+    int64_t chunks() const { return (call.count + CHUNK - 1) / CHUNK; }
+};
+
+void read(void* argument, int64_t) {
+    const Reading& reading = *static_cast<Reading*>(argument);
+    const Readout& r = reading.call;
+    Team& team = reading.team;
+    const float* x = r.hidden;
+    float* between = reading.between;
+    size_t stage = 0;
+    for (int64_t i = 0; i < r.lenses; ++i, ++stage) {
+        const Matrix& a = r.lens[i];
+        const Inputs in = prepared(Norm{}, a.format, a.cols, x, a.cols, r.rows);
+        shared_out(team, stage, a.rows, 16, [&](int64_t from, int64_t to, int64_t) {
+            multiply(a, from, to, nullptr, in, between + from, a.rows, nullptr);
+        });
+        team.barrier.wait(team.threads);
+        x = between;
+        between += r.rows * a.rows;
+    }
+    const int64_t width = r.width;
+    shared_out(team, stage++, r.rows, 1, [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t m = from; m < to; ++m) {
+            float* y = reading.inputs + m * width;
+            for (int64_t c = 0; c < width; ++c) y[c] = r.hidden[m * width + c] + (r.lenses ? x[m * width + c] : 0.0f);
+            if (r.norm && r.norm->kind != NO_NORM) normalise(*r.norm, y, y);
+            for (int64_t c = 0; c < width; ++c) y[c] *= static_cast<float>(r.scale);
+        }
+    });
+    if (!r.head) return;
+    team.barrier.wait(team.threads);
+    const Matrix& a = *r.head;
+    const Inputs in = prepared(Norm{}, a.format, a.cols, reading.inputs, a.cols, r.rows);
+    const int64_t chunks = reading.chunks(), groups = r.ids_step ? r.rows : 1;  // states that are read together
+    auto first_row = [&](int64_t unit) -> const char* {
+        if (unit >= groups * chunks) return nullptr;
+        const int64_t i = unit % chunks * CHUNK;
+        return Rows::address(a, r.ids ? std::max<int64_t>(0, r.ids[unit / chunks * r.ids_step + i]) : i);
+    };
+    shared_out(team, stage, groups * chunks, 1, [&](int64_t first, int64_t last, int64_t next) {
+        for (int64_t unit = first; unit < last; ++unit) {
+            const int64_t group = unit / chunks, from = unit % chunks * CHUNK, to = std::min(r.count, from + CHUNK);
+            const int64_t begin = r.ids_step ? group : 0, end = r.ids_step ? group + 1 : r.rows;
+            const Inputs some{in.packed + begin * in.stride, end - begin, in.stride};
+            float* z = reading.logits + begin * r.count + from;
+            multiply(a, from, to, r.ids ? r.ids + group * r.ids_step : nullptr, some, z, r.count,
+                     first_row(unit + 1 < last ? unit + 1 : next));
+            for (int64_t m = begin; m < end; ++m, z += r.count)
+                reading.found[m * chunks + from / CHUNK] =
+                    look(r, r.ids ? r.ids + m * r.ids_step + from : nullptr, z, to - from);
+        }
+    });
 }
 
 }  // namespace
@@ -862,8 +1050,9 @@ void readout(void* argument, int64_t) {
 extern "C" {
 
 int64_t offramp_sizes(int64_t which) {  // so that a mirror that has gone astray is noticed
-    const int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Op), sizeof(Model), sizeof(Call)};
-    return which >= 0 && which < 5 ? sizes[which] : -1;
+    const int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Op), sizeof(Model), sizeof(Call),
+                             sizeof(Readout)};
+    return which >= 0 && which < 6 ? sizes[which] : -1;
 }
 
 // Run programs [first, last) over M tokens.
@@ -882,17 +1071,25 @@ void offramp_run(const Model* model, const Call* call) {
     pool().run(call->threads, programs, &run);
 }
 
-// y[m] = norm(x[m]).
-void offramp_norm(const Norm* norm, const float* x, int64_t rows, float* y) {
-    for (int64_t m = 0; m < rows; ++m) normalise(*norm, x + m * norm->cols, y + m * norm->cols);
-}
-
-// y[m, i] = W[ids[m, i]] · norm(x[m]) + bias, for all rows of W where `ids` is null.
-void offramp_readout(const Matrix* matrix, const Norm* norm, const float* x, int64_t rows, const int64_t* ids,
-                     int64_t count, float* y, int64_t threads) {
-    Team team(threads, ids ? rows : 1);
-    Readout r{*matrix, *norm, x, ids, rows, count, y, team};
-    pool().run(threads, readout, &r);
+// Read states out: what the head reads, logits, and the best of them.
+void offramp_readout(const Readout* call) {
+    const Readout& r = *call;
+    thread_local std::vector<float> inputs, between, logits;
+    thread_local std::vector<Found> found;
+    Team team(r.threads, r.lenses + 2);
+    int64_t lens_rows = 0;
+    for (int64_t i = 0; i < r.lenses; ++i) lens_rows += r.lens[i].rows;
+    Reading reading{r, team, r.inputs, Scratch::at_least(between, r.rows * lens_rows), r.logits, nullptr};
+    if (!r.inputs) reading.inputs = Scratch::at_least(inputs, r.rows * r.width);
+    if (r.head) {
+        if (!r.logits) reading.logits = Scratch::at_least(logits, r.rows * r.count);
+        found.resize(std::max<size_t>(found.size(), r.rows * reading.chunks()));
+        reading.found = found.data();
+    }
+    pool().run(r.threads, read, &reading);
+    if (r.head && r.best)
+        for (int64_t m = 0; m < r.rows; ++m)
+            judge(r, m, reading.logits + m * r.count, reading.found + m * reading.chunks());
 }
 
 // Bytes read as fast as they come, for comparison: returns their sum so that nobody leaves the reading out.
@@ -907,7 +1104,7 @@ uint64_t offramp_read(const uint64_t* data, int64_t words, int64_t threads) {
         threads,
         [](void* argument, int64_t) {
             Probe& p = *static_cast<Probe*>(argument);
-            shared_out(p.team, 0, p.words, 1 << 15, [&](int64_t from, int64_t to) {
+            shared_out(p.team, 0, p.words, 1 << 15, [&](int64_t from, int64_t to, int64_t) {
                 typedef uint64_t u64x8 __attribute__((vector_size(64)));
                 u64x8 acc[4] = {};
                 int64_t i = from;

@@ -61,6 +61,17 @@ class Model(Structure):
     ]  # fmt: skip
 
 
+class Readout(Structure):
+    """One readout of A states: what the head reads, logits [A, K] and the best of them, each if it has an address."""
+
+    _fields_ = [
+        ("rows", c_int64), ("width", c_int64), ("count", c_int64), ("threads", c_int64), ("scale", c_double),
+        ("factor", c_double), ("cap", c_double), ("hidden", c_void_p), ("lenses", c_int64), ("lens", POINTER(Matrix)),
+        ("norm", POINTER(Norm)), ("head", POINTER(Matrix)), ("ids", c_void_p), ("ids_step", c_int64),
+        ("inputs", c_void_p), ("logits", c_void_p), ("best", c_void_p), ("tokens", c_void_p), ("normaliser", c_void_p),
+    ]  # fmt: skip
+
+
 class Rotation(Structure):
     """Cosines and sines by position, [positions, rotated / 2] each."""
 
@@ -98,19 +109,15 @@ def open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     try:
         library.offramp_sizes.restype = c_int64
-        sizes = [library.offramp_sizes(c_int64(i)) for i in range(5)]
+        sizes = [library.offramp_sizes(c_int64(i)) for i in range(6)]
         library.offramp_run.argtypes = [POINTER(Model), POINTER(Call)]
         library.offramp_run.restype = None
-        library.offramp_readout.argtypes = [
-            POINTER(Matrix), POINTER(Norm), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64,
-        ]  # fmt: skip
+        library.offramp_readout.argtypes = [POINTER(Readout)]
         library.offramp_readout.restype = None
-        library.offramp_norm.argtypes = [POINTER(Norm), c_void_p, c_int64, c_void_p]
-        library.offramp_norm.restype = None
         library.offramp_read.argtypes = [c_void_p, c_int64, c_int64]
         library.offramp_read.restype = ctypes.c_uint64
     except AttributeError as error:
         raise OSError(f"{path} lacks a function ({error})") from error
-    if sizes != [ctypes.sizeof(struct) for struct in (Matrix, Norm, Op, Model, Call)]:
+    if sizes != [ctypes.sizeof(struct) for struct in (Matrix, Norm, Op, Model, Call, Readout)]:
         raise OSError(f"{path} was made for other structures")
     return library

@@ -43,6 +43,24 @@ class HeadIds(NamedTuple):
         return HeadIds(self.ids.gather(1, index))
 
 
+class Best(NamedTuple):
+    """What a readout of A states says.
+
+    Attributes:
+        values: The two largest logits of each, best first, [A, 2]; -inf where there is no second one.
+        tokens: Whose they are, [A, 2]; of equal logits the lowest token comes first; -1 for none.
+        normaliser: The logsumexp of all that were read, [A]; NaN if one of them is NaN or +inf.
+        logits: All that were read, [A, V] or [A, K], if asked for.
+        inputs: What the head read, [A, D], if asked for.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    normaliser: Tensor
+    logits: Tensor | None
+    inputs: Tensor | None
+
+
 @dataclass
 class Places:
     """Where M tokens are cached, and where they stand in their texts.
@@ -85,7 +103,7 @@ class NativeModel(SplitModel):
         if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
             raise NativeError("its rotary frequencies change with the length of the text")
         self._library = library()
-        self._lenses: dict[int, list[lib.Matrix]] = {}
+        self._lenses: dict[int, ctypes.Array[lib.Matrix]] = {}
         self._described = [FAMILIES[self.name](self, index) for index in range(self.num_layers)]
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
@@ -118,6 +136,8 @@ class NativeModel(SplitModel):
         )
         self._norm = weights.norm(self.norm)
         self._head = weights.matrix(Part(self.head), self._logits_bias)
+        cap = getattr(self.config, "final_logit_softcapping", None) or 0.0
+        self._bend = (1.0 if cap else float(self.family.logits(self.config, torch.ones(()))), cap)
 
     def _turning(self, index: int) -> Turning:
         if self.rotary is None:
@@ -261,45 +281,82 @@ class NativeModel(SplitModel):
         self._exits = exits.placed(torch.float32, self.device)
         self._lens_weights = Weights()
         for layer, lens in self._exits.lenses.items():
-            parts = [part for part in (lens.down, lens.up) if part is not None]
-            self._lenses[int(layer)] = [self._lens_weights.matrix(Part(part)) for part in parts]
+            matrices = [self._lens_weights.matrix(Part(part)) for part in (lens.down, lens.up) if part is not None]
+            self._lenses[int(layer)] = (lib.Matrix * len(matrices))(*matrices)
 
     def readout_input(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """As `SplitModel.readout_input`, in float32 and in the kernels' order of sums."""
         flat = hidden.reshape(-1, self.shape.width).contiguous()
-        lens = self._lenses.get(layer, []) if layer is not None else []
-        x = flat
-        for matrix in lens:
-            x = self._product(matrix, x)
-        if lens:
-            flat = flat + x
-        out = flat
-        if self._norm.kind:
-            out = torch.empty_like(flat)
-            self._library.offramp_norm(self._norm, address(flat), len(flat), address(out))
-        out = out.view(hidden.shape)
-        return out if self.scale is None else out * self.scale
+        inputs = torch.empty_like(flat)
+        call = self._readout(flat, self._norm, layer)
+        call.head, call.inputs = None, address(inputs)
+        self._library.offramp_readout(call)
+        return inputs.view(hidden.shape)
 
     def project(self, x: Tensor, rows: HeadRows | HeadIds | None = None) -> Tensor:
         """As `SplitModel.project`, in float32; the head's rows are read where they lie."""
-        ids = rows.ids if isinstance(rows, HeadIds) else None
         flat = x.reshape(-1, self.shape.width).contiguous()
-        logits = self._product(self._head, flat, ids).view(*x.shape[:-1], -1)
-        return self.family.logits(self.config, logits)
+        ids = rows.ids if isinstance(rows, HeadIds) else None
+        logits = torch.empty(len(flat), self._head.rows if ids is None else ids.shape[-1])
+        call = self._readout(flat, None, None, ids, scale=1.0)
+        call.logits = address(logits)
+        self._library.offramp_readout(call)
+        return logits.view(*x.shape[:-1], -1)
+
+    def best(
+        self,
+        hidden: Tensor,
+        layer: int | None = None,
+        rows: HeadIds | None = None,
+        *,
+        logits: bool = False,
+        inputs: bool = False,
+    ) -> Best:
+        """An exit test, or the readout of a token, in one call.
+
+        Args:
+            hidden: Residual states, [A, D], float32.
+            layer: The layer they are after: its lens comes first, if it has one. None: no lens.
+            rows: Which tokens are read, [A, K], or [K] for all states alike; -1 for none. None: all V.
+            logits: Whether all logits are wanted, too.
+            inputs: Whether what the head reads is wanted, too.
+
+        Returns:
+            The two best tokens of each state, their logits, and the normaliser of all.
+        """
+        count, ids = len(hidden), None if rows is None else rows.ids
+        call = self._readout(hidden, self._norm, layer, ids)
+        made = Best(
+            torch.empty(count, 2), torch.empty(count, 2, dtype=torch.long), torch.empty(count),
+            torch.empty(count, call.count) if logits else None, torch.empty(count, hidden.shape[1]) if inputs else None,
+        )  # fmt: skip
+        call.best, call.tokens, call.normaliser, call.logits, call.inputs = (
+            None if tensor is None else tensor.data_ptr() for tensor in made
+        )
+        self._library.offramp_readout(call)
+        return made
 
     def gather(self, ids: Tensor) -> HeadIds:  # type: ignore[override]
         """Which rows of the head to read for tokens [A, K]; nothing is copied."""
         return HeadIds(ids.contiguous())
 
-    def _product(self, matrix: lib.Matrix, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Inputs [M, cols] times a matrix, or times those of its rows that `ids` [M, K] names."""
-        count = matrix.rows if ids is None else ids.shape[1]
-        out = torch.empty(len(x), count)
-        self._library.offramp_readout(
-            matrix, lib.Norm(), address(x), len(x), None if ids is None else address(ids), count,
-            address(out), torch.get_num_threads(),
+    def _readout(
+        self,
+        hidden: Tensor,
+        norm: lib.Norm | None,
+        layer: int | None,
+        ids: Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> lib.Readout:
+        """A readout of states [A, D] that has yet to be told what is wanted."""
+        lens = self._lenses.get(layer) if layer is not None else None
+        return lib.Readout(
+            *hidden.shape, self._head.rows if ids is None else ids.shape[-1], torch.get_num_threads(),
+            (self.scale or 1.0) if scale is None else scale, *self._bend, address(hidden),
+            0 if lens is None else len(lens), lens, norm and ctypes.pointer(norm), ctypes.pointer(self._head),
+            None if ids is None else address(ids), ids.shape[1] if ids is not None and ids.ndim == 2 else 0,
         )  # fmt: skip
-        return out
 
 
 def _own_slots(context: Context) -> Tensor:
