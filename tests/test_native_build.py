@@ -1,13 +1,18 @@
 """Compiling the kernels: without a compiler, with a broken one, into a cache that cannot be written, by two at once."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from offramp.native import build
 from offramp.native.build import NativeError
+from offramp.native.library import open_library
+from offramp.native.model import NativeModel
+from tiny import LAYERS, inputs_for, tiny
 
 
 @pytest.fixture
@@ -78,9 +83,39 @@ def test_a_compiler_that_is_not_there(fresh, monkeypatch):
         build.library()
 
 
-def test_a_cache_that_is_a_file(fresh, monkeypatch):
+def test_a_cache_that_is_a_file(fresh, capsys):
     (fresh / "native").write_text("in the way")
     assert build.library().offramp_sizes(0) > 0
+    assert "cannot be kept in" in capsys.readouterr().err
+
+
+def test_a_cache_that_nothing_can_be_run_from(fresh, monkeypatch, capsys):
+    """A file system mounted noexec, or another user's folder: the compiled file is there and does not open."""
+
+    def opened(path):
+        if path.is_relative_to(fresh):
+            raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
+        return open_library(path)
+
+    monkeypatch.setattr(build, "open_library", opened)
+    assert build.library().offramp_sizes(0) > 0
+    assert "Operation not permitted), so that each start compiles them" in capsys.readouterr().err
+    assert kernels(fresh) == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its flags are those of x86-64")
+@torch.no_grad()
+def test_a_processor_without_avx(fresh, monkeypatch):
+    """Vectors are the compiler's own: a plainer processor gets a file of its own, which computes the same."""
+    monkeypatch.setenv("OFFRAMP_CXXFLAGS", "-march=x86-64")
+    plain = NativeModel(tiny("llama"))
+    ids = inputs_for("llama", 3)["input_ids"]
+    got = plain.readout(plain.run(plain.start(ids), 0, LAYERS).hidden)
+    torch.testing.assert_close(got, tiny("llama")(ids).logits, atol=2e-5, rtol=1e-5)
+    build.library.cache_clear()
+    monkeypatch.delenv("OFFRAMP_CXXFLAGS")
+    build.library()
+    assert len(kernels(fresh)) == 2
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may write anywhere is not stopped")

@@ -165,23 +165,11 @@ def test_lenses_and_classifiers(rank):
         torch.testing.assert_close(torch.tensor(got.confidences), torch.tensor(want.confidences), equal_nan=True)
 
 
-def test_weights_that_change_are_seen():
-    model = copy.deepcopy(tiny("llama"))
-    split = NativeModel(model)
-    assert split.is_current
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(2)
-    assert not split.is_current
-    split = NativeModel(model)
-    model.model.norm.weight.data = model.model.norm.weight.data * 2
-    assert not split.is_current
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda m: m.to(torch.float16), "float16; float32 and bfloat16 are supported"),
-        (lambda m: setattr(m.model.layers[0].mlp, "up_proj", torch.nn.Sequential()), "a Sequential is more than its"),
+        (lambda m: setattr(m.model.layers[0].mlp, "up_proj", torch.nn.Sequential()), "a Sequential of torch is more"),
         (lambda m: setattr(m.config, "rope_parameters", {"rope_type": "dynamic"}), "change with the length"),
         (lambda m: setattr(m.config, "hidden_act", "mish"), "'mish' is not known"),
     ],
@@ -222,17 +210,6 @@ def test_the_engine_is_chosen_by_name(tmp_path):
         offramp.load(tmp_path, dtype="int8")
     with pytest.raises(NativeError, match="float16"):
         offramp.load(tmp_path, engine="native", dtype="float16")
-
-
-def test_weights_that_changed_generate_anew():
-    model = copy.deepcopy(tiny("llama"))
-    lm, inputs = native(model), inputs_for("llama")
-    before = lm.generate(inputs, max_new_tokens=NEW).tokens
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(-1)
-    assert lm.generate(inputs, max_new_tokens=NEW).tokens != before
-    assert lm.generate(inputs, max_new_tokens=NEW).sequences.tolist() == greedy(model, inputs, NEW).tolist()
 
 
 def test_positions_of_the_caller():

@@ -180,7 +180,7 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        _say(f"waiting for another process that makes {folder}")
+        say(f"waiting for another process that makes {folder}")
         lock.acquire()
     try:
         yield
@@ -193,7 +193,7 @@ def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process; a living one would hold the lock
     if folder.exists():
-        _say(f"{folder} is incomplete or damaged; it is made again")
+        say(f"{folder} is incomplete or damaged; it is made again")
         shutil.rmtree(folder)
     free = shutil.disk_usage(folder.parent).free // _MIB
     if free < packaged.converted_mib:
@@ -206,7 +206,7 @@ def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
             f"{weights} has SHA-256 {digest}, not {packaged.sha256}: a damaged file or another version; "
             f"run: {packaged.install} --force-reinstall"
         )
-    _say(
+    say(
         f"copying {packaged.title} once into {folder}"
         if packaged.beside
         else f"converting {packaged.title} once into {folder} (about 30 s)"
@@ -291,6 +291,7 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line on standard error, about what takes long and is done once."""
     sys.stderr.write(f"offramp: {text}\n")
     sys.stderr.flush()

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from offramp.native.library import open_library
-from offramp.packaged import cache_folder, first_line
+from offramp.packaged import cache_folder, first_line, say
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast")
@@ -37,9 +37,9 @@ def library() -> ctypes.CDLL:
     """The kernels, compiled if they are not in the cache yet.
 
     A compiler is looked for in `$CXX`, then as c++, g++ and clang++, then as the package `ziglang`; `$OFFRAMP_CXXFLAGS`
-    is added to its flags, such as -fsanitize=address. Two processes may
-    compile at once: each into a file of its own, and the last rename wins. Where the cache cannot be written, the file
-    lives in a temporary folder as long as it takes to open it.
+    is added to its flags, such as -fsanitize=address or a plainer -march. Two processes may compile at once: each into
+    a file of its own, and the last rename wins. Where the cache cannot be written, or nothing can be run from it, the
+    file lives in a temporary folder as long as it takes to open it, and a line on standard error says so.
 
     Returns:
         The opened library.
@@ -58,6 +58,7 @@ def library() -> ctypes.CDLL:
             return open_library(path)
     except OSError:
         pass  # damaged, such as by a full disk: make it again
+    say("compiling the native kernels for this processor, which takes about ten seconds, once")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as work:
@@ -65,12 +66,17 @@ def library() -> ctypes.CDLL:
             opened = open_library(made)
             made.replace(path)
             return opened
-    except OSError:  # the cache cannot be written to
+    except OSError as problem:
         with tempfile.TemporaryDirectory(prefix="offramp-native-") as work:
             try:
-                return open_library(_compile(compiler, flags, Path(work) / name))
+                opened = open_library(_compile(compiler, flags, Path(work) / name))
             except OSError as error:
                 raise NativeError(f"the compiled kernels cannot be opened: {first_line(error)}") from error
+        say(
+            f"the kernels cannot be kept in {path.parent} ({first_line(problem)}), so that each start compiles them; "
+            "name another folder in OFFRAMP_CACHE"
+        )
+        return opened
 
 
 def find_compiler() -> list[str]:

@@ -7,6 +7,7 @@ depend on which tokens it is computed with: `skipped="verify"` gives this engine
 from __future__ import annotations
 
 import ctypes
+import operator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from offramp.native.build import NativeError, library
 from offramp.native.cache import NativeCache
 from offramp.native.families import FAMILIES
 from offramp.native.library import address
+from offramp.native.parts import parts, require_plain
 from offramp.native.weights import Part, Weights
 
 
@@ -102,6 +104,8 @@ class NativeModel(SplitModel):
             raise NativeError(f"the model is on {self.device}; the native engine runs on the CPU")
         if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
             raise NativeError("its rotary frequencies change with the length of the text")
+        require_plain(self)
+        self._parts = parts(self)
         self._library = library()
         self._lenses: dict[int, ctypes.Array[lib.Matrix]] = {}
         self._described = [FAMILIES[self.name](self, index) for index in range(self.num_layers)]
@@ -167,8 +171,11 @@ class NativeModel(SplitModel):
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still has the head and the weights that this object was made with."""
-        return super().is_current and not self._weights.changed
+        """Whether the model still has the modules and the weights that this object was made with."""
+        if not super().is_current or self._weights.changed:
+            return False
+        now = parts(self)
+        return len(now) == len(self._parts) and all(map(operator.is_, now, self._parts))
 
     # ------------------------------------------------------------ start, run, fill
 

@@ -48,23 +48,29 @@ class Weights:
     Attributes:
         int8: Whether matrices are quantised, instead of being read where they lie.
         held: Everything pointed to.
-        stamps: Where each parameter lay and how often it had been written to, to notice changes.
-        made: The matrices, so that a part of two programs is copied or quantised once.
+        noted: The model's tensors, where each lay, how often it had been written to, and some of its values if it was
+            copied, to notice changes; writing through `.data`, as merging adapters does, is not counted.
+        made: The matrices and norms, so that a part of two programs is copied or quantised once.
     """
 
     int8: bool = False
     held: list[Tensor] = field(default_factory=list)
-    stamps: list[tuple[Tensor, int, int]] = field(default_factory=list)
-    made: dict[tuple[Part, Tensor | None], lib.Matrix] = field(default_factory=dict)
+    noted: list[tuple[Tensor, int, int, Tensor | None]] = field(default_factory=list)
+    made: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
-        """Whether a parameter was written to or replaced since."""
-        return any(p.data_ptr() != place or p._version != version for p, place, version in self.stamps)
+        """Whether a tensor was written to or replaced since."""
+        return any(
+            tensor.data_ptr() != place
+            or tensor._version != version
+            or (values is not None and not torch.equal(values, _some(tensor)))
+            for tensor, place, version, values in self.noted
+        )
 
-    def _note(self, parameter: Tensor) -> Tensor:
-        self.stamps.append((parameter, parameter.data_ptr(), parameter._version))
-        return parameter.detach()
+    def _note(self, tensor: Tensor, *, copied: bool) -> None:
+        values = _some(tensor).clone() if copied else None
+        self.noted.append((tensor, tensor.data_ptr(), tensor._version, values))
 
     def _hold(self, tensor: Tensor) -> int:
         self.held.append(tensor)
@@ -74,31 +80,34 @@ class Weights:
         """The address of a float32 copy of a small parameter, or of a part's rows of it; None for None."""
         if values is None:
             return None
-        noted = self._note(values)
-        return self._hold((noted if part is None else part.of(noted)).float() + plus)
+        self._note(values, copied=True)
+        own = values.detach() if part is None else part.of(values.detach())
+        return self._hold(own.float() + plus)
 
     def matrix(self, part: Part, bias: Tensor | None = None) -> lib.Matrix:
         """The weight of a linear layer, in place if its rows lie one after another, with its bias or another one."""
         if (part, bias) not in self.made:
             self.made[part, bias] = self._matrix(part, bias)
-        return self.made[part, bias]
+        found: lib.Matrix = self.made[part, bias]
+        return found
 
     def _matrix(self, part: Part, bias: Tensor | None) -> lib.Matrix:
         linear = part.linear
         if type(linear) not in (nn.Linear, Conv1D):
-            raise NativeError(
-                f"a {type(linear).__name__} is more than its weight; merge adapters and dequantise the model first"
-            )
-        weight = self._note(linear.weight)
+            whose = f"a {type(linear).__name__} of {type(linear).__module__.split('.')[0]}"
+            raise NativeError(f"{whose} is more than its weight; merge adapters and dequantise the model first")
+        weight = linear.weight.detach()
         if weight.dtype not in _FORMATS:
             raise NativeError(f"weights are in {weight.dtype}; float32 and bfloat16 are supported")
         weight = part.of(weight.T if type(linear) is Conv1D else weight)
         if weight.stride(1) != 1:
             weight = weight.contiguous()
+        inside = weight.untyped_storage().data_ptr() == linear.weight.untyped_storage().data_ptr()
+        self._note(linear.weight, copied=self.int8 or not inside)
         bias_at = self.vector(linear.bias if bias is None else bias, part)
         made: dict[str, Any] = {"rows": weight.shape[0], "cols": weight.shape[1], "bias": bias_at}
         if self.int8:
-            values, scales = quantised(weight)
+            values, scales = _in_eight_bits(weight)
             data, stride = self._hold(values), values.stride(0)
             return lib.Matrix(format=lib.INT8, stride=stride, data=data, scales=self._hold(scales), **made)
         return lib.Matrix(format=_FORMATS[weight.dtype], stride=weight.stride(0), data=self._hold(weight), **made)
@@ -107,11 +116,36 @@ class Weights:
         """An RMS or layer norm, over the last dimension of its weight; none for None."""
         if module is None or isinstance(module, nn.Identity):
             return lib.Norm()
+        if module not in self.made:
+            self.made[module] = self._norm(module)
+        found: lib.Norm = self.made[module]
+        return found
+
+    def _norm(self, module: Any) -> lib.Norm:
         name, weight = type(module).__name__, getattr(module, "weight", None)
         centred = isinstance(module, nn.LayerNorm) or name.startswith(("CohereLayer", "Cohere2Layer", "OlmoLayer"))
+        if not centred and not name.endswith(("RMSNorm", "T5LayerNorm")):
+            raise NativeError(f"a {name} is no norm that the kernels know; merge adapters first")
         eps = next((v for key in ("variance_epsilon", "eps") if (v := getattr(module, key, None)) is not None), 1e-5)
         plus = 1.0 if name.startswith(("Gemma", "Nemotron")) else 0.0  # whose weights are kept less one
         return lib.Norm(
             lib.LAYER if centred else lib.RMS, module.normalized_shape[-1] if weight is None else weight.shape[-1], eps,
             self.vector(weight, plus=plus), self.vector(getattr(module, "bias", None)),
         )  # fmt: skip
+
+
+def _in_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return quantised(weight)
+    except RuntimeError as error:  # torch has no type of its own for it on a CPU
+        if "allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            "eight-bit copies of its matrices, half their size in bfloat16, do not fit into memory beside the model; "
+            "give dtype='bfloat16', which needs no copy"
+        ) from error
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Up to some thousand values, spread over all of them."""
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]
