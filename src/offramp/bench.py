@@ -3,7 +3,8 @@
 A speed is only claimed as a ratio of two runs made side by side, with its spread. Every batch of prompts is generated
 by every arm before the next batch comes, in an order shuffled anew each time, so that whatever else the machine does
 meets all arms alike. All arms generate the same number of tokens (end of sequence is held back until then), greedily,
-from the same prepared token ids, in the same number format and with the same attention kernels.
+from the same prepared token ids, in the same number format and with the same attention kernels. Peers, other engines
+in processes of their own, take their turns among the arms, with the same token ids and the same number of threads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,17 @@ import transformers
 from torch import Tensor
 
 from offramp import __version__
-from offramp.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, Spread, script_of
+from offramp.bench_results import (
+    CONFIDENCE_PARTS,
+    FULL,
+    REFERENCE,
+    ArmResult,
+    Arms,
+    Bench,
+    PeerResult,
+    Spread,
+    script_of,
+)
 from offramp.bench_rounds import Round, Turn, header_of, read_rounds, write_round
 from offramp.core.costs import PARTS
 from offramp.core.language_model import LanguageModel
@@ -31,7 +42,10 @@ from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS
 from offramp.files import locked
+from offramp.peers import Peer, PeerError
 
+Peers = Mapping[str, Peer | PeerError]
+"""By the name of their row; in place of a peer that cannot be had, why."""
 Progress = Callable[[int, int, str], None]
 """Called with the generations done, their total, and what comes next."""
 
@@ -85,6 +99,8 @@ def run_bench(
     name: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
+    peers: Peers | None = None,
+    probe: Callable[[], float] | None = None,
 ) -> Bench:
     """Generate with every arm, in turns, and compare.
 
@@ -102,25 +118,33 @@ def run_bench(
         folder: Where finished rounds are kept, and taken from: an interrupted bench goes on, more rounds may be asked
             for. None: nowhere.
         progress: Called before every generation.
+        peers: Other engines that have loaded the same weights. One that fails is left out from then on.
+        probe: What measures how fast a plain read is, in bytes per second; called before every batch.
 
     Returns:
         Results by arm, with the conditions. A full depth that differs from `transformers` is recorded, not raised.
 
     Raises:
-        ValueError: No prompts, a count that is too small, a policy that does not fit the model, a script with several
-            prompts per batch, or a folder with another bench.
+        ValueError: No prompts, a count that is too small, a policy that does not fit the model, a script or a peer with
+            several prompts per batch, or a folder with another bench.
     """
-    arms = {REFERENCE: None, FULL: None, **arms}
+    arms, engines = {REFERENCE: None, FULL: None, **arms}, dict(peers or {})
     _check(lm, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size)
+    if engines and batch_size > 1:
+        raise ValueError(f"batch_size is {batch_size}, but peers are given one prompt at a time: use batch_size=1")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     batches = [lm.encode(prompts[i : i + batch_size], chat=chat) for i in range(0, len(prompts), batch_size)]
     if not batches:
         raise ValueError("there are no prompts; give at least one")
     conditions = _conditions(lm, batches, name, max_new_tokens, repeats, warmup, batch_size, seed)
+    versions = {name: peer.versions for name, peer in engines.items() if isinstance(peer, Peer)}
     with contextlib.nullcontext() if folder is None else locked(folder, "another bench runs"):
-        rounds = [] if folder is None else read_rounds(folder, header_of(lm, arms, batches, conditions))[:repeats]
-        play = partial(_play, lm, arms, tokens=max_new_tokens)
-        each = (len(arms), len(batches) * len(arms))  # generations of a warm-up, of a round
+        rounds = (
+            [] if folder is None else read_rounds(folder, header_of(lm, arms, batches, conditions, versions))[:repeats]
+        )
+        play = partial(_play, lm, arms, engines, probe, tokens=max_new_tokens)
+        names = len(arms) + len(versions)
+        each = (names, len(batches) * names)  # generations of a warm-up, of a round
         done, total = each[1] * len(rounds), each[0] * warmup + each[1] * repeats
         for turn in range(-warmup if len(rounds) < repeats else 0, 0):
             play(batches[:1], random.Random(f"{seed} {turn}"), partial(_count, progress, done, total, "warm-up"))
@@ -133,7 +157,7 @@ def run_bench(
                 write_round(folder, rounds[-1])
     if progress is not None:
         progress(total, total, "done")
-    return Bench(conditions, [_result(arm, arms[arm], rounds) for arm in arms], [played.order for played in rounds])
+    return _bench(conditions, arms, engines, versions, rounds)
 
 
 def _count(progress: Progress | None, before: int, total: int, what: str, done: int, arm: str) -> None:
@@ -154,16 +178,30 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
 
 
 def _play(
-    lm: LanguageModel, arms: Arms, batches: Sequence[dict[str, Tensor]], shuffle: random.Random,
-    said: Callable[[int, str], None], *, tokens: int,
+    lm: LanguageModel, arms: Arms, peers: dict[str, Peer | PeerError], probe: Callable[[], float] | None,
+    batches: Sequence[dict[str, Tensor]], shuffle: random.Random, said: Callable[[int, str], None], *, tokens: int,
 ) -> Round:  # fmt: skip
-    """Generate every batch with every arm, in an order that is shuffled for each batch."""
-    played = Round([], {arm: Turn() for arm in arms})
+    """Generate every batch with every arm and peer, in an order that is shuffled for each batch."""
+    names = [*arms, *(name for name, peer in peers.items() if isinstance(peer, Peer))]
+    played = Round([], {name: Turn() for name in names})
     for inputs in batches:
-        played.order.append(shuffle.sample(list(arms), len(arms)))
-        for arm in played.order[-1]:
-            said(sum(map(len, played.order[:-1])) + played.order[-1].index(arm), arm)
-            _run(lm, arm, arms[arm], inputs, tokens, played.arms[arm])
+        if probe is not None:
+            played.bandwidth.append(probe())
+        played.order.append(shuffle.sample(names, len(names)))
+        for name in played.order[-1]:
+            said(sum(map(len, played.order[:-1])) + played.order[-1].index(name), name)
+            if name in arms:
+                _run(lm, name, arms[name], inputs, tokens, played.arms[name])
+                continue
+            peer = peers[name]
+            try:
+                if isinstance(peer, Peer):
+                    played.arms[name].add_answer(peer.generate(inputs["input_ids"][0].tolist(), tokens))
+            except PeerError as error:
+                peers[name] = error
+    for name, peer in peers.items():
+        if isinstance(peer, PeerError):
+            played.arms.pop(name, None)
     return played
 
 
@@ -178,13 +216,25 @@ def _run(
         options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     if policy is not None and (script := script_of(policy)):
         script.restart()
+    seen: list[float] = []
+
+    def known(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
+        """Note when the first token is known; nothing stops."""
+        if not seen:
+            _synchronize(lm)
+            seen.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    options["stopping_criteria"] = transformers.StoppingCriteriaList([known])
     _synchronize(lm)
     began = time.perf_counter()
     output = (
         lm.model.generate(**inputs, **options) if arm == REFERENCE else lm.generate(inputs, policy=policy, **options)
     )
     _synchronize(lm)
-    turn.seconds += time.perf_counter() - began
+    ended = time.perf_counter()
+    turn.seconds += ended - began
+    turn.first.append((seen or [ended])[0] - began)
     if isinstance(output, Tensor):
         turn.tokens += output[:, -tokens:].tolist()
         turn.layers += [[lm.num_layers] * tokens for _ in output]
@@ -199,24 +249,52 @@ def _synchronize(lm: LanguageModel) -> None:
         torch.cuda.synchronize()
 
 
-def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round]) -> ArmResult:
-    run, reference, full = ([played.arms[name] for played in rounds] for name in (arm, REFERENCE, FULL))
+def _bench(
+    conditions: dict[str, Any], arms: Arms, peers: Peers, versions: dict[str, dict[str, str]], rounds: Sequence[Round]
+) -> Bench:
+    left_out = {name: str(peer) for name, peer in peers.items() if isinstance(peer, PeerError)}
+    for name in versions:
+        missing = sum(name not in played.arms for played in rounds)
+        if missing and name not in left_out:
+            left_out[name] = f"it failed in {missing} of {len(rounds)} rounds that were kept; use another folder"
+    return Bench(
+        conditions,
+        [_result(arm, arms[arm], rounds) for arm in arms],
+        [played.order for played in rounds],
+        [PeerResult(**_timing(name, rounds), versions=versions[name]) for name in versions if name not in left_out],
+        left_out,
+        tuple(statistics.mean(played.bandwidth) for played in rounds if played.bandwidth),
+    )
+
+
+def _timing(name: str, rounds: Sequence[Round]) -> dict[str, Any]:
+    """The fields of `Timing`."""
+    run, reference = ([played.arms[which] for played in rounds] for which in (name, REFERENCE))
     own, theirs = run[0], reference[0]  # greedy rounds repeat each other
-    counts, whole = (full if arm == REFERENCE else run)[0].counts, full[0].counts
     tokens = sum(map(len, own.tokens))
     pairs = list(zip(own.tokens, theirs.tokens, strict=True))
     same = sum(a == b for mine, other in pairs for a, b in zip(mine, other, strict=False))
+    return {
+        "name": name,
+        "seconds": tuple(turn.seconds for turn in run),
+        "tokens_per_second": Spread.of(tokens / turn.seconds for turn in run),
+        "ratio": Spread.of(a.seconds / b.seconds for a, b in zip(reference, run, strict=True)),
+        "first_token": Spread.of(statistics.mean(t.first) for t in run) if all(t.first for t in run) else None,
+        "agreement": same / sum(map(len, theirs.tokens)),
+        "identical": statistics.mean(a == b for a, b in pairs),
+        "common_prefix": statistics.mean(_common(a, b) for a, b in pairs),
+    }
+
+
+def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round]) -> ArmResult:
+    run, full = ([played.arms[name] for played in rounds] for name in (arm, FULL))
+    counts, whole = (full if arm == REFERENCE else run)[0].counts, full[0].counts
+    tokens = sum(map(len, run[0].tokens))
     return ArmResult(
-        name=arm,
+        **_timing(arm, rounds),
         policy=policy,
-        seconds=tuple(turn.seconds for turn in run),
-        tokens_per_second=Spread.of(tokens / turn.seconds for turn in run),
-        ratio=Spread.of(a.seconds / b.seconds for a, b in zip(reference, run, strict=True)),
-        mean_exit_layer=statistics.mean(layer for row in own.layers for layer in row),
-        exit_layers=own.layers,
-        agreement=same / sum(map(len, theirs.tokens)),
-        identical=statistics.mean(a == b for a, b in pairs),
-        common_prefix=statistics.mean(_common(a, b) for a, b in pairs),
+        mean_exit_layer=statistics.mean(layer for row in run[0].layers for layer in row),
+        exit_layers=run[0].layers,
         tests=counts["tests"] / tokens,
         flops=counts["flops"] / tokens,
         bytes=counts["bytes"] / tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from offramp.core.costs import PARTS
@@ -43,21 +43,54 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """What one arm did. Counts are of the first round (greedy rounds repeat each other), seconds of all.
+class Timing:
+    """What is measured of anything that generates. Texts are of the first round (greedy rounds repeat each other).
 
     Attributes:
         name: Its name.
-        policy: Its policy; None: the full model.
         seconds: Wall-clock time of each round, all prompts.
         tokens_per_second: Over whole generations, prompt and encoder included.
         ratio: Tokens per second over those of `REFERENCE` in the same round.
-        mean_exit_layer: Mean layer after which the tokens left.
-        exit_layers: That layer of every token, per prompt.
+        first_token: Seconds until the first token of a batch is known; None: rounds of an earlier version.
         agreement: Share of positions with the reference's token. After a first difference the two continue different
             texts, so this is a lower bound of how often the arm would have followed the full model.
         identical: Share of prompts with the very same output.
         common_prefix: Mean number of tokens before the first difference.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    tokens_per_second: Spread
+    ratio: Spread
+    first_token: Spread | None
+    agreement: float
+    identical: float
+    common_prefix: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: asdict(value) if isinstance(value, Spread) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class PeerResult(Timing):
+    """What another engine did.
+
+    Attributes:
+        versions: Of the engine and what it rests on.
+    """
+
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ArmResult(Timing):
+    """What one arm did. Counts are of the first round.
+
+    Attributes:
+        policy: Its policy; None: the full model.
+        mean_exit_layer: Mean layer after which the tokens left.
+        exit_layers: That layer of every token, per prompt.
         tests: Confidence tests per token.
         flops: FLOPs per token, prompt and encoder included.
         bytes: Bytes read per token, likewise.
@@ -70,16 +103,9 @@ class ArmResult:
             whose inside is not timed and whose counts are those of `FULL`, which makes the same products.
     """
 
-    name: str
     policy: ExitPolicy | None
-    seconds: tuple[float, ...]
-    tokens_per_second: Spread
-    ratio: Spread
     mean_exit_layer: float
     exit_layers: list[list[int]]
-    agreement: float
-    identical: float
-    common_prefix: float
     tests: float
     flops: float
     bytes: float
@@ -92,10 +118,7 @@ class ArmResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        values = {**vars(self), "policy": policy_values(self.policy)}
-        for name in ("tokens_per_second", "ratio"):
-            values[name] = asdict(values[name])
-        return values
+        return {**super().to_dict(), "policy": policy_values(self.policy)}
 
 
 @dataclass(frozen=True)
@@ -132,15 +155,40 @@ class Bench:
         conditions: What was held fixed, and versions.
         arms: Results, the two full models first.
         order: order[round][batch]: names in the order in which they ran.
+        peers: Results of other engines.
+        left_out: Of those that could not be had or failed, why, by name.
+        bandwidth: Bytes per second of a plain read, one number per round; empty without a probe.
     """
 
     conditions: dict[str, Any]
     arms: list[ArmResult]
     order: list[list[list[str]]]
+    peers: list[PeerResult] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    bandwidth: tuple[float, ...] = ()
 
     def arm(self, name: str) -> ArmResult:
         """The result of that name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def fastest_llama_cpp(self) -> PeerResult | None:
+        """The format of llama.cpp with the most tokens per second; None: it did not run."""
+        formats = [peer for peer in self.peers if peer.name.startswith("llama.cpp")]
+        return max(formats, key=lambda peer: peer.tokens_per_second.median, default=None)
+
+    def over(self, arm: Timing, other: Timing) -> Spread:
+        """Tokens per second of one over those of the other, in the same round."""
+        return Spread.of(theirs / mine for mine, theirs in zip(arm.seconds, other.seconds, strict=True))
+
+    def of_the_probe(self, arm: ArmResult) -> Spread | None:
+        """Bytes per second that an arm read, as the ledger counts them, over those of the probe in the same round."""
+        if not self.bandwidth:
+            return None
+        tokens = sum(map(len, arm.exit_layers))
+        return Spread.of(
+            arm.bytes * tokens / seconds / reached for seconds, reached in zip(arm.seconds, self.bandwidth, strict=True)
+        )
 
     @property
     def savings(self) -> list[Saving]:
@@ -154,18 +202,34 @@ class Bench:
         dtype = self.conditions["dtype"]
         cause = "unless scores tie, that is a bug" if dtype == "float32" else "rounding can do that"
         exact = [arm for arm in self.arms if arm.policy is None or arm.policy.skipped == "verify"]
-        return [
+        differing = [
             f"{arm.name} differs from {REFERENCE} at {1 - arm.agreement:.1%} of the positions; in {dtype}, {cause}"
             for arm in exact
             if arm.agreement < 1
         ]
+        return [*differing, *(f"{name} is left out: {reason}" for name, reason in self.left_out.items())]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without NaN and infinities."""
+        fastest = self.fastest_llama_cpp
         return {
             "schema": "offramp/bench/1",
             "conditions": self.conditions,
-            "arms": [arm.to_dict() for arm in self.arms],
+            "arms": [
+                {
+                    **arm.to_dict(),
+                    "over_llama_cpp": fastest and asdict(self.over(arm, fastest)),
+                    "of_the_probe": (share := self.of_the_probe(arm)) and asdict(share),
+                }
+                for arm in self.arms
+            ],
+            "peers": [
+                {**peer.to_dict(), "over_llama_cpp": fastest and asdict(self.over(peer, fastest))}
+                for peer in self.peers
+            ],
+            "fastest_llama_cpp": fastest and fastest.name,
+            "left_out": self.left_out,
+            "bandwidth": list(self.bandwidth),
             "savings": [asdict(saving) for saving in self.savings],
             "order": self.order,
             "notes": self.notes,
@@ -175,8 +239,15 @@ class Bench:
         """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
         blocks = [_speed_table(self.arms), _time_table(self.arms)]
+        if self.peers or self.bandwidth:
+            blocks.insert(0, _peer_table(self))
         if self.savings:
             blocks.append(_saving_table(self.savings))
+        if self.bandwidth:
+            gigabytes = Spread.of(rate / 1e9 for rate in self.bandwidth)
+            conditions += f", a plain read of the weights' size reaches {gigabytes} GB/s"
+        for peer in self.peers:
+            conditions += f", {peer.name}: {', '.join(f'{key} {value}' for key, value in peer.versions.items())}"
         return "\n\n".join([*blocks, f"Conditions: {conditions}.", *(f"Note: {note}." for note in self.notes)])
 
 
@@ -240,6 +311,25 @@ def _speed_table(arms: list[ArmResult]) -> str:
         ]
         for arm in arms
     ])  # fmt: skip
+
+
+def _peer_table(bench: Bench) -> str:
+    """Own arms and peers, fastest first, in what can be said of both."""
+    fastest = bench.fastest_llama_cpp
+    head = ["arm", "tokens/s", "× generate (quartiles)"]
+    head += [f"× {fastest.name} (quartiles)"] if fastest else []
+    head += ["first token ms", "same", "prefix"] + (["of the plain read"] if bench.bandwidth else [])
+    rows = []
+    for arm in sorted([*bench.arms, *bench.peers], key=lambda arm: -arm.tokens_per_second.median):
+        first = "–" if arm.first_token is None else f"{1000 * arm.first_token.median:.0f}"
+        row = [arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio)]
+        row += [str(bench.over(arm, fastest))] if fastest else []
+        row += [first, f"{arm.agreement:.0%}", f"{arm.common_prefix:.1f}"]
+        if bench.bandwidth:
+            share = bench.of_the_probe(arm) if isinstance(arm, ArmResult) else None
+            row.append(f"{share.median:.0%}" if share else "–")
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def _time_table(arms: list[ArmResult]) -> str:

@@ -16,6 +16,7 @@ from offramp.core.costs import PARTS, Costs
 from offramp.core.exits import fingerprint
 from offramp.core.language_model import LanguageModel
 from offramp.lines import append_lines, open_lines
+from offramp.peers import Answer
 
 ROUNDS = "rounds.jsonl"
 SCHEMA = "offramp/bench-rounds/1"
@@ -31,7 +32,8 @@ class Turn:
         parts: Seconds by part of the generation.
         counts: Sums by `COUNTS`; of a model's own `generate` they stay 0.
         tokens: Of each prompt.
-        layers: After which they left.
+        layers: After which they left; of a peer there are none.
+        first: Seconds until the first token of each batch.
     """
 
     seconds: float = 0.0
@@ -39,6 +41,7 @@ class Turn:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     tokens: list[list[int]] = field(default_factory=list)
     layers: list[list[int]] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
 
     def add(self, costs: Costs) -> None:
         """The costs of one batch."""
@@ -48,6 +51,12 @@ class Turn:
             self.counts[name] += getattr(costs, name)
         self.counts[COUNTS[-1]] += sum(costs.parts[part].flops for part in CONFIDENCE_PARTS)
 
+    def add_answer(self, answer: Answer) -> None:
+        """What a peer answered."""
+        self.seconds += answer.seconds
+        self.first.append(answer.first)
+        self.tokens.append(answer.tokens)
+
 
 @dataclass
 class Round:
@@ -55,16 +64,19 @@ class Round:
 
     Attributes:
         order: Of each batch, the names of the arms as they ran.
-        arms: What each did.
+        arms: What each did, peers included.
+        bandwidth: Bytes per second that a plain read reached before each batch; empty without a probe.
     """
 
     order: list[list[str]]
     arms: dict[str, Turn]
+    bandwidth: list[float] = field(default_factory=list)
 
 
 def header_of(
-    lm: LanguageModel, arms: Arms, batches: Sequence[Mapping[str, Tensor]], conditions: Mapping[str, Any]
-) -> dict[str, Any]:
+    lm: LanguageModel, arms: Arms, batches: Sequence[Mapping[str, Tensor]], conditions: Mapping[str, Any],
+    peers: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:  # fmt: skip
     """How rounds come about, as JSON values: all but their number, which may be asked for later."""
     content = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
     return {
@@ -73,6 +85,7 @@ def header_of(
         "exits": None if lm.exits is None else fingerprint(lm.exits),
         "prompt_ids": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         "arms": {name: policy_values(policy) for name, policy in arms.items()},
+        **({"peers": peers} if peers else {}),
         **{name: value for name, value in conditions.items() if name != "repeats"},
     }
 
@@ -91,7 +104,10 @@ def read_rounds(folder: Path, header: Mapping[str, Any]) -> list[Round]:
         ValueError: They are of another bench.
     """
     values = open_lines(folder / ROUNDS, header, "rounds")
-    return [Round(value["order"], {arm: Turn(**turn) for arm, turn in value["arms"].items()}) for value in values]
+    return [
+        Round(value["order"], {arm: Turn(**turn) for arm, turn in value["arms"].items()}, value.get("bandwidth", []))
+        for value in values
+    ]
 
 
 def write_round(folder: Path, played: Round) -> None:

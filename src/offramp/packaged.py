@@ -109,7 +109,7 @@ def packaged_folder(name: str) -> Path:
     weights = _find_weights(packaged)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with sole_maker(folder):
             if not _is_complete(folder):  # another process may have made it while this one waited for the lock
                 _build(packaged, weights, folder)
     except ModelError:
@@ -172,7 +172,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def sole_maker(folder: Path) -> Iterator[None]:
     """Let one process at a time make `folder`; the system releases the lock when a process dies."""
     from filelock import FileLock, Timeout
 

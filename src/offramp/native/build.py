@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL:
     compiler = find_compiler()
     flags = (*FLAGS, *_machine_flags(), *shlex.split(os.environ.get("OFFRAMP_CXXFLAGS", "")))
     digest = hashlib.sha256(SOURCE.read_bytes())
-    digest.update("\0".join([*compiler, _version(tuple(compiler)), *flags, _processor()]).encode())
+    digest.update("\0".join([*compiler, _version(tuple(compiler)), *flags, processor()]).encode())
     name = f"kernels-{digest.hexdigest()[:20]}.so"
     path = cache_folder() / "native" / name
     try:
@@ -128,7 +128,7 @@ def _machine_flags() -> tuple[str, ...]:
     return ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells processors apart for which different code is made."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

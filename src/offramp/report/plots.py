@@ -171,8 +171,10 @@ def exit_figure(probe: Probe) -> Any:
 
 
 def bench_figure(bench: Bench) -> Any:
-    """Speed and FLOPs of every arm beside the full model."""
-    arms = bench.arms[::-1]
+    """Speed of every arm and peer beside the full model, and the arms' FLOPs."""
+    own, others = bench.arms[::-1], bench.peers[::-1]
+    arms = [*others, *own]
+    colors = [GREEN for _ in others] + [GREY if arm.policy is None else BLUE for arm in own]
     conditions = bench.conditions
     figure = headed(
         f"{conditions['model']} in {conditions['dtype']}: speed and compute beside transformers' generate",
@@ -183,9 +185,10 @@ def bench_figure(bench: Bench) -> Any:
     places = range(len(arms))
     ratios = [arm.ratio.median for arm in arms]
     spread = [[arm.ratio.median - arm.ratio.low for arm in arms], [arm.ratio.high - arm.ratio.median for arm in arms]]
-    bars = axes.barh(places, ratios, 0.6, color=[GREY if arm.policy is None else BLUE for arm in arms], alpha=0.85)
+    bars = axes.barh(places, ratios, 0.6, color=colors, alpha=0.85)
     axes.errorbar(ratios, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    flops = axes.scatter([arm.flops_ratio for arm in arms], places, marker="D", color=ORANGE, zorder=3)
+    work = [arm.flops_ratio for arm in own]
+    flops = axes.scatter(work, places[-len(own) :], marker="D", color=ORANGE, zorder=3)
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set_yticks(places, [f"{arm.name}  ({arm.agreement:.0%} same)" for arm in arms])
     axes.grid(visible=False, axis="y")
