@@ -9,9 +9,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.bench import default_arms, run_bench
-from offramp.bench_results import FULL, REFERENCE, Spread
-from offramp.scripted import Script, Scripted, random_prompts, random_t5, scripted_arms, scripted_depths
+from offramp.bench import default_arms, run_batch_sizes, run_bench
+from offramp.bench_results import FULL, REFERENCE, Spread, sizes_table
+from offramp.scripted import (
+    Script,
+    Scripted,
+    random_model,
+    random_prompts,
+    scripted_arms,
+    scripted_depths,
+)
 
 LAYERS, TOKENS, REPEATS = 6, 7, 2
 
@@ -57,7 +64,7 @@ def scripted(request):
     result = run_bench(lm, random_prompts(lm, 2, length=5), arms, max_new_tokens=TOKENS, repeats=REPEATS, warmup=0)
     depths = list(arms["softmax"].confidence.script.depths)
     # A decoder-only prompt runs at full depth, and its token is not tested.
-    return lm, arms, result, depths if lm.split.is_encoder_decoder else [LAYERS, *depths[:-1]]
+    return lm, arms, result, depths if lm.split.is_encoder_decoder else [LAYERS, *depths[1:]]
 
 
 # Arms and rounds
@@ -313,29 +320,89 @@ def test_depths_are_drawn_once_and_clipped():
     assert sum(depths) / 200 == pytest.approx(5.2, abs=0.4)
 
 
-def test_a_script_plays_for_one_sequence(llama):
-    arms = scripted_arms(llama, tokens=3)
-    with pytest.raises(ValueError, match="batch_size is 2, but arm 'softmax' is scripted"):
-        run_bench(llama, random_prompts(llama, 2), arms, batch_size=2)
-    with pytest.raises(ValueError, match="the batch has 2 rows"):
-        llama.generate(random_prompts(llama, 2, length=3), policy=arms["softmax"], max_new_tokens=2)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_rows_of_a_batch_leave_by_scripts_of_their_own(name, request):
+    lm = request.getfixturevalue(name)
+    arms = scripted_arms(lm, tokens=5, rows=3, mean=4, min_layer=2, seed=3)
+    depths = arms["softmax"].confidence.script.depths
+    rows = [list(depths[i : i + 5]) for i in (0, 5, 10)]
+    if name == "llama":  # a prompt's own token is not tested
+        rows = [[LAYERS, *row[1:]] for row in rows]
+    assert len(set(map(tuple, rows))) == 3
+    prompts = random_prompts(lm, 3, length=4)
+    for arm in ("softmax", "softmax + fixed", "jsd + adaptive"):
+        found = lm.generate(prompts, policy=arms[arm], max_new_tokens=5, min_new_tokens=5)
+        assert found.exit_layers == rows, arm
 
 
-# Random T5
+def test_a_mean_that_is_no_layer_is_refused(llama):
+    with pytest.raises(ValueError, match="mean exit layer is 9"):
+        scripted_arms(llama, tokens=3, mean=9)
+
+
+# Several batch sizes, and models computed in other ways
+
+
+def test_batch_sizes_take_turns_and_keep_their_rounds(llama, tmp_path):
+    prompts, said = random_prompts(llama, 3, length=4), []
+
+    def arms(rows):
+        return scripted_arms(llama, tokens=3, rows=rows, mean=4, min_layer=2)
+
+    def run(repeats, **options):
+        return run_batch_sizes(
+            llama, prompts, lambda rows: {"softmax": arms(rows)["softmax"]}, (1, 3), max_new_tokens=3,
+            repeats=repeats, folder=tmp_path, **options,
+        )  # fmt: skip
+
+    one, three = run(2, progress=lambda *call: said.append(call))
+    assert (one.conditions["prompts"], three.conditions["prompts"]) == (1, 3)
+    assert three.conditions["scripted_exits"].startswith("mean layer ")
+    labels = [what.rpartition(":")[0] for *_, what in said]
+    turns = list(dict.fromkeys(labels))
+    assert turns == [
+        "1 together, warm-up", "1 together, round 1/2", "3 together, warm-up", "3 together, round 1/2",
+        "1 together, round 2/2", "3 together, round 2/2",
+    ] + turns[6:]  # fmt: skip
+    assert said[-1][0] == said[-1][1] == 2 * 3 * (1 + 2)  # sizes, arms, warm-up and rounds
+    again = run(2)
+    assert [bench.arm(FULL).seconds for bench in again] == [bench.arm(FULL).seconds for bench in (one, three)]
+    table = sizes_table([one, three])
+    assert len(table.splitlines()) == 2 + 2 * 3
+    ratio = one.seconds_ratio(one.arm("softmax"))
+    assert ratio.median == pytest.approx(
+        sum(a / b for a, b in zip(one.arm("softmax").seconds, one.arm(FULL).seconds, strict=True)) / 2
+    )
+    with pytest.raises(ValueError, match="a batch of 4 is asked for, but there are 3 prompts"):
+        run_batch_sizes(llama, prompts, arms, (1, 4))
+
+
+def test_variants_run_all_arms_but_the_reference(llama):
+    half = LanguageModel(llama.model)
+    result = run_bench(
+        llama, random_prompts(llama, 1, length=4), {"static 3": ExitPolicy("static", min_layer=3)}, max_new_tokens=2,
+        repeats=1, warmup=0, variants={"other": half},
+    )  # fmt: skip
+    assert [arm.name for arm in result.arms] == [REFERENCE, FULL, "static 3", f"other {FULL}", "other static 3"]
+    assert result.arm("other static 3").exit_layers == result.arm("static 3").exit_layers
+    assert result.notes == []
+
+
+# Random models
 
 
 def test_a_random_t5_has_the_shape_of_the_checkpoint():
     state = torch.get_rng_state()
-    lm = random_t5("t5-small")
+    lm = random_model("t5-small")
     assert torch.equal(torch.get_rng_state(), state)
     assert (lm.num_layers, lm.vocabulary, lm.tokenizer) == (6, 32128, None)
     assert sum(p.numel() for p in lm.model.parameters()) == 60_506_624  # that of the published t5-small
     assert not lm.model.training
 
 
-def test_an_unknown_size_names_the_known_ones():
-    with pytest.raises(ValueError, match="'t5-huge'; allowed are t5-small, t5-base, t5-large"):
-        random_t5("t5-huge")
+def test_an_unknown_shape_names_the_known_ones():
+    with pytest.raises(ValueError, match="'t5-huge'; allowed are 't5-small', .*'llama-3.2-1b'"):
+        random_model("t5-huge")
 
 
 # What is written

@@ -94,6 +94,28 @@ def test_bench_compares_every_arm(folder, tmp_path):
         assert arm in run.stdout
 
 
+def test_bench_of_chosen_rows_at_several_batch_sizes(folder, tmp_path):
+    path = tmp_path / "bench.json"
+    done = offramp(
+        "bench", folder, "--max-new-tokens", 3, "--repeats", 1, "--min-layer", 1, "--mean-layer", 2,
+        "--arms", "static 3,softmax + fixed", "--batch-sizes", "1,2", "--json", path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = json.loads(path.read_text())
+    assert result["schema"] == "offramp/bench-sizes/1"
+    names = [[arm["name"] for arm in bench["arms"]] for bench in result["benches"]]
+    assert names == [["transformers generate", "full depth (offramp)", "static 3", "softmax + fixed"]] * 2
+    assert [bench["conditions"]["batch_size"] for bench in result["benches"]] == [1, 2]
+    assert [len(bench["arms"][3]["policy"]["script"]) for bench in result["benches"]] == [3, 6]
+    for wrong, message in (
+        (["--arms", "softmx"], "row is 'softmx'"), (["--batch-sizes", "1,0"], "give counts such as 1,4,8"),
+        (["--with-int8"], "needs --engine native"),
+    ):  # fmt: skip
+        done = offramp("bench", folder, *wrong)
+        assert done.exit_code != 0
+        assert message in f"{done.output} {done.exception}"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -1,5 +1,6 @@
 """Peers of the bench: their processes, packages and files, and their rows; no test looks at how long anything took."""
 
+import copy
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from offramp import ExitPolicy, LanguageModel
 from offramp.bench import run_bench
 from offramp.bench_results import FULL, REFERENCE
 from offramp.cli import app
-from offramp.peers import Peer, PeerError, answer, packages, started, starting
+from offramp.peers import Answer, Peer, PeerError, answer, packages, started, starting
 from offramp.peers.packages import Package
 from offramp.peers.weights import FORMATS, gguf_file, model_folder, write_gguf
 from offramp.scripted import random_prompts
@@ -325,15 +326,31 @@ def test_agreement_of_a_peer_is_counted_in_tokens(llama):
 
         def generate(self, ids, new):
             assert list(ids) == prompt[0].tolist()
-            return answer_of([own[0], own[1] ^ 1, *own[2:]])
-
-    def answer_of(tokens):
-        from offramp.peers import Answer
-
-        return Answer(tokens, 1.0, 0.5)
+            return Answer([own[0], own[1] ^ 1, *own[2:]], 1.0, 0.5)
 
     (row,) = run_bench(llama, prompt, {}, max_new_tokens=4, repeats=1, warmup=0, peers={"x": Nearly()}).peers
     assert (row.agreement, row.identical, row.common_prefix) == (0.75, 0, 1)
+    assert (row.exact_agreement, row.exact_prefix) == (0.75, 1)
+
+
+def test_agreement_is_also_with_the_model_in_float32(llama):
+    """Rounded to bfloat16, the model says something else; a peer that says what the exact one does is told."""
+    prompt = random_prompts(llama, 1, length=4)
+    rounded = LanguageModel(copy.deepcopy(llama.model).bfloat16())
+    exact = LlamaForCausalLM(llama.model.config)
+    exact.load_state_dict({name: weight.float() for name, weight in rounded.model.state_dict().items()})
+    tokens = exact.eval().generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, 4:].tolist()
+
+    class Exact(Peer):
+        def __init__(self):
+            self.versions = {}
+
+        def generate(self, ids, new):
+            return Answer(tokens, 1.0, 0.5)
+
+    result = run_bench(rounded, prompt, {}, max_new_tokens=4, repeats=1, warmup=0, peers={"x": Exact()})
+    assert (result.peers[0].exact_agreement, result.peers[0].exact_prefix) == (1, 4)
+    assert result.arm(REFERENCE).agreement == 1
 
 
 def test_kept_rounds_go_on_with_the_same_peers_only(llama, tmp_path):

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,22 +20,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from offramp import __version__
-from offramp.bench_results import (
-    CONFIDENCE_PARTS,
-    FULL,
-    REFERENCE,
-    ArmResult,
-    Arms,
-    Bench,
-    PeerResult,
-    Spread,
-    script_of,
-)
-from offramp.bench_rounds import Round, Turn, header_of, read_rounds, write_round
-from offramp.core.costs import PARTS
+from offramp.bench_playing import Batches, Players, exact_tokens
+from offramp.bench_results import FULL, REFERENCE, Arms, Bench, script_of
+from offramp.bench_rounds import header_of, read_rounds, write_round
+from offramp.bench_summary import summary
 from offramp.core.language_model import LanguageModel
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
@@ -99,6 +88,7 @@ def run_bench(
     name: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
+    variants: Mapping[str, LanguageModel] | None = None,
     peers: Peers | None = None,
     probe: Callable[[], float] | None = None,
 ) -> Bench:
@@ -118,46 +108,140 @@ def run_bench(
         folder: Where finished rounds are kept, and taken from: an interrupted bench goes on, more rounds may be asked
             for. None: nowhere.
         progress: Called before every generation.
-        peers: Other engines that have loaded the same weights. One that fails is left out from then on.
+        variants: The same model computed in other ways, such as in eight bits: all arms run on these as well, under
+            names with the variant's before them. Ratios refer to `lm` all the same.
+        peers: Other engines that have loaded the same weights. One that fails is left out from then on. With peers,
+            the full model also generates once in float32, to tell what is rounding.
         probe: What measures how fast a plain read is, in bytes per second; called before every batch.
 
     Returns:
         Results by arm, with the conditions. A full depth that differs from `transformers` is recorded, not raised.
 
     Raises:
-        ValueError: No prompts, a count that is too small, a policy that does not fit the model, a script or a peer with
-            several prompts per batch, or a folder with another bench.
+        ValueError: No prompts, a count that is too small, a policy that does not fit the model, a peer with several
+            prompts per batch, or a folder with another bench.
     """
-    arms, engines = {REFERENCE: None, FULL: None, **arms}, dict(peers or {})
+    steps = _steps(
+        lm, prompts, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size,
+        chat=chat, seed=seed, name=name, folder=folder, progress=progress, variants=variants, peers=peers, probe=probe,
+    )  # fmt: skip
+    return next(step for step in steps if step is not None)
+
+
+def run_batch_sizes(
+    lm: LanguageModel,
+    prompts: Any,
+    arms: Callable[[int], Arms],
+    sizes: Sequence[int],
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    peers: Peers | None = None,
+    **options: Any,
+) -> list[Bench]:
+    """A bench for each of several batch sizes, round by round in turns, so that they can be compared, too.
+
+    Args:
+        lm: The model.
+        prompts: As for `run_bench`; a size takes the first so many as its one batch.
+        arms: Policies by name, for so many rows.
+        sizes: Prompts generated together.
+        folder: As for `run_bench`, with a folder in it for each size.
+        progress: As for `run_bench`, over all sizes.
+        peers: As for `run_bench`; they take part where the size is 1.
+        **options: As for `run_bench`.
+
+    Returns:
+        Results by size, in that order.
+
+    Raises:
+        ValueError: As for `run_bench`, or there are fewer prompts than a batch needs.
+    """
+    if len(prompts) < max(sizes):
+        raise ValueError(f"a batch of {max(sizes)} is asked for, but there are {len(prompts)} prompts; give more")
+    far = {size: (0, 0) for size in sizes}  # generations done, and their total
+
+    def said(size: int, done: int, total: int, what: str) -> None:
+        far[size] = (done, total)
+        if progress is not None:
+            progress(sum(n for n, _ in far.values()), sum(n for _, n in far.values()), f"{size} together, {what}")
+
+    running = [
+        _steps(
+            lm, prompts[:size], arms(size), batch_size=size, folder=folder and folder / f"batch-{size}",
+            progress=partial(said, size), peers=peers if size == 1 else None, **options,
+        )
+        for size in sizes
+    ]  # fmt: skip
+    found: list[Bench | None] = [None] * len(sizes)
+    while None in found:
+        found = [have or next(steps) for have, steps in zip(found, running, strict=True)]
+    return [bench for bench in found if bench is not None]
+
+
+def _steps(
+    lm: LanguageModel,
+    prompts: Any,
+    arms: Arms,
+    *,
+    max_new_tokens: int = 32,
+    repeats: int = 5,
+    warmup: int = 1,
+    batch_size: int = 1,
+    chat: bool = False,
+    seed: int = 0,
+    name: str | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    variants: Mapping[str, LanguageModel] | None = None,
+    peers: Peers | None = None,
+    probe: Callable[[], float] | None = None,
+) -> Iterator[Bench | None]:
+    """A bench that stops after every round; the arguments are those of `run_bench`.
+
+    Yields:
+        None after a round, and at last the results.
+
+    Raises:
+        ValueError: As for `run_bench`.
+    """
+    arms = {REFERENCE: None, FULL: None, **arms}
+    models = dict.fromkeys(arms, lm)
+    for variant, other in (variants or {}).items():
+        own = {f"{variant} {arm}": policy for arm, policy in arms.items() if models[arm] is lm and arm != REFERENCE}
+        arms, models = {**arms, **own}, {**models, **dict.fromkeys(own, other)}
     _check(lm, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size)
-    if engines and batch_size > 1:
+    if peers and batch_size > 1:
         raise ValueError(f"batch_size is {batch_size}, but peers are given one prompt at a time: use batch_size=1")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     batches = [lm.encode(prompts[i : i + batch_size], chat=chat) for i in range(0, len(prompts), batch_size)]
     if not batches:
         raise ValueError("there are no prompts; give at least one")
-    conditions = _conditions(lm, batches, name, max_new_tokens, repeats, warmup, batch_size, seed)
-    versions = {name: peer.versions for name, peer in engines.items() if isinstance(peer, Peer)}
+    conditions = _conditions(lm, arms, batches, name, max_new_tokens, repeats, warmup, batch_size, seed)
+    players = Players(arms, models, dict(peers or {}), probe, max_new_tokens)
+    versions = {name: peer.versions for name, peer in players.peers.items() if isinstance(peer, Peer)}
+    exact = exact_tokens(lm, batches, max_new_tokens) if peers and lm.model.dtype != torch.float32 else None
     with contextlib.nullcontext() if folder is None else locked(folder, "another bench runs"):
-        rounds = (
-            [] if folder is None else read_rounds(folder, header_of(lm, arms, batches, conditions, versions))[:repeats]
-        )
-        play = partial(_play, lm, arms, engines, probe, tokens=max_new_tokens)
+        header = header_of(lm, arms, batches, conditions, versions)
+        rounds = [] if folder is None else read_rounds(folder, header)[:repeats]
         names = len(arms) + len(versions)
         each = (names, len(batches) * names)  # generations of a warm-up, of a round
         done, total = each[1] * len(rounds), each[0] * warmup + each[1] * repeats
         for turn in range(-warmup if len(rounds) < repeats else 0, 0):
-            play(batches[:1], random.Random(f"{seed} {turn}"), partial(_count, progress, done, total, "warm-up"))
+            said = partial(_count, progress, done, total, "warm-up")
+            players.play(batches[:1], random.Random(f"{seed} {turn}"), said)
             done += each[0]
         for turn in range(len(rounds), repeats):
             said = partial(_count, progress, done, total, f"round {turn + 1}/{repeats}")
-            rounds.append(play(batches, random.Random(f"{seed} {turn}"), said))
+            rounds.append(players.play(batches, random.Random(f"{seed} {turn}"), said))
             done += each[1]
             if folder is not None:
                 write_round(folder, rounds[-1])
+            yield None
     if progress is not None:
         progress(total, total, "done")
-    return _bench(conditions, arms, engines, versions, rounds)
+    lost = {name: str(peer) for name, peer in players.peers.items() if isinstance(peer, PeerError)}
+    yield summary(conditions, arms, versions, lost, rounds, exact)
 
 
 def _count(progress: Progress | None, before: int, total: int, what: str, done: int, arm: str) -> None:
@@ -170,163 +254,18 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
         least = 0 if name == "warmup" else 1
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    for arm, policy in arms.items():
+    for policy in arms.values():
         if policy is not None:
             resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-            if script_of(policy) is not None and counts["batch_size"] > 1:
-                raise ValueError(f"batch_size is {counts['batch_size']}, but arm {arm!r} is scripted: use batch_size=1")
-
-
-def _play(
-    lm: LanguageModel, arms: Arms, peers: dict[str, Peer | PeerError], probe: Callable[[], float] | None,
-    batches: Sequence[dict[str, Tensor]], shuffle: random.Random, said: Callable[[int, str], None], *, tokens: int,
-) -> Round:  # fmt: skip
-    """Generate every batch with every arm and peer, in an order that is shuffled for each batch."""
-    names = [*arms, *(name for name, peer in peers.items() if isinstance(peer, Peer))]
-    played = Round([], {name: Turn() for name in names})
-    for inputs in batches:
-        if probe is not None:
-            played.bandwidth.append(probe())
-        played.order.append(shuffle.sample(names, len(names)))
-        for name in played.order[-1]:
-            said(sum(map(len, played.order[:-1])) + played.order[-1].index(name), name)
-            if name in arms:
-                _run(lm, name, arms[name], inputs, tokens, played.arms[name])
-                continue
-            peer = peers[name]
-            try:
-                if isinstance(peer, Peer):
-                    played.arms[name].add_answer(peer.generate(inputs["input_ids"][0].tolist(), tokens))
-            except PeerError as error:
-                peers[name] = error
-    for name, peer in peers.items():
-        if isinstance(peer, PeerError):
-            played.arms.pop(name, None)
-    return played
-
-
-def _run(
-    lm: LanguageModel, arm: str, policy: ExitPolicy | None, inputs: dict[str, Tensor], tokens: int, turn: Turn
-) -> None:
-    """One timed generation."""
-    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
-    settings = lm.model.generation_config
-    if settings.pad_token_id is None and settings.eos_token_id is not None:  # as `LanguageModel` does
-        eos = settings.eos_token_id
-        options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    if policy is not None and (script := script_of(policy)):
-        script.restart()
-    seen: list[float] = []
-
-    def known(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
-        """Note when the first token is known; nothing stops."""
-        if not seen:
-            _synchronize(lm)
-            seen.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    options["stopping_criteria"] = transformers.StoppingCriteriaList([known])
-    _synchronize(lm)
-    began = time.perf_counter()
-    output = (
-        lm.model.generate(**inputs, **options) if arm == REFERENCE else lm.generate(inputs, policy=policy, **options)
-    )
-    _synchronize(lm)
-    ended = time.perf_counter()
-    turn.seconds += ended - began
-    turn.first.append((seen or [ended])[0] - began)
-    if isinstance(output, Tensor):
-        turn.tokens += output[:, -tokens:].tolist()
-        turn.layers += [[lm.num_layers] * tokens for _ in output]
-        return
-    turn.add(output.costs)
-    turn.tokens += output.tokens
-    turn.layers += output.exit_layers
-
-
-def _synchronize(lm: LanguageModel) -> None:
-    if lm.split.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _bench(
-    conditions: dict[str, Any], arms: Arms, peers: Peers, versions: dict[str, dict[str, str]], rounds: Sequence[Round]
-) -> Bench:
-    left_out = {name: str(peer) for name, peer in peers.items() if isinstance(peer, PeerError)}
-    for name in versions:
-        missing = sum(name not in played.arms for played in rounds)
-        if missing and name not in left_out:
-            left_out[name] = f"it failed in {missing} of {len(rounds)} rounds that were kept; use another folder"
-    return Bench(
-        conditions,
-        [_result(arm, arms[arm], rounds) for arm in arms],
-        [played.order for played in rounds],
-        [PeerResult(**_timing(name, rounds), versions=versions[name]) for name in versions if name not in left_out],
-        left_out,
-        tuple(statistics.mean(played.bandwidth) for played in rounds if played.bandwidth),
-    )
-
-
-def _timing(name: str, rounds: Sequence[Round]) -> dict[str, Any]:
-    """The fields of `Timing`."""
-    run, reference = ([played.arms[which] for played in rounds] for which in (name, REFERENCE))
-    own, theirs = run[0], reference[0]  # greedy rounds repeat each other
-    tokens = sum(map(len, own.tokens))
-    pairs = list(zip(own.tokens, theirs.tokens, strict=True))
-    same = sum(a == b for mine, other in pairs for a, b in zip(mine, other, strict=False))
-    return {
-        "name": name,
-        "seconds": tuple(turn.seconds for turn in run),
-        "tokens_per_second": Spread.of(tokens / turn.seconds for turn in run),
-        "ratio": Spread.of(a.seconds / b.seconds for a, b in zip(reference, run, strict=True)),
-        "first_token": Spread.of(statistics.mean(t.first) for t in run) if all(t.first for t in run) else None,
-        "agreement": same / sum(map(len, theirs.tokens)),
-        "identical": statistics.mean(a == b for a, b in pairs),
-        "common_prefix": statistics.mean(_common(a, b) for a, b in pairs),
-    }
-
-
-def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round]) -> ArmResult:
-    run, full = ([played.arms[name] for played in rounds] for name in (arm, FULL))
-    counts, whole = (full if arm == REFERENCE else run)[0].counts, full[0].counts
-    tokens = sum(map(len, run[0].tokens))
-    return ArmResult(
-        **_timing(arm, rounds),
-        policy=policy,
-        mean_exit_layer=statistics.mean(layer for row in run[0].layers for layer in row),
-        exit_layers=run[0].layers,
-        tests=counts["tests"] / tokens,
-        flops=counts["flops"] / tokens,
-        bytes=counts["bytes"] / tokens,
-        flops_ratio=counts["flops"] / whole["flops"],
-        bytes_ratio=counts["bytes"] / whole["bytes"],
-        draft_flops=counts["draft_flops"] / tokens,
-        confidence_flops=counts["confidence_flops"] / tokens,
-        confidence_seconds=() if arm == REFERENCE else tuple(_confidence_seconds(turn) for turn in run),
-        shares={} if arm == REFERENCE else _shares(run),
-    )
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _confidence_seconds(turn: Turn) -> float:
-    return sum(turn.parts[part] for part in CONFIDENCE_PARTS)
-
-
-def _shares(run: Sequence[Turn]) -> dict[str, float]:
-    whole = sum(turn.seconds for turn in run)
-    shares = {part: sum(turn.parts[part] for turn in run) / whole for part in PARTS}
-    return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
 
 
 def _conditions(
-    lm: LanguageModel, batches: list[dict[str, Tensor]], name: str | None, tokens: int, repeats: int, warmup: int,
+    lm: LanguageModel, arms: Arms, batches: Batches, name: str | None, tokens: int, repeats: int, warmup: int,
     batch_size: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     device, shape = lm.split.device, lm.split.shape
+    scripts = [script for policy in arms.values() if policy is not None and (script := script_of(policy))]
+    depths = scripts[0].depths if scripts else ()
     lengths = [batch["input_ids"].shape[1] for batch in batches]
     return {
         "model": name or lm.name,
@@ -335,6 +274,7 @@ def _conditions(
         "width": shape.width,
         "vocabulary": shape.vocabulary,
         **({"trained_exits": list(lm.split.exit_layers)} if lm.split.exit_layers else {}),
+        **({"scripted_exits": f"mean layer {statistics.mean(depths):.1f}"} if depths else {}),
         "dtype": lm.number_format,
         "attention": str(lm.split.config._attn_implementation),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

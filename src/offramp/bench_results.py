@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,9 @@ class Timing:
             texts, so this is a lower bound of how often the arm would have followed the full model.
         identical: Share of prompts with the very same output.
         common_prefix: Mean number of tokens before the first difference.
+        exact_agreement: As `agreement`, with what the full model generates in float32. Without peers, and in float32,
+            that is the reference.
+        exact_prefix: As `common_prefix`, likewise.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Timing:
     agreement: float
     identical: float
     common_prefix: float
+    exact_agreement: float
+    exact_prefix: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -181,9 +186,18 @@ class Bench:
         """Tokens per second of one over those of the other, in the same round."""
         return Spread.of(theirs / mine for mine, theirs in zip(arm.seconds, other.seconds, strict=True))
 
+    def seconds_ratio(self, arm: Timing) -> Spread:
+        """Seconds over those of the full model in our loop, in the same round: beside the ratio of FLOPs."""
+        return self.over(self.arm(FULL), arm)
+
     def of_the_probe(self, arm: ArmResult) -> Spread | None:
-        """Bytes per second that an arm read, as the ledger counts them, over those of the probe in the same round."""
-        if not self.bandwidth:
+        """Bytes per second that an arm read, as the ledger counts them, over those of the probe in the same round.
+
+        Returns:
+            The share; None without a probe, and in eight bits, which the ledger counts as what they were made from.
+        """
+        in_eight_bits = "int8" in self.conditions["dtype"] or arm.name.startswith("int8 ")
+        if not self.bandwidth or in_eight_bits:
             return None
         tokens = sum(map(len, arm.exit_layers))
         return Spread.of(
@@ -238,7 +252,7 @@ class Bench:
     def table(self) -> str:
         """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
-        blocks = [_speed_table(self.arms), _time_table(self.arms)]
+        blocks = [_speed_table(self), _time_table(self.arms)]
         if self.peers or self.bandwidth:
             blocks.insert(0, _peer_table(self))
         if self.savings:
@@ -246,8 +260,10 @@ class Bench:
         if self.bandwidth:
             gigabytes = Spread.of(rate / 1e9 for rate in self.bandwidth)
             conditions += f", a plain read of the weights' size reaches {gigabytes} GB/s"
-        for peer in self.peers:
-            conditions += f", {peer.name}: {', '.join(f'{key} {value}' for key, value in peer.versions.items())}"
+        made_of = [", ".join(f"{key} {value}" for key, value in peer.versions.items()) for peer in self.peers]
+        for versions in dict.fromkeys(made_of):
+            names = [peer.name for peer, own in zip(self.peers, made_of, strict=True) if own == versions]
+            conditions += f"; {' and '.join(names)}: {versions}"
         return "\n\n".join([*blocks, f"Conditions: {conditions}.", *(f"Note: {note}." for note in self.notes)])
 
 
@@ -301,16 +317,31 @@ def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
 # ---------------------------------------------------------------- tables
 
 
-def _speed_table(arms: list[ArmResult]) -> str:
-    head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|FLOPs ×|bytes ×".split("|")
+def _speed_table(bench: Bench) -> str:
+    head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|seconds ×|FLOPs ×|bytes ×".split("|")
     return markdown(head, [
         [
             arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
             f"{arm.agreement:.0%}", f"{arm.identical:.0%}", f"{arm.common_prefix:.1f}", f"{arm.tests:.1f}",
-            f"{arm.flops_ratio:.2f}", f"{arm.bytes_ratio:.2f}",
+            f"{bench.seconds_ratio(arm).median:.2f}", f"{arm.flops_ratio:.2f}", f"{arm.bytes_ratio:.2f}",
         ]
-        for arm in arms
+        for arm in bench.arms
     ])  # fmt: skip
+
+
+def sizes_table(benches: Sequence[Bench]) -> str:
+    """Every arm at every batch size: beside `generate` and full depth at that size, and beside the first size."""
+    head = "rows|arm|tokens/s|× generate (quartiles)|exit|seconds ×|FLOPs ×|bytes ×|step ×".split("|")
+    rows = []
+    for bench in benches:
+        for arm in bench.arms:
+            alone = benches[0].arm(arm.name) if arm.name in {first.name for first in benches[0].arms} else None
+            rows.append([
+                str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
+                f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
+                f"{arm.bytes_ratio:.2f}", f"{bench.over(alone, arm).median:.2f}" if alone else "–",
+            ])  # fmt: skip
+    return markdown(head, rows)
 
 
 def _peer_table(bench: Bench) -> str:
@@ -318,13 +349,13 @@ def _peer_table(bench: Bench) -> str:
     fastest = bench.fastest_llama_cpp
     head = ["arm", "tokens/s", "× generate (quartiles)"]
     head += [f"× {fastest.name} (quartiles)"] if fastest else []
-    head += ["first token ms", "same", "prefix"] + (["of the plain read"] if bench.bandwidth else [])
+    head += ["first token ms", "same as float32", "prefix"] + (["of the plain read"] if bench.bandwidth else [])
     rows = []
     for arm in sorted([*bench.arms, *bench.peers], key=lambda arm: -arm.tokens_per_second.median):
         first = "–" if arm.first_token is None else f"{1000 * arm.first_token.median:.0f}"
         row = [arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio)]
         row += [str(bench.over(arm, fastest))] if fastest else []
-        row += [first, f"{arm.agreement:.0%}", f"{arm.common_prefix:.1f}"]
+        row += [first, f"{arm.exact_agreement:.0%}", f"{arm.exact_prefix:.1f}"]
         if bench.bandwidth:
             share = bench.of_the_probe(arm) if isinstance(arm, ArmResult) else None
             row.append(f"{share.median:.0%}" if share else "–")

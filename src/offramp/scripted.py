@@ -5,65 +5,89 @@ That times a model whose confidences mean nothing, such as one that cannot be do
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
 from offramp.bench_results import FULL, REFERENCE
-from offramp.core.confidence import Confidence, Contrast, Contrastive, Reading, softmax_gap
+from offramp.core.confidence import Confidence, Contrast, Contrastive, Reading, begun, softmax_gap
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS
+from offramp.values import choice, number
 
-T5_SIZES = {
-    "t5-small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
-    "t5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
-    "t5-large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
-}
-"""Shapes of the T5 checkpoints, whose vocabulary has 32128 rows."""
+T5: dict[str, Any] = {"vocab_size": 32128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+SHAPES: dict[str, transformers.PreTrainedConfig] = {
+    "t5-small": transformers.T5Config(**T5, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8),
+    "t5-base": transformers.T5Config(**T5, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12),
+    "t5-large": transformers.T5Config(**T5, d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16),
+    "llama-3.2-1b": transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=0, eos_token_id=1,
+    ),
+}  # fmt: skip
+"""Shapes of published checkpoints, Llama 3.2's without the stretching of rotary frequencies, which takes no time."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Script:
-    """Prescribes the layer at which each tested token of a generation leaves. For one sequence at a time.
-
-    A token is known to be new by its first test (`reading.previous` is None), so every generation must begin with
-    `restart`, as `run_bench` sees to. The prompt's own token of a decoder-only model is not tested and not counted.
+    """Prescribes the layer at which each token of a generation leaves.
 
     Attributes:
-        depths: One layer per tested token, in order; used again from the start when they run out. Below the first exit
-            means there; L, or any layer that is not an exit, means the next exit, or full depth.
+        depths: One layer per token of a row, the rows one after another; used again from the start when they run out.
+            Below the first exit means there; L, or any layer that is not an exit, means the next exit, or full depth.
+            A prompt's own token, of a decoder-only model, has an entry that is not used: it is not tested.
         unsure: The confidence reported before that layer. The adaptive size rule shrinks by it, so it mimics a
             real one.
+        tokens: Of each row; None: all of `depths` are of one row.
     """
 
     depths: tuple[int, ...]
     unsure: float = 0.3
-    _token: int = field(default=-1, repr=False, compare=False)
+    tokens: int | None = None
 
-    def restart(self) -> None:
-        """Begin with the first token again."""
-        self._token = -1
+    def answer(self, rows: Tensor, position: int, layer: int) -> Tensor:
+        """What to report of rows [A], at a test of their tokens at `position`: 1 from the prescribed layer on, [A]."""
+        tokens = self.tokens or len(self.depths)
+        depths = torch.tensor(self.depths, device=rows.device)[(rows * tokens + position) % len(self.depths)]
+        return torch.where(depths <= layer, 1.0, self.unsure)
 
-    def answer(self, reading: Reading) -> Tensor:
-        """The confidence to report at this test.
 
-        Returns:
-            1 from the prescribed layer on, `unsure` before it, [1].
+class Playing:
+    """A script within one token step: all the work of another measure, then the script's answer.
 
-        Raises:
-            ValueError: The batch has several rows.
-        """
-        if len(reading.hidden) != 1:
-            raise ValueError(f"a script plays for one sequence, but the batch has {len(reading.hidden)} rows")
-        if reading.previous is None:
-            self._token += 1
-        sure = reading.layer >= self.depths[self._token % len(self.depths)]
-        return torch.full((1,), 1.0 if sure else self.unsure, device=reading.hidden.device)
+    Args:
+        script: The script.
+        measure: The measure whose work is done.
+    """
+
+    def __init__(self, script: Script, measure: Confidence) -> None:
+        self.script, self.measure = script, begun(measure)
+        self.restricts = self.measure.restricts
+        self.rows: Tensor | None = None  # of the batch, [A]
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """The script's answer, [A]."""
+        worked = self.measure(reading)
+        if self.rows is None:
+            self.rows = torch.arange(len(worked), device=worked.device)
+        return self.script.answer(self.rows, reading.position, reading.layer)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.rows = None if self.rows is None else self.rows[rows]
+        self.measure.select(rows)
+
+    def among(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """As the measure."""
+        return self.measure.among(scores, rows)
 
 
 @dataclass(frozen=True)
@@ -73,10 +97,13 @@ class Scripted:
     script: Script
     measure: Confidence = softmax_gap
 
+    def begin(self) -> Playing:
+        """The script at the start of a token step."""
+        return Playing(self.script, self.measure)
+
     def __call__(self, reading: Reading) -> Tensor:
-        """The script's answer, [1]."""
-        self.measure(reading)
-        return self.script.answer(reading)
+        """At the first test of a step, [A]."""
+        return self.begin()(reading)
 
 
 @dataclass(frozen=True)
@@ -85,10 +112,9 @@ class ScriptedContrastive(Contrastive):
 
     script: Script
 
-    def __call__(self, reading: Reading) -> Tensor:
-        """The script's answer, [1]."""
-        super().__call__(reading)
-        return self.script.answer(reading)
+    def begin(self) -> Playing:
+        """The script at the start of a token step."""
+        return Playing(self.script, super().__call__)
 
 
 def scripted_depths(count: int, *, mean: float, spread: float, low: int, high: int, seed: int = 0) -> tuple[int, ...]:
@@ -98,25 +124,31 @@ def scripted_depths(count: int, *, mean: float, spread: float, low: int, high: i
 
 
 def scripted_arms(
-    lm: LanguageModel, *, tokens: int, mean: float | None = None, min_layer: int | None = None, seed: int = 0
-) -> dict[str, ExitPolicy | None]:
+    lm: LanguageModel, *, tokens: int, rows: int = 1, mean: float | None = None, min_layer: int | None = None,
+    seed: int = 0,
+) -> dict[str, ExitPolicy | None]:  # fmt: skip
     """Arms whose tokens all leave at the same prescribed layers, so that only the way of testing differs.
 
     Args:
-        lm: The model; prompts must come one by one.
-        tokens: Length of the script: generated tokens per prompt.
+        lm: The model.
+        tokens: Generated tokens per prompt.
+        rows: Prompts generated together; each has its own layers.
         mean: Mean exit layer, spread by an eighth of the depth; None: three quarters of the depth.
         min_layer: First layer tested; None: 0.3 of the depth (7 of T5-large's 24, as in "Early Exit LLMs").
         seed: Of the script.
 
     Returns:
         Policies by name; all scripted ones share one `Script`.
+
+    Raises:
+        ValueError: The mean is not a layer.
     """
     depth = lm.num_layers
     first = max(1, round(0.3 * depth)) if min_layer is None else min_layer
-    mean = 0.75 * depth if mean is None else mean
-    script = Script(scripted_depths(tokens, mean=mean, spread=depth / 8, low=first, high=depth, seed=seed))
-    static = min(depth - 1, max(1, round(statistics.mean(script.depths))))
+    mean = number("mean exit layer", 0.75 * depth if mean is None else mean, 1, depth, why="it is one of the layers")
+    depths = scripted_depths(tokens * rows, mean=mean, spread=depth / 8, low=first, high=depth, seed=seed)
+    script = Script(depths, tokens=tokens)
+    static = min(depth - 1, max(1, round(statistics.mean(depths))))
     softmax = ExitPolicy(Scripted(script), threshold=0.5, min_layer=first)
     jsd = replace(softmax, confidence=ScriptedContrastive(Contrast(), True, script))
     return {
@@ -131,24 +163,33 @@ def scripted_arms(
     }
 
 
-def random_t5(size: str = "t5-large", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
-    """A T5 of a checkpoint's shape with random weights.
+def random_model(
+    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: str = "torch", int8: bool = False,
+    seed: int = 0,
+) -> LanguageModel:  # fmt: skip
+    """A model of a checkpoint's shape with random weights.
+
+    Args:
+        shape: One of `SHAPES`.
+        dtype: Number format of the weights, in which they are drawn.
+        engine: As for `LanguageModel`.
+        int8: Likewise.
+        seed: Of the weights.
 
     Returns:
-        The model, without a tokenizer: prompts must be token ids. "t5-large" has 738 million weights.
+        The model, without a tokenizer: prompts must be token ids. "t5-large" has 738 million weights, "llama-3.2-1b"
+        has 1.24 billion.
 
     Raises:
-        ValueError: There is no such size.
+        ValueError: There is no such shape.
     """
-    if size not in T5_SIZES:
-        raise ValueError(f"size is {size!r}; allowed are {', '.join(T5_SIZES)}")
-    config = transformers.T5Config(
-        vocab_size=32128, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **T5_SIZES[size]
-    )
+    choice("shape", shape, tuple(SHAPES))
+    config = copy.deepcopy(SHAPES[shape])
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.T5ForConditionalGeneration(config)
-    return LanguageModel(model.to(dtype).eval())
+        model = kind.from_config(config, dtype=dtype)
+    return LanguageModel(model.eval(), name=shape, engine=engine, int8=int8)
 
 
 def random_prompts(lm: LanguageModel, count: int, *, length: int = 64, seed: int = 0) -> Tensor:

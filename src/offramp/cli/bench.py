@@ -12,8 +12,8 @@ import typer
 from offramp.cli import options as o
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel
-    from offramp.peers import Peer, PeerError
+    from offramp import ExitPolicy, LanguageModel
+    from offramp.bench_results import Arms, Bench
 
 
 def bench(
@@ -23,7 +23,10 @@ def bench(
     random: Annotated[
         str | None,
         typer.Option(
-            metavar="SHAPE", help="Time a random model of this shape with scripted exits: t5-small, -base, -large."
+            "--random",
+            "--shape",
+            metavar="SHAPE",
+            help="Time a random model of this shape with scripted exits: t5-small, -base, -large, llama-3.2-1b.",
         ),
     ] = None,
     prompts: o.PromptFile = None,
@@ -31,10 +34,28 @@ def bench(
     max_new_tokens: o.MaxNewTokens = 32,
     repeats: Annotated[int, typer.Option(help="Rounds; each runs every arm on the same prompts.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Several sizes in turns, with commas: each takes the first so many prompts as its one batch."
+        ),
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Of all tests.")] = 0.9,
     min_layer: o.MinLayer = None,
+    mean_layer: Annotated[
+        float | None,
+        typer.Option(
+            help="Script the exits around this mean layer; default: only a random model's, at 3/4 of the depth."
+        ),
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Run only these rows, with commas, and the two full models; default: all.")
+    ] = None,
     dtype: o.Dtype = "float32",
     engine: o.Engine = "torch",
+    with_int8: Annotated[
+        bool, typer.Option("--with-int8", help="With --engine native: run our rows on eight-bit weights as well.")
+    ] = False,
     device: o.Device = None,
     exits: o.Exits = None,
     seed: Annotated[int, typer.Option(help="Of the order of the arms and of random models.")] = 0,
@@ -63,50 +84,143 @@ def bench(
 
     With --peers, other engines take turns with our arms: they get the same token ids and threads, and files of the same
     weights, which are kept in the cache. A plain read of as many bytes is timed beside them.
+
+    With --mean-layer, every token leaves at a prescribed layer while every test is paid for: that shows what exits are
+    worth in seconds, whatever the confidences say.
     """
     import offramp
-    import offramp.peers
-    from offramp.bench import default_arms, run_bench
-    from offramp.devices import named_device
-    from offramp.models import named_dtype
-    from offramp.report.plots import save_bench
-    from offramp.scripted import random_prompts, random_t5, scripted_arms
+    from offramp.bench import run_batch_sizes, run_bench
+    from offramp.peers import started
+    from offramp.scripted import random_prompts
 
     _check_one(model, random, exits)
     names, pythons = _named_peers(peers, peer_python)
-    if random is not None:
-        o.note(f"building a random {random}")
-        lm = random_t5(random, dtype=named_dtype(dtype), seed=seed)
-        lm.model.to(named_device(device))
-        texts: Any = random_prompts(lm, limit, seed=seed)
-        arms = scripted_arms(lm, tokens=max_new_tokens, min_layer=min_layer, seed=seed)
-    else:
-        assert model is not None
-        lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
-        texts = o.prompts_from(prompts, limit)
-        arms = default_arms(lm, threshold=threshold, min_layer=min_layer)
+    sizes = _sizes(batch_sizes, batch_size)
+    lm = _random(random, dtype, engine, device, seed) if random is not None else offramp.load(
+        model or "", dtype=dtype, device=device, exits=exits, engine=engine
+    )  # fmt: skip
+    count = max(limit, *(sizes or [limit]))
+    texts: Any = random_prompts(lm, count, seed=seed) if random is not None else o.prompts_from(prompts, count)
     chat = random is None and lm.has_chat_template
+    mean = lm.num_layers * 0.75 if mean_layer is None and random is not None else mean_layer
+
+    def chosen(rows: int) -> Arms:
+        return _arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed)
+
+    chosen(1)  # what is wrong with them is said before anything is started
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "chat": chat, "name": random or model,
+        "folder": out, "variants": _variants(lm, with_int8),
+    }  # fmt: skip
     with contextlib.ExitStack() as running:
-        others: dict[str, Peer | PeerError] = {}
         if names:
             longest = max(lm.encode(texts[i : i + 1], chat=chat)["input_ids"].shape[1] for i in range(len(texts)))
-            started = offramp.peers.started(
-                lm, names, context=longest + max_new_tokens, threshold=threshold, min_layer=min_layer, pythons=pythons,
-                say=o.note,
+            options["peers"] = running.enter_context(
+                started(
+                    lm, names, context=longest + max_new_tokens, threshold=threshold, min_layer=min_layer,
+                    pythons=pythons, say=o.note,
+                )
             )  # fmt: skip
-            others = running.enter_context(started)
-        probe = _probe(lm) if others or engine == "native" else None
-        progress = running.enter_context(o.progress("timing"))
-        result = run_bench(
-            lm, texts, arms, max_new_tokens=max_new_tokens, repeats=repeats, batch_size=batch_size, seed=seed,
-            chat=chat, name=random or model, folder=out, progress=progress, peers=others, probe=probe,
-        )  # fmt: skip
+        options["probe"] = _probe(lm) if names or engine == "native" else None
+        options["progress"] = running.enter_context(o.progress("timing"))
+        if sizes:
+            _report_sizes(run_batch_sizes(lm, texts, chosen, sizes, **options), out, json)
+        else:
+            _report(run_bench(lm, texts, chosen(batch_size), batch_size=batch_size, **options), out, json)
+
+
+def _report(result: Bench, out: Path | None, json: Path | None) -> None:
+    from offramp.report.plots import save_bench
+
     if str(json) != "-":
         o.say(result.table())
     if out is not None:
         for path in save_bench(result, out):
             o.note(f"wrote {path}")
     o.write_result(result.to_dict(), json)
+
+
+def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> None:
+    from offramp.bench_results import sizes_table
+    from offramp.report.plots import save_bench
+
+    if str(json) != "-":
+        o.say("\n\n".join([sizes_table(results), *(result.table() for result in results)]))
+    if out is not None:
+        folders = [out / f"batch-{result.conditions['batch_size']}" for result in results]
+        for path in [
+            path for result, folder in zip(results, folders, strict=True) for path in save_bench(result, folder)
+        ]:
+            o.note(f"wrote {path}")
+    values = [result.to_dict() for result in results]
+    o.write_result({"schema": "offramp/bench-sizes/1", "benches": values}, json)
+
+
+def _random(shape: str, dtype: str, engine: str, device: str | None, seed: int) -> LanguageModel:
+    """A model with random weights."""
+    from offramp.devices import named_device
+    from offramp.models import named_dtype
+    from offramp.scripted import random_model
+
+    o.note(f"building a random {shape}")
+    int8 = dtype == "int8" and engine == "native"
+    numbers = named_dtype("bfloat16" if int8 else dtype)
+    lm = random_model(shape, dtype=numbers, engine=engine, int8=int8, seed=seed)
+    lm.model.to(named_device("cpu" if device is None and engine == "native" else device))
+    return lm
+
+
+def _arms(
+    lm: LanguageModel, names: str | None, rows: int, tokens: int, mean: float | None, threshold: float,
+    min_layer: int | None, seed: int,
+) -> Arms:  # fmt: skip
+    """The rows of the table that are asked for."""
+    from offramp.bench import default_arms
+    from offramp.scripted import scripted_arms
+    from offramp.values import choice
+
+    if mean is None:
+        arms = default_arms(lm, threshold=threshold, min_layer=min_layer)
+    else:
+        arms = scripted_arms(lm, tokens=tokens, rows=rows, mean=mean, min_layer=min_layer, seed=seed)
+    if names is None:
+        return arms
+    asked = [name.strip() for name in names.split(",")]
+    arms = {**arms, **{name: static for name in asked if (static := _static(name)) is not None}}
+    for name in asked:
+        choice("row", name, tuple(arms))
+    return {name: arms[name] for name in asked}
+
+
+def _static(name: str) -> ExitPolicy | None:
+    """The policy "static 20", which any layer can have."""
+    from offramp import ExitPolicy
+
+    kind, _, layer = name.partition(" ")
+    return ExitPolicy("static", min_layer=int(layer)) if kind == "static" and layer.isdecimal() else None
+
+
+def _variants(lm: LanguageModel, with_int8: bool) -> dict[str, LanguageModel]:
+    """The same weights in eight bits, where they are asked for."""
+    from offramp import LanguageModel
+
+    if not with_int8:
+        return {}
+    if lm.engine != "native" or lm.int8:
+        raise typer.BadParameter("--with-int8 needs --engine native and a --dtype other than int8")
+    other = LanguageModel(lm.model, lm.tokenizer, lm.name, engine="native", int8=True)
+    other.attach_exits(lm.exits)
+    return {"int8": other}
+
+
+def _sizes(several: str | None, one: int) -> list[int]:
+    """Batch sizes; empty: they are not asked for."""
+    if several is None:
+        return []
+    parts = several.split(",")
+    if one != 1 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"--batch-sizes is {several!r}; give counts such as 1,4,8, and no --batch-size")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _check_one(model: str | None, random: str | None, exits: str | None) -> None:

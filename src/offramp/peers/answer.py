@@ -79,8 +79,9 @@ def llama_cpp(file: str, context: int, threads: int, held_back: list[int], tiles
                 return tokens
             todo = tokens[-1:]
 
-    features = c.llama_print_system_info().decode().strip()
-    return {"llama-cpp-python": c.__version__, "features": features}, generate
+    features = [part.split(" = ")[0].split(":")[-1].strip() for part in c.llama_print_system_info().decode().split("|")]
+    built = " ".join(filter(None, features)) + ("" if tiles else ", weights not packed for AMX")
+    return {"llama-cpp-python": c.__version__, "built with": built}, generate
 
 
 def economize(folder: str, dtype: str, threads: int, threshold: float, min_layer: int, held_back: list[int]) -> Loaded:

@@ -1,0 +1,142 @@
+"""One round of a bench: everything that generates, in turns."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from offramp.bench_results import REFERENCE, Arms
+from offramp.bench_rounds import Round, Turn
+from offramp.core.language_model import LanguageModel
+from offramp.core.policy import ExitPolicy
+from offramp.peers import Peer, PeerError
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass
+class Players:
+    """All that generates in a round.
+
+    Attributes:
+        arms: Policies by name.
+        models: The model of each arm.
+        peers: Other engines by name; one that fails is replaced by its error.
+        probe: What measures a plain read, in bytes per second.
+        tokens: Tokens generated per prompt.
+    """
+
+    arms: Arms
+    models: Mapping[str, LanguageModel]
+    peers: dict[str, Peer | PeerError]
+    probe: Callable[[], float] | None
+    tokens: int
+
+    def play(self, batches: Batches, shuffle: random.Random, said: Callable[[int, str], None]) -> Round:
+        """Generate every batch with every arm and peer, in an order that is shuffled for each batch.
+
+        Args:
+            batches: Inputs.
+            shuffle: Of the order.
+            said: Gets the number of generations done and the next one's name.
+
+        Returns:
+            The round, without peers that failed in it.
+        """
+        names = [*self.arms, *(name for name, peer in self.peers.items() if isinstance(peer, Peer))]
+        played = Round([], {name: Turn() for name in names})
+        for inputs in batches:
+            if self.probe is not None:
+                played.bandwidth.append(self.probe())
+            played.order.append(shuffle.sample(names, len(names)))
+            for place, name in enumerate(played.order[-1]):
+                said(len(names) * (len(played.order) - 1) + place, name)
+                if name in self.arms:
+                    run(self.models[name], name, self.arms[name], inputs, self.tokens, played.arms[name])
+                else:
+                    self._ask(name, inputs, played.arms[name])
+        for name, peer in self.peers.items():
+            if isinstance(peer, PeerError):
+                played.arms.pop(name, None)
+        return played
+
+    def _ask(self, name: str, inputs: Mapping[str, Tensor], turn: Turn) -> None:
+        peer = self.peers[name]
+        if isinstance(peer, Peer):
+            try:
+                turn.add_answer(peer.generate(inputs["input_ids"][0].tolist(), self.tokens))
+            except PeerError as error:
+                self.peers[name] = error
+
+
+def run(
+    lm: LanguageModel, arm: str, policy: ExitPolicy | None, inputs: Mapping[str, Tensor], tokens: int, turn: Turn
+) -> None:
+    """One timed generation.
+
+    Args:
+        lm: The model.
+        arm: `REFERENCE` is the model's own `generate`.
+        policy: The policy.
+        inputs: The batch.
+        tokens: Tokens generated per row; end of sequence is held back.
+        turn: Where it is added.
+    """
+    seen: list[float] = []
+
+    def known(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
+        """Note when the first token is known; nothing stops."""
+        if not seen:
+            _synchronize(lm)
+            seen.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    options = {**greedy(lm, tokens), "stopping_criteria": transformers.StoppingCriteriaList([known])}
+    _synchronize(lm)
+    began = time.perf_counter()
+    output = (
+        lm.model.generate(**inputs, **options)
+        if arm == REFERENCE
+        else lm.generate(dict(inputs), policy=policy, **options)
+    )
+    _synchronize(lm)
+    ended = time.perf_counter()
+    turn.seconds += ended - began
+    turn.first.append((seen or [ended])[0] - began)
+    if isinstance(output, Tensor):
+        turn.tokens += output[:, -tokens:].tolist()
+        turn.layers += [[lm.num_layers] * tokens for _ in output]
+        return
+    turn.add(output.costs)
+    turn.tokens += output.tokens
+    turn.layers += output.exit_layers
+
+
+def greedy(lm: LanguageModel, tokens: int) -> dict[str, Any]:
+    """Options of `generate` for so many tokens, chosen greedily."""
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
+    settings = lm.model.generation_config
+    if settings.pad_token_id is None and settings.eos_token_id is not None:  # as `LanguageModel` does
+        eos = settings.eos_token_id
+        options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return options
+
+
+def exact_tokens(lm: LanguageModel, batches: Batches, tokens: int) -> list[list[int]]:
+    """What the full model generates in float32, of each prompt: what number formats and engines round away from."""
+    model = copy.deepcopy(lm.model).float()
+    made = [model.generate(**inputs, **greedy(lm, tokens)) for inputs in batches]
+    return [row for output in made for row in output[:, -tokens:].tolist()]
+
+
+def _synchronize(lm: LanguageModel) -> None:
+    if lm.split.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,119 @@
+"""From the rounds of a bench to its results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from offramp.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, PeerResult, Spread
+from offramp.bench_rounds import Round, Turn
+from offramp.core.costs import PARTS
+from offramp.core.policy import ExitPolicy
+
+Texts = list[list[int]]
+"""Tokens of each prompt."""
+
+
+def summary(
+    conditions: dict[str, Any],
+    arms: Arms,
+    versions: Mapping[str, dict[str, str]],
+    lost: Mapping[str, str],
+    rounds: Sequence[Round],
+    exact: Texts | None = None,
+) -> Bench:
+    """What rounds say of every arm and peer.
+
+    Args:
+        conditions: What was held fixed.
+        arms: Policies by name.
+        versions: Of the peers that were started, by name.
+        lost: Why peers could not be had or failed, by name.
+        rounds: The rounds.
+        exact: What the full model generates in float32; None: that is what the reference generated.
+
+    Returns:
+        The results.
+    """
+    left_out = dict(lost)
+    for name in versions:
+        missing = sum(name not in played.arms for played in rounds)
+        if missing and name not in left_out:
+            left_out[name] = f"it failed in {missing} of {len(rounds)} rounds that were kept; use another folder"
+    exact = rounds[0].arms[REFERENCE].tokens if exact is None else exact
+    there = [name for name in versions if name not in left_out]
+    return Bench(
+        conditions,
+        [_result(arm, arms[arm], rounds, exact) for arm in arms],
+        [played.order for played in rounds],
+        [PeerResult(**_timing(name, rounds, exact), versions=versions[name]) for name in there],
+        left_out,
+        tuple(statistics.mean(played.bandwidth) for played in rounds if played.bandwidth),
+    )
+
+
+def _timing(name: str, rounds: Sequence[Round], exact: Texts) -> dict[str, Any]:
+    """The fields of `Timing`."""
+    run, reference = ([played.arms[which] for played in rounds] for which in (name, REFERENCE))
+    own, theirs = run[0].tokens, reference[0].tokens  # greedy rounds repeat each other
+    tokens = sum(map(len, own))
+    return {
+        "name": name,
+        "seconds": tuple(turn.seconds for turn in run),
+        "tokens_per_second": Spread.of(tokens / turn.seconds for turn in run),
+        "ratio": Spread.of(a.seconds / b.seconds for a, b in zip(reference, run, strict=True)),
+        "first_token": Spread.of(statistics.mean(t.first) for t in run) if all(t.first for t in run) else None,
+        "agreement": _same(own, theirs),
+        "identical": statistics.mean(a == b for a, b in zip(own, theirs, strict=True)),
+        "common_prefix": _prefix(own, theirs),
+        "exact_agreement": _same(own, exact),
+        "exact_prefix": _prefix(own, exact),
+    }
+
+
+def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round], exact: Texts) -> ArmResult:
+    run, full = ([played.arms[name] for played in rounds] for name in (arm, FULL))
+    counts, whole = (full if arm == REFERENCE else run)[0].counts, full[0].counts
+    tokens = sum(map(len, run[0].tokens))
+    return ArmResult(
+        **_timing(arm, rounds, exact),
+        policy=policy,
+        mean_exit_layer=statistics.mean(layer for row in run[0].layers for layer in row),
+        exit_layers=run[0].layers,
+        tests=counts["tests"] / tokens,
+        flops=counts["flops"] / tokens,
+        bytes=counts["bytes"] / tokens,
+        flops_ratio=counts["flops"] / whole["flops"],
+        bytes_ratio=counts["bytes"] / whole["bytes"],
+        draft_flops=counts["draft_flops"] / tokens,
+        confidence_flops=counts["confidence_flops"] / tokens,
+        confidence_seconds=() if arm == REFERENCE else tuple(_confidence_seconds(turn) for turn in run),
+        shares={} if arm == REFERENCE else _shares(run),
+    )
+
+
+def _same(own: Texts, theirs: Texts) -> float:
+    """Share of positions with the same token."""
+    pairs = [pair for a, b in zip(own, theirs, strict=True) for pair in zip(a, b, strict=False)]
+    return sum(a == b for a, b in pairs) / sum(map(len, theirs))
+
+
+def _prefix(own: Texts, theirs: Texts) -> float:
+    """Mean number of tokens before the first difference."""
+    return statistics.mean(_common(a, b) for a, b in zip(own, theirs, strict=True))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _confidence_seconds(turn: Turn) -> float:
+    return sum(turn.parts[part] for part in CONFIDENCE_PARTS)
+
+
+def _shares(run: Sequence[Turn]) -> dict[str, float]:
+    whole = sum(turn.seconds for turn in run)
+    shares = {part: sum(turn.parts[part] for turn in run) / whole for part in PARTS}
+    return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
