@@ -42,9 +42,9 @@ enum Kind : int64_t { LINEAR = 0, NORM = 1, ROTATE = 2, ATTEND = 3 };
 enum Into : int64_t { STORE = 0, ADD = 1, ACTIVATE = 2, GATE = 3 };
 
 struct Matrix {              // [rows, cols], y = W x + bias
-    int64_t format, rows, cols, stride;  // stride: elements from one row to the next
-    const void* data;
-    const float* scales;     // INT8: one per row and 64 columns
+    int64_t format, rows, cols;
+    int64_t stride;          // bytes from one row to the next
+    const void* data;        // INT8: a row has zeros up to a multiple of 64, and behind them a float per 64: the scales
     const float* bias;       // or null
 };
 
@@ -243,7 +243,7 @@ Pool& pool() {
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 
-inline f32x16 splat(float x) { return f32x16{} + x; }
+inline f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 inline f32x16 load(const float* p) {
     f32x16 v;
@@ -359,18 +359,17 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
 struct WeightsF32 {
     typedef float Element;
     const float* row;
-    WeightsF32(const Matrix& m, int64_t r) : row(static_cast<const float*>(m.data) + r * m.stride) {}
-    explicit WeightsF32(const float* row) : row(row) {}
+    WeightsF32() = default;
+    WeightsF32(const Matrix&, const void* row) : row(static_cast<const float*>(row)) {}
     f32x16 low(int64_t c) const { return load(row + c); }
     f32x16 high(int64_t c) const { return load(row + c + 16); }
-    const void* at(int64_t c) const { return row + c; }
 };
 
 struct WeightsBF16 {
     typedef uint16_t Element;
     const uint16_t* row;
-    WeightsBF16(const Matrix& m, int64_t r) : row(static_cast<const uint16_t*>(m.data) + r * m.stride) {}
-    explicit WeightsBF16(const uint16_t* row) : row(row) {}
+    WeightsBF16() = default;
+    WeightsBF16(const Matrix&, const void* row) : row(static_cast<const uint16_t*>(row)) {}
     u32x16 words(int64_t c) const {
         u32x16 u;
         std::memcpy(&u, row + c, sizeof u);
@@ -378,15 +377,17 @@ struct WeightsBF16 {
     }
     f32x16 low(int64_t c) const { return (f32x16)(words(c) << 16); }
     f32x16 high(int64_t c) const { return (f32x16)(words(c) & 0xffff0000u); }
-    const void* at(int64_t c) const { return row + c; }
 };
+
+inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
 
 struct WeightsInt8 {
     typedef int8_t Element;
     const int8_t* row;
     const float* scale;
-    WeightsInt8(const Matrix& m, int64_t r)
-        : row(static_cast<const int8_t*>(m.data) + r * m.stride), scale(m.scales + r * (m.stride / 64)) {}
+    WeightsInt8() = default;
+    WeightsInt8(const Matrix& m, const void* row)
+        : row(static_cast<const int8_t*>(row)), scale(reinterpret_cast<const float*>(this->row + padded(m.cols))) {}
     f32x16 wide(int64_t c) const {
 #if defined(__AVX512F__)  // for which GCC makes a hundred instructions of the lines below
         const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c));
@@ -399,74 +400,69 @@ struct WeightsInt8 {
     }
     f32x16 low(int64_t c) const { return wide(c); }
     f32x16 high(int64_t c) const { return wide(c + 16); }
-    const void* at(int64_t c) const { return row + c; }
 };
 
-inline int64_t padded(int64_t cols) { return (cols + 31) / 32 * 32; }
+// Rows [M, cols] of input as the kernels want them: in blocks of up to eight, zeros behind their ends, and within a
+// block sixteen columns of all its rows side by side.
+struct Inputs {
+    const float* packed;
+    int64_t rows, block, stride;  // stride: floats from one row to the next, were the block's other rows not there
+    int64_t size(int64_t first) const { return std::min(block, rows - first); }
+};
 
-// One row of input as the kernels want it, zeros behind its end.
-void pack(const float* x, int64_t cols, int64_t format, float* into) {
-    const int64_t whole = format == BF16 ? cols / 32 * 32 : cols;
-    if (format == BF16) {
-        for (int64_t c = 0; c < whole; c += 32)
-            for (int64_t i = 0; i < 16; ++i) {
-                into[c + i] = x[c + 2 * i];
-                into[c + 16 + i] = x[c + 2 * i + 1];
-            }
-        float tail[32] = {};
-        if (whole < cols) {
-            std::copy(x + whole, x + cols, tail);
-            for (int64_t i = 0; i < 16; ++i) {
-                into[whole + i] = tail[2 * i];
-                into[whole + 16 + i] = tail[2 * i + 1];
-            }
+// Puts row m of the inputs in its place.
+void pack(const Inputs& in, int64_t m, const float* x, int64_t cols, int64_t format) {
+    const int64_t first = m / in.block * in.block, apart = in.size(first) * 16;
+    float* into = const_cast<float*>(in.packed) + first * in.stride + (m - first) * 16;
+    for (int64_t c = 0; c < in.stride; c += 32, into += 2 * apart) {
+        float ends[32] = {};
+        const float* from = x + c;
+        if (c + 32 > cols) {
+            if (c < cols) std::copy(x + c, x + cols, ends);
+            from = ends;
         }
-        return;
+        const f32x16 a = load(from), b = load(from + 16);
+        if (format == BF16) {
+            store(into, LANES(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+            store(into + apart, LANES(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+        } else {
+            store(into, a);
+            store(into + apart, b);
+        }
     }
-    std::copy(x, x + cols, into);
-    std::fill(into + cols, into + padded(cols), 0.0f);
 }
 
 // ------------------------------------------------------------------------------------------------ matrix times rows
-
-// What weights are multiplied with.
-struct Inputs {
-    const float* packed;     // [M, stride]
-    int64_t rows, stride;
-};
 
 // Rows behind the last whole step of 32 columns, copied with zeros: reading on would leave the matrix.
 template <class W>
 struct Ends {
     typename W::Element memory[8][32];
-    alignas(W) char views[8 * sizeof(W)];
-    const W* of(const Matrix& a, const int64_t* rows, int count, int64_t whole) {
-        if (whole == a.cols || a.format == INT8) return nullptr;  // INT8 is padded as it is made
-        W* made = reinterpret_cast<W*>(views);
-        for (int r = 0; r < count; ++r) {
+    W views[8];
+    const W* of(const Matrix& a, const W* rows, int64_t whole) {
+        if (whole >= a.cols) return nullptr;
+        for (int r = 0; r < 8; ++r) {
             std::memset(memory[r], 0, sizeof memory[r]);
-            const W row(a, rows[r]);
-            std::memcpy(memory[r], row.at(whole), (a.cols - whole) * sizeof(typename W::Element));
-            made[r] = row;
-            made[r].row = memory[r];
+            std::memcpy(memory[r], rows[r].row + whole, (a.cols - whole) * sizeof(typename W::Element));
+            views[r] = rows[r];
+            views[r].row = memory[r];
         }
-        return made;
+        return views;
     }
 };
 
-// R rows of weights times M rows of inputs, to out[m * stride + r]. Each sum runs over the columns in one chain of
-// sixteen lanes. On the way, the R rows from `next` on are fetched: the memory that this thread comes to in a moment.
+// R rows of weights times M rows of inputs; of the results, `rows` times M to out[m * stride + r]. Each sum runs over the
+// columns in one chain of sixteen lanes. On the way, the rows `next` are fetched: the memory that this thread comes to in
+// a moment.
 template <class W, int R, int M>
-inline void tile(const W* w, const W* ends, const char* const* next, const Inputs& in, int64_t first, int64_t whole,
-                 float* out, int64_t stride) {
-    const float* x[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) x[m] = in.packed + (first + m) * in.stride;
-    f32x16 acc[R * M] = {};
-    auto step = [&](const W* v, int64_t at, int64_t c) {
+__attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first,
+                                    int64_t whole, float* out, int64_t stride, int64_t rows) {
+    constexpr int SUMS = (R * M + 7) / 8 * 8;
+    f32x16 acc[SUMS] = {};
+    auto step = [&](const W* v, int64_t at, const float* x) __attribute__((always_inline)) {
         f32x16 inputs[M];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) inputs[m] = load(x[m] + c);
+        for (int m = 0; m < M; ++m) inputs[m] = load(x + m * 16);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const f32x16 weights = v[r].low(at);
@@ -474,7 +470,7 @@ inline void tile(const W* w, const W* ends, const char* const* next, const Input
             for (int m = 0; m < M; ++m) acc[m * R + r] += weights * inputs[m];
         }
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) inputs[m] = load(x[m] + c + 16);
+        for (int m = 0; m < M; ++m) inputs[m] = load(x + (M + m) * 16);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const f32x16 weights = v[r].high(at);
@@ -482,61 +478,67 @@ inline void tile(const W* w, const W* ends, const char* const* next, const Input
             for (int m = 0; m < M; ++m) acc[m * R + r] += weights * inputs[m];
         }
     };
+    W v[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) v[r] = w[r];
     for (int64_t c = 0; c < whole; c += 32) {
+        if (next) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-            if (next) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
-        step(w, c, c);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
+        }
+        step(v, c, first + c * M);
     }
-    if (ends) step(ends, 0, whole);
-    float got[(R * M + 7) / 8 * 8];
+    if (ends) step(ends, 0, first + whole * M);
+    float got[SUMS];
 #pragma GCC unroll 8
-    for (int i = 0; i + 8 <= R * M; i += 8) sums8(acc + i, got + i);
-#pragma GCC unroll 8
-    for (int i = R * M / 8 * 8; i < R * M; ++i) got[i] = sum(acc[i]);
+    for (int i = 0; i < SUMS; i += 8) sums8(acc + i, got + i);
     for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R; ++r) out[(first + m) * stride + r] = got[m * R + r];
+        for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
 }
 
-// As many rows of weights at once as leave room for sums of M inputs in registers.
+// As many rows of weights at once as leave room for sums of M inputs in registers. There are `count` rows, and behind
+// the last one the same again up to a whole eight.
 template <class W, int M>
-inline void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t first,
-                  int64_t whole, float* out, int64_t stride) {
-    constexpr int R = M == 1 ? 8 : M <= 6 ? 4 : 2;
-    int64_t r = 0;
-    for (; r + R <= count; r += R)
-        tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, in, first, whole, out + r, stride);
-    for (; r < count; ++r) tile<W, 1, M>(w + r, ends ? ends + r : nullptr, nullptr, in, first, whole, out + r, stride);
+void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const float* x, int64_t whole,
+           float* out, int64_t stride) {
+    constexpr int R = M <= 2 ? 8 : M <= 6 ? 4 : 2;
+    for (int64_t r = 0; r < count; r += R)
+        tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, whole, out + r, stride, count - r);
 }
 
-// The same for `size` inputs from `first` on, at most eight.
+// The same for all inputs, block by block.
 template <class W>
-void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t first,
-           int64_t size, int64_t whole, float* out, int64_t stride) {
-    switch (size) {
-        case 1: return tiles<W, 1>(w, ends, next, count, in, first, whole, out, stride);
-        case 2: return tiles<W, 2>(w, ends, next, count, in, first, whole, out, stride);
-        case 3: return tiles<W, 3>(w, ends, next, count, in, first, whole, out, stride);
-        case 4: return tiles<W, 4>(w, ends, next, count, in, first, whole, out, stride);
-        case 5: return tiles<W, 5>(w, ends, next, count, in, first, whole, out, stride);
-        case 6: return tiles<W, 6>(w, ends, next, count, in, first, whole, out, stride);
-        case 7: return tiles<W, 7>(w, ends, next, count, in, first, whole, out, stride);
-        case 8: return tiles<W, 8>(w, ends, next, count, in, first, whole, out, stride);
+void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t whole,
+           float* out, int64_t stride) {
+    for (int64_t m = 0; m < in.rows; m += in.block, out += in.block * stride, next = nullptr) {
+        const float* x = in.packed + m * in.stride;
+        switch (in.size(m)) {
+            case 1: tiles<W, 1>(w, ends, next, count, x, whole, out, stride); break;
+            case 2: tiles<W, 2>(w, ends, next, count, x, whole, out, stride); break;
+            case 3: tiles<W, 3>(w, ends, next, count, x, whole, out, stride); break;
+            case 4: tiles<W, 4>(w, ends, next, count, x, whole, out, stride); break;
+            case 5: tiles<W, 5>(w, ends, next, count, x, whole, out, stride); break;
+            case 6: tiles<W, 6>(w, ends, next, count, x, whole, out, stride); break;
+            case 7: tiles<W, 7>(w, ends, next, count, x, whole, out, stride); break;
+            case 8: tiles<W, 8>(w, ends, next, count, x, whole, out, stride); break;
+        }
     }
 }
 
 // Memory of one thread, kept from call to call.
 struct Scratch {
     std::vector<float> packed, wide, line, sums;
-    static float* at_least(std::vector<float>& v, int64_t size) {
-        if (static_cast<int64_t>(v.size()) < size) v.resize(size);
-        return v.data();
+    static float* at_least(std::vector<float>& v, int64_t size) {  // on a whole cache line: vectors cross none
+        if (static_cast<int64_t>(v.size()) < size + 16) v.resize(size + 16);
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 63) / 64 * 64);
     }
 };
 thread_local Scratch scratch;
 
-constexpr int64_t MANY = 12;       // inputs from which weights are widened once for all of them
+constexpr int64_t MANY = 32;       // inputs from which weights are widened once for all of them
 constexpr int64_t WIDE = 1 << 16;  // floats widened at a time: half of a small second cache
+
+inline const char* row_of(const Matrix& a, int64_t row) { return static_cast<const char*>(a.data) + row * a.stride; }
 
 // Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + (row - from)]. `then` is
 // what will be read next, or null.
@@ -545,41 +547,34 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
               int64_t stride, const char* then) {
     const bool many = in.rows >= MANY;
     const int64_t wide = padded(a.cols), whole = a.format == INT8 ? wide : a.cols / 32 * 32;
-    const int64_t bytes = a.stride * static_cast<int64_t>(sizeof(typename W::Element));
     const int64_t room = many ? std::max<int64_t>(8, WIDE / wide / 8 * 8) : 8;
-    auto row = [&](int64_t r) { return ids ? std::max<int64_t>(0, ids[r]) : r; };
     float* widened = many ? Scratch::at_least(scratch.wide, room * wide) : nullptr;
     std::vector<WeightsF32> views;
+    auto row = [&](int64_t r) { return row_of(a, ids ? std::max<int64_t>(0, ids[r]) : r); };
     for (int64_t r = from; r < to; r += 8) {
-        const int count = static_cast<int>(std::min<int64_t>(8, to - r));
-        int64_t rows[8];
-        alignas(W) char memory[8 * sizeof(W)];
-        W* w = reinterpret_cast<W*>(memory);
+        const int64_t count = std::min<int64_t>(8, to - r);
+        W w[8];
         const char* next[8];
-        for (int i = 0; i < count; ++i) {
-            rows[i] = row(r + i);
-            w[i] = W(a, rows[i]);
-            next[i] = r + i + 8 < to ? static_cast<const char*>(a.data) + row(r + i + 8) * bytes : then + i * bytes;
+        for (int64_t i = 0; i < 8; ++i) {
+            w[i] = W(a, row(r + std::min(i, count - 1)));
+            next[i] = r + i + 8 < to ? row(r + i + 8) : then + i * a.stride;
         }
-        Ends<W> tails;
-        const W* ends = tails.of(a, rows, count, whole);
+        Ends<W> memory;
+        const W* ends = memory.of(a, w, whole);
         if (!many) {
-            for (int64_t m = 0; m < in.rows; m += 8)
-                tiles<W>(w, ends, m == 0 && then ? next : nullptr, count, in, m, std::min<int64_t>(8, in.rows - m),
-                         whole, out + (r - from), stride);
+            tiles<W>(w, ends, then ? next : nullptr, count, in, whole, out + (r - from), stride);
             continue;
         }
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < 8; ++i) {
             float* line = widened + views.size() * wide;
             for (int64_t c = 0; c < whole; c += 32) store(line + c, w[i].low(c)), store(line + c + 16, w[i].high(c));
             if (ends) store(line + whole, ends[i].low(0)), store(line + whole + 16, ends[i].high(0));
-            views.emplace_back(line);
+            views.emplace_back(a, line);
         }
         if (static_cast<int64_t>(views.size()) < room && r + 8 < to) continue;
-        const int64_t start = r + count - static_cast<int64_t>(views.size());
-        for (int64_t m = 0; m < in.rows; m += 6)
-            tiles<WeightsF32>(views.data(), nullptr, nullptr, views.size(), in, m, std::min<int64_t>(6, in.rows - m),
-                              wide, out + (start - from), stride);
+        const int64_t start = r + 8 - static_cast<int64_t>(views.size());
+        tiles<WeightsF32>(views.data(), nullptr, nullptr, r + count - start, in, (a.cols + 31) / 32 * 32,
+                          out + (start - from), stride);
         views.clear();
     }
 }
@@ -629,18 +624,18 @@ struct Run {
     float* row(int64_t reg, int64_t m) const { return registers[reg] + m * model.widths[reg]; }
 };
 
-// Inputs of a LINEAR op in this thread's own memory, normalised on the way.
-Inputs prepared(const Norm& norm, int64_t format, int64_t cols, const float* x, int64_t stride, int64_t rows) {
-    const int64_t wide = padded(cols);
-    float* packed = Scratch::at_least(scratch.packed, rows * wide);
-    float* line = Scratch::at_least(scratch.line, cols);
-    for (int64_t m = 0; m < rows; ++m) {
-        const float* from = x + m * stride;
-        if (norm.kind != NO_NORM) normalise(norm, from, line), from = line;
-        pack(from, cols, format, packed + m * wide);
+// Inputs of matrices in this thread's own memory, normalised on the way.
+Inputs prepared(const Norm& norm, const Matrix& a, const float* x, int64_t stride, int64_t rows, int64_t block) {
+    const Inputs in{Scratch::at_least(scratch.packed, rows * padded(a.cols)), rows, block, padded(a.cols)};
+    float* line = Scratch::at_least(scratch.line, a.cols);
+    for (int64_t m = 0; m < rows; ++m, x += stride) {
+        if (norm.kind != NO_NORM) normalise(norm, x, line);
+        pack(in, m, norm.kind != NO_NORM ? line : x, a.cols, a.format);
     }
-    return {packed, rows, wide};
+    return in;
 }
+
+inline int64_t block_of(int64_t rows) { return rows < MANY ? 8 : 6; }
 
 // Work is taken in pieces as threads come free, smaller ones towards the end: the machine's cores are not always equally
 // ours. `work` also hears where its next piece begins (`total`: nowhere), which is taken beforehand.
@@ -669,18 +664,14 @@ struct Rows {
     }
     const char* at(int64_t row) const {
         for (int64_t i = 0; i < op.count; row -= op.matrix[i++].rows)
-            if (row < op.matrix[i].rows) return address(op.matrix[i], row);
+            if (row < op.matrix[i].rows) return row_of(op.matrix[i], row);
         return nullptr;
-    }
-    static const char* address(const Matrix& a, int64_t row) {
-        return static_cast<const char*>(a.data) + row * a.stride * (a.format == F32 ? 4 : a.format == BF16 ? 2 : 1);
     }
 };
 
 void linear(Run& run, const Op& op, size_t stage) {
-    const int64_t rows = run.call.rows, cols = op.matrix[0].cols, width = run.model.widths[op.dst];
-    const Inputs in =
-        prepared(op.norm, op.matrix[0].format, cols, run.registers[op.src], run.model.widths[op.src], rows);
+    const int64_t rows = run.call.rows, width = run.model.widths[op.dst];
+    const Inputs in = prepared(op.norm, op.matrix[0], run.registers[op.src], run.model.widths[op.src], rows, block_of(rows));
     const Rows all(op);
     float* out = run.registers[op.dst];
     shared_out(run.team, stage, all.total, 16, [&](int64_t from, int64_t to, int64_t next) {
@@ -696,7 +687,7 @@ void linear(Run& run, const Op& op, size_t stage) {
         }
         if (op.into == GATE) {
             const Matrix &gate = op.matrix[0], &up = op.matrix[1];
-            multiply(gate, from, to, nullptr, in, out + from, width, Rows::address(up, from));
+            multiply(gate, from, to, nullptr, in, out + from, width, row_of(up, from));
             multiply(up, from, to, nullptr, in, out + all.total + from, width, then);
         } else {
             int64_t start = 0;
@@ -1003,7 +994,7 @@ void read(void* argument, int64_t) {
     size_t stage = 0;
     for (int64_t i = 0; i < r.lenses; ++i, ++stage) {
         const Matrix& a = r.lens[i];
-        const Inputs in = prepared(Norm{}, a.format, a.cols, x, a.cols, r.rows);
+        const Inputs in = prepared(Norm{}, a, x, a.cols, r.rows, block_of(r.rows));
         shared_out(team, stage, a.rows, 16, [&](int64_t from, int64_t to, int64_t) {
             multiply(a, from, to, nullptr, in, between + from, a.rows, nullptr);
         });
@@ -1023,18 +1014,18 @@ void read(void* argument, int64_t) {
     if (!r.head) return;
     team.barrier.wait(team.threads);
     const Matrix& a = *r.head;
-    const Inputs in = prepared(Norm{}, a.format, a.cols, reading.inputs, a.cols, r.rows);
+    const Inputs in = prepared(Norm{}, a, reading.inputs, a.cols, r.rows, r.ids_step ? 1 : block_of(r.rows));
     const int64_t chunks = reading.chunks(), groups = r.ids_step ? r.rows : 1;  // states that are read together
     auto first_row = [&](int64_t unit) -> const char* {
         if (unit >= groups * chunks) return nullptr;
         const int64_t i = unit % chunks * CHUNK;
-        return Rows::address(a, r.ids ? std::max<int64_t>(0, r.ids[unit / chunks * r.ids_step + i]) : i);
+        return row_of(a, r.ids ? std::max<int64_t>(0, r.ids[unit / chunks * r.ids_step + i]) : i);
     };
     shared_out(team, stage, groups * chunks, 1, [&](int64_t first, int64_t last, int64_t next) {
         for (int64_t unit = first; unit < last; ++unit) {
             const int64_t group = unit / chunks, from = unit % chunks * CHUNK, to = std::min(r.count, from + CHUNK);
             const int64_t begin = r.ids_step ? group : 0, end = r.ids_step ? group + 1 : r.rows;
-            const Inputs some{in.packed + begin * in.stride, end - begin, in.stride};
+            const Inputs some{in.packed + begin * in.stride, end - begin, in.block, in.stride};
             float* z = reading.logits + begin * r.count + from;
             multiply(a, from, to, r.ids ? r.ids + group * r.ids_step : nullptr, some, z, r.count,
                      first_row(unit + 1 < last ? unit + 1 : next));

@@ -25,11 +25,11 @@ STORE, ADD, ACTIVATE, GATE = 0, 1, 2, 3
 
 
 class Matrix(Structure):
-    """[rows, cols] in some format, with a bias or none; `stride` elements from one row to the next."""
+    """[rows, cols] in some format, with a bias or none; `stride` bytes from one row to the next."""
 
     _fields_ = [
         ("format", c_int64), ("rows", c_int64), ("cols", c_int64), ("stride", c_int64),
-        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
+        ("data", c_void_p), ("bias", c_void_p),
     ]  # fmt: skip
 
 

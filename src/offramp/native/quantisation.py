@@ -24,3 +24,17 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = padded.abs().amax(-1) / 127
     values = (padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
     return values.view(rows, groups * GROUP), scales.contiguous()
+
+
+def side_by_side(values: Tensor, scales: Tensor) -> Tensor:
+    """Each row's values and behind them its scales, as one stream of memory.
+
+    Args:
+        values: int8, [R, C].
+        scales: float32, [R, G].
+
+    Returns:
+        Bytes, int8 [R, C + 4 G rounded up to 16s].
+    """
+    rows = torch.cat([values, scales.view(torch.int8)], dim=1)
+    return nn.functional.pad(rows, (0, -rows.shape[1] % 16))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.native import library as lib
 from offramp.native.build import NativeError
-from offramp.native.quantisation import quantised
+from offramp.native.quantisation import quantised, side_by_side
 
 _FORMATS = {torch.float32: lib.F32, torch.bfloat16: lib.BF16}
 
@@ -107,10 +107,10 @@ class Weights:
         bias_at = self.vector(linear.bias if bias is None else bias, part)
         made: dict[str, Any] = {"rows": weight.shape[0], "cols": weight.shape[1], "bias": bias_at}
         if self.int8:
-            values, scales = _in_eight_bits(weight)
-            data, stride = self._hold(values), values.stride(0)
-            return lib.Matrix(format=lib.INT8, stride=stride, data=data, scales=self._hold(scales), **made)
-        return lib.Matrix(format=_FORMATS[weight.dtype], stride=weight.stride(0), data=self._hold(weight), **made)
+            held = _in_eight_bits(weight)
+            return lib.Matrix(format=lib.INT8, stride=held.stride(0), data=self._hold(held), **made)
+        stride = weight.stride(0) * weight.element_size()
+        return lib.Matrix(format=_FORMATS[weight.dtype], stride=stride, data=self._hold(weight), **made)
 
     def norm(self, module: Any) -> lib.Norm:
         """An RMS or layer norm, over the last dimension of its weight; none for None."""
@@ -134,9 +134,9 @@ class Weights:
         )  # fmt: skip
 
 
-def _in_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _in_eight_bits(weight: Tensor) -> Tensor:
     try:
-        return quantised(weight)
+        return side_by_side(*quantised(weight))
     except RuntimeError as error:  # torch has no type of its own for it on a CPU
         if "allocate memory" not in str(error):
             raise
