@@ -14,7 +14,7 @@ CONTRACT := $(addprefix tests/test_,families.py custom_generate.py cache.py deco
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-newest lint lock docs format clean
+.PHONY: help demo test sanitize test-oldest test-newest lint lock docs format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ demo: .venv/ready  ## Run the demonstration on a small pretrained model
 
 test: .venv/ready  ## Run the tests
 	$(BIN)/python -m pytest -n 2 -q
+
+sanitize: .venv/ready  ## Run the kernels' tests under sanitizers
+	@tests/sanitize.sh $(BIN)/python
 
 test-oldest: .venv-oldest/ready  ## Run the contract with the oldest releases that pyproject.toml admits
 	@.venv-oldest/bin/python tests/versions.py
