@@ -251,12 +251,17 @@ class Bench:
 
     def table(self) -> str:
         """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
-        conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
         blocks = [_speed_table(self), _time_table(self.arms)]
         if self.peers or self.bandwidth:
             blocks.insert(0, _peer_table(self))
         if self.savings:
             blocks.append(_saving_table(self.savings))
+        return "\n\n".join([*blocks, self.footing])
+
+    @property
+    def footing(self) -> str:
+        """What stands below tables: conditions and notes."""
+        conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
         if self.bandwidth:
             gigabytes = Spread.of(rate / 1e9 for rate in self.bandwidth)
             conditions += f", a plain read of the weights' size reaches {gigabytes} GB/s"
@@ -264,7 +269,12 @@ class Bench:
         for versions in dict.fromkeys(made_of):
             names = [peer.name for peer, own in zip(self.peers, made_of, strict=True) if own == versions]
             conditions += f"; {' and '.join(names)}: {versions}"
-        return "\n\n".join([*blocks, f"Conditions: {conditions}.", *(f"Note: {note}." for note in self.notes)])
+        return "\n\n".join([f"Conditions: {conditions}.", *(f"Note: {note}." for note in self.notes)])
+
+    @property
+    def is_compared_with_float32(self) -> bool:
+        """Whether `exact_agreement` is with the model in float32, and not just with the reference."""
+        return bool(self.peers or self.left_out) or self.conditions["dtype"].startswith("float32")
 
 
 def script_of(policy: ExitPolicy) -> Any:
@@ -331,17 +341,21 @@ def _speed_table(bench: Bench) -> str:
 
 def sizes_table(benches: Sequence[Bench]) -> str:
     """Every arm at every batch size: beside `generate` and full depth at that size, and beside the first size."""
-    head = "rows|arm|tokens/s|× generate (quartiles)|exit|seconds ×|FLOPs ×|bytes ×|step ×".split("|")
+    head = (
+        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|FLOPs ×|bytes ×|step ×|of the plain read"
+    )
+    known = {arm.name: arm for arm in benches[0].arms}
     rows = []
     for bench in benches:
         for arm in bench.arms:
-            alone = benches[0].arm(arm.name) if arm.name in {first.name for first in benches[0].arms} else None
+            share, alone = bench.of_the_probe(arm), known.get(arm.name)
             rows.append([
                 str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
                 f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
                 f"{arm.bytes_ratio:.2f}", f"{bench.over(alone, arm).median:.2f}" if alone else "–",
+                f"{share.median:.0%}" if share else "–",
             ])  # fmt: skip
-    return markdown(head, rows)
+    return "\n\n".join([markdown(head.split("|"), rows), benches[0].footing])
 
 
 def _peer_table(bench: Bench) -> str:
@@ -349,7 +363,8 @@ def _peer_table(bench: Bench) -> str:
     fastest = bench.fastest_llama_cpp
     head = ["arm", "tokens/s", "× generate (quartiles)"]
     head += [f"× {fastest.name} (quartiles)"] if fastest else []
-    head += ["first token ms", "same as float32", "prefix"] + (["of the plain read"] if bench.bandwidth else [])
+    same = "same as float32" if bench.is_compared_with_float32 else "same"
+    head += ["first token ms", same, "prefix"] + (["of the plain read"] if bench.bandwidth else [])
     rows = []
     for arm in sorted([*bench.arms, *bench.peers], key=lambda arm: -arm.tokens_per_second.median):
         first = "–" if arm.first_token is None else f"{1000 * arm.first_token.median:.0f}"

@@ -30,6 +30,7 @@ def bench(
         ),
     ] = None,
     prompts: o.PromptFile = None,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of a random model's prompts, drawn at random.")] = 64,
     limit: Annotated[int, typer.Option(help="Prompts per round.")] = 4,
     max_new_tokens: o.MaxNewTokens = 32,
     repeats: Annotated[int, typer.Option(help="Rounds; each runs every arm on the same prompts.")] = 5,
@@ -100,7 +101,9 @@ def bench(
         model or "", dtype=dtype, device=device, exits=exits, engine=engine
     )  # fmt: skip
     count = max(limit, *(sizes or [limit]))
-    texts: Any = random_prompts(lm, count, seed=seed) if random is not None else o.prompts_from(prompts, count)
+    texts: Any = (
+        o.prompts_from(prompts, count) if random is None else random_prompts(lm, count, length=prompt_length, seed=seed)
+    )
     chat = random is None and lm.has_chat_template
     mean = lm.num_layers * 0.75 if mean_layer is None and random is not None else mean_layer
 
@@ -145,7 +148,7 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
     from offramp.report.plots import save_bench
 
     if str(json) != "-":
-        o.say("\n\n".join([sizes_table(results), *(result.table() for result in results)]))
+        o.say(sizes_table(results))
     if out is not None:
         folders = [out / f"batch-{result.conditions['batch_size']}" for result in results]
         for path in [
