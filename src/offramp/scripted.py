@@ -207,7 +207,8 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
         if weight.ndim < 2:
             continue  # norms, which are ones
         flat, scaled = weight.data.view(-1), drawn.mul(weight.shape[-1] ** -0.5).to(weight.dtype).roll(place)
-        for piece in flat.split(_DRAWN):
+        for begin in range(0, len(flat), _DRAWN):
+            piece = flat[begin : begin + _DRAWN]
             piece.copy_(scaled[: len(piece)])
         place += len(flat)
 
