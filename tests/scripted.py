@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
+from offramp.families.best import best_of
 from offramp.families.cache import LayerCache
 from offramp.families.sizes import BlockShape, ModelShape
 from offramp.families.state import Context, Frame, HeadRows, State
@@ -31,7 +32,11 @@ class ScriptedModel:
         self.calls: list[tuple[int, list[int], list[int]]] = []
         self.filled: list[tuple[int, list[int]]] = []
 
-    def start(self, ids, mask=None, *, positions=None, memory=None, memory_mask=None, context=None):
+    fused = False
+
+    def start(
+        self, ids, mask=None, *, positions=None, memory=None, memory_mask=None, context=None, rows=None, slot=None
+    ):
         batch, queries = ids.shape
         if context is None:
             self.prompt = queries
@@ -39,12 +44,13 @@ class ScriptedModel:
             context = Context(cache, cache, torch.arange(queries).expand(batch, queries), None)
             begin = 0
         else:
-            begin = context.slots
-            context.positions = torch.cat([context.positions, context.positions[:, -1:] + 1], dim=1)
-        rows = torch.arange(batch)[:, None].expand(batch, queries)
+            begin = context.slots if slot is None else slot
+            context.reach(begin + queries)
+        chosen = slice(0, batch) if rows is None else rows
+        rows = torch.arange(len(context.positions))[chosen][:, None].expand(batch, queries)
         slots = torch.arange(begin, begin + queries).expand(batch, queries)
         hidden = torch.stack([rows, slots, torch.zeros_like(rows)], dim=-1).float()
-        return State(context, Frame(slice(0, batch), begin, queries), hidden, 0)
+        return State(context, Frame(chosen, begin, queries), hidden, 0)
 
     def run(self, state, lo, hi):
         assert state.depth == lo
@@ -57,8 +63,11 @@ class ScriptedModel:
             self.calls.append((layer + 1, [int(row) for row in hidden[:, 0, 0]], positions))
         return State(state.context, state.frame, hidden, hi)
 
-    def fill(self, context, layer, skipped):
-        self.filled.append((layer + 1, [int(slot) - self.prompt + 1 for slot in skipped.slots]))
+    def run_each(self, states, lo, hi):
+        return [self.run(state, lo, hi) for state in states]
+
+    def fill(self, context, lo, hi, skipped):
+        self.filled += [(layer + 1, [int(slot) - self.prompt + 1 for slot in skipped.slots]) for layer in range(lo, hi)]
 
     def readout_input(self, hidden, layer=None):
         row, slot, depth = (x.long() for x in hidden.unbind(-1))
@@ -70,6 +79,9 @@ class ScriptedModel:
 
     def readout(self, hidden, layer=None):
         return self.project(self.readout_input(hidden, layer))
+
+    def best(self, hidden, layer=None):
+        return best_of(self.readout(hidden, layer))
 
     def gather(self, ids):
         return HeadRows(F.one_hot(ids, len(self.head)).float(), None)

@@ -133,24 +133,21 @@ def generated(model, inputs, policy, **options):
 
 def expected_pairs(model, inputs, out, layer):
     """Pairs by teacher forcing without a cache: deferred positions have the full model's keys and values."""
-    rows = [Row(model, inputs, i) for i in range(len(out.tokens))]
-    pairs, waiting = [], []
-    for t in range(max(map(len, out.tokens))):
-        live = [i for i, tokens in enumerate(out.tokens) if t < len(tokens)]
-        now = {}
-        for i in live:
-            z = rows[i].readouts()[0]
-            now[i] = gap(z[layer - 1].softmax(-1)), bool(z[layer - 1].argmax() == z[-1].argmax())
-            rows[i].append(out.tokens[i][t], out.exit_layers[i][t], now[i][0], math.inf)
-        if t == 0 and rows[0].memory is None:
-            continue  # the prompt's own pass
-        waiting.append(now)
-        left = [i for i in live if out.exit_layers[i][t] == layer]
-        if len(left) < len(live):
-            if len(waiting) > 1 or left:  # something left: all rows' positions of this pass are compared
-                pairs += [step[i] for i in live for step in waiting]
-            waiting = []
-    return pairs
+    pairs = []
+    for i, tokens in enumerate(out.tokens):
+        row, waiting = Row(model, inputs, i), []
+        for t, token in enumerate(tokens):
+            z = row.readouts()[0]
+            c = gap(z[layer - 1].softmax(-1))
+            row.append(token, out.exit_layers[i][t], c, math.inf)
+            if t == 0 and row.memory is None:
+                continue  # the prompt's own pass
+            waiting.append((c, bool(z[layer - 1].argmax() == z[-1].argmax())))
+            if out.exit_layers[i][t] > layer:
+                if len(waiting) > 1:  # something left before: all positions of this row's pass are compared
+                    pairs += waiting
+                waiting = []
+    return sorted(pairs)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -161,7 +158,7 @@ def test_pairs_are_those_of_the_full_model(name, batch):
     for layer, tau in enumerate(taus, start=1):
         policy = ExitPolicy(threshold=tau, min_layer=layer, skipped="defer", adaptive=True)
         out, pairs = generated(model, inputs, policy, max_new_tokens=10, eos_token_id=NO_END)
-        expected = expected_pairs(model, inputs, out, layer)
+        expected, pairs = expected_pairs(model, inputs, out, layer), sorted(pairs)
         assert [y for _, y in pairs] == [y for _, y in expected]
         assert [c for c, _ in pairs] == pytest.approx([c for c, _ in expected], abs=1e-4)
         count += len(pairs)
@@ -178,7 +175,7 @@ def test_rows_that_end_teach_no_more():
     out, pairs = generated(model, inputs, policy, max_new_tokens=12, eos_token_id=ends)
     assert len({len(row) for row in out.tokens}) > 1
     expected = expected_pairs(model, inputs, out, 2)
-    assert [c for c, _ in pairs] == pytest.approx([c for c, _ in expected], abs=1e-4)
+    assert [c for c, _ in sorted(pairs)] == pytest.approx([c for c, _ in expected], abs=1e-4)
 
 
 def test_what_is_compared_step_by_step():
@@ -210,7 +207,8 @@ def test_a_threshold_of_one_never_exits_and_learns_nothing():
 def test_tokens_are_those_of_the_same_fixed_threshold(name):
     """Comparing changes no cache and no token; it costs the readouts of the positions compared."""
     lm, inputs = LanguageModel(lively(name)), batch_of(name)
-    fixed = ExitPolicy(threshold=0.1, min_layer=2, skipped="defer", exit_layers=(2,))
+    layer = 3 if name == "t5" else 2
+    fixed = ExitPolicy(threshold=0.1, min_layer=layer, skipped="defer", exit_layers=(layer,))
     adaptive = dataclasses.replace(fixed, adaptive=True)
     a, b = (lm.generate(inputs, policy=p, max_new_tokens=12, eos_token_id=NO_END) for p in (fixed, adaptive))
     assert (a.tokens, a.exit_layers) == (b.tokens, b.exit_layers)
@@ -256,19 +254,20 @@ def test_a_classifier_reads_the_choices_it_is_judged_by():
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_the_threshold_follows_all_generations_before(name):
     model, seen, taus = lively(name), [], []
-    policy = ExitPolicy(threshold=0.25, min_layer=3, skipped="defer", adaptive=True)
+    start = 0.1 if name == "t5" else 0.25
+    policy = ExitPolicy(threshold=start, min_layer=3, skipped="defer", adaptive=True)
     lm = LanguageModel(model)
     watched = lm._adaptive[policy] = Watched.of(policy)
     for seed in range(8):
         expected = reference_fit(seen)
         out = lm.generate(inputs_for(name, 2, seed=seed), policy=policy, max_new_tokens=20, eos_token_id=NO_END)
         taus.append(watched.value)
-        assert watched.value == pytest.approx(0.25 if expected is None else expected)
+        assert watched.value == pytest.approx(start if expected is None else expected)
         for layers, confidences in zip(out.exit_layers, out.confidences, strict=True):
             tested = [(a, c) for a, c in zip(layers, confidences, strict=True) if not math.isnan(c)]
             assert all((a == 3) == (c > watched.value) for a, c in tested)
         seen = list(watched.pairs)
-    assert taus[0] == 0.25
+    assert taus[0] == start
     assert len(set(taus)) >= 2
 
 

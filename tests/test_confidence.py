@@ -24,6 +24,7 @@ from offramp.core.exits import Consistency
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.exit_posterior import Laplace, NestedSets
+from offramp.families.best import best_of
 from offramp.uncertainty import token_laplace, token_sets
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)
@@ -76,6 +77,10 @@ class Scripted:
     def logits(self):
         self.reads += 1
         return self._logits
+
+    @property
+    def top(self):
+        return best_of(self.logits)
 
     def plausible(self):
         return self.mask

@@ -130,6 +130,33 @@ def test_deferred_positions_go_deep_together():
     assert deep == [(1, [1]), (1, [2]), (2, [1, 2]), (1, [3]), (2, [3]), (3, [1, 2, 3])]
 
 
+def test_each_row_goes_deep_with_its_own_tokens_alone():
+    """The second row never leaves; the first waits until its last token goes deep and takes the others along."""
+    leaves, stays = [sure(0), sure(0)], [unsure(0), sure(0)]
+    script = [[[sure(0)] * 2, leaves, leaves, stays], [[sure(0)] * 2, stays, stays, stays]]
+    model = ScriptedModel(script)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    steps = run(model, ExitPolicy(threshold=0.9, min_layer=1, skipped="defer"), 4, ids)
+    assert [step.exit_layer.tolist() for step in steps] == [[2, 2], [1, 2], [1, 2], [2, 2]]
+    deep = [(rows, positions) for layer, rows, positions in model.calls if layer == 2]
+    assert deep[1:] == [([1], [1]), ([1], [2]), ([0], [1, 2, 3]), ([1], [3])]
+
+
+def test_rows_whose_drafts_are_right_run_ahead():
+    """The first row is right for four tokens and asks twice; the second is always wrong, and asks each time."""
+    right, wrong = [sure(0), sure(0)], [sure(0), sure(1)]
+    script = [[[sure(0)] * 2, *[right] * 4], [[sure(0)] * 2, *[wrong] * 4]]
+    model = ScriptedModel(script)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    policy = ExitPolicy(threshold=0.9, min_layer=1, skipped="verify", draft_length=2)
+    steps = run(model, policy, 5, ids)
+    assert [step.token.tolist() for step in steps] == [[0, 0], *[[0, 1]] * 4]
+    assert [step.exit_layer.tolist() for step in steps] == [[2, 2], *[[1, 2]] * 4]
+    deep = [(rows, positions) for layer, rows, positions in model.calls if layer == 2][1:]
+    assert [positions for rows, positions in deep if 0 in rows] == [[1, 2], [3, 4]]
+    assert [positions for rows, positions in deep if 1 in rows] == [[1, 2], [2, 3], [3, 4], [4]]
+
+
 def test_verify_accepts_corrects_and_takes_back():
     agree, wrong = [sure(1)] * 3, [sure(1), sure(1), sure(2)]
     model = ScriptedModel([[sure(0)] * 3, agree, wrong, agree, agree])

@@ -257,7 +257,7 @@ def test_fill_equals_running_the_block_and_discarding_its_output(name):
     skipped = Skipped(filled.hidden.flatten(0, 1), rows.flatten(), slots.flatten(), frame.queries)
     for layer in (2, 3):
         run_block(split, layer, state.hidden, frame, context)
-        split.fill(filled.context, layer, skipped)
+        split.fill(filled.context, layer, layer + 1, skipped)
         ran, wrote = context.cache.layers[layer], filled.context.cache.layers[layer]
         wrote.length = ran.length
         torch.testing.assert_close(wrote.keys, ran.keys, atol=1e-6, rtol=1e-5)
@@ -275,17 +275,19 @@ def test_deferred_positions_get_the_full_models_states(name):
         state = split.start(ids[:, :3], inputs["attention_mask"][:, :3])
     else:
         state = split.start(ids[:, :3], memory=whole.context.memory, memory_mask=inputs.get("attention_mask"))
-    way.begin(state, [0, 1], prompt=True)
+    way.begin([state], [0, 1], prompt=True)
     way.advance(4)
     for t, depth in ((3, 2), (4, 2), (5, 1)):
-        way.begin(split.start(ids[:, t : t + 1], context=state.context), [0, 1])
+        way.begin([split.start(ids[:, t : t + 1], context=state.context)], [0, 1])
         way.advance(depth)
         way.leave([0, 1], [])
     lengths = [layer.length for layer in state.context.cache.layers]
     assert lengths == [6, 5, 3, 3]
-    way.flush()
+    way.recall([0, 1])
+    way.advance(LAYERS)
     assert [layer.length for layer in state.context.cache.layers] == [6] * 4
-    got = split.readout(way.state.hidden)  # positions 3, 4, 5
+    ((_, together),) = way.states
+    got = split.readout(together.hidden)  # positions 3, 4, 5
     torch.testing.assert_close(got, logits[:, 3:6], atol=3e-5, rtol=1e-4)
 
 
@@ -295,11 +297,11 @@ def test_skipped_layers_hold_what_the_next_token_needs(name):
     split, inputs = SplitModel(tiny(name)), inputs_for(name, 3, padded=True)
     state, _, _ = start(split, name, inputs)
     way = Propagate(split, Ledger(split.shape, split.device))
-    way.begin(state, [0, 1, 2], prompt=True)
+    way.begin([state], [0, 1, 2], prompt=True)
     way.advance(LAYERS)
     slots = state.context.slots
     token = torch.tensor([[5], [6], [7]])
-    way.begin(split.start(token, context=state.context), [0, 1, 2])
+    way.begin([split.start(token, context=state.context)], [0, 1, 2])
     way.advance(1)
     frozen = way.hidden.clone()
     way.leave([0, 2], [1])
@@ -307,7 +309,7 @@ def test_skipped_layers_hold_what_the_next_token_needs(name):
     frozen[1] = way.hidden[0]
     way.leave([0], [])
     assert [layer.length for layer in state.context.cache.layers] == [slots + 1, slots + 1, slots, slots]
-    way.begin(split.start(token, context=state.context), [0, 1, 2])
+    way.begin([split.start(token, context=state.context)], [0, 1, 2])
     way.advance(LAYERS)
     assert [layer.length for layer in state.context.cache.layers] == [slots + 2] * 4
     # Reference: the same blocks, run on the frozen states with their output thrown away.

@@ -56,7 +56,7 @@ class Script:
     unsure: float = 0.3
     tokens: int | None = None
 
-    def answer(self, rows: Tensor, position: int, layer: int) -> Tensor:
+    def answer(self, rows: Tensor, position: int | Tensor, layer: int) -> Tensor:
         """What to report of rows [A], at a test of their tokens at `position`: 1 from the prescribed layer on, [A]."""
         tokens = self.tokens or len(self.depths)
         depths = torch.tensor(self.depths, device=rows.device)[(rows * tokens + position) % len(self.depths)]
@@ -74,18 +74,14 @@ class Playing:
     def __init__(self, script: Script, measure: Confidence) -> None:
         self.script, self.measure = script, begun(measure)
         self.restricts = self.measure.restricts
-        self.rows: Tensor | None = None  # of the batch, [A]
 
     def __call__(self, reading: Reading) -> Tensor:
         """The script's answer, [A]."""
         worked = self.measure(reading)
-        if self.rows is None:
-            self.rows = torch.arange(len(worked), device=worked.device)
-        return self.script.answer(self.rows, reading.position, reading.layer)
+        return self.script.answer(torch.tensor(reading.rows, device=worked.device), reading.position, reading.layer)
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
-        self.rows = None if self.rows is None else self.rows[rows]
         self.measure.select(rows)
 
     def among(self, scores: Tensor, rows: Tensor) -> Tensor:

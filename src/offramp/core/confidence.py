@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offramp.families.best import Best, best_of
 from offramp.values import choice, flag, number, whole
 
 
@@ -28,15 +29,18 @@ class Reading(Protocol):
         previous: Residual state at the previous exit point of this token, [A, D]; None at the first.
         logits: Raw logits in float32 on the whole vocabulary, [A, V], or on the kept tokens, [A, K]; -inf where masked.
             Computed when first asked for.
+        top: The two best of these logits and their normaliser: cheaper than all of them.
         kept: Whether `logits` are those of a pruned set of tokens.
         ids: Their token ids, [A, K]; None: all V, in order.
         input: Readout input, [A, D]: what the head is multiplied with. Computed when first asked for.
-        position: Of the token, counted from the first generated one.
+        rows: Which rows of the batch these are, A of them.
+        position: Of the tokens, counted from the first generated one: one for all rows, or [A].
     """
 
     layer: int
     num_layers: int
-    position: int
+    position: int | Tensor
+    rows: list[int]
     candidates: tuple[int, ...]
     hidden: Tensor
     previous: Tensor | None
@@ -44,6 +48,11 @@ class Reading(Protocol):
     @property
     def logits(self) -> Tensor:
         """Raw logits, computed when first asked for."""
+        ...
+
+    @property
+    def top(self) -> Best:
+        """The two best tokens and the normaliser of `logits`, where nothing else of them is wanted."""
         ...
 
     @property
@@ -135,20 +144,19 @@ def begun(measure: Confidence) -> TokenConfidence:
 
 def gap_of(logits: Tensor) -> Tensor:
     """p_(1) - p_(2) of logits [A, n]."""
-    top = logits.topk(2, dim=-1).values
-    p = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    p = best_of(logits).probabilities
     return p[:, 0] - p[:, 1]
 
 
 def softmax_gap(reading: Reading) -> Tensor:
     """Difference of the two largest probabilities (CALM, arXiv 2207.07061, section 3.3), in [0, 1]."""
-    return gap_of(reading.logits)
+    p = reading.top.probabilities
+    return p[:, 0] - p[:, 1]
 
 
 def max_probability(reading: Reading) -> Tensor:
     """The largest probability, in [0, 1]."""
-    logits = reading.logits
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+    return reading.top.probabilities[:, 0]
 
 
 def entropy(reading: Reading) -> Tensor:

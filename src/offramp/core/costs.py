@@ -8,14 +8,14 @@ sent to the same expert, and count as if they were not. Seconds are measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from offramp.families.sizes import ModelShape
+from offramp.families.sizes import BlockShape, ModelShape
 
 PARTS = ("encoder", "blocks", "fill", "readout", "pruned_readout", "select", "confidence")
 """encoder · blocks (attention, FFN, first-visit cross keys and values) · fill (keys and values of skipped layers) ·
@@ -103,6 +103,7 @@ class Ledger:
         self._running: list[str] = []
         self._since: Any = None
         self._events: list[tuple[str, Any, Any]] = []
+        self._kinds: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -154,20 +155,30 @@ class Ledger:
     ) -> None:
         """Blocks lo..hi-1 (0-based) for `queries` tokens of each of `rows` rows, after `start` cached tokens."""
         self.costs.executed_layers += 0 if prompt else rows * queries * (hi - lo)
-        for layer in range(lo, hi):
-            block = self.shape.blocks[layer]
+        for first, like in self._alike(lo, hi):
+            block = self.shape.blocks[first]
             seen = start if block.window is None else min(start, block.window - 1)
             cached = 2 * block.kv_width * rows * (seen + (memory if block.cross_kv_weights else 0))
             read = block.weights_read(rows * queries) + cached
-            self._add("blocks", rows * self.shape.block_flops(layer, queries, start, memory), read)
+            self._add("blocks", like * rows * self.shape.block_flops(first, queries, start, memory), like * read)
+
+    def _alike(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Blocks lo..hi-1 by kind, and how many there are of each: the same sizes are not added up one by one."""
+        if (lo, hi) not in self._kinds:
+            found: dict[BlockShape, list[int]] = {}
+            for layer in range(lo, hi):
+                found.setdefault(self.shape.blocks[layer], []).append(layer)
+            self._kinds[lo, hi] = [(layers[0], len(layers)) for layers in found.values()]
+        return self._kinds[lo, hi]
 
     def cross(self, layer: int, rows: int, memory: int) -> None:
         """First visit of a block's cross-attention."""
         self._add("blocks", rows * self.shape.cross_flops(layer, memory), self.shape.blocks[layer].cross_kv_weights)
 
-    def fill(self, layer: int, tokens: int) -> None:
-        """Keys and values of `tokens` tokens that skipped a layer, in one product."""
-        self._add("fill", tokens * self.shape.fill_flops(layer), self.shape.blocks[layer].kv_weights)
+    def fill(self, layers: Iterable[int], tokens: int) -> None:
+        """Keys and values of `tokens` tokens that skipped these layers, in one product per layer."""
+        for layer in layers:
+            self._add("fill", tokens * self.shape.fill_flops(layer), self.shape.blocks[layer].kv_weights)
 
     def lens(self, layer: int, states: int) -> None:
         """The lens after `layer`, if there is one, on `states` states."""

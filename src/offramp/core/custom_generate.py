@@ -6,13 +6,13 @@ lets `transformers` prepare everything (one source for what `top_p` or `min_new_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from offramp.core.adaptive_threshold import AdaptiveThreshold
@@ -94,7 +94,7 @@ def prepare(
     pad = pad if isinstance(pad, int) and pad >= 0 else ends[0] if ends else 0
     sampler = Sampler(
         processors=logits_processor if len(logits_processor) else None,
-        stopping=lambda so_far: stopping_criteria(so_far, None),
+        stopping=_stopping(stopping_criteria, int(generation_config.max_length), ends),
         sample=bool(generation_config.do_sample),
         generator=generator,
         eos=ends,
@@ -121,6 +121,18 @@ def prepare(
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError("a prompt is padded on the right; pad decoder-only models on the left (padding_side='left')")
     return Prepared(model, ids, sampler, limit, mask=mask, positions=positions)
+
+
+def _stopping(criteria: Any, longest: int, ends: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+    """The criteria besides the length and the ends of sequences that decoding sees to itself; None: there are none."""
+
+    def known(criterion: Any) -> bool:
+        if type(criterion) is MaxLengthCriteria:
+            return bool(criterion.max_length >= longest)
+        return type(criterion) is EosTokenCriteria and set(criterion.eos_token_id.tolist()) <= set(ends)
+
+    others = StoppingCriteriaList(criterion for criterion in criteria if not known(criterion))
+    return (lambda so_far: others(so_far, None)) if others else None
 
 
 def _positions(given: Tensor | None, ids: Tensor) -> Tensor | None:

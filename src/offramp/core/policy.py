@@ -57,8 +57,8 @@ class ExitPolicy:
             "defer": the state waits and goes through the deep layers with the next token that goes deep (exact cache).
             "verify": as "defer", and the deep pass checks the tokens; output equals the full model's (up to rounding:
             in low precision, ties of a chunk's and a single token's products may fall differently). Logits processors
-            must depend on nothing but the ids and scores they are given. Under "defer" and
-            "verify" the rows of a batch advance in lock-step, and a step saves depth only if every row leaves.
+            must depend on nothing but the ids and scores they are given. Each row of a batch waits and drafts on its
+            own.
         exit_layers: Test only after these layers (each in min_layer .. L-1); None: after all of them, or, if the model
             has trained exits and `min_layer` is None too, after those.
         decode_from: "logits", or "contrastive": the emitted token comes from the contrastive scores.
@@ -71,6 +71,9 @@ class ExitPolicy:
             and FREE) or "additive" 0.9τ + 0.1·exp(-θt/N) clipped to [0, 1] (the CALM paper).
         decay_rate: θ.
         draft_length: Under "verify", most tokens drafted before a deep pass.
+        draft: Under "verify": "fixed", tokens are drafted where they pass the threshold; or "adaptive", where one more
+            draft is likely to pay by the acceptance seen so far (see `offramp.core.pace`), the thresholds being what
+            is believed at first. The text is the same.
         batch: "rows": each row of a batch leaves at its own layer. "all": no row leaves before all would.
         adaptive: FREE's adaptive threshold (see `offramp.core.adaptive_threshold`): `threshold` is where it starts, and
             what the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
@@ -98,6 +101,7 @@ class ExitPolicy:
     decay: str | None = None
     decay_rate: float = 4.0
     draft_length: int = 8
+    draft: str = "fixed"
     batch: str = "rows"
     adaptive: bool = False
     prompt_layer: int | None = None
@@ -109,6 +113,9 @@ class ExitPolicy:
         choice("decode_from", self.decode_from, ("logits", "contrastive"))
         choice("decay", self.decay, (None, "multiplicative", "additive"))
         choice("batch", self.batch, ("rows", "all"))
+        choice("draft", self.draft, ("fixed", "adaptive"))
+        if self.draft == "adaptive" and self.skipped != "verify":
+            raise ValueError(f"draft='adaptive' needs skipped='verify', not {self.skipped!r}: else nothing is drafted")
         choice("vocabulary", self.vocabulary, (None, *KINDS))
         self._take_numbers()
         self._check_layers()

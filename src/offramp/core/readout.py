@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from offramp.core.costs import Ledger
 from offramp.core.plan import Plan
 from offramp.core.vocabulary import Kept
 from offramp.families import SplitModel
+from offramp.families.best import Best, best_of
 
 
 def measure_of(model: SplitModel, plan: Plan) -> Confidence | None:
@@ -41,7 +44,9 @@ class Reader:
         measure: The confidence, as `measure_of` gives it.
         ledger: Where the work is written down.
         protected: Ids that pruning never drops, [P].
-        position: Of the token, counted from the first generated one.
+        rows: Which of the batch are read, A of them.
+        position: Of the tokens, counted from the first generated one: one for all rows, or [A].
+        scores: Whether those of all tokens are wanted where a row leaves; False: only the best.
     """
 
     def __init__(
@@ -51,9 +56,13 @@ class Reader:
         measure: Confidence | None,
         ledger: Ledger,
         protected: Tensor,
-        position: int = 0,
+        rows: list[int],
+        position: int | Tensor = 0,
+        *,
+        scores: bool = True,
     ) -> None:
         self.model, self.plan, self.ledger, self.protected, self.position = model, plan, ledger, protected, position
+        self.rows, self.scores = rows, scores
         self.measure: TokenConfidence | None = None if measure is None else begun(measure)
         self.kept: Kept | None = None
         self.previous: Tensor | None = None
@@ -74,6 +83,26 @@ class Reader:
         """The reading after `layer`, for states [A, D]."""
         return Exit(self, layer, hidden)
 
+    def top(self, exit: Exit, index: list[int] | None = None) -> Best:
+        """The best tokens at an exit, for all of its rows or some, with the logits if a later test needs them."""
+        hidden, ledger, kept = exit.hidden if index is None else exit.hidden[index], self.ledger, self.kept
+        if not self.model.fused:
+            return best_of(self.project(exit.input if index is None else exit.input[index]), exit.ids)
+        ledger.lens(exit.layer, len(hidden))
+        if kept is None:
+            ledger.readout(len(hidden))
+            with ledger.time("readout"):
+                return self.model.best(hidden, exit.layer, logits=self._keeps(exit.layer))
+        ledger.pruned_readout(*kept.ids.shape)
+        with ledger.time("pruned_readout"):
+            rows: Any = kept.gather(self.model)
+            rows = rows.only(kept.scored) if kept.ragged else rows
+            return self.model.best(hidden, exit.layer, rows, logits=self._keeps(exit.layer))
+
+    def _keeps(self, layer: int) -> bool:
+        """Whether the logits of a test after `layer` are needed: as scores, or to rank tokens for a later test."""
+        return self.scores or (self.plan.pruning is not None and any(later > layer for later in self.plan.thresholds))
+
     def after(self, exit: Exit, confidences: list[float], next_layer: int | None) -> None:
         """Prepare the test at `next_layer` (None: there is none): remember the state, and which tokens to score."""
         self.previous = exit.hidden
@@ -89,14 +118,16 @@ class Reader:
                 self.kept = Kept.best(exit.logits, sizes, self.protected)
             else:
                 self.kept = self.kept.shrunk(exit.logits, sizes)
-                self.ledger.gather(*self.kept.ids.shape)
+                self._bill_copy(self.kept)
         self.earlier.clear()
 
     def select(self, index: list[int]) -> None:
         """Keep some of the A rows."""
+        self.rows = [self.rows[i] for i in index]
         rows = torch.tensor(index, device=self.protected.device)
         self.kept = None if self.kept is None else self.kept.select(index)
         self.previous = None if self.previous is None else self.previous[rows]
+        self.position = self.position if isinstance(self.position, int) else self.position[rows]
         self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
         self.earlier = {layer: z[rows] for layer, z in self.earlier.items()}
         if self.measure is not None:
@@ -112,10 +143,14 @@ class Reader:
         if self.kept.rows is None:
             with ledger.time("select"):
                 self.kept.gather(self.model)
-                ledger.gather(*self.kept.ids.shape)
+                self._bill_copy(self.kept)
         with ledger.time("pruned_readout"):
             ledger.pruned_readout(*self.kept.ids.shape)
             return self.kept.mask(self.model.project(x, self.kept.rows))
+
+    def _bill_copy(self, kept: Kept) -> None:
+        if not self.model.fused:
+            self.ledger.gather(*kept.ids.shape)
 
 
 class Exit:
@@ -125,10 +160,11 @@ class Exit:
         self.reader, self.layer, self.hidden = reader, layer, hidden
         self.num_layers = reader.plan.num_layers
         self.candidates = tuple(c for c in reader.plan.candidates if c < layer)
-        self.previous, self.position = reader.previous, reader.position
+        self.previous, self.position, self.rows = reader.previous, reader.position, reader.rows
         self.columns = reader.kept
         self.judged = False  # whether the measure read the logits
         self._logits: Tensor | None = None
+        self._top: Best | None = None
         self._input: Tensor | None = None
 
     @property
@@ -145,15 +181,24 @@ class Exit:
             self._logits = self.reader.project(self.input)
         return self._logits
 
+    @property
+    def top(self) -> Best:
+        """The two best tokens and the normaliser, [A, 2] and [A]; with no logits moved where the engine can do so."""
+        if self._top is None:
+            self._top = self.reader.top(self) if self._logits is None else best_of(self._logits, self.ids)
+            self._logits = self._top.logits
+        return self._top
+
     def confidence(self) -> list[float]:
         """The measure's values of the A rows, at most 1, moved to the host: the one synchronisation of a test."""
         measure = self.reader.measure
         assert measure is not None
         with self.reader.ledger.time("confidence"):
             values: list[float] = measure(self).clamp(-1, 1).tolist()
-        self.judged = self._logits is not None
+        self.judged = self._logits is not None or self._top is not None
+        scored = self.reader.plan.vocabulary if self.columns is None else self.columns.ids.shape[1]
         pruned = self.reader.plan.pruning is not None
-        self.reader.ledger.test(len(values), self.logits.shape[1] if self.judged else None, pruned=pruned)
+        self.reader.ledger.test(len(values), scored if self.judged else None, pruned=pruned)
         return values
 
     @property
@@ -216,6 +261,15 @@ class Exit:
         exit._logits = None if self._logits is None else self._logits[index]
         exit.judged = self.judged
         return exit
+
+    def best(self, index: list[int]) -> Best:
+        """The best tokens of the rows that leave here."""
+        if not self.judged and self._logits is None and self._top is None and self.columns is None:
+            return self.reader.top(self, index)  # the measure needed none: read the leaving rows only
+        top = self.top
+        return (
+            top if len(index) == len(top.tokens) else Best(top.values[index], top.tokens[index], top.normaliser[index])
+        )
 
     def emission(self, index: list[int]) -> Tensor:
         """Scores over all V tokens, float32, of the rows that leave here, [len(index), V]."""

@@ -111,14 +111,17 @@ class Sampler:
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
         return torch.where(accepted & drafted, token, self.draw(rest)), accepted | ~drafted
 
-    def is_eos(self, ids: Tensor) -> Tensor:
-        """Rows whose last of ids [B, T] ends a sequence, bool [B]."""
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for eos in self.eos:
-            ended |= ids[:, -1] == eos
-        return ended
+    def sound(self, scores: Tensor, token: Tensor) -> Tensor:
+        """Rows whose token has a number for a score, bool [B].
 
-    def ends(self, ids: Tensor) -> Tensor:
-        """Rows that end with the last of ids [B, T], for any reason, bool [B]."""
-        ended = self.is_eos(ids)
-        return ended if self.stopping is None else ended | self.stopping(ids)
+        Args:
+            scores: As the model gave them, [B, V]; where they hold NaN or +inf, such a one is the largest.
+            token: What was chosen by them, [B].
+
+        Returns:
+            False where it was chosen by no number.
+        """
+        chosen = scores.gather(1, token[:, None])[:, 0]
+        if self.processors is None:
+            return chosen.isfinite()
+        return chosen < torch.inf  # one that they force may have -inf of the model, or of its pruned readout

@@ -1,14 +1,16 @@
-"""Keys and values of skipped layers: the two ways through the blocks, one layer at a time.
+"""Keys and values of skipped layers: the two ways through the blocks.
 
 `Propagate` freezes a row's state where it leaves and projects the keys and values of deeper layers from it. `Defer`
-lets positions wait at their depth and takes them through the deep layers together with the next token that goes there
-(FREE's synchronized parallel decoding, arXiv 2310.05424, for any number of exits). Both are lazy: a layer is caught up
-with only when a token visits it, so layers nobody visits again cost nothing, and one product serves all positions due.
+lets positions wait at their depth and takes them through the deep layers together with the row's next token that goes
+there (FREE's synchronized parallel decoding, arXiv 2310.05424, for any number of exits). Both are lazy: a layer is
+caught up with only when a token visits it, so layers nobody visits again cost nothing, and one product serves all
+positions due. In both, the rows of a batch leave one by one; in `Defer` they may stand at different positions.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -35,14 +37,11 @@ class Propagate:
         self._last: tuple[tuple[int, ...], Skipped] | None = None  # the last merged set of tokens
         self._seen = 0
 
-    def begin(self, state: State, rows: list[int], *, prompt: bool = False) -> None:
-        """Start a token step for the given rows; `state` holds all rows of the batch."""
+    def begin(self, states: list[State], rows: list[int], *, prompt: bool = False) -> None:
+        """Start a token step of some rows, which all stand at the same position."""
+        (self.state,) = states
         self._seen = len(self.left)  # tokens that leave in this step are not needed in this step
         self.rows, self.prompt = rows, prompt
-        if len(rows) < len(state.hidden):
-            kept = as_rows(rows, state.hidden.device)
-            state = state.select(kept, kept)
-        self.state = state
 
     @property
     def hidden(self) -> Tensor:
@@ -51,11 +50,11 @@ class Propagate:
 
     def advance(self, depth: int) -> None:
         """Run the rows still in up to `depth`."""
-        for layer in range(self.state.depth, depth):
-            if due := self._due(layer):
-                _run(self, layer)
-                self._catch_up(layer, due)
-        _run(self, depth)
+        if self._seen:
+            for due, layers in groupby(range(self.state.depth, depth), self._due):
+                if due:
+                    self._catch_up(list(layers), due)
+        (self.state,) = _run(self, [self.state], depth)
 
     def leave(self, gone: list[int], kept: list[int]) -> None:
         """Freeze the rows at index `gone` of those still in; go on with those at index `kept`."""
@@ -70,23 +69,23 @@ class Propagate:
 
     def _due(self, layer: int) -> tuple[int, ...]:
         """Which of `left` this layer owes keys and values to, of earlier steps; asked once per step and layer."""
-        due = tuple(i for i in range(self.done[layer], self._seen) if self.left[i][0] <= layer)
-        self.done[layer] = self._seen
-        return due
+        done, self.done[layer] = self.done[layer], self._seen
+        return tuple(i for i in range(done, self._seen) if self.left[i][0] <= layer)
 
-    def _catch_up(self, layer: int, due: tuple[int, ...]) -> None:
-        """Fill the keys and values of tokens that skipped this layer."""
+    def _catch_up(self, layers: list[int], due: tuple[int, ...]) -> None:
+        """Fill the keys and values of tokens that skipped these layers."""
         with self.ledger.time("fill"):
             if self._last is None or self._last[0] != due:
                 self._last = (due, _merged([self.left[i][1] for i in due]))
-            self.model.fill(self.state.context, layer, self._last[1])
-        self.ledger.fill(layer, len(self._last[1].rows))
+            self.model.fill(self.state.context, layers[0], layers[-1] + 1, self._last[1])
+        self.ledger.fill(layers, len(self._last[1].rows))
 
 
 class Defer:
-    """All rows advance in lock-step; positions wait at the depth where every row had left.
+    """Positions wait where their row left; a row's next token that goes deeper takes them along.
 
-    Depth never grows along the positions, so what a layer lacks is always a suffix of the sequence.
+    A row's depth never grows along its positions, so what a layer lacks is always a suffix of its sequence. Rows that
+    stand at the same position, with the same positions waiting, run as one state.
 
     Args:
         model: The model.
@@ -95,36 +94,79 @@ class Defer:
 
     def __init__(self, model: SplitModel, ledger: Ledger) -> None:
         self.model, self.ledger = model, ledger
-        self.waiting: list[State] = []  # by position; the last is the shallowest
+        self.waiting: dict[int, list[State]] = {}  # by row, each of one row; by position, the last is the shallowest
         self.rows: list[int] = []
+        self.states: list[tuple[list[int], State]] = []  # of the rows still in, and which rows each has
 
-    def begin(self, state: State, rows: list[int], *, prompt: bool = False) -> None:
-        """Start a token step; `rows` are those not finished, `state` holds all rows of the batch."""
-        self.state, self.rows, self.prompt = state, rows, prompt
+    def begin(self, states: list[State], rows: list[int], *, prompt: bool = False) -> None:
+        """Start a token step; `rows` are those of the states, one after another."""
+        self.rows, self.prompt, self.states, first = rows, prompt, [], 0
+        for state in states:
+            self.states.append((rows[first : first + len(state.hidden)], state))
+            first += len(state.hidden)
 
     @property
     def hidden(self) -> Tensor:
         """States of the rows still in, at the last position, [A, D]."""
-        last = self.state.hidden[:, -1]
-        return last if len(self.rows) == len(last) else last[self.rows]
+        if len(self.states) == 1 and self.states[0][0] == self.rows:
+            return self.states[0][1].hidden[:, -1]
+        found = {row: state.hidden[i, -1] for rows, state in self.states for i, row in enumerate(rows)}
+        return torch.stack([found[row] for row in self.rows])
 
     def advance(self, depth: int) -> None:
-        """Run the current position up to `depth`, taking along whatever waits on the way."""
-        while self.state.depth < depth:
-            while self.waiting and self.waiting[-1].depth == self.state.depth:
-                self.state = _joined(self.waiting.pop(), self.state)
-            _run(self, min(depth, self.waiting[-1].depth) if self.waiting else depth)
+        """Run the rows still in up to `depth`, taking along whatever of theirs waits on the way."""
+        while (lowest := min(state.depth for _, state in self.states)) < depth:
+            ready = self._joined([pair for pair in self.states if pair[1].depth == lowest])
+            later = [pair for pair in self.states if pair[1].depth > lowest]
+            met = [self.waiting[row][-1].depth for rows, _ in ready for row in rows if self.waiting.get(row)]
+            stop = min([depth, *met, *(state.depth for _, state in later)])
+            ran = _run(self, [state for _, state in ready], stop)
+            self.states = [*zip([rows for rows, _ in ready], ran, strict=True), *later]
+
+    def _joined(self, pairs: list[tuple[list[int], State]]) -> list[tuple[list[int], State]]:
+        """States of equal depth, each row's with what of it waits there, as few as can be."""
+        if not any(self._waits(row, state) for rows, state in pairs for row in rows):
+            if len({(state.frame.start, state.frame.queries) for _, state in pairs}) == len(pairs):
+                return pairs
+        alike: dict[tuple[int, int], list[tuple[int, State]]] = {}
+        for rows, whole in pairs:
+            for index, row in enumerate(rows):
+                state = whole if len(rows) == 1 else _row(whole, index, row)
+                while self._waits(row, state):
+                    state = _longer(self.waiting[row].pop(), state)
+                alike.setdefault((state.frame.start, state.frame.queries), []).append((row, state))
+        return [_stacked(sorted(group, key=lambda pair: pair[0])) for group in alike.values()]
+
+    def _waits(self, row: int, state: State) -> bool:
+        """Whether the position before a row's state waits at its depth."""
+        chain = self.waiting.get(row)
+        return bool(chain) and chain[-1].depth == state.depth  # type: ignore[index]
 
     def leave(self, gone: list[int], kept: list[int]) -> None:
-        """Note that the rows at index `gone` have left; the position waits once all have."""
-        self.rows = [self.rows[i] for i in kept]
-        if not kept:
-            self.waiting.append(self.state)
+        """The rows at index `gone` of those still in wait where they are; go on with those at index `kept`."""
+        left = {self.rows[i] for i in gone}
+        staying = []
+        for rows, state in self.states:
+            for index, row in enumerate(rows):
+                if row in left:
+                    own = state if len(rows) == 1 else _row(state, index, row)
+                    self.waiting.setdefault(row, []).append(own)
+            if still := [index for index, row in enumerate(rows) if row not in left]:
+                these = [rows[index] for index in still]
+                whole = len(still) == len(rows)
+                part = state if whole else state.select(still, as_rows(these, state.hidden.device))
+                staying.append((these, part))
+        self.states, self.rows = staying, [self.rows[i] for i in kept]
 
-    def flush(self) -> None:
-        """Take everything that waits through all layers; `state` then holds those positions."""
-        self.state = self.waiting.pop()
-        self.advance(self.model.num_layers)
+    def recall(self, rows: list[int]) -> None:
+        """Let rows that have left go on from where their last position waits."""
+        for row in rows:
+            self.states.append(([row], self.waiting[row].pop()))
+        self.rows = [*self.rows, *rows]
+
+    def forget(self, row: int) -> None:
+        """A row is finished, or what waits of it was wrong."""
+        self.waiting.pop(row, None)
 
 
 def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
@@ -139,14 +181,17 @@ def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
         last: The deepest layer any token needs; what lies behind it gets no keys and values.
     """
     way.advance(depth)
-    state = way.state
+    ((rows, state),) = [(way.rows, way.state)] if isinstance(way, Propagate) else way.states
     if state.frame.queries == 1 or depth == last:
         return
-    frozen, way.state = parted(state, state.frame.queries - 1)
-    for layer in range(depth, last):
-        with way.ledger.time("fill"):
-            way.model.fill(state.context, layer, frozen)
-        way.ledger.fill(layer, len(frozen.rows))
+    frozen, state = parted(state, state.frame.queries - 1)
+    with way.ledger.time("fill"):
+        way.model.fill(state.context, depth, last, frozen)
+    way.ledger.fill(range(depth, last), len(frozen.rows))
+    if isinstance(way, Propagate):
+        way.state = state
+    else:
+        way.states = [(rows, state)]
 
 
 def parted(state: State, count: int) -> tuple[Skipped, State]:
@@ -159,21 +204,23 @@ def parted(state: State, count: int) -> tuple[Skipped, State]:
     return frozen, replace(state, hidden=state.hidden[:, count:], frame=Frame(state.frame.rows, stop, queries - count))
 
 
-def _run(way: Propagate | Defer, depth: int) -> None:
-    """Run the way's state up to `depth` and write it down."""
-    state, frame = way.state, way.state.frame
-    if depth == state.depth:
-        return
-    memory = 0 if state.context.memory is None else state.context.memory.shape[1]
-    crossed = len(state.context.crossed)
+def _run(way: Propagate | Defer, states: list[State], depth: int) -> list[State]:
+    """Run states of equal depth up to `depth` and write it down."""
+    lo, context = states[0].depth, states[0].context
+    if depth == lo:
+        return states
+    memory = 0 if context.memory is None else context.memory.shape[1]
+    crossed = len(context.crossed)
     with way.ledger.time("blocks"):
-        way.state = way.model.run(state, state.depth, depth)
-    way.ledger.blocks(
-        state.depth, depth, rows=len(state.hidden), queries=frame.queries, start=frame.start, memory=memory,
-        prompt=way.prompt,
-    )  # fmt: skip
-    for layer in state.context.crossed[crossed:]:
-        way.ledger.cross(layer, len(state.context.positions), memory)
+        ran = way.model.run_each(states, lo, depth)
+    for state in states:
+        way.ledger.blocks(
+            lo, depth, rows=len(state.hidden), queries=state.frame.queries, start=state.frame.start, memory=memory,
+            prompt=way.prompt,
+        )  # fmt: skip
+    for layer in context.crossed[crossed:]:
+        way.ledger.cross(layer, len(context.positions), memory)
+    return ran
 
 
 def _merged(tokens: list[Skipped]) -> Skipped:
@@ -188,7 +235,22 @@ def _merged(tokens: list[Skipped]) -> Skipped:
     )
 
 
-def _joined(before: State, after: State) -> State:
-    """Two states of adjacent positions and equal depth as one."""
+def _row(state: State, index: int, row: int) -> State:
+    """The state of one row alone."""
+    return state.select(slice(index, index + 1), slice(row, row + 1))
+
+
+def _longer(before: State, after: State) -> State:
+    """Two states of a row, of adjacent positions and equal depth, as one."""
     frame = Frame(before.frame.rows, before.frame.start, before.frame.queries + after.frame.queries)
     return replace(before, hidden=torch.cat([before.hidden, after.hidden], dim=1), frame=frame)
+
+
+def _stacked(pairs: list[tuple[int, State]]) -> tuple[list[int], State]:
+    """States of single rows at the same positions as one, and which rows it has."""
+    rows, first = [row for row, _ in pairs], pairs[0][1]
+    if len(pairs) == 1:
+        return rows, first
+    hidden = torch.cat([state.hidden for _, state in pairs])
+    frame = Frame(as_rows(rows, hidden.device), first.frame.start, first.frame.queries)
+    return rows, replace(first, hidden=hidden, frame=frame)

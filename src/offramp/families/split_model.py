@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
 
+from offramp.families.best import Best, best_of
 from offramp.families.block_calls import cache_name, rotation, run_block
-from offramp.families.cache import LayerCache
+from offramp.families.cache import LayerCache, Rows
 from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
 from offramp.families.sizes import model_shape
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
@@ -43,6 +44,9 @@ class SplitModel:
     Raises:
         UnsupportedModelError: No family of that name, or layers of a kind that cannot be run apart.
     """
+
+    fused = False
+    """Whether `best` is cheaper than logits, also on rows of the head, which are then read without being copied."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -133,16 +137,20 @@ class SplitModel:
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
         context: Context | None = None,
+        rows: Rows | None = None,
+        slot: int | None = None,
     ) -> State:
-        """The state that enters the first block for the next tokens of every row.
+        """The state that enters the first block for the next tokens of some rows.
 
         Args:
-            ids: Token ids, [B, n].
+            ids: Token ids, [B, n]; [A, n] for some rows.
             mask: 1 for tokens, 0 for (left) padding, [B, n]; only for the first tokens of a batch.
             positions: Positions of the tokens, [B, n], likewise; None: counted from the mask.
             memory: Encoder output, [B, X, D]; encoder-decoders only, first tokens only.
             memory_mask: Mask of the encoder's input, [B, X].
             context: That of the batch; None begins a new batch.
+            rows: Whose tokens they are; None: those of all rows. Only with a context.
+            slot: Where in the cache the first of them goes, whatever lies there; None: behind all that were handed out.
 
         Returns:
             A state of depth 0.
@@ -159,13 +167,11 @@ class SplitModel:
                 context.positions = positions
             start = 0
         else:
-            start = context.slots
-            after = torch.arange(1, queries + 1, device=ids.device) + context.positions[:, -1:]
-            context.positions = torch.cat([context.positions, after], dim=1)
-            if context.padding is not None:
-                context.padding = F.pad(context.padding, (0, queries), value=True)
-        hidden = self.family.embed(self.decoder, ids, context.positions[:, start:])
-        return State(context, Frame(slice(0, batch), start, queries), hidden, 0)
+            start = context.slots if slot is None else slot
+            context.reach(start + queries)
+        rows = slice(0, batch) if rows is None else rows
+        hidden = self.family.embed(self.decoder, ids, context.positions[rows, start : start + queries])
+        return State(context, Frame(rows, start, queries), hidden, 0)
 
     def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
         cache = Cache(layers=[LayerCache(batch, window) for window in self.windows])
@@ -197,6 +203,10 @@ class SplitModel:
         for index in range(lo, hi):
             hidden = run_block(self, index, hidden, state.frame, state.context)
         return replace(state, hidden=hidden, depth=hi)
+
+    def run_each(self, states: list[State], lo: int, hi: int) -> list[State]:
+        """`run` for states of different rows, which may be of different lengths and stand at different slots."""
+        return [self.run(state, lo, hi) for state in states]
 
     # ------------------------------------------------------------ a whole pass
 
@@ -249,16 +259,21 @@ class SplitModel:
 
     # ------------------------------------------------------------ fill
 
-    def fill(self, context: Context, layer: int, skipped: Skipped) -> None:
-        """Write keys and values of tokens that skip a block: its input norm, projections, key norm and rotation only.
+    def fill(self, context: Context, lo: int, hi: int, skipped: Skipped) -> None:
+        """Write keys and values of tokens that skip blocks: input norms, projections, key norms and rotations only.
 
-        The cache entry equals that of running the whole block on the same states and discarding its output.
+        A cache entry equals that of running the whole block on the same states and discarding its output.
 
         Args:
             context: That of the batch.
-            layer: The skipped block, counted from 0.
+            lo: The first skipped block, counted from 0.
+            hi: Behind the last one.
             skipped: The tokens and the states they are frozen in.
         """
+        for layer in range(lo, hi):
+            self._fill(context, layer, skipped)
+
+    def _fill(self, context: Context, layer: int, skipped: Skipped) -> None:
         x, block, kind = skipped.hidden[:, None], self.blocks[layer], self.types[layer]  # [N, 1, D]
         if kind not in skipped.memo:
             positions = context.positions[skipped.rows, skipped.slots][:, None]
@@ -350,3 +365,19 @@ class SplitModel:
             Logits, [..., V].
         """
         return self.project(self.readout_input(hidden, layer))
+
+    def best(
+        self, hidden: Tensor, layer: int | None = None, rows: HeadRows | None = None, *, logits: bool = False
+    ) -> Best:
+        """The two best tokens of residual states, and the normaliser.
+
+        Args:
+            hidden: Residual states, [A, D].
+            layer: As for `readout_input`.
+            rows: As for `project`; tokens are then those of its columns.
+            logits: Whether these are wanted, too; here they always come.
+
+        Returns:
+            As it says.
+        """
+        return best_of(self.project(self.readout_input(hidden, layer), rows).float())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from offramp.families.cache import Rows
 
@@ -53,12 +55,14 @@ class Context:
         """Number of slots handed out."""
         return int(self.positions.shape[1])
 
-    def crop(self, slots: int) -> None:
-        """Take everything behind the first `slots` slots back, at every layer."""
-        self.positions = self.positions[:, :slots]
-        self.padding = None if self.padding is None else self.padding[:, :slots]
-        for layer in self.cache.layers:
-            layer.length = min(layer.length, slots)
+    def reach(self, slots: int) -> None:
+        """Hand out slots up to `slots`, at every row's next positions."""
+        if (lacking := slots - self.slots) <= 0:
+            return
+        after = torch.arange(1, lacking + 1, device=self.positions.device) + self.positions[:, -1:]
+        self.positions = torch.cat([self.positions, after], dim=1)
+        if self.padding is not None:
+            self.padding = F.pad(self.padding, (0, lacking), value=True)
 
 
 @dataclass

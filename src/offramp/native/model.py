@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
+from offramp.families.best import Best
 from offramp.families.block_calls import rotation
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 from offramp.native import blocks
@@ -40,27 +41,13 @@ class HeadIds(NamedTuple):
         """The tokens of some batch rows only."""
         return HeadIds(self.ids[index])
 
+    def only(self, scored: Tensor) -> HeadIds:
+        """Without the tokens that are not `scored`, bool [A, K]; their logits are -inf."""
+        return HeadIds(self.ids.masked_fill(~scored, -1))
+
     def columns(self, index: Tensor) -> HeadIds:
         """Some of each batch row's tokens, `index` [A, K'] into its K."""
         return HeadIds(self.ids.gather(1, index))
-
-
-class Best(NamedTuple):
-    """What a readout of A states says.
-
-    Attributes:
-        values: The two largest logits of each, best first, [A, 2]; -inf where there is no second one.
-        tokens: Whose they are, [A, 2]; of equal logits the lowest token comes first; -1 for none.
-        normaliser: The logsumexp of all that were read, [A]; NaN if one of them is NaN or +inf.
-        logits: All that were read, [A, V] or [A, K], if asked for.
-        inputs: What the head read, [A, D], if asked for.
-    """
-
-    values: Tensor
-    tokens: Tensor
-    normaliser: Tensor
-    logits: Tensor | None
-    inputs: Tensor | None
 
 
 @dataclass
@@ -79,6 +66,13 @@ class Places:
     positions: Tensor
     real: Tensor | None = None
 
+    @classmethod
+    def joined(cls, places: list[Places]) -> Places:
+        """Those of several frames, one after another."""
+        if len(places) == 1:
+            return places[0]
+        return cls(*(torch.cat([getattr(p, name) for p in places]) for name in ("batch", "slots", "positions")))
+
 
 class NativeModel(SplitModel):
     """A Hugging Face model that decodes in the kernels.
@@ -92,6 +86,8 @@ class NativeModel(SplitModel):
         UnsupportedModelError: No engine supports it.
         NativeError: The native engine does not support it, or cannot be compiled here.
     """
+
+    fused = True
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
         super().__init__(model)
@@ -204,20 +200,25 @@ class NativeModel(SplitModel):
 
     def run(self, state: State, lo: int, hi: int) -> State:
         """As `SplitModel.run`; padding is passed over, and keeps the states it came with."""
-        if state.depth != lo or not lo <= hi <= self.num_layers:
-            return super().run(state, lo, hi)  # which refuses
-        frame, context = state.frame, state.context
+        return self.run_each([state], lo, hi)[0]
+
+    def run_each(self, states: list[State], lo: int, hi: int) -> list[State]:
+        """As `SplitModel.run_each`, in one call."""
+        if any(state.depth != lo for state in states) or not lo <= hi <= self.num_layers:
+            return super().run_each(states, lo, hi)  # which refuses
+        context, width = states[0].context, self.shape.width
         if context.memory is not None:
             self._cross(context, lo, hi)
-        places = self._places(frame, context)
-        flat = state.hidden.reshape(-1, self.shape.width)
-        hidden = flat.clone() if places.real is None else flat[places.real]
-        self._call(context, hidden, places, lo, hi, layer=lo)
-        for layer in context.cache.layers[lo:hi]:
-            layer.length = frame.start + frame.queries
-        if places.real is not None:
-            hidden = flat.index_copy(0, places.real, hidden)
-        return replace(state, hidden=hidden.view(state.hidden.shape), depth=hi)
+        flats = [state.hidden.reshape(-1, width) for state in states]
+        places = [self._places(state.frame, context) for state in states]
+        real = [flat if at.real is None else flat[at.real] for flat, at in zip(flats, places, strict=True)]
+        hidden = torch.cat(real)  # a copy: the kernels work in place
+        self._call(context, hidden, Places.joined(places), lo, hi, layer=lo)
+        parts, ran = torch.split(hidden, [len(part) for part in real]), []
+        for state, flat, at, part in zip(states, flats, places, parts, strict=True):
+            whole = part if at.real is None else flat.index_copy(0, at.real, part)
+            ran.append(replace(state, hidden=whole.view(state.hidden.shape), depth=hi))
+        return ran
 
     def _cross(self, context: Context, lo: int, hi: int) -> None:
         """Keys and values of the encoder's output for blocks that are visited for the first time."""
@@ -229,13 +230,13 @@ class NativeModel(SplitModel):
                 self._call(context, hidden, places, program, program + 1, layer=layer)
                 context.crossed.append(layer)
 
-    def fill(self, context: Context, layer: int, skipped: Skipped) -> None:
+    def fill(self, context: Context, lo: int, hi: int, skipped: Skipped) -> None:
         """As `SplitModel.fill`."""
         if "native" not in skipped.memo:
             rows, slots = skipped.rows.contiguous(), _own_slots(context)[skipped.rows, skipped.slots]
             skipped.memo["native"] = Places(rows, slots, context.positions[rows, skipped.slots])
-        program = self.num_layers + layer
-        self._call(context, skipped.hidden.clone(), skipped.memo["native"], program, program + 1, layer=layer)
+        first, last = self.num_layers + lo, self.num_layers + hi
+        self._call(context, skipped.hidden.contiguous(), skipped.memo["native"], first, last, layer=lo)
 
     def _places(self, frame: Frame, context: Context) -> Places:
         """Where a frame's tokens are."""
@@ -310,7 +311,7 @@ class NativeModel(SplitModel):
         self._library.offramp_readout(call)
         return logits.view(*x.shape[:-1], -1)
 
-    def best(
+    def best(  # type: ignore[override]
         self,
         hidden: Tensor,
         layer: int | None = None,
@@ -331,6 +332,7 @@ class NativeModel(SplitModel):
         Returns:
             The two best tokens of each state, their logits, and the normaliser of all.
         """
+        hidden = hidden.contiguous()
         count, ids = len(hidden), None if rows is None else rows.ids
         call = self._readout(hidden, self._norm, layer, ids)
         made = Best(

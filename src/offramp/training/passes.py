@@ -73,8 +73,7 @@ def states_behind_prompts(
         kept[layer] = state.hidden if state.frame.start else state.hidden[:, edge:]
         if layer == stop and edge:
             frozen, state = parted(state, edge)
-            for block in range(stop, split.num_layers):
-                split.fill(state.context, block, frozen)
+            split.fill(state.context, stop, split.num_layers, frozen)
     where = counted[:, edge + 1 :]
     return [kept[layer][where] for layer in layers], ids[:, edge + 1 :][where]
 

@@ -1,0 +1,187 @@
+"""Drafts and their check: tokens that left early stand once the full model has confirmed them.
+
+Each row drafts on its own, waits with its drafts where they left, and goes deep when its token does not leave, when its
+drafts are full, or when one would end it; so rows of a batch stand at different positions. What is emitted is what the
+full model's scores would have given (speculative decoding, Leviathan et al. 2022, arXiv 2211.17192, with the model's
+own shallow layers as the draft model).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.core.batch import Batch, Read, Step
+from offramp.core.pace import Pace
+from offramp.core.readout import Exit
+from offramp.core.skipped_kv import Defer
+
+
+@dataclass
+class Draft:
+    """A token of a row that is not yet certain.
+
+    Attributes:
+        token: The token; of no meaning if none was drafted.
+        layer: Where it left, 1..L-1; L if it was not drafted: the row went deep with it.
+        confidence: Of the last test.
+        processed: The processed scores it was drawn from, [V]; None where tokens are the best ones.
+        tests: What its tests said: layer, confidence and best token of each.
+    """
+
+    token: int
+    layer: int
+    confidence: float
+    processed: Tensor | None = None
+    tests: list[tuple[int, float, int]] = field(default_factory=list)
+
+
+class VerifyingBatch(Batch):
+    """A batch whose tokens are drafted, and checked by the full model; arguments as for `Batch`."""
+
+    way: Defer
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sampler.require_repeatable()
+        every = range(len(self.buffer))
+        self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
+        self.certain: dict[int, deque[Draft]] = {row: deque() for row in every}
+        self.pace = Pace.of(self.plan, self.model.shape)
+        self.tests: dict[int, list[tuple[int, float, int]]] = {row: [] for row in every}
+
+    def verified(self, read: Read) -> Iterator[Step]:
+        """The steps that a read makes certain: none while its tokens are only drafted, several after a deep pass."""
+        if self.prefill:
+            yield self.settle(read)
+            return
+        deep = set(self.way.rows)
+        self._draft(read, deep)
+        due = [row for row in self.rows if row in deep or self._is_full(row)]
+        if not due:
+            return
+        self.way.recall([row for row in due if row not in deep])
+        self.way.advance(self.plan.num_layers)
+        for rows, state in self.way.states:
+            self._check(rows, state.hidden)
+        yield from self._complete()
+
+    def _leaving(self, layer: int, exit: Exit, confidences: list[float]) -> list[int]:
+        if self.pace is None:
+            return super()._leaving(layer, exit, confidences)
+        rows = self.way.rows
+        if exit.judged:
+            for row, c, token in zip(rows, confidences, exit.top.tokens[:, 0].tolist(), strict=True):
+                self.tests[row].append((layer, c, token))
+        return [
+            i for i, (row, c) in enumerate(zip(rows, confidences, strict=True))
+            if self.pace.leaves(layer, c, [(d.layer, d.confidence) for d in self.drafts[row]])
+        ]  # fmt: skip
+
+    def _read_last(self, read: Read) -> None:
+        """The rows still in are read together with their drafts, in `_check`; only the prompt's last position now."""
+        if self.prefill:
+            super()._read_last(read)
+        for row in self.way.rows:
+            read.layers[row] = self.plan.num_layers
+
+    def _draft(self, read: Read, deep: set[int]) -> None:
+        """Note the tokens of a read as drafts, at the ends of their rows."""
+        by_length: dict[int, list[int]] = {}
+        for row in self.rows:
+            if row not in deep:
+                by_length.setdefault(self.lengths[row], []).append(row)
+        for length, rows in by_length.items():
+            self.choose(read, length, rows)
+        tokens, sound = read.token.tolist(), read.sound.tolist()
+        if not all(sound[row] for row in self.rows if row not in deep):
+            raise self.not_sound()
+        for row in self.rows:
+            processed = read.processed[row] if len(read.processed) and row not in deep else None
+            tests, self.tests[row] = self.tests[row], []
+            self.drafts[row].append(Draft(tokens[row], read.layers[row], read.confidences[row], processed, tests))
+            if row not in deep:
+                self.buffer[row, self.lengths[row]] = tokens[row]
+            self.lengths[row] += 1
+
+    def _is_full(self, row: int) -> bool:
+        """Whether a row drafts no further before its drafts are checked."""
+        drafts = self.drafts[row]
+        at_end = drafts[-1].token in self.sampler.eos or self.lengths[row] - self.prompt >= self.limit
+        return at_end or len(drafts) >= self.plan.policy.draft_length
+
+    def _check(self, rows: list[int], hidden: Tensor) -> None:
+        """Compare rows' drafts with the full model, whose states after the last layer are `hidden`, [len(rows), n, D].
+
+        A row's first draft that is wrong is corrected, and those behind it are forgotten: that does not depend on what
+        they are, so each row's distribution stays that of the full model.
+        """
+        flat = hidden.flatten(0, 1)
+        self.ledger.readout(len(flat))
+        with self.ledger.time("readout"):
+            if self.best_only:
+                best = self.model.best(flat)
+                logits: Tensor | None = None
+                found, sound = best.tokens[:, 0].view(len(rows), -1).tolist(), best.sound.view(len(rows), -1).tolist()
+            else:
+                logits = self.model.readout(flat).float().view(*hidden.shape[:2], -1)
+                found = sound = []
+        for index, row in enumerate(rows):
+            drafts, self.drafts[row] = self.drafts[row], []
+            self.lengths[row] -= len(drafts)
+            length = self.lengths[row]
+            for place, draft in enumerate(drafts):
+                if logits is None:
+                    token, right = found[index][place], sound[index][place]
+                    agreed = draft.layer == self.plan.num_layers or token == draft.token
+                else:
+                    token, agreed, right = self._judged(row, draft, logits[index, place])
+                if not right:
+                    raise self.not_sound()
+                if self._is_certain(row, draft, token, agreed):
+                    break
+            if self.pace is not None:
+                self.pace.checked([draft.layer for draft in drafts], self.lengths[row] - length)
+
+    def _judged(self, row: int, draft: Draft, scores: Tensor) -> tuple[int, bool, bool]:
+        """The token to emit for a draft, whether it is the drafted one, and whether a number chose it."""
+        whole = scores.new_zeros(len(self.buffer), len(scores))
+        whole[row] = scores
+        target = self.sampler.process(self.buffer[:, : self.lengths[row]], whole)[row : row + 1]
+        drafted = torch.tensor([draft.layer < self.plan.num_layers], device=scores.device)
+        processed = torch.empty(0) if draft.processed is None else draft.processed[None]
+        token = torch.tensor([draft.token], device=scores.device)
+        token, agreed = self.sampler.accept_drafts(token, processed, target, drafted)
+        return int(token), bool(agreed), bool(self.sampler.sound(scores[None], token))
+
+    def _is_certain(self, row: int, draft: Draft, token: int, agreed: bool) -> bool:
+        """Note a token that stands; whether later drafts do not count: this one was wrong, or ends the row."""
+        layer = draft.layer if agreed else self.plan.num_layers
+        self.certain[row].append(Draft(token, layer, draft.confidence))
+        if self.pace is not None:
+            self._observe(self.pace, draft, token, agreed)
+        tokens = [token if other == row else 0 for other in range(len(self.buffer))]
+        ended = bool(self.append([row], tokens, self.lengths[row]))
+        self.lengths[row] += 1
+        if ended:
+            self.end([row])
+        return ended or not agreed
+
+    def _observe(self, pace: Pace, draft: Draft, token: int, agreed: bool) -> None:
+        for layer, confidence, best in draft.tests:
+            pace.observe(layer, confidence, best == token)
+        if not draft.tests and draft.layer < self.plan.num_layers:
+            pace.observe(draft.layer, draft.confidence, agreed)
+
+    def _complete(self) -> Iterator[Step]:
+        """Steps of the positions that are certain in all rows."""
+        while any(self.certain.values()) and all(self.certain[row] for row in self.rows):
+            rows = [row for row, queue in self.certain.items() if queue]
+            blank = Draft(self.sampler.pad, 0, float("nan"))
+            found = [self.certain[row].popleft() if row in rows else blank for row in self.certain]
+            yield self.step([d.token for d in found], [d.layer for d in found], [d.confidence for d in found], rows)

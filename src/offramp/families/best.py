@@ -1,0 +1,53 @@
+"""What a readout says in short: the two best tokens, and the normaliser of all that were read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Best(NamedTuple):
+    """What a readout of A states says.
+
+    Attributes:
+        values: The two largest logits of each, best first, [A, 2]; -inf where there is no second one.
+        tokens: Whose they are, [A, 2]; of equal logits the lowest token comes first; -1 for none.
+        normaliser: The logsumexp of all that were read, [A]; NaN or infinite if a logit is NaN or +inf.
+        logits: All that were read, [A, V] or [A, K], if asked for.
+        inputs: What the head read, [A, D], if asked for.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    normaliser: Tensor
+    logits: Tensor | None = None
+    inputs: Tensor | None = None
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Those of the two, [A, 2]."""
+        return (self.values - self.normaliser[:, None]).exp()
+
+    @property
+    def sound(self) -> Tensor:
+        """States whose best token was chosen by a number, bool [A]."""
+        return self.normaliser.isfinite()
+
+
+def best_of(logits: Tensor, ids: Tensor | None = None) -> Best:
+    """The same from logits that are there.
+
+    Args:
+        logits: Of all tokens, [A, V], or of some, [A, K], float32; -inf where masked.
+        ids: Token ids of the columns, [A, K]; None: their numbers.
+
+    Returns:
+        With these logits.
+    """
+    values, columns = logits.topk(min(2, logits.shape[1]), dim=-1)
+    if ids is None:  # `topk` does not say which of equal ones comes first
+        columns = torch.cat([logits.argmax(-1, keepdim=True), columns[:, 1:]], dim=1)
+    tokens = columns if ids is None else ids.gather(1, columns)
+    return Best(values, tokens, logits.logsumexp(-1), logits)
