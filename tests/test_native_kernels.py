@@ -191,7 +191,7 @@ def run(ops, widths, hidden, batch, slots, cache, *, rotations=None, distances=N
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2]),
     st.sampled_from([3, 8, 16, 20, 64, 80]), st.integers(1, 40), st.sampled_from([0, 1, 5, 17]), st.booleans(),
     st.booleans(),
 )  # fmt: skip

@@ -156,6 +156,16 @@ struct Patience {
     }
 };
 
+// Weights that this thread will read after the stage at hand: fetched while it waits, so that memory never rests.
+struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+    bool fetch() {
+        for (int i = 0; i < 4 && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+        return at < end;
+    }
+};
+thread_local Ahead ahead;
+
 struct Barrier {
     std::atomic<int64_t> arrived{0}, phase{0};
     void wait(int64_t threads) {
@@ -165,7 +175,8 @@ struct Barrier {
             phase.store(now + 1, std::memory_order_release);
             return;
         }
-        for (Patience p; phase.load(std::memory_order_acquire) == now;) p.wait();
+        for (Patience p; phase.load(std::memory_order_acquire) == now;)
+            if (!ahead.fetch()) p.wait();
     }
 };
 
@@ -173,8 +184,9 @@ struct Barrier {
 struct Team {
     int64_t threads;
     Barrier barrier;
-    std::vector<std::atomic<int64_t>> taken;  // one counter per stage of the call
-    Team(int64_t threads, size_t stages) : threads(threads), taken(stages) {
+    std::vector<std::atomic<int64_t>> taken;  // one counter per stage of the call, and one for its preparation
+    size_t stages;
+    Team(int64_t threads, size_t stages) : threads(threads), taken(2 * stages), stages(stages) {
         for (auto& counter : taken) counter.store(0, std::memory_order_relaxed);
     }
 };
@@ -620,39 +632,58 @@ struct Run {
     const Call& call;
     Team& team;
     std::vector<float*> registers;
+    float* packed;           // room for the inputs of any matrix
 
     float* row(int64_t reg, int64_t m) const { return registers[reg] + m * model.widths[reg]; }
 };
 
-// Inputs of matrices in this thread's own memory, normalised on the way.
-Inputs prepared(const Norm& norm, const Matrix& a, const float* x, int64_t stride, int64_t rows, int64_t block) {
-    const Inputs in{Scratch::at_least(scratch.packed, rows * padded(a.cols)), rows, block, padded(a.cols)};
-    float* line = Scratch::at_least(scratch.line, a.cols);
-    for (int64_t m = 0; m < rows; ++m, x += stride) {
-        if (norm.kind != NO_NORM) normalise(norm, x, line);
-        pack(in, m, norm.kind != NO_NORM ? line : x, a.cols, a.format);
+struct Piece {
+    int64_t from, to;
+};
+
+// Work is taken in pieces as threads come free, smaller ones towards the end: the machine's cores are not always equally
+// ours. A piece that begins at `total` is none.
+Piece take(Team& team, size_t stage, int64_t total, int64_t grain) {
+    int64_t from = team.taken[stage].load(std::memory_order_relaxed), to;
+    do to = std::min(total, from + std::max(grain, (total - from) / (2 * team.threads) / grain * grain));
+    while (from < total && !team.taken[stage].compare_exchange_weak(from, to, std::memory_order_relaxed));
+    return {std::min(from, total), to};
+}
+
+// `work` also hears where its next piece begins, which is taken beforehand.
+template <class F>
+void shared_out(Team& team, size_t stage, int64_t total, int64_t grain, F work, const Piece* first = nullptr) {
+    for (Piece now = first ? *first : take(team, stage, total, grain); now.from < total;) {
+        const Piece next = take(team, stage, total, grain);
+        work(now.from, now.to, next.from);
+        now = next;
     }
+}
+
+// Inputs of matrices, normalised on the way: in each thread's own memory, or, where there are many, in that of all.
+Inputs prepared(Team& team, size_t stage, const Norm& norm, const Matrix& a, const float* x, int64_t stride,
+                int64_t rows, int64_t block, float* shared) {
+    const bool share = rows >= MANY && team.threads > 1;
+    const int64_t wide = padded(a.cols);
+    const Inputs in{share ? shared : Scratch::at_least(scratch.packed, rows * wide), rows, block, wide};
+    float* line = Scratch::at_least(scratch.line, a.cols);
+    auto pack_rows = [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t m = from; m < to; ++m) {
+            const float* row = x + m * stride;
+            if (norm.kind != NO_NORM) normalise(norm, row, line), row = line;
+            pack(in, m, row, a.cols, a.format);
+        }
+    };
+    if (!share) {
+        pack_rows(0, rows, 0);
+        return in;
+    }
+    shared_out(team, team.stages + stage, rows, 4, pack_rows);
+    team.barrier.wait(team.threads);
     return in;
 }
 
 inline int64_t block_of(int64_t rows) { return rows < MANY ? 8 : 6; }
-
-// Work is taken in pieces as threads come free, smaller ones towards the end: the machine's cores are not always equally
-// ours. `work` also hears where its next piece begins (`total`: nowhere), which is taken beforehand.
-template <class F>
-void shared_out(Team& team, size_t stage, int64_t total, int64_t grain, F work) {
-    auto take = [&] {
-        int64_t from = team.taken[stage].load(std::memory_order_relaxed), to;
-        do to = std::min(total, from + std::max(grain, (total - from) / (2 * team.threads) / grain * grain));
-        while (from < total && !team.taken[stage].compare_exchange_weak(from, to, std::memory_order_relaxed));
-        return std::make_pair(from, to);
-    };
-    for (auto now = take(); now.first < total;) {
-        const auto next = take();
-        work(now.first, now.second, next.first);
-        now = next;
-    }
-}
 
 // The rows of an op's matrices, counted through: side by side, or those of the first where two are gated.
 struct Rows {
@@ -669,12 +700,16 @@ struct Rows {
     }
 };
 
-void linear(Run& run, const Op& op, size_t stage) {
+constexpr int64_t GRAIN = 16;       // rows of a matrix that are worth a piece of work
+constexpr int64_t AHEAD = 1 << 16;  // bytes that are fetched for the stage after the next barrier
+
+void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
     const int64_t rows = run.call.rows, width = run.model.widths[op.dst];
-    const Inputs in = prepared(op.norm, op.matrix[0], run.registers[op.src], run.model.widths[op.src], rows, block_of(rows));
+    const Inputs in = prepared(run.team, stage, op.norm, op.matrix[0], run.registers[op.src], run.model.widths[op.src],
+                               rows, block_of(rows), run.packed);
     const Rows all(op);
     float* out = run.registers[op.dst];
-    shared_out(run.team, stage, all.total, 16, [&](int64_t from, int64_t to, int64_t next) {
+    auto work = [&](int64_t from, int64_t to, int64_t next) {
         const char* then = all.at(next);
         if (op.into == ADD) {  // through this thread's memory: the target holds what is added to
             const int64_t n = to - from;
@@ -712,7 +747,8 @@ void linear(Run& run, const Op& op, size_t stage) {
                 store(x, v);
                 std::copy(x, x + n, y);
             }
-    });
+    };
+    shared_out(run.team, stage, all.total, GRAIN, work, &first);
 }
 
 void norm(Run& run, const Op& op, size_t stage) {
@@ -812,97 +848,147 @@ inline float widened_one(uint16_t x) {
     return f;
 }
 
-// One head of one token attends to its row's slots up to its own, or to all of the encoder's output.
-template <class E>
-void attend_head(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t head) {
+// G heads of one token that share keys and values attend to its row's slots up to its own, or to all of the encoder's
+// output. What a head computes does not depend on G.
+template <class E, int G>
+void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t head) {
     const Call& call = run.call;
     const int64_t slot = call.slot[m], b = call.batch[m], dim = op.head_dim, kv = head / (op.heads / op.kv_heads);
     const int64_t first = op.window ? std::max<int64_t>(0, slot - op.window + 1) : 0;
     const int64_t begin = first / 16 * 16, end = op.memory ? call.memory_lengths[b] : slot + 1;
     const float* q = run.row(op.src, m) + head * dim;
-    float* p = Scratch::at_least(scratch.line, (end - begin + 31) / 16 * 16);
+    const int64_t apart = (end - begin + 31) / 16 * 16;
+    float* p = Scratch::at_least(scratch.line, G * apart);
     const E* keys = static_cast<const E*>(cache.keys) + cache.key_at(b, kv, 0, 0);
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f32x16 best = splat(-INFINITY);
+    f32x16 best[G];
+    for (int g = 0; g < G; ++g) best[g] = splat(-INFINITY);
     for (int64_t t = begin; t < end; t += 16) {
         const E* block = keys + t * dim;
-        f32x16 even = {}, odd = {};
+        f32x16 even[G] = {}, odd[G] = {};
         int64_t d = 0;
         for (; d + 2 <= dim; d += 2) {
-            even += splat(q[d]) * widened(block + d * 16);
-            odd += splat(q[d + 1]) * widened(block + d * 16 + 16);
+            const f32x16 one = widened(block + d * 16), two = widened(block + d * 16 + 16);
+#pragma GCC unroll 4
+            for (int g = 0; g < G; ++g) {
+                even[g] += splat(q[g * dim + d]) * one;
+                odd[g] += splat(q[g * dim + d + 1]) * two;
+            }
         }
-        if (d < dim) even += splat(q[d]) * widened(block + d * 16);
-        f32x16 score = (even + odd) * splat(static_cast<float>(op.scale));
-        if (op.cap != 0) score = capped(score, static_cast<float>(op.cap));
-        if (op.biased)
-            for (int64_t i = 0; i < 16 && t + i <= slot; ++i) score[i] += call.distances[head * call.reach + slot - t - i];
-        const i32x16 at = lanes + static_cast<int32_t>(t);
-        score = choose((at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(end)), score, splat(-INFINITY));
-        store(p + (t - begin), score);
-        best = choose(score > best, score, best);
+        for (int g = 0; g < G; ++g) {
+            if (d < dim) even[g] += splat(q[g * dim + d]) * widened(block + d * 16);
+            f32x16 score = (even[g] + odd[g]) * splat(static_cast<float>(op.scale));
+            if (op.cap != 0) score = capped(score, static_cast<float>(op.cap));
+            if (op.biased) {
+                const float* bias = call.distances + (head + g) * call.reach;
+                for (int64_t i = 0; i < 16 && t + i <= slot; ++i) score[i] += bias[slot - t - i];
+            }
+            const i32x16 at = lanes + static_cast<int32_t>(t);
+            const i32x16 seen = (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(end));
+            score = choose(seen, score, splat(-INFINITY));
+            store(p + g * apart + (t - begin), score);
+            best[g] = choose(score > best[g], score, best[g]);
+        }
     }
-    float most = best[0];
-    for (int i = 1; i < 16; ++i) most = std::max(most, best[i]);
-    if (op.sinks) most = std::max(most, op.sinks[head]);
-    f32x16 totals = {};
-    for (int64_t t = begin; t < end; t += 16) {
-        const f32x16 e = exp16(load(p + (t - begin)) - splat(most));
-        store(p + (t - begin), e);
-        totals += e;
+    float inverse[G];
+    for (int g = 0; g < G; ++g) {
+        float most = best[g][0];
+        for (int i = 1; i < 16; ++i) most = std::max(most, best[g][i]);
+        if (op.sinks) most = std::max(most, op.sinks[head + g]);
+        f32x16 totals = {};
+        for (float* at = p + g * apart; at < p + g * apart + (end - begin); at += 16) {
+            const f32x16 e = exp16(load(at) - splat(most));
+            store(at, e);
+            totals += e;
+        }
+        float total = sum(totals);
+        if (op.sinks) total += std::exp(op.sinks[head + g] - most);
+        inverse[g] = 1.0f / total;
     }
-    float total = sum(totals);
-    if (op.sinks) total += std::exp(op.sinks[head] - most);
     float* y = run.row(op.dst, m) + head * dim;
     const E* values = static_cast<const E*>(cache.values) + cache.value_at(b, kv, 0);
-    const float inverse = 1.0f / total;
     int64_t d = 0;
-    for (; d + 64 <= dim; d += 64) {
-        f32x16 acc[4] = {};
-        for (int64_t t = first; t < end; ++t)
+    for (; d + 32 <= dim; d += 32) {
+        f32x16 acc[G][2] = {};
+        for (int64_t t = first; t < end; ++t) {
+            const f32x16 low = widened(values + t * dim + d), high = widened(values + t * dim + d + 16);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) acc[i] += splat(p[t - begin]) * widened(values + t * dim + d + 16 * i);
-        for (int i = 0; i < 4; ++i) store(y + d + 16 * i, acc[i] * splat(inverse));
+            for (int g = 0; g < G; ++g) {
+                acc[g][0] += splat(p[g * apart + t - begin]) * low;
+                acc[g][1] += splat(p[g * apart + t - begin]) * high;
+            }
+        }
+        for (int g = 0; g < G; ++g) {
+            store(y + g * dim + d, acc[g][0] * splat(inverse[g]));
+            store(y + g * dim + d + 16, acc[g][1] * splat(inverse[g]));
+        }
     }
-    for (; d + 16 <= dim; d += 16) {
-        f32x16 acc = {};
-        for (int64_t t = first; t < end; ++t) acc += splat(p[t - begin]) * widened(values + t * dim + d);
-        store(y + d, acc * splat(inverse));
-    }
-    for (; d < dim; ++d) {
-        float acc = 0;
-        for (int64_t t = first; t < end; ++t) acc += p[t - begin] * widened_one(values[t * dim + d]);
-        y[d] = acc * inverse;
-    }
+    for (; d < dim; ++d)
+        for (int g = 0; g < G; ++g) {
+            float acc = 0;
+            for (int64_t t = first; t < end; ++t) acc += p[g * apart + t - begin] * widened_one(values[t * dim + d]);
+            y[g * dim + d] = acc * inverse[g];
+        }
+}
+
+template <class E>
+void attend_all(Run& run, const Op& op, size_t stage, const Slots& cache) {
+    const int64_t group = op.heads / op.kv_heads;
+    const int64_t size = group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1, units = op.heads / size;
+    shared_out(run.team, stage, run.call.rows * units, 1, [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t unit = from; unit < to; ++unit) {
+            const int64_t m = unit / units, head = unit % units * size;
+            switch (size) {
+                case 1: attend_heads<E, 1>(run, op, cache, m, head); break;
+                case 2: attend_heads<E, 2>(run, op, cache, m, head); break;
+                case 3: attend_heads<E, 3>(run, op, cache, m, head); break;
+                case 4: attend_heads<E, 4>(run, op, cache, m, head); break;
+            }
+        }
+    });
 }
 
 void attend(Run& run, const Op& op, size_t stage, int64_t layer) {
     const Slots cache(run.call, op, layer);
-    shared_out(run.team, stage, run.call.rows * op.heads, 1, [&](int64_t from, int64_t to, int64_t) {
-        for (int64_t unit = from; unit < to; ++unit) {
-            if (run.model.kv_format == F32) attend_head<float>(run, op, cache, unit / op.heads, unit % op.heads);
-            else attend_head<uint16_t>(run, op, cache, unit / op.heads, unit % op.heads);
-        }
-    });
+    if (run.model.kv_format == F32) attend_all<float>(run, op, stage, cache);
+    else attend_all<uint16_t>(run, op, stage, cache);
 }
 
 void programs(void* argument, int64_t) {
     Run& run = *static_cast<Run*>(argument);
     const Model& model = run.model;
-    size_t stage = 0;
-    for (int64_t program = run.call.first; program < run.call.last; ++program) {
+    const int64_t begin = model.program[run.call.first], end = model.program[run.call.last];
+    auto next_linear = [&](int64_t at) {
+        while (at < end && model.ops[at].kind != LINEAR) ++at;
+        return at;
+    };
+    auto first_piece = [&](int64_t at) {
+        return at < end ? take(run.team, at - begin, Rows(model.ops[at]).total, GRAIN) : Piece{};
+    };
+    int64_t program = run.call.first, linear_at = next_linear(begin);
+    Piece piece = first_piece(linear_at);
+    for (int64_t at = begin; at < end; ++at) {
+        while (at == model.program[program + 1]) ++program;
+        const Op& op = model.ops[at];
+        const size_t stage = at - begin;
         const int64_t layer = run.call.layer + program - run.call.first;
-        for (int64_t at = model.program[program]; at < model.program[program + 1]; ++at, ++stage) {
-            const Op& op = model.ops[at];
-            switch (op.kind) {
-                case LINEAR: linear(run, op, stage); break;
-                case NORM: norm(run, op, stage); break;
-                case ROTATE: rotate(run, op, stage, layer); break;
-                case ATTEND: attend(run, op, stage, layer); break;
-            }
-            if (run.team.threads > 1) run.team.barrier.wait(run.team.threads);
+        switch (op.kind) {
+            case LINEAR: linear(run, op, stage, piece); break;
+            case NORM: norm(run, op, stage); break;
+            case ROTATE: rotate(run, op, stage, layer); break;
+            case ATTEND: attend(run, op, stage, layer); break;
         }
+        if (at == linear_at && (linear_at = next_linear(at + 1)) < end) {
+            piece = first_piece(linear_at);
+            const Rows rows(model.ops[linear_at]);
+            if (piece.from < rows.total) {
+                ahead.at = rows.at(piece.from);
+                ahead.end = ahead.at + std::min(AHEAD, (piece.to - piece.from) * model.ops[linear_at].matrix[0].stride);
+            }
+        }
+        if (run.team.threads > 1) run.team.barrier.wait(run.team.threads);
     }
+    ahead = {};
 }
 
 // ------------------------------------------------------------------------------------------------ readouts
@@ -918,6 +1004,7 @@ struct Found {
 Found look(const Readout& r, const int64_t* ids, float* z, int64_t n) {
     f32x16 best = splat(-INFINITY), second = best, totals = {};
     auto piece = [&](int64_t i) {
+        if (!ids && i + 16 <= n) return load(z + i);
         float line[16];
         for (int64_t k = 0; k < 16; ++k) line[k] = i + k < n && !(ids && ids[i + k] < 0) ? z[i + k] : -INFINITY;
         return load(line);
@@ -930,7 +1017,7 @@ Found look(const Readout& r, const int64_t* ids, float* z, int64_t n) {
         best = choose(v > best, v, best);
         float line[16];
         store(line, v);
-        std::copy(line, line + std::min<int64_t>(16, n - i), z + i);
+        std::memcpy(z + i, line, std::min<int64_t>(16, n - i) * sizeof(float));
     }
     Found found{best[0], second[0], 0};
     for (int k = 1; k < 16; ++k) {
@@ -980,7 +1067,7 @@ void judge(const Readout& r, int64_t m, const float* z, const Found* found) {
 struct Reading {
     const Readout& call;
     Team& team;
-    float *inputs, *between, *logits;
+    float *inputs, *between, *logits, *packed;
     Found* found;
     int64_t chunks() const { return (call.count + CHUNK - 1) / CHUNK; }
 };
@@ -994,7 +1081,7 @@ void read(void* argument, int64_t) {
     size_t stage = 0;
     for (int64_t i = 0; i < r.lenses; ++i, ++stage) {
         const Matrix& a = r.lens[i];
-        const Inputs in = prepared(Norm{}, a, x, a.cols, r.rows, block_of(r.rows));
+        const Inputs in = prepared(team, stage, Norm{}, a, x, a.cols, r.rows, block_of(r.rows), reading.packed);
         shared_out(team, stage, a.rows, 16, [&](int64_t from, int64_t to, int64_t) {
             multiply(a, from, to, nullptr, in, between + from, a.rows, nullptr);
         });
@@ -1014,7 +1101,7 @@ void read(void* argument, int64_t) {
     if (!r.head) return;
     team.barrier.wait(team.threads);
     const Matrix& a = *r.head;
-    const Inputs in = prepared(Norm{}, a, reading.inputs, a.cols, r.rows, r.ids_step ? 1 : block_of(r.rows));
+    const Inputs in = prepared(team, stage, Norm{}, a, reading.inputs, a.cols, r.rows, r.ids_step ? 1 : block_of(r.rows), reading.packed);
     const int64_t chunks = reading.chunks(), groups = r.ids_step ? r.rows : 1;  // states that are read together
     auto first_row = [&](int64_t unit) -> const char* {
         if (unit >= groups * chunks) return nullptr;
@@ -1057,20 +1144,27 @@ void offramp_run(const Model* model, const Call* call) {
         registers.push_back(next);
         next += call->rows * model->widths[r];
     }
-    Team team(call->threads, model->program[call->last] - model->program[call->first]);
-    Run run{*model, *call, team, registers};
+    const int64_t begin = model->program[call->first], end = model->program[call->last];
+    int64_t widest = 0;
+    for (int64_t i = begin; i < end; ++i) widest = std::max(widest, model->ops[i].count ? model->ops[i].matrix[0].cols : 0);
+    thread_local std::vector<float> packed;
+    Team team(call->threads, end - begin);
+    Run run{*model, *call, team, registers, Scratch::at_least(packed, call->rows < MANY ? 0 : call->rows * padded(widest))};
     pool().run(call->threads, programs, &run);
 }
 
 // Read states out: what the head reads, logits, and the best of them.
 void offramp_readout(const Readout* call) {
     const Readout& r = *call;
-    thread_local std::vector<float> inputs, between, logits;
+    thread_local std::vector<float> inputs, between, logits, packed;
     thread_local std::vector<Found> found;
     Team team(r.threads, r.lenses + 2);
     int64_t lens_rows = 0;
     for (int64_t i = 0; i < r.lenses; ++i) lens_rows += r.lens[i].rows;
-    Reading reading{r, team, r.inputs, Scratch::at_least(between, r.rows * lens_rows), r.logits, nullptr};
+    int64_t widest = r.width;
+    for (int64_t i = 0; i < r.lenses; ++i) widest = std::max(widest, r.lens[i].cols);
+    Reading reading{r, team, r.inputs, Scratch::at_least(between, r.rows * lens_rows), r.logits,
+                    Scratch::at_least(packed, r.rows < MANY ? 0 : r.rows * padded(widest)), nullptr};
     if (!r.inputs) reading.inputs = Scratch::at_least(inputs, r.rows * r.width);
     if (r.head) {
         if (!r.logits) reading.logits = Scratch::at_least(logits, r.rows * r.count);

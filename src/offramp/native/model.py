@@ -59,12 +59,18 @@ class Places:
         slots: Its slot there, [M].
         positions: Its position, [M].
         real: Which of a frame's A * n tokens these are; None: all of them, there is no padding.
+        reach: One more than the largest position.
     """
 
     batch: Tensor
     slots: Tensor
     positions: Tensor
     real: Tensor | None = None
+    reach: int = 0
+
+    def __post_init__(self) -> None:
+        self.batch, self.slots, self.positions = (t.contiguous() for t in (self.batch, self.slots, self.positions))
+        self.reach = int(self.positions.max()) + 1 if len(self.positions) else 0
 
     @classmethod
     def joined(cls, places: list[Places]) -> Places:
@@ -188,8 +194,8 @@ class NativeModel(SplitModel):
         if memory_mask is not None and not self.family.listens:  # else to all of its padded input
             mask = memory_mask.long()
         real = mask.reshape(-1).nonzero()[:, 0]
-        slots = (mask.cumsum(-1) - 1).reshape(-1)[real].contiguous()
-        batch_of = torch.arange(batch).repeat_interleave(memory.shape[1])[real].contiguous()
+        slots = (mask.cumsum(-1) - 1).reshape(-1)[real]
+        batch_of = torch.arange(batch).repeat_interleave(memory.shape[1])[real]
         context.past = _Memory(self._new_cache(batch), Places(batch_of, slots, slots, real), mask.sum(-1).contiguous())
         context.past.cache.reserve(memory.shape[1])
         return context
@@ -233,7 +239,7 @@ class NativeModel(SplitModel):
     def fill(self, context: Context, lo: int, hi: int, skipped: Skipped) -> None:
         """As `SplitModel.fill`."""
         if "native" not in skipped.memo:
-            rows, slots = skipped.rows.contiguous(), _own_slots(context)[skipped.rows, skipped.slots]
+            rows, slots = skipped.rows, _own_slots(context)[skipped.rows, skipped.slots]
             skipped.memo["native"] = Places(rows, slots, context.positions[rows, skipped.slots])
         first, last = self.num_layers + lo, self.num_layers + hi
         self._call(context, skipped.hidden.contiguous(), skipped.memo["native"], first, last, layer=lo)
@@ -242,15 +248,16 @@ class NativeModel(SplitModel):
         """Where a frame's tokens are."""
         if ("native", "") not in frame.memo:
             span = slice(frame.start, frame.start + frame.queries)
-            rows = torch.arange(len(context.positions))[:, None].expand_as(context.positions)
-            batch, slots, positions = (
-                values[frame.rows, span].flatten() for values in (rows, _own_slots(context), context.positions)
-            )
-            real = None
-            if context.padding is not None and not bool((kept := context.padding[frame.rows, span].flatten()).all()):
-                real = kept.nonzero()[:, 0]
-                batch, slots, positions = batch[real], slots[real], positions[real]
-            frame.memo["native", ""] = Places(batch.contiguous(), slots.contiguous(), positions.contiguous(), real)
+            positions = context.positions[frame.rows, span]
+            rows = torch.arange(len(context.positions))[frame.rows, None].expand_as(positions).flatten()
+            if context.padding is None:
+                slots, real = torch.arange(span.start, span.stop).expand_as(positions).flatten(), None
+            else:
+                slots = _own_slots(context)[frame.rows, span].flatten()
+                kept = context.padding[frame.rows, span].flatten()
+                real = None if bool(kept.all()) else kept.nonzero()[:, 0]
+            of = slice(None) if real is None else real
+            frame.memo["native", ""] = Places(rows[of], slots[of], positions.flatten()[of], real)
         found: Places = frame.memo["native", ""]
         return found
 
@@ -259,7 +266,7 @@ class NativeModel(SplitModel):
     ) -> None:  # fmt: skip
         """Run programs on states [M, D], in place."""
         cache: NativeCache = context.cache
-        self._tabulate(max(context.slots, int(places.positions.max()) + 1))
+        self._tabulate(max(context.slots, places.reach))
         cache.reserve(context.slots)
         memory: tuple[Any, ...] = ()
         if context.past is not None:
