@@ -372,6 +372,7 @@ struct WeightsF32 {
     typedef float Element;
     const float* row;
     WeightsF32() = default;
+    const char* bytes() const { return reinterpret_cast<const char*>(row); }
     WeightsF32(const Matrix&, const void* row) : row(static_cast<const float*>(row)) {}
     f32x16 low(int64_t c) const { return load(row + c); }
     f32x16 high(int64_t c) const { return load(row + c + 16); }
@@ -381,6 +382,7 @@ struct WeightsBF16 {
     typedef uint16_t Element;
     const uint16_t* row;
     WeightsBF16() = default;
+    const char* bytes() const { return reinterpret_cast<const char*>(row); }
     WeightsBF16(const Matrix&, const void* row) : row(static_cast<const uint16_t*>(row)) {}
     u32x16 words(int64_t c) const {
         u32x16 u;
@@ -398,6 +400,7 @@ struct WeightsInt8 {
     const int8_t* row;
     const float* scale;
     WeightsInt8() = default;
+    const char* bytes() const { return reinterpret_cast<const char*>(row); }
     WeightsInt8(const Matrix& m, const void* row)
         : row(static_cast<const int8_t*>(row)), scale(reinterpret_cast<const float*>(this->row + padded(m.cols))) {}
     f32x16 wide(int64_t c) const {
@@ -550,13 +553,22 @@ thread_local Scratch scratch;
 constexpr int64_t MANY = 32;       // inputs from which weights are widened once for all of them
 constexpr int64_t WIDE = 1 << 16;  // floats widened at a time: half of a small second cache
 
+// What will be read next, or null: asked for when the last rows before it are at hand.
+struct Then {
+    const char* (*ask)(void*) = nullptr;
+    void* data = nullptr;
+    Then() = default;
+    template <class F>
+    explicit Then(F& f) : ask([](void* data) -> const char* { return (*static_cast<F*>(data))(); }), data(&f) {}
+    const char* operator()() const { return ask ? ask(data) : nullptr; }
+};
+
 inline const char* row_of(const Matrix& a, int64_t row) { return static_cast<const char*>(a.data) + row * a.stride; }
 
-// Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + (row - from)]. `then` is
-// what will be read next, or null.
+// Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + (row - from)].
 template <class W>
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
-              int64_t stride, const char* then) {
+              int64_t stride, const Then& then) {
     const bool many = in.rows >= MANY;
     const int64_t wide = padded(a.cols), whole = a.format == INT8 ? wide : a.cols / 32 * 32;
     const int64_t room = many ? std::max<int64_t>(8, WIDE / wide / 8 * 8) : 8;
@@ -566,20 +578,24 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
     for (int64_t r = from; r < to; r += 8) {
         const int64_t count = std::min<int64_t>(8, to - r);
         W w[8];
-        const char* next[8];
+        const char *next[8], *behind = r + 16 > to ? then() : nullptr;
         for (int64_t i = 0; i < 8; ++i) {
             w[i] = W(a, row(r + std::min(i, count - 1)));
-            next[i] = r + i + 8 < to ? row(r + i + 8) : then + i * a.stride;
+            next[i] = r + i + 8 < to ? row(r + i + 8) : behind ? behind + i * a.stride : w[i].bytes();
         }
         Ends<W> memory;
         const W* ends = memory.of(a, w, whole);
         if (!many) {
-            tiles<W>(w, ends, then ? next : nullptr, count, in, whole, out + (r - from), stride);
+            tiles<W>(w, ends, next, count, in, whole, out + (r - from), stride);
             continue;
         }
         for (int i = 0; i < 8; ++i) {
             float* line = widened + views.size() * wide;
-            for (int64_t c = 0; c < whole; c += 32) store(line + c, w[i].low(c)), store(line + c + 16, w[i].high(c));
+            for (int64_t c = 0; c < whole; c += 32) {
+                __builtin_prefetch(next[i] + c * sizeof(typename W::Element), 0, 2);
+                store(line + c, w[i].low(c));
+                store(line + c + 16, w[i].high(c));
+            }
             if (ends) store(line + whole, ends[i].low(0)), store(line + whole + 16, ends[i].high(0));
             views.emplace_back(a, line);
         }
@@ -592,7 +608,7 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
 }
 
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
-              int64_t stride, const char* then) {
+              int64_t stride, const Then& then) {
     if (a.format == F32) multiply<WeightsF32>(a, from, to, ids, in, out, stride, then);
     else if (a.format == BF16) multiply<WeightsBF16>(a, from, to, ids, in, out, stride, then);
     else multiply<WeightsInt8>(a, from, to, ids, in, out, stride, then);
@@ -650,12 +666,17 @@ Piece take(Team& team, size_t stage, int64_t total, int64_t grain) {
     return {std::min(from, total), to};
 }
 
-// `work` also hears where its next piece begins, which is taken beforehand.
+// `work` may ask where its next piece begins (`total`: nowhere), which is then taken: best as late as it can use that.
 template <class F>
 void shared_out(Team& team, size_t stage, int64_t total, int64_t grain, F work, const Piece* first = nullptr) {
     for (Piece now = first ? *first : take(team, stage, total, grain); now.from < total;) {
-        const Piece next = take(team, stage, total, grain);
-        work(now.from, now.to, next.from);
+        Piece next{-1, -1};
+        auto ask = [&] {
+            if (next.from < 0) next = take(team, stage, total, grain);
+            return next.from;
+        };
+        work(now.from, now.to, ask);
+        ask();
         now = next;
     }
 }
@@ -667,7 +688,7 @@ Inputs prepared(Team& team, size_t stage, const Norm& norm, const Matrix& a, con
     const int64_t wide = padded(a.cols);
     const Inputs in{share ? shared : Scratch::at_least(scratch.packed, rows * wide), rows, block, wide};
     float* line = Scratch::at_least(scratch.line, a.cols);
-    auto pack_rows = [&](int64_t from, int64_t to, int64_t) {
+    auto pack_rows = [&](int64_t from, int64_t to, auto&&) {
         for (int64_t m = from; m < to; ++m) {
             const float* row = x + m * stride;
             if (norm.kind != NO_NORM) normalise(norm, row, line), row = line;
@@ -700,7 +721,7 @@ struct Rows {
     }
 };
 
-constexpr int64_t GRAIN = 16;       // rows of a matrix that are worth a piece of work
+constexpr int64_t GRAIN = 8;        // rows of a matrix that are worth a piece of work
 constexpr int64_t AHEAD = 1 << 16;  // bytes that are fetched for the stage after the next barrier
 
 void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
@@ -709,8 +730,9 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
                                rows, block_of(rows), run.packed);
     const Rows all(op);
     float* out = run.registers[op.dst];
-    auto work = [&](int64_t from, int64_t to, int64_t next) {
-        const char* then = all.at(next);
+    auto work = [&](int64_t from, int64_t to, auto& next) {
+        auto at_next = [&] { return all.at(next()); };
+        const Then then(at_next);
         if (op.into == ADD) {  // through this thread's memory: the target holds what is added to
             const int64_t n = to - from;
             float* got = Scratch::at_least(scratch.sums, rows * n);
@@ -722,14 +744,16 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
         }
         if (op.into == GATE) {
             const Matrix &gate = op.matrix[0], &up = op.matrix[1];
-            multiply(gate, from, to, nullptr, in, out + from, width, row_of(up, from));
+            auto at_up = [&] { return row_of(up, from); };
+            multiply(gate, from, to, nullptr, in, out + from, width, Then(at_up));
             multiply(up, from, to, nullptr, in, out + all.total + from, width, then);
         } else {
             int64_t start = 0;
             for (int64_t i = 0; i < op.count; start += op.matrix[i++].rows) {
                 const int64_t lo = std::max(from, start), hi = std::min(to, start + op.matrix[i].rows);
                 if (lo >= hi) continue;
-                multiply(op.matrix[i], lo - start, hi - start, nullptr, in, out + lo, width, hi < to ? all.at(hi) : then);
+                auto at_rest = [&] { return all.at(hi); };
+                multiply(op.matrix[i], lo - start, hi - start, nullptr, in, out + lo, width, hi < to ? Then(at_rest) : then);
             }
         }
         if (op.into == STORE) return;
@@ -752,7 +776,7 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
 }
 
 void norm(Run& run, const Op& op, size_t stage) {
-    shared_out(run.team, stage, run.call.rows, 1, [&](int64_t from, int64_t to, int64_t) {
+    shared_out(run.team, stage, run.call.rows, 1, [&](int64_t from, int64_t to, auto&&) {
         float* line = Scratch::at_least(scratch.line, op.norm.cols);
         for (int64_t m = from; m < to; ++m) {
             normalise(op.norm, run.row(op.src, m) + op.first, line);
@@ -796,7 +820,7 @@ void rotate(Run& run, const Op& op, size_t stage, int64_t layer) {
     const Call& call = run.call;
     const Slots cache(call, op, layer);
     const int64_t all = op.heads + 2 * op.kv_heads;
-    shared_out(run.team, stage, call.rows * all, 4, [&](int64_t from, int64_t to, int64_t) {
+    shared_out(run.team, stage, call.rows * all, 4, [&](int64_t from, int64_t to, auto&&) {
         for (int64_t unit = from; unit < to; ++unit) {
             const int64_t m = unit / all, head = unit % all, slot = call.slot[m], b = call.batch[m];
             float* x = run.row(op.src, m) + head * op.head_dim;
@@ -869,6 +893,7 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
         int64_t d = 0;
         for (; d + 2 <= dim; d += 2) {
             const f32x16 one = widened(block + d * 16), two = widened(block + d * 16 + 16);
+            __builtin_prefetch(block + (2 * dim + d) * 16);
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g) {
                 even[g] += splat(q[g * dim + d]) * one;
@@ -907,22 +932,26 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
     }
     float* y = run.row(op.dst, m) + head * dim;
     const E* values = static_cast<const E*>(cache.values) + cache.value_at(b, kv, 0);
-    int64_t d = 0;
-    for (; d + 32 <= dim; d += 32) {
-        f32x16 acc[G][2] = {};
+    auto mix = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
+        constexpr int V = decltype(vectors)::value;
+        f32x16 acc[G][V] = {};
         for (int64_t t = first; t < end; ++t) {
-            const f32x16 low = widened(values + t * dim + d), high = widened(values + t * dim + d + 16);
+            const E* from = values + t * dim + d;
+            __builtin_prefetch(from + 16 * dim);
+            f32x16 v[V];
 #pragma GCC unroll 4
-            for (int g = 0; g < G; ++g) {
-                acc[g][0] += splat(p[g * apart + t - begin]) * low;
-                acc[g][1] += splat(p[g * apart + t - begin]) * high;
-            }
+            for (int i = 0; i < V; ++i) v[i] = widened(from + 16 * i);
+#pragma GCC unroll 4
+            for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+                for (int i = 0; i < V; ++i) acc[g][i] += splat(p[g * apart + t - begin]) * v[i];
         }
-        for (int g = 0; g < G; ++g) {
-            store(y + g * dim + d, acc[g][0] * splat(inverse[g]));
-            store(y + g * dim + d + 16, acc[g][1] * splat(inverse[g]));
-        }
-    }
+        for (int g = 0; g < G; ++g)
+            for (int i = 0; i < V; ++i) store(y + g * dim + d + 16 * i, acc[g][i] * splat(inverse[g]));
+    };
+    int64_t d = 0;
+    for (; d + 64 <= dim; d += 64) mix(d, std::integral_constant<int, 4>());
+    for (; d + 16 <= dim; d += 16) mix(d, std::integral_constant<int, 1>());
     for (; d < dim; ++d)
         for (int g = 0; g < G; ++g) {
             float acc = 0;
@@ -935,7 +964,7 @@ template <class E>
 void attend_all(Run& run, const Op& op, size_t stage, const Slots& cache) {
     const int64_t group = op.heads / op.kv_heads;
     const int64_t size = group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1, units = op.heads / size;
-    shared_out(run.team, stage, run.call.rows * units, 1, [&](int64_t from, int64_t to, int64_t) {
+    shared_out(run.team, stage, run.call.rows * units, 1, [&](int64_t from, int64_t to, auto&&) {
         for (int64_t unit = from; unit < to; ++unit) {
             const int64_t m = unit / units, head = unit % units * size;
             switch (size) {
@@ -1082,15 +1111,15 @@ void read(void* argument, int64_t) {
     for (int64_t i = 0; i < r.lenses; ++i, ++stage) {
         const Matrix& a = r.lens[i];
         const Inputs in = prepared(team, stage, Norm{}, a, x, a.cols, r.rows, block_of(r.rows), reading.packed);
-        shared_out(team, stage, a.rows, 16, [&](int64_t from, int64_t to, int64_t) {
-            multiply(a, from, to, nullptr, in, between + from, a.rows, nullptr);
+        shared_out(team, stage, a.rows, GRAIN, [&](int64_t from, int64_t to, auto&&) {
+            multiply(a, from, to, nullptr, in, between + from, a.rows, Then());
         });
         team.barrier.wait(team.threads);
         x = between;
         between += r.rows * a.rows;
     }
     const int64_t width = r.width;
-    shared_out(team, stage++, r.rows, 1, [&](int64_t from, int64_t to, int64_t) {
+    shared_out(team, stage++, r.rows, 1, [&](int64_t from, int64_t to, auto&&) {
         for (int64_t m = from; m < to; ++m) {
             float* y = reading.inputs + m * width;
             for (int64_t c = 0; c < width; ++c) y[c] = r.hidden[m * width + c] + (r.lenses ? x[m * width + c] : 0.0f);
@@ -1108,14 +1137,15 @@ void read(void* argument, int64_t) {
         const int64_t i = unit % chunks * CHUNK;
         return row_of(a, r.ids ? std::max<int64_t>(0, r.ids[unit / chunks * r.ids_step + i]) : i);
     };
-    shared_out(team, stage, groups * chunks, 1, [&](int64_t first, int64_t last, int64_t next) {
+    shared_out(team, stage, groups * chunks, 1, [&](int64_t first, int64_t last, auto& next) {
         for (int64_t unit = first; unit < last; ++unit) {
+            auto at_next = [&] { return first_row(unit + 1 < last ? unit + 1 : next()); };
             const int64_t group = unit / chunks, from = unit % chunks * CHUNK, to = std::min(r.count, from + CHUNK);
             const int64_t begin = r.ids_step ? group : 0, end = r.ids_step ? group + 1 : r.rows;
             const Inputs some{in.packed + begin * in.stride, end - begin, in.block, in.stride};
             float* z = reading.logits + begin * r.count + from;
             multiply(a, from, to, r.ids ? r.ids + group * r.ids_step : nullptr, some, z, r.count,
-                     first_row(unit + 1 < last ? unit + 1 : next));
+                     Then(at_next));
             for (int64_t m = begin; m < end; ++m, z += r.count)
                 reading.found[m * chunks + from / CHUNK] =
                     look(r, r.ids ? r.ids + m * r.ids_step + from : nullptr, z, to - from);
@@ -1189,7 +1219,7 @@ uint64_t offramp_read(const uint64_t* data, int64_t words, int64_t threads) {
         threads,
         [](void* argument, int64_t) {
             Probe& p = *static_cast<Probe*>(argument);
-            shared_out(p.team, 0, p.words, 1 << 15, [&](int64_t from, int64_t to, int64_t) {
+            shared_out(p.team, 0, p.words, 1 << 15, [&](int64_t from, int64_t to, auto&&) {
                 typedef uint64_t u64x8 __attribute__((vector_size(64)));
                 u64x8 acc[4] = {};
                 int64_t i = from;
