@@ -246,3 +246,31 @@ def test_the_best_tokens_come_in_one_call(name, rank):
         assert torch.equal(best.values, top.values)
         assert torch.equal(best.tokens, top.indices if rows is None else rows.ids.gather(1, top.indices))
         torch.testing.assert_close(best.normaliser, logits.logsumexp(1), atol=1e-6, rtol=1e-6)
+
+
+def test_torch_keeps_to_one_thread_while_the_kernels_work():
+    """Else torch's idle threads spin on the kernels' cores. Between the steps of a stream all is as it was."""
+    lm = LanguageModel(tiny("llama"), engine="native")
+    native, before = lm.decoder, torch.get_num_threads()
+    seen = []
+
+    def look(ids, _scores, **_options):
+        seen.append((torch.get_num_threads(), native.threads))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    torch.set_num_threads(3)
+    try:
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "stopping_criteria": [look]}
+        lm.generate(torch.ones(1, 4, dtype=torch.long), **options)
+        for _ in lm.stream(torch.ones(1, 4, dtype=torch.long), **options):
+            assert (torch.get_num_threads(), native.threads) == (3, 3)
+        assert seen == [(1, 3)] * 6
+
+        def broken(*_, **__):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            lm.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, stopping_criteria=[broken])
+        assert (torch.get_num_threads(), native.threads) == (3, 3)
+    finally:
+        torch.set_num_threads(before)

@@ -70,7 +70,8 @@ class Stream(Iterator[Step]):
         self._prepared, self._steps, self._ledger = prepared, steps, ledger
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        with self._prepared.model.at_work():
+            return next(self._steps)
 
     @property
     def costs(self) -> Costs:
@@ -223,7 +224,8 @@ class LanguageModel:
         began = time.perf_counter()
         prepared, ledger = self._prepare(prompts, chat, options)
         policy = ExitPolicy.of(policy)
-        steps = list(prepared.steps(policy, ledger, self._learnt(policy)))
+        with prepared.model.at_work():
+            steps = list(prepared.steps(policy, ledger, self._learnt(policy)))
         if prepared.ids.is_cuda:
             torch.cuda.synchronize()
         ledger.costs.seconds = time.perf_counter() - began

@@ -7,7 +7,8 @@ list ran. `run(state, lo, hi)` takes a state after `lo` layers to one after `hi`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,11 @@ class SplitModel:
         return list(types), [option.get("sliding_window") for option in options]
 
     # ------------------------------------------------------------ start
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """What the steps of a generation are made in; an engine of its own may need the processor for itself."""
+        yield
 
     @property
     def device(self) -> torch.device:
