@@ -43,10 +43,10 @@ BENCHES = {
          "--max-new-tokens", "32", "--mean-layer", "19.2", "--min-layer", "7",
          "--arms", "static 19,softmax,softmax + fixed"],
     ),
-    "smollm2-float32": ("SmolLM2-135M-Instruct, float32", ["smollm2"]),
+    "smollm2-float32": ("SmolLM2-135M-Instruct, float32", ["smollm2", "--engine", "torch"]),
     "smollm2-bfloat16": (
         "SmolLM2-135M-Instruct, bfloat16",
-        ["smollm2", "--dtype", "bfloat16", "--limit", "2", "--max-new-tokens", "24"],
+        ["smollm2", "--dtype", "bfloat16", "--limit", "2", "--max-new-tokens", "24", "--engine", "torch"],
     ),
 }  # fmt: skip
 INTRO = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split("\n", 1)[1].strip()

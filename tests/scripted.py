@@ -18,6 +18,7 @@ class ScriptedModel:
     what was filled as (layer, output positions).
     """
 
+    engine = "script"
     is_encoder_decoder = False
     head_is_plain = True
     exit_layers = ()

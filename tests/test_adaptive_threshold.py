@@ -126,7 +126,7 @@ class Watched(AdaptiveThreshold):
 
 def generated(model, inputs, policy, **options):
     """A generation and the pairs it taught."""
-    lm = LanguageModel(model)
+    lm = LanguageModel(model, engine="torch")
     watched = lm._adaptive[policy] = Watched.of(policy)
     return lm.generate(inputs, policy=policy, **options), watched.__dict__.get("pairs", [])
 
@@ -238,7 +238,7 @@ def test_a_classifier_reads_the_choices_it_is_judged_by():
     """Its test scores no tokens, so every test costs a readout; the counter has seen them all."""
     model = copy.deepcopy(lively("llama"))
     model.set_attn_implementation("eager")
-    lm = with_classifiers(model, layers=(2,))
+    lm = with_classifiers(model, layers=(2,), engine="torch")
     policy = ExitPolicy("classifier", threshold=0.5, skipped="defer", adaptive=True)
     with FlopCounterMode(display=False) as counter:
         out = lm.generate(batch_of("llama", 1), policy=policy, max_new_tokens=12, eos_token_id=NO_END)
@@ -256,7 +256,7 @@ def test_the_threshold_follows_all_generations_before(name):
     model, seen, taus = lively(name), [], []
     start = 0.1 if name == "t5" else 0.25
     policy = ExitPolicy(threshold=start, min_layer=3, skipped="defer", adaptive=True)
-    lm = LanguageModel(model)
+    lm = LanguageModel(model, engine="torch")
     watched = lm._adaptive[policy] = Watched.of(policy)
     for seed in range(8):
         expected = reference_fit(seen)
@@ -287,7 +287,7 @@ def test_each_policy_and_each_model_learns_for_itself():
 
 def test_custom_generate_learns_across_its_calls():
     model, policy = lively("llama"), ExitPolicy(threshold=0.1, min_layer=3, skipped="defer", adaptive=True)
-    method, lm = policy.custom_generate(), LanguageModel(model)
+    method, lm = policy.custom_generate(), LanguageModel(model, engine="torch")
     for seed in range(6):
         inputs = inputs_for("llama", 2, seed=seed)
         options = {"max_new_tokens": 20, "eos_token_id": NO_END}

@@ -136,7 +136,7 @@ def test_another_number_format_or_other_exits_are_mismatches(monkeypatch, tmp_pa
     low = LanguageModel(type(tiny("llama"))(tiny("llama").config), tokenizer(), name="tiny")
     low.model.load_state_dict(tiny("llama").state_dict())
     low.model.to(torch.bfloat16)
-    assert certificate.mismatches(low) == ["dtype was float32 and is bfloat16"]
+    assert certificate.mismatches(low) == ["dtype was float32, native and is bfloat16, native"]
     changed = replace(certificate, conditions={**certificate.conditions, "exits": "abc"})
     assert changed.mismatches(model()) == ["the trained exits are others, or missing, or not wanted"]
 

@@ -112,4 +112,4 @@ def test_perplexity_is_another_task_than_any_certificates(run, tmp_path):
     assert used.exit_code == 0, used.output
     assert "does not apply: it is about question-answering, not about the perplexity of a text" in used.stderr
     assert "does not apply: the trained exits are others, or missing" in used.stderr
-    assert "does not apply: dtype was bfloat16 and is float32" in used.stderr
+    assert "does not apply: dtype was bfloat16, native and is float32, native" in used.stderr

@@ -29,9 +29,9 @@ ALWAYS = -math.inf
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
 
-def with_classifiers(model, layers=(1, 2, 3), rank=None, size=1.0, bias=None, seed=0, lens=0.1):
+def with_classifiers(model, layers=(1, 2, 3), rank=None, size=1.0, bias=None, seed=0, lens=0.1, engine="auto"):
     """The model with random lenses and random classifiers, or such as give every state the logit `bias`."""
-    lm = LanguageModel(model)
+    lm = LanguageModel(model, engine=engine)
     torch.manual_seed(seed)
     exits = Exits.fresh(lm.split, layers, rank).with_classifiers()
     scale = 1.0
@@ -227,7 +227,7 @@ def test_a_model_in_bfloat16_is_judged_in_float32():
 @pytest.mark.parametrize("rank", [None, 0])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_flops_equal_the_counters(name, rank, skipped):
-    lm, inputs = with_classifiers(eager(name), rank=rank), inputs_for(name, 3, padded=True)
+    lm, inputs = with_classifiers(eager(name), rank=rank, engine="torch"), inputs_for(name, 3, padded=True)
     policy = ExitPolicy("classifier", threshold=0.6, skipped=skipped)
     with FlopCounterMode(display=False) as counter:
         costs = lm.generate(inputs, policy=policy, max_new_tokens=6).costs

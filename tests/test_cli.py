@@ -109,7 +109,7 @@ def test_bench_of_chosen_rows_at_several_batch_sizes(folder, tmp_path):
     assert [len(bench["arms"][3]["policy"]["script"]) for bench in result["benches"]] == [3, 6]
     for wrong, message in (
         (["--arms", "softmx"], "row is 'softmx'"), (["--batch-sizes", "1,0"], "give counts such as 1,4,8"),
-        (["--with-int8"], "needs --engine native"),
+        (["--engine", "torch", "--with-int8"], "needs what --engine native can run"),
     ):  # fmt: skip
         done = offramp("bench", folder, *wrong)
         assert done.exit_code != 0

@@ -32,7 +32,7 @@ POLICIES = {
     ],
 )
 def test_flops_equal_the_counters(name, policy, batch):
-    lm = LanguageModel(eager(name))
+    lm = LanguageModel(eager(name), engine="torch")
     inputs = inputs_for(name, batch, padded=True)
     with FlopCounterMode(display=False) as counter:
         out = lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=6)
@@ -45,7 +45,7 @@ def test_flops_equal_the_counters(name, policy, batch):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_flops_with_lenses_equal_the_counters(name, policy, rank):
-    lm, inputs = LanguageModel(eager(name)), inputs_for(name, 3, padded=True)
+    lm, inputs = LanguageModel(eager(name), engine="torch"), inputs_for(name, 3, padded=True)
     before = lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=6).costs
     lm.attach_exits(Exits.fresh(lm.split, (1, 2, 3), rank))  # they change nothing but the costs
     with FlopCounterMode(display=False) as counter:

@@ -1,14 +1,15 @@
 """The contract that every family keeps, against `transformers` on tiny random models."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
-from offramp import ExitPolicy, LanguageModel, SplitModel, UnsupportedModelError
+import offramp
+from offramp import ExitPolicy, SplitModel, UnsupportedModelError
 from offramp.core.costs import Ledger
 from offramp.core.skipped_kv import Defer, Propagate
 from offramp.families import FAMILIES as SUPPORTED
@@ -28,6 +29,7 @@ from tiny import (
     tiny,
 )
 
+LanguageModel = partial(offramp.LanguageModel, engine="torch")  # the kernels: test_native_model.py
 NEW = 12
 NO_END = 96
 NEVER = {

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-import offramp
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
@@ -52,7 +51,7 @@ def test_policies_do_as_on_torch(name, policy):
     inputs = inputs_for(name, 4, padded=True)
     got, want = (
         lm.generate(inputs, policy=POLICIES[policy], max_new_tokens=NEW)
-        for lm in (native(tiny(name)), LanguageModel(tiny(name)))
+        for lm in (native(tiny(name)), LanguageModel(tiny(name), engine="torch"))
     )
     assert got.tokens == want.tokens
     assert got.exit_layers == want.exit_layers
@@ -125,7 +124,7 @@ def test_int8_is_the_model_with_its_weights_rounded(name):
             module.weight = torch.nn.Parameter(back.T if isinstance(module, Conv1D) else back)
             module.rounded = True
     got = native(tiny(name), int8=True).generate(inputs, max_new_tokens=NEW)
-    assert got.tokens == LanguageModel(rounded).generate(inputs, max_new_tokens=NEW).tokens
+    assert got.tokens == LanguageModel(rounded, engine="torch").generate(inputs, max_new_tokens=NEW).tokens
 
 
 @pytest.mark.parametrize("name", [name for name in NATIVE if name in DECODER_ONLY])
@@ -140,7 +139,7 @@ def test_bfloat16_is_nearer_to_the_exact_model_than_torch(name):
 
 
 def test_long_texts_grow_caches_and_tables():
-    lm, reference = native(tiny("llama")), LanguageModel(tiny("llama"))
+    lm, reference = native(tiny("llama")), LanguageModel(tiny("llama"), engine="torch")
     inputs = inputs_for("llama", 2, padded=True)
     policy = ExitPolicy(threshold=0.15, min_layer=1)
     got, want = (each.generate(inputs, policy=policy, max_new_tokens=150) for each in (lm, reference))
@@ -151,7 +150,7 @@ def test_long_texts_grow_caches_and_tables():
 def test_lenses_and_classifiers(rank):
     """Trained exits, in float32 whatever the weights are in."""
     torch.manual_seed(1)
-    lm, reference = native(tiny("llama")), LanguageModel(tiny("llama"))
+    lm, reference = native(tiny("llama")), LanguageModel(tiny("llama"), engine="torch")
     exits = Exits.fresh(reference.split, (1, 2), rank).with_classifiers()
     for parameter in exits.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -193,30 +192,12 @@ def test_models_it_has_no_words_for_are_named(name, message):
         NativeModel(tiny(name))
 
 
-# ---------------------------------------------------------------- chosen by name
-
-
-def test_the_engine_is_chosen_by_name(tmp_path):
-    tiny("llama").save_pretrained(tmp_path)
-    inputs = inputs_for("llama", 2)
-    want = offramp.load(tmp_path).generate(inputs, max_new_tokens=NEW)
-    lm = offramp.load(tmp_path, engine="native")
-    assert lm.generate(inputs, max_new_tokens=NEW).tokens == want.tokens
-    assert lm.number_format == "float32, native"
-    assert offramp.load(tmp_path, engine="native", dtype="int8").number_format == "int8, native"
-    with pytest.raises(ValueError, match="engine is 'nativ'.*did you mean 'native'"):
-        offramp.load(tmp_path, engine="nativ")
-    with pytest.raises(ValueError, match="dtype 'int8' .* or give engine='native' too"):
-        offramp.load(tmp_path, dtype="int8")
-    with pytest.raises(NativeError, match="float16"):
-        offramp.load(tmp_path, engine="native", dtype="float16")
-
-
 def test_positions_of_the_caller():
     inputs = inputs_for("llama", 2, padded=True)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) * 3
     got, want = (
-        lm.generate(inputs, max_new_tokens=NEW).tokens for lm in (native(tiny("llama")), LanguageModel(tiny("llama")))
+        lm.generate(inputs, max_new_tokens=NEW).tokens
+        for lm in (native(tiny("llama")), LanguageModel(tiny("llama"), engine="torch"))
     )
     assert got == want
 

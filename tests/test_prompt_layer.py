@@ -23,7 +23,7 @@ KINDS = [name for name in ALL_KINDS if name in DECODER_ONLY]
 def costs(name, policy, batch=1, length=9, **options):
     model = eager(name)
     with FlopCounterMode(display=False) as counter:
-        out = LanguageModel(model).generate(
+        out = LanguageModel(model, engine="torch").generate(
             inputs_for(name, batch, padded=batch > 1, length=length), policy=policy, **options
         )
     return out.costs, counter.get_total_flops()

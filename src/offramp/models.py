@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.core.engine import ENGINES
 from offramp.devices import named_device
 from offramp.exit_files import load_exits, require_made_for
 from offramp.model_sources import find
 from offramp.packaged import PACKAGED, ModelError
 from offramp.pretrained import config_of, loading, model_of, tokenizer_of
-from offramp.values import listed
+from offramp.values import choice, listed
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def load(
     attn_implementation: str | None = None,
     quantization_config: Any = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
-    engine: str = "torch",
+    engine: str = "auto",
     **others: Any,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
@@ -70,8 +71,8 @@ def load(
     Args:
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, the torch dtype of that name, or "auto": as they were
-            saved. Confidences are computed in float32 whatever it is. With the native engine also "int8": matrices
-            in eight bits per weight, made from bfloat16.
+            saved. Confidences are computed in float32 whatever it is. Also "int8": matrices in eight bits per weight,
+            made from bfloat16, which only the native engine reads.
         device: Where to put the model. None: the first CUDA GPU if there is one, else the CPU.
         exits: Exits trained for this model: a folder that `LanguageModel.save_exits` wrote, a hub id, or "bundled" for
             those that come with offramp.
@@ -84,8 +85,9 @@ def load(
         quantization_config: One of `transformers`, such as `BitsAndBytesConfig`; the library it is for must be
             installed. Pruned vocabularies need a head that is not quantised.
         device_map: Another way to say `device`: one device, or "auto" for None. Models are never spread or offloaded.
-        engine: What generates: "torch", or "native", our own kernels on the CPU (see `offramp.native`), which are
-            compiled on first use.
+        engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`), which are compiled
+            on first use; or "auto": native on a CPU where they can run the model and be compiled, else torch, with
+            the reason in the log.
         others: Refused, with what to give instead.
 
     Returns:
@@ -93,14 +95,15 @@ def load(
 
     Raises:
         ValueError: The dtype, the device or another option is not one of those available.
-        NativeError: The native engine cannot run the model, or cannot be compiled here.
+        NativeError: The native engine, or int8, is asked for and cannot run the model, or cannot be compiled here.
         ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
             damaged or were made for another model.
     """
     _refuse(others)
-    if (int8 := dtype == "int8") and engine != "native":
+    choice("engine", engine, ENGINES)
+    if (int8 := dtype == "int8") and engine == "torch":
         raise ValueError(
-            f"dtype 'int8' is not available on torch; choose one of {', '.join(DTYPES)}, or give engine='native' too"
+            f"dtype 'int8' is not available on torch; choose one of {', '.join(DTYPES)}, or give engine='native'"
         )
     torch_dtype = "auto" if dtype == "auto" else named_dtype("bfloat16" if int8 else dtype)
     if attn_implementation not in (None, *ATTENTION):
@@ -108,7 +111,7 @@ def load(
             f"attn_implementation is {attn_implementation!r}; tested with early exits are {' and '.join(ATTENTION)}"
         )
     asked = _one_device(device, device_map)
-    place = named_device("cpu" if asked is None and engine == "native" else asked)
+    place = named_device("cpu" if asked is None and (engine == "native" or int8) else asked)
     source = find(
         name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
         local_files_only=local_files_only,

@@ -163,7 +163,7 @@ def scripted_arms(
 
 
 def random_model(
-    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: str = "torch", int8: bool = False,
+    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: str = "auto", int8: bool = False,
     seed: int = 0,
 ) -> LanguageModel:  # fmt: skip
     """A model of a checkpoint's shape with random weights.

@@ -53,9 +53,10 @@ def bench(
         str | None, typer.Option(help="Run only these rows, with commas, and the two full models; default: all.")
     ] = None,
     dtype: o.Dtype = "float32",
-    engine: o.Engine = "torch",
+    engine: o.Engine = "auto",
     with_int8: Annotated[
-        bool, typer.Option("--with-int8", help="With --engine native: run our rows on eight-bit weights as well.")
+        bool,
+        typer.Option("--with-int8", help="Run our rows on eight-bit weights as well, by --engine native."),
     ] = False,
     device: o.Device = None,
     exits: o.Exits = None,
@@ -124,7 +125,7 @@ def bench(
                     pythons=pythons, say=o.note,
                 )
             )  # fmt: skip
-        options["probe"] = _probe(lm) if names or engine == "native" else None
+        options["probe"] = _probe(lm) if names or lm.engine == "native" else None
         options["progress"] = running.enter_context(o.progress("timing"))
         if sizes:
             _report_sizes(run_batch_sizes(lm, texts, chosen, sizes, **options), out, json)
@@ -166,10 +167,10 @@ def _random(shape: str, dtype: str, engine: str, device: str | None, seed: int) 
     from offramp.scripted import random_model
 
     o.note(f"building a random {shape}")
-    int8 = dtype == "int8" and engine == "native"
+    int8 = dtype == "int8" and engine != "torch"
     numbers = named_dtype("bfloat16" if int8 else dtype)
     lm = random_model(shape, dtype=numbers, engine=engine, int8=int8, seed=seed)
-    lm.model.to(named_device("cpu" if device is None and engine == "native" else device))
+    lm.model.to(named_device("cpu" if device is None and (engine == "native" or int8) else device))
     return lm
 
 
@@ -210,7 +211,7 @@ def _variants(lm: LanguageModel, with_int8: bool) -> dict[str, LanguageModel]:
     if not with_int8:
         return {}
     if lm.engine != "native" or lm.int8:
-        raise typer.BadParameter("--with-int8 needs --engine native and a --dtype other than int8")
+        raise typer.BadParameter("--with-int8 needs what --engine native can run, and a --dtype other than int8")
     other = LanguageModel(lm.model, lm.tokenizer, lm.name, engine="native", int8=True)
     other.attach_exits(lm.exits)
     return {"int8": other}

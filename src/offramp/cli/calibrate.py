@@ -105,7 +105,7 @@ def calibrate(
     longest: o.Longest = None,
     batch_size: o.AnsweredTogether = 1,
     dtype: o.Dtype = "float32",
-    engine: o.Engine = "torch",
+    engine: o.Engine = "auto",
     device: o.Device = None,
     out: Annotated[
         Path | None,

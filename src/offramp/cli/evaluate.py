@@ -90,7 +90,7 @@ def evaluate(
     batch_size: o.AnsweredTogether = 1,
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap behind the intervals.")] = 2000,
     dtype: o.Dtype = "float32",
-    engine: o.Engine = "torch",
+    engine: o.Engine = "auto",
     device: o.Device = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/evaluate-MODEL-TASK.")

@@ -10,7 +10,6 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.certified import certified_task, check_certificate, check_drift
-from offramp.core.plan import resolve
 
 if TYPE_CHECKING:
     from offramp.core.decoding import Step
@@ -34,7 +33,7 @@ def generate(
     policy: o.PolicyFile = None,
     exits: o.Exits = None,
     dtype: o.Dtype = "float32",
-    engine: o.Engine = "torch",
+    engine: o.Engine = "auto",
     device: o.Device = None,
     max_new_tokens: Annotated[
         int | None,
@@ -88,7 +87,7 @@ def generate(
     learnt = None if rule is None or not rule.adaptive else _learnt(lm, rule)
     o.write_result(
         {
-            "schema": "offramp/generate/1", "model": model, "dtype": o.dtype_of(lm), "device": str(lm.split.device),
+            "schema": "offramp/generate/1", "model": model, "dtype": lm.number_format, "device": str(lm.split.device),
             "num_layers": lm.num_layers,
             "trained_exits": list(lm.split.exit_layers),
             "policy": None if rule is None else rule.to_dict(), "options": {**given, "chat": in_template},
@@ -102,6 +101,7 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     """Say before decoding where exits begin to pay."""
     from offramp.core.confidence import HEADLESS
     from offramp.core.costs import break_even, ratios
+    from offramp.core.plan import resolve
 
     if policy is None:
         o.note(f"full depth, {lm.num_layers} layers; exits: see --confidence, --threshold, --min-layer, --skipped")
@@ -144,6 +144,7 @@ def _one(
     from rich.console import Console
 
     from offramp.cli.show import Painter
+    from offramp.core.plan import resolve
 
     console = Console(quiet=quiet, soft_wrap=True)
     first, trained = lm.num_layers, lm.split.exit_layers

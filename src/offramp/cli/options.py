@@ -25,12 +25,16 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smol
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Number format of the weights: float32, bfloat16, float16, float64, auto (as they were saved); with "
-        "--engine native also int8."
+        help="Number format of the weights: float32, bfloat16, float16, float64, auto (as they were saved); "
+        "where --engine native can run, also int8."
     ),
 ]
 Engine = Annotated[
-    str, typer.Option(help="What generates: torch, or native, kernels of our own on the CPU, compiled on first use.")
+    str,
+    typer.Option(
+        help="What generates: torch; native, kernels of our own on the CPU, compiled on first use; or auto, native "
+        "where it can run."
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, …; default: the first CUDA GPU if there is one, else cpu.")

@@ -46,6 +46,7 @@ class Costs:
         draft_flops: "FLOPs" as counted by the source document: d²·V per test, or d²·k on a pruned vocabulary, whose
             first (full) projection it leaves out; no blocks, no fill. Only for comparing tables with it.
         seconds: Wall-clock time of the whole generation.
+        engine: What generated, "torch" or "native"; FLOPs and bytes are those of the model whatever it is.
     """
 
     parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
@@ -55,6 +56,7 @@ class Costs:
     executed_layers: int = 0
     draft_flops: int = 0
     seconds: float = 0.0
+    engine: str = "torch"
 
     @property
     def flops(self) -> int:
@@ -78,6 +80,7 @@ class Costs:
         parts = {name: vars(part).copy() for name, part in self.parts.items()}
         return {
             **total,
+            "engine": self.engine,
             "tokens": self.tokens,
             "tests": self.tests,
             "mean_exit_layer": self.mean_exit_layer,

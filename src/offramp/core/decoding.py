@@ -64,11 +64,11 @@ def decode(
     adaptive = (adaptive or AdaptiveThreshold.of(plan.policy)) if plan.policy.adaptive else None
     if adaptive is not None:
         plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
+    ledger = ledger or Ledger(model.shape, ids.device)
+    ledger.costs.engine = model.engine
     verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
     kind = VerifyingBatch if verifying else Batch
-    batch = kind(
-        model, ids, plan, sampler or Sampler(), max_new_tokens, ledger or Ledger(model.shape, ids.device), adaptive
-    )
+    batch = kind(model, ids, plan, sampler or Sampler(), max_new_tokens, ledger, adaptive)
     read = batch.first(mask=mask, positions=positions, memory=memory, memory_mask=memory_mask)
     while True:
         try:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.costs import Costs, Ledger
 from offramp.core.custom_generate import Prepared, prepare
 from offramp.core.decoding import Step
+from offramp.core.engine import Engine
 from offramp.core.exits import Exits, fingerprint
 from offramp.core.generation_options import GenerationOptions, checked, most_new_tokens
 from offramp.core.policy import ExitPolicy
@@ -25,12 +26,7 @@ from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids,
 from offramp.families import SplitModel
 from offramp.packaged import quiet
 from offramp.pretrained import inside_peft
-from offramp.values import choice, flag
-
-if TYPE_CHECKING:
-    from offramp.native.model import NativeModel
-
-ENGINES = ("torch", "native")
+from offramp.values import flag
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,13 @@ class LanguageModel:
         model: The untouched Hugging Face model; or a `PeftModel`, whose base model it then is, adapters at work.
         tokenizer: Its tokenizer; None if only token ids will be used.
         name: What reports call it; None: its class.
-        engine: What generates: "torch", or "native", our own kernels on the CPU (see `offramp.native`).
-        int8: With "native": matrices in eight bits per weight.
+        engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`); or "auto": native
+            where it can be, decided when something is first generated.
+        int8: Matrices in eight bits per weight, with the native engine.
 
     Raises:
         UnsupportedModelError: The architecture is not supported.
-        NativeError: The native engine is asked for and cannot run the model, or cannot be had here.
+        NativeError: "native" or `int8` is asked for, and the kernels cannot run the model, or cannot be had here.
     """
 
     def __init__(
@@ -106,30 +103,31 @@ class LanguageModel:
         tokenizer: Any = None,
         name: str | None = None,
         *,
-        engine: str = "torch",
+        engine: str = "auto",
         int8: bool = False,
     ) -> None:
-        choice("engine", engine, ENGINES)
         model = inside_peft(model)
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
-        self.engine, self.int8 = engine, int8
         self._split = SplitModel(model)
-        self._native: NativeModel | None = None
+        self._engine = Engine(model, self.name, engine, int8=int8)
         self._exits: Exits | None = None
         self._adaptive: dict[ExitPolicy, AdaptiveThreshold] = {}
-        assert self.decoder is not None  # what the engine cannot run is said here
 
     @property
     def decoder(self) -> SplitModel:
-        """What generates: `split` itself, or a `NativeModel`, made anew if the model's weights have changed."""
-        if self.engine == "torch":
-            return self.split
-        if self._native is None or not self._native.is_current:
-            from offramp.native.model import NativeModel
+        """What generates: `split` itself, or a `NativeModel`, made anew if the model has changed."""
+        native = self._engine.native()
+        return self.split if native is None else native
 
-            self._native = NativeModel(self.model, int8=self.int8)
-            self._native.exits = self._exits
-        return self._native
+    @property
+    def engine(self) -> str:
+        """What generates: "torch" or "native"."""
+        return self.decoder.engine
+
+    @property
+    def int8(self) -> bool:
+        """Whether matrices are read in eight bits per weight."""
+        return self._engine.int8
 
     @property
     def number_format(self) -> str:
@@ -162,8 +160,7 @@ class LanguageModel:
                 weights is checked by `offramp.load`.)
         """
         self.split.exits = exits
-        if self._native is not None:
-            self._native.exits = exits
+        self._engine.attach(exits)
         self._exits = exits
         self._adaptive.clear()
 

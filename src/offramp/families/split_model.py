@@ -48,6 +48,8 @@ class SplitModel:
 
     fused = False
     """Whether `best` is cheaper than logits, also on rows of the head, which are then read without being copied."""
+    engine = "torch"
+    """What runs the blocks, for records."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config

@@ -95,6 +95,7 @@ class NativeModel(SplitModel):
         NativeError: The native engine does not support it, or cannot be compiled here.
     """
 
+    engine = "native"
     fused = True
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
