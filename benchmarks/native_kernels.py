@@ -37,14 +37,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="bfloat16,int8")
     parser.add_argument("--tokens", default="1,2,4,8,300")
     parser.add_argument("--context", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     formats, counts = options.formats.split(","), [int(count) for count in options.tokens.split(",")]
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(SHAPE, dtype=torch.float32).eval()
@@ -54,7 +54,9 @@ def main() -> None:
         dtype = torch.float32 if name == "float32" else torch.bfloat16
         models[name] = NativeModel(copy.deepcopy(made).to(dtype), int8=name == "int8")
     contexts = {
-        name: model.run(model.start(torch.randint(SHAPE.vocab_size, (1, options.context))), 0, 30).context
+        name: model.run(
+            model.start(torch.randint(SHAPE.vocab_size, (1, options.context))), 0, SHAPE.num_hidden_layers
+        ).context
         for name, model in models.items()
     }
     memory = torch.zeros(int(weights * max(BYTES[name] for name in formats)) // 8, dtype=torch.long)
@@ -63,9 +65,8 @@ def main() -> None:
         for (name, count), found in times.items():
             model, context = models[name], contexts[name]
             if count:
-                state = model.start(torch.randint(SHAPE.vocab_size, (1, count)), context=context)
-                took = seconds(lambda m=model, s=state: m.best(m.run(s, 0, 30).hidden[0, -8:]))  # type: ignore[misc]
-                context.crop(options.context)
+                state = model.start(torch.randint(SHAPE.vocab_size, (1, count)), context=context, slot=options.context)
+                took = seconds(lambda m=model, s=state: m.best(m.run(s, 0, SHAPE.num_hidden_layers).hidden[0, -8:]))  # type: ignore[misc]
             else:
                 words = int(weights * BYTES[name]) // 8
                 took = seconds(lambda w=words: library().offramp_read(address(memory), w, torch.get_num_threads()))  # type: ignore[misc]

@@ -20,7 +20,7 @@ watched() {
     done
     echo "the kernels under -fsanitize=$kinds"
     OFFRAMP_CXXFLAGS="-fsanitize=$kinds -fno-sanitize-recover=undefined -O1 -g" LD_PRELOAD=${preload% } OMP_NUM_THREADS=1 \
-        ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=exitcode=66 "$python" -m pytest -n 2 -q tests/test_native_kernels.py
+        ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=exitcode=66 "$python" -m pytest -q -p no:xdist tests/test_native_kernels.py
 }
 
 watched address,undefined libasan libubsan

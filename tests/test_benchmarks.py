@@ -12,7 +12,7 @@ import click
 import pytest
 import torch
 import typer
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, LlamaConfig, T5ForConditionalGeneration
 
 import evaluation_runs
 from offramp import cli
@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baseline  # noqa: E402 - no package: it is found by the line above
 import claims  # noqa: E402
 import figures  # noqa: E402
+import native_kernels  # noqa: E402
 import new_t5  # noqa: E402
 import results  # noqa: E402
 
@@ -205,3 +206,13 @@ def test_a_new_t5_refuses_files_of_different_length(tmp_path):
     paths[1].write_text("eins\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"\[2, 1\] lines"):
         new_t5.mean_alike(torch.zeros(300, 8), tokenizer, paths)
+
+
+def test_passes_of_the_kernels_are_timed(monkeypatch, capsys):
+    tiny = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    monkeypatch.setattr(native_kernels, "SHAPE", LlamaConfig(**tiny, **heads))
+    native_kernels.main(["--formats", "float32,bfloat16,int8", "--tokens", "1,33", "--context", "3", "--rounds", "2"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [line[1:4:2] for line in lines if line[1] == "int8"] == [["int8", "probe"], ["int8", "1"], ["int8", "33"]]
+    assert len(lines) == 10

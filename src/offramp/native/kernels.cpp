@@ -721,7 +721,8 @@ struct Rows {
     }
 };
 
-constexpr int64_t GRAIN = 8;        // rows of a matrix that are worth a piece of work
+// Rows of a matrix that are worth a piece of work.
+inline int64_t grain_of(int64_t rows) { return rows < MANY ? 8 : 32; }
 constexpr int64_t AHEAD = 1 << 16;  // bytes that are fetched for the stage after the next barrier
 
 void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
@@ -772,7 +773,7 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
                 std::copy(x, x + n, y);
             }
     };
-    shared_out(run.team, stage, all.total, GRAIN, work, &first);
+    shared_out(run.team, stage, all.total, grain_of(rows), work, &first);
 }
 
 void norm(Run& run, const Op& op, size_t stage) {
@@ -992,7 +993,7 @@ void programs(void* argument, int64_t) {
         return at;
     };
     auto first_piece = [&](int64_t at) {
-        return at < end ? take(run.team, at - begin, Rows(model.ops[at]).total, GRAIN) : Piece{};
+        return at < end ? take(run.team, at - begin, Rows(model.ops[at]).total, grain_of(run.call.rows)) : Piece{};
     };
     int64_t program = run.call.first, linear_at = next_linear(begin);
     Piece piece = first_piece(linear_at);
@@ -1111,7 +1112,7 @@ void read(void* argument, int64_t) {
     for (int64_t i = 0; i < r.lenses; ++i, ++stage) {
         const Matrix& a = r.lens[i];
         const Inputs in = prepared(team, stage, Norm{}, a, x, a.cols, r.rows, block_of(r.rows), reading.packed);
-        shared_out(team, stage, a.rows, GRAIN, [&](int64_t from, int64_t to, auto&&) {
+        shared_out(team, stage, a.rows, grain_of(r.rows), [&](int64_t from, int64_t to, auto&&) {
             multiply(a, from, to, nullptr, in, between + from, a.rows, Then());
         });
         team.barrier.wait(team.threads);
