@@ -22,7 +22,7 @@ from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.families.best import Best
 from offramp.families.block_calls import rotation
-from offramp.families.state import Context, Frame, HeadRows, Skipped, State
+from offramp.families.state import Context, HeadRows, Skipped, State
 from offramp.native import blocks
 from offramp.native import library as lib
 from offramp.native.blocks import Turning
@@ -31,6 +31,7 @@ from offramp.native.cache import NativeCache
 from offramp.native.families import FAMILIES
 from offramp.native.library import address
 from offramp.native.parts import parts, require_plain
+from offramp.native.places import Places, own_slots, places_of
 from offramp.native.weights import Part, Weights
 
 
@@ -50,36 +51,6 @@ class HeadIds(NamedTuple):
     def columns(self, index: Tensor) -> HeadIds:
         """Some of each batch row's tokens, `index` [A, K'] into its K."""
         return HeadIds(self.ids.gather(1, index))
-
-
-@dataclass
-class Places:
-    """Where M tokens are cached, and where they stand in their texts.
-
-    Attributes:
-        batch: The cache row of each, [M].
-        slots: Its slot there, [M].
-        positions: Its position, [M].
-        real: Which of a frame's A * n tokens these are; None: all of them, there is no padding.
-        reach: One more than the largest position.
-    """
-
-    batch: Tensor
-    slots: Tensor
-    positions: Tensor
-    real: Tensor | None = None
-    reach: int = 0
-
-    def __post_init__(self) -> None:
-        self.batch, self.slots, self.positions = (t.contiguous() for t in (self.batch, self.slots, self.positions))
-        self.reach = int(self.positions.max()) + 1 if len(self.positions) else 0
-
-    @classmethod
-    def joined(cls, places: list[Places]) -> Places:
-        """Those of several frames, one after another."""
-        if len(places) == 1:
-            return places[0]
-        return cls(*(torch.cat([getattr(p, name) for p in places]) for name in ("batch", "slots", "positions")))
 
 
 class NativeModel(SplitModel):
@@ -243,7 +214,7 @@ class NativeModel(SplitModel):
         if context.memory is not None:
             self._cross(context, lo, hi)
         flats = [state.hidden.reshape(-1, width) for state in states]
-        places = [self._places(state.frame, context) for state in states]
+        places = [places_of(state.frame, context) for state in states]
         real = [flat if at.real is None else flat[at.real] for flat, at in zip(flats, places, strict=True)]
         hidden = torch.cat(real)  # a copy: the kernels work in place
         self._call(context, hidden, Places.joined(places), lo, hi, layer=lo)
@@ -266,27 +237,10 @@ class NativeModel(SplitModel):
     def fill(self, context: Context, lo: int, hi: int, skipped: Skipped) -> None:
         """As `SplitModel.fill`."""
         if "native" not in skipped.memo:
-            rows, slots = skipped.rows, _own_slots(context)[skipped.rows, skipped.slots]
+            rows, slots = skipped.rows, own_slots(context)[skipped.rows, skipped.slots]
             skipped.memo["native"] = Places(rows, slots, context.positions[rows, skipped.slots])
         first, last = self.num_layers + lo, self.num_layers + hi
         self._call(context, skipped.hidden.contiguous(), skipped.memo["native"], first, last, layer=lo)
-
-    def _places(self, frame: Frame, context: Context) -> Places:
-        """Where a frame's tokens are."""
-        if ("native", "") not in frame.memo:
-            span = slice(frame.start, frame.start + frame.queries)
-            positions = context.positions[frame.rows, span]
-            rows = torch.arange(len(context.positions))[frame.rows, None].expand_as(positions).flatten()
-            if context.padding is None:
-                slots, real = torch.arange(span.start, span.stop).expand_as(positions).flatten(), None
-            else:
-                slots = _own_slots(context)[frame.rows, span].flatten()
-                kept = context.padding[frame.rows, span].flatten()
-                real = None if bool(kept.all()) else kept.nonzero()[:, 0]
-            of = slice(None) if real is None else real
-            frame.memo["native", ""] = Places(rows[of], slots[of], positions.flatten()[of], real)
-        found: Places = frame.memo["native", ""]
-        return found
 
     def _call(
         self, context: Context, hidden: Tensor, places: Places, first: int, last: int, *, layer: int
@@ -400,13 +354,6 @@ class NativeModel(SplitModel):
             0 if lens is None else len(lens), lens, norm and ctypes.pointer(norm), ctypes.pointer(self._head),
             None if ids is None else address(ids), ids.shape[1] if ids is not None and ids.ndim == 2 else 0,
         )  # fmt: skip
-
-
-def _own_slots(context: Context) -> Tensor:
-    """The slot of each token if padding takes none, [B, T]: a row in a batch is then cached as it is alone."""
-    if context.padding is None:
-        return torch.arange(context.slots).expand_as(context.positions)
-    return context.padding.long().cumsum(-1) - 1
 
 
 @dataclass
