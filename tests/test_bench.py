@@ -193,6 +193,20 @@ def test_all_arms_generate_the_same_number_of_tokens(bench):
         assert [len(row) for row in arm.exit_layers] == [TOKENS] * 3, arm.name
 
 
+def test_no_token_ends_a_text(llama):
+    """Here the end of sequence is what the model says first."""
+    prompt = random_prompts(llama, 1, length=4)
+    said = llama.generate(prompt, max_new_tokens=4, min_new_tokens=4).tokens[0]
+    llama.model.generation_config.eos_token_id = said[0]
+    try:
+        result = run_bench(llama, prompt, {}, max_new_tokens=4, repeats=1, warmup=0)
+        assert llama.model.generation_config.eos_token_id == said[0]
+    finally:
+        llama.model.generation_config.eos_token_id = 2
+    assert [len(row) for arm in result.arms for row in arm.exit_layers] == [4, 4]
+    assert result.arm(FULL).agreement == 1
+
+
 def test_static_arms_leave_where_they_should(bench):
     _, result, _ = bench
     for layer in (3, 4):

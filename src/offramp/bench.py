@@ -2,7 +2,7 @@
 
 A speed is only claimed as a ratio of two runs made side by side, with its spread. Every batch of prompts is generated
 by every arm before the next batch comes, in an order shuffled anew each time, so that whatever else the machine does
-meets all arms alike. All arms generate the same number of tokens (end of sequence is held back until then), greedily,
+meets all arms alike. All arms generate the same number of tokens (none ends a text), greedily,
 from the same prepared token ids, in the same number format and with the same attention kernels. Peers, other engines
 in processes of their own, take their turns among the arms, with the same token ids and the same number of threads.
 """

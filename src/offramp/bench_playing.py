@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(
         arm: `REFERENCE` is the model's own `generate`.
         policy: The policy.
         inputs: The batch.
-        tokens: Tokens generated per row; end of sequence is held back.
+        tokens: Tokens generated per row; none ends it.
         turn: Where it is added.
     """
     seen: list[float] = []
@@ -99,14 +100,15 @@ def run(
             seen.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    options = {**greedy(lm, tokens), "stopping_criteria": transformers.StoppingCriteriaList([known])}
+    options = {**greedy(tokens), "stopping_criteria": transformers.StoppingCriteriaList([known])}
     _synchronize(lm)
     began = time.perf_counter()
-    output = (
-        lm.model.generate(**inputs, **options)
-        if arm == REFERENCE
-        else lm.generate(dict(inputs), policy=policy, **options)
-    )
+    with endless(lm):
+        output = (
+            lm.model.generate(**inputs, **options)
+            if arm == REFERENCE
+            else lm.generate(dict(inputs), policy=policy, **options)
+        )
     _synchronize(lm)
     ended = time.perf_counter()
     turn.seconds += ended - began
@@ -120,20 +122,27 @@ def run(
     turn.layers += output.exit_layers
 
 
-def greedy(lm: LanguageModel, tokens: int) -> dict[str, Any]:
-    """Options of `generate` for so many tokens, chosen greedily."""
-    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
+@contextmanager
+def endless(lm: LanguageModel) -> Iterator[None]:
+    """Let no token end a text in the block, so that all generate as many without anybody holding one back."""
     settings = lm.model.generation_config
-    if settings.pad_token_id is None and settings.eos_token_id is not None:  # as `LanguageModel` does
-        eos = settings.eos_token_id
-        options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return options
+    eos, settings.eos_token_id = settings.eos_token_id, None
+    try:
+        yield
+    finally:
+        settings.eos_token_id = eos
+
+
+def greedy(tokens: int) -> dict[str, Any]:
+    """Options of `generate` for so many tokens, chosen greedily."""
+    return {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
 
 
 def exact_tokens(lm: LanguageModel, batches: Batches, tokens: int) -> list[list[int]]:
     """What the full model generates in float32, of each prompt: what number formats and engines round away from."""
     model = copy.deepcopy(lm.model).float()
-    made = [model.generate(**inputs, **greedy(lm, tokens)) for inputs in batches]
+    model.generation_config.eos_token_id = None
+    made = [model.generate(**inputs, **greedy(tokens)) for inputs in batches]
     return [row for output in made for row in output[:, -tokens:].tolist()]
 
 

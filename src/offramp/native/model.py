@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from offramp.native.families import FAMILIES
 from offramp.native.library import address
 from offramp.native.parts import parts, require_plain
 from offramp.native.places import Places, own_slots, places_of
+from offramp.native.threads import Threads
 from offramp.native.weights import Part, Weights
 
 
@@ -72,7 +72,7 @@ class NativeModel(SplitModel):
     def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
         super().__init__(model)
         self.int8 = int8
-        self._threads: int | None = None
+        self.threads = Threads()
         if self.name not in FAMILIES:
             raise NativeError(f"models of type {self.name!r} have no native description (those with experts have none)")
         if not isinstance(self.squeeze, nn.Identity):
@@ -91,28 +91,9 @@ class NativeModel(SplitModel):
         self._tabulate(64)
         self._compose()
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Keep torch to one thread in the block, while the kernels have as many as it had.
-
-        A thread that helped torch with one operation waits for the next one by spinning, and takes a core from the
-        kernels meanwhile: on two cores, decoding was slower by a quarter to a half.
-        """
-        if self._threads is not None:
-            yield
-            return
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._threads)
-            self._threads = None
-
-    @property
-    def threads(self) -> int:
-        """Of the kernels: those that torch has, or had when it was kept to one."""
-        return self._threads or torch.get_num_threads()
+    def at_work(self) -> AbstractContextManager[None]:
+        """Torch keeps to one thread in the block, see `Threads`."""
+        return self.threads.alone()
 
     # ------------------------------------------------------------ programs and tables
 
@@ -254,7 +235,7 @@ class NativeModel(SplitModel):
             far: NativeCache = context.past.cache
             memory = (far.capacity, address(context.past.lengths), *far.addresses)
         call = lib.Call(
-            first, last, len(hidden), layer, cache.capacity, self.threads,
+            first, last, len(hidden), layer, cache.capacity, self.threads.count,
             address(hidden), address(places.batch), address(places.slots), address(places.positions),
             *cache.addresses,
             ctypes.addressof(self._rotations), address(self._distances), self._reach, *memory,
@@ -349,7 +330,7 @@ class NativeModel(SplitModel):
         """A readout of states [A, D] that has yet to be told what is wanted."""
         lens = self._lenses.get(layer) if layer is not None else None
         return lib.Readout(
-            *hidden.shape, self._head.rows if ids is None else ids.shape[-1], self.threads,
+            *hidden.shape, self._head.rows if ids is None else ids.shape[-1], self.threads.count,
             (self.scale or 1.0) if scale is None else scale, *self._bend, address(hidden),
             0 if lens is None else len(lens), lens, norm and ctypes.pointer(norm), ctypes.pointer(self._head),
             None if ids is None else address(ids), ids.shape[1] if ids is not None and ids.ndim == 2 else 0,

@@ -21,14 +21,13 @@ Loaded = tuple[dict[str, str], Generate]
 """Versions, and what generates."""
 
 
-def llama_cpp(file: str, context: int, threads: int, held_back: list[int], tiles: bool) -> Loaded:
+def llama_cpp(file: str, context: int, threads: int, tiles: bool) -> Loaded:
     """llama.cpp on a GGUF file, through its C interface: the Python around it keeps a copy of all logits.
 
     Args:
         file: The GGUF file.
         context: Most tokens of a prompt and its continuation.
         threads: For prompts and for single tokens.
-        held_back: Tokens that are never chosen, those that end a text.
         tiles: Whether weights may be packed for matrix instructions such as AMX.
 
     Returns:
@@ -72,7 +71,6 @@ def llama_cpp(file: str, context: int, threads: int, held_back: list[int], tiles
                 raise RuntimeError("llama.cpp cannot decode")
             assert hear is not None  # llama.cpp calls it as long as it runs
             scores = np.frombuffer(ctypes.cast(c.llama_get_logits_ith(session, -1), row).contents, dtype=np.float32)
-            scores[held_back] = -np.inf
             tokens.append(int(scores.argmax()))
             known()
             if len(tokens) == new:
@@ -84,7 +82,7 @@ def llama_cpp(file: str, context: int, threads: int, held_back: list[int], tiles
     return {"llama-cpp-python": c.__version__, "built with": built}, generate
 
 
-def economize(folder: str, dtype: str, threads: int, threshold: float, min_layer: int, held_back: list[int]) -> Loaded:
+def economize(folder: str, dtype: str, threads: int, threshold: float, min_layer: int) -> Loaded:
     """CALM decoding of economize: a token leaves when the gap of the two best probabilities is above a threshold.
 
     Args:
@@ -93,7 +91,6 @@ def economize(folder: str, dtype: str, threads: int, threshold: float, min_layer
         threads: Of torch.
         threshold: Of all tests.
         min_layer: First layer after which a token may leave.
-        held_back: As for `llama_cpp`.
 
     Returns:
         Versions, and what generates.
@@ -101,16 +98,7 @@ def economize(folder: str, dtype: str, threads: int, threshold: float, min_layer
     import economize as package
     import torch
     import transformers
-    from economize.decoding import GreedySelector
     from economize.techniques.dynamic_depth import CalmConfig
-
-    class Chosen(GreedySelector):  # type: ignore[misc]
-        def __call__(self, logits: torch.Tensor, history: torch.Tensor) -> int:
-            return int(self.select_many(logits))
-
-        def select_many(self, logits: torch.Tensor) -> torch.Tensor:
-            logits[..., held_back] = -torch.inf
-            return logits.argmax(-1)
 
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
@@ -124,7 +112,7 @@ def economize(folder: str, dtype: str, threads: int, threshold: float, min_layer
             known()
             return False
 
-        tokens: list[int] = model.decode(torch.tensor(ids), new, selector=Chosen(), stop=stop).tokens.tolist()
+        tokens: list[int] = model.decode(torch.tensor(ids), new, stop=stop).tokens.tolist()
         return tokens
 
     versions = {"economize": package.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -58,8 +58,6 @@ def started(
         LLAMA_CPP: lambda: _llama_cpp(lm, context),
         "economize": lambda: _economize(lm, calm),
     }
-    eos = lm.model.generation_config.eos_token_id
-    held_back = [] if eos is None else eos if isinstance(eos, list) else [eos]
     peers: dict[str, Peer | PeerError] = {}
     with ExitStack() as running:
         for name in dict.fromkeys(names):
@@ -68,7 +66,7 @@ def started(
                 command, environment = python_of(name, pythons, say)
                 for arm, values in settings:
                     say(f"starting {arm}")
-                    asked = {"peer": name, "threads": torch.get_num_threads(), "held_back": held_back, **values}
+                    asked = {"peer": name, "threads": torch.get_num_threads(), **values}
                     peers[arm] = running.enter_context(_tried(arm, command, asked, environment, say))
             except PeerError as error:
                 say(f"{name} is left out: {error}")
