@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from offramp.families.best import best_of
+from offramp.families.best import best_of, ranked
 from offramp.families.cache import LayerCache
 from offramp.families.sizes import BlockShape, ModelShape
 from offramp.families.state import Context, Frame, HeadRows, State
@@ -42,7 +42,7 @@ class ScriptedModel:
         if context is None:
             self.prompt = queries
             cache = SimpleNamespace(layers=[LayerCache(batch) for _ in range(self.num_layers)])
-            context = Context(cache, cache, torch.arange(queries).expand(batch, queries), None)
+            context = Context(cache, cache, torch.arange(queries).expand(batch, queries), None, slots=queries)
             begin = 0
         else:
             begin = context.slots if slot is None else slot
@@ -80,6 +80,8 @@ class ScriptedModel:
 
     def readout(self, hidden, layer=None):
         return self.project(self.readout_input(hidden, layer))
+
+    rank = staticmethod(ranked)
 
     def best(self, hidden, layer=None):
         return best_of(self.readout(hidden, layer))

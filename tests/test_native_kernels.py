@@ -322,3 +322,25 @@ def test_reading_memory_gives_its_sum():
 def test_views_that_skip_values_are_refused():
     with pytest.raises(ValueError, match="not contiguous"):
         lib.address(torch.zeros(4, 4)[:, :2])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 17, 1000, 49152])
+@pytest.mark.parametrize("kind", ["normal", "equal", "narrow", "masked"])
+def test_the_largest_logits_in_order(vocabulary, kind):
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(3, vocabulary, generator=g)
+    if kind == "equal":
+        logits = logits.round()
+    if kind == "narrow":
+        logits = 5 + 1e-3 * logits
+    if kind == "masked":
+        logits[:, ::2] = -math.inf
+    skip = torch.tensor([0, vocabulary // 2]).unique() if vocabulary > 2 else torch.empty(0, dtype=torch.long)
+    for count in {1, (vocabulary - len(skip)) // 3 or 1, vocabulary - len(skip)}:
+        tokens = torch.empty(3, count, dtype=torch.long)
+        library().offramp_rank(
+            lib.address(logits), 3, vocabulary, lib.address(skip), len(skip), count, lib.address(tokens)
+        )  # fmt: skip
+        for row, found in zip(logits.tolist(), tokens.tolist(), strict=True):
+            allowed = [v for v in range(vocabulary) if v not in set(skip.tolist())]
+            assert found == sorted(allowed, key=lambda v: (-row[v], v))[:count]

@@ -53,18 +53,18 @@ class Read:
     Attributes:
         layers: Exit layer by row, 0 for none, [B].
         confidences: Confidence of the last test by row, [B].
-        token: The token, [B].
-        sound: Whether it was chosen by a number, bool [B].
-        scores: Of all tokens, [B, V]; empty until a row is read.
+        token: The token by row, [B].
+        sound: Whether it was chosen by a number, by row, [B].
+        scores: Of all tokens, [B, V]; None until a row is read.
         states: Readout inputs, [B, D], of rows that left with some tokens excluded; None if there are none.
         processed: Scores after the processors, [B, V].
     """
 
     layers: list[int]
     confidences: list[float]
-    token: Tensor
-    sound: Tensor
-    scores: Tensor
+    token: list[int]
+    sound: list[bool]
+    scores: Tensor | None = None
     states: Tensor | None = None
     processed: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -149,11 +149,8 @@ class Batch:
         return self._with_tests()
 
     def _unread(self) -> Read:
-        batch, device = len(self.buffer), self.buffer.device
-        token = torch.full((batch,), self.sampler.pad, dtype=torch.long, device=device)
-        sound = torch.ones(batch, dtype=torch.bool, device=device)
-        scores = torch.empty(0, self.plan.vocabulary, device=device)
-        return Read([0] * batch, [math.nan] * batch, token, sound, scores)
+        batch = len(self.buffer)
+        return Read([0] * batch, [math.nan] * batch, [self.sampler.pad] * batch, [True] * batch)
 
     def _position(self, rows: list[int]) -> int | Tensor:
         """Positions of rows' next tokens, counted from the first generated one: one for all if they are the same."""
@@ -224,16 +221,15 @@ class Batch:
             read.states[rows] = exit.input[index]
 
     def _take_best(self, read: Read, rows: list[int], best: Best) -> None:
-        if len(rows) == len(self.buffer) and rows == sorted(rows):
-            read.token, read.sound = best.tokens[:, 0], best.sound
-        else:
-            read.token[rows], read.sound[rows] = best.tokens[:, 0], best.sound
+        tokens, normalisers = best.tokens.tolist(), best.normaliser.tolist()
+        for row, (token, _), normaliser in zip(rows, tokens, normalisers, strict=True):
+            read.token[row], read.sound[row] = token, math.isfinite(normaliser)
 
     def _take_scores(self, read: Read, rows: list[int], scores: Tensor) -> None:
-        if len(rows) == len(self.buffer) and rows == sorted(rows):
+        if rows == list(range(len(self.buffer))):
             read.scores = scores
         else:
-            if not len(read.scores):
+            if read.scores is None:
                 read.scores = scores.new_zeros(len(self.buffer), scores.shape[1])
             read.scores[rows] = scores
 
@@ -293,7 +289,7 @@ class Batch:
         Where the processors left no kept token (they forbade all, or demand one that was pruned), the full vocabulary
         is read at the same exit. Processors always see the whole batch: some go by the number of a row.
         """
-        if self.best_only:
+        if read.scores is None:  # they are the best ones, or none was drafted
             return
         ids = self.buffer[:, :length]
         processed = self.sampler.process(ids, read.scores)
@@ -304,15 +300,18 @@ class Batch:
                     full = self.model.project(read.states).float()
                 self.ledger.readout(len(full))
                 processed = self.sampler.process(ids, torch.where(empty[:, None], full, read.scores))
-        if rows is None:
-            read.processed, read.token = processed, self.sampler.pick(processed)
-            read.sound = self.sampler.sound(read.scores, read.token)
-            return
-        if not len(read.processed):
-            read.processed = torch.zeros_like(read.scores)
-        read.processed[rows] = processed[rows]
-        read.token[rows] = self.sampler.pick(processed[rows])
-        read.sound[rows] = self.sampler.sound(read.scores[rows], read.token[rows])
+        some = rows or list(range(len(self.buffer)))
+        every = rows is None or len(some) == len(self.buffer)
+        if every:
+            read.processed = processed
+        else:
+            read.processed = torch.zeros_like(read.scores) if not len(read.processed) else read.processed
+            read.processed[some] = processed[some]
+            processed = processed[some]
+        picked = self.sampler.pick(processed)
+        sound = self.sampler.sound(read.scores if every else read.scores[some], picked)
+        for row, token, right in zip(some, picked.tolist(), sound.tolist(), strict=True):
+            read.token[row], read.sound[row] = token, right
 
     def broken(self) -> NotFiniteError | None:
         """The error, with the place where the model first computes NaN or infinity on what is known so far, if any."""
@@ -347,12 +346,11 @@ class Batch:
         """The step of a read of rows that all stand at the same position, and whose tokens stand."""
         length, rows = self.lengths[self.rows[0]], self.rows
         self.choose(read, length)
-        tokens, sound = read.token.tolist(), read.sound.tolist()
-        if not all(sound[row] for row in rows):
+        if not all(read.sound[row] for row in rows):
             raise self.not_sound()
-        self.lengths = [length + 1] * len(tokens)
-        ended = self.append(rows, tokens, length)
-        step = self.step(tokens, read.layers, read.confidences, rows)
+        self.lengths = [length + 1] * len(self.lengths)
+        ended = self.append(rows, read.token, length)
+        step = self.step(read.token, read.layers, read.confidences, rows)
         self.end(ended)
         return step
 

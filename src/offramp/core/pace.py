@@ -21,6 +21,7 @@ EDGES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.99, 0.999)
 MORE = 0.05
 """Cost of one more row in a pass, as a share of the pass (measured on CPUs: 0.03 to 0.08)."""
 _WEIGHT = 2.0  # of what is believed before anything is seen, in tokens
+_ANYWHERE = 0  # the sum over all exits
 _FADE = 0.99  # of what was seen at an exit, each time that a token does not leave there: it is tried again some day
 
 
@@ -31,7 +32,7 @@ class Pace:
     Attributes:
         thresholds: Of the policy, by exit: the confidences above which drafts are believed in at first.
         spent: Cost of one token up to an exit, tests included, by exit.
-        seen: Tokens right and tokens in all, by exit and place between `EDGES`.
+        seen: Tokens right and tokens in all, by exit (0: all of them) and place between `EDGES`.
         tokens: Tokens that became certain.
         cost: What they cost.
     """
@@ -58,9 +59,12 @@ class Pace:
 
     def agreement(self, layer: int, confidence: float) -> float:
         """How often a token with this confidence is right, by what was seen."""
-        right, all_ = self.seen.get((layer, bisect_right(EDGES, confidence)), (0.0, 0.0))
+        place = bisect_right(EDGES, confidence)
         believed = 0.9 if confidence > self.thresholds[layer] else 0.4
-        return (right + _WEIGHT * believed) / (all_ + _WEIGHT)
+        for here in (_ANYWHERE, layer):  # what all exits have seen is believed of one that has seen little
+            right, all_ = self.seen.get((here, place), (0.0, 0.0))
+            believed = (right + _WEIGHT * believed) / (all_ + _WEIGHT)
+        return believed
 
     def leaves(self, layer: int, confidence: float, pending: list[tuple[int, float]]) -> bool:
         """Whether a token is drafted at an exit, behind the pending drafts (layer, confidence) of its row."""
@@ -71,17 +75,19 @@ class Pace:
             chance *= self.agreement(at, sure)
         if chance / (self.spent[layer] + MORE) > self.tokens / self.cost:
             return True
-        place = layer, bisect_right(EDGES, confidence)
-        if place in self.seen:
-            right, all_ = self.seen[place]
-            self.seen[place] = right * _FADE, all_ * _FADE
+        for here in (_ANYWHERE, layer):
+            place = here, bisect_right(EDGES, confidence)
+            if place in self.seen:
+                right, all_ = self.seen[place]
+                self.seen[place] = right * _FADE, all_ * _FADE
         return False
 
     def observe(self, layer: int, confidence: float, agreed: bool) -> None:
         """Note whether an exit's best token was the full model's."""
-        place = layer, bisect_right(EDGES, confidence)
-        right, all_ = self.seen.get(place, (0.0, 0.0))
-        self.seen[place] = right + agreed, all_ + 1
+        for here in (_ANYWHERE, layer):
+            place = here, bisect_right(EDGES, confidence)
+            right, all_ = self.seen.get(place, (0.0, 0.0))
+            self.seen[place] = right + agreed, all_ + 1
 
     def checked(self, layers: list[int], certain: int) -> None:
         """Note a deep pass over a row's tokens, which left after `layers`, and how many tokens it made certain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ class Reader:
             return
         with self.ledger.time("select"):
             if self.kept is None:
-                self.kept = Kept.best(exit.logits, sizes, self.protected)
+                self.kept = Kept.best(exit.logits, sizes, self.protected, self.model.rank)
             else:
                 self.kept = self.kept.shrunk(exit.logits, sizes)
                 self._bill_copy(self.kept)
@@ -194,7 +195,7 @@ class Exit:
         measure = self.reader.measure
         assert measure is not None
         with self.reader.ledger.time("confidence"):
-            values: list[float] = measure(self).clamp(-1, 1).tolist()
+            values = [c if math.isnan(c) else max(-1.0, min(1.0, c)) for c in measure(self).tolist()]
         self.judged = self._logits is not None or self._top is not None
         scored = self.reader.plan.vocabulary if self.columns is None else self.columns.ids.shape[1]
         pruned = self.reader.plan.pruning is not None

@@ -98,8 +98,8 @@ class VerifyingBatch(Batch):
                 by_length.setdefault(self.lengths[row], []).append(row)
         for length, rows in by_length.items():
             self.choose(read, length, rows)
-        tokens, sound = read.token.tolist(), read.sound.tolist()
-        if not all(sound[row] for row in self.rows if row not in deep):
+        tokens = read.token
+        if not all(read.sound[row] for row in self.rows if row not in deep):
             raise self.not_sound()
         for row in self.rows:
             processed = read.processed[row] if len(read.processed) and row not in deep else None

@@ -8,12 +8,14 @@ shrinks from the current size (theirs, relative to V, never binds).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from offramp.families.best import ranked
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel
@@ -112,12 +114,21 @@ class Kept:
             self.scored = (places < lengths) | (places >= ids.shape[1])
 
     @classmethod
-    def best(cls, logits: Tensor, sizes: list[int], protected: Tensor) -> Kept:
-        """The `sizes[a]` best unprotected ids of each row of logits [A, V], or all that there are."""
+    def best(
+        cls,
+        logits: Tensor,
+        sizes: list[int],
+        protected: Tensor,
+        rank: Callable[[Tensor, int, Tensor], Tensor] = ranked,
+    ) -> Kept:
+        """The `sizes[a]` best unprotected ids of each row of logits [A, V], or all that there are.
+
+        Returns:
+            These, found by `rank`, which an engine may have a faster one of (see `SplitModel.rank`).
+        """
         others = logits.shape[1] - len(protected)
         sizes = [min(size, others) for size in sizes]
-        ranked = logits.index_fill(1, protected, -torch.inf).topk(max(sizes), dim=-1).indices
-        return cls(ranked, sizes, protected)
+        return cls(rank(logits, max(sizes), protected), sizes, protected)
 
     def gather(self, model: SplitModel) -> HeadRows:
         """The head's rows [A, K + P, D], copied once and reused by later tests of the token."""

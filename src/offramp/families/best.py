@@ -51,3 +51,8 @@ def best_of(logits: Tensor, ids: Tensor | None = None) -> Best:
         columns = torch.cat([logits.argmax(-1, keepdim=True), columns[:, 1:]], dim=1)
     tokens = columns if ids is None else ids.gather(1, columns)
     return Best(values, tokens, logits.logsumexp(-1), logits)
+
+
+def ranked(logits: Tensor, count: int, skip: Tensor) -> Tensor:
+    """The tokens of the largest of logits [A, V], best first, [A, count]; none of `skip`, [P]."""
+    return logits.index_fill(1, skip, -torch.inf).topk(count, dim=-1).indices

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
 
-from offramp.families.best import Best, best_of
+from offramp.families.best import Best, best_of, ranked
 from offramp.families.block_calls import cache_name, rotation, run_block
 from offramp.families.cache import LayerCache, Rows
 from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
@@ -172,7 +172,7 @@ class SplitModel:
                 context.positions = torch.arange(queries, device=ids.device).expand(batch, queries)
             if positions is not None:
                 context.positions = positions
-            start = 0
+            context.slots, start = queries, 0
         else:
             start = context.slots if slot is None else slot
             context.reach(start + queries)
@@ -372,6 +372,10 @@ class SplitModel:
             Logits, [..., V].
         """
         return self.project(self.readout_input(hidden, layer))
+
+    def rank(self, logits: Tensor, count: int, skip: Tensor) -> Tensor:
+        """The tokens of the largest of logits [A, V], best first, [A, count]; none of `skip`, [P]."""
+        return ranked(logits, count, skip)
 
     def best(
         self, hidden: Tensor, layer: int | None = None, rows: HeadRows | None = None, *, logits: bool = False

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from offramp.families.cache import Rows
 
+_AHEAD = 64  # slots whose positions are worked out in advance: one token at a time, it would cost more than the rest
+
 
 class HeadRows(NamedTuple):
     """Rows of the head gathered for some tokens: `weight` [A, K, D] and, if the head has one, `bias` [A, K]."""
@@ -35,11 +37,12 @@ class Context:
     Attributes:
         cache: Self-attention keys and values: a `transformers` cache with one `LayerCache` per block.
         past: What the blocks receive: `cache`, or a pair of self- and cross-attention caches.
-        positions: Position of every slot handed out so far, [B, T]; padding has position 0.
+        positions: Position of every slot handed out so far, and of some to come, [B, T]; padding has position 0.
         padding: 1 for tokens, 0 for padding, [B, T]; None without padding.
         memory: Encoder output [B, X, D], or None.
         memory_mask: 1 for tokens of the encoder's input, [B, X]; None without padding.
         crossed: Blocks whose cross-attention keys and values are computed, in the order of their first visit.
+        slots: Number of slots handed out.
     """
 
     cache: Any
@@ -49,16 +52,14 @@ class Context:
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     crossed: list[int] = field(default_factory=list)
-
-    @property
-    def slots(self) -> int:
-        """Number of slots handed out."""
-        return int(self.positions.shape[1])
+    slots: int = 0
 
     def reach(self, slots: int) -> None:
         """Hand out slots up to `slots`, at every row's next positions."""
-        if (lacking := slots - self.slots) <= 0:
+        self.slots = max(self.slots, slots)
+        if (lacking := slots - self.positions.shape[1]) <= 0:
             return
+        lacking += _AHEAD
         after = torch.arange(1, lacking + 1, device=self.positions.device) + self.positions[:, -1:]
         self.positions = torch.cat([self.positions, after], dim=1)
         if self.padding is not None:

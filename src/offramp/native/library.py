@@ -114,6 +114,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         library.offramp_run.restype = None
         library.offramp_readout.argtypes = [POINTER(Readout)]
         library.offramp_readout.restype = None
+        library.offramp_rank.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]
+        library.offramp_rank.restype = None
         library.offramp_read.argtypes = [c_void_p, c_int64, c_int64]
         library.offramp_read.restype = ctypes.c_uint64
     except AttributeError as error:

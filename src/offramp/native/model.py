@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -197,9 +198,12 @@ class NativeModel(SplitModel):
         flats = [state.hidden.reshape(-1, width) for state in states]
         places = [places_of(state.frame, context) for state in states]
         real = [flat if at.real is None else flat[at.real] for flat, at in zip(flats, places, strict=True)]
-        hidden = torch.cat(real)  # a copy: the kernels work in place
+        if len(real) == 1:  # a copy: the kernels work in place
+            parts: Sequence[Tensor] = [hidden := real[0].clone() if places[0].real is None else real[0]]
+        else:
+            parts = torch.split(hidden := torch.cat(real), [len(part) for part in real])
         self._call(context, hidden, Places.joined(places), lo, hi, layer=lo)
-        parts, ran = torch.split(hidden, [len(part) for part in real]), []
+        ran = []
         for state, flat, at, part in zip(states, flats, places, parts, strict=True):
             whole = part if at.real is None else flat.index_copy(0, at.real, part)
             ran.append(replace(state, hidden=whole.view(state.hidden.shape), depth=hi))
@@ -313,6 +317,14 @@ class NativeModel(SplitModel):
         )
         self._library.offramp_readout(call)
         return made
+
+    def rank(self, logits: Tensor, count: int, skip: Tensor) -> Tensor:
+        """As `SplitModel.rank`."""
+        logits, tokens = logits.contiguous(), torch.empty(len(logits), count, dtype=torch.long)
+        self._library.offramp_rank(
+            address(logits), *logits.shape, address(skip), len(skip), count, address(tokens)
+        )  # fmt: skip
+        return tokens
 
     def gather(self, ids: Tensor) -> HeadIds:  # type: ignore[override]
         """Which rows of the head to read for tokens [A, K]; nothing is copied."""
