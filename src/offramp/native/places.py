@@ -67,5 +67,5 @@ def places_of(frame: Frame, context: Context) -> Places:
 def own_slots(context: Context) -> Tensor:
     """The slot of each token if padding takes none, [B, T]: a row in a batch is then cached as it is alone."""
     if context.padding is None:
-        return torch.arange(context.slots).expand_as(context.positions)
+        return torch.arange(context.positions.shape[1]).expand_as(context.positions)
     return context.padding.long().cumsum(-1) - 1
