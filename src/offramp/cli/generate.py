@@ -28,6 +28,7 @@ def generate(
     vocabulary: o.Vocabulary = None,
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
+    draft: o.Draft = None,
     adaptive: o.Adaptive = None,
     prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
@@ -63,7 +64,8 @@ def generate(
 
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
-        vocabulary_size=vocabulary_size, skipped=skipped, adaptive=adaptive, prompt_layer=prompt_layer,
+        vocabulary_size=vocabulary_size, skipped=skipped, draft=draft, adaptive=adaptive,
+        prompt_layer=prompt_layer,
     )  # fmt: skip
     texts = prompts or [o.standard_input("the prompt")]
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)

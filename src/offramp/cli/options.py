@@ -89,6 +89,12 @@ Skipped = Annotated[
     str | None,
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        help="Under --skipped verify: fixed (by threshold) or adaptive (while one more is likely to pay)."
+    ),
+]
 Adaptive = Annotated[
     bool | None,
     typer.Option(

@@ -6,19 +6,11 @@ Padding takes no room: a token's slot is its position, so that a row in a batch 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _BLOCK = 16  # slots whose keys lie side by side
-
-
-@dataclass
-class LayerSlots:
-    """How far one layer has come; `length` counts the slots of the batch, padding included, as everywhere else."""
-
-    length: int = 0
 
 
 class NativeCache:
@@ -33,7 +25,6 @@ class NativeCache:
 
     def __init__(self, batch: int, heads: list[int], width: list[int], dtype: torch.dtype) -> None:
         self.batch, self.dtype = batch, dtype
-        self.layers = [LayerSlots() for _ in heads]
         self.capacity = 0
         self.keys = [torch.empty(batch, h, 0, w, _BLOCK, dtype=dtype) for h, w in zip(heads, width, strict=True)]
         self.values = [torch.empty(batch, h, 0, w, dtype=dtype) for h, w in zip(heads, width, strict=True)]
