@@ -41,6 +41,7 @@ def test_two_processes_train_what_one_does(two, tmp_path, job):
     assert {path.name for path in tmp_path.iterdir()} - {".lock", "model"} == FILES
     configs = [json.loads((folder / "config.json").read_text()) for folder in (two / job, tmp_path)]
     assert all(config.pop("about") for config in configs)  # threads and the like: nobody compares them
+    assert all(config.pop("digest") for config in configs)  # of these, too
     assert configs[0] == configs[1]
     for file in ("exits/exits", "model/model", "checkpoint"):
         if (tmp_path / f"{file}.safetensors").exists():

@@ -21,6 +21,7 @@ from offramp.core.confidence import Confidence, Contrast, Contrastive, Reading, 
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS
+from offramp.pretrained import model_shaped
 from offramp.values import choice, number
 
 T5: dict[str, Any] = {"vocab_size": 32128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
@@ -56,11 +57,10 @@ class Script:
     unsure: float = 0.3
     tokens: int | None = None
 
-    def answer(self, rows: Tensor, position: int | Tensor, layer: int) -> Tensor:
-        """What to report of rows [A], at a test of their tokens at `position`: 1 from the prescribed layer on, [A]."""
-        tokens = self.tokens or len(self.depths)
-        depths = torch.tensor(self.depths, device=rows.device)[(rows * tokens + position) % len(self.depths)]
-        return torch.where(depths <= layer, 1.0, self.unsure)
+    def answer(self, row: int, position: int, layer: int) -> float:
+        """What to report of a row at a test of its token at `position`: 1 from the prescribed layer on."""
+        depths = self.depths
+        return 1.0 if depths[(row * (self.tokens or len(depths)) + position) % len(depths)] <= layer else self.unsure
 
 
 class Playing:
@@ -78,7 +78,10 @@ class Playing:
     def __call__(self, reading: Reading) -> Tensor:
         """The script's answer, [A]."""
         worked = self.measure(reading)
-        return self.script.answer(torch.tensor(reading.rows, device=worked.device), reading.position, reading.layer)
+        rows, at = reading.rows, reading.position
+        places = [at] * len(rows) if isinstance(at, int) else at.tolist()
+        answers = [self.script.answer(row, place, reading.layer) for row, place in zip(rows, places, strict=True)]
+        return torch.tensor(answers, device=worked.device)
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
@@ -186,7 +189,7 @@ def random_model(
     config = copy.deepcopy(SHAPES[shape])
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with no_init_weights():
-        model = kind.from_config(config, dtype=dtype)
+        model = model_shaped(kind, config, dtype)
     model.tie_weights()
     _fill(model, seed)
     return LanguageModel(model.eval(), name=shape, engine=engine, int8=int8)

@@ -91,9 +91,7 @@ Skipped = Annotated[
 ]
 Draft = Annotated[
     str | None,
-    typer.Option(
-        help="Under --skipped verify: fixed (by threshold) or adaptive (while one more is likely to pay)."
-    ),
+    typer.Option(help="Under --skipped verify: fixed (by threshold) or adaptive (while one more is likely to pay)."),
 ]
 Adaptive = Annotated[
     bool | None,

@@ -360,7 +360,7 @@ class Batch:
             self.buffer[rows[0], length] = tokens[rows[0]]
         else:
             self.buffer[rows, length] = torch.tensor([tokens[row] for row in rows], device=self.buffer.device)
-        ended = [row for row in rows if tokens[row] in self.sampler.eos]
+        ended = [row for row in rows if self.sampler.is_end(tokens[row])]
         if self.sampler.stopping is not None:
             stops = self.sampler.stopping(self.buffer[:, : length + 1]).tolist()
             ended += [row for row in rows if stops[row] and row not in ended]

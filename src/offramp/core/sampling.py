@@ -111,6 +111,10 @@ class Sampler:
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
         return torch.where(accepted & drafted, token, self.draw(rest)), accepted | ~drafted
 
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends its row."""
+        return token in self.eos
+
     def sound(self, scores: Tensor, token: Tensor) -> Tensor:
         """Rows whose token has a number for a score, bool [B].
 

@@ -112,7 +112,7 @@ class VerifyingBatch(Batch):
     def _is_full(self, row: int) -> bool:
         """Whether a row drafts no further before its drafts are checked."""
         drafts = self.drafts[row]
-        at_end = drafts[-1].token in self.sampler.eos or self.lengths[row] - self.prompt >= self.limit
+        at_end = self.sampler.is_end(drafts[-1].token) or self.lengths[row] - self.prompt >= self.limit
         return at_end or len(drafts) >= self.plan.policy.draft_length
 
     def _check(self, rows: list[int], hidden: Tensor) -> None:

@@ -227,9 +227,9 @@ class _Forced:
 class _Unending(Sampler):
     """Ends at no token: a text may go on behind an end of sequence, which is never pruned, as in generation."""
 
-    def is_eos(self, ids: Tensor) -> Tensor:
-        """No row of ids [B, T], [B]."""
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    def is_end(self, token: int) -> bool:
+        """No token does."""
+        return False
 
 
 def _score(
