@@ -74,6 +74,8 @@ def test_the_pace_is_near_the_best_fixed_length(right, spent):
 def test_only_drafts_have_a_pace():
     with pytest.raises(ValueError, match="draft='adaptive' needs skipped='verify', not 'defer'"):
         ExitPolicy(skipped="defer", draft="adaptive")
+    with pytest.raises(ValueError, match="for each row of a batch alone; leave batch='all' out"):
+        ExitPolicy(skipped="verify", draft="adaptive", batch="all")
     with pytest.raises(ValueError, match="draft is 'fast'; "):
         ExitPolicy(skipped="verify", draft="fast")
     lm = LanguageModel(tiny("llama"))

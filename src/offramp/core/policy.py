@@ -116,6 +116,8 @@ class ExitPolicy:
         choice("draft", self.draft, ("fixed", "adaptive"))
         if self.draft == "adaptive" and self.skipped != "verify":
             raise ValueError(f"draft='adaptive' needs skipped='verify', not {self.skipped!r}: else nothing is drafted")
+        if self.draft == "adaptive" and self.batch == "all":
+            raise ValueError("draft='adaptive' decides for each row of a batch alone; leave batch='all' out")
         choice("vocabulary", self.vocabulary, (None, *KINDS))
         self._take_numbers()
         self._check_layers()
