@@ -193,3 +193,13 @@ def test_an_interrupted_generation_can_be_repeated():
     finally:
         signal.signal(signal.SIGINT, handler)
     assert tokens(lm) == before
+
+
+def test_a_cap_of_scores_that_the_models_own_attention_leaves_out():
+    """Before transformers 5.24, this is how Gemma 2 is loaded."""
+    model = copy.deepcopy(tiny("gemma2"))
+    model.config._attn_implementation = "eager"
+    assert NativeModel(model).fused
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(NativeError, match="leaves out its scores' cap; load it with 'eager'"):
+        NativeModel(model)

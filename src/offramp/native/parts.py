@@ -25,6 +25,8 @@ def require_plain(split: Any) -> None:
             raise NativeError(f"{name} has a hook or a forward of its own, which the kernels would not call")
     if (attention := getattr(split.config, "_attn_implementation", None)) not in (None, "eager", "sdpa"):
         raise NativeError(f"its attention is {attention!r}; the kernels compute what sdpa and eager do")
+    if attention == "sdpa" and getattr(split.config, "attn_logit_softcapping", None):
+        raise NativeError("its attention is 'sdpa', which leaves out its scores' cap; load it with 'eager' attention")
 
 
 def parts(split: Any) -> list[object]:
