@@ -137,16 +137,20 @@ class Batch:
     def read(self) -> Read:
         """One step from the last known token of every row."""
         self.prefill = False
-        by_length: dict[int, list[int]] = {}
-        for row in self.rows:
-            by_length.setdefault(self.lengths[row], []).append(row)
-        states = []
+        by_length, states = self._by_length(self.rows), []
         for length, group in by_length.items():
             rows = as_rows(group, self.buffer.device)
             ids = self.buffer[rows, length - 1 : length]
             states.append(self.model.start(ids, context=self.context, rows=rows, slot=length - 1))
         self.way.begin(states, [row for group in by_length.values() for row in group])
         return self._with_tests()
+
+    def _by_length(self, rows: list[int]) -> dict[int, list[int]]:
+        """Rows that stand at the same position, by how many of their tokens are known."""
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            found.setdefault(self.lengths[row], []).append(row)
+        return found
 
     def _unread(self) -> Read:
         batch = len(self.buffer)

@@ -144,14 +144,12 @@ def begun(measure: Confidence) -> TokenConfidence:
 
 def gap_of(logits: Tensor) -> Tensor:
     """p_(1) - p_(2) of logits [A, n]."""
-    p = best_of(logits).probabilities
-    return p[:, 0] - p[:, 1]
+    return best_of(logits).gap
 
 
 def softmax_gap(reading: Reading) -> Tensor:
     """Difference of the two largest probabilities (CALM, arXiv 2207.07061, section 3.3), in [0, 1]."""
-    p = reading.top.probabilities
-    return p[:, 0] - p[:, 1]
+    return reading.top.gap
 
 
 def max_probability(reading: Reading) -> Tensor:

@@ -219,8 +219,8 @@ class LanguageModel:
                 that does not fit the model.
         """
         began = time.perf_counter()
-        prepared, ledger = self._prepare(prompts, chat, options)
         policy = ExitPolicy.of(policy)
+        prepared, ledger = self._prepare(prompts, chat, options)
         with prepared.model.at_work():
             steps = list(prepared.steps(policy, ledger, self._learnt(policy)))
         if prepared.ids.is_cuda:
@@ -250,8 +250,8 @@ class LanguageModel:
         Raises:
             ValueError: As for `generate`.
         """
-        prepared, ledger = self._prepare(prompts, chat, options)
         policy = ExitPolicy.of(policy)
+        prepared, ledger = self._prepare(prompts, chat, options)
         return Stream(prepared, prepared.steps(policy, ledger, self._learnt(policy)), ledger)
 
     def adaptive_threshold(self, policy: ExitPolicy) -> AdaptiveThreshold:

@@ -92,11 +92,7 @@ class VerifyingBatch(Batch):
 
     def _draft(self, read: Read, deep: set[int]) -> None:
         """Note the tokens of a read as drafts, at the ends of their rows."""
-        by_length: dict[int, list[int]] = {}
-        for row in self.rows:
-            if row not in deep:
-                by_length.setdefault(self.lengths[row], []).append(row)
-        for length, rows in by_length.items():
+        for length, rows in self._by_length([row for row in self.rows if row not in deep]).items():
             self.choose(read, length, rows)
         tokens = read.token
         if not all(read.sound[row] for row in self.rows if row not in deep):

@@ -31,6 +31,12 @@ class Best(NamedTuple):
         return (self.values - self.normaliser[:, None]).exp()
 
     @property
+    def gap(self) -> Tensor:
+        """Difference of these, [A]."""
+        p = self.probabilities
+        return p[:, 0] - p[:, 1]
+
+    @property
     def sound(self) -> Tensor:
         """States whose best token was chosen by a number, bool [A]."""
         return self.normaliser.isfinite()
