@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from offramp import ExitPolicy, LanguageModel
+from offramp import ExitPolicy, LanguageModel, bench_summary
 from offramp.bench import default_arms, run_batch_sizes, run_bench
-from offramp.bench_results import FULL, REFERENCE, Spread, sizes_table
+from offramp.bench_results import FULL, REFERENCE, Spread
+from offramp.bench_rounds import Turn
+from offramp.bench_tables import sizes_table
 from offramp.scripted import (
     Script,
     Scripted,
@@ -223,6 +225,29 @@ def test_counts_of_the_full_model(bench):
     assert (full.flops, full.bytes, full.tests) == (reference.flops, reference.bytes, 0)
     assert full.flops_ratio == full.bytes_ratio == 1
     assert reference.shares == {}
+
+
+def test_what_a_generated_token_costs_leaves_the_prompt_out(bench):
+    """Prompts are longer and of another depth than tokens."""
+    lm, result, _ = bench
+    full = result.arm(FULL)
+    assert full.token_flops_ratio == result.arm(REFERENCE).token_flops_ratio == 1
+    assert full.token_seconds == Spread(1, 1, 1)
+    for name in ("static 3", "softmax"):
+        arm = result.arm(name)
+        assert arm.token_flops_ratio != pytest.approx(arm.flops_ratio, abs=1e-6)
+        assert arm.token_seconds.median > 0
+    assert "FLOPs/token ×" in result.table()
+
+
+def test_rounds_of_an_earlier_version_say_nothing_of_tokens(bench):
+    _, result, _ = bench
+    old = [replace(arm, token_flops_ratio=None, token_seconds=None) for arm in result.arms]
+    assert "–" in replace(result, arms=old).table()
+    counts = {"flops": 9, "bytes": 9, "tests": 0}
+    assert bench_summary._token_flops(counts, counts, 3) is None
+    assert bench_summary._per_later_token(Turn(seconds=3.0, tokens=[[1, 2]])) is None
+    assert bench_summary._per_later_token(Turn(seconds=3.0, tokens=[[1, 2], [3, 4, 5]], first=[0.5, 1.0])) == 0.5
 
 
 def test_a_tested_arm_pays_for_its_tests(bench):

@@ -79,6 +79,26 @@ def test_parts_of_a_static_run_by_hand():
     assert out.costs.executed_layers == 2 * (new - 1)
 
 
+@pytest.mark.parametrize("policy", ["full", "static", "softmax", "fixed", "defer", "verify", "drafts"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_what_a_generated_token_costs_by_torchs_counter(name, policy):
+    """All but the prompt's pass or the encoder's, drafts that were discarded included; ended rows cost nothing."""
+    chosen = {**POLICIES, "drafts": ExitPolicy("static", min_layer=1, skipped="verify")}[policy]
+    lm, inputs = LanguageModel(eager(name), engine="torch"), inputs_for(name, 3, padded=True)
+    spent = []
+    for new in (1, 6):
+        with FlopCounterMode(display=False) as counter:
+            costs = lm.generate(inputs, policy=chosen, max_new_tokens=new).costs
+        spent.append(counter.get_total_flops())
+    apart = name == "llama"  # the single start token of an encoder-decoder is an ordinary step
+    prompt = spent[0] if apart else costs.parts["encoder"].flops
+    assert costs.prompt_tokens == (3 if apart else 0)
+    assert costs.prompt_flops == pytest.approx(prompt, rel=0.005)
+    per_token = (spent[1] - prompt) / (costs.tokens - costs.prompt_tokens)
+    assert costs.flops_per_token == pytest.approx(per_token, rel=0.005)
+    assert costs.to_dict()["flops_per_token"] == costs.flops_per_token
+
+
 def test_a_mixture_of_experts_by_hand():
     """Two of five experts multiply a token; together, tokens may read all five."""
     shape = LanguageModel(tiny("qwen2-moe")).split.shape

@@ -245,6 +245,31 @@ def test_a_saving_that_is_all_prompt_is_seen_as_one():
     assert (s.flops_ratio.value, s.flops_per_token_ratio.value) == pytest.approx((0.6, 1.2))
 
 
+def test_a_shortened_prompt_is_compared_with_itself_too():
+    """Tokens at 12 beside 10 of the full model and 8 of the same prompt without exits: 1.2 and 1.5."""
+    full = [decoded(i, FULL, 11, 10, 400) for i in range(4)]
+    same = [decoded(i, "prompt to 2", 7 + i, 8, 200) for i in range(4)]
+    mine = [decoded(i, "arm", 9 - i, 12, 200) for i in range(4)]
+    s = summary(mine, full, SOFTMAX | {"prompt_layer": 2}, same_prompt=same)
+    for ratio in (s.own_flops_per_token_ratio, s.own_seconds_per_token_ratio):
+        assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert s.flops_per_token_ratio.value == pytest.approx(1.2)
+    assert summary(mine, full, SOFTMAX).own_flops_per_token_ratio is None
+    apart = [replace(r, round=99.0) for r in same]
+    assert summary(mine, full, SOFTMAX, same_prompt=apart).own_seconds_per_token_ratio is None
+
+
+def test_columns_of_the_own_prompt_are_there_where_one_is_shortened():
+    e = evaluation(POINTS)
+    assert "own prompt" not in e.table()
+    arms = [replace(arm, own_flops_per_token_ratio=Interval(1.5, 1.4, 1.6)) for arm in e.arms]
+    told = Evaluation(e.conditions, e.metric, e.num_layers, arms)
+    assert "FLOPs/token, own prompt" in told.cost_table()[0]
+    assert "1.500 (1.400–1.600)" in told.table()
+    assert "over the same shortened prompt without any exits" in told.reading()
+    assert Evaluation.from_dict(told.to_dict()).arms == told.arms
+
+
 def test_without_tokens_of_their_own_nothing_is_said_of_them():
     one = [decoded(i, FULL, 1, 10, 400) for i in range(4)]
     assert summary(one, one).flops_per_token_ratio is None

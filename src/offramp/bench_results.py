@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
-from offramp.tables import markdown
 
 REFERENCE = "transformers generate"
 """The arm all ratios refer to: the model's own `generate`."""
@@ -52,6 +50,8 @@ class Timing:
         tokens_per_second: Over whole generations, prompt and encoder included.
         ratio: Tokens per second over those of `REFERENCE` in the same round.
         first_token: Seconds until the first token of a batch is known; None: rounds of an earlier version.
+        token_seconds: Seconds per token after the first over those of `FULL` in the same round; None: likewise, or
+            there is no second token.
         agreement: Share of positions with the reference's token. After a first difference the two continue different
             texts, so this is a lower bound of how often the arm would have followed the full model.
         identical: Share of prompts with the very same output.
@@ -66,6 +66,7 @@ class Timing:
     tokens_per_second: Spread
     ratio: Spread
     first_token: Spread | None
+    token_seconds: Spread | None
     agreement: float
     identical: float
     common_prefix: float
@@ -100,6 +101,8 @@ class ArmResult(Timing):
         flops: FLOPs per token, prompt and encoder included.
         bytes: Bytes read per token, likewise.
         flops_ratio: FLOPs over those of the full model.
+        token_flops_ratio: The same per generated token, without encoder and prompt; None: rounds of an earlier version,
+            or there is no such token.
         bytes_ratio: Bytes over those of the full model.
         draft_flops: "FLOPs" per token as the source document counts them (see `Costs`).
         confidence_flops: FLOPs per token of `CONFIDENCE_PARTS`.
@@ -115,6 +118,7 @@ class ArmResult(Timing):
     flops: float
     bytes: float
     flops_ratio: float
+    token_flops_ratio: float | None
     bytes_ratio: float
     draft_flops: float
     confidence_flops: float
@@ -251,12 +255,9 @@ class Bench:
 
     def table(self) -> str:
         """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
-        blocks = [_speed_table(self), _time_table(self.arms)]
-        if self.peers or self.bandwidth:
-            blocks.insert(0, _peer_table(self))
-        if self.savings:
-            blocks.append(_saving_table(self.savings))
-        return "\n\n".join([*blocks, self.footing])
+        from offramp.bench_tables import tables
+
+        return "\n\n".join([*tables(self), self.footing])
 
     @property
     def footing(self) -> str:
@@ -322,74 +323,3 @@ def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
         draft_flops=over("draft_flops"),
         whole=Spread.of(a / b for a, b in zip(unpruned.seconds, pruned.seconds, strict=True)),
     )
-
-
-# ---------------------------------------------------------------- tables
-
-
-def _speed_table(bench: Bench) -> str:
-    head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|seconds ×|FLOPs ×|bytes ×".split("|")
-    return markdown(head, [
-        [
-            arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
-            f"{arm.agreement:.0%}", f"{arm.identical:.0%}", f"{arm.common_prefix:.1f}", f"{arm.tests:.1f}",
-            f"{bench.seconds_ratio(arm).median:.2f}", f"{arm.flops_ratio:.2f}", f"{arm.bytes_ratio:.2f}",
-        ]
-        for arm in bench.arms
-    ])  # fmt: skip
-
-
-def sizes_table(benches: Sequence[Bench]) -> str:
-    """Every arm at every batch size: beside `generate` and full depth at that size, and beside the first size."""
-    head = (
-        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|FLOPs ×|bytes ×|step ×|of the plain read"
-    )
-    known = {arm.name: arm for arm in benches[0].arms}
-    rows = []
-    for bench in benches:
-        for arm in bench.arms:
-            share, alone = bench.of_the_probe(arm), known.get(arm.name)
-            rows.append([
-                str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
-                f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
-                f"{arm.bytes_ratio:.2f}", f"{bench.over(alone, arm).median:.2f}" if alone else "–",
-                f"{share.median:.0%}" if share else "–",
-            ])  # fmt: skip
-    return "\n\n".join([markdown(head.split("|"), rows), benches[0].footing])
-
-
-def _peer_table(bench: Bench) -> str:
-    """Own arms and peers, fastest first, in what can be said of both."""
-    fastest = bench.fastest_llama_cpp
-    head = ["arm", "tokens/s", "× generate (quartiles)"]
-    head += [f"× {fastest.name} (quartiles)"] if fastest else []
-    same = "same as float32" if bench.is_compared_with_float32 else "same"
-    head += ["first token ms", same, "prefix"] + (["of the plain read"] if bench.bandwidth else [])
-    rows = []
-    for arm in sorted([*bench.arms, *bench.peers], key=lambda arm: -arm.tokens_per_second.median):
-        first = "–" if arm.first_token is None else f"{1000 * arm.first_token.median:.0f}"
-        row = [arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio)]
-        row += [str(bench.over(arm, fastest))] if fastest else []
-        row += [first, f"{arm.exact_agreement:.0%}", f"{arm.exact_prefix:.1f}"]
-        if bench.bandwidth:
-            share = bench.of_the_probe(arm) if isinstance(arm, ArmResult) else None
-            row.append(f"{share.median:.0%}" if share else "–")
-        rows.append(row)
-    return markdown(head, rows)
-
-
-def _time_table(arms: list[ArmResult]) -> str:
-    parts = [p for p in (*PARTS, "other") if any(arm.shares.get(p, 0) > 0 for arm in arms)]
-    rows = [[arm.name, *(f"{arm.shares[part]:.0%}" for part in parts)] for arm in arms if arm.shares]
-    return markdown(["share of time", *(part.replace("_", " ") for part in parts)], rows)
-
-
-def _saving_table(savings: list[Saving]) -> str:
-    head = ["pruning saves (×)", "over", "tests", "confidence seconds", "its FLOPs", "source's count", "all seconds"]
-    return markdown(head, [
-        [
-            s.pruned, s.unpruned, f"{s.tests:.2f}", str(s.seconds), f"{s.flops:.1f}", f"{s.draft_flops:.1f}",
-            str(s.whole),
-        ]
-        for s in savings
-    ])  # fmt: skip

@@ -20,7 +20,7 @@ from offramp.peers import Answer
 
 ROUNDS = "rounds.jsonl"
 SCHEMA = "offramp/bench-rounds/1"
-COUNTS = ("tests", "flops", "bytes", "draft_flops", "confidence_flops")
+COUNTS = ("tests", "flops", "bytes", "draft_flops", "prompt_flops", "prompt_tokens", "confidence_flops")
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Turn:
     Attributes:
         seconds: Wall-clock time.
         parts: Seconds by part of the generation.
-        counts: Sums by `COUNTS`; of a model's own `generate` they stay 0.
+        counts: Sums by `COUNTS`; of a model's own `generate` they stay 0. Earlier versions did not count the prompt's.
         tokens: Of each prompt.
         layers: After which they left; of a peer there are none.
         first: Seconds until the first token of each batch.

@@ -55,7 +55,7 @@ def summary(
 
 def _timing(name: str, rounds: Sequence[Round], exact: Texts) -> dict[str, Any]:
     """The fields of `Timing`."""
-    run, reference = ([played.arms[which] for played in rounds] for which in (name, REFERENCE))
+    run, reference, full = ([played.arms[which] for played in rounds] for which in (name, REFERENCE, FULL))
     own, theirs = run[0].tokens, reference[0].tokens  # greedy rounds repeat each other
     tokens = sum(map(len, own))
     return {
@@ -64,6 +64,7 @@ def _timing(name: str, rounds: Sequence[Round], exact: Texts) -> dict[str, Any]:
         "tokens_per_second": Spread.of(tokens / turn.seconds for turn in run),
         "ratio": Spread.of(a.seconds / b.seconds for a, b in zip(reference, run, strict=True)),
         "first_token": Spread.of(statistics.mean(t.first) for t in run) if all(t.first for t in run) else None,
+        "token_seconds": _token_seconds(run, full),
         "agreement": _same(own, theirs),
         "identical": statistics.mean(a == b for a, b in zip(own, theirs, strict=True)),
         "common_prefix": _prefix(own, theirs),
@@ -85,12 +86,32 @@ def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round], exact:
         flops=counts["flops"] / tokens,
         bytes=counts["bytes"] / tokens,
         flops_ratio=counts["flops"] / whole["flops"],
+        token_flops_ratio=_token_flops(counts, whole, tokens),
         bytes_ratio=counts["bytes"] / whole["bytes"],
         draft_flops=counts["draft_flops"] / tokens,
         confidence_flops=counts["confidence_flops"] / tokens,
         confidence_seconds=() if arm == REFERENCE else tuple(_confidence_seconds(turn) for turn in run),
         shares={} if arm == REFERENCE else _shares(run),
     )
+
+
+def _token_seconds(run: Sequence[Turn], full: Sequence[Turn]) -> Spread | None:
+    """Seconds per token behind the first tokens, over the full model's in the same round."""
+    pairs = [(_per_later_token(a), _per_later_token(b)) for a, b in zip(run, full, strict=True)]
+    found = [a / b for a, b in pairs if a is not None and b]
+    return Spread.of(found) if len(found) == len(pairs) else None
+
+
+def _per_later_token(turn: Turn) -> float | None:
+    later = sum(len(row) - 1 for row in turn.tokens)
+    return (turn.seconds - sum(turn.first)) / later if turn.first and later else None
+
+
+def _token_flops(counts: Mapping[str, int], whole: Mapping[str, int], tokens: int) -> float | None:
+    """FLOPs without encoder and prompt over the full model's; all arms generate as many tokens."""
+    if "prompt_flops" not in counts or "prompt_flops" not in whole or tokens == whole["prompt_tokens"]:
+        return None
+    return (counts["flops"] - counts["prompt_flops"]) / (whole["flops"] - whole["prompt_flops"])
 
 
 def _same(own: Texts, theirs: Texts) -> float:

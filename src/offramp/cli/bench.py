@@ -145,7 +145,7 @@ def _report(result: Bench, out: Path | None, json: Path | None) -> None:
 
 
 def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> None:
-    from offramp.bench_results import sizes_table
+    from offramp.bench_tables import sizes_table
     from offramp.report.plots import save_bench
 
     if str(json) != "-":

@@ -127,6 +127,7 @@ class Batch:
         self.prefill = not self.model.is_encoder_decoder or self.prompt > 1
         self.way.begin([state], self.rows, prompt=self.prefill)
         if not self.prefill:
+            self.ledger.costs.prompt_flops = self.ledger.costs.flops  # the encoder's
             return self._with_tests()
         read = self._unread()
         if self.plan.policy.prompt_layer is not None:
@@ -336,6 +337,8 @@ class Batch:
         costs = self.ledger.costs
         costs.tokens += len(rows)
         costs.exit_layers += sum(layers[row] for row in rows)
+        if self.prefill:
+            costs.prompt_flops, costs.prompt_tokens = costs.flops, len(rows)
         spent, self.billed = costs.flops - self.billed, costs.flops
         every = len(rows) == len(tokens)
         tokens = tokens if every else [t if row in counted else self.sampler.pad for row, t in enumerate(tokens)]

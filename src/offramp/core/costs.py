@@ -45,6 +45,9 @@ class Costs:
             a batch made rows wait or deferred positions were caught up with.
         draft_flops: "FLOPs" as counted by the source document: d²·V per test, or d²·k on a pruned vocabulary, whose
             first (full) projection it leaves out; no blocks, no fill. Only for comparing tables with it.
+        prompt_flops: Of all, FLOPs of the encoder and of the prompt's own pass, with the token read off it.
+        prompt_tokens: Of all, tokens read off the prompt's own pass, one per row; encoder-decoders with a single start
+            token have none.
         seconds: Wall-clock time of the whole generation.
         engine: What generated, "torch" or "native"; FLOPs and bytes are those of the model whatever it is.
     """
@@ -55,6 +58,8 @@ class Costs:
     exit_layers: int = 0
     executed_layers: int = 0
     draft_flops: int = 0
+    prompt_flops: int = 0
+    prompt_tokens: int = 0
     seconds: float = 0.0
     engine: str = "torch"
 
@@ -67,6 +72,11 @@ class Costs:
     def bytes(self) -> int:
         """Bytes read by all parts."""
         return sum(part.bytes for part in self.parts.values())
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs per generated token, without encoder and prompt, drafts that were discarded included; 0 of none."""
+        return (self.flops - self.prompt_flops) / max(self.tokens - self.prompt_tokens, 1)
 
     @property
     def mean_exit_layer(self) -> float:
@@ -86,6 +96,9 @@ class Costs:
             "mean_exit_layer": self.mean_exit_layer,
             "executed_layers": self.executed_layers,
             "draft_flops": self.draft_flops,
+            "prompt_flops": self.prompt_flops,
+            "prompt_tokens": self.prompt_tokens,
+            "flops_per_token": self.flops_per_token,
             "parts": parts,
             "per_token": {
                 **{key: value / tokens for key, value in total.items()},

@@ -74,6 +74,13 @@ def _short_prompt(stop: int) -> dict[str, ExitPolicy]:
     return {f"prompt to {stop}": ExitPolicy(threshold=None, prompt_layer=stop)}
 
 
+def unexited(arms: Mapping[str, ExitPolicy | None], policy: ExitPolicy | None) -> str:
+    """Which of the arms has the policy's shortened prompt and nothing else; empty where there is none, or no need."""
+    stop = None if policy is None else policy.prompt_layer
+    same = ExitPolicy(threshold=None, prompt_layer=stop)
+    return "" if stop is None else next((name for name, other in arms.items() if other == same), "")
+
+
 def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int, ...] | None:
     """Layers of the static exits that a sweep is measured against: all that can match one of its policies.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.bounded import read_object
 from offramp.core.plan import resolve
 from offramp.digests import sealed, unsealed
-from offramp.evaluation.arms import FULL, baselines
+from offramp.evaluation.arms import FULL, baselines, unexited
 from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, PassageArm
 from offramp.evaluation.processes import locked_by_first, shared, state_of
@@ -168,6 +168,7 @@ def _evaluate(
             summarise(
                 records[arm], records[FULL], policy=None if policy is None else policy.to_dict(),
                 num_layers=lm.num_layers, bootstrap=bootstrap, references=references,
+                same_prompt=records.get(unexited(policies, policy)),
             )
             for arm, policy in policies.items()
         ]  # fmt: skip

@@ -18,8 +18,14 @@ from offramp.tables import markdown
 
 RESULTS, TABLE = "results.json", "table.md"
 SCHEMA = "offramp/evaluate/1"
-COSTS = ("flops_ratio", "seconds_ratio")
+COSTS = ("flops_ratio", "flops_per_token_ratio", "seconds_ratio")
 """Costs that Pareto fronts are drawn over."""
+COLUMNS = {
+    "flops_ratio": "FLOPs", "flops_per_token_ratio": "FLOPs/token",
+    "own_flops_per_token_ratio": "FLOPs/token, own prompt", "bytes_ratio": "bytes", "seconds_ratio": "seconds",
+    "seconds_per_token_ratio": "seconds/token", "own_seconds_per_token_ratio": "seconds/token, own prompt",
+}  # fmt: skip
+"""Columns of the table of costs, by the ratio of `ArmSummary`; those of the own prompt only where one is shortened."""
 
 
 @dataclass(frozen=True)
@@ -157,22 +163,19 @@ class Evaluation:
     def cost_table(self) -> tuple[list[str], list[list[str]]]:
         """What each arm costs: the head, and a row per arm."""
         front = set(self.front())
-        head = [
-            "cost (× full model)", "exit layer", "FLOPs", "FLOPs/token", "bytes", "seconds", "seconds/token", "front"
-        ]  # fmt: skip
+        shown = {name: column for name, column in COLUMNS.items() if not name.startswith("own") or self._has(name)}
+        head = ["cost (× full model)", "exit layer", *shown.values(), "front"]
         rows = [
             [
-                arm.name, f"{arm.exit_layer.value:.1f}", *(
-                    _ratio(interval)
-                    for interval in (
-                        arm.flops_ratio, arm.flops_per_token_ratio, arm.bytes_ratio, arm.seconds_ratio,
-                        arm.seconds_per_token_ratio,
-                    )
-                ), "*" if arm.name in front else "",
+                arm.name, f"{arm.exit_layer.value:.1f}", *(_ratio(getattr(arm, name)) for name in shown),
+                "*" if arm.name in front else "",
             ]
             for arm in self.arms
         ]  # fmt: skip
         return head, rows
+
+    def _has(self, cost: str) -> bool:
+        return any(getattr(arm, cost) is not None for arm in self.arms)
 
     def findings(self) -> list[Finding]:
         """What is to be said of each policy (`offramp.evaluation.verdict`)."""
@@ -187,12 +190,14 @@ class Evaluation:
         percent = f"{self.conditions.get('level', 0.95):.0%}"
         scale = "" if self.metric == PERPLEXITY else "; scores in points of 100"
         apart = any(arm.seconds_ratio is None for arm in self.arms)
+        own = "; own prompt: over the same shortened prompt without any exits instead"
+        own = own if self._has("own_flops_per_token_ratio") else ""
         dash = "; –: arms that did not take turns with the full model, whose seconds do not compare" if apart else ""
         return (
             f"In brackets {percent} intervals, over groups of examples{scale}; × full model: over the same weights run "
             "at full depth, without any exit; /token: per generated token, without encoder and prompt, so that neither "
-            f"the prompt's length nor the answer's counts{dash}; * on the Pareto front of {self.metric} over FLOPs, by "
-            "the estimates"
+            f"the prompt's length nor the answer's counts{own}{dash}; * on the Pareto front of {self.metric} over "
+            "FLOPs, by the estimates"
         )
 
     def verdict(self) -> list[str]:

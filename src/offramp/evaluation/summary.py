@@ -50,6 +50,10 @@ class ArmSummary:
             left out of both, over the full model's: what exits do, however long prompts and answers are. None: one of
             the two generated no such token, or it was not recorded apart.
         seconds_per_token_ratio: The same of seconds, over the examples that `seconds_ratio` is of. None: as for both.
+        own_flops_per_token_ratio: FLOPs per generated token over those of the same prompt without any exits: of
+            policies whose prompts stop early, where an arm that has nothing else was run (see
+            `offramp.evaluation.arms.baselines`); None of others.
+        own_seconds_per_token_ratio: The same of seconds, where the two took turns.
     """
 
     name: str
@@ -71,6 +75,8 @@ class ArmSummary:
     outside: float | None = None
     flops_per_token_ratio: Interval | None = None
     seconds_per_token_ratio: Interval | None = None
+    own_flops_per_token_ratio: Interval | None = None
+    own_seconds_per_token_ratio: Interval | None = None
 
     @property
     def is_static(self) -> bool:
@@ -106,6 +112,7 @@ def summarise(
     num_layers: int,
     bootstrap: Bootstrap,
     references: Sequence[Sequence[str]] | None = None,
+    same_prompt: Sequence[Record] | None = None,
 ) -> ArmSummary:
     """Add up one arm.
 
@@ -116,6 +123,7 @@ def summarise(
         num_layers: L.
         bootstrap: Made for the groups of these examples.
         references: Of the examples, for corpus scores of the metrics that have one; None: none.
+        same_prompt: Of an arm with the same shortened prompt and no exits, likewise; None: there is none.
 
     Returns:
         The summary.
@@ -153,6 +161,7 @@ def summarise(
         outside=sum(r.sums["outside"] for r in records) / sum(tokens) if "outside" in records[0].sums else None,
         flops_per_token_ratio=_per_token(records, full, bootstrap, _decoding),
         seconds_per_token_ratio=_seconds_per_token(records, full, bootstrap),
+        **_own(records, same_prompt, bootstrap),
     )
 
 
@@ -187,6 +196,17 @@ def _per_token(
         return np.divide(above, below, out=np.ones_like(above), where=below != 0)
 
     return bootstrap.estimate(columns, ratio)
+
+
+def _own(
+    records: Sequence[Record], same_prompt: Sequence[Record] | None, bootstrap: Bootstrap
+) -> dict[str, Interval | None]:  # fmt: skip
+    if same_prompt is None:
+        return {}
+    return {
+        "own_flops_per_token_ratio": _per_token(records, same_prompt, bootstrap, _decoding),
+        "own_seconds_per_token_ratio": _seconds_per_token(records, same_prompt, bootstrap),
+    }
 
 
 def _turns(records: Sequence[Record], full: Sequence[Record]) -> list[bool] | None:

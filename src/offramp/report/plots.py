@@ -207,19 +207,20 @@ def bench_figure(bench: Bench) -> Any:
 
 COST_LABELS = {
     "flops_ratio": "FLOPs (full model = 1), all parts counted",
+    "flops_per_token_ratio": "FLOPs per generated token (full model = 1)",
     "seconds_ratio": "seconds (full model = 1), of arms that took turns",
 }
 """Panels, by the ratio of `ArmSummary` along x."""
 
 
 def pareto_figure(evaluation: Evaluation) -> Any:
-    """Quality over FLOPs and, where arms took turns, over seconds: policies, static exits and the full model."""
+    """Quality over FLOPs, all and per token, and over seconds where arms took turns: policies and their baselines."""
     good, metric = evaluation.recommended(), evaluation.metric
     count = sum(not arm.is_static for arm in evaluation.arms)
     title = f"{len(good)} of {count} policies are shown to be near the full model for less" if count else "Static exits"
     conditions = evaluation.conditions
-    figure = headed(f"{title}: {metric} over compute\n", 11, 5.4)
     known = {cost: label for cost, label in COST_LABELS.items() if evaluation.front(cost)}
+    figure = headed(f"{title}: {metric} over compute\n", max(11, 4.8 * len(known)), 5.4)
     left, *others = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
     for axes, (cost, label) in zip((left, *others), known.items(), strict=True):
         _pareto(axes, evaluation, cost)
