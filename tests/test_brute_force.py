@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 
-from offramp import Contrast, ExitPolicy, LanguageModel
+from offramp import Contrast, ExitPolicy, Exits, LanguageModel
 from tiny import DECODER_ONLY, KINDS, VOCABULARY, greedy, inputs_for, tiny
 
 NEW = 10
@@ -168,9 +168,9 @@ def next_size(policy, layer, first, layers, size, last):
     """How many tokens are scored at `layer`, after a test of confidence `last` on `size` kept tokens."""
     floor = policy.vocabulary_floor or max(2, math.ceil(VOCABULARY / 128))
     given = policy.vocabulary_size
-    if policy.vocabulary == "fixed":
+    if policy.vocabulary.endswith("fixed"):
         return size
-    if policy.vocabulary == "adaptive":
+    if policy.vocabulary.endswith("adaptive"):
         return min(size, max(floor, math.ceil(size * (1 - policy.vocabulary_shrink * min(max(last, 0), 1)))))
     if given is None:
         return decayed(policy, layer, layers)
@@ -178,27 +178,32 @@ def next_size(policy, layer, first, layers, size, last):
 
 
 class Pruned:
-    """Which tokens of one row are scored: all at its first test, then the best of them, and the protected ones."""
+    """Which tokens of one row are scored: all (or the frequent ones) at its first test, then the best of them.
 
-    def __init__(self, policy, exits, layers, eos):
-        self.policy, self.exits, self.layers, self.eos = policy, exits, layers, eos
+    The protected ones among them always are.
+    """
+
+    def __init__(self, policy, exits, layers, eos, frequent=None):
+        self.policy, self.exits, self.layers = policy, exits, layers
+        self.whole = [v for v in range(VOCABULARY) if frequent is None or v in frequent]
+        self.eos = [v for v in eos if v in self.whole]
         self.ranked = None
         self.sizes = []
 
     @property
     def mask(self):
         kept = torch.zeros(VOCABULARY, dtype=torch.bool)
-        kept[list(range(VOCABULARY)) if self.ranked is None else [*self.ranked, *self.eos]] = True
+        kept[self.whole if self.ranked is None else [*self.ranked, *self.eos]] = True
         return kept
 
     def tested(self, z, layer, last):
         """Order what is kept by the logits z [L, V] of this layer and cut it for the next test."""
         later = [e for e in self.exits if e > layer]
-        if self.policy.vocabulary is None or self.policy.confidence == "state" or not later:
+        if self.policy.vocabulary in (None, "frequent") or self.policy.confidence == "state" or not later:
             return  # the cosine of states reads no logits, so there is nothing to rank
         first = self.exits[0]
         if self.ranked is None:
-            self.ranked = [v for v in range(VOCABULARY) if v not in self.eos]  # protected ids are never ranked
+            self.ranked = [v for v in self.whole if v not in self.eos]  # protected ids are never ranked
             self.sizes.append(self.policy.vocabulary_size or decayed(self.policy, first, self.layers))
         self.sizes.append(next_size(self.policy, later[0], first, self.layers, self.sizes[-1], last))
         self.ranked = sorted(self.ranked, key=lambda v: -float(z[layer - 1, v]))[: self.sizes[-1]]
@@ -207,7 +212,7 @@ class Pruned:
 # ---------------------------------------------------------------- generation
 
 
-def reference(model, inputs, policy, new=NEW, eos=None):  # noqa: C901 - the whole rule in one place
+def reference(model, inputs, policy, new=NEW, eos=None, frequent=None):  # noqa: C901 - the whole rule in one place
     """Rows as a policy generates them, by brute force."""
     batch = len(next(iter(inputs.values())))
     rows = [Row(model, inputs, index, policy.prompt_layer or math.inf) for index in range(batch)]
@@ -226,7 +231,7 @@ def reference(model, inputs, policy, new=NEW, eos=None):  # noqa: C901 - the who
         readouts = {row: row.readouts() for row in live}
         left = {}  # row: (layer, confidence, scores)
         tests = not (position == 0 and rows[0].memory is None)
-        kept = {row: Pruned(policy, exits, layers, eos) for row in live}
+        kept = {row: Pruned(policy, exits, layers, eos, frequent) for row in live}
         last = dict.fromkeys(live, math.nan)
         for index, layer in enumerate(exits if tests else []):
             tau = taus[index]
@@ -268,10 +273,13 @@ def reference(model, inputs, policy, new=NEW, eos=None):  # noqa: C901 - the who
     return rows, sizes
 
 
-def compare(model, inputs, policy, new=NEW, **options):
+def compare(model, inputs, policy, new=NEW, *, frequent=None, engine="auto", **options):
     """Generate and compare; the reference's rows and sizes."""
-    rows, sizes = reference(model, inputs, policy, new, options.get("eos_token_id"))
-    result = LanguageModel(model).generate(inputs, policy=policy, max_new_tokens=new, **options)
+    rows, sizes = reference(model, inputs, policy, new, options.get("eos_token_id"), frequent)
+    lm = LanguageModel(model, engine=engine)
+    if frequent is not None:
+        lm.attach_exits(Exits.fresh(lm.split, rank=0).with_frequent(frequent))  # no lenses: readouts stay as they are
+    result = lm.generate(inputs, policy=policy, max_new_tokens=new, **options)
     assert result.tokens == [row.tokens for row in rows]
     if policy.batch == "all" and policy.skipped == "verify":
         return rows, sizes  # rows that draft stand at different positions, so "all" are others than in the reference
@@ -423,6 +431,15 @@ def test_contrast(measure, options):
             rows, _ = compare(deep(), batch_of("llama", 2), policy, new=6)
             layers |= layers_of(rows)
     assert len(layers) >= 3
+
+
+@pytest.mark.parametrize("kind", ["fixed", "decaying", "adaptive"])
+def test_a_contrasted_last_layer_behind_pruned_tests_scores_all_tokens(kind):
+    policy = ExitPolicy(
+        "jsd", 0.9, min_layer=4, vocabulary=kind, decode_from="contrastive", contrast=Contrast(full=True)
+    )  # fmt: skip
+    rows, _ = compare(deep(), batch_of("llama", 2), policy, new=6)
+    assert 7 in layers_of(rows)
 
 
 @pytest.mark.parametrize("skipped", ["propagate", "defer", "verify"])

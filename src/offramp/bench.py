@@ -29,7 +29,7 @@ from offramp.bench_summary import summary
 from offramp.core.language_model import LanguageModel
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import KINDS
+from offramp.core.vocabulary import FREQUENT, KINDS
 from offramp.files import locked
 from offramp.peers import Peer, PeerError
 
@@ -60,12 +60,13 @@ def default_arms(
     softmax = ExitPolicy(threshold=threshold, min_layer=min_layer)
     fixed = replace(softmax, vocabulary="fixed")
     jsd = replace(softmax, confidence="jsd")
+    kinds = (*KINDS, FREQUENT) if lm.exits is not None and lm.exits.frequent is not None else KINDS
     return {
         REFERENCE: None,
         FULL: None,
         **{f"static {layer}": ExitPolicy("static", min_layer=layer) for layer in statics},
         "softmax": softmax,
-        **{f"softmax + {kind}": replace(softmax, vocabulary=kind) for kind in KINDS},
+        **{f"softmax + {kind}": replace(softmax, vocabulary=kind) for kind in kinds},
         "contrastive": replace(softmax, confidence="contrastive"),
         "jsd": jsd,
         "jsd + adaptive": replace(jsd, vocabulary="adaptive"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp import artefact
-from offramp.core.exits import Exits, fingerprint
+from offramp.core.exits import Exits, fingerprint, listed_once
 from offramp.exit_posterior import Posterior
 from offramp.families import SplitModel
 from offramp.packaged import ModelError, first_line
@@ -35,7 +35,7 @@ def save_exits(
     model: str | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Write exits, and their posterior if there is one: the folder appears complete, or stays what it was.
+    """Write exits, posterior and frequent tokens, if there are any: the folder appears complete, or stays what it was.
 
     Args:
         exits: The exits.
@@ -53,6 +53,7 @@ def save_exits(
         "fingerprint": exits.fingerprint if fingerprint is None else fingerprint,
         "settings": exits.settings if settings is None else dict(settings),
         **({} if exits.posterior is None else {"posterior": exits.posterior.settings}),
+        **({} if exits.frequent is None else {"frequent": len(exits.frequent)}),
     }  # fmt: skip
     tensors = {
         name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
@@ -71,13 +72,14 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
         ModelError: There are none, or a file is missing or damaged.
     """
     values, tensors = _read(folder)
-    file, posterior = Path(folder) / WEIGHTS, values.pop("posterior")
+    file, posterior, count = Path(folder) / WEIGHTS, values.pop("posterior"), values.pop("frequent")
     try:
         with torch.device("meta"):
             exits = Exits(**values)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the latter from impossible sizes
         raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
     fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
+    frequent = tensors.pop("frequent", None)
     expected = {name: t.shape for name, t in exits.state_dict().items()}
     if {name: t.shape for name, t in tensors.items()} != expected:
         raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
@@ -86,6 +88,8 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
     exits.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, assign=True)
     if posterior is not None or fitted:
         exits.posterior = _posterior(exits, folder, posterior, fitted)
+    if frequent is not None or count is not None:
+        exits.frequent = _frequent(folder, count, frequent)
     return exits
 
 
@@ -93,7 +97,7 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Ten
     """What was saved: the description as the arguments of `Exits`, of the right types, and the weights.
 
     Returns:
-        The arguments and "posterior", and tensors, by name.
+        The arguments, "posterior" and "frequent", and tensors, by name.
 
     Raises:
         ModelError: There are no exits, or they are damaged.
@@ -115,7 +119,20 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Ten
         raise ModelError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type; {AGAIN}")
     if len(values["layers"]) > MOST_LAYERS:
         raise ModelError(f"{file} is damaged: it speaks of {len(values['layers']):,} exits; {AGAIN}")
-    return {**{name: values[name] for name in (*types, "rank")}, "posterior": values.get("posterior")}, tensors
+    arguments = {name: values[name] for name in (*types, "rank")}
+    return {**arguments, **{name: values.get(name) for name in ("posterior", "frequent")}}, tensors
+
+
+def _frequent(folder: str | os.PathLike[str], count: Any, tokens: Tensor | None) -> Tensor:
+    """The list of frequent tokens of what was read, of which the description says how many there are."""
+    try:
+        if tokens is None or type(count) is not int or not torch.equal(found := listed_once(tokens), tokens):
+            raise ValueError("tokens and their number do not belong together")
+        if len(found) != count:
+            raise ValueError(f"{len(found)} tokens, not {count}")
+    except ValueError as error:
+        raise ModelError(f"the frequent tokens in {folder} are damaged ({first_line(error)}); {AGAIN}") from error
+    return found.clone()
 
 
 def _posterior(exits: Exits, folder: str | os.PathLike[str], values: Any, tensors: dict[str, Tensor]) -> Posterior:

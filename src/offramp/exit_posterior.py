@@ -203,6 +203,11 @@ class Posterior(nn.Module):
                 f"confidence {method!r} was fitted for tokens chosen at its first exit, after layer {self.layers[0]}, "
                 f"but the first test is after layer {first}; test there, or fit again"
             )
+        if plan.frequent:
+            raise ValueError(
+                f"confidence {method!r} is fitted for readouts whose first test scores all tokens, but vocabulary is "
+                f"{plan.policy.vocabulary!r}; use vocabulary=None, or another confidence"
+            )
         adaptive = plan.pruning is not None and plan.pruning.kind == "adaptive"
         sizes = dict.fromkeys(plan.thresholds) if plan.pruning is None else plan.pruning.sizes(list(plan.thresholds))
         if adaptive or any(self.settings["sizes"][str(layer)] != size for layer, size in sizes.items()):

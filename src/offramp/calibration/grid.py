@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
+from offramp.core.vocabulary import rule_of
 from offramp.evaluation.arms import tested_from
 
 if TYPE_CHECKING:
@@ -155,9 +156,10 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
             "an adaptive threshold moves with the traffic, so its losses are not independent and nothing can be "
             "certified; freeze it first: replace(policy, threshold=…, adaptive=False)"
         )
-    if grid.vocabulary_sizes and base.vocabulary is None:
+    if grid.vocabulary_sizes and rule_of(base.vocabulary) is None:
         raise ValueError(
-            "vocabulary sizes are given, but the policy does not prune; choose fixed, decaying or adaptive"
+            "vocabulary sizes are given, but the policy does not prune after its first test (vocabulary "
+            f"{base.vocabulary!r}); choose fixed, decaying or adaptive"
         )
     if base.confidence == "static" and (grid.thresholds or grid.per_layer or grid.vocabulary_sizes):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")

@@ -76,7 +76,10 @@ def evaluate(
         typer.Option(help="First layer tested (of the trained exits, if there are any); several with commas."),
     ] = None,
     vocabulary: Annotated[
-        str | None, typer.Option(help="none, fixed, decaying or adaptive; several with commas.")
+        str | None,
+        typer.Option(
+            help="none, fixed, decaying, adaptive, frequent, frequent-fixed, …; several with commas (see generate)."
+        ),
     ] = None,
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
@@ -212,6 +215,7 @@ def _arms(
 ) -> dict[str, ExitPolicy]:  # fmt: skip
     """The policies asked for, by name."""
     from offramp.core.policy import ExitPolicy
+    from offramp.core.vocabulary import rule_of
     from offramp.evaluation import document_arms, grid, sweep_layers
 
     if arms not in (None, "default"):
@@ -227,7 +231,7 @@ def _arms(
         layers = ",".join(map(str, sweep_layers(lm)))
         given = {name: value or {**SWEEP, "min_layer": layers}[name] for name, value in given.items()}
     kinds = [None if kind == "none" else kind for kind in (given["vocabulary"] or "none").split(",")]
-    if vocabulary_size is not None and not any(kinds):
+    if vocabulary_size is not None and not any(map(rule_of, kinds)):
         raise typer.BadParameter(
             f"--vocabulary-size {vocabulary_size}: no readout is pruned; add --vocabulary fixed, decaying or adaptive"
         )

@@ -112,12 +112,15 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     if not plan.thresholds:
         return
     shape, head = lm.split.shape, ratios(lm.split.shape)[0]
-    kept = None if plan.pruning is None else plan.pruning.first_size()
+    listed = None if lm.exits is None else lm.exits.frequent
+    frequent = len(listed) if plan.frequent and listed is not None else None
+    kept = frequent if plan.pruning is None else min(plan.pruning.first_size(), frequent or lm.vocabulary)
     kept = 0 if policy.confidence in HEADLESS else kept
-    pays = break_even(shape, plan.min_layer, kept, len(plan.thresholds))
+    pays = break_even(shape, plan.min_layer, kept, len(plan.thresholds), frequent)
     every = len(plan.thresholds) == plan.num_layers - plan.min_layer
     where = f"from layer {plan.min_layer}" if every else f"after layers {', '.join(map(str, plan.thresholds))}"
     tests = "on all tokens" if kept is None else f"on {kept} kept tokens" if kept else "without the head"
+    tests = tests.replace("kept", "frequent") if kept == frequent else tests
     o.note(
         f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} {tests}, "
         f"a token saves FLOPs by leaving before layer {pays:.1f}"

@@ -82,7 +82,11 @@ MinLayer = Annotated[
     int | None, typer.Option(help="First layer after which a token may leave; default: half the depth.")
 ]
 Vocabulary = Annotated[
-    str | None, typer.Option(help="Prune the readout: fixed, decaying or adaptive; default: all tokens.")
+    str | None,
+    typer.Option(
+        help="Prune the readout: fixed, decaying or adaptive, after the first test; frequent: the exits' frequent "
+        "tokens from the first one on; frequent-fixed, …: both. Default: all tokens."
+    ),
 ]
 VocabularySize = Annotated[int | None, typer.Option(help="Tokens kept after the first test.")]
 Skipped = Annotated[

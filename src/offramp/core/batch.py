@@ -16,6 +16,7 @@ from offramp.core.plan import Plan
 from offramp.core.readout import Exit, Reader, measure_of
 from offramp.core.sampling import Sampler
 from offramp.core.skipped_kv import Defer, Propagate, freeze_prompt
+from offramp.core.vocabulary import Frequent
 from offramp.families import SplitModel
 from offramp.families.best import Best
 from offramp.families.cache import as_rows
@@ -112,11 +113,22 @@ class Batch:
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # the same
         self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger)
         self.protected = torch.tensor(sorted(set(sampler.eos)), dtype=torch.long, device=ids.device)
+        self.frequent = self._frequent()
         self.shallow: dict[int, list[tuple[float, int]]] = {
             row: [] for row in self.rows
         }  # not yet compared: (c, token)
         self.prefill = False
         self.billed = 0
+
+    def _frequent(self) -> Frequent | None:
+        """The tokens that tests score where the policy says so, their rows gathered once for all steps."""
+        if not self.plan.frequent or not self.plan.thresholds:
+            return None
+        with self.ledger.time("select"):
+            found = Frequent.of(self.model, self.protected, str(self.plan.policy.vocabulary))
+        if not self.model.fused:
+            self.ledger.gather(1, len(found.tokens))
+        return found
 
     # ------------------------------------------------------------ reading one position
 
@@ -176,6 +188,7 @@ class Batch:
             way.rows,
             self._position(way.rows),
             scores=not self.best_only,
+            frequent=self.frequent,
         )
         exits = tuple(plan.thresholds)
         for layer in plan.stops:
@@ -243,7 +256,7 @@ class Batch:
         way, plan = self.way, self.plan
         if reader is not None and plan.policy.decode_from == "contrastive" and plan.policy.contrast.full:
             way.advance(plan.last)
-            reader.kept = None
+            reader.whole()
             exit = reader.at(plan.last, way.hidden)
             self._take(read, way.rows, plan.last, exit, list(range(len(way.rows))))
         else:

@@ -211,9 +211,9 @@ class Ledger:
         """A readout of `states` states on the full vocabulary, in one product."""
         self._add("readout", states * self.shape.readout_flops(), self.shape.readout_weights())
 
-    def pruned_readout(self, states: int, kept: int) -> None:
-        """A readout of each of `states` states on `kept` rows gathered for it."""
-        shape, rows = self.shape, states * self.shape.row_weights(kept)
+    def pruned_readout(self, states: int, kept: int, *, shared: bool = False) -> None:
+        """A readout of each of `states` states on `kept` rows gathered for it, or for all of them together."""
+        shape, rows = self.shape, (1 if shared else states) * self.shape.row_weights(kept)
         self._add("pruned_readout", states * shape.readout_flops(kept), shape.squeeze_weights + rows)
 
     def gather(self, states: int, kept: int) -> None:
@@ -264,7 +264,9 @@ def ratios(shape: ModelShape) -> tuple[float, float]:
     return shape.readout_flops() / block, sum(shape.fill_flops(index) for index in range(depth)) / depth / block
 
 
-def break_even(shape: ModelShape, first: int, kept: int | None = None, tests: int | None = None) -> float:
+def break_even(
+    shape: ModelShape, first: int, kept: int | None = None, tests: int | None = None, frequent: int | None = None
+) -> float:
     """The exit layer l* at which a token costs as much as in the full model; leaving before it saves FLOPs.
 
     With H = readout / block, φ = fill / block and every layer from m on tested, a token that leaves after l costs
@@ -280,11 +282,14 @@ def break_even(shape: ModelShape, first: int, kept: int | None = None, tests: in
     never leaves then pays one more full readout than the straight line through the exits says (H - H_K), so means have
     to be compared by `exit_flops`; without pruning the line holds at L as well, and the mean exit layer decides.
 
+    Where the first test scores F frequent tokens instead of V, the token saves H - H_F there, and L(1 - φ) grows by it.
+
     Args:
         shape: The model, its blocks alike.
         first: m, the first tested layer, 1..L-1.
         kept: K; None: V.
         tests: n; None: every layer from m on.
+        frequent: F; None: V.
 
     Returns:
         l*, between m and L where there are no lenses; not a whole number in general.
@@ -295,4 +300,5 @@ def break_even(shape: ModelShape, first: int, kept: int | None = None, tests: in
     lens = sum(shape.lens_weights(layer) for layer in range(first, depth)) / tests
     lens /= sum(block.weights for block in shape.blocks) / depth
     tested = (head * (1 if kept is None else kept / shape.vocabulary) + lens) * tests / (depth - first)
-    return (depth * (1 - fill) + tested * first - lens) / (1 + tested - fill)
+    saved = 0.0 if frequent is None else head * (1 - frequent / shape.vocabulary)
+    return (depth * (1 - fill) + saved + tested * first - lens) / (1 + tested - fill)

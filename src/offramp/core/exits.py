@@ -3,8 +3,9 @@
 A lens is affine, h + W h + b on the residual state [..., D] (Belrose et al. 2023, arXiv 2303.08112), and begins as
 nothing: W = 0 and b = 0. The model itself is untouched, so its full output stays what it is, bit for bit. Beside the
 lens there may be a consistency classifier, which says from the readout input alone whether to leave there, and for all
-exits a posterior that was fitted on text (`offramp.exit_posterior`). All are kept and saved in float32, with the name
-and the fingerprint of the weights they were made for.
+exits a posterior that was fitted on text (`offramp.exit_posterior`) and a list of frequent tokens, the only ones that
+`ExitPolicy(vocabulary="frequent")` scores. Weights are kept and saved in float32, with the name and the fingerprint of
+the weights they were made for.
 """
 
 from __future__ import annotations
@@ -68,6 +69,24 @@ def fingerprint(model: nn.Module) -> str:
             rounded = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
             digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def listed_once(tokens: Sequence[int] | Tensor) -> Tensor:
+    """Token ids as a list, int64 [K], ascending and each of them once.
+
+    Returns:
+        The list.
+
+    Raises:
+        ValueError: They are no token ids, or fewer than two.
+    """
+    ids = torch.as_tensor(tokens)
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"frequent tokens are {ids.dtype} of shape {list(ids.shape)}; give a list of token ids")
+    ids = torch.tensor(sorted(set(ids.tolist())), dtype=torch.long)
+    if len(ids) < 2 or int(ids[0]) < 0:
+        raise ValueError(f"frequent tokens are {ids[:4].tolist()}; give at least two token ids, from 0 on")
+    return ids
 
 
 # ---------------------------------------------------------------- lenses
@@ -160,6 +179,8 @@ class Exits(nn.Module):
         self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in lensed})
         self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
         self.posterior: Any = None  # an `offramp.exit_posterior.Posterior`, if one was fitted
+        self.frequent: Tensor | None
+        self.register_buffer("frequent", None)  # so that it moves with them and their fingerprint covers it
 
     def _untrained(self, device: torch.device | None) -> nn.ModuleDict:
         """A classifier per exit whose logit is 0 for every state."""
@@ -216,6 +237,25 @@ class Exits(nn.Module):
         """A copy with a posterior that was fitted for these exits, or with none."""
         made = copy.deepcopy(self)
         made.posterior = posterior
+        return made
+
+    def with_frequent(self, tokens: Sequence[int] | Tensor | None) -> Exits:
+        """A copy with a list of frequent tokens, see `offramp.training.frequent.frequent_tokens`, or with none.
+
+        Args:
+            tokens: Token ids, in any order, such as the ends of a sequence among them: one that is not listed can only
+                be chosen by the last layer. None: no list.
+
+        Returns:
+            The copy, the list ascending.
+
+        Raises:
+            ValueError: They are no token ids, or fewer than two.
+        """
+        made = copy.deepcopy(self)
+        made.frequent = (
+            None if tokens is None else listed_once(tokens).to(next(self.parameters(), torch.empty(0)).device)
+        )
         return made
 
     def classify(self, layer: int, x: Tensor) -> Tensor:

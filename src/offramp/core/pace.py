@@ -44,16 +44,25 @@ class Pace:
     cost: float = 8.0
 
     @classmethod
-    def of(cls, plan: Plan, shape: ModelShape) -> Pace | None:
-        """One that has seen nothing yet; None for drafts of a fixed length."""
+    def of(cls, plan: Plan, shape: ModelShape, frequent: int | None = None) -> Pace | None:
+        """One that has seen nothing yet; None for drafts of a fixed length.
+
+        Args:
+            plan: When tokens leave.
+            shape: The model.
+            frequent: How many tokens the first test scores; None: all V.
+
+        Returns:
+            The pace.
+        """
         if plan.policy.draft != "adaptive":
             return None
         blocks = [block.weights for block in shape.blocks]
         full, spent, read = sum(blocks) + shape.readout_weights(), {}, 0
-        kept = None if plan.pruning is None else plan.pruning.first_size()
+        kept = frequent if plan.pruning is None else min(plan.pruning.first_size(), frequent or shape.vocabulary)
         for index, layer in enumerate(plan.thresholds):
-            read += shape.readout_weights(kept if index else None) if plan.policy.confidence != "static" else 0
-            last = shape.readout_weights() if plan.policy.confidence == "static" else 0
+            read += shape.readout_weights(kept if index else frequent) if plan.policy.confidence != "static" else 0
+            last = shape.readout_weights(frequent) if plan.policy.confidence == "static" else 0
             spent[layer] = (sum(blocks[:layer]) + read + last) / full
         return cls(dict(plan.thresholds), spent)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from offramp.core.confidence import LEARNED, MEASURES, Confidence, Contrastive, certain
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import Pruning
+from offramp.core.vocabulary import Pruning, rule_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Plan:
         pruning: Sizes of the pruned vocabulary; None without pruning.
         candidates: Earlier layers a contrastive measure may look at, whatever the exit.
         min_layer: The first exit.
+        frequent: Whether tests score the exits' frequent tokens only; later ones may prune further.
     """
 
     policy: ExitPolicy
@@ -36,6 +37,7 @@ class Plan:
     pruning: Pruning | None
     candidates: tuple[int, ...]
     min_layer: int
+    frequent: bool = False
 
     def with_candidates(self) -> Plan:
         """This plan with the layers its measure looks back at."""
@@ -88,17 +90,19 @@ def resolve(policy: ExitPolicy, num_layers: int, vocabulary: int, exits: tuple[i
     if policy.confidence == "static" and policy.skipped != "verify":
         return Plan(policy, num_layers, vocabulary, first, {}, None, None, (), first)
     if policy.confidence == "static":
-        return Plan(policy, num_layers, vocabulary, num_layers, {first: -math.inf}, certain, None, (), first)
+        tests = {first: -math.inf}
+        return Plan(policy, num_layers, vocabulary, num_layers, tests, certain, None, (), first, policy.frequent)
     tested = _exits(policy, first, num_layers)
     pruning = None
-    if policy.vocabulary is not None:
+    if (rule := rule_of(policy.vocabulary)) is not None:
         pruning = Pruning(
-            policy.vocabulary, vocabulary, num_layers, tested[0], policy.vocabulary_size, policy.vocabulary_floor,
+            rule, vocabulary, num_layers, tested[0], policy.vocabulary_size, policy.vocabulary_floor,
             policy.vocabulary_start, policy.vocabulary_shrink, policy.vocabulary_recursive,
         )  # fmt: skip
     thresholds = _thresholds(policy, tested)
     measure = _measure(policy)
-    plan = Plan(policy, num_layers, vocabulary, num_layers, thresholds, measure, pruning, (), tested[0])
+    first = tested[0]
+    plan = Plan(policy, num_layers, vocabulary, num_layers, thresholds, measure, pruning, (), first, policy.frequent)
     return plan.with_candidates()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.confidence import NAMES, RANGES, Confidence, Contrast
-from offramp.core.vocabulary import KINDS
+from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.values import choice, flag, nearest, number, plain, whole
 
 if TYPE_CHECKING:
@@ -50,8 +50,11 @@ class ExitPolicy:
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
             (see there for models with trained exits).
-        vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive". Without effect for
-            "state" and "classifier", whose tests score no tokens.
+        vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive" (all at the first
+            test of a token, then fewer; no effect for "state" and "classifier", whose tests score none). "frequent": the
+            exits' frequent tokens at every test, and where a token leaves, so that others are chosen by the last layer
+            only (unless logits processors leave none of the frequent ones); "frequent-fixed", "frequent-decaying",
+            "frequent-adaptive": at the first test, then fewer of them.
         vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
         skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
             "defer": the state waits and goes through the deep layers with the next token that goes deep (exact cache).
@@ -118,14 +121,11 @@ class ExitPolicy:
             raise ValueError(f"draft='adaptive' needs skipped='verify', not {self.skipped!r}: else nothing is drafted")
         if self.draft == "adaptive" and self.batch == "all":
             raise ValueError("draft='adaptive' decides for each row of a batch alone; leave batch='all' out")
-        choice("vocabulary", self.vocabulary, (None, *KINDS))
+        choice("vocabulary", self.vocabulary, (None, *VOCABULARIES))
         self._take_numbers()
         self._check_layers()
         self._check_thresholds()
-        if self.vocabulary_size is not None and self.vocabulary is None:
-            raise ValueError(
-                f"vocabulary_size is {self.vocabulary_size} but vocabulary is None; choose one of {', '.join(KINDS)}"
-            )
+        self._check_vocabulary()
         self._check_adaptive()
         if self.decode_from == "contrastive" and self.confidence not in ("contrastive", "jsd"):
             raise ValueError(
@@ -180,6 +180,23 @@ class ExitPolicy:
                 f"prompt_layer is {self.prompt_layer}; a static policy leaves after min_layer, {self.min_layer}, and "
                 "its prompt goes no deeper: give a prompt_layer up to there, or none"
             )
+
+    def _check_vocabulary(self) -> None:
+        if self.vocabulary_size is not None and rule_of(self.vocabulary) is None:
+            raise ValueError(
+                f"vocabulary_size is {self.vocabulary_size} but vocabulary is {self.vocabulary!r}; choose one of "
+                f"{', '.join(name for name in VOCABULARIES if rule_of(name))}"
+            )
+        if self.frequent and self.confidence == "static" and self.skipped != "verify":
+            raise ValueError(
+                f"a static policy emits every token at its exit, but vocabulary={self.vocabulary!r} leaves others than "
+                "frequent tokens to the last layer; add skipped='verify', or leave vocabulary away"
+            )
+
+    @property
+    def frequent(self) -> bool:
+        """Whether tests score the exits' frequent tokens only."""
+        return self.vocabulary is not None and self.vocabulary.startswith(FREQUENT)
 
     def _check_thresholds(self) -> None:
         if self.threshold is None or self.confidence == "static":

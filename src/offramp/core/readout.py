@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.core.confidence import Confidence, TokenConfidence, begun, require_learned
 from offramp.core.costs import Ledger
 from offramp.core.plan import Plan
-from offramp.core.vocabulary import Kept
+from offramp.core.vocabulary import Frequent, Kept
 from offramp.families import SplitModel
 from offramp.families.best import Best, best_of
 
@@ -25,7 +25,7 @@ def measure_of(model: SplitModel, plan: Plan) -> Confidence | None:
     Raises:
         ValueError: Single rows of the head are wanted but cannot be had, or classifiers or a posterior that it has not.
     """
-    if plan.pruning is not None and not model.head_is_plain:
+    if (plan.pruning is not None or plan.frequent) and not model.head_is_plain:
         kind = type(model.head).__name__
         raise ValueError(
             f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
@@ -48,6 +48,7 @@ class Reader:
         rows: Which of the batch are read, A of them.
         position: Of the tokens, counted from the first generated one: one for all rows, or [A].
         scores: Whether those of all tokens are wanted where a row leaves; False: only the best.
+        frequent: The tokens that are scored; None: all V, until some are kept.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Reader:
         position: int | Tensor = 0,
         *,
         scores: bool = True,
+        frequent: Frequent | None = None,
     ) -> None:
         self.model, self.plan, self.ledger, self.protected, self.position = model, plan, ledger, protected, position
         self.rows, self.scores = rows, scores
         self.measure: TokenConfidence | None = None if measure is None else begun(measure)
-        self.kept: Kept | None = None
+        self.kept: Kept | Frequent | None = None if frequent is None else frequent.over(len(rows))
         self.previous: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}  # readout inputs of candidate layers, [A, D] each
         self.earlier: dict[int, Tensor] = {}  # logits of candidate layers on the current columns, [A, K or V] each
@@ -88,13 +90,13 @@ class Reader:
         """The best tokens at an exit, for all of its rows or some, with the logits if a later test needs them."""
         hidden, ledger, kept = exit.hidden if index is None else exit.hidden[index], self.ledger, self.kept
         if not self.model.fused:
-            return best_of(self.project(exit.input if index is None else exit.input[index]), exit.ids)
+            return best_of(self.project(exit.input if index is None else exit.input[index]), exit.names)
         ledger.lens(exit.layer, len(hidden))
         if kept is None:
             ledger.readout(len(hidden))
             with ledger.time("readout"):
                 return self.model.best(hidden, exit.layer, logits=self._keeps(exit.layer))
-        ledger.pruned_readout(*kept.ids.shape)
+        ledger.pruned_readout(len(hidden), kept.ids.shape[1], shared=kept.shared)
         with ledger.time("pruned_readout"):
             rows: Any = kept.gather(self.model)
             rows = rows.only(kept.scored) if kept.ragged else rows
@@ -110,16 +112,22 @@ class Reader:
         pruning = self.plan.pruning
         if pruning is None or next_layer is None or not exit.judged:
             return
-        have = self.kept.sizes if self.kept is not None else [pruning.first_size()] * len(confidences)
+        kept = self.kept
+        have = kept.sizes if isinstance(kept, Kept) else [pruning.first_size()] * len(confidences)
         sizes = [pruning.next_size(next_layer, size, c) for size, c in zip(have, confidences, strict=True)]
-        if self.kept is not None and sizes == have:
+        if isinstance(kept, Kept) and sizes == have:
             return
         with self.ledger.time("select"):
-            if self.kept is None:
+            if kept is None:
                 self.kept = Kept.best(exit.logits, sizes, self.protected, self.model.rank)
             else:
-                self.kept = self.kept.shrunk(exit.logits, sizes)
+                self.kept = kept.shrunk(exit.logits, sizes)
                 self._bill_copy(self.kept)
+        self.earlier.clear()
+
+    def whole(self) -> None:
+        """Score all tokens from now on."""
+        self.kept = None
         self.earlier.clear()
 
     def select(self, index: list[int]) -> None:
@@ -146,7 +154,7 @@ class Reader:
                 self.kept.gather(self.model)
                 self._bill_copy(self.kept)
         with ledger.time("pruned_readout"):
-            ledger.pruned_readout(*self.kept.ids.shape)
+            ledger.pruned_readout(len(x), self.kept.ids.shape[1], shared=self.kept.shared)
             return self.kept.mask(self.model.project(x, self.kept.rows))
 
     def _bill_copy(self, kept: Kept) -> None:
@@ -186,7 +194,7 @@ class Exit:
     def top(self) -> Best:
         """The two best tokens and the normaliser, [A, 2] and [A]; with no logits moved where the engine can do so."""
         if self._top is None:
-            self._top = self.reader.top(self) if self._logits is None else best_of(self._logits, self.ids)
+            self._top = self.reader.top(self) if self._logits is None else best_of(self._logits, self.names)
             self._logits = self._top.logits
         return self._top
 
@@ -212,6 +220,16 @@ class Exit:
         """Token ids of the columns, [A, K]; None: all V, in order."""
         return None if self.columns is None else self.columns.ids
 
+    @property
+    def names(self) -> Tensor | None:
+        """The same as `best_of` takes them: once where they are the same for all rows, [K]."""
+        return self.columns.tokens if isinstance(self.columns, Frequent) else self.ids
+
+    @property
+    def unread(self) -> bool:
+        """Whether the measure needed no logits, and those who leave can be read alone."""
+        return self._logits is None and self._top is None and (self.columns is None or self.columns.shared)
+
     def of(self, ids: Tensor) -> Tensor:
         """Logits of tokens [A, k]; -inf for those that were not scored."""
         columns, vocabulary = self.columns, self.reader.plan.vocabulary
@@ -229,10 +247,10 @@ class Exit:
     def plausible(self) -> Tensor | None:
         """Which columns survive pruning, bool [A, K or V]; None without pruning."""
         pruning = self.reader.plan.pruning
-        if pruning is None:
-            return None
         if self.columns is not None:
             return self.columns.scored
+        if pruning is None:
+            return None
         kept = Kept.best(self.logits, [pruning.first_size()] * len(self.logits), self.reader.protected)
         return torch.zeros_like(self.logits, dtype=torch.bool).scatter(1, kept.ids, value=True)
 
@@ -265,8 +283,8 @@ class Exit:
 
     def best(self, index: list[int]) -> Best:
         """The best tokens of the rows that leave here."""
-        if not self.judged and self._logits is None and self._top is None and self.columns is None:
-            return self.reader.top(self, index)  # the measure needed none: read the leaving rows only
+        if self.unread:
+            return self.reader.top(self, index)
         top = self.top
         return (
             top if len(index) == len(top.tokens) else Best(top.values[index], top.tokens[index], top.normaliser[index])
@@ -276,11 +294,10 @@ class Exit:
         """Scores over all V tokens, float32, of the rows that leave here, [len(index), V]."""
         plan = self.reader.plan
         plain = plan.policy.decode_from == "logits"
-        if (
-            plain and self._logits is None and self.columns is None
-        ):  # the measure needed none: read the leaving rows only
-            return self.reader.project(self.input if len(index) == len(self.hidden) else self.input[index])
-        scores = self.logits
+        if plain and self.unread:
+            scores = self.reader.project(self.input if len(index) == len(self.hidden) else self.input[index])
+        else:
+            scores = self.logits
         if plan.policy.decode_from == "contrastive":
             with self.reader.ledger.time("confidence"):
                 scores = plan.measure.scores(self).log()  # type: ignore[union-attr]

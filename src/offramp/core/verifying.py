@@ -52,7 +52,8 @@ class VerifyingBatch(Batch):
         every = range(len(self.buffer))
         self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
         self.certain: dict[int, deque[Draft]] = {row: deque() for row in every}
-        self.pace = Pace.of(self.plan, self.model.shape)
+        frequent = None if self.frequent is None else len(self.frequent.tokens)
+        self.pace = Pace.of(self.plan, self.model.shape, frequent)
         self.tests: dict[int, list[tuple[int, float, int]]] = {row: [] for row in every}
 
     def verified(self, read: Read) -> Iterator[Step]:

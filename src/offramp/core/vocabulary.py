@@ -1,15 +1,19 @@
-"""Pruned readouts: after the first test of a token, only K kept tokens are scored.
+"""Pruned readouts: after the first test of a token, only K kept tokens are scored; or from the first one on.
 
 The rule of "Early Exit LLMs" and of "Dynamic Vocabulary Pruning" (arXiv 2410.18952), with two corrections: kept ids
 stay in rank order (the reference code slices an id-sorted set, which drops the best token), and the adaptive size
 shrinks from the current size (theirs, relative to V, never binds).
+
+A first test of all tokens may cost what several blocks do. Where the tokens that the answers of a domain consist of are
+known, these will do: `Frequent` is their list, which belongs to the model's exits, the same for all tokens and rows
+(the idea of the draft head of FR-Spec, arXiv 2502.14856). A token outside of it is chosen by the last layer only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +26,16 @@ if TYPE_CHECKING:
     from offramp.families.state import HeadRows
 
 KINDS = ("fixed", "decaying", "adaptive")
+"""Rules by which tests after the first one prune."""
+FREQUENT = "frequent"
+"""The first test scores the exits' frequent tokens, and so do later ones, unless one of `KINDS` stands behind it."""
+VOCABULARIES = (*KINDS, FREQUENT, *(f"{FREQUENT}-{kind}" for kind in KINDS))
+"""What `ExitPolicy.vocabulary` may be, besides None."""
+
+
+def rule_of(vocabulary: str | None) -> str | None:
+    """By which of `KINDS` tests after the first one prune; None: they score what the first one does."""
+    return None if vocabulary is None else vocabulary.removeprefix(FREQUENT).removeprefix("-") or None
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,8 @@ class Kept:
         rows: The head's rows of all K + P ids, if already gathered.
     """
 
+    shared = False
+
     def __init__(self, ids: Tensor, sizes: list[int], protected: Tensor, rows: HeadRows | None = None) -> None:
         self.ranked, self.sizes, self.protected, self.rows = ids, sizes, protected, rows
         self.ids = torch.cat([ids, protected.expand(len(ids), -1)], dim=1)  # [A, K + P]
@@ -159,3 +175,91 @@ class Kept:
     def scatter(self, logits: Tensor, vocabulary: int) -> Tensor:
         """Logits [A, K + P] at their places among all V tokens, -inf elsewhere, [A, V]."""
         return logits.new_full((len(logits), vocabulary), -torch.inf).scatter(1, self.ids, logits)
+
+
+@dataclass(frozen=True)
+class Frequent:
+    """The exits' frequent tokens, which are scored for all A rows alike: nothing of it is made anew for a token.
+
+    To a test it is what `Kept` is.
+
+    Attributes:
+        tokens: Their ids, ascending, [K].
+        rows: The head's rows for them, [K, D].
+        places: Of the protected ones among them, [P].
+        count: A.
+    """
+
+    tokens: Tensor
+    rows: HeadRows
+    places: Tensor
+    count: int = 1
+
+    shared = True
+    ragged = False
+
+    @classmethod
+    def of(cls, model: SplitModel, protected: Tensor, vocabulary: str) -> Frequent:
+        """Those of a model's exits, their rows of the head gathered.
+
+        Args:
+            model: The model.
+            protected: Ids that pruning never drops, [P].
+            vocabulary: What the policy says, for the error.
+
+        Returns:
+            For one row.
+
+        Raises:
+            ValueError: It has none, or they are for another vocabulary.
+        """
+        tokens = None if model.exits is None else model.exits.frequent
+        if tokens is None:
+            have = "the model has no trained exits" if model.exits is None else "the model's exits have no such list"
+            raise ValueError(
+                f"vocabulary is {vocabulary!r}, but {have}; train exits with offramp train, which counts the frequent "
+                "tokens, or attach lm.exits.with_frequent(frequent_tokens(documents))"
+            )
+        if int(tokens[-1]) >= model.shape.vocabulary:
+            raise ValueError(
+                f"the exits' frequent tokens go up to {int(tokens[-1])}, but the model's are "
+                f"0..{model.shape.vocabulary - 1}; give others with with_frequent"
+            )
+        return cls(tokens, model.gather(tokens), torch.isin(tokens, protected).nonzero()[:, 0])
+
+    def over(self, count: int) -> Frequent:
+        """The same for so many rows."""
+        return replace(self, count=count)
+
+    @property
+    def ids(self) -> Tensor:
+        """The tokens by row, [A, K]; they are not copied."""
+        return self.tokens.expand(self.count, -1)
+
+    @property
+    def scored(self) -> Tensor:
+        """That all of them are, bool [A, K]."""
+        return self.tokens.new_ones((), dtype=torch.bool).expand(self.count, len(self.tokens))
+
+    def gather(self, _: SplitModel) -> HeadRows:
+        """The head's rows, which are there."""
+        return self.rows
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [A, K] in float32."""
+        return logits.float()
+
+    def shrunk(self, logits: Tensor, sizes: list[int]) -> Kept:
+        """The `sizes[a]` best unprotected ids of each row in the order of logits [A, K]; copies their head rows."""
+        sizes = [min(size, len(self.tokens) - len(self.places)) for size in sizes]
+        order = ranked(logits, max(sizes), self.places)  # [A, K']
+        columns = torch.cat([order, self.places.expand(len(order), -1)], dim=1)
+        return Kept(self.tokens[order], sizes, self.tokens[self.places], self.rows.columns(columns))
+
+    def select(self, index: list[int]) -> Frequent:
+        """Some of the batch rows."""
+        return self.over(len(index))
+
+    def scatter(self, logits: Tensor, vocabulary: int) -> Tensor:
+        """Logits [A, K] at their places among all V tokens, -inf elsewhere, [A, V]."""
+        return logits.new_full((len(logits), vocabulary), -torch.inf).index_copy(1, self.tokens, logits)

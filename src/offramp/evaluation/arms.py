@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import KINDS
+from offramp.core.vocabulary import FREQUENT, KINDS, rule_of
 from offramp.exit_posterior import SETS
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def document_arms(
         "jsd + adaptive": replace(jsd, vocabulary="adaptive"),
         "FREE": replace(softmax, min_layer=None, exit_layers=(plan.min_layer,), skipped="defer", adaptive=True),
     }
+    if lm.exits is not None and lm.exits.frequent is not None:
+        arms["softmax + frequent"] = replace(softmax, vocabulary=FREQUENT)
     if lm.exits is not None and lm.exits.classifiers is not None:
         arms["classifier"] = replace(softmax, confidence="classifier")
     arms |= _posterior_arms(lm, softmax, min_layer)
@@ -169,7 +171,7 @@ def grid(
         thresholds: For each of them.
         min_layers: First layer tested; if the model has trained exits, only they are tested from there on. None: half
             the depth, or at the model's trained exits.
-        vocabularies: Kinds of pruning; None: all tokens are scored.
+        vocabularies: Of `offramp.core.vocabulary.VOCABULARIES`; None: all tokens are scored.
         vocabulary_size: Tokens kept by those that prune, of which there must be one.
         skipped: Keys and values of skipped layers.
         prompt_layer: Of all of them.
@@ -180,7 +182,7 @@ def grid(
     Raises:
         ValueError: A value that `ExitPolicy` or the model does not allow.
     """
-    if vocabulary_size is not None and not any(vocabularies):
+    if vocabulary_size is not None and not any(map(rule_of, vocabularies)):
         raise ValueError(f"vocabulary_size is {vocabulary_size}, but nothing is pruned; name one of {', '.join(KINDS)}")
     arms = {}
     for confidence, threshold, layer, kind in itertools.product(confidences, thresholds, min_layers, vocabularies):
@@ -190,8 +192,9 @@ def grid(
         ]  # fmt: skip
         name = ", ".join(str(part) for part in parts if part)
         arms[name] = ExitPolicy(
-            confidence, threshold=threshold, vocabulary=kind, vocabulary_size=vocabulary_size if kind else None,
-            skipped=skipped, prompt_layer=prompt_layer, **tested_from(lm, layer),
+            confidence, threshold=threshold, vocabulary=kind,
+            vocabulary_size=vocabulary_size if rule_of(kind) else None, skipped=skipped, prompt_layer=prompt_layer,
+            **tested_from(lm, layer),
         )  # fmt: skip
         resolve(arms[name], lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     return arms

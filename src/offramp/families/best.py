@@ -47,15 +47,15 @@ def best_of(logits: Tensor, ids: Tensor | None = None) -> Best:
 
     Args:
         logits: Of all tokens, [A, V], or of some, [A, K], float32; -inf where masked.
-        ids: Token ids of the columns, [A, K]; None: their numbers.
+        ids: Token ids of the columns, [A, K], or ascending ones for all states, [K]; None: their numbers.
 
     Returns:
         With these logits.
     """
     values, columns = logits.topk(min(2, logits.shape[1]), dim=-1)
-    if ids is None:  # `topk` does not say which of equal ones comes first
+    if ids is None or ids.ndim == 1:  # `topk` does not say which of equal ones comes first
         columns = torch.cat([logits.argmax(-1, keepdim=True), columns[:, 1:]], dim=1)
-    tokens = columns if ids is None else ids.gather(1, columns)
+    tokens = columns if ids is None else ids[columns] if ids.ndim == 1 else ids.gather(1, columns)
     return Best(values, tokens, logits.logsumexp(-1), logits)
 
 

@@ -343,8 +343,8 @@ class SplitModel:
             logits: Tensor = self.head(x)
             if (bias := self._logits_bias) is not None:
                 logits = logits + bias
-        elif len(x) == 1:
-            logits = F.linear(x, rows.weight[0])
+        elif len(x) == 1 or rows.weight.ndim == 2:
+            logits = F.linear(x, rows.weight if rows.weight.ndim == 2 else rows.weight[0])
         else:
             logits = torch.bmm(rows.weight, x[:, :, None])[:, :, 0]
         if rows is not None and rows.bias is not None:
@@ -357,7 +357,7 @@ class SplitModel:
         return getattr(self.model, self.family.logits_bias)[0] if self.family.logits_bias else None
 
     def gather(self, ids: Tensor) -> HeadRows:
-        """Copy the head's rows of token ids [A, K]."""
+        """Copy the head's rows of token ids [A, K], or [K] for all states alike."""
         biases = [bias[ids] for bias in (self.head.bias, self._logits_bias) if bias is not None]
         return HeadRows(self.head.weight[ids], sum(biases[1:], biases[0]) if biases else None)
 

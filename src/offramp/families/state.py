@@ -15,7 +15,10 @@ _AHEAD = 64  # slots whose positions are worked out in advance: one token at a t
 
 
 class HeadRows(NamedTuple):
-    """Rows of the head gathered for some tokens: `weight` [A, K, D] and, if the head has one, `bias` [A, K]."""
+    """Rows of the head gathered for some tokens: `weight` [A, K, D] and, if the head has one, `bias` [A, K].
+
+    Those of tokens that are the same for all states have no A.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -26,6 +29,8 @@ class HeadRows(NamedTuple):
 
     def columns(self, index: Tensor) -> HeadRows:
         """Some of each batch row's tokens, `index` [A, K'] into its K."""
+        if self.weight.ndim == 2:
+            return HeadRows(self.weight[index], None if self.bias is None else self.bias[index])
         weight = self.weight[0][index] if len(index) == 1 else self.weight.take_along_dim(index[:, :, None], 1)
         return HeadRows(weight, None if self.bias is None else self.bias.gather(1, index))
 

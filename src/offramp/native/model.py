@@ -37,7 +37,7 @@ from offramp.native.weights import Part, Weights
 
 
 class HeadIds(NamedTuple):
-    """Tokens [A, K] whose rows of the head are read where they lie, without a copy."""
+    """Tokens [A, K], or [K] for all states alike, whose rows of the head are read where they lie, without a copy."""
 
     ids: Tensor
 
@@ -51,7 +51,7 @@ class HeadIds(NamedTuple):
 
     def columns(self, index: Tensor) -> HeadIds:
         """Some of each batch row's tokens, `index` [A, K'] into its K."""
-        return HeadIds(self.ids.gather(1, index))
+        return HeadIds(self.ids.gather(1, index) if self.ids.ndim == 2 else self.ids[index])
 
 
 class NativeModel(SplitModel):
@@ -327,7 +327,7 @@ class NativeModel(SplitModel):
         return tokens
 
     def gather(self, ids: Tensor) -> HeadIds:  # type: ignore[override]
-        """Which rows of the head to read for tokens [A, K]; nothing is copied."""
+        """Which rows of the head to read for tokens [A, K] or [K]; nothing is copied."""
         return HeadIds(ids.contiguous())
 
     def _readout(
