@@ -51,10 +51,10 @@ class ExitPolicy:
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
             (see there for models with trained exits).
         vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive" (all at the first
-            test of a token, then fewer; no effect for "state" and "classifier", whose tests score none). "frequent": the
-            exits' frequent tokens at every test, and where a token leaves, so that others are chosen by the last layer
-            only (unless logits processors leave none of the frequent ones); "frequent-fixed", "frequent-decaying",
-            "frequent-adaptive": at the first test, then fewer of them.
+            test of a token, then fewer; no effect for "state" and "classifier", whose tests score none). "frequent":
+            the exits' frequent tokens at every test, and where a token leaves, so that others are chosen by the last
+            layer only (unless logits processors leave none of the frequent ones); "frequent-fixed",
+            "frequent-decaying", "frequent-adaptive": at the first test, then fewer of them.
         vocabulary_size: Tokens kept after the first test, 2..V; None: the decay function's value at `min_layer`.
         skipped: Keys and values of skipped layers. "propagate": projected from the frozen state (approximate).
             "defer": the state waits and goes through the deep layers with the next token that goes deep (exact cache).
