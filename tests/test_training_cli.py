@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import offramp as package
@@ -48,6 +49,24 @@ def test_train_then_generate(folder, tmp_path):
     assert (out / "answers.jsonl").exists()
     run = offramp("generate", folder, "the sky", "--exits", out / "exits", "--threshold", 0.1, "--max-new-tokens", 3)
     assert run.exit_code == 0, run.output
+
+
+def test_the_number_format_is_chosen_once(folder, tmp_path, monkeypatch):
+    text, slow = tmp_path / "a.txt", torch.float32
+    text.write_text("the sky is blue . " * 20)
+    monkeypatch.setattr("offramp.training.precision.product_seconds", lambda dtype: 9.0 if dtype == slow else 1.0)
+    arguments = ["train", folder, "--text", text, "--window", 8, "--steps", 1, "--out", tmp_path / "run"]
+    run = offramp(*arguments)
+    assert "computing in bfloat16, weights as loaded: matrix products in bfloat16 take 0.11 of the time" in run.stderr
+    slow = torch.bfloat16
+    again = offramp(*arguments)
+    assert "computing in bfloat16, weights as loaded: as the run in this folder began" in again.stderr
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["config"]["precision"] == "bf16"
+    assert "0.11" in written["about"]["precision"]
+    other = offramp(*arguments[:-1], tmp_path / "other")
+    assert "computing in the loaded format: matrix products in bfloat16 take 9.00" in other.stderr
+    assert "config.precision was 'bf16' and is now None" in words(offramp(*arguments, "--precision", "float32"))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def named_device(device: str | int | torch.device | None = None) -> torch.device:
@@ -55,3 +57,11 @@ def process_device(device: str | None) -> tuple[Any, torch.device]:
     chosen = named_device(device)
     state = PartialState(cpu=chosen.type == "cpu")
     return state, state.device if state.num_processes > 1 else chosen
+
+
+def agreed(value: T) -> T:
+    """What the first of several processes found, for all of them; for one alone what it found."""
+    from accelerate.utils import broadcast_object_list
+
+    found: T = broadcast_object_list([value])[0]
+    return found

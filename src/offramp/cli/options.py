@@ -160,7 +160,7 @@ Warmup = Annotated[int, typer.Option(help="Steps over which the learning rate ri
 Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")]
 
 
-def _precision(name: str | None) -> str | None:
+def number_format(name: str | None) -> str | None:
     """The trainers' name of a number format, which is a --dtype's."""
     return {"bfloat16": "bf16", "float32": None}.get(name, name) if name is not None else None
 
@@ -168,7 +168,7 @@ def _precision(name: str | None) -> str | None:
 Precision = Annotated[
     str | None,
     typer.Option(
-        callback=_precision,
+        callback=number_format,
         help="bfloat16: compute in it, faster where the processor can, keep weights as loaded; default: as loaded.",
     ),
 ]

@@ -120,7 +120,14 @@ def train(
     warmup: o.Warmup = 10,
     schedule: o.Schedule = "cosine",
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient.")] = 1.0,
-    precision: o.Precision = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            callback=o.number_format,
+            help="auto: bfloat16 where its matrix products are faster, asked once of this device; bfloat16; float32: "
+            "as loaded. Weights stay as they are loaded.",
+        ),
+    ] = "auto",
     held_out: o.HeldOut = 0.1,
     validate_every: o.ValidateEvery = None,
     save_every: o.SaveEvery = 50,
@@ -147,8 +154,8 @@ def train(
     `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
     import offramp
-    from offramp.devices import process_device
-    from offramp.training import AnswerConfig, TrainConfig, prepare
+    from offramp.devices import agreed, process_device
+    from offramp.training import AnswerConfig, TrainConfig, fast_precision, prepare
     from offramp.training import train as run
     from offramp.training.data import steps_per_epoch
 
@@ -173,6 +180,12 @@ def train(
     o.note(f"{len(documents)} documents: {size}")
     if epochs is not None:
         steps = epochs * steps_per_epoch(parts.train, batch_size)
+    about = {"command": o.command_line()}
+    if precision == "auto":
+        found = agreed(fast_precision(lm.split.device, lm.model.dtype, folder))
+        precision = found.value
+        about["precision"] = f"{found.name}: {found.why}"
+        o.note(f"computing in {about['precision']}")
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, lora_rank=lora_rank,
         objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
@@ -183,7 +196,6 @@ def train(
     )  # fmt: skip
     with o.progress("training") as progress:
         bar = progress if state.is_main_process else None
-        about = {"command": o.command_line()}
         result = run(lm, parts, config, folder, progress=bar, report_to=report_to, about=about)
     if not state.is_main_process:
         return

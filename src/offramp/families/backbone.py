@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.families.sizes import LINEAR
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -92,6 +94,30 @@ class Backbone(nn.Module):
 def autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
     """Within, computing is done in bfloat16 for precision "bf16", as outside for None; weights stay as they are."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def rounded(module: nn.Module, precision: str | None) -> Iterator[None]:
+    """Frozen matrices of linear layers in bfloat16 inside the block, for precision "bf16"; the same ones afterwards.
+
+    Autocast rounds them to the same values, but keeps only those of weights that learn: a frozen head of 28 million
+    weights would be rounded anew for every few hundred positions that are read out. Use within `autocast` only.
+
+    Args:
+        module: The model.
+        precision: As for `autocast`.
+    """
+    frozen: list[tuple[Any, Any]] = [] if precision != "bf16" else [
+        (part, part.weight) for part in module.modules()
+        if isinstance(part, LINEAR) and part.weight.dtype == torch.float32 and not part.weight.requires_grad
+    ]  # fmt: skip
+    for part, weight in frozen:
+        part.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, weight in frozen:
+            part.weight = weight
 
 
 @contextmanager

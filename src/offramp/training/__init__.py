@@ -9,6 +9,7 @@ from offramp.training.data import prepare as prepare
 from offramp.training.data import read_texts as read_texts
 from offramp.training.data import text_documents as text_documents
 from offramp.training.objectives import OBJECTIVES as OBJECTIVES
+from offramp.training.precision import fast_precision as fast_precision
 from offramp.training.run_folder import TrainingError as TrainingError
 from offramp.training.trainer import TrainResult as TrainResult
 from offramp.training.trainer import train as train

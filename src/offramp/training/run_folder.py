@@ -97,6 +97,10 @@ class RunFolder:
             write_json(self.config, sealed({**record, "about": about, **({"changed": changed} if changed else {})}))
         return list(changed)
 
+    def begun(self) -> dict[str, Any] | None:
+        """What the run that was begun here was asked for; None: none was."""
+        return self._config() if self.config.exists() else None
+
     def _config(self) -> dict[str, Any]:
         return unsealed(read_object(self.config, ANEW), self.config, ANEW)
 

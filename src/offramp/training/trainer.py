@@ -22,7 +22,7 @@ from torch import Tensor
 
 from offramp.core.exits import Exits, fingerprint
 from offramp.families import SplitModel
-from offramp.families.backbone import autocast
+from offramp.families.backbone import autocast, rounded
 from offramp.families.finite import NotFiniteError, broken_at
 from offramp.machine import describe
 from offramp.training import consistency
@@ -134,7 +134,7 @@ def train(
 
     workers = Accelerator(cpu=lm.split.device.type == "cpu", log_with=report_to, project_dir=folder)
     with opened(folder, writes=workers.is_main_process) as run:
-        with trainable(lm, config) as learns:
+        with trainable(lm, config) as learns, rounded(lm.model, config.precision):
             record = _record(lm, learns.exits, data, config)
             loop = Loop(learns.parameters, config, run, workers, lm.split.device, columns=learns.exits.layers)
             work = _Exits(lm.split, learns, data, config, loop)
@@ -233,7 +233,8 @@ class _Exits:
         """What is wrong with the model itself, if it is that; an encoder-decoder is not gone through."""
         if self.split.is_encoder_decoder:
             return None
-        return broken_at(self.split, windows.ids[:_LOOKED_AT].to(self.split.device))
+        with autocast(self.split.device, self.config.precision):
+            return broken_at(self.split, windows.ids[:_LOOKED_AT].to(self.split.device))
 
     def _learn(self, windows: Windows, count: int) -> Tally:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""

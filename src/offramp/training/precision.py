@@ -1,0 +1,68 @@
+"""The number format that a training run computes in: what is fast on this device, and what the run began with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offramp.training.run_folder import RunFolder
+
+FASTER = 1.3
+"""How many times as fast matrix products in bfloat16 must be: autocast's conversions take some of what they save."""
+_SIZE, _REPEATS = 768, 5
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What to compute in, as `TrainConfig.precision` has it, and why, in words."""
+
+    value: str | None
+    why: str
+
+    @property
+    def name(self) -> str:
+        """For a line of output."""
+        return "the loaded format" if self.value is None else "bfloat16, weights as loaded"
+
+
+def fast_precision(device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> Precision:
+    """Choose between computing in bfloat16 under autocast and as the weights are.
+
+    A run that was begun goes on as it began. On a CPU products of both formats are timed, which takes some hundredths
+    of a second: processors without instructions for bfloat16 are slower in it.
+
+    Args:
+        device: Where the model is.
+        dtype: Of its weights.
+        folder: Of the run, which may have been begun.
+
+    Returns:
+        The choice.
+    """
+    begun = None if folder is None else RunFolder(folder).begun()
+    if begun is not None:
+        return Precision(begun["config"]["precision"], "as the run in this folder began")
+    if dtype != torch.float32:
+        return Precision(None, f"the weights are in {str(dtype).removeprefix('torch.')}")
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Precision("bf16" if able else None, f"this GPU has {'' if able else 'no '}bfloat16")
+    if device.type != "cpu":
+        return Precision(None, f"bfloat16 was not tried on {device.type}")
+    times = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
+    why = f"matrix products in bfloat16 take {1 / times:.2f} of the time of float32's here"
+    return Precision("bf16" if times >= FASTER else None, why)
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """Shortest time of a product of two matrices on this CPU, in seconds."""
+    one = torch.ones(_SIZE, _SIZE, dtype=dtype)
+    found = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        one @ one
+        found.append(time.perf_counter() - began)
+    return min(found)
