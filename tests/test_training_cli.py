@@ -34,7 +34,7 @@ def test_train_then_generate(folder, tmp_path):
     arguments = [
         "train", folder, "--text", text, "--text-column", "a", "--text-column", "b", "--prompts", prompts,
         "--max-new-tokens", 5, "--with-prompts", "--layers", "1,3", "--steps", 3, "--window", 16,
-        "--out", out, "--json", path,
+        "--out", out, "--json", path, "--coverage", 0.9,
     ]  # fmt: skip
     for _ in range(2):  # the second time there is nothing left to do
         run = offramp(*arguments)
@@ -47,8 +47,26 @@ def test_train_then_generate(folder, tmp_path):
     assert result["layers"] == [1, 3]
     assert len(result["agreement_after"]) == 2
     assert (out / "answers.jsonl").exists()
-    run = offramp("generate", folder, "the sky", "--exits", out / "exits", "--threshold", 0.1, "--max-new-tokens", 3)
+    listing = result["frequent"]
+    assert f"frequent vocabulary: {listing['tokens']} tokens cover {listing['train']:.1%} of the" in run.stdout
+    assert listing["coverage"] == 0.9
+    arguments = ["generate", folder, "the sky", "--exits", out / "exits", "--threshold", 0.1, "--max-new-tokens", 3]
+    for kind, tests in {
+        "none": "on all tokens", "frequent": f"on {listing['tokens']} frequent tokens",
+        "frequent-fixed": "on 2 kept tokens",
+    }.items():  # fmt: skip
+        more = [] if kind == "none" else ["--vocabulary", kind]
+        run = offramp(*arguments, *more, *(["--vocabulary-size", 2] if kind == "frequent-fixed" else []))
+        assert run.exit_code == 0, run.output
+        assert tests in " ".join(run.stderr.split())
+    evaluated = ["--confidence", "softmax", "--vocabulary", "none,frequent,frequent-fixed", "--vocabulary-size", 3]
+    (plain := tmp_path / "plain.txt").write_text("the sky is w21 w22 . " * 6)
+    run = offramp(
+        "evaluate", folder, "--task", "perplexity", "--data", plain, "--exits", out / "exits",
+        *evaluated, "--window", 16, "--out", tmp_path / "evaluated", "--json", tmp_path / "evaluated.json",
+    )  # fmt: skip
     assert run.exit_code == 0, run.output
+    assert "frequent-fixed" in run.stdout
 
 
 def test_the_number_format_is_chosen_once(folder, tmp_path, monkeypatch):

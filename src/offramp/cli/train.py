@@ -104,6 +104,13 @@ def train(
     prompt_layer: Annotated[
         int | None, typer.Option(help="Train for prompts that stop after this layer (generate --prompt-layer).")
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the tokens trained on that the exits' list of frequent tokens covers (generate --vocabulary "
+            "frequent); default: 0.995, or the list that --exits have."
+        ),
+    ] = None,
     steps: o.Steps = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data instead of --steps.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many positions instead of --steps.")] = None,
@@ -196,7 +203,7 @@ def train(
     )  # fmt: skip
     with o.progress("training") as progress:
         bar = progress if state.is_main_process else None
-        result = run(lm, parts, config, folder, progress=bar, report_to=report_to, about=about)
+        result = run(lm, parts, config, folder, progress=bar, report_to=report_to, about=about, coverage=coverage)
     if not state.is_main_process:
         return
     if str(json) != "-":

@@ -29,6 +29,7 @@ from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.data import Data, Windows, batch
+from offramp.training.frequent import Listing, checked, listed
 from offramp.training.layer_dropout import dropping
 from offramp.training.loop import Done, Loop
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
@@ -66,6 +67,7 @@ class TrainResult:
         exits: Folder of the trained exits.
         model: Folder of the trained model; None if it did not change.
         what: "agreement"; for classifiers "accuracy": there, the two shares say how often their verdict was right.
+        frequent: The exits' frequent tokens, in numbers.
     """
 
     layers: tuple[int, ...]
@@ -82,6 +84,7 @@ class TrainResult:
     exits: Path
     model: Path | None = None
     what: str = "agreement"
+    frequent: Listing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -99,6 +102,7 @@ class TrainResult:
         lines.append(
             f"{self.positions} held-out positions; {self.steps} steps on {self.tokens} positions, {rate:.0f} per second"
         )
+        lines += [] if self.frequent is None else [str(self.frequent)]
         return "\n".join(lines)
 
 
@@ -110,6 +114,7 @@ def train(
     progress: Callable[..., None] | None = None,
     report_to: Any = None,
     about: Mapping[str, Any] | None = None,
+    coverage: float | None = None,
 ) -> TrainResult:
     """Train exits, or the model with them, or go on where an earlier call in the same folder was interrupted.
 
@@ -122,6 +127,8 @@ def train(
         report_to: Trackers as `accelerate.Accelerator(log_with=...)` takes them: "tensorboard", "wandb", "all", a
             `GeneralTracker`, or a list; they get what metrics.jsonl gets.
         about: What else config.json should say, as JSON values, beside hardware and versions; nobody compares it.
+        coverage: Share of the predicted tokens that the exits' frequent tokens cover; None: 0.995, or exits that get
+            classifiers keep the list they have. It changes nothing about training, and nobody compares it.
 
     Returns:
         What was reached.
@@ -132,6 +139,7 @@ def train(
     """
     from accelerate import Accelerator
 
+    coverage = None if coverage is None else checked(coverage)
     workers = Accelerator(cpu=lm.split.device.type == "cpu", log_with=report_to, project_dir=folder)
     with opened(folder, writes=workers.is_main_process) as run:
         with trainable(lm, config) as learns, rounded(lm.model, config.precision):
@@ -144,9 +152,10 @@ def train(
             clock = loop.go(work, progress)
             for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
                 tracker.finish()
+        exits, listing = listed(lm, learns.exits, data, coverage)
         if workers.is_main_process:
-            record |= {"changed": changed} if changed else {}
-            save(lm, learns.exits, run.exits, record, model=run.model if config.backbone else None)
+            record |= {"frequent": asdict(listing), **({"changed": changed} if changed else {})}
+            save(lm, exits, run.exits, record, model=run.model if config.backbone else None)
         workers.wait_for_everyone()
         judged = [row for row in run.rows() if row["kind"] == "validation"]
     before, after = judged[0], judged[-1]
@@ -165,6 +174,7 @@ def train(
         exits=run.exits,
         model=run.model if config.backbone else None,
         what="accuracy" if config.classifiers else "agreement",
+        frequent=listing,
     )
 
 
