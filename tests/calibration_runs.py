@@ -18,7 +18,7 @@ JOBS = {
 def run(folder, **options):
     torch.set_num_threads(1)
     promise = Promise("f1", 0.3, 0.3, kind="textual")
-    options = {"max_new_tokens": 4, "resamples": 50, **options}
+    options = {"max_new_tokens": 4, "resamples": 50, "must_pay": False, **options}
     return calibrate(model(), TASK, examples(25), ExitPolicy(min_layer=1), promise, Path(folder), **options)
 
 

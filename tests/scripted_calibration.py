@@ -37,7 +37,7 @@ def ups_and_downs(rng, mean, count):
 
 
 class Script:
-    """Stands for `decode_records`; every setting's losses are drawn once per example.
+    """`together` stands for `decode_arms`; every setting's losses are drawn once per example.
 
     Args:
         truth: Of a policy, its mean loss.
@@ -59,6 +59,9 @@ class Script:
         flops = round(1000 * self.cost(policy))
         return [self._record(example, arm, losses[int(example.id[1:])], flops) for example in examples]
 
+    def together(self, lm, task, examples, arms, paths, *, full=None, **options):
+        return {arm: self(lm, task, examples, arm, policy, paths[arm], full=full) for arm, policy in arms.items()}
+
     def _record(self, example, arm, loss, flops):
         score = float((0.5 if self.draw is ups_and_downs else 1.0) - loss)
         return Record(
@@ -68,7 +71,7 @@ class Script:
 
 
 def cheaper_when_bold(policy):
-    return 0.3 + 0.5 * policy.threshold + 0.05 * (policy.min_layer or 0)
+    return 0.3 + 0.5 * (policy.threshold or 1) + 0.05 * (policy.min_layer or 0)
 
 
 def at_most(truth):

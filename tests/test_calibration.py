@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from offramp import ExitPolicy
-from offramp.calibration import Grid, Promise, calibrate, decoded, load, search, validate
+from offramp.calibration import Grid, Promise, Spent, calibrate, decoded, load, search, validate
 from offramp.calibration.splits import divide, sizes
 from offramp.evaluation.record_file import read_records
 from offramp.report import calibration_plots
@@ -29,7 +29,7 @@ def scripted(monkeypatch):
     lm = model()
 
     def run(script, folder, count=200, promise=PROMISE, base=BASE, grid=GRID, **options):
-        monkeypatch.setattr(decoded, "decode_records", script)
+        monkeypatch.setattr(decoded, "decode_arms", script.together)
         options = {"resamples": 20, **options}
         return calibrate(lm, TASK, examples(count), base, promise, folder, grid=grid, **options)
 
@@ -178,7 +178,7 @@ def test_too_few_examples_are_refused_with_the_number_that_is_needed(scripted, t
 
 
 def test_groups_count_once_if_they_are_what_is_independent(scripted, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoded, "decode_records", Script(lambda policy: 0.0))
+    monkeypatch.setattr(decoded, "decode_arms", Script(lambda policy: 0.0).together)
     promise, lm = Promise("f1", unit="group"), model()
     with pytest.raises(ValueError, match="58 groups are too few"):
         calibrate(lm, TASK, examples(290, per_group=5), BASE, promise, tmp_path, grid=GRID, test=0.0)
@@ -191,7 +191,7 @@ def test_the_mean_loss_of_groups_has_an_interval_of_groups(tmp_path, monkeypatch
     lm, promise = model(), Promise("f1", 0.4, 0.4, unit="group")
     made = [Example(f"q{i}", "s", ("blue",), f"g{i // 9}" if i < 450 else f"h{i}", "why") for i in range(500)]
     script = Script(lambda policy: 0.2, draw=lambda rng, mean, count: np.repeat([mean, 0.0], [450, 1550]))
-    monkeypatch.setattr(decoded, "decode_records", script)
+    monkeypatch.setattr(decoded, "decode_arms", script.together)
     result = calibrate(lm, TASK, made, BASE, promise, tmp_path, grid=Grid((0.5,)), test=0.0, resamples=500)
     loss = result.certificate.estimates["certification"]["loss"]
     assert loss["value"] == pytest.approx(0.1)
@@ -281,7 +281,7 @@ def test_repeated_calibrations_break_the_promise_as_often_as_counting_says(count
     # The pool loses a little more than the tolerance under one setting, which few ones among those drawn certify.
     made, losses, full = pool_of(count, ones)
     promise, n = Promise("f1", 0.1, 0.2, kind="tail", margin=0.0), round(count * share)
-    result = validate(
+    result = repeated(
         made, losses, [full * c for c in (0.9, 0.5, 0.2)], full, [[0, 1, 2]], promise, share=share, repeats=2000
     )
     most = max(k for k in range(n) if stats.binom.cdf(k, n, 0.1) <= 0.2)
@@ -302,13 +302,19 @@ def test_repeated_calibrations_break_the_promise_as_often_as_counting_says(count
     assert f"mean loss of the held-out part above 0.1: {result.exceeded_held_out} of 2000" in words
 
 
+def repeated(made, losses, flops, full, *given, **options):
+    """FLOPs of each setting and of the full model, per prompt."""
+    ones = np.ones(len(made))
+    return validate(made, losses, [Spent(some, ones) for some in flops], Spent(full, ones), *given, **options)
+
+
 def test_a_bound_that_halves_its_p_values_is_found(monkeypatch):
     made, losses, full = pool_of(200, 21)
     promise = Promise("f1", 0.1, 0.2, kind="tail", margin=0.0)
     honest = promise.bound_at(0.2)
     monkeypatch.setattr(Promise, "bound_at", lambda self, level: lambda *given: honest(*given) / 2)
     costs = [full * c for c in (0.9, 0.5, 0.2)]
-    result = validate(made, losses, costs, full, [[0, 1, 2]], promise, share=0.75, repeats=1000)
+    result = repeated(made, losses, costs, full, [[0, 1, 2]], promise, share=0.75, repeats=1000)
     assert result.to_dict()["exceeded_population_interval"][0] > 0.2
 
 
@@ -318,11 +324,11 @@ def test_groups_are_drawn_whole_and_count_once():
     losses, full = [np.array([1.0] * 36 + [0.0] * 36)], np.ones(72)
     options = {"share": 0.5, "repeats": 400}
     promise = Promise("f1", 0.09, 0.2, bound="wsr", unit="group")
-    result = validate(made, losses, [full / 2], full, [[0]], promise, **options)
+    result = repeated(made, losses, [full / 2], full, [[0]], promise, **options)
     assert result.drawn == 20
     assert result.loss_population == pytest.approx(0.1 * result.exceeded_population / 400)
     assert 0 < result.exceeded_population < 0.2 * 400
-    roomy = validate(made, losses, [full / 2], full, [[0]], replace(promise, tolerance=0.101), **options)
+    roomy = repeated(made, losses, [full / 2], full, [[0]], replace(promise, tolerance=0.101), **options)
     assert roomy.exceeded_population == 0
 
 
@@ -332,7 +338,7 @@ def test_conformal_risk_control_keeps_its_mean_over_draws_with_replacement():
     losses = [(rows < mean).astype(float) for mean in (0.02, 0.05, 0.08, 0.12, 0.3)]
     promise = Promise("f1", 0.1, bound="crc")
     costs = [full * c for c in (0.9, 0.8, 0.6, 0.4, 0.2)]
-    result = validate(made, losses, costs, full, [[0, 1, 2, 3, 4]], promise, share=0.5, repeats=1000)
+    result = repeated(made, losses, costs, full, [[0, 1, 2, 3, 4]], promise, share=0.5, repeats=1000)
     assert 0.05 < result.loss_population <= 0.1
     assert result.exceeded_population > 0  # single calibrations may exceed it
     assert f"on average {result.loss_population:.3g} (promised: at most 0.1)" in result.words()
@@ -341,11 +347,11 @@ def test_conformal_risk_control_keeps_its_mean_over_draws_with_replacement():
 def test_validation_finds_a_bound_that_lies_and_counts_what_certifies_nothing(monkeypatch):
     made, losses, full = pool_of(200, 0)
     options = {"share": 0.5, "repeats": 20}
-    honest = validate(made, losses, [full] * 3, full, [[2]], PROMISE, **options)
+    honest = repeated(made, losses, [full] * 3, full, [[2]], PROMISE, **options)
     assert (honest.uncertified, honest.uncertified_drawn, honest.exceeded_population) == (20, 20, 0)
     assert (honest.loss, honest.loss_population, honest.flops_ratio) == (0.0, 0.0, 1.0)
     monkeypatch.setattr(Promise, "bound_at", lambda self, level: lambda losses, tolerance: 0.0)
-    liar = validate(made, losses, [full, full, full / 2], full, [[0, 1, 2]], PROMISE, **options)
+    liar = repeated(made, losses, [full, full, full / 2], full, [[0, 1, 2]], PROMISE, **options)
     assert (liar.exceeded_population, liar.exceeded_held_out) == (20, 20)
     assert liar.to_dict()["exceeded_population_interval"][0] > 0.8
 
@@ -396,15 +402,16 @@ def test_an_interrupted_calibration_goes_on(tmp_path):
     before = read_records(half)[1]
     assert 0 < len(before) < 12
     again, whole = run(tmp_path / "a"), run(tmp_path / "b")
-    assert again.certificate == whole.certificate
+    assert again.certificate == whole.certificate  # in which there are no seconds
     assert read_records(half)[1][: len(before)] == before  # seconds included: not made again
     with pytest.raises(ValueError, match="made otherwise"):
         calibrate(lm, TASK, made, ExitPolicy(min_layer=2), REAL, tmp_path / "a", grid=grid, seed=1, **SHORT)
 
 
 def test_a_threshold_that_lets_nothing_leave_costs_more_than_the_full_model_and_says_so(tmp_path):
+    grid = Grid((1.0,))
     result = calibrate(
-        model(), TASK, questions(16), ExitPolicy(min_layer=2), REAL, tmp_path, grid=Grid((1.0,)), **SHORT
+        model(), TASK, questions(16), ExitPolicy(min_layer=2), REAL, tmp_path, grid=grid, must_pay=False, **SHORT
     )
     seen = result.certificate.estimates["test"]
     assert seen["loss"]["value"] == 0.0

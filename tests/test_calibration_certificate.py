@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
-from offramp.calibration.certificate import COSTS_MORE
+from offramp.calibration.statement import COSTS_MORE
 from offramp.core.exits import Exits
 from offramp.lines import write_lines
 from offramp.report import calibration_plots
@@ -21,7 +21,7 @@ from tiny import tiny, tokenizer
 
 def certified(monkeypatch, folder, promise=None, **options):
     monkeypatch.setattr(calibration_plots, "available", lambda: False)
-    monkeypatch.setattr(decoded, "decode_records", Script(at_most({0.9: 0.0, 0.5: 0.0, 0.1: 0.9})))
+    monkeypatch.setattr(decoded, "decode_arms", Script(at_most({0.9: 0.0, 0.5: 0.0, 0.1: 0.9})).together)
     promise = promise or Promise("f1", 0.1, 0.1)
     options = {"grid": GRID, "resamples": 20, "batch_size": 2, "max_new_tokens": 5, **options}
     return calibrate(model(), TASK, examples(200), BASE, promise, folder, **options).certificate
@@ -44,7 +44,7 @@ def test_a_certificate_of_another_version_is_refused(monkeypatch, tmp_path):
     certified(monkeypatch, tmp_path)
     path = tmp_path / "policy.json"
     values = json.loads(path.read_text())
-    for change in ({"schema": "offramp/certificate/3"}, {"extra": 1}):
+    for change in ({"schema": "offramp/certificate/9"}, {"extra": 1}):
         path.write_text(json.dumps(values | {"certificate": values["certificate"] | change}))
         with pytest.raises(ValueError, match="calibrate again"):
             load(path)
@@ -184,7 +184,7 @@ def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
     out, path = tmp_path / "run", tmp_path / "out.json"
     run = calibrated(
         folder, data, out, "--threshold", "0,1", "--min-layer", "3,2", "--order", "chains", "--validate", 20,
-        "--json", path,
+        "--json", path, "--even-if-it-does-not-pay",
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     result = json.loads(path.read_text())
@@ -205,7 +205,8 @@ def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
 
 def test_evaluate_warns_where_tokens_leave_elsewhere(folder, data, tmp_path):
     out = tmp_path / "run"
-    assert calibrated(folder, data, out, "--threshold", "1", "--test-share", 0.3).exit_code == 0
+    never = ("--threshold", "1", "--test-share", 0.3, "--even-if-it-does-not-pay")
+    assert calibrated(folder, data, out, *never).exit_code == 0
     use = (
         "evaluate", folder, "--task", "question-answering", "--data", data, "--max-new-tokens", 3, "--static", 3,
         "--policy", out / "policy.json", "--resamples", 10, "--out", tmp_path / "evaluate",
@@ -254,8 +255,11 @@ def test_wrong_use_is_refused_in_one_line(folder, data, tmp_path):
 @pytest.mark.parametrize(("cost", "more"), [(0.5, False), (1.2, True)])
 def test_costs_are_relative_to_the_full_model_and_more_is_said(monkeypatch, tmp_path, cost, more):
     monkeypatch.setattr(calibration_plots, "available", lambda: False)
-    monkeypatch.setattr(decoded, "decode_records", Script(lambda policy: 0.0, cost=lambda policy: cost))
-    result = calibrate(model(), TASK, examples(200), BASE, Promise("f1", 0.1, 0.1), tmp_path, grid=GRID, resamples=20)
+    monkeypatch.setattr(decoded, "decode_arms", Script(lambda policy: 0.0, cost=lambda policy: cost).together)
+    result = calibrate(
+        model(), TASK, examples(200), BASE, Promise("f1", 0.1, 0.1), tmp_path, grid=GRID, resamples=20,
+        must_pay=False,
+    )  # fmt: skip
     words = result.certificate.words()
     assert f"{cost:.3f} of the full model's FLOPs, prompts included" in words
     assert "every token read out after layer 4 of 4 and no exit tested" in words

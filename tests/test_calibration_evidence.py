@@ -33,7 +33,7 @@ PROMISES = {
 
 def saved(monkeypatch, folder, promise, *, truth=TRUTH, draw=None, **options):
     monkeypatch.setattr(calibration_plots, "available", lambda: False)
-    monkeypatch.setattr(decoded, "decode_records", Script(truth, **({} if draw is None else {"draw": draw})))
+    monkeypatch.setattr(decoded, "decode_arms", Script(truth, **({} if draw is None else {"draw": draw})).together)
     options = {"grid": GRID, "resamples": 20, "max_new_tokens": 5, **options}
     calibrate(model(), TASK, examples(200, per_group=2), BASE, promise, folder, **options)
     return json.loads((folder / "policy.json").read_text())["certificate"]

@@ -10,7 +10,7 @@ from scipy import stats
 
 from offramp import ExitPolicy
 from offramp.calibration import THRESHOLDS, Grid, Promise, layer_thresholds, settings_of
-from offramp.calibration.grid import chains_of, path_of
+from offramp.calibration.grid import chains_of, paths_of
 from offramp.calibration.validate import exact_interval
 from offramp.risk import conformal_risk_control
 from offramp.tasks import TASKS, Example
@@ -133,7 +133,7 @@ def test_paths_and_chains_go_from_safe_to_bold(thresholds, layers, sizes):
     assert len(settings) == grid.size(base) == len(thresholds) * len(layers) * len(sizes)
     assert len({s.file_name for s in settings}) == len({s.policy for s in settings}) == len(settings)
     assert all(s.policy.skipped == "defer" for s in settings)
-    places = {index: place for place, index in enumerate(path_of(settings))}
+    places = {index: place for place, index in enumerate(paths_of(settings)[0])}
 
     def values(setting):
         return setting.policy.threshold, setting.policy.min_layer, setting.policy.vocabulary_size

@@ -30,7 +30,14 @@ def answering(monkeypatch, full, early):
     """Every answer by script, scored by the metrics themselves; one function from examples to texts each."""
     monkeypatch.setattr(calibration_plots, "available", lambda: False)
 
-    def decode(lm, task, examples, arm, policy, path, *, full=None, **options):
+    def decode(lm, task, examples, arms, paths, **options):
+        made = {}
+        for arm, policy in arms.items():
+            full = {r.id: r for r in made.get("full model", ())} or options["full"] or None
+            made[arm] = answers(task, examples, arm, policy, full)
+        return made
+
+    def answers(task, examples, arm, policy, full):
         found = []
         for example in examples:
             text = (of_full if policy is None else of_early)(example)
@@ -40,7 +47,7 @@ def answering(monkeypatch, full, early):
         return found
 
     of_full, of_early = full, early
-    monkeypatch.setattr(decoded, "decode_records", decode)
+    monkeypatch.setattr(decoded, "decode_arms", decode)
 
 
 def run(folder, examples, promise, task=TASK):

@@ -36,7 +36,7 @@ def wrong(monkeypatch, tmp_path, draw=coins, order="path", grid=GRID, **options)
     lm, made, promise = model(), examples(N), Promise("f1", TOLERANCE, FAILURE, **options)
     broken, losses = 0, []
     for seed in range(RUNS):
-        monkeypatch.setattr(decoded, "decode_records", Script(truth, seed, draw))
+        monkeypatch.setattr(decoded, "decode_arms", Script(truth, seed, draw).together)
         result = pipeline(
             lm, TASK, made, BASE, promise, tmp_path, grid=grid, order=order, test=0.0, seed=seed, resamples=1
         )
@@ -72,11 +72,64 @@ def test_conformal_risk_control_keeps_it_on_the_mean(monkeypatch, tmp_path, orde
     assert certified > RUNS / 2
 
 
+def adversary(seed):
+    """Costs that know the truth: what must not be certified is always the cheapest, and costs are of this very draw."""
+    rng = np.random.default_rng(seed)
+    return lambda policy: (0.1 if truth_of_all(policy) >= TOLERANCE else 0.5) + 0.4 * rng.random()
+
+
+def truth_of_all(policy):
+    """As `truth`, with static exits: the deepest is safe, the others are at the boundary or worse."""
+    if policy.confidence == "static":
+        return {3: SAFE, 2: TOLERANCE, 1: TOLERANCE + 0.1}[policy.min_layer]
+    return truth(policy)
+
+
+@pytest.mark.parametrize("order", ["path", "chains", "pareto"])
+def test_the_cheapest_of_all_sequences_keeps_the_promise(monkeypatch, tmp_path, order):
+    """Static exits beside the grid, and a choice by costs of the certification part that favours whatever is wrong."""
+    monkeypatch.setattr(Calibration, "save", lambda self, folder: [])
+    lm, made, promise = model(), examples(N), Promise("f1", TOLERANCE, FAILURE, **COINS)
+    grid = replace(GRID if order == "path" else JOINT, static_layers=(1, 2, 3))
+    broken = chosen = 0
+    for seed in range(RUNS):
+        script = Script(truth_of_all, seed, coins, cost=adversary(seed))
+        monkeypatch.setattr(decoded, "decode_arms", script.together)
+        result = pipeline(
+            lm, TASK, made, BASE, promise, tmp_path, grid=grid, order=order, test=0.0, seed=seed, resamples=1
+        )
+        chosen += result.outcome.selected is not None
+        broken += result.outcome.selected is not None and truth_of_all(result.policy) >= TOLERANCE
+    assert broken <= MOST
+    assert chosen > RUNS / 2
+
+
+def test_choosing_by_costs_needs_the_failure_to_be_divided():
+    """On numbers alone: the cheapest of four sequences, each with a wrong setting that is the cheapest of all."""
+    runs, n, most = 2000, 100, int(stats.binom.isf(1e-5, 2000, FAILURE))
+    promise = Promise("f1", TOLERANCE, FAILURE, **COINS)
+    rng = np.random.default_rng(11)
+    means = np.array([SAFE, TOLERANCE] * 4)
+    divided = undivided = 0
+    for _ in range(runs):
+        losses = (rng.random((8, n)) < means[:, None]).astype(float)
+        costs = 0.9 - 0.5 * (means >= TOLERANCE) - 0.1 * losses.mean(axis=1)  # cheaper where it seems worse
+        sequences = [[0, 1], [2, 3], [4, 5], [6, 7]]
+        divided += wrongly(search(sequences, losses.__getitem__, costs.__getitem__, promise, below=1.0), means)
+        alone = [search([s], losses.__getitem__, costs.__getitem__, promise, below=1.0) for s in sequences]
+        undivided += any(wrongly(outcome, means) for outcome in alone)
+    assert divided <= most < undivided
+
+
+def wrongly(outcome, means):
+    return outcome.selected is not None and means[outcome.selected] >= TOLERANCE
+
+
 def test_a_pipeline_that_takes_the_failing_setting_would_be_found(monkeypatch, tmp_path):
     module = import_module("offramp.calibration.calibrate")  # the package has a function of that name
 
-    def careless(sequences, losses, cost, promise):
-        tests = search(sequences, losses, cost, promise).tests
+    def careless(sequences, losses, cost, promise, **options):
+        tests = search(sequences, losses, cost, promise, **options).tests
         return Outcome(tests[-1].setting, tuple(replace(test, passed=True) for test in tests), promise.failure)
 
     monkeypatch.setattr(module, "search", careless)

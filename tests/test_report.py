@@ -399,7 +399,7 @@ def test_a_certificate_in_words(runs, tmp_path):
 @pytest.mark.parametrize("bound", ["hoeffding-bentkus", "crc"])
 def test_what_a_calibration_writes_has_a_page(tmp_path, monkeypatch, bound):
     losses = scripted_calibration.at_most({0.9: 0.01, 0.5: 0.03, 0.1: 0.3})
-    monkeypatch.setattr(decoded, "decode_records", scripted_calibration.Script(losses))
+    monkeypatch.setattr(decoded, "decode_arms", scripted_calibration.Script(losses).together)
     lm, task, base = scripted_calibration.model(), scripted_calibration.TASK, scripted_calibration.BASE
     result = calibrate(
         lm, task, scripted_calibration.examples(400), base, Promise("f1", 0.1, bound=bound), tmp_path / "calibration",

@@ -23,5 +23,7 @@ from offramp.calibration.result import Calibration as Calibration
 from offramp.calibration.search import Outcome as Outcome
 from offramp.calibration.search import Test as Test
 from offramp.calibration.search import search as search
+from offramp.calibration.spending import MEASURES as MEASURES
+from offramp.calibration.spending import Spent as Spent
 from offramp.calibration.validate import Validation as Validation
 from offramp.calibration.validate import validate as validate

@@ -16,8 +16,9 @@ and all go through the same search; they must see the same folder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +31,16 @@ from offramp import __version__
 from offramp.calibration.certificate import Certificate, conditions_of, reference_of
 from offramp.calibration.decoded import Decoded
 from offramp.calibration.drift import packed
-from offramp.calibration.estimates import estimate, units
+from offramp.calibration.estimates import estimate, seconds_held_out, units
 from offramp.calibration.evidence import changes
 from offramp.calibration.evidence import packed as packed_losses
-from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, path_of, settings_of
+from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, paths_of, settings_of
+from offramp.calibration.plain import static_layers_of
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.result import CONFIG, Calibration
 from offramp.calibration.room import Room, room_of
 from offramp.calibration.search import Outcome, search
+from offramp.calibration.spending import MEASURES, NO_LESS, PER_TOKEN, Spent, is_timed, spent
 from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.processes import locked_by_first, state_of
@@ -65,6 +68,8 @@ def calibrate(
     folder: Path,
     *,
     grid: Grid | None = None,
+    minimise: str = PER_TOKEN,
+    must_pay: bool = True,
     order: str = "auto",
     tuning: float | None = None,
     test: float = 0.25,
@@ -77,9 +82,10 @@ def calibrate(
     resamples: int = 2000,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Certify the cheapest setting of a grid that keeps a promise.
+    """Certify the cheapest setting that keeps a promise: of a grid, static exits, prompts alone, and never exiting.
 
-    Nothing is certified, nor searched for, where the promise would say nothing (see `offramp.calibration.room`).
+    Never exiting is what is left where nothing else passes, or where nothing that passes is cheaper. Nothing is
+    certified, nor searched for, where the promise would say nothing (see `offramp.calibration.room`).
 
     Args:
         lm: The model.
@@ -89,12 +95,16 @@ def calibrate(
         promise: What is to hold.
         folder: Run folder; answers in it are used again.
         grid: What is tried; None: `THRESHOLDS`.
-        order: "path": one sequence through the grid, by boldness. "chains": one sequence of thresholds per minimum
-            layer and vocabulary size, each at its share of the failure probability. "pareto": the Pareto front of loss
-            and cost on the tuning part. "auto": "pareto" for several minimum layers or sizes and 400 examples or more,
-            else "path".
-        tuning: Share of the examples that things are chosen by: the order "pareto", thresholds per layer. None: 0.3 if
-            there is such a thing, else 0.
+        minimise: Which cost, over the full model's on the same prompts: a key of `offramp.calibration.MEASURES`. FLOPs
+            are those of the certification part, see `offramp.calibration.search` for why that may be. Seconds are those
+            of the tuning part, on which then all settings take turns.
+        must_pay: Take no policy that does not cost less than the full model.
+        order: "path": one sequence through the grid, by boldness. "chains": one sequence of thresholds per combination
+            of all else. Settings that test nothing have a sequence of their own in both; each sequence is tested at its
+            share of the failure probability. "pareto": the Pareto front of loss and cost on the tuning part, of
+            settings that pay there. "auto": "pareto" for several combinations and 400 examples or more, else "path".
+        tuning: Share of the examples that things are chosen by: the order "pareto", thresholds per layer, seconds.
+            None: 0.3 if there is such a thing, else 0.
         test: Share of the examples held out, to report by; may be 0.
         seed: Of the division and of the order of draws.
         max_new_tokens: Longest answer; None: the task's.
@@ -114,15 +124,17 @@ def calibrate(
             share, an order or a policy that is not allowed; a folder that holds records made otherwise.
     """
     grid = grid or Grid()
-    _check(promise, task, order, repeats, test)
+    _check(promise, task, order, minimise, repeats, test)
     if order == "auto":
         order = "pareto" if grid.chains(base) > 1 and len(examples) >= ENOUGH else "path"
-    parts = divide(examples, tuning=_tuning_share(tuning, grid, order), test=test, seed=seed)
-    require_enough(promise, parts, promise.failure / (grid.chains(base) if order == "chains" else 1))
+    grid = _with_plain(lm, grid, base, promise, order)
+    parts = divide(examples, tuning=_tuning_share(tuning, grid, order, minimise), test=test, seed=seed)
+    require_enough(promise, parts, promise.failure / grid.sequences(base, order))
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     options = {"max_new_tokens": limit, **(settings or {})}
     asked = json.loads(json.dumps({
         "promise": asdict(promise), "base": base.to_dict(), "grid": asdict(grid), "order": order, "seed": seed,
+        "minimise": minimise, "must_pay": must_pay,
         "splits": sizes(parts), "conditions": conditions_of(lm, task, options, batch_size),
         "data": {**(about or {}), "sha256": digest(examples)},
     }))  # fmt: skip
@@ -131,7 +143,8 @@ def calibrate(
         lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress,
         state=state,
     )  # fmt: skip
-    decoded.most = _most(parts, grid, base, order, repeats)
+    decoded.most = _most(parts, grid, base, order, minimise, repeats)
+    below = NO_LESS if must_pay else math.inf
     with locked_by_first(state, folder, "another calibration runs"):
         choices = settings_of(lm, base, grid, partial(decoded.layer_thresholds, TUNING))
         if state.is_main_process:
@@ -139,57 +152,91 @@ def calibrate(
         room = room_of(promise, decoded.of(CERTIFICATION, None), parts[CERTIFICATION], seed)
         outcome, validation = Outcome(None, (), promise.failure), None
         if room.suffices(promise):
-            sequences = _sequences(order, choices, decoded, promise, seed)
+            sequences = _sequences(order, choices, decoded, promise, seed, minimise, below)
             outcome = search(
                 sequences,
                 lambda s: units(decoded, CERTIFICATION, choices[s], promise, seed),
-                lambda s: decoded.cost(CERTIFICATION, choices[s]),
+                lambda s: decoded.cost(_priced_on(minimise), choices[s], minimise),
                 promise,
+                below=below,
             )
-            validation = _validation(decoded, choices, sequences, promise, repeats, seed) if repeats else None
+        chosen = None if outcome.selected is None else choices[outcome.selected]
+        decoded.together_held_out(chosen)
+        if repeats and room.suffices(promise):
+            validation = _validation(decoded, choices, sequences, promise, repeats, seed, minimise, below)
         certificate = _certificate(promise, room, outcome, choices, asked, decoded, seed=seed, resamples=resamples)
-        result = Calibration(certificate, tuple(choices), outcome, validation)
+        seconds = seconds_held_out(decoded, chosen, seed=seed, resamples=resamples)
+        result = Calibration(certificate, tuple(choices), outcome, validation, seconds)
         if state.is_main_process:
             result.save(folder)
         state.wait_for_everyone()
     return result
 
 
-def _check(promise: Promise, task: Task, order: str, repeats: int, test: float) -> None:
+def _check(promise: Promise, task: Task, order: str, minimise: str, repeats: int, test: float) -> None:
     if promise.metric not in task.metrics:
         raise ValueError(f"metric is {promise.metric!r}; {task.name} has {', '.join(task.metrics)}")
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; allowed are {listed(order, ORDERS)}")
+    if minimise not in MEASURES:
+        raise ValueError(f"minimise is {minimise!r}; allowed are {listed(minimise, MEASURES)}")
     if order == "chains" and promise.bound == CRC:
         raise ValueError("conformal risk control has no failure probability to divide among chains; use path or pareto")
     if repeats and not test:
         raise ValueError("repeated calibrations need a held-out part; give the test a share above 0")
 
 
-def _tuning_share(given: float | None, grid: Grid, order: str) -> float:
-    chooses = grid.per_layer or order == "pareto"
+def _with_plain(lm: LanguageModel, grid: Grid, base: ExitPolicy, promise: Promise, order: str) -> Grid:
+    """The grid with its static exits named. One sequence of conformal risk control cannot have them beside it."""
+    if promise.bound == CRC and order == "path":
+        if grid.static_layers:
+            raise ValueError("conformal risk control has one sequence; try static exits with the order 'pareto'")
+        return replace(grid, static_layers=(), plain=False)
+    if grid.static_layers is None:
+        return replace(grid, static_layers=() if base.confidence == "static" else static_layers_of(lm))
+    return grid
+
+
+def _tuning_share(given: float | None, grid: Grid, order: str, minimise: str) -> float:
+    chooses = grid.per_layer or order == "pareto" or is_timed(minimise)
     if chooses and given == 0:
-        raise ValueError("thresholds per layer and the order 'pareto' are found on a tuning part; give it a share")
+        raise ValueError(
+            "thresholds per layer, the order 'pareto' and seconds are found on a tuning part; give it a share"
+        )
     return (0.3 if chooses else 0.0) if given is None else given
 
 
-def _most(parts: Mapping[str, Sequence[Example]], grid: Grid, base: ExitPolicy, order: str, repeats: int) -> int:
+def _priced_on(minimise: str) -> str:
+    """The part that costs are measured on: seconds compare only where all settings took turns."""
+    return TUNING if is_timed(minimise) else CERTIFICATION
+
+
+def _most(
+    parts: Mapping[str, Sequence[Example]], grid: Grid, base: ExitPolicy, order: str, minimise: str, repeats: int
+) -> int:
     """Answers, if no sequence ends early."""
     settings, n = grid.size(base), {name: len(part) for name, part in parts.items()}
-    tuning = (settings + 1 if order == "pareto" else 0) + (grid.chains(base) if grid.per_layer else 0)
+    every = order == "pareto" or is_timed(minimise)
+    tuning = (settings + 1 if every else 0) + (grid.chains(base) if grid.per_layer else 0)
     return n[TUNING] * tuning + n[CERTIFICATION] * (settings + 1) + n[TEST] * (settings + 1 if repeats else 2)
 
 
 def _sequences(
-    order: str, choices: Sequence[Setting], decoded: Decoded, promise: Promise, seed: int
+    order: str, choices: Sequence[Setting], decoded: Decoded, promise: Promise, seed: int, minimise: str, below: float
 ) -> Sequence[Sequence[int]]:
     """Orders that no certification example has a part in."""
+    if is_timed(minimise):
+        decoded.together(TUNING, [None, *choices])
     if order == "path":
-        return [path_of(choices)]
+        return paths_of(choices)
     if order == "chains":
         return chains_of(choices)
-    means = [float(units(decoded, TUNING, setting, promise, seed).mean()) for setting in choices]
-    return [pareto_front(means, [decoded.cost(TUNING, setting) for setting in choices])]
+    costs = [decoded.cost(TUNING, setting, minimise) for setting in choices]
+    paying = [index for index, cost in enumerate(costs) if cost < below]
+    if not paying:
+        return [[]]
+    means = [float(units(decoded, TUNING, choices[index], promise, seed).mean()) for index in paying]
+    return [[paying[place] for place in pareto_front(means, [costs[index] for index in paying])]]
 
 
 # ---------------------------------------------------------------- what came of it
@@ -206,7 +253,9 @@ def _certificate(
             "knob": choices[test.setting].knob,
             "changes": changes(_json(choices[test.setting].policy.to_dict()), asked["base"]),
             **asdict(test),
-            "cost": decoded.cost(CERTIFICATION, choices[test.setting]) if test.passed else None,
+            "cost": decoded.cost(_priced_on(asked["minimise"]), choices[test.setting], asked["minimise"]),
+            "flops": decoded.cost(CERTIFICATION, choices[test.setting], "flops"),
+            "flops_per_token": decoded.cost(CERTIFICATION, choices[test.setting], PER_TOKEN),
             "losses": packed_losses(units(decoded, CERTIFICATION, choices[test.setting], promise, seed)),
         }
         for test in outcome.tests
@@ -215,10 +264,19 @@ def _certificate(
     needed = [
         promise.needed_like(outcome.level, units(decoded, CERTIFICATION, choices[test.setting], promise, seed), seed)
         for test in outcome.tests
-        if chosen is None
+        if not any(test.passed for test in outcome.tests)
     ]
     estimates = {
-        part: estimate(decoded, part, chosen, promise, unseen=part == TEST, seed=seed, resamples=resamples)
+        part: estimate(
+            decoded,
+            part,
+            chosen,
+            promise,
+            unseen=part == TEST,
+            seed=seed,
+            resamples=resamples,
+            timed=is_timed(asked["minimise"]),
+        )
         for part in (CERTIFICATION, TEST)
         if decoded.parts[part]
     }
@@ -243,6 +301,8 @@ def _certificate(
         room=asdict(room),
         reference=reference_of(decoded.lm.num_layers),
         exits=_exits(decoded, chosen, promise),
+        minimise=asked["minimise"],
+        must_pay=asked["must_pay"],
     )
 
 
@@ -261,17 +321,25 @@ def _exits(decoded: Decoded, chosen: Setting | None, promise: Promise) -> list[s
 
 def _validation(
     decoded: Decoded, choices: Sequence[Setting], sequences: Sequence[Sequence[int]], promise: Promise, repeats: int,
-    seed: int,
+    seed: int, minimise: str, below: float,
 ) -> Validation:  # fmt: skip
-    """Of certification and held-out part together, each answered as it was."""
+    """Of certification and held-out part together, each answered as it was; seconds stay those of the tuning part."""
     both = (CERTIFICATION, TEST)
     examples = [example for part in both for example in decoded.parts[part]]
     full = [record for part in both for record in decoded.of(part, None)]
-    losses, flops = [np.zeros(0)] * len(choices), [np.zeros(0)] * len(choices)
+    nothing = np.zeros(0)
+    losses, paid = [nothing] * len(choices), [Spent(nothing, nothing)] * len(choices)
+    ones = np.ones(len(examples))
     for setting in {setting for sequence in sequences for setting in sequence}:
         records = [record for part in both for record in decoded.of(part, choices[setting])]
         losses[setting] = promise.losses(records, full)
-        flops[setting] = np.array([record.flops for record in records], dtype=np.float64)
-    whole = np.array([record.flops for record in full], dtype=np.float64)
+        if is_timed(minimise):
+            paid[setting] = Spent(decoded.cost(TUNING, choices[setting], minimise) * ones, ones)
+        else:
+            paid[setting] = spent(records, minimise)
+    whole = Spent(ones, ones) if is_timed(minimise) else spent(full, minimise)
     share = len(decoded.parts[CERTIFICATION]) / len(examples)
-    return validate(examples, losses, flops, whole, sequences, promise, share=share, repeats=repeats, seed=seed)
+    return validate(
+        examples, losses, paid, whole, sequences, promise, share=share, repeats=repeats, seed=seed, below=below,
+        cost=MEASURES[minimise],
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.evidence import require_evidence
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.room import Room
+from offramp.calibration.statement import finding, words
 from offramp.core.exits import fingerprint
 from offramp.core.policy import WRITE, ExitPolicy
 from offramp.digests import of as digest
@@ -28,16 +29,25 @@ if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
     from offramp.tasks import Task
 
-SCHEMA = "offramp/certificate/2"
+SCHEMA = "offramp/certificate/3"
+BEFORE = "offramp/certificate/2"
+"""Went by all FLOPs, and took policies that cost more than the full model; it is read, and holds."""
 EARLIER = "offramp/certificate/1"
 """Kept no losses, so that nothing follows from what is in it; it is read, and applies to nothing."""
+ADDED = {"minimise": None, "must_pay": False}
+"""Fields that earlier versions did not have, with what they stand for."""
 KEYS = frozenset(("model", "weights", "dtype", "exits", "chat_template", "task", "settings", "batch_size"))
 """Of `conditions`."""
 
 
-PROMPTS_ALONE = "prompts or lengths save, exits do not"
-COSTS_MORE = "THE POLICY COSTS MORE than the full model, which loses nothing: use that"
 OF_EARLIER = "it is of an earlier version, which did not keep the losses that a promise follows from; calibrate again"
+
+
+_RATIOS = {
+    "flops-per-token": "flops_per_token_ratio", "flops": "flops_ratio",
+    "seconds-per-token": "seconds_per_token_ratio", "seconds": "seconds_ratio",
+}  # fmt: skip
+"""Of `estimates`, by what is minimised."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class Certificate:
     """What is known about a policy.
 
     Attributes:
-        certified: Whether anything is promised; if not, the policy never leaves early.
+        certified: Whether anything is promised of a policy that leaves early; if not, the policy never does, which is
+            the full model and loses nothing: nothing else passed, or nothing that passed costs less.
         promise: Tolerance, failure, kind of loss, metric, margin, bound and unit.
         policy: The certified policy, as JSON values.
         order: "path", "chains" or "pareto": how the grid was gone through.
@@ -55,8 +66,9 @@ class Certificate:
         base: The policy whose open values the grid filled in.
         grid: What was tried.
         tests: The settings that were looked at, in their order: name, value on the grid (`knob`), what their policies
-            change of the base, mean loss, p-value, passed, cost (FLOPs over the full model's) of those that passed, and
-            the losses, packed (`offramp.calibration.evidence`).
+            change of the base, mean loss, p-value, passed, costs over the full model's (`cost` is what was minimised,
+            `flops` and `flops_per_token` are those of the certification part; earlier versions have all FLOPs of those
+            that passed as `cost`), and the losses, packed (`offramp.calibration.evidence`).
         selected: Which of them was chosen; None: none.
         level: At which each sequence was tested.
         needed: If nothing is certified, about how many draws would certify one of the settings that were looked at, if
@@ -73,6 +85,9 @@ class Certificate:
         exits: Where the tokens of each answer left (`offramp.calibration.drift.packed`), for `drift`: of the held-out
             part, or without one of the certification part. None: nothing was certified, prompts of one group may be
             alike, or the certificate is of an earlier version.
+        minimise: Which cost the chosen setting has the smallest of (`offramp.calibration.spending.MEASURES`). None: an
+            earlier version, that of all FLOPs.
+        must_pay: Whether a policy that does not cost less than the full model was left out.
     """
 
     certified: bool
@@ -95,12 +110,16 @@ class Certificate:
     room: dict[str, Any] | None = None
     reference: str = "the full model"
     exits: list[str] | None = None
+    minimise: str | None = None
+    must_pay: bool = False
 
     # ------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with a digest; conformal risk control has no failure probability."""
-        values = {"schema": SCHEMA if self.keeps_losses else EARLIER, **asdict(self)}
+        values = {"schema": self._schema, **asdict(self)}
+        if self.minimise is None:
+            values = {name: value for name, value in values.items() if name not in ADDED}
         if self.promise.bound == CRC:
             values["promise"]["failure"] = values["level"] = None
         return {**values, "digest": digest(_json(values), ())}
@@ -117,11 +136,11 @@ class Certificate:
                 losses.
         """
         schema = values.get("schema") if isinstance(values, Mapping) else None
-        if schema not in (SCHEMA, EARLIER):
+        if schema not in (SCHEMA, BEFORE, EARLIER):
             raise ValueError(f"this is no certificate of schema {SCHEMA!r}, or one of another version; calibrate again")
         try:
             certificate = cls._read(values)
-            if schema == SCHEMA:
+            if schema != EARLIER:
                 require_evidence(certificate)
                 if certificate.to_dict() != dict(values):
                     raise ValueError("it is not what was written")
@@ -139,6 +158,7 @@ class Certificate:
         """Of the right fields."""
         have, names = set(values) - {"schema", "digest"}, {field.name for field in fields(cls)}
         optional = {"exits", "room", "reference"} if values["schema"] == EARLIER else set[str]()
+        optional |= set(ADDED) if values["schema"] != SCHEMA else set()
         if have - names or names - have - optional:
             raise ValueError(f"fields are missing or unknown: {', '.join(sorted(have ^ names))}")
         promise = {name: value for name, value in values["promise"].items() if (name, value) != ("failure", None)}
@@ -147,6 +167,10 @@ class Certificate:
         if set(given["conditions"]) != KEYS:
             raise ValueError(f"conditions are {', '.join(map(str, given['conditions']))}")
         return cls(**given)
+
+    @property
+    def _schema(self) -> str:
+        return EARLIER if not self.keeps_losses else BEFORE if self.minimise is None else SCHEMA
 
     @property
     def keeps_losses(self) -> bool:
@@ -224,107 +248,31 @@ class Certificate:
 
     def words(self) -> str:
         """The statement in plain English, and what it rests on."""
-        room = [] if self.room is None else [Room(**self.room).words(self.promise)]
-        if self.certified:
-            return " ".join([self._statement(), self._search(), self._found(), *room, self._scope()])
-        if self.room is not None and not self.tests:
-            why = Room(**self.room).refusal(self.promise)
-            return f"{self._refused()} The promise would say nothing. {why}"
-        return " ".join([self._refused(), self._nothing(), self._search(), *room])
+        return words(self)
 
-    def _refused(self) -> str:
-        p = self.promise
-        wanted = f"mean loss at most {p.tolerance:g}" + ("" if p.bound == CRC else f", failure {p.failure:g}")
-        return f"Nothing was certified ({wanted}): the policy never leaves early, which is the full model."
+    def finding(self) -> str:
+        """What was found, in one sentence without its full stop."""
+        return finding(self)
 
-    def _statement(self) -> str:
-        p = self.promise
-        mean = {
-            "risk": f"lose at most {p.tolerance:g} of {p.metric} on average by leaving early, where a prompt that "
-            "gains counts as one that loses nothing",
-            "signed": f"lose at most {p.tolerance:g} of {p.metric} on average by leaving early, where prompts that "
-            "gain make up for others that lose",
-            "textual": f"get answers at most {p.tolerance:g} away from the full model's on average, where 1 - "
-            f"{p.metric} of the two texts is their distance",
-            "tail": f"lose more than {p.margin} of {p.metric} by leaving early with a probability of at most "
-            f"{p.tolerance:g}, which says nothing about how much those lose",
-        }[p.kind]
-        who = "New prompts" if p.unit == "prompt" else "New groups of prompts, each counted once,"
-        if p.bound == CRC:
-            return (
-                f"{who} {mean}: a guarantee on the mean over calibrations (conformal risk control). It has no failure "
-                "probability, and a single calibration such as this one may exceed the tolerance."
-            )
-        return (
-            f"{who} {mean}. This holds with probability at least {1 - p.failure:g} over the draw of the {self.n} "
-            f"certification {p.unit}s, which must be independent and like the new ones."
-        )
-
-    def _search(self) -> str:
-        how = {
-            "path": "a sequence fixed in advance",
-            "chains": f"sequences fixed in advance, each at level {self.level:.3g}",
-            "pareto": "a sequence found on other prompts, the tuning part",
-        }[self.order]
-        passed = sum(test["passed"] for test in self.tests)
-        text = f"{len(self.tests)} settings were tested in {how}, bound {self.promise.bound}; {passed} passed."
-        examples, groups = self.splits["certification"]
-        if self.promise.unit == "prompt" and groups < examples:
-            text += f" The {examples} prompts come from {groups} groups and were taken to be independent."
-        return text
-
-    def _found(self) -> str:
-        part = "test" if "test" in self.estimates else "certification"
-        seen = self.estimates[part]
-        loss, flops = seen["loss"], seen["flops_ratio"]
-        where = "held-out" if part == "test" else "certification (which it was chosen by)"
-        limit = f", at most {seen['upper']:.3g} with confidence {1 - self.promise.failure:g}" if "upper" in seen else ""
-        mean = "mean loss" if self.promise.unit == "prompt" else "mean of their groups' mean losses"
-        text = f"On the {seen['examples']} {where} prompts the {mean} was {loss['value']:.3g}{limit}, at "
-        text += f"{flops['value']:.3f} of the full model's FLOPs, prompts included"
-        if flops["low"] is not None:
-            text += f" ({flops['low']:.3f} to {flops['high']:.3f})"
-        token = seen.get("flops_per_token_ratio")
-        if token is not None:
-            text += f", and {token['value']:.3f} of its FLOPs per generated token, without encoder and prompt"
-        if not self.saves:
-            return f"{text}: {COSTS_MORE}."
-        return f"{text}: {PROMPTS_ALONE}." if token is not None and token["value"] >= 1 else f"{text}."
+    @property
+    def pays_nothing(self) -> bool:
+        """Whether the policy never exits because nothing that may be used costs less than the full model."""
+        if self.certified or not self.must_pay or self.room is None or not Room(**self.room).suffices(self.promise):
+            return False
+        return not self.tests or any(test["passed"] for test in self.tests)
 
     @property
     def saves(self) -> bool:
-        """Whether the policy was certified and costs fewer FLOPs than the full model, on the held-out part if any."""
+        """Whether the policy was certified and costs less than the full model, on the held-out part if any.
+
+        By the cost that was minimised; seconds that do not compare there (a part that was not answered in turns) are
+        those of the tuning part, by which the policy was chosen.
+        """
         seen = self.estimates.get("test", self.estimates["certification"])
-        return self.certified and bool(seen["flops_ratio"]["value"] < 1)
-
-    def _scope(self) -> str:
-        c = self.conditions
-        exits = "without trained exits" if c["exits"] is None else f"with the exits {c['exits'][:12]}"
-        tokens = c["settings"].get("max_new_tokens")
-        return (
-            f"It is about prompts on average, not about each, and only for {c['model']} (weights {c['weights'][:12]}) "
-            f"in {c['dtype']} {exits}, {c['task']['name']}, answers of at most {tokens} tokens, {c['batch_size']} at a "
-            f"time. Losses and costs are relative to {self.reference}."
-        )
-
-    def _nothing(self) -> str:
-        p, safest = self.promise, self.tests[0]
-        lowest = min(test["loss"] for test in self.tests)
-        if self.needed is None and lowest < p.tolerance:
-            return (
-                f"The lowest mean loss, {lowest:.4g}, is so close to the tolerance that no reasonable number of "
-                "prompts would tell them apart."
-            )
-        if self.needed is None:
-            return (
-                f"No number of prompts would change that: the mean loss of {safest['name']}, the safest that was "
-                f"looked at, is {safest['loss']:.3g} (lowest of all: {lowest:.3g})."
-            )
-        stay = "losses stay as they are (lowest mean" if p.bound == "wsr" else "mean losses stay as they are (lowest"
-        return (
-            f"If {stay}: {lowest:.3g}), about {self.needed} certification {p.unit}s would be needed; there were "
-            f"{self.n}."
-        )
+        cost = seen.get(_RATIOS[self.minimise or "flops"])
+        if cost is not None or self.selected is None:
+            return self.certified and cost is not None and bool(cost["value"] < 1)
+        return self.certified and bool(self.tests[self.selected]["cost"] < 1)
 
 
 def load(path: str | os.PathLike[str]) -> Certificate | None:

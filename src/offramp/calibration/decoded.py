@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.bounded import read_object
-from offramp.calibration.grid import Setting
+from offramp.calibration.grid import PLAIN, Setting
 from offramp.calibration.layer_thresholds import layer_thresholds
+from offramp.calibration.spending import cost
+from offramp.calibration.splits import TEST
 from offramp.core.policy import ExitPolicy
 from offramp.digests import sealed, unsealed, warn_of_none
-from offramp.evaluation.arms import FULL
+from offramp.evaluation.arms import FULL, short_prompt
 from offramp.evaluation.processes import shared, state_of
-from offramp.evaluation.record_file import Progress, Record, header_of
-from offramp.evaluation.records import decode_records
+from offramp.evaluation.record_file import Progress, Record, header_of, read_records
+from offramp.evaluation.records import decode_arms
 from offramp.files import write_json
 
 if TYPE_CHECKING:
@@ -61,29 +63,62 @@ class Decoded:
 
     def of(self, part: str, setting: Setting | None) -> list[Record]:
         """The records of a setting (None: the full model) on a part, in the order of its examples."""
-        name = FULL if setting is None else setting.name
-        if (part, name) not in self._records:
-            full = None if setting is None else {record.id: record for record in self.of(part, None)}
-            file = FULL.replace(" ", "-") if setting is None else setting.file_name
+        if setting is not None:
+            self.together(part, [None])
+        return self.together(part, [setting])[0]
+
+    def together(self, part: str, settings: Sequence[Setting | None]) -> list[list[Record]]:
+        """The records of several settings on a part, those that are not there yet made in turns: seconds compare.
+
+        Args:
+            part: Of which part.
+            settings: Which; None: the full model, which comes first.
+
+        Returns:
+            One list of records per setting.
+        """
+        asked = {FULL if setting is None else setting.name: setting for setting in settings}
+        new = {name: setting for name, setting in asked.items() if (part, name) not in self._records}
+        if new:
+            stems = {name: self._stem(part, setting) for name, setting in new.items()}
+            count = self._count(part, len(new))
 
             def answer(examples: Sequence[Example], paths: Mapping[str, Path]) -> dict[str, list[Record]]:
-                made = decode_records(
-                    self.lm, self.task, examples, name, None if setting is None else setting.policy, paths[name],
-                    full=full, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, settings=self.settings,
-                    progress=self._count(part),
+                arms = {name: None if (s := new[name]) is None else s.policy for name in paths}
+                return decode_arms(
+                    self.lm, self.task, examples, arms, paths, full={} if FULL in paths else self._full(part),
+                    max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, settings=self.settings,
+                    progress=count,
                 )  # fmt: skip
-                return {name: made}
 
-            stem = self.folder / RECORDS / part / file
-            made = shared(self.state, {name: stem}, self.parts[part], self.batch_size, answer)
-            self._records[part, name] = made[name]
-            self._done += len(self.parts[part])
-        return self._records[part, name]
+            made = shared(self.state, stems, self.parts[part], self.batch_size, answer)
+            self._records |= {(part, name): records for name, records in made.items()}
+            self._done += len(self.parts[part]) * len(new)
+        return [self._records[part, name] for name in asked]
 
-    def cost(self, part: str, setting: Setting) -> float:
-        """FLOPs on a part, over the full model's."""
-        mine, whole = (sum(record.flops for record in self.of(part, s)) for s in (setting, None))
-        return mine / whole
+    def together_held_out(self, chosen: Setting | None) -> None:
+        """Answer the held-out part with the full model, the chosen setting and its prompt without exits, in turns."""
+        if self.parts[TEST]:
+            self.together(TEST, [None, *(s for s in (chosen, self.same_prompt(chosen)) if s is not None)])
+
+    def same_prompt(self, setting: Setting | None) -> Setting | None:
+        """The setting with the same shortened prompt and no exits; None where prompts run in full."""
+        stop = None if setting is None else setting.policy.prompt_layer
+        return None if stop is None else Setting(f"prompt to {stop}", short_prompt(stop), None, 0, 0.0, PLAIN)
+
+    def _stem(self, part: str, setting: Setting | None) -> Path:
+        return self.folder / RECORDS / part / (FULL.replace(" ", "-") if setting is None else setting.file_name)
+
+    def _full(self, part: str) -> dict[str, Record]:
+        """Records of the full model by example id; another process may have made them just now."""
+        if (part, FULL) in self._records:
+            return {record.id: record for record in self._records[part, FULL]}
+        path = self._stem(part, None)
+        return {record.id: record for record in read_records(path.with_name(f"{path.name}.jsonl"))[1]}
+
+    def cost(self, part: str, setting: Setting, measure: str) -> float:
+        """What a setting costs on a part, over the full model's (`offramp.calibration.spending`)."""
+        return cost(self.of(part, setting), self.of(part, None), measure)
 
     def layer_thresholds(self, part: str, policy: ExitPolicy, shares: Sequence[float]) -> list[tuple[float, ...]]:
         """Thresholds for each layer (see `offramp.calibration.layer_thresholds`), from the file if they are there."""
@@ -112,10 +147,10 @@ class Decoded:
 
         return values if self.state.num_processes == 1 else list(gather_object(values))
 
-    def _count(self, part: str) -> Progress | None:
+    def _count(self, part: str, arms: int = 1) -> Progress | None:
         if self.progress is None:
             return None
-        progress, before, size = self.progress, self._done, len(self.parts[part])
+        progress, before, size = self.progress, self._done, len(self.parts[part]) * arms
 
         def update(done: int, total: int, what: str = "") -> None:
             done = done * size // max(total, 1)  # if the others are as far as this process

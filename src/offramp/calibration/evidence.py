@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from offramp.calibration.grid import NEVER, Grid
 from offramp.calibration.room import Room
 from offramp.calibration.search import Test, search
+from offramp.calibration.spending import NO_LESS, PER_TOKEN
 from offramp.core.policy import ExitPolicy
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _CLOSE = 1e-6
 """Relative difference up to which numbers worked out again, maybe elsewhere, are the same."""
 _MOST = 10**7
 """Draws that no certificate has more of."""
-_VARIED = ("threshold", "min_layer", "exit_layers", "vocabulary_size")
+_VARIED = ("threshold", "min_layer", "exit_layers", "vocabulary_size", "vocabulary", "skipped")
 """Fields of a policy that a grid fills in."""
 
 
@@ -72,22 +73,28 @@ def require_evidence(certificate: Certificate) -> None:
     room = Room(**c.room or {})
     _require("p-value of the room", room.p_value, Room.tested(room.mean, c.n, p))
     if not c.tests:
-        if room.suffices(p):
+        if room.suffices(p) and not (c.must_pay and c.order == "pareto"):  # of which none paid on the tuning part
             raise ValueError("nothing was tested, though there was something to lose")
         _require_outcome(c, [], None, p.failure)
         return
     if not room.suffices(p):
         raise ValueError("settings were tested, though there was nothing to lose")
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in c.grid.items()}
-    grid = Grid(**given)
+    grid, base = _grid(c), ExitPolicy.from_dict(c.base)
     losses = [unpacked(test["losses"], c.n) for test in c.tests]
     for test, values in zip(c.tests, losses, strict=True):
         _require(f"number of losses of {test['name']}", len(values), c.n)
-        _require_setting(c, test, grid)
-    sequences = _sequences(c.tests, grid.chains(ExitPolicy.from_dict(c.base)) if c.order == "chains" else 1)
-    outcome = search(sequences, losses.__getitem__, lambda at: float(c.tests[at]["cost"]), p)
+        _require_setting(c, test, grid, base)
+    sequences = _sequences(c.tests, grid.sequences(base, c.order))
+    below = NO_LESS if c.must_pay else math.inf
+    outcome = search(sequences, losses.__getitem__, lambda at: float(c.tests[at]["cost"]), p, below=below)
     _require_outcome(c, outcome.tests, outcome.selected, outcome.level)
     _require_estimates(c, None if outcome.selected is None else losses[outcome.selected])
+
+
+def _grid(c: Certificate) -> Grid:
+    """What was tried; earlier versions tried nothing beside the policy."""
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in c.grid.items()}
+    return Grid(**(given if c.minimise is not None else {"plain": False, **given}))
 
 
 def _sequences(tests: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]:
@@ -98,10 +105,18 @@ def _sequences(tests: Sequence[Mapping[str, Any]], count: int) -> list[list[int]
     return [[at for at, chain in enumerate(chains) if chain == each] for each in range(count)]
 
 
-def _require_setting(c: Certificate, test: Mapping[str, Any], grid: Grid) -> None:
-    """The setting is one of the grid."""
+def _require_setting(c: Certificate, test: Mapping[str, Any], grid: Grid, base: ExitPolicy) -> None:
+    """The setting is one of the grid, with the cost that was minimised."""
+    if c.minimise in (PER_TOKEN, "flops"):
+        _require(f"cost of {test['name']}", test["cost"], test["flops" if c.minimise == "flops" else "flops_per_token"])
+    if (plain := grid.tests_nothing(base).get(test["name"])) is not None:
+        _require(f"policy of {test['name']}", ExitPolicy.from_dict({**c.base, **test["changes"]}), plain)
+        return
     if strange := sorted(set(test["changes"]) - set(_VARIED)):
         raise ValueError(f"the setting {test['name']} changes {strange[0]} of the base, which the grid leaves alone")
+    for name, allowed in (("vocabulary", grid.vocabularies), ("skipped", grid.skipped)):
+        if name in test["changes"] and test["changes"][name] not in (allowed or ()):
+            raise ValueError(f"the setting {test['name']} changes {name} of the base, which the grid leaves alone")
     threshold = {**c.base, **test["changes"]}["threshold"]
     if test["knob"] is not None and test["knob"] not in grid.knobs:
         raise ValueError(f"the setting {test['name']} is none of the grid")

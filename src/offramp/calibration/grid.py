@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from offramp.calibration.plain import plain_policies
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import rule_of
@@ -23,7 +24,9 @@ THRESHOLDS = (
 SHARES = (1.0, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """From safe to bold: shares of the wrong early tokens that thresholds of their own for each layer keep in."""
 NEVER = ExitPolicy(threshold=None)
-"""What is left when nothing is certified: the full model."""
+"""The full model: cost 1 and no loss, certified without a test. What is left where nothing else is, or pays."""
+PLAIN = "plain"
+"""The family of settings that test nothing (`offramp.calibration.plain`)."""
 
 LayerThresholds = Callable[[ExitPolicy, Sequence[float]], Sequence[tuple[float, ...]]]
 """(policy, shares) -> for each share one threshold per exit (see `offramp.calibration.layer_thresholds`)."""
@@ -31,22 +34,30 @@ LayerThresholds = Callable[[ExitPolicy, Sequence[float]], Sequence[tuple[float, 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried, all combinations of it.
+    """What is tried, all combinations of it, beside settings that test nothing.
 
     Attributes:
         thresholds: Of the confidence, in any order; None: `THRESHOLDS`. With `per_layer` shares, None: `SHARES`.
         min_layers: First layers tested; None: that of the policy.
         vocabulary_sizes: Tokens kept by a policy that prunes; None: those of the policy.
         per_layer: A threshold for each exit layer: a family with one parameter, the share of wrong tokens kept in.
+        static_layers: Static exits tried beside the policy; None: `offramp.calibration.plain.static_layers_of`.
+        vocabularies: Kinds of pruning, None among them for all tokens; None: that of the policy.
+        skipped: What happens to keys and values of skipped layers; None: that of the policy.
+        plain: Whether settings that test nothing are tried beside the policy at all.
     """
 
     thresholds: tuple[float, ...] | None = None
     min_layers: tuple[int, ...] | None = None
     vocabulary_sizes: tuple[int, ...] | None = None
     per_layer: bool = False
+    static_layers: tuple[int, ...] | None = None
+    vocabularies: tuple[str | None, ...] | None = None
+    skipped: tuple[str, ...] | None = None
+    plain: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "min_layers", "vocabulary_sizes"):
+        for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; give at least one value, or None for the default")
         if self.per_layer and not all(0 <= share <= 1 for share in self.knobs):
@@ -57,15 +68,70 @@ class Grid:
         """Thresholds or shares, from safe to bold."""
         return tuple(sorted(set(self.thresholds or (SHARES if self.per_layer else THRESHOLDS)), reverse=True))
 
+    def places(self, base: ExitPolicy) -> list[Place]:
+        """Combinations of all but thresholds, from safe to bold in each of them."""
+        layers: list[int | None] = [*sorted(set(self.min_layers or ()), reverse=True)] or [None]
+        ways: list[str | None] = [*sorted(set(self.skipped or ()), key=SAFE_FIRST.index)] or [None]
+        return [
+            Place(layer, kind, size, way, spots)
+            for (layer, a), (kind, b), (way, c) in product(_spots(layers), _spots(self._kinds()), _spots(ways))
+            for size, d in _spots(self._sizes(kind or base.vocabulary if self.vocabularies is None else kind))
+            for spots in [tuple(spot for spot in (a, b, c, d) if spot is not None)]
+        ]
+
+    def _kinds(self) -> list[str | None]:
+        return sorted(dict.fromkeys(self.vocabularies or (None,)), key=lambda kind: kind is not None)
+
+    def _sizes(self, kind: str | None) -> list[int | None]:
+        sizes: list[int | None] = [*sorted(set(self.vocabulary_sizes or ()), reverse=True)] if rule_of(kind) else []
+        return sizes or [None]
+
     def chains(self, base: ExitPolicy) -> int:
-        """Combinations of minimum layer and vocabulary size, each with its own sequence of thresholds."""
-        if base.confidence == "static":
-            return 1  # a sequence of layers
-        return len(set(self.min_layers or (0,))) * len(set(self.vocabulary_sizes or (0,)))
+        """Combinations of all but thresholds, each with its own sequence of these."""
+        return 1 if base.confidence == "static" else len(self.places(base))  # of static exits, a sequence of layers
+
+    def sequences(self, base: ExitPolicy, order: str) -> int:
+        """In how many sequences the settings are tested; all share the failure probability."""
+        beside = bool(self.tests_nothing(base))
+        return {"path": 1 + beside, "chains": self.chains(base) + beside}.get(order, 1)
 
     def size(self, base: ExitPolicy) -> int:
         """Number of settings."""
-        return len(set(self.min_layers or (0,))) if base.confidence == "static" else self.chains(base) * len(self.knobs)
+        each = 1 if base.confidence == "static" else len(self.knobs)
+        return len(self.tests_nothing(base)) + len(self.places(base)) * each
+
+    def tests_nothing(self, base: ExitPolicy) -> dict[str, ExitPolicy]:
+        """Settings beside the policy that test nothing, by name, from safe to bold."""
+        return plain_policies(base, self.static_layers or ()) if self.plain else {}
+
+
+SAFE_FIRST = ("verify", "defer", "propagate")
+"""What happens to keys and values of skipped layers: lossless, exact, approximate."""
+
+
+def _spots(values: Sequence[Any]) -> list[tuple[Any, float | None]]:
+    """Values with their relative places from 0 to 1; of a single one it says nothing."""
+    last = len(values) - 1
+    return [(value, at / last if last else None) for at, value in enumerate(values)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One combination of all that a grid varies but thresholds; None: as the policy has it.
+
+    Attributes:
+        layer: Minimum layer.
+        kind: Of pruning.
+        size: Tokens kept.
+        way: Of keys and values of skipped layers.
+        spots: Relative places along the dimensions that have several values.
+    """
+
+    layer: int | None
+    kind: str | None
+    size: int | None
+    way: str | None
+    spots: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -75,9 +141,10 @@ class Setting:
     Attributes:
         name: In words, different from all others of the grid.
         policy: What it is.
-        knob: Its threshold, or its share; None for static exits.
-        chain: Which combination of minimum layer and vocabulary size it belongs to, counted from the safest.
+        knob: Its threshold, or its share; None for settings that test nothing.
+        chain: Which combination it belongs to, counted from the safest; behind them those that test nothing.
         boldness: Mean of its relative places along the grid's dimensions, from 0 (safest) to 1.
+        family: What its knob is; settings of one family are in one sequence of the order "path".
     """
 
     name: str
@@ -85,6 +152,7 @@ class Setting:
     knob: float | None
     chain: int
     boldness: float
+    family: str = "threshold"
 
     @property
     def file_name(self) -> str:
@@ -111,40 +179,52 @@ def settings_of(
             policy that cannot be calibrated.
     """
     _check(base, grid)
-    static = base.confidence == "static"
-    layers: list[int | None] = [*sorted(set(grid.min_layers or ()), reverse=True)] or [None]
-    sizes: list[int | None] = [*sorted(set(grid.vocabulary_sizes or ()), reverse=True)] or [None]
-    knobs: list[float | None] = [None] if static else [*grid.knobs]
-    places = list(product(enumerate(layers), enumerate(sizes)))
-    policies = [_at(lm, base, layer, size) for (_, layer), (_, size) in places]
-    settings: list[Setting] = []
-    for chain, (((at, layer), (kept, size)), policy) in enumerate(zip(places, policies, strict=True)):
-        values = _thresholds(policy, grid, layer_thresholds)
-        for place, (knob, threshold) in enumerate(zip(knobs, values, strict=True)):
-            spots = [(at, len(layers)), (kept, len(sizes)), (place, len(knobs))]
-            steps = [spot / (count - 1) for spot, count in spots if count > 1]
-            settings.append(
-                Setting(
-                    _name(policy, knob, layer, size, grid),
-                    policy if knob is None else replace(policy, threshold=threshold),
-                    knob,
-                    0 if static else chain,
-                    sum(steps) / len(steps) if steps else 0.0,
-                )  # fmt: skip
-            )
-    return settings
+    plain = grid.tests_nothing(base)
+    for policy in plain.values():
+        resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    places = grid.places(base)
+    policies = [_at(lm, base, grid, place) for place in places]
+    settings = [
+        setting
+        for chain, (place, policy) in enumerate(zip(places, policies, strict=True))
+        for setting in _chain(policy, place, grid, chain, layer_thresholds)
+    ]
+    last = 1 + max(setting.chain for setting in settings)
+    beside = [(name, plain[name], spot or 0.0) for name, spot in _spots(list(plain))]
+    return settings + [Setting(name, policy, None, last, spot, PLAIN) for name, policy, spot in beside]
 
 
-def path_of(settings: Sequence[Setting]) -> list[int]:
-    """One sequence through the grid, by boldness; of equals the deeper minimum layer and the larger size first."""
-    return sorted(range(len(settings)), key=lambda i: settings[i].boldness)
+def _chain(
+    policy: ExitPolicy, place: Place, grid: Grid, chain: int, layer_thresholds: LayerThresholds | None
+) -> Iterator[Setting]:
+    """The settings of one combination, from safe to bold."""
+    static = policy.confidence == "static"
+    values = _thresholds(policy, grid, layer_thresholds)
+    for (knob, spot), threshold in zip(_spots([None] if static else grid.knobs), values, strict=True):
+        spots = [*place.spots, *([] if spot is None else [spot])]
+        yield Setting(
+            _name(policy, knob, place, grid),
+            policy if knob is None else replace(policy, threshold=threshold),
+            knob,
+            0 if static else chain,
+            sum(spots) / len(spots) if spots else 0.0,
+        )
+
+
+def paths_of(settings: Sequence[Setting]) -> list[list[int]]:
+    """One sequence through each family, by boldness; of equals the first, which has the deeper minimum layer."""
+    return _grouped(sorted(range(len(settings)), key=lambda i: settings[i].boldness), lambda i: settings[i].family)
 
 
 def chains_of(settings: Sequence[Setting]) -> list[list[int]]:
-    """One sequence per minimum layer and vocabulary size."""
-    groups: dict[int, list[int]] = {}
-    for index, setting in enumerate(settings):
-        groups.setdefault(setting.chain, []).append(index)
+    """One sequence per combination."""
+    return _grouped(range(len(settings)), lambda i: settings[i].chain)
+
+
+def _grouped(order: Sequence[int], key: Callable[[int], Any]) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for index in sorted(order, key=lambda i: key(i) == PLAIN):  # what tests nothing comes last
+        groups.setdefault(key(index), []).append(index)
     return list(groups.values())
 
 
@@ -156,18 +236,28 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
             "an adaptive threshold moves with the traffic, so its losses are not independent and nothing can be "
             "certified; freeze it first: replace(policy, threshold=…, adaptive=False)"
         )
-    if grid.vocabulary_sizes and rule_of(base.vocabulary) is None:
+    kinds = (base.vocabulary,) if grid.vocabularies is None else grid.vocabularies
+    if grid.vocabulary_sizes and not any(map(rule_of, kinds)):
         raise ValueError(
             "vocabulary sizes are given, but the policy does not prune after its first test (vocabulary "
-            f"{base.vocabulary!r}); choose fixed, decaying or adaptive"
+            f"{', '.join(map(repr, kinds))}); choose fixed, decaying or adaptive"
         )
-    if base.confidence == "static" and (grid.thresholds or grid.per_layer or grid.vocabulary_sizes):
+    tests = (grid.thresholds, grid.per_layer, grid.vocabulary_sizes, grid.vocabularies, grid.skipped)
+    if base.confidence == "static" and (any(tests) or grid.static_layers):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")
 
 
-def _at(lm: LanguageModel, base: ExitPolicy, layer: int | None, size: int | None) -> ExitPolicy:
-    """The policy from a minimum layer on, with a size."""
-    changes: dict[str, object] = {} if size is None else {"vocabulary_size": size}
+def _at(lm: LanguageModel, base: ExitPolicy, grid: Grid, place: Place) -> ExitPolicy:
+    """The policy at a combination."""
+    layer, changes = place.layer, dict[str, Any]()
+    if place.size is not None:
+        changes["vocabulary_size"] = place.size
+    if grid.vocabularies is not None:
+        changes["vocabulary"] = place.kind
+        if rule_of(place.kind) is None:
+            changes["vocabulary_size"] = None
+    if place.way is not None:
+        changes["skipped"] = place.way
     if layer is not None and base.confidence == "static":
         changes["min_layer"] = layer
     elif layer is not None and base.exit_layers is not None:
@@ -179,7 +269,7 @@ def _at(lm: LanguageModel, base: ExitPolicy, layer: int | None, size: int | None
         changes |= tested_from(lm, layer)
     if base.confidence != "static":
         changes["threshold"] = 1.0  # for now
-    policy = replace(base, **changes)  # type: ignore[arg-type]
+    policy = replace(base, **changes)
     resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     return policy
 
@@ -196,7 +286,12 @@ def _thresholds(
     return layer_thresholds(policy, grid.knobs)
 
 
-def _name(policy: ExitPolicy, knob: float | None, layer: int | None, size: int | None, grid: Grid) -> str:
+def _name(policy: ExitPolicy, knob: float | None, place: Place, grid: Grid) -> str:
     what = "" if knob is None else f", share {knob!r} per layer" if grid.per_layer else f" > {knob!r}"
-    where = "" if layer is None else f", from {layer}"
-    return f"{policy.confidence}{what}{where}{'' if size is None else f', {size} kept'}"
+    parts = [
+        "" if place.layer is None else f"from {place.layer}",
+        "" if grid.vocabularies is None else place.kind or "all tokens",
+        "" if place.size is None else f"{place.size} kept",
+        place.way or "",
+    ]  # fmt: skip
+    return ", ".join([f"{policy.confidence}{what}", *filter(None, parts)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from offramp.calibration.certificate import Certificate
 from offramp.calibration.grid import Setting
 from offramp.calibration.promise import CRC
 from offramp.calibration.search import Outcome
+from offramp.calibration.spending import MEASURES, is_timed
+from offramp.calibration.splits import TEST
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
+from offramp.evaluation.result import COLUMNS
 from offramp.files import write_json
 from offramp.tables import markdown
 
@@ -29,12 +33,15 @@ class Calibration:
         settings: The whole grid, chain by chain.
         outcome: Which of it was looked at, and which was selected.
         validation: Repeated calibrations, if asked for.
+        seconds: Over the full model's on the held-out part, as JSON values (see `seconds_held_out`). They are not part
+            of the certificate, which is the same whenever it is made.
     """
 
     certificate: Certificate
     settings: tuple[Setting, ...]
     outcome: Outcome
     validation: Validation | None = None
+    seconds: dict[str, Any] | None = None
 
     @property
     def policy(self) -> ExitPolicy:
@@ -50,6 +57,7 @@ class Calibration:
             "settings": [
                 {"name": s.name, "knob": s.knob, "chain": s.chain, "policy": s.policy.to_dict()} for s in self.settings
             ],
+            "seconds": self.seconds,
             "validation": None if self.validation is None else self.validation.to_dict(),
         }
 
@@ -70,13 +78,50 @@ class Calibration:
         return [folder / POLICY, folder / RESULT, *calibration_plots.save_calibration(self, folder)]
 
     def table(self) -> str:
-        """The settings that were looked at, the statement, and the repeated calibrations."""
+        """The settings that were looked at, what the policy costs, the statement, and the repeated calibrations."""
         certificate = self.certificate
-        p = "mean for CRC" if certificate.promise.bound == CRC else "p-value"
-        rows = []
-        for index, test in enumerate(certificate.tests):
-            verdict = "chosen" if index == certificate.selected else "passed" if test["passed"] else "failed"
-            rows.append((test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", verdict))
-        head = ("setting", "mean loss", p, "verdict")
-        blocks = [markdown(head, rows), certificate.words()] if rows else [certificate.words()]
+        blocks = [markdown(*tests_table(certificate.to_dict())), markdown(*self._costs())] if certificate.tests else []
+        blocks += [certificate.words()]
         return "\n\n".join(blocks if self.validation is None else [*blocks, self.validation.words()])
+
+    def _costs(self) -> tuple[list[str], list[list[str]]]:
+        """Costs of the policy on each part."""
+        columns = {name: COLUMNS[name] for name in COLUMNS if "own" not in name or name in OWN}
+        rows = [
+            [part, *(_shown({**seen, **((self.seconds or {}) if part == TEST else {})}.get(name)) for name in columns)]
+            for part, seen in self.certificate.estimates.items()
+        ]
+        return ["cost of the policy (× full model)", *columns.values()], rows
+
+
+OWN = ("own_flops_per_token_ratio",)
+
+
+def tests_table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What was tested, in its order: the head, and a row per setting.
+
+    Args:
+        certificate: As JSON values; those of an earlier version do not say what each setting costs.
+
+    Returns:
+        Both, with losses, costs on the certification part (of seconds, on the tuning part) and verdicts.
+    """
+    minimise = certificate.get("minimise")
+    timed = {"cost": MEASURES[minimise]} if minimise and is_timed(minimise) else {}
+    columns = {"flops": "FLOPs", "flops_per_token": "FLOPs/token", **timed}
+    p = "mean for CRC" if certificate["promise"]["bound"] == CRC else "p-value"
+    rows = []
+    for index, test in enumerate(certificate["tests"]):
+        verdict = "chosen" if index == certificate["selected"] else "passed" if test["passed"] else "failed"
+        costs = ["–" if (found := test.get(name)) is None else f"{found:.3f}" for name in columns]
+        rows.append([test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", *costs, verdict])
+    return ["setting", "mean loss", p, *(f"{name} ×" for name in columns.values()), "verdict"], rows
+
+
+def _shown(interval: Mapping[str, float | None] | None) -> str:
+    """A ratio with its interval; a dash where it is not known, or does not compare."""
+    if interval is None:
+        return "–"
+    if interval["low"] is None:
+        return f"{interval['value']:.3f}"
+    return f"{interval['value']:.3f} ({interval['low']:.3f}–{interval['high']:.3f})"

@@ -1,7 +1,18 @@
-"""Going through settings in a fixed order, asking for losses only as long as the promise holds."""
+"""Going through settings in a fixed order, asking for losses only as long as the promise holds; the cheapest is taken.
+
+Why the cheapest may be taken by costs that were measured on the certification prompts themselves: with probability at
+least 1 - failure, *all* settings that pass keep the tolerance at once (fixed-sequence testing at level failure / k in
+each of k sequences, whose orders the certification prompts have no part in). On that event no choice among them can
+break the promise, however it depends on these prompts. "Never exit" joins them at no price: it loses nothing, so it may
+be taken where none of them is cheaper. What may not depend on the certification prompts are the orders and the number
+of sequences; leaving settings out beforehand for their cost on other prompts (the tuning part) only shortens an order.
+Under conformal risk control losses are made monotone along the one sequence, so that whatever is chosen among the
+allowed settings loses at most what the last of them does, whose mean is bounded.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +50,8 @@ class Outcome:
     """What is certified.
 
     Attributes:
-        selected: The cheapest certified setting, never one that failed; None: nothing is certified, never exit.
+        selected: The cheapest certified setting, never one that failed; None: nothing is certified, or none of it is
+            cheap enough: never exit.
         tests: The settings that were looked at, in their order.
         level: At which each sequence was tested: `failure`, divided among the sequences.
     """
@@ -54,6 +66,8 @@ def search(
     losses: Callable[[int], NDArray[np.float64]],
     cost: Callable[[int], float],
     promise: Promise,
+    *,
+    below: float = math.inf,
 ) -> Outcome:
     """Certify settings.
 
@@ -62,6 +76,7 @@ def search(
         losses: Of a setting, one per independent draw. Asked for up to the first failure of each sequence.
         cost: Of a setting, asked only of certified ones; may have been measured on the same draws.
         promise: What is to hold.
+        below: What the cost of the chosen setting must be below.
 
     Returns:
         The cheapest certified setting, and all that were looked at.
@@ -70,7 +85,7 @@ def search(
         ValueError: Several sequences for conformal risk control, or a loss outside its range.
     """
     if promise.bound == CRC:
-        return _conformal(sequences, losses, cost, promise)
+        return _conformal(sequences, losses, cost, promise, below)
     level = promise.failure / len(sequences)
     bound, tests = promise.bound_at(level), list[Test]()
 
@@ -86,7 +101,7 @@ def search(
         lambda chain, index: cost(sequences[chain][index]),
         promise.failure,
     )
-    if found.chain is None or found.index is None:
+    if found.chain is None or found.index is None or found.cost is None or found.cost >= below:
         return Outcome(None, tuple(tests), level)
     return Outcome(sequences[found.chain][found.index], tuple(tests), level)
 
@@ -96,6 +111,7 @@ def _conformal(
     losses: Callable[[int], NDArray[np.float64]],
     cost: Callable[[int], float],
     promise: Promise,
+    below: float,
 ) -> Outcome:
     """Conformal risk control along one sequence, up to the first setting that is not allowed."""
     # Made monotone, losses of later settings are no smaller, so none of those could be allowed. And whatever is chosen
@@ -111,5 +127,5 @@ def _conformal(
         tests.append(Test(setting, 0, float(rows[-1].mean()), controlled.risks[-1], passed))
         if not passed:
             break
-    allowed = [test.setting for test in tests if test.passed]
+    allowed = [test.setting for test in tests if test.passed and cost(test.setting) < below]
     return Outcome(min(allowed, key=cost, default=None), tuple(tests), promise.failure)

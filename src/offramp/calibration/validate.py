@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.search import search
+from offramp.calibration.spending import Spent
 from offramp.risk.intervals import exact_interval as exact_interval
 from offramp.tasks import split_groups
 
@@ -36,16 +38,17 @@ class Validation:
             each calibration of the first sort. The pool is the population of these draws.
         exceeded_population: Calibrations of the first sort whose policy's mean loss over the pool is above the
             tolerance: promised for at most the share `failure` in the long run.
-        uncertified_drawn: Calibrations of the first sort that certified nothing.
+        uncertified_drawn: Calibrations of the first sort that certified nothing that is cheaper than the full model.
         loss_population: Mean over the first sort of their policies' mean losses over the pool, with 0 where nothing was
             certified: what conformal risk control promises about.
         certifying: Examples that certified in a split, on average; the rest of the pool was held out.
         exceeded_held_out: Splits whose policy's mean loss over the held-out part is above the tolerance. Nothing is
             promised about it: it has the noise of the held-out part too, which is unlucky where the other is lucky.
-        uncertified: Splits that certified nothing; the full model exceeds nothing.
+        uncertified: Splits that certified nothing, likewise; the full model exceeds nothing.
         loss: Mean of the splits' held-out mean losses; 0 of those that certified nothing.
-        flops_ratio: Mean of the splits' held-out FLOPs over the full model's; 1 of those that certified nothing.
+        flops_ratio: Mean of the splits' held-out costs over the full model's; 1 of those that certified nothing.
         chosen: In how many splits each setting was selected, by its number.
+        cost: What costs are, in words.
     """
 
     promise: Promise
@@ -61,6 +64,7 @@ class Validation:
     loss: float
     flops_ratio: float
     chosen: dict[int, int]
+    cost: str = "FLOPs"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the exact intervals of both counts."""
@@ -88,7 +92,7 @@ class Validation:
                 f"certify and {held_out:.0f} held out:",
                 f"  mean loss of the held-out part above {p.tolerance:g}: {self._share(self.exceeded_held_out)}",
                 f"  nothing certified: {self.uncertified} of {self.repeats}",
-                f"  mean loss held out {self.loss:.3g}; FLOPs {self.flops_ratio:.3f} of the full model's",
+                f"  mean loss held out {self.loss:.3g}; {self.cost} {self.flops_ratio:.3f} of the full model's",
                 READING.format(held_out=held_out),
             ]
         )
@@ -111,27 +115,31 @@ READING = (
 def validate(
     examples: Sequence[Example],
     losses: Sequence[Floats],
-    flops: Sequence[Floats],
-    full_flops: Floats,
+    spent: Sequence[Spent],
+    full: Spent,
     sequences: Sequence[Sequence[int]],
     promise: Promise,
     *,
     share: float,
     repeats: int,
     seed: int = 0,
+    below: float = math.inf,
+    cost: str = "FLOPs",
 ) -> Validation:
     """Repeat a calibration over draws with replacement and over random splits. What the tuning part chose stays.
 
     Args:
         examples: The pool of N, divided by group.
         losses: Of each setting, [S][N]. Settings in no sequence are not looked at.
-        flops: Of each setting, [S][N].
-        full_flops: Of the full model, [N].
+        spent: What each setting cost, of N examples.
+        full: Of the full model.
         sequences: As for `offramp.calibration.search`.
         promise: What each calibration is to certify.
         share: Of the examples that certify, in (0, 1); as many units are drawn with replacement as this share of them.
         repeats: Calibrations of each sort.
         seed: Of the draws and the splits.
+        below: As for `offramp.calibration.search`.
+        cost: What was spent, in words.
 
     Returns:
         The counts.
@@ -141,9 +149,9 @@ def validate(
     """
     if repeats < 1:
         raise ValueError(f"{repeats} repeats were asked for; ask for at least 1 (200 or more tell something)")
-    pool = _Pool(examples, losses, flops, full_flops, sequences, promise)
+    pool = _Pool(examples, losses, spent, full, sequences, promise, below)
     return Validation(
-        promise=promise, repeats=repeats, pool=len(examples), **pool.draws(share, repeats, seed),
+        promise=promise, repeats=repeats, pool=len(examples), cost=cost, **pool.draws(share, repeats, seed),
         **pool.splits(share, repeats, seed),
     )  # fmt: skip
 
@@ -154,18 +162,19 @@ class _Pool:
 
     examples: Sequence[Example]
     losses: Sequence[Floats]
-    flops: Sequence[Floats]
-    full_flops: Floats
+    spent: Sequence[Spent]
+    full: Spent
     sequences: Sequence[Sequence[int]]
     promise: Promise
+    below: float
 
     def draws(self, share: float, repeats: int, seed: int) -> dict[str, Any]:
         """Units drawn independently from the pool, which then is the population."""
         promise, index = self.promise, self.promise.unit_of([example.group for example in self.examples])
         settings = sorted({setting for sequence in self.sequences for setting in sequence})
-        size, total = np.bincount(index), np.bincount(index, self.full_flops)
+        size = np.bincount(index)
         losses = {s: np.bincount(index, self.losses[s]) / size for s in settings}
-        flops = {s: np.bincount(index, self.flops[s]) for s in settings}
+        whole, spent = _by_unit(self.full, index), {s: _by_unit(self.spent[s], index) for s in settings}
         drawn, generator = max(1, round(share * len(size))), np.random.default_rng(seed)
         means = []
         for _ in range(repeats):
@@ -173,8 +182,9 @@ class _Pool:
             selected = search(
                 self.sequences,
                 lambda s, part=part: losses[s][part],  # type: ignore[misc]
-                lambda s, part=part: float(flops[s][part].sum() / total[part].sum()),  # type: ignore[misc]
+                lambda s, part=part: spent[s].over(whole, part),  # type: ignore[misc]
                 promise,
+                below=self.below,
             ).selected
             means.append(None if selected is None else float(losses[selected].mean()))
         return {
@@ -186,7 +196,7 @@ class _Pool:
 
     def splits(self, share: float, repeats: int, seed: int) -> dict[str, Any]:
         """Parts of the pool that certify, judged by the rest."""
-        promise, flops, full_flops = self.promise, self.flops, self.full_flops
+        promise = self.promise
         place = {example.id: index for index, example in enumerate(self.examples)}
         groups = np.array([example.group for example in self.examples])
         above = uncertified = certifying = 0
@@ -199,8 +209,9 @@ class _Pool:
             selected = search(
                 self.sequences,
                 lambda s, part=part, repeat=repeat: promise.units(self.losses[s][part], groups[part].tolist(), repeat),  # type: ignore[misc]
-                lambda s, part=part: float(flops[s][part].sum() / full_flops[part].sum()),  # type: ignore[misc]
+                lambda s, part=part: self.spent[s].over(self.full, part),  # type: ignore[misc]
                 promise,
+                below=self.below,
             ).selected
             certifying += len(part)
             if selected is None:
@@ -210,7 +221,7 @@ class _Pool:
                 continue
             chosen[selected] = chosen.get(selected, 0) + 1
             held_out.append(float(promise.units(self.losses[selected][rest], groups[rest].tolist(), 0).mean()))
-            ratios.append(float(flops[selected][rest].sum() / full_flops[rest].sum()))
+            ratios.append(self.spent[selected].over(self.full, rest))
             above += held_out[-1] > promise.tolerance
         return {
             "certifying": certifying / repeats,
@@ -220,3 +231,8 @@ class _Pool:
             "flops_ratio": float(np.mean(ratios)),
             "chosen": dict(sorted(chosen.items())),
         }
+
+
+def _by_unit(spent: Spent, index: NDArray[np.intp]) -> Spent:
+    amounts, counts = (np.bincount(index, column).astype(np.float64) for column in (spent.amounts, spent.counts))
+    return Spent(amounts, counts)

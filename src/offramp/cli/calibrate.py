@@ -52,9 +52,43 @@ def calibrate(
         str,
         typer.Option(help="What is independent: each prompt, or only each group of them (questions on one article)."),
     ] = "prompt",
+    minimise: Annotated[
+        str,
+        typer.Option(
+            help="The cost that the policy has the least of, over the full model's on the same prompts: "
+            "flops-per-token (generated after the prompt), flops (prompts included), seconds-per-token or seconds (of "
+            "the tuning part, on which all settings then take turns)."
+        ),
+    ] = "flops-per-token",
+    even_if_it_does_not_pay: Annotated[
+        bool,
+        typer.Option(
+            "--even-if-it-does-not-pay",
+            help="Write the cheapest certified policy even where the full model, which loses nothing, costs no more.",
+        ),
+    ] = False,
     confidence: o.Confidence = None,
-    vocabulary: o.Vocabulary = None,
-    skipped: o.Skipped = None,
+    static: Annotated[
+        str | None,
+        typer.Option(
+            help="Static exits to try beside the policy, such as 20,25, or none; default: up to four of the trained "
+            "exits."
+        ),
+    ] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            help="Prune the readout: none, fixed, decaying, adaptive, frequent, frequent-fixed, …; several, with "
+            "commas, are tried."
+        ),
+    ] = None,
+    skipped: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless); "
+            "several, with commas, are tried."
+        ),
+    ] = None,
     prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
     threshold: Annotated[
@@ -73,14 +107,15 @@ def calibrate(
     order: Annotated[
         str,
         typer.Option(
-            help="How the grid is gone through. path: one sequence, from safe to bold; chains: one per minimum layer "
-            "and size, each at its share of the failure; pareto: the front of loss and cost on the tuning part; auto: "
-            "pareto for several minimum layers or sizes and 400 examples or more, else path."
+            help="How the grid is gone through. path: one sequence, from safe to bold; chains: one per combination of "
+            "all but thresholds; static exits have a sequence of their own in both, and each its share of the failure; "
+            "pareto: the front of loss and cost on the tuning part, of what pays there; auto: "
+            "pareto for several combinations and 400 examples or more, else path."
         ),
     ] = "auto",
     tuning_share: Annotated[
         float | None,
-        typer.Option(help="Of the examples, to choose by; default: 0.3 for pareto and --per-layer, else 0."),
+        typer.Option(help="Of the examples, to choose by; default: 0.3 for pareto, --per-layer and seconds, else 0."),
     ] = None,
     test_share: Annotated[float, typer.Option(help="Of the examples, held out to report by.")] = 0.25,
     limit: Annotated[int | None, typer.Option(help="Use only this many examples, chosen at random.")] = None,
@@ -115,7 +150,8 @@ def calibrate(
 ) -> None:
     """Find the cheapest exit policy that keeps a promise, and write it with its certificate.
 
-    Settings are tried from safe to bold, until one fails. If none passes, the policy that is written never leaves
+    Settings are tried from safe to bold, until one fails; static exits, and a shortened prompt without exits, are among
+    them. If none passes, or none that passes costs less than the full model, the policy that is written never leaves
     early. Started again with the same options, an interrupted calibration goes on. `accelerate launch -m offramp
     calibrate …` (on CPUs `torchrun --nproc-per-node N -m offramp calibrate …`) divides the examples among processes.
 
@@ -133,7 +169,7 @@ def calibrate(
     import offramp
     from offramp.calibration import Grid, Promise
     from offramp.calibration import calibrate as run
-    from offramp.calibration.certificate import COSTS_MORE
+    from offramp.calibration.statement import warning
     from offramp.core.policy import ExitPolicy
     from offramp.devices import process_device
     from offramp.tasks import read_examples, take
@@ -142,13 +178,15 @@ def calibrate(
     promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
     starts = o.numbers(min_layer, "--min-layer", int)
     first = None if starts is None or confidence != "static" else max(starts)  # a static policy cannot do without
+    kinds, ways = _several(vocabulary), _several(skipped)
     base = o.policy_from(
-        policy, confidence=confidence, vocabulary=vocabulary, skipped=skipped, min_layer=first,
-        prompt_layer=prompt_layer,
+        policy, confidence=confidence, vocabulary=kinds[0] if len(kinds) == 1 else None,
+        skipped=ways[0] if len(ways) == 1 else None, min_layer=first, prompt_layer=prompt_layer,
     )  # fmt: skip
     grid = Grid(
         o.numbers(threshold, "--threshold", float), starts, o.numbers(vocabulary_size, "--vocabulary-size", int),
-        per_layer,
+        per_layer, () if static == "none" else o.numbers(static, "--static", int),
+        kinds if len(kinds) > 1 else None, tuple(filter(None, ways)) if len(ways) > 1 else None,
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
     state, place = process_device(device)
@@ -157,18 +195,20 @@ def calibrate(
     folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     with o.progress("calibrating") as progress:
         result = run(
-            lm, asked, examples, base or ExitPolicy(), promise, folder, grid=grid, order=order, tuning=tuning_share,
-            test=test_share, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate,
-            about={"name": data, "limit": limit, "shortened": cut, "command": o.command_line()}, progress=progress,
+            lm, asked, examples, base or ExitPolicy(), promise, folder, grid=grid, minimise=minimise,
+            must_pay=not even_if_it_does_not_pay, order=order, tuning=tuning_share, test=test_share, seed=seed,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate, progress=progress,
+            about={"name": data, "limit": limit, "shortened": cut, "command": o.command_line()},
         )  # fmt: skip
     if not state.is_main_process:
         return
     if str(json) != "-":
         o.say(result.table())
-    if not result.certificate.certified:
+    o.note(result.certificate.finding())
+    if not result.certificate.certified and not result.certificate.pays_nothing:
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({_why(result.certificate)})")
-    elif not result.certificate.saves:
-        o.note(COSTS_MORE)
+    elif against := warning(result.certificate):
+        o.note(against)
     room = asked.max_new_tokens if max_new_tokens is None else max_new_tokens
     use = ["offramp", "generate", model, "--policy", str(folder / "policy.json"), "--max-new-tokens", str(room)]
     use += [] if exits is None else ["--exits", exits]
@@ -186,6 +226,11 @@ def _why(certificate: Certificate) -> str:
     if certificate.needed is None:
         return "no number of prompts would do"
     return f"about {certificate.needed} certification {certificate.promise.unit}s would do"
+
+
+def _several(names: str | None) -> tuple[str | None, ...]:
+    """Names with commas between them; "none" is None."""
+    return tuple(None if name == "none" else name for name in names.split(",")) if names else ()
 
 
 def _one_size(sizes: str | None) -> int | None:

@@ -70,15 +70,18 @@ def baselines(
 
 
 def _short_prompt(stop: int) -> dict[str, ExitPolicy]:
+    return {f"prompt to {stop}": short_prompt(stop)}
+
+
+def short_prompt(stop: int) -> ExitPolicy:
     """Prompts that stop after a layer, and nothing that leaves early."""
-    return {f"prompt to {stop}": ExitPolicy(threshold=None, prompt_layer=stop)}
+    return ExitPolicy(threshold=None, prompt_layer=stop)
 
 
 def unexited(arms: Mapping[str, ExitPolicy | None], policy: ExitPolicy | None) -> str:
     """Which of the arms has the policy's shortened prompt and nothing else; empty where there is none, or no need."""
     stop = None if policy is None else policy.prompt_layer
-    same = ExitPolicy(threshold=None, prompt_layer=stop)
-    return "" if stop is None else next((name for name, other in arms.items() if other == same), "")
+    return "" if stop is None else next((name for name, other in arms.items() if other == short_prompt(stop)), "")
 
 
 def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int, ...] | None:

@@ -68,8 +68,29 @@ def decode_records(
         ValueError: No or repeated examples, a prompt that does not fit the context, a policy that does not fit the
             model, no `full` record of an example, or `path` holds other records.
     """
-    one = TaskArm(lm, task, arm, policy, answer_options(task, max_new_tokens, settings))
-    return take_turns([one], {arm: path}, examples, batch_size, full=full, progress=progress)[arm]
+    return decode_arms(
+        lm, task, examples, {arm: policy}, {arm: path}, full=full, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, settings=settings, progress=progress,
+    )[arm]  # fmt: skip
+
+
+def decode_arms(
+    lm: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    arms: Mapping[str, ExitPolicy | None],
+    paths: Mapping[str, Path],
+    *,
+    full: Mapping[str, Record] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[Record]]:
+    """The same of several policies by name, which take turns (`offramp.evaluation.rounds`): their seconds compare."""
+    options = answer_options(task, max_new_tokens, settings)
+    made = [TaskArm(lm, task, arm, policy, options) for arm, policy in arms.items()]
+    return take_turns(made, paths, examples, batch_size, full=full, progress=progress)
 
 
 def answer_options(task: Task, max_new_tokens: int | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def summarise(
         exit_layer=bootstrap.ratio([float(sum(r.exit_layers)) for r in records], tokens),
         length=bootstrap.mean(tokens),
         flops_ratio=over("flops"),
-        decode_flops_ratio=bootstrap.ratio(list(map(_decoding, records)), list(map(_decoding, full))),
+        decode_flops_ratio=bootstrap.ratio(list(map(later_flops, records)), list(map(later_flops, full))),
         bytes_ratio=over("bytes"),
         seconds_ratio=_seconds(records, full, bootstrap),
         flops=sum(r.flops for r in records) / len(records),
@@ -159,7 +159,7 @@ def summarise(
         parts={part: sum(r.parts[part] for r in records) / whole for part in records[0].parts},
         histogram=layers[1:].tolist(),
         outside=sum(r.sums["outside"] for r in records) / sum(tokens) if "outside" in records[0].sums else None,
-        flops_per_token_ratio=_per_token(records, full, bootstrap, _decoding),
+        flops_per_token_ratio=_per_token(records, full, bootstrap, later_flops),
         seconds_per_token_ratio=_seconds_per_token(records, full, bootstrap),
         **_own(records, same_prompt, bootstrap),
     )
@@ -168,12 +168,17 @@ def summarise(
 # ---------------------------------------------------------------- costs
 
 
-def _decoding(record: Record) -> float:
+def later_flops(record: Record) -> float:
     """FLOPs without the encoder and the pass over the prompt."""
     return float(record.flops - record.parts["encoder"] - record.parts[PREFILL])
 
 
-def _passes(record: Record) -> int:
+def later_seconds(record: Record) -> float:
+    """Seconds without preparation, encoder and the pass over the prompt; all of them in an earlier version's record."""
+    return record.seconds - (record.prompt_seconds or 0.0)
+
+
+def later_tokens(record: Record) -> int:
     """Tokens that have a pass of their own: all but the one that is read off the prompt's, where that has one."""
     return len(record.tokens) - (record.parts[PREFILL] > 0)
 
@@ -185,7 +190,7 @@ def _per_token(
     """A cost without the prompt's, per token with a pass of its own, over the full model's; None: there is no such."""
     counted = [True] * len(records) if counted is None else counted
     columns = np.array([
-        [used * value for r in pair for value in (cost(r), _passes(r))]
+        [used * value for r in pair for value in (cost(r), later_tokens(r))]
         for used, pair in zip(counted, zip(records, full, strict=True), strict=True)
     ])  # fmt: skip
     if not columns[:, 1].any() or not columns[:, 2:].any(axis=0).all():
@@ -204,29 +209,29 @@ def _own(
     if same_prompt is None:
         return {}
     return {
-        "own_flops_per_token_ratio": _per_token(records, same_prompt, bootstrap, _decoding),
+        "own_flops_per_token_ratio": _per_token(records, same_prompt, bootstrap, later_flops),
         "own_seconds_per_token_ratio": _seconds_per_token(records, same_prompt, bootstrap),
     }
 
 
-def _turns(records: Sequence[Record], full: Sequence[Record]) -> list[bool] | None:
+def turns(records: Sequence[Record], full: Sequence[Record]) -> list[bool] | None:
     """At which examples the two took turns; None: at fewer than half."""
     found = [a.round is not None and a.round == b.round for a, b in zip(records, full, strict=True)]
     return found if 2 * sum(found) >= len(found) else None
 
 
 def _seconds(records: Sequence[Record], full: Sequence[Record], bootstrap: Bootstrap) -> Interval | None:
-    turns = _turns(records, full)
-    if turns is None:
+    used = turns(records, full)
+    if used is None:
         return None
-    return bootstrap.ratio(*([used * r.seconds for used, r in zip(turns, rs, strict=True)] for rs in (records, full)))
+    return bootstrap.ratio(*([some * r.seconds for some, r in zip(used, rs, strict=True)] for rs in (records, full)))
 
 
 def _seconds_per_token(records: Sequence[Record], full: Sequence[Record], bootstrap: Bootstrap) -> Interval | None:
-    turns = _turns(records, full)
-    if turns is None or any(r.prompt_seconds is None for rs in (records, full) for r in rs):
+    used = turns(records, full)
+    if used is None or any(r.prompt_seconds is None for rs in (records, full) for r in rs):
         return None
-    return _per_token(records, full, bootstrap, lambda r: r.seconds - (r.prompt_seconds or 0.0), turns)
+    return _per_token(records, full, bootstrap, later_seconds, used)
 
 
 # ---------------------------------------------------------------- quality

@@ -36,7 +36,8 @@ def calibration_figure(calibration: Calibration) -> Any:
     certificate, promise = calibration.certificate, calibration.certificate.promise
     tests = certificate.tests
     chosen = None if certificate.selected is None else tests[certificate.selected]["name"]
-    title = "Nothing is certified" if chosen is None else f"Certified: {chosen}"
+    nothing = "Nothing certified costs less than the full model" if certificate.pays_nothing else "Nothing is certified"
+    title = nothing if chosen is None else f"Certified: {chosen}"
     figure = headed(title, 9, 6.4)
     losses, p_values = figure.subplots(2, 1, sharex=True)
     numbers = calibration.settings

@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offramp.calibration.certificate import SCHEMA, Certificate
+from offramp.calibration.certificate import BEFORE, SCHEMA, Certificate
 from offramp.calibration.promise import CRC
+from offramp.calibration.result import tests_table
+from offramp.calibration.spending import MEASURES
+from offramp.calibration.splits import TEST
 from offramp.calibration.validate import READING
+from offramp.evaluation.result import COLUMNS
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, facts, repeat, svg
 
 PICTURE = "calibrate.svg"
@@ -45,7 +49,7 @@ def page(folder: Path, values: dict[str, Any]) -> Page:
     sections = [
         Section("The certificate", _certificate(values)),
         *([Section("What was tested", _tests(certificate, folder / PICTURE))] if certificate["tests"] else []),
-        Section("What the policy loses and saves", [_estimates(certificate["estimates"])]),
+        Section("What the policy loses and saves", [_estimates(certificate["estimates"], values.get("seconds"))]),
     ]
     if validation is not None:
         sections.append(Section("Repeated calibrations", _validation(validation)))
@@ -61,14 +65,15 @@ def page(folder: Path, values: dict[str, Any]) -> Page:
 def _certificate(values: Mapping[str, Any]) -> list[Block]:
     certificate, words, mark = values["certificate"], values["words"], "good"
     promise = certificate["promise"]
-    if certificate.get("schema") == SCHEMA:  # what is in the file is not repeated, but worked out again
+    if certificate.get("schema") in (SCHEMA, BEFORE):  # what is in the file is not repeated, but worked out again
         made = Certificate.from_dict(certificate)
         words, mark = made.words(), "good" if made.saves else ""
     good = certificate["certified"]
     said = {
         "certified": good, "metric": promise["metric"], "kind of loss": promise["kind"], "margin": promise["margin"],
         "tolerance": promise["tolerance"], "failure probability": promise["failure"], "bound": promise["bound"],
-        "unit": promise["unit"], "certification draws": certificate["n"], **_room(certificate.get("room")),
+        "unit": promise["unit"], "minimised": MEASURES.get(certificate.get("minimise")),
+        "certification draws": certificate["n"], **_room(certificate.get("room")),
     }  # fmt: skip
     return [Text((words,), mark if good else "bad"), facts(said)]
 
@@ -85,29 +90,22 @@ def _room(room: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _tests(certificate: Mapping[str, Any], picture: Path) -> list[Block]:
-    head = ["setting", "mean loss", "mean for CRC" if certificate["promise"]["bound"] == CRC else "p-value", ""]
-    rows, marks = [], []
-    for place, test in enumerate(certificate["tests"]):
-        chosen = place == certificate["selected"]
-        verdict = "chosen" if chosen else "passed" if test["passed"] else "failed"
-        rows.append([test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", verdict])
-        marks.append("front full" if chosen else "")
+    head, rows = tests_table(certificate)
+    marks = ["front full" if place == certificate["selected"] else "" for place in range(len(rows))]
     drawn: list[Block] = []
     if picture.is_file():
         drawn.append(svg(picture.read_bytes(), "Mean losses and p-values of the settings, in the order of the tests"))
     return [*drawn, Table(head, rows, marks)]
 
 
-def _estimates(estimates: Mapping[str, Any]) -> Table:
-    head = [
-        "part", "examples", "mean loss", "at most", "FLOPs (× full model)", "FLOPs/token", "bytes", "exit layer",
-        "quality",
-    ]  # fmt: skip
+def _estimates(estimates: Mapping[str, Any], seconds: Mapping[str, Any] | None) -> Table:
+    columns = {name: f"{column} (× full model)" for name, column in COLUMNS.items()}
+    head = ["part", "examples", "mean loss", "at most", *columns.values(), "exit layer", "quality"]
     rows = [
         [
             part, f"{seen['examples']}", _interval(seen["loss"]), f"{seen['upper']:.3g}" if "upper" in seen else "",
-            _interval(seen["flops_ratio"]), _interval(seen.get("flops_per_token_ratio")),
-            _interval(seen["bytes_ratio"]), f"{seen['exit_layer']['value']:.1f}",
+            *(_interval({**((seconds or {}) if part == TEST else {}), **seen}.get(name)) for name in columns),
+            f"{seen['exit_layer']['value']:.1f}",
             ", ".join(f"{name} {value['value']:.3f}" for name, value in seen["quality"].items()),
         ]
         for part, seen in estimates.items()
@@ -116,7 +114,7 @@ def _estimates(estimates: Mapping[str, Any]) -> Table:
 
 
 def _interval(value: Mapping[str, float | None] | None) -> str:
-    if value is None:  # an earlier version, or answers of a single token
+    if value is None:  # an earlier version, answers of a single token, or seconds that do not compare
         return "–"
     if value["low"] is None:
         return f"{value['value']:.3f}"
@@ -139,7 +137,7 @@ def _validation(seen: Mapping[str, Any]) -> list[Block]:
         [f"mean loss of the held-out part {above}", split, share("exceeded_held_out")],
         ["nothing certified", split, f"{seen['uncertified']} of {repeats}"],
         ["mean loss held out", split, f"{seen['loss']:.3g}"],
-        ["FLOPs held out (× full model)", split, f"{seen['flops_ratio']:.3f}"],
+        [f"{seen.get('cost', 'FLOPs')} held out (× full model)", split, f"{seen['flops_ratio']:.3f}"],
     ]
     if drawn:
         draws = f"{seen['drawn']} {promise['unit']}s drawn with replacement"
