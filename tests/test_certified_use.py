@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     said = offramp(
         "calibrate", folder / "model", "--task", "question-answering", "--data", folder / "data.jsonl", "--kind",
         "textual", "--metric", "f1", "--tolerance", 0.3, "--failure", 0.3, "--max-new-tokens", 3, "--threshold", "1",
-        "--exits", folder / "exits", "--dtype", "bfloat16", "--out", folder / "run",
+        "--exits", folder / "exits", "--dtype", "bfloat16", "--out", folder / "run", "--even-if-it-does-not-pay",
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     assert load(folder / "run" / "policy.json").certified
@@ -56,6 +56,7 @@ def test_without_options_the_printed_command_has_the_tasks_answer_length(run, tm
     said = offramp(
         "calibrate", folder / "model", "--task", "question-answering", "--data", folder / "data.jsonl", "--kind",
         "textual", "--tolerance", 0.3, "--failure", 0.3, "--threshold", "1", "--limit", 8, "--out", tmp_path / "run",
+        "--even-if-it-does-not-pay",
     )  # fmt: skip
     settings = load(tmp_path / "run" / "policy.json").conditions["settings"]
     printed = shlex.split(said.stderr.split("use its policy with: ")[1].splitlines()[0])

@@ -8,6 +8,7 @@ from offramp.calibration.calibrate import calibrate as calibrate
 from offramp.calibration.certificate import Certificate as Certificate
 from offramp.calibration.certificate import load as load
 from offramp.calibration.drift import Drift as Drift
+from offramp.calibration.grid import GAINS as GAINS
 from offramp.calibration.grid import SHARES as SHARES
 from offramp.calibration.grid import THRESHOLDS as THRESHOLDS
 from offramp.calibration.grid import Grid as Grid

@@ -198,7 +198,7 @@ def _with_plain(lm: LanguageModel, grid: Grid, base: ExitPolicy, promise: Promis
 
 
 def _tuning_share(given: float | None, grid: Grid, order: str, minimise: str) -> float:
-    chooses = grid.per_layer or order == "pareto" or is_timed(minimise)
+    chooses = grid.per_layer or grid.gains or order == "pareto" or is_timed(minimise)
     if chooses and given == 0:
         raise ValueError(
             "thresholds per layer, the order 'pareto' and seconds are found on a tuning part; give it a share"
@@ -217,7 +217,7 @@ def _most(
     """Answers, if no sequence ends early."""
     settings, n = grid.size(base), {name: len(part) for name, part in parts.items()}
     every = order == "pareto" or is_timed(minimise)
-    tuning = (settings + 1 if every else 0) + (grid.chains(base) if grid.per_layer else 0)
+    tuning = (settings + 1 if every else 0) + len(grid.places(base)) * (grid.per_layer + bool(grid.gains))
     return n[TUNING] * tuning + n[CERTIFICATION] * (settings + 1) + n[TEST] * (settings + 1 if repeats else 2)
 
 

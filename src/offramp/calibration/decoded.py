@@ -120,18 +120,21 @@ class Decoded:
         """What a setting costs on a part, over the full model's (`offramp.calibration.spending`)."""
         return cost(self.of(part, setting), self.of(part, None), measure)
 
-    def layer_thresholds(self, part: str, policy: ExitPolicy, shares: Sequence[float]) -> list[tuple[float, ...]]:
+    def layer_thresholds(
+        self, part: str, policy: ExitPolicy, knobs: Sequence[float], rule: str
+    ) -> list[tuple[float, ...]]:  # fmt: skip
         """Thresholds for each layer (see `offramp.calibration.layer_thresholds`), from the file if they are there."""
         options = {"max_new_tokens": self.max_new_tokens, **self.settings}
         header = header_of(self.lm, vars(self.task), self.parts[part], policy, options, 1)
-        key = json.dumps([header, list(shares)], sort_keys=True)
+        key = json.dumps([header, list(knobs), *([] if rule == "share" else [rule])], sort_keys=True)
         path = self.folder / THRESHOLDS
         known = _thresholds(path) if path.exists() else {}
         self.state.wait_for_everyone()  # all have read what there was before one of them writes
         if key not in known:
             count, mine = self._count(part), self.parts[part][self.state.process_index :: self.state.num_processes]
             made = layer_thresholds(
-                self.lm, self.task, mine, policy, shares, max_new_tokens=self.max_new_tokens, settings=self.settings,
+                self.lm, self.task, mine, policy, knobs, rule=rule, max_new_tokens=self.max_new_tokens,
+                settings=self.settings,
                 progress=None if count is None else lambda done: count(done, len(mine), "thresholds"),
                 gather=self._gathered,
             )  # fmt: skip

@@ -118,9 +118,13 @@ def _require_setting(c: Certificate, test: Mapping[str, Any], grid: Grid, base: 
         if name in test["changes"] and test["changes"][name] not in (allowed or ()):
             raise ValueError(f"the setting {test['name']} changes {name} of the base, which the grid leaves alone")
     threshold = {**c.base, **test["changes"]}["threshold"]
-    if test["knob"] is not None and test["knob"] not in grid.knobs:
+    families = {family: knobs for family, knobs in grid.families(base).items() if knobs}
+    if test["knob"] is None:
+        return
+    if not any(test["knob"] in knobs for knobs in families.values()):
         raise ValueError(f"the setting {test['name']} is none of the grid")
-    if test["knob"] is not None and not grid.per_layer and threshold != test["knob"]:
+    by_layer = isinstance(threshold, list) and families.keys() - {"threshold"}
+    if not by_layer and threshold != test["knob"]:
         raise ValueError(f"the threshold of {test['name']} is {threshold}, not {test['knob']}")
 
 

@@ -23,13 +23,15 @@ THRESHOLDS = (
 """From safe to bold; finer near 1, where the confidences of language models pile up. For every measure."""
 SHARES = (1.0, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """From safe to bold: shares of the wrong early tokens that thresholds of their own for each layer keep in."""
+GAINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+"""From safe to bold: shares of tokens that may be wrong for each full token's FLOPs that leaving saves."""
 NEVER = ExitPolicy(threshold=None)
 """The full model: cost 1 and no loss, certified without a test. What is left where nothing else is, or pays."""
 PLAIN = "plain"
 """The family of settings that test nothing (`offramp.calibration.plain`)."""
 
-LayerThresholds = Callable[[ExitPolicy, Sequence[float]], Sequence[tuple[float, ...]]]
-"""(policy, shares) -> for each share one threshold per exit (see `offramp.calibration.layer_thresholds`)."""
+LayerThresholds = Callable[[ExitPolicy, Sequence[float], str], Sequence[tuple[float, ...]]]
+"""(policy, knobs, rule) -> for each knob one threshold per exit (see `offramp.calibration.layer_thresholds`)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Grid:
         static_layers: Static exits tried beside the policy; None: `offramp.calibration.plain.static_layers_of`.
         vocabularies: Kinds of pruning, None among them for all tokens; None: that of the policy.
         skipped: What happens to keys and values of skipped layers; None: that of the policy.
+        gains: Prices of thresholds by gain, one for each exit layer, tried beside the `thresholds`; None: none.
         plain: Whether settings that test nothing are tried beside the policy at all.
     """
 
@@ -54,19 +57,29 @@ class Grid:
     static_layers: tuple[int, ...] | None = None
     vocabularies: tuple[str | None, ...] | None = None
     skipped: tuple[str, ...] | None = None
+    gains: tuple[float, ...] | None = None
     plain: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped"):
+        for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped", "gains"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; give at least one value, or None for the default")
         if self.per_layer and not all(0 <= share <= 1 for share in self.knobs):
             raise ValueError(f"thresholds are {self.knobs}; with per_layer they are shares in [0, 1]")
+        if self.gains and min(self.gains) < 0:
+            raise ValueError(f"gains are {self.gains}; they are prices from 0 on, such as 0.1")
 
     @property
     def knobs(self) -> tuple[float, ...]:
         """Thresholds or shares, from safe to bold."""
         return tuple(sorted(set(self.thresholds or (SHARES if self.per_layer else THRESHOLDS)), reverse=True))
+
+    def families(self, base: ExitPolicy) -> dict[str, tuple[float, ...]]:
+        """Values from safe to bold of what is varied within a combination, by what it is; of static exits, nothing."""
+        if base.confidence == "static":
+            return {"static": ()}
+        gains = {"gain": tuple(sorted(set(self.gains)))} if self.gains else {}
+        return {"share" if self.per_layer else "threshold": self.knobs, **gains}
 
     def places(self, base: ExitPolicy) -> list[Place]:
         """Combinations of all but thresholds, from safe to bold in each of them."""
@@ -87,17 +100,19 @@ class Grid:
         return sizes or [None]
 
     def chains(self, base: ExitPolicy) -> int:
-        """Combinations of all but thresholds, each with its own sequence of these."""
-        return 1 if base.confidence == "static" else len(self.places(base))  # of static exits, a sequence of layers
+        """Combinations of all but thresholds, with a sequence of thresholds of each family."""
+        if base.confidence == "static":
+            return 1  # a sequence of layers
+        return len(self.places(base)) * len(self.families(base))
 
     def sequences(self, base: ExitPolicy, order: str) -> int:
         """In how many sequences the settings are tested; all share the failure probability."""
         beside = bool(self.tests_nothing(base))
-        return {"path": 1 + beside, "chains": self.chains(base) + beside}.get(order, 1)
+        return {"path": len(self.families(base)) + beside, "chains": self.chains(base) + beside}.get(order, 1)
 
     def size(self, base: ExitPolicy) -> int:
         """Number of settings."""
-        each = 1 if base.confidence == "static" else len(self.knobs)
+        each = sum(len(knobs) or 1 for knobs in self.families(base).values())
         return len(self.tests_nothing(base)) + len(self.places(base)) * each
 
     def tests_nothing(self, base: ExitPolicy) -> dict[str, ExitPolicy]:
@@ -141,7 +156,7 @@ class Setting:
     Attributes:
         name: In words, different from all others of the grid.
         policy: What it is.
-        knob: Its threshold, or its share; None for settings that test nothing.
+        knob: Its threshold, its share or its price; None for settings that test nothing.
         chain: Which combination it belongs to, counted from the safest; behind them those that test nothing.
         boldness: Mean of its relative places along the grid's dimensions, from 0 (safest) to 1.
         family: What its knob is; settings of one family are in one sequence of the order "path".
@@ -169,7 +184,7 @@ def settings_of(
         lm: The model.
         base: All that the grid leaves open.
         grid: What is tried.
-        layer_thresholds: Makes the thresholds of `per_layer`, from other examples than those that certify.
+        layer_thresholds: Makes thresholds for each layer, from other examples than those that certify.
 
     Returns:
         Settings, all of which fit the model.
@@ -184,10 +199,13 @@ def settings_of(
         resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     places = grid.places(base)
     policies = [_at(lm, base, grid, place) for place in places]
+    families = list(grid.families(base).items())
     settings = [
         setting
-        for chain, (place, policy) in enumerate(zip(places, policies, strict=True))
-        for setting in _chain(policy, place, grid, chain, layer_thresholds)
+        for chain, ((family, knobs), (place, policy)) in enumerate(
+            product(families, zip(places, policies, strict=True))
+        )
+        for setting in _chain(policy, place, grid, chain, family, knobs, layer_thresholds)
     ]
     last = 1 + max(setting.chain for setting in settings)
     beside = [(name, plain[name], spot or 0.0) for name, spot in _spots(list(plain))]
@@ -195,20 +213,23 @@ def settings_of(
 
 
 def _chain(
-    policy: ExitPolicy, place: Place, grid: Grid, chain: int, layer_thresholds: LayerThresholds | None
-) -> Iterator[Setting]:
+    policy: ExitPolicy, place: Place, grid: Grid, chain: int, family: str, knobs: Sequence[float],
+    layer_thresholds: LayerThresholds | None,
+) -> Iterator[Setting]:  # fmt: skip
     """The settings of one combination, from safe to bold."""
-    static = policy.confidence == "static"
-    values = _thresholds(policy, grid, layer_thresholds)
-    for (knob, spot), threshold in zip(_spots([None] if static else grid.knobs), values, strict=True):
-        spots = [*place.spots, *([] if spot is None else [spot])]
-        yield Setting(
-            _name(policy, knob, place, grid),
-            policy if knob is None else replace(policy, threshold=threshold),
-            knob,
-            0 if static else chain,
-            sum(spots) / len(spots) if spots else 0.0,
-        )
+    if not knobs:
+        yield Setting(_name(policy, "", place, grid), policy, None, 0, _mean(place.spots), family)
+        return
+    values = knobs if family == "threshold" else _per_layer(policy, knobs, family, layer_thresholds)
+    for (knob, spot), threshold in zip(_spots(knobs), values, strict=True):
+        what = f" > {knob!r}" if family == "threshold" else f", {family} {knob!r} per layer"
+        boldness = _mean([*place.spots, *([] if spot is None else [spot])])
+        at = replace(policy, threshold=threshold)  # type: ignore[arg-type]
+        yield Setting(_name(policy, what, place, grid), at, knob, chain, boldness, family)
+
+
+def _mean(spots: Sequence[float]) -> float:
+    return sum(spots) / len(spots) if spots else 0.0
 
 
 def paths_of(settings: Sequence[Setting]) -> list[list[int]]:
@@ -242,7 +263,7 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
             "vocabulary sizes are given, but the policy does not prune after its first test (vocabulary "
             f"{', '.join(map(repr, kinds))}); choose fixed, decaying or adaptive"
         )
-    tests = (grid.thresholds, grid.per_layer, grid.vocabulary_sizes, grid.vocabularies, grid.skipped)
+    tests = (grid.thresholds, grid.per_layer, grid.vocabulary_sizes, grid.vocabularies, grid.skipped, grid.gains)
     if base.confidence == "static" and (any(tests) or grid.static_layers):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")
 
@@ -274,24 +295,19 @@ def _at(lm: LanguageModel, base: ExitPolicy, grid: Grid, place: Place) -> ExitPo
     return policy
 
 
-def _thresholds(
-    policy: ExitPolicy, grid: Grid, layer_thresholds: LayerThresholds | None
-) -> Sequence[float | tuple[float, ...] | None]:
-    if policy.confidence == "static":
-        return [None]
-    if not grid.per_layer:
-        return grid.knobs
+def _per_layer(
+    policy: ExitPolicy, knobs: Sequence[float], rule: str, layer_thresholds: LayerThresholds | None
+) -> Sequence[tuple[float, ...]]:
     if layer_thresholds is None:
         raise ValueError("thresholds for each layer are made from a tuning part; give layer_thresholds")
-    return layer_thresholds(policy, grid.knobs)
+    return layer_thresholds(policy, knobs, rule)
 
 
-def _name(policy: ExitPolicy, knob: float | None, place: Place, grid: Grid) -> str:
-    what = "" if knob is None else f", share {knob!r} per layer" if grid.per_layer else f" > {knob!r}"
+def _name(policy: ExitPolicy, what: str, place: Place, grid: Grid) -> str:
     parts = [
         "" if place.layer is None else f"from {place.layer}",
         "" if grid.vocabularies is None else place.kind or "all tokens",
         "" if place.size is None else f"{place.size} kept",
         place.way or "",
-    ]  # fmt: skip
+    ]
     return ", ".join([f"{policy.confidence}{what}", *filter(None, parts)])

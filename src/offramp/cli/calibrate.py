@@ -104,6 +104,14 @@ def calibrate(
             "would leave wrongly and are kept in; default: 14 from 1 to 0.1.",
         ),
     ] = False,
+    gains: Annotated[
+        str | None,
+        typer.Option(
+            help="Try thresholds for each layer by gain, too: leave where the tuning part's share of wrong tokens is "
+            "below this times the FLOPs that leaving saves (of a full token's); with commas, or default: 10 from 0.02 "
+            "to 2."
+        ),
+    ] = None,
     order: Annotated[
         str,
         typer.Option(
@@ -115,7 +123,9 @@ def calibrate(
     ] = "auto",
     tuning_share: Annotated[
         float | None,
-        typer.Option(help="Of the examples, to choose by; default: 0.3 for pareto, --per-layer and seconds, else 0."),
+        typer.Option(
+            help="Of the examples, to choose by; default: 0.3 for pareto, --per-layer, --gains and seconds, else 0."
+        ),
     ] = None,
     test_share: Annotated[float, typer.Option(help="Of the examples, held out to report by.")] = 0.25,
     limit: Annotated[int | None, typer.Option(help="Use only this many examples, chosen at random.")] = None,
@@ -167,7 +177,7 @@ def calibrate(
         )  # fmt: skip
         return
     import offramp
-    from offramp.calibration import Grid, Promise
+    from offramp.calibration import GAINS, Grid, Promise
     from offramp.calibration import calibrate as run
     from offramp.calibration.statement import warning
     from offramp.core.policy import ExitPolicy
@@ -187,6 +197,7 @@ def calibrate(
         o.numbers(threshold, "--threshold", float), starts, o.numbers(vocabulary_size, "--vocabulary-size", int),
         per_layer, () if static == "none" else o.numbers(static, "--static", int),
         kinds if len(kinds) > 1 else None, tuple(filter(None, ways)) if len(ways) > 1 else None,
+        GAINS if gains == "default" else o.numbers(gains, "--gains", float),
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
     state, place = process_device(device)

@@ -8,7 +8,7 @@ sent to the same expert, and count as if they were not. Seconds are measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +255,31 @@ def exit_flops(shape: ModelShape, layer: int, first: int | None, kept: int | Non
         read = range(first, layer + 1)
     lenses = sum(2 * shape.lens_weights(index) for index in read)
     return passed + filled + lenses + full + later * shape.readout_flops(kept)
+
+
+def saved_flops(
+    shape: ModelShape, layer: int, exits: Sequence[int], kept: int | None = None, *, scored: bool = True
+) -> int:
+    """FLOPs that a token saves which leaves at a test after `layer`, against going on to the last layer.
+
+    Weights only, as for a short context.
+
+    Args:
+        shape: The model.
+        layer: One of the exits.
+        exits: All layers that are tested.
+        kept: Tokens that later tests score; None: all V.
+        scored: Whether tests score tokens, so that the leaving one needs no readout of its own.
+
+    Returns:
+        Blocks less keys and values, tests and lenses behind `layer`, and the last readout unless one is made here.
+    """
+    depth = len(shape.blocks)
+    behind = sum(2 * shape.blocks[index].weights - shape.fill_flops(index) for index in range(layer, depth))
+    later = [exit for exit in exits if exit > layer]
+    tests = sum(2 * shape.lens_weights(exit) for exit in later)
+    tests += len(later) * shape.readout_flops(kept) + shape.readout_flops() if scored else 0
+    return behind + tests
 
 
 def ratios(shape: ModelShape) -> tuple[float, float]:
