@@ -87,6 +87,21 @@ def test_the_number_format_is_chosen_once(folder, tmp_path, monkeypatch):
     assert "config.precision was 'bf16' and is now None" in words(offramp(*arguments, "--precision", "float32"))
 
 
+def test_exits_are_placed_once(folder, tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("the sky is blue . why is it ? " * 40)
+    arguments = ["train", folder, "--text", text, "--window", 8, "--steps", 1, "--out", tmp_path / "run"]
+    first = offramp(*arguments, "--place", 2, "--place-tokens", 2, "--rank", 1)
+    assert first.exit_code == 0, words(first)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["config"]["layers"] == written["about"]["placement"]["layers"]
+    named = ", ".join(map(str, written["config"]["layers"]))
+    assert f"exits after {named} save" in first.stderr
+    monkeypatch.setattr("offramp.training.placement.agreement", None)  # it is not measured again
+    again = offramp(*arguments, "--place", 2, "--place-tokens", 2, "--rank", 1)
+    assert again.exit_code == 0, words(again)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -261,6 +276,10 @@ def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
     ("arguments", "message"),
     [
         (["--exits", "x"], "--exits is for --objective consistency; other objectives train new exits"),
+        (["--place", 2, "--layers", "1"], "--place chooses layers; it does not go with --layers, which names them"),
+        (["--place", 2, "--objective", "consistency"], "it does not go with --objective consistency, whose exits have"),
+        (["--place-tokens", 2], "--place-tokens is for --place"),
+        (["--place", 4], "4 exits are to be placed; a model of 4 layers can have 1..3"),
         (["--epochs", 1, "--steps", 2], "give one of --epochs, --steps and --tokens"),
         (["--tokens", 9, "--steps", 2], "give one of --epochs, --steps and --tokens"),
         (["--data", "x.json"], "need --task, which says what the examples are"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,6 +69,17 @@ def train(
     ] = "exits",
     layers: Annotated[
         str | None, typer.Option(help="Exits after these layers, for example 15,20,25; default: chosen by the depth.")
+    ] = None,
+    place: Annotated[
+        int | None,
+        typer.Option(
+            help="Choose up to this many exit layers by measuring, before training, where layers agree with the last "
+            "one and what leaving there saves."
+        ),
+    ] = None,
+    place_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that a test will score (--vocabulary), for the price of one; default: all."),
     ] = None,
     rank: Annotated[
         int | None,
@@ -162,14 +174,15 @@ def train(
     """
     import offramp
     from offramp.devices import agreed, process_device
-    from offramp.training import AnswerConfig, TrainConfig, fast_precision, prepare
+    from offramp.training import AnswerConfig, TrainConfig, fast_precision, placed, prepare
     from offramp.training import train as run
     from offramp.training.data import steps_per_epoch
 
     _check(exits, objective, epochs, steps, tokens)
+    _check_place(place, place_tokens, layers, objective)
     folder = out or Path("runs") / f"train-{Path(model).name}"
-    state, place = process_device(device)
-    lm = offramp.load(model, dtype=dtype, device=place, exits=exits)
+    state, chosen = process_device(device)
+    lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
     answering = AnswerConfig(
         max_new_tokens=max_new_tokens, temperature=answer_temperature, per_prompt=answers, prompts_too=with_prompts,
         chat=lm.has_chat_template if chat is None else chat, seed=seed,
@@ -187,7 +200,7 @@ def train(
     o.note(f"{len(documents)} documents: {size}")
     if epochs is not None:
         steps = epochs * steps_per_epoch(parts.train, batch_size)
-    about = {"command": o.command_line()}
+    about: dict[str, Any] = {"command": o.command_line()}
     if precision == "auto":
         found = agreed(fast_precision(lm.split.device, lm.model.dtype, folder))
         precision = found.value
@@ -201,6 +214,10 @@ def train(
         micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,
         seed=seed, validate_every=validate_every, save_every=save_every,
     )  # fmt: skip
+    if place is not None:
+        best = agreed(placed(lm.split, parts, config, place, kept=place_tokens, folder=folder))
+        config, about["placement"] = replace(config, layers=best.layers), best.to_dict()
+        o.note(best.table())
     with o.progress("training") as progress:
         bar = progress if state.is_main_process else None
         result = run(lm, parts, config, folder, progress=bar, report_to=report_to, about=about, coverage=coverage)
@@ -229,3 +246,12 @@ def _check(exits: str | None, objective: str, *ends: int | None) -> None:
         raise typer.BadParameter("--exits is for --objective consistency; other objectives train new exits")
     if sum(end is not None for end in ends) > 1:
         raise typer.BadParameter("give one of --epochs, --steps and --tokens")
+
+
+def _check_place(place: int | None, tokens: int | None, layers: str | None, objective: str) -> None:
+    """Options that --place does not go with."""
+    if place is None and tokens is not None:
+        raise typer.BadParameter("--place-tokens is for --place, which measures where exits pay")
+    if place is not None and (layers is not None or objective.startswith("consistency")):
+        other = "--layers, which names" if layers is not None else f"--objective {objective}, whose exits have"
+        raise typer.BadParameter(f"--place chooses layers; it does not go with {other} them")

@@ -10,6 +10,8 @@ from offramp.training.data import read_texts as read_texts
 from offramp.training.data import text_documents as text_documents
 from offramp.training.frequent import frequent_tokens as frequent_tokens
 from offramp.training.objectives import OBJECTIVES as OBJECTIVES
+from offramp.training.placement import Placement as Placement
+from offramp.training.placement import placed as placed
 from offramp.training.precision import fast_precision as fast_precision
 from offramp.training.run_folder import TrainingError as TrainingError
 from offramp.training.trainer import TrainResult as TrainResult

@@ -1,0 +1,212 @@
+"""Which layers get exits: those that save most per generated token, by what was measured on text.
+
+A token leaves at the first exit that agrees with the last layer. It saves the blocks behind, less their keys and
+values, and the last readout; it pays for the tests of all exits that it came to. No rule of confidence knows where an
+exit agrees, so a saving is what the exits allow for, not what a policy will reach; it compares layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.families import SplitModel
+from offramp.families.sizes import ModelShape
+from offramp.tables import markdown
+from offramp.training.closed_lenses import agreement
+from offramp.training.config import TrainConfig
+from offramp.training.data import Data
+from offramp.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where exits go, and what that rests on; shares are of the full model's FLOPs per token, without attention.
+
+    Attributes:
+        layers: Chosen ones, ascending.
+        saving: Mean share that they save together.
+        agreement: Share of positions at which each of layers 1..L-1 agrees with the last layer.
+        alone: Mean share that an exit after each of them saves with no other.
+        positions: How many were measured.
+        most: How many exits there may be.
+        kept: Tokens that a test scores; None: all V.
+    """
+
+    layers: tuple[int, ...]
+    saving: float
+    agreement: tuple[float, ...]
+    alone: tuple[float, ...]
+    positions: int
+    most: int
+    kept: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Placement:
+        """Of what `to_dict` gave."""
+        made: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**made)
+
+    def table(self) -> str:
+        """Layers, and what was chosen."""
+        rows = [
+            [str(layer), f"{agreed:.3f}", f"{alone:+.3f}", "exit" if layer in self.layers else ""]
+            for layer, (agreed, alone) in enumerate(zip(self.agreement, self.alone, strict=True), 1)
+        ]
+        named = ", ".join(map(str, self.layers))
+        return "\n".join([
+            markdown(["layer", "agreement", "saving alone", ""], rows),
+            f"exits after {named} save {self.saving:.3f} of the full model's FLOPs per token, if each token left at "
+            f"the first one that agrees with the last layer ({self.positions} positions, lenses in closed form)",
+        ])  # fmt: skip
+
+
+def placed(
+    split: SplitModel,
+    data: Data,
+    config: TrainConfig,
+    most: int,
+    *,
+    kept: int | None = None,
+    folder: Path | None = None,
+) -> Placement:
+    """Measure where a model as it is can leave, and place exits there.
+
+    Args:
+        split: The model.
+        data: Its windows to train on are measured on; those held out are not looked at.
+        config: Rank of the lenses, number format and seed.
+        most: How many exits there may be.
+        kept: See `place`.
+        folder: Of the run: one that began with exits placed likewise goes on with them.
+
+    Returns:
+        The placement.
+
+    Raises:
+        ValueError: See `place`; or there is one window only.
+    """
+    before = None if folder is None else chosen_before(RunFolder(folder).begun(), most, kept)
+    if before is not None:
+        return before
+    agrees = agreement(split, data.train, config.seed, config.precision)
+    return place(split.shape, agrees, lens_weights(split.shape.width, config.rank), most, kept)
+
+
+def place(shape: ModelShape, agrees: Tensor, lenses: int, most: int, kept: int | None = None) -> Placement:
+    """The exits that save most.
+
+    Args:
+        shape: The model.
+        agrees: Whether each of layers 1..L-1 chooses the last layer's token, bool [N, L-1].
+        lenses: Weights that an exit's lens multiplies a state with.
+        most: How many exits there may be, 1..L-1; fewer are chosen where more save less.
+        kept: Tokens that a test scores, as if every agreed one was among them; None: all V.
+
+    Returns:
+        The placement.
+
+    Raises:
+        ValueError: `most` is out of range, or no exit saves anything.
+    """
+    depth = len(shape.blocks)
+    if not 1 <= most < depth:
+        raise ValueError(f"{most} exits are to be placed; a model of {depth} layers can have 1..{depth - 1}")
+    gains, price = gains_of(shape), 2 * lenses + shape.readout_flops(kept)
+    full = sum(2 * block.weights for block in shape.blocks) + shape.readout_flops()
+    counts = agrees.sum(0, dtype=torch.float64)
+    alone = (counts * gains - len(agrees) * price) / len(agrees) / full
+    chosen, total = best_exits(agrees, gains, price, most)
+    if not chosen:
+        best = int(alone.argmax())
+        raise ValueError(
+            f"no exit pays: even one after layer {best + 1}, which agrees with the last layer at {counts[best]:.0f} of "
+            f"{len(agrees)} positions, costs more in tests than it saves; test fewer tokens, or name layers yourself"
+        )
+    return Placement(
+        layers=tuple(at + 1 for at in chosen),
+        saving=total / len(agrees) / full,
+        agreement=tuple((counts / len(agrees)).tolist()),
+        alone=tuple(alone.tolist()),
+        positions=len(agrees),
+        most=most,
+        kept=kept,
+    )
+
+
+def gains_of(shape: ModelShape) -> Tensor:
+    """FLOPs that leaving after layers 1..L-1 saves, tests aside, [L-1]."""
+    skipped = [2 * block.weights - shape.fill_flops(index) for index, block in enumerate(shape.blocks)]
+    behind = [sum(skipped[layer:]) + shape.readout_flops() for layer in range(1, len(skipped))]
+    return torch.tensor(behind, dtype=torch.float64)
+
+
+def best_exits(agrees: Tensor, gains: Tensor, price: float, most: int) -> tuple[list[int], float]:
+    """The subset of exits with the largest sum of gains less tests, by branch and bound: exact.
+
+    Args:
+        agrees: Whether an exit agrees, bool [N, E], exits in the order in which tokens come to them.
+        gains: Of a token that leaves there, [E].
+        price: Of a test, for every token that comes to it.
+        most: Size of the subset.
+
+    Returns:
+        Places in 0..E-1, ascending, and the sum over the tokens; none and 0 where nothing is above 0.
+    """
+    count = agrees.shape[1]
+    worth = (gains - price).clamp(min=0)
+    found: tuple[list[int], float] = ([], 0.0)
+
+    def search(taken: list[int], left: Tensor, total: float) -> None:
+        """Add exits behind those taken, for tokens that have not left, bool [M, E]."""
+        nonlocal found
+        first = taken[-1] + 1 if taken else 0
+        room = most - len(taken)
+        if first == count or not room or not len(left):
+            return
+        counts = left.sum(0, dtype=torch.float64)
+        sums = total + counts * gains - len(left) * price
+        sums[:first] = -torch.inf
+        if float(sums.max()) > found[1]:
+            found = ([*taken, int(sums.argmax())], float(sums.max()))
+        if room == 1:
+            return
+        reached = (counts * worth)[first:]  # no exit adds more than all that agree there, who pay one test
+        once = (left[:, first:] * worth[first:]).amax(1).sum()  # nor a token more than at its best one
+        if total + min(float(reached.topk(min(room, len(reached))).values.sum()), float(once)) <= found[1]:
+            return
+        for at in sorted(range(first, count), key=lambda at: -float(sums[at])):
+            search([*taken, at], left[~left[:, at]], float(sums[at]))
+
+    search([], agrees, 0.0)
+    return found
+
+
+def lens_weights(width: int, rank: int | None) -> int:
+    """Weights of a lens of that rank (None: a full matrix) on states of that width."""
+    return width * (width if rank is None else 2 * rank)
+
+
+def chosen_before(record: Mapping[str, Any] | None, most: int, kept: int | None) -> Placement | None:
+    """The placement that a run began with, so that it goes on; None where it has none of that kind.
+
+    Args:
+        record: Its config.json.
+        most: How many exits are asked for now.
+        kept: Tokens of a test now.
+
+    Returns:
+        The placement.
+    """
+    values = (record or {}).get("about", {}).get("placement")
+    found = None if values is None else Placement.from_dict(values)
+    return found if found is not None and (found.most, found.kept) == (most, kept) else None
