@@ -22,12 +22,14 @@ class ScriptedModel:
     is_encoder_decoder = False
     head_is_plain = True
     exit_layers = ()
+    branches = {}
 
     def __init__(self, script) -> None:
         self.script = torch.as_tensor(script, dtype=torch.float32)  # [T, L, V], or [B, T, L, V]
         if self.script.ndim == 3:
             self.script = self.script[None]
         _, _, self.num_layers, vocabulary = self.script.shape
+        self.blocks = [None] * self.num_layers
         self.shape = ModelShape((BlockShape(1, 1, 1, 1),) * self.num_layers, 1, vocabulary, 4)
         self.head = torch.eye(vocabulary)
         self.calls: list[tuple[int, list[int], list[int]]] = []

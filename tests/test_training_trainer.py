@@ -57,6 +57,32 @@ def test_exits_learn_and_the_model_stays_as_it_is(tmp_path, objective):
         assert share == pytest.approx(float((choice == output.logits.argmax(-1)).float().mean()))
 
 
+def test_blocks_of_the_exits_own_learn_and_the_model_stays_as_it_is(tmp_path):
+    lm, ids = model(), data().held_out.ids
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    result = train(lm, data(), config(blocks=2, learning_rate=3e-3), tmp_path / "run")
+    assert all(later < 0.8 * earlier for later, earlier in zip(result.loss_after, result.loss_before, strict=True))
+    assert same(lm.model.state_dict(), before)
+    assert lm.split.branches == {}
+    again = train(lm, data(), config(blocks=2, learning_rate=3e-3, steps=40), tmp_path / "half")
+    assert again.loss_before == result.loss_before
+    exits = load_exits(result.exits)
+    assert (exits.blocks, exits.rank, [*exits.branches]) == (2, None, ["1", "3"])
+    lm.attach_exits(exits)
+    states = lm.split.states(ids[:, :-1], [1, 3])
+    chosen = lm.model(ids[:, :-1]).logits.argmax(-1)
+    for layer, state, share in zip((1, 3), states, result.agreement_after, strict=True):
+        choice = lm.split.readout(state, layer).argmax(-1)
+        assert share == pytest.approx(float((choice == chosen).float().mean()), abs=0.03)  # kept in bfloat16
+
+
+def test_branches_are_trained_on_a_frozen_model_only():
+    with pytest.raises(ValueError, match="trained on a model that stays as it is"):
+        config(blocks=1, trainable="all")
+    with pytest.raises(ValueError, match="behind whole prompts"):
+        config(blocks=1, prompt_layer=2)
+
+
 def test_agreement_is_counted_as_the_model_itself_sees_it(tmp_path):
     result = train(model(), data(), config(steps=1), tmp_path)
     ids = data().held_out.ids[:, :-1]

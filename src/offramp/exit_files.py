@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp import artefact
-from offramp.core.exits import Exits, fingerprint, listed_once
+from offramp.core.exits import Branch, Exits, fingerprint, listed_once
 from offramp.exit_posterior import Posterior
 from offramp.families import SplitModel
 from offramp.packaged import ModelError, first_line
@@ -21,6 +21,7 @@ CONFIG, WEIGHTS = "exits.json", "exits.safetensors"
 AGAIN = "save the exits again, or copy their whole folder"
 MOST_LAYERS = 10_000
 """A description that speaks of more is damaged."""
+_BRANCHES = "branches."
 _POSTERIOR = "posterior."  # what its tensors' names begin with
 KIND = artefact.Kind(
     "exits", CONFIG, WEIGHTS, family="offramp/exits/", again=AGAIN, saved="name a folder that save_exits wrote"
@@ -52,14 +53,19 @@ def save_exits(
         "layers": list(exits.layers), "rank": exits.rank, "classifier": exits.classifiers is not None,
         "fingerprint": exits.fingerprint if fingerprint is None else fingerprint,
         "settings": exits.settings if settings is None else dict(settings),
+        **({"blocks": exits.blocks} if exits.blocks else {}),
         **({} if exits.posterior is None else {"posterior": exits.posterior.settings}),
         **({} if exits.frequent is None else {"frequent": len(exits.frequent)}),
     }  # fmt: skip
-    tensors = {
-        name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
-        for name, t in exits.state_dict().items()
-    }
+    tensors = {name: t.detach().to(_kept_in(name, t)).cpu().contiguous() for name, t in exits.state_dict().items()}
     artefact.write(folder, SCHEMA, values, tensors, KIND)
+
+
+def _kept_in(name: str, tensor: Tensor) -> torch.dtype:
+    """The number format of a tensor in the file: branches, which are large, take half of the room."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.bfloat16 if name.startswith(_BRANCHES) else torch.float32
 
 
 def load_exits(folder: str | os.PathLike[str]) -> Exits:
@@ -80,6 +86,8 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
         raise ModelError(f"{Path(folder) / CONFIG} is damaged ({first_line(error)}); {AGAIN}") from error
     fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
     frequent = tensors.pop("frequent", None)
+    if exits.blocks:
+        exits.branches = _branches(exits, tensors, file)
     expected = {name: t.shape for name, t in exits.state_dict().items()}
     if {name: t.shape for name, t in tensors.items()} != expected:
         raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
@@ -91,6 +99,21 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
     if frequent is not None or count is not None:
         exits.frequent = _frequent(folder, count, frequent)
     return exits
+
+
+def _branches(exits: Exits, tensors: Mapping[str, Tensor], file: Path) -> nn.ModuleDict:
+    """Branches with the tensors that are there for them; whether these fit a model is for the model to see."""
+    made = nn.ModuleDict()
+    for layer in exits.layers:
+        found: list[dict[str, Tensor]] = [{} for _ in range(exits.blocks)]
+        for name, tensor in tensors.items():
+            number, _, rest = name.removeprefix(begin := f"{_BRANCHES}{layer}.").partition("/")
+            if name.startswith(begin) and number.isdecimal() and int(number) < exits.blocks:
+                found[int(number)][rest.replace("/", ".")] = tensor.float()
+        if not all(found):
+            raise ModelError(f"{file} lacks blocks of the exit after layer {layer}; {AGAIN}")
+        made[str(layer)] = Branch(found)
+    return made
 
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -107,10 +130,10 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Ten
     except ValueError as error:
         raise ModelError(str(error)) from error
     file = Path(folder).expanduser() / CONFIG
-    values.setdefault("classifier", False)  # younger than the schema, as the posterior is
+    values = {"classifier": False, "blocks": 0, **values}  # younger than the schema, as the posterior is
     types = {
         "model": str, "fingerprint": str, "num_layers": int, "width": int, "layers": list, "settings": dict,
-        "classifier": bool,
+        "classifier": bool, "blocks": int,
     }  # fmt: skip
     wrong = [name for name, kind in types.items() if type(values.get(name)) is not kind]
     wrong += [] if type(values.get("rank", "")) in (int, type(None)) else ["rank"]

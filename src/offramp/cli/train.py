@@ -85,6 +85,10 @@ def train(
         int | None,
         typer.Option(help="Rank of each exit's matrix; default: full; 0: none, which lora and all default to."),
     ] = None,
+    blocks: Annotated[
+        int,
+        typer.Option(help="Transformer blocks of its own that each exit gets before its matrix (exits only)."),
+    ] = 0,
     lora_rank: o.LoraRank = 16,
     objective: Annotated[
         str,
@@ -207,8 +211,8 @@ def train(
         about["precision"] = f"{found.name}: {found.why}"
         o.note(f"computing in {about['precision']}")
     config = TrainConfig(
-        layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, lora_rank=lora_rank,
-        objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
+        layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, blocks=blocks,
+        lora_rank=lora_rank, objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
         layer_dropout=layer_dropout, prompt_layer=prompt_layer, learning_rate=learning_rate, weight_decay=weight_decay,
         steps=500 if steps is None and tokens is None else steps, tokens=tokens, batch_size=batch_size,
         micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,

@@ -111,7 +111,8 @@ class Batch:
         self.lengths = [ids.shape[1]] * len(ids)  # tokens known by row, drafts included
         self.rows = list(range(len(ids)))  # that are not finished
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # the same
-        self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger)
+        used = [layer for layer in model.branches if layer in plan.thresholds or layer == plan.last]
+        self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger, used)
         self.protected = torch.tensor(sorted(set(sampler.eos)), dtype=torch.long, device=ids.device)
         self.frequent = self._frequent()
         self.shallow: dict[int, list[tuple[float, int]]] = {
@@ -194,10 +195,10 @@ class Batch:
         for layer in plan.stops:
             way.advance(layer)
             if layer in plan.candidates:
-                reader.capture(layer, way.hidden)
+                reader.capture(layer, way.read)
             if layer not in plan.thresholds:
                 continue
-            exit = reader.at(layer, way.hidden)
+            exit = reader.at(layer, way.read)
             confidences = exit.confidence()
             for row, confidence in zip(way.rows, confidences, strict=True):
                 read.confidences[row] = confidence
@@ -257,7 +258,7 @@ class Batch:
         if reader is not None and plan.policy.decode_from == "contrastive" and plan.policy.contrast.full:
             way.advance(plan.last)
             reader.whole()
-            exit = reader.at(plan.last, way.hidden)
+            exit = reader.at(plan.last, way.read)
             self._take(read, way.rows, plan.last, exit, list(range(len(way.rows))))
         else:
             self._read_last(read)
@@ -269,9 +270,9 @@ class Batch:
             read.layers[row] = last
         if isinstance(way, Defer) and self.adaptive is not None and not self.prefill:
             for some, state in way.states:
-                self._read_states(read, some, state.hidden.flatten(0, 1))
+                self._read_states(read, some, state.read.flatten(0, 1))
         else:
-            self._read_states(read, rows, way.hidden)
+            self._read_states(read, rows, way.read)
 
     def _read_states(self, read: Read, rows: list[int], hidden: Tensor) -> None:
         """Read states [len(rows) * n, D] after the last layer; the tokens are those of each row's last one."""

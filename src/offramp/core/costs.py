@@ -172,7 +172,7 @@ class Ledger:
         """Blocks lo..hi-1 (0-based) for `queries` tokens of each of `rows` rows, after `start` cached tokens."""
         self.costs.executed_layers += 0 if prompt else rows * queries * (hi - lo)
         for first, like in self._alike(lo, hi):
-            block = self.shape.blocks[first]
+            block = self.shape.block(first)
             seen = start if block.window is None else min(start, block.window - 1)
             cached = 2 * block.kv_width * rows * (seen + (memory if block.cross_kv_weights else 0))
             read = block.weights_read(rows * queries) + cached
@@ -183,18 +183,18 @@ class Ledger:
         if (lo, hi) not in self._kinds:
             found: dict[BlockShape, list[int]] = {}
             for layer in range(lo, hi):
-                found.setdefault(self.shape.blocks[layer], []).append(layer)
+                found.setdefault(self.shape.block(layer), []).append(layer)
             self._kinds[lo, hi] = [(layers[0], len(layers)) for layers in found.values()]
         return self._kinds[lo, hi]
 
     def cross(self, layer: int, rows: int, memory: int) -> None:
         """First visit of a block's cross-attention."""
-        self._add("blocks", rows * self.shape.cross_flops(layer, memory), self.shape.blocks[layer].cross_kv_weights)
+        self._add("blocks", rows * self.shape.cross_flops(layer, memory), self.shape.block(layer).cross_kv_weights)
 
     def fill(self, layers: Iterable[int], tokens: int) -> None:
         """Keys and values of `tokens` tokens that skipped these layers, in one product per layer."""
         for layer in layers:
-            self._add("fill", tokens * self.shape.fill_flops(layer), self.shape.blocks[layer].kv_weights)
+            self._add("fill", tokens * self.shape.fill_flops(layer), self.shape.block(layer).kv_weights)
 
     def lens(self, layer: int, states: int) -> None:
         """The lens after `layer`, if there is one, on `states` states."""
@@ -231,7 +231,7 @@ class Ledger:
 
 
 def exit_flops(shape: ModelShape, layer: int, first: int | None, kept: int | None = None) -> int:
-    """FLOPs of one token that leaves after `layer`: blocks, lenses, readouts, keys and values of the skipped blocks.
+    """FLOPs of one token that leaves after `layer`: blocks, lenses, branches, readouts, keys and values it skips.
 
     Weights only, as for a short context. The logits of the last test are those the token is taken from. A token that
     reaches layer L has failed all tests and is read out once more, in full.
@@ -253,7 +253,7 @@ def exit_flops(shape: ModelShape, layer: int, first: int | None, kept: int | Non
         later = min(layer, depth - 1) - first  # tests after the first
         full = full * 2 if layer == depth else full
         read = range(first, layer + 1)
-    lenses = sum(2 * shape.lens_weights(index) for index in read)
+    lenses = sum(2 * shape.adapter_weights(index) for index in read)
     return passed + filled + lenses + full + later * shape.readout_flops(kept)
 
 
@@ -322,7 +322,7 @@ def break_even(
     head, fill = ratios(shape)
     depth = len(shape.blocks)
     tests = depth - first if tests is None else tests
-    lens = sum(shape.lens_weights(layer) for layer in range(first, depth)) / tests
+    lens = sum(shape.adapter_weights(layer) for layer in range(first, depth)) / tests
     lens /= sum(block.weights for block in shape.blocks) / depth
     tested = (head * (1 if kept is None else kept / shape.vocabulary) + lens) * tests / (depth - first)
     saved = 0.0 if frequent is None else head * (1 - frequent / shape.vocabulary)

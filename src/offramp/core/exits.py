@@ -1,11 +1,13 @@
 """Exits that were trained for a model: a tuned lens after some of its layers, before the shared final norm and head.
 
 A lens is affine, h + W h + b on the residual state [..., D] (Belrose et al. 2023, arXiv 2303.08112), and begins as
-nothing: W = 0 and b = 0. The model itself is untouched, so its full output stays what it is, bit for bit. Beside the
-lens there may be a consistency classifier, which says from the readout input alone whether to leave there, and for all
-exits a posterior that was fitted on text (`offramp.exit_posterior`) and a list of frequent tokens, the only ones that
-`ExitPolicy(vocabulary="frequent")` scores. Weights are kept and saved in float32, with the name and the fingerprint of
-the weights they were made for.
+nothing: W = 0 and b = 0. Before it an exit may have a branch: transformer blocks of its own, with keys and values of
+their own (Kangaroo's adapter, Liu et al. 2024, arXiv 2404.18911, is one block), begun as copies of the model's last
+ones that add nothing to the state yet. The model itself is untouched, so its full output stays what it is, bit for bit.
+Beside lens and branch there may be a consistency classifier, which says from the readout input alone whether to leave
+there, and for all exits a posterior that was fitted on text (`offramp.exit_posterior`) and a list of frequent tokens,
+the only ones that `ExitPolicy(vocabulary="frequent")` scores. Weights are kept in float32 (in files, branches in
+bfloat16), with the name and the fingerprint of the weights they were made for.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from offramp.families.branches import first_weights
 
 if TYPE_CHECKING:
     from offramp.core.confidence import Confidence, Reading
@@ -127,6 +131,28 @@ class Lens(nn.Module):
         return self.up.weight.numel() + (0 if self.down is None else self.down.weight.numel())
 
 
+class Branch(nn.Module):
+    """Transformer blocks of an exit's own, as named tensors; `SplitModel` makes modules of them.
+
+    Args:
+        blocks: Parameters of each block, by the names they have in the model's block that it is like.
+    """
+
+    def __init__(self, blocks: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        for number, tensors in enumerate(blocks):
+            for name, tensor in tensors.items():
+                self.register_parameter(f"{number}/{name.replace('.', '/')}", nn.Parameter(tensor))
+
+    def blocks(self) -> list[dict[str, nn.Parameter]]:
+        """The parameters of each block, by their names there."""
+        found: dict[int, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            number, _, rest = name.partition("/")
+            found.setdefault(int(number), {})[rest.replace("/", ".")] = parameter
+        return [found[number] for number in sorted(found)]
+
+
 class Exits(nn.Module):
     """The trained exits of one model; made by `fresh`, then trained, or by `load`.
 
@@ -136,6 +162,7 @@ class Exits(nn.Module):
         layers: The exit layers, ascending in 1..L-1.
         rank: Rank of the lenses; None: full matrices; 0: no lenses, such as for a model that was itself trained to be
             read out after these layers.
+        blocks: How many transformer blocks of its own each exit has; their weights come from `fresh` or from a file.
         classifier: Whether there is a consistency classifier after each of the layers.
         model: Name of the model they are for.
         fingerprint: Of its weights.
@@ -153,6 +180,7 @@ class Exits(nn.Module):
         layers: Sequence[int],
         rank: int | None = None,
         *,
+        blocks: int = 0,
         classifier: bool = False,
         model: str = "",
         fingerprint: str = "",
@@ -168,15 +196,18 @@ class Exits(nn.Module):
                 f"the exit layers are {self.layers}; a model of {num_layers} layers can have exits after layers "
                 f"1..{num_layers - 1} (layer {num_layers} is always an exit, leave it out)"
             )
+        if not 0 <= blocks <= num_layers:
+            raise ValueError(f"blocks is {blocks}; an exit can have 0..{num_layers} blocks of its own")
         if rank is not None and not 0 <= rank <= width:
             raise ValueError(
                 f"rank is {rank}; allowed are 1..{width}, the model's width, 0 for exits without lenses, or None for "
                 "full matrices"
             )
-        self.num_layers, self.width, self.rank = num_layers, width, rank
+        self.num_layers, self.width, self.rank, self.blocks = num_layers, width, rank, blocks
         self.model, self.fingerprint, self.settings = model, fingerprint, dict(settings or {})
         lensed = () if rank == 0 else self.layers
         self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in lensed})
+        self.branches = nn.ModuleDict()  # one `Branch` per layer, if `blocks`
         self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
         self.posterior: Any = None  # an `offramp.exit_posterior.Posterior`, if one was fitted
         self.frequent: Tensor | None
@@ -190,7 +221,9 @@ class Exits(nn.Module):
         return made
 
     @classmethod
-    def fresh(cls, split: SplitModel, layers: Sequence[int] | None = None, rank: int | None = None) -> Exits:
+    def fresh(
+        cls, split: SplitModel, layers: Sequence[int] | None = None, rank: int | None = None, blocks: int = 0
+    ) -> Exits:
         """Exits that change nothing yet.
 
         The first factor of low-rank lenses is drawn at random: seed torch for the same ones.
@@ -199,6 +232,8 @@ class Exits(nn.Module):
             split: The model they are for.
             layers: The exit layers; None: `default_layers`.
             rank: Rank of the lenses; None: full matrices; 0: no lenses.
+            blocks: Blocks of its own that each exit has, before its lens. (Where norms stand behind the sublayers, as
+                in BART and OLMo 2, they change the state at first.)
 
         Returns:
             Exits in float32 on the model's device.
@@ -207,7 +242,9 @@ class Exits(nn.Module):
             ValueError: The layers or the rank do not fit the model.
         """
         layers = default_layers(split.num_layers) if layers is None else layers
-        made = cls(split.num_layers, split.shape.width, layers, rank, device=split.device)
+        made = cls(split.num_layers, split.shape.width, layers, rank, blocks=blocks, device=split.device)
+        for layer in made.layers if blocks else ():
+            made.branches[str(layer)] = Branch(first_weights(split, blocks))
         made.model, made.fingerprint = type(split.model).__name__, fingerprint(split.model)
         return made
 
@@ -228,7 +265,7 @@ class Exits(nn.Module):
         """A copy with some of the exits, without a posterior."""
         made = self.with_posterior(None)
         made.layers = tuple(layers)
-        for parts in filter(None, (made.lenses, made.classifiers)):
+        for parts in filter(None, (made.lenses, made.branches, made.classifiers)):
             for name in set(parts) - {str(layer) for layer in layers}:
                 del parts[name]
         return made

@@ -9,6 +9,7 @@ positions due. In both, the rows of a batch leave one by one; in `Defer` they ma
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import groupby
 
@@ -27,12 +28,13 @@ class Propagate:
     Args:
         model: The model.
         ledger: Where the work is written down.
+        branches: Layers with exits whose own blocks are to run.
     """
 
-    def __init__(self, model: SplitModel, ledger: Ledger) -> None:
-        self.model, self.ledger = model, ledger
+    def __init__(self, model: SplitModel, ledger: Ledger, branches: Collection[int] = ()) -> None:
+        self.model, self.ledger, self.branches = model, ledger, branches
         self.left: list[tuple[int, Skipped]] = []  # (depth, tokens), in the order they left
-        self.done = [0] * model.num_layers  # how many of `left` each layer has dealt with
+        self.done = [0] * len(model.blocks)  # how many of `left` each block has dealt with
         self.rows: list[int] = []
         self._last: tuple[tuple[int, ...], Skipped] | None = None  # the last merged set of tokens
         self._seen = 0
@@ -48,13 +50,20 @@ class Propagate:
         """States of the rows still in, at the last position, [A, D]."""
         return self.state.hidden[:, -1]
 
+    @property
+    def read(self) -> Tensor:
+        """What is read out of them here, [A, D]."""
+        return self.state.read[:, -1]
+
     def advance(self, depth: int) -> None:
         """Run the rows still in up to `depth`."""
-        if self._seen:
-            for due, layers in groupby(range(self.state.depth, depth), self._due):
-                if due:
-                    self._catch_up(list(layers), due)
-        (self.state,) = _run(self, [self.state], depth)
+        while self.state.depth < depth:
+            stop = min([depth, *(layer for layer in self.branches if layer > self.state.depth)])
+            self._catch_up(range(self.state.depth, stop))
+            (self.state,) = _run(self, [self.state], stop)
+            if stop in self.branches:
+                self._catch_up(self.model.branches[stop], stop)
+                (self.state,) = _branched(self, [self.state])
 
     def leave(self, gone: list[int], kept: list[int]) -> None:
         """Freeze the rows at index `gone` of those still in; go on with those at index `kept`."""
@@ -67,13 +76,19 @@ class Propagate:
         if kept:
             self.state = state.select(kept, as_rows(self.rows, device))
 
-    def _due(self, layer: int) -> tuple[int, ...]:
-        """Which of `left` this layer owes keys and values to, of earlier steps; asked once per step and layer."""
-        done, self.done[layer] = self.done[layer], self._seen
-        return tuple(i for i in range(done, self._seen) if self.left[i][0] <= layer)
+    def _catch_up(self, layers: range, branch: int | None = None) -> None:
+        """Fill the keys and values of tokens that skipped these layers, or the blocks of the exit after `branch`."""
+        if self._seen:
+            for due, some in groupby(layers, lambda layer: self._due(layer, layer if branch is None else branch - 1)):
+                if due:
+                    self._fill(list(some), due)
 
-    def _catch_up(self, layers: list[int], due: tuple[int, ...]) -> None:
-        """Fill the keys and values of tokens that skipped these layers."""
+    def _due(self, layer: int, deepest: int) -> tuple[int, ...]:
+        """Which of `left`, at `deepest` or before, a layer owes keys and values to; asked once per step and layer."""
+        done, self.done[layer] = self.done[layer], self._seen
+        return tuple(i for i in range(done, self._seen) if self.left[i][0] <= deepest)
+
+    def _fill(self, layers: list[int], due: tuple[int, ...]) -> None:
         with self.ledger.time("fill"):
             if self._last is None or self._last[0] != due:
                 self._last = (due, _merged([self.left[i][1] for i in due]))
@@ -90,10 +105,11 @@ class Defer:
     Args:
         model: The model.
         ledger: Where the work is written down.
+        branches: Layers with exits whose own blocks are to run, on every position that comes by.
     """
 
-    def __init__(self, model: SplitModel, ledger: Ledger) -> None:
-        self.model, self.ledger = model, ledger
+    def __init__(self, model: SplitModel, ledger: Ledger, branches: Collection[int] = ()) -> None:
+        self.model, self.ledger, self.branches = model, ledger, branches
         self.waiting: dict[int, list[State]] = {}  # by row, each of one row; by position, the last is the shallowest
         self.rows: list[int] = []
         self.states: list[tuple[list[int], State]] = []  # of the rows still in, and which rows each has
@@ -106,11 +122,11 @@ class Defer:
             first += len(state.hidden)
 
     @property
-    def hidden(self) -> Tensor:
-        """States of the rows still in, at the last position, [A, D]."""
+    def read(self) -> Tensor:
+        """What is read out of the rows still in, at the last position, [A, D]."""
         if len(self.states) == 1 and self.states[0][0] == self.rows:
-            return self.states[0][1].hidden[:, -1]
-        found = {row: state.hidden[i, -1] for rows, state in self.states for i, row in enumerate(rows)}
+            return self.states[0][1].read[:, -1]
+        found = {row: state.read[i, -1] for rows, state in self.states for i, row in enumerate(rows)}
         return torch.stack([found[row] for row in self.rows])
 
     def advance(self, depth: int) -> None:
@@ -119,8 +135,10 @@ class Defer:
             ready = self._joined([pair for pair in self.states if pair[1].depth == lowest])
             later = [pair for pair in self.states if pair[1].depth > lowest]
             met = [self.waiting[row][-1].depth for rows, _ in ready for row in rows if self.waiting.get(row)]
-            stop = min([depth, *met, *(state.depth for _, state in later)])
+            branches = [layer for layer in self.branches if layer > lowest]
+            stop = min([depth, *met, *(state.depth for _, state in later), *branches])
             ran = _run(self, [state for _, state in ready], stop)
+            ran = _branched(self, ran) if stop in self.branches else ran
             self.states = [*zip([rows for rows, _ in ready], ran, strict=True), *later]
 
     def _joined(self, pairs: list[tuple[list[int], State]]) -> list[tuple[list[int], State]]:
@@ -188,6 +206,11 @@ def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
     with way.ledger.time("fill"):
         way.model.fill(state.context, depth, last, frozen)
     way.ledger.fill(range(depth, last), len(frozen.rows))
+    for layer in (layer for layer in way.branches if layer > depth):
+        own = way.model.branches[layer]
+        with way.ledger.time("fill"):
+            way.model.fill(state.context, own.start, own.stop, frozen)
+        way.ledger.fill(own, len(frozen.rows))
     if isinstance(way, Propagate):
         way.state = state
     else:
@@ -206,17 +229,30 @@ def parted(state: State, count: int) -> tuple[Skipped, State]:
 
 def _run(way: Propagate | Defer, states: list[State], depth: int) -> list[State]:
     """Run states of equal depth up to `depth` and write it down."""
-    lo, context = states[0].depth, states[0].context
+    lo = states[0].depth
     if depth == lo:
         return states
+    return _billed(way, states, range(lo, depth), lambda: way.model.run_each(states, lo, depth))
+
+
+def _branched(way: Propagate | Defer, states: list[State]) -> list[State]:
+    """Run an exit's own blocks on states that have just come to its layer, and write it down."""
+    return _billed(way, states, way.model.branches[states[0].depth], lambda: way.model.branched(states))
+
+
+def _billed(
+    way: Propagate | Defer, states: list[State], blocks: range, run: Callable[[], list[State]]
+) -> list[State]:  # fmt: skip
+    """Run some blocks on states and write it down."""
+    context = states[0].context
     memory = 0 if context.memory is None else context.memory.shape[1]
     crossed = len(context.crossed)
     with way.ledger.time("blocks"):
-        ran = way.model.run_each(states, lo, depth)
+        ran = run()
     for state in states:
         way.ledger.blocks(
-            lo, depth, rows=len(state.hidden), queries=state.frame.queries, start=state.frame.start, memory=memory,
-            prompt=way.prompt,
+            blocks.start, blocks.stop, rows=len(state.hidden), queries=state.frame.queries, start=state.frame.start,
+            memory=memory, prompt=way.prompt,
         )  # fmt: skip
     for layer in context.crossed[crossed:]:
         way.ledger.cross(layer, len(context.positions), memory)
@@ -243,7 +279,8 @@ def _row(state: State, index: int, row: int) -> State:
 def _longer(before: State, after: State) -> State:
     """Two states of a row, of adjacent positions and equal depth, as one."""
     frame = Frame(before.frame.rows, before.frame.start, before.frame.queries + after.frame.queries)
-    return replace(before, hidden=torch.cat([before.hidden, after.hidden], dim=1), frame=frame)
+    hidden = torch.cat([before.hidden, after.hidden], dim=1)
+    return State(before.context, frame, hidden, before.depth)  # branches, if any, have run on all of it
 
 
 def _stacked(pairs: list[tuple[int, State]]) -> tuple[list[int], State]:
@@ -253,4 +290,4 @@ def _stacked(pairs: list[tuple[int, State]]) -> tuple[list[int], State]:
         return rows, first
     hidden = torch.cat([state.hidden for _, state in pairs])
     frame = Frame(as_rows(rows, hidden.device), first.frame.start, first.frame.queries)
-    return rows, replace(first, hidden=hidden, frame=frame)
+    return rows, State(first.context, frame, hidden, first.depth)

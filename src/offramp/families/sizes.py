@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -62,6 +63,8 @@ class ModelShape:
         encoder_weights: Weights each encoder position is multiplied with.
         encoder_attention_width: Query width summed over the encoder's layers.
         lenses: Weights of the lens after each of layers 1..L, 0 where there is none; empty without trained exits.
+        branches: Blocks of the exits' own, in the order of the exits; they count on from L.
+        branch_of: Which of these belong to the exit after a layer.
         head_width: Width of the head's rows where a matrix from D to it comes before the head (OPT-350m); None: D.
     """
 
@@ -73,17 +76,23 @@ class ModelShape:
     encoder_attention_width: int = 0
     lenses: tuple[int, ...] = ()
     head_width: int | None = None
+    branches: tuple[BlockShape, ...] = ()
+    branch_of: Mapping[int, range] = field(default_factory=dict)
+
+    def block(self, index: int) -> BlockShape:
+        """One of the L blocks, counted from 0, or behind them one of the exits'."""
+        return self.blocks[index] if index < len(self.blocks) else self.branches[index - len(self.blocks)]
 
     def block_flops(self, layer: int, queries: int, start: int, memory: int = 0) -> int:
         """FLOPs of block `layer` (0-based) for `queries` tokens of one row that come after `start` cached ones."""
-        block = self.blocks[layer]
+        block = self.block(layer)
         keys = queries + (start if block.window is None else min(start, block.window - 1))
         attended = keys + (memory if block.cross_kv_weights else 0)
         return queries * (2 * block.weights + 4 * block.query_width * attended)
 
     def fill_flops(self, layer: int) -> int:
         """FLOPs of the keys and values of one token at block `layer` (0-based)."""
-        return 2 * self.blocks[layer].kv_weights
+        return 2 * self.block(layer).kv_weights
 
     @property
     def squeeze_weights(self) -> int:
@@ -106,13 +115,17 @@ class ModelShape:
         """Weights of the lens after `layer`, 1..L; 0 where there is none."""
         return self.lenses[layer - 1] if self.lenses else 0
 
+    def adapter_weights(self, layer: int) -> int:
+        """Weights of what one state goes through between `layer`, 1..L, and the readout there: a lens or a branch."""
+        return self.lens_weights(layer) + sum(self.block(index).weights for index in self.branch_of.get(layer, ()))
+
     def encoder_flops(self, positions: int) -> int:
         """FLOPs of the encoder for one row of `positions` outputs."""
         return 2 * self.encoder_weights * positions + 4 * self.encoder_attention_width * positions**2
 
     def cross_flops(self, layer: int, memory: int) -> int:
         """FLOPs of the cross-attention keys and values of one row at a first visit of block `layer` (0-based)."""
-        return 2 * self.blocks[layer].cross_kv_weights * memory
+        return 2 * self.block(layer).cross_kv_weights * memory
 
     def generation_flops(self, prompt: int, new: int, memory: int = 0) -> int:
         """FLOPs of the full model for one row: encoder, prompt and `new` generated tokens."""

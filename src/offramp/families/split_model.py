@@ -7,7 +7,7 @@ list ran. `run(state, lo, hi)` takes a state after `lo` layers to one after `hi`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from offramp.families.best import Best, best_of, ranked
 from offramp.families.block_calls import cache_name, rotation, run_block
+from offramp.families.branches import blocks_of
 from offramp.families.cache import LayerCache, Rows
 from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
 from offramp.families.sizes import model_shape
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 from offramp.families.table import FAMILIES
+from offramp.families.whole_pass import Edit, whole_pass
 
 if TYPE_CHECKING:
     from offramp.core.exits import Exits
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
-
-
-Edit = Callable[[int, Tensor, Tensor], Tensor]
-"""(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
 
 
 class SplitModel:
@@ -65,8 +63,9 @@ class SplitModel:
                 f"{type(model).__name__} has no language-modelling head to read out with; load the model of type "
                 f"{name!r} with its ...ForCausalLM or ...ForConditionalGeneration class"
             ) from error
-        self.blocks: list[Any] = list(getattr(self.decoder, self.family.layers))
+        self.blocks: list[Any] = list(getattr(self.decoder, self.family.layers))  # behind them, those of branches
         self.num_layers = len(self.blocks)
+        self.branches: dict[int, range] = {}  # the numbers of the blocks that an exit has of its own, by its layer
         self.cache_name = cache_name(self.blocks[0].forward, self.decoder.forward)
         self.is_encoder_decoder = self.family.cross is not None
         places = {p.device for p in model.parameters()}
@@ -209,11 +208,28 @@ class SplitModel:
         hidden = state.hidden
         for index in range(lo, hi):
             hidden = run_block(self, index, hidden, state.frame, state.context)
-        return replace(state, hidden=hidden, depth=hi)
+        return State(state.context, state.frame, hidden, hi)
 
     def run_each(self, states: list[State], lo: int, hi: int) -> list[State]:
-        """`run` for states of different rows, which may be of different lengths and stand at different slots."""
+        """`run` for states of different rows, which may differ in length and in their slots."""
         return [self.run(state, lo, hi) for state in states]
+
+    def branched(self, states: list[State]) -> list[State]:
+        """States after an exit's layer with what its own blocks, whose caches hold all slots before, make of them.
+
+        Args:
+            states: Of equal depth, after which there is an exit with blocks of its own.
+
+        Returns:
+            The same with `branch`.
+        """
+        made = []
+        for state in states:
+            hidden = state.hidden
+            for index in self.branches[state.depth]:
+                hidden = run_block(self, index, hidden, state.frame, state.context)
+            made.append(replace(state, branch=hidden))
+        return made
 
     # ------------------------------------------------------------ a whole pass
 
@@ -226,9 +242,10 @@ class SplitModel:
         memory_mask: Tensor | None = None,
         edit: Edit | None = None,
     ) -> list[Tensor]:
-        """Residual states after some layers, by one pass of the model's own code without caches: for training.
+        """What is read out after some layers, by one pass of the model's own code without caches: for training.
 
-        Gradients and dropout are as in the model's own forward pass, which this is.
+        That are residual states, or where an exit has blocks of its own, what these make of them. Gradients and dropout
+        are as in the model's own forward pass, which this is.
 
         Args:
             ids: Token ids, [B, T]; padding only behind what is looked at.
@@ -240,29 +257,7 @@ class SplitModel:
         Returns:
             States [B, T, D], one per layer asked for.
         """
-        found: dict[int, Tensor] = {}
-
-        def hook(layer: int) -> Callable[..., Any]:
-            def after(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-                hidden = output[0] if isinstance(output, tuple) else output
-                if edit is not None:
-                    hidden = edit(layer, inputs[0] if inputs else keywords["hidden_states"], hidden)
-                found[layer] = hidden
-                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-            return after
-
-        hooks = [b.register_forward_hook(hook(i), with_kwargs=True) for i, b in enumerate(self.blocks, 1)]
-        try:
-            cross = {}
-            if self.is_encoder_decoder:
-                mask = None if self.family.listens else {"encoder_attention_mask": memory_mask}
-                cross = {"encoder_hidden_states": memory, **(mask or {})}
-            self.decoder(input_ids=ids, use_cache=False, **cross)
-        finally:
-            for each in hooks:
-                each.remove()
-        return [found[layer] for layer in layers]
+        return whole_pass(self, ids, layers, memory, memory_mask, edit)
 
     # ------------------------------------------------------------ fill
 
@@ -273,7 +268,7 @@ class SplitModel:
 
         Args:
             context: That of the batch.
-            lo: The first skipped block, counted from 0.
+            lo: The first skipped block, counted from 0; an exit's own blocks come behind the model's.
             hi: Behind the last one.
             skipped: The tokens and the states they are frozen in.
         """
@@ -305,8 +300,18 @@ class SplitModel:
                 f"the exits are for {exits.num_layers} layers of width {exits.width}, but the model has "
                 f"{self.num_layers} of width {width}; attach exits that were made for it"
             )
-        self._exits = None if exits is None else exits.placed(self.model.dtype, self.device)
+        self.attach(None if exits is None else exits.placed(self.model.dtype, self.device))
         self.shape = replace(self.shape, lenses=() if exits is None else tuple(map(exits.weights, layers)))
+
+    def attach(self, exits: Exits | None) -> None:
+        """Take exits as they are, wherever their weights are, to train them."""
+        self._exits, count = exits, self.num_layers
+        made, self.branches = ([], {}) if exits is None else blocks_of(self, exits)
+        likes = [*range(count), *(like for like, _ in made)]
+        self.blocks = [*self.blocks[:count], *(block for _, block in made)]
+        self.types, self.windows = [self.types[i] for i in likes], [self.windows[i] for i in likes]
+        own = tuple(self.shape.blocks[like] for like in likes[count:])
+        self.shape = replace(self.shape, branches=own, branch_of=self.branches)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

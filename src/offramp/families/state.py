@@ -83,16 +83,27 @@ class Frame:
 
 @dataclass(frozen=True)
 class State:
-    """Residual states `hidden` [A, n, D] after `depth` layers, for the rows and slots of `frame`."""
+    """Residual states `hidden` [A, n, D] after `depth` layers, for the rows and slots of `frame`.
+
+    `branch` is what the exit's own blocks make of them, if there is an exit with blocks here and they have run.
+    """
 
     context: Context
     frame: Frame
     hidden: Tensor
     depth: int
+    branch: Tensor | None = None
+
+    @property
+    def read(self) -> Tensor:
+        """What is read out here, [A, n, D]."""
+        return self.hidden if self.branch is None else self.branch
 
     def select(self, keep: Any, rows: Rows) -> State:
         """The states `keep` (an index into the first axis), which are those of batch rows `rows`."""
-        return replace(self, hidden=self.hidden[keep], frame=Frame(rows, self.frame.start, self.frame.queries))
+        branch = None if self.branch is None else self.branch[keep]
+        frame = Frame(rows, self.frame.start, self.frame.queries)
+        return replace(self, hidden=self.hidden[keep], frame=frame, branch=branch)
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,10 @@ class NativeModel(SplitModel):
         self._parts = parts(self)
         self._library = library()
         self._lenses: dict[int, ctypes.Array[lib.Matrix]] = {}
-        self._described = [FAMILIES[self.name](self, index) for index in range(self.num_layers)]
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
         self._tabulate(64)
+        self._weights, self._own = Weights(self.int8), Weights(self.int8)
         self._compose()
 
     def at_work(self) -> AbstractContextManager[None]:
@@ -100,12 +100,16 @@ class NativeModel(SplitModel):
 
     def _compose(self) -> None:
         """Programs for all blocks, for tokens that skip them, and for the encoder's output, in this order."""
-        weights = self._weights = Weights(self.int8)
-        turning = [self._turning(index) for index in range(self.num_layers)]
+        weights, every = self._weights, range(len(self.blocks))
+        self._described = [FAMILIES[self.name](self, index) for index in every]
+        parts = [
+            (block, weights if index < self.num_layers else self._own, self._turning(index))
+            for index, block in enumerate(self._described)
+        ]
         programs = [
-            *(blocks.program(b, weights, t) for b, t in zip(self._described, turning, strict=True)),
-            *(blocks.fill(b, weights, t) for b, t in zip(self._described, turning, strict=True)),
-            *(blocks.cross(b, weights) for b in self._described),
+            *(blocks.program(*part) for part in parts),
+            *(blocks.fill(*part) for part in parts),
+            *(blocks.cross(block, theirs) for block, theirs, _ in parts),
         ]
         ops = [op for program in programs for op in program]
         starts = [0, *accumulate(map(len, programs))]
@@ -192,6 +196,17 @@ class NativeModel(SplitModel):
         """As `SplitModel.run_each`, in one call."""
         if any(state.depth != lo for state in states) or not lo <= hi <= self.num_layers:
             return super().run_each(states, lo, hi)  # which refuses
+        made = self._through(states, lo, hi)
+        return [State(s.context, s.frame, hidden, hi) for s, hidden in zip(states, made, strict=True)]
+
+    def branched(self, states: list[State]) -> list[State]:
+        """As `SplitModel.branched`, in one call."""
+        own = self.branches[states[0].depth]
+        made = self._through(states, own.start, own.stop)
+        return [replace(state, branch=hidden) for state, hidden in zip(states, made, strict=True)]
+
+    def _through(self, states: list[State], lo: int, hi: int) -> list[Tensor]:
+        """What some blocks make of states [A, n, D] each."""
         context, width = states[0].context, self.shape.width
         if context.memory is not None:
             self._cross(context, lo, hi)
@@ -206,7 +221,7 @@ class NativeModel(SplitModel):
         ran = []
         for state, flat, at, part in zip(states, flats, places, parts, strict=True):
             whole = part if at.real is None else flat.index_copy(0, at.real, part)
-            ran.append(replace(state, hidden=whole.view(state.hidden.shape), depth=hi))
+            ran.append(whole.view(state.hidden.shape))
         return ran
 
     def _cross(self, context: Context, lo: int, hi: int) -> None:
@@ -215,7 +230,10 @@ class NativeModel(SplitModel):
             if layer not in context.crossed:
                 memory, places = context.memory, context.past.places
                 assert memory is not None
-                hidden, program = memory.float().reshape(-1, memory.shape[-1])[places.real], 2 * self.num_layers + layer
+                hidden, program = (
+                    memory.float().reshape(-1, memory.shape[-1])[places.real],
+                    2 * len(self.blocks) + layer,
+                )
                 self._call(context, hidden, places, program, program + 1, layer=layer)
                 context.crossed.append(layer)
 
@@ -224,7 +242,7 @@ class NativeModel(SplitModel):
         if "native" not in skipped.memo:
             rows, slots = skipped.rows, own_slots(context)[skipped.rows, skipped.slots]
             skipped.memo["native"] = Places(rows, slots, context.positions[rows, skipped.slots])
-        first, last = self.num_layers + lo, self.num_layers + hi
+        first, last = len(self.blocks) + lo, len(self.blocks) + hi
         self._call(context, skipped.hidden.contiguous(), skipped.memo["native"], first, last, layer=lo)
 
     def _call(
@@ -255,7 +273,9 @@ class NativeModel(SplitModel):
 
     @exits.setter
     def exits(self, exits: Exits | None) -> None:
+        self._own = Weights(self.int8)
         SplitModel.exits.fset(self, exits)  # type: ignore[attr-defined]
+        self._compose()
         self._lenses = {}
         if exits is None:
             return

@@ -39,7 +39,7 @@ def parts(split: Any) -> list[object]:
 
 
 def _modules(split: Any) -> Iterator[nn.Module]:
-    return (module for root in (*split.blocks, split.norm, split.head) for module in root.modules())
+    return (module for root in (*split.blocks[: split.num_layers], split.norm, split.head) for module in root.modules())
 
 
 def _acting(module: nn.Module) -> Iterator[object]:

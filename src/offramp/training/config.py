@@ -55,6 +55,7 @@ class TrainConfig:
             low-rank adapters (`peft`) on all linear layers of the blocks, merged into the model in the end. "all":
             every weight of the model. With "lora" and "all" the last layer learns the text as well.
         rank: Of each lens's matrix; None: full; 0: no lens. Leave at None for 0 with "lora" and "all".
+        blocks: Transformer blocks of its own that each exit gets before its lens (see `offramp.core.exits`).
         lora_rank: Of LoRA's products; their scale is 2.
         objective: One of `OBJECTIVES`: what exits learn; the last layer always learns the text ("labels"). Or
             "consistency" or "consistency-settled" (see `offramp.training.consistency`): the exits that are attached
@@ -89,6 +90,7 @@ class TrainConfig:
     layers: tuple[int, ...] | None = None
     trainable: str = "exits"
     rank: int | None = None
+    blocks: int = 0
     lora_rank: int = 16
     objective: str = "forward-kl"
     temperature: float = 1.0
@@ -122,6 +124,7 @@ class TrainConfig:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give steps or tokens, one of them, to say when training ends")
         self._check_numbers()
+        self._check_blocks()
         self._check_backbone()
 
     def _check_numbers(self) -> None:
@@ -140,6 +143,13 @@ class TrainConfig:
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("warmup and weight_decay must not be negative")
 
+    def _check_blocks(self) -> None:
+        if self.blocks and (self.backbone or self.classifiers or self.prompt_layer is not None):
+            raise ValueError(
+                f"blocks is {self.blocks}, but blocks of the exits' own are trained on a model that stays as it is, "
+                "behind whole prompts; leave trainable at 'exits' and prompt_layer away"
+            )
+
     def _check_backbone(self) -> None:
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"layer_dropout is {self.layer_dropout}; give a rate in [0, 1)")
@@ -153,7 +163,7 @@ class TrainConfig:
             if self.rank is None:
                 object.__setattr__(self, "rank", 0)
             return
-        if self.rank == 0 and not self.classifiers:
+        if self.rank == 0 and not (self.classifiers or self.blocks):
             raise ValueError(
                 "rank 0 is no lens, so there is nothing to train; give a rank, or trainable 'lora' or 'all'"
             )

@@ -44,12 +44,14 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        exits = _with_classifiers(lm, config) if config.classifiers else _fresh(lm, config.layers, config.rank)
+        exits = _with_classifiers(lm, config) if config.classifiers else _fresh(lm, config)
         modes = [(module, module.training) for module in lm.model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
         adapters = _lora(lm, config) if config.trainable == "lora" else None
-    learned = False
+    learned, attached = False, lm.split.exits
     try:
+        if exits.branches and not config.classifiers:
+            lm.split.attach(exits)
         lm.model.train(config.backbone)
         if adapters is None:  # else they alone learn, as they were made
             lm.model.requires_grad_(config.trainable == "all")
@@ -58,6 +60,8 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
         yield Trainable(exits, named)
         learned = True
     finally:
+        if exits.branches and not config.classifiers:
+            lm.split.attach(attached)
         if adapters is not None:
             (adapters.merge_and_unload if learned else adapters.unload)()
         for module, mode in modes:
@@ -67,15 +71,15 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
             parameter.requires_grad_(flag)
 
 
-def _fresh(lm: LanguageModel, layers: tuple[int, ...] | None, rank: int | None) -> Exits:
-    exits = Exits.fresh(lm.split, layers, rank=rank)
+def _fresh(lm: LanguageModel, config: TrainConfig) -> Exits:
+    exits = Exits.fresh(lm.split, config.layers, rank=0 if config.classifiers else config.rank, blocks=config.blocks)
     exits.model = lm.name
     return exits
 
 
 def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
     """The attached exits, or such without lenses, with classifiers that are all there is to train."""
-    exits = lm.exits or _fresh(lm, config.layers, 0)
+    exits = lm.exits or _fresh(lm, config)
     if config.layers not in (None, exits.layers):
         raise ValueError(
             f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
@@ -97,7 +101,7 @@ def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
         ) from error
 
     split = lm.split
-    parts = [*split.blocks, *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
+    parts = [*split.blocks[: split.num_layers], *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
     inside = {id(module): module for part in parts for module in part.modules() if isinstance(module, LINEAR)}
     names = [name for name, module in lm.model.named_modules() if id(module) in inside]
     settings = LoraConfig(

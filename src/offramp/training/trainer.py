@@ -250,10 +250,11 @@ class _Exits:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
         config, depth = self.config, len(self.exits.layers) + 1
         hidden, labels = self._states(windows)
-        leaves = [h.detach().requires_grad_(config.backbone) for h in hidden[:depth]]
+        leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden[:depth]]
         result = self._tally(leaves, labels, weights=self.weights, count=count)
-        if config.backbone:
-            roots, gradients = list(hidden[:depth]), [leaf.grad for leaf in leaves]
+        roots = [h for h in hidden[:depth] if h.requires_grad]
+        if roots:
+            gradients: list[Tensor | None] = [leaf.grad for leaf in leaves if leaf.requires_grad]
             if config.hidden_loss:
                 (layer,), others = self.exits.layers, hidden[depth:]
                 term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
@@ -280,7 +281,7 @@ class _Exits:
         config, split = self.config, self.split
         every = range(1, split.num_layers + 1) if config.hidden_loss else ()
         layers = (*self.exits.layers, split.num_layers, *every)
-        gradients = config.backbone and torch.is_grad_enabled()
+        gradients = (config.backbone or config.blocks > 0) and torch.is_grad_enabled()
         with autocast(split.device, config.precision), torch.set_grad_enabled(gradients):
             if config.prompt_layer is not None:
                 return states_behind_prompts(split, windows, layers, config.prompt_layer)

@@ -1,0 +1,81 @@
+"""Blocks of the exits' own as modules: each is like one of the model's last blocks, with the exits' weights in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from offramp.core.exits import Exits
+    from offramp.families.split_model import SplitModel
+
+_LAST = {"o_proj", "out_proj", "dense", "c_proj", "o", "down_proj", "fc2", "dense_4h_to_h", "wo"}
+"""What families call the matrices whose products are added to the state."""
+
+
+def blocks_of(split: SplitModel, exits: Exits) -> tuple[list[tuple[int, Any]], dict[int, range]]:
+    """Modules for all branches of some exits, which count on from the model's L blocks.
+
+    Their parameters are the exits' own, not copies of them.
+
+    Args:
+        split: The model.
+        exits: Any number of branches, none included.
+
+    Returns:
+        Which of the model's blocks each module is like, and the module; and by exit layer, the numbers of its blocks.
+
+    Raises:
+        ValueError: A branch has other weights than blocks of this model have.
+    """
+    made: list[tuple[int, Any]] = []
+    found: dict[int, range] = {}
+    for name, branch in exits.branches.items():
+        tensors: list[dict[str, nn.Parameter]] = branch.blocks()  # type: ignore[operator]
+        first = split.num_layers + len(made)
+        found[int(name)] = range(first, first + len(tensors))
+        for like, weights in enumerate(tensors, split.num_layers - len(tensors)):
+            block = _with(split.blocks[like], weights, split, int(name))
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = split.num_layers + len(made)
+            made.append((like, block))
+    return made, found
+
+
+def first_weights(split: SplitModel, count: int) -> list[dict[str, Tensor]]:
+    """Weights of the model's last blocks, float32, with zeros where a sublayer adds to the state: they leave it alone.
+
+    Args:
+        split: The model.
+        count: How many blocks.
+
+    Returns:
+        Those of each, by name.
+    """
+    blocks = split.blocks[split.num_layers - count : split.num_layers]
+    return [{name: _quiet(name, p.detach().float()) for name, p in block.named_parameters()} for block in blocks]
+
+
+def _quiet(name: str, weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if _LAST.intersection(name.split(".")) else weight.clone()
+
+
+def _with(block: Any, weights: Mapping[str, nn.Parameter], split: SplitModel, layer: int) -> Any:
+    """A copy of a block with other weights; nothing that hangs on the block is called by it."""
+    own = dict(block.named_parameters())
+    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in weights.items()}:
+        raise ValueError(
+            f"the blocks of the exit after layer {layer} have other weights than block {split.num_layers} of the "
+            "model; attach exits that were made for it"
+        )
+    instead = {id(p): weights[n] for n, p in own.items()}
+    made = copy.deepcopy(block, {**instead, id(split.config): split.config})
+    for module in made.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return made

@@ -1,0 +1,66 @@
+"""One pass of a model's own code over whole texts, looked at after some layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.families.state import Frame, State
+
+if TYPE_CHECKING:
+    from offramp.families.split_model import SplitModel
+
+Edit = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
+
+
+def whole_pass(
+    split: SplitModel,
+    ids: Tensor,
+    layers: Sequence[int],
+    memory: Tensor | None,
+    memory_mask: Tensor | None,
+    edit: Edit | None,
+) -> list[Tensor]:
+    """See `SplitModel.states`."""
+    found: dict[int, Tensor] = {}
+
+    def hook(layer: int) -> Callable[..., Any]:
+        def after(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if edit is not None:
+                hidden = edit(layer, inputs[0] if inputs else keywords["hidden_states"], hidden)
+            found[layer] = hidden
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return after
+
+    own = split.blocks[: split.num_layers]
+    hooks = [block.register_forward_hook(hook(layer), with_kwargs=True) for layer, block in enumerate(own, 1)]
+    try:
+        cross = {}
+        if split.is_encoder_decoder:
+            mask = None if split.family.listens else {"encoder_attention_mask": memory_mask}
+            cross = {"encoder_hidden_states": memory, **(mask or {})}
+        split.decoder(input_ids=ids, use_cache=False, **cross)
+    finally:
+        for each in hooks:
+            each.remove()
+    for layer in split.branches.keys() & set(layers):
+        found[layer] = _branch(split, layer, found[layer], memory, memory_mask)
+    return [found[layer] for layer in layers]
+
+
+def _branch(
+    split: SplitModel, layer: int, hidden: Tensor, memory: Tensor | None, memory_mask: Tensor | None
+) -> Tensor:  # fmt: skip
+    """What an exit's own blocks make of whole texts' states, [B, T, D]."""
+    batch, length = hidden.shape[:2]
+    context = split._new_context(batch, memory, memory_mask)
+    context.positions = torch.arange(length, device=hidden.device).expand(batch, length)
+    context.slots = length
+    (state,) = split.branched([State(context, Frame(slice(0, batch), 0, length), hidden, layer)])
+    return state.read
