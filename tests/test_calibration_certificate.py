@@ -106,6 +106,13 @@ def test_no_mismatch_where_all_is_as_it_was(monkeypatch, tmp_path):
     assert load(tmp_path / "policy.json").mismatches(model(), **use) == []
 
 
+def test_a_field_that_policies_have_got_since_is_no_mismatch(monkeypatch, tmp_path):
+    certificate = certified(monkeypatch, tmp_path)
+    policy = ExitPolicy.load(tmp_path / "policy.json")
+    before = replace(certificate, policy={k: v for k, v in certificate.policy.items() if k != "draft"})
+    assert before.mismatches(model(), policy=policy) == []
+
+
 def with_exits():
     lm = model()
     lm.attach_exits(Exits(lm.split.shape.width, (2,)))

@@ -223,7 +223,8 @@ class Certificate:
             if now[name] is not None and have[name] != now[name]
         ]
         if policy is not None:
-            reasons += _differences("policy", self.policy, _json(policy.to_dict()))
+            certified = ExitPolicy.from_dict(self.policy).to_dict()  # with fields that were not there when it was made
+            reasons += _differences("policy", _json(certified), _json(policy.to_dict()))
         if task is not None:
             reasons += _differences("task", have["task"], now["task"])
         if settings is not None:

@@ -86,15 +86,14 @@ class Calibration:
 
     def _costs(self) -> tuple[list[str], list[list[str]]]:
         """Costs of the policy on each part."""
-        columns = {name: COLUMNS[name] for name in COLUMNS if "own" not in name or name in OWN}
-        rows = [
-            [part, *(_shown({**seen, **((self.seconds or {}) if part == TEST else {})}.get(name)) for name in columns)]
-            for part, seen in self.certificate.estimates.items()
-        ]
+        seconds = self.seconds or {}
+        parts = {
+            part: {**seen, **(seconds if part == TEST else {})} for part, seen in self.certificate.estimates.items()
+        }
+        known = {name for seen in parts.values() for name, value in seen.items() if value is not None}
+        columns = {name: column for name, column in COLUMNS.items() if not name.startswith("own") or name in known}
+        rows = [[part, *(_shown(seen.get(name)) for name in columns)] for part, seen in parts.items()]
         return ["cost of the policy (× full model)", *columns.values()], rows
-
-
-OWN = ("own_flops_per_token_ratio",)
 
 
 def tests_table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -272,12 +272,13 @@ def saved_flops(
         scored: Whether tests score tokens, so that the leaving one needs no readout of its own.
 
     Returns:
-        Blocks less keys and values, tests and lenses behind `layer`, and the last readout unless one is made here.
+        Blocks less keys and values, tests, lenses and branches behind `layer`, and the last readout unless one is made
+        here.
     """
     depth = len(shape.blocks)
     behind = sum(2 * shape.blocks[index].weights - shape.fill_flops(index) for index in range(layer, depth))
     later = [exit for exit in exits if exit > layer]
-    tests = sum(2 * shape.lens_weights(exit) for exit in later)
+    tests = sum(2 * shape.adapter_weights(exit) for exit in later)
     tests += len(later) * shape.readout_flops(kept) + shape.readout_flops() if scored else 0
     return behind + tests
 
