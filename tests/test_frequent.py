@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError
+from offramp.bench import default_arms, run_bench
+from offramp.calibration.grid import Grid, settings_of
 from offramp.core.costs import break_even
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
+from offramp.evaluation import document_arms, grid
+from offramp.evaluation.records import TaskArm
 from offramp.exit_files import load_exits, save_exits
+from offramp.tasks import TASKS
 from posteriors import with_posterior
 from sealing import rewrite
 from test_brute_force import NO_END, batch_of, compare, deep, layers_of, lively, reference, thresholds
 from test_exits import with_exits
-from tiny import VOCABULARY, eager, greedy, inputs_for, tiny
+from tiny import VOCABULARY, eager, greedy, inputs_for, tiny, tokenizer
 
 FREQUENT_KINDS = [name for name in VOCABULARIES if name.startswith(FREQUENT)]
 SOME = sorted({2, *range(5, VOCABULARY, 3), *range(40, 60)})
@@ -138,6 +143,41 @@ def test_the_classifier_decides_and_only_a_leaving_token_is_read(engine):
         keep[SOME if layer < 7 else slice(None)] = True
         assert few.tokens[row][1] == int(z.masked_fill(~keep, -math.inf).argmax())
     assert few.costs.parts["pruned_readout"].flops == 2 * 32 * len(SOME) * sum(layer < 7 for layer in left)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_measure_of_ones_own_sees_the_list(engine):
+    lm, seen = listed(deep(), engine), []
+
+    def own(reading):
+        seen.append((reading.kept, reading.ids.tolist(), reading.logits.shape[1]))
+        return reading.logits.softmax(-1).amax(-1)
+
+    for kind in ("frequent", "frequent-fixed"):
+        got, want = (
+            lm.generate(batch_of("llama"), policy=ExitPolicy(c, 0.3, min_layer=3, vocabulary=kind), max_new_tokens=8)
+            for c in (own, "max")
+        )
+        assert (got.tokens, got.exit_layers) == (want.tokens, want.exit_layers)
+        assert seen[0] == (True, [SOME] * 3, len(SOME))
+
+
+def test_frees_threshold_learns_from_the_list():
+    lm = listed(deep())
+    policy = ExitPolicy(min_layer=4, skipped="defer", adaptive=True, threshold=0.2, vocabulary="frequent")
+    for seed in range(3):
+        lm.generate(inputs_for("llama", 3, seed=seed), policy=policy, max_new_tokens=20)
+    learnt = lm.adaptive_threshold(policy)
+    assert learnt.agree.count + learnt.disagree.count > 0
+
+
+def test_inside_the_generate_of_transformers():
+    lm = listed(deep())
+    policy, inputs = ExitPolicy(threshold=0.2, min_layer=3, vocabulary="frequent"), batch_of("llama")
+    ids = deep().generate(
+        **inputs, max_new_tokens=8, do_sample=False, custom_generate=policy.custom_generate(lm.exits)
+    )  # fmt: skip
+    assert ids.tolist() == lm.generate(inputs, policy=policy, max_new_tokens=8).sequences.tolist()
 
 
 def _alone(inputs):
@@ -295,6 +335,30 @@ def test_exits_without_a_list_are_refused(engine):
             lm.generate(inputs, policy=policy, max_new_tokens=2)
         never = ExitPolicy(threshold=None, vocabulary="frequent")
         assert lm.generate(inputs, policy=never, max_new_tokens=2).tokens  # nothing is tested
+
+
+def test_exits_without_a_list_are_refused_before_anything_is_decoded(tmp_path):
+    lm, policy = LanguageModel(tiny("llama"), tokenizer()), ExitPolicy(threshold=0.5, vocabulary="frequent-fixed")
+    message = "vocabulary is 'frequent-fixed', but the model has no trained exits"
+    with pytest.raises(ValueError, match=message):
+        settings_of(lm, policy, Grid(thresholds=(0.5,)))
+    with pytest.raises(ValueError, match=message):
+        run_bench(lm, ["the sky"], {"full": None, "few": policy}, max_new_tokens=2, repeats=1)
+    with pytest.raises(ValueError, match=message):
+        TaskArm(lm, TASKS["question-answering"], "few", policy, {}).check()
+
+
+def test_arms_and_grids_have_the_list_where_there_is_one():
+    lm = listed(tiny("llama"))
+    for arms in (default_arms, document_arms):
+        assert arms(lm)["softmax + frequent"].vocabulary == "frequent"
+        assert "softmax + frequent" not in arms(LanguageModel(tiny("llama")))
+    made = grid(lm, vocabularies=(None, "frequent", "frequent-fixed"), vocabulary_size=9)
+    assert [policy.vocabulary_size for policy in made.values()] == [None, None, 9]
+    settings = settings_of(lm, ExitPolicy(vocabulary="frequent-fixed"), Grid((0.5,), vocabulary_sizes=(9, 5)))
+    assert {s.policy.vocabulary_size for s in settings if s.policy.vocabulary} == {9, 5}
+    with pytest.raises(ValueError, match="does not prune after its first test"):
+        settings_of(lm, ExitPolicy(vocabulary="frequent"), Grid((0.5,), vocabulary_sizes=(9, 5)))
 
 
 def test_policies_that_make_no_sense_are_refused():

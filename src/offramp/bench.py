@@ -29,7 +29,7 @@ from offramp.bench_summary import summary
 from offramp.core.language_model import LanguageModel
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import FREQUENT, KINDS
+from offramp.core.vocabulary import FREQUENT, KINDS, require_frequent
 from offramp.files import locked
 from offramp.peers import Peer, PeerError
 
@@ -258,6 +258,7 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
     for policy in arms.values():
         if policy is not None:
             resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+            require_frequent(lm.exits, policy.vocabulary)
 
 
 def _conditions(

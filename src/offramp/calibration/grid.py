@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.plain import plain_policies
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import rule_of
+from offramp.core.vocabulary import require_frequent, rule_of
 from offramp.evaluation.arms import tested_from
 
 if TYPE_CHECKING:
@@ -292,6 +292,7 @@ def _at(lm: LanguageModel, base: ExitPolicy, grid: Grid, place: Place) -> ExitPo
         changes["threshold"] = 1.0  # for now
     policy = replace(base, **changes)
     resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    require_frequent(lm.exits, policy.vocabulary)
     return policy
 
 

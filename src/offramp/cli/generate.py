@@ -123,7 +123,7 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     tests = tests.replace("kept", "frequent") if kept == frequent else tests
     o.note(
         f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} {tests}, "
-        f"a token saves FLOPs by leaving before layer {pays:.1f}"
+        f"a token saves FLOPs by leaving before layer {min(pays, lm.num_layers):.1f}"
     )
 
 

@@ -318,7 +318,8 @@ def break_even(
         frequent: F; None: V.
 
     Returns:
-        l*, between m and L where there are no lenses; not a whole number in general.
+        l*, between m and L where there are no lenses; above L, where every exit saves, if the first test is a cheap
+        one; not a whole number in general.
     """
     head, fill = ratios(shape)
     depth = len(shape.blocks)

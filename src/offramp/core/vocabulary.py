@@ -22,6 +22,7 @@ from torch import Tensor
 from offramp.families.best import ranked
 
 if TYPE_CHECKING:
+    from offramp.core.exits import Exits
     from offramp.families import SplitModel
     from offramp.families.state import HeadRows
 
@@ -177,6 +178,22 @@ class Kept:
         return logits.new_full((len(logits), vocabulary), -torch.inf).scatter(1, self.ids, logits)
 
 
+def require_frequent(exits: Exits | None, vocabulary: str | None) -> None:
+    """See that there are frequent tokens where a policy's `vocabulary` asks for them.
+
+    Raises:
+        ValueError: There are no exits, or they have no such list.
+    """
+    if vocabulary is None or not vocabulary.startswith(FREQUENT):
+        return
+    if exits is None or exits.frequent is None:
+        have = "the model has no trained exits" if exits is None else "the model's exits have no such list"
+        raise ValueError(
+            f"vocabulary is {vocabulary!r}, but {have}; train exits with offramp train, which counts the frequent "
+            "tokens, or attach lm.exits.with_frequent(frequent_tokens(documents))"
+        )
+
+
 @dataclass(frozen=True)
 class Frequent:
     """The exits' frequent tokens, which are scored for all A rows alike: nothing of it is made anew for a token.
@@ -213,13 +230,8 @@ class Frequent:
         Raises:
             ValueError: It has none, or they are for another vocabulary.
         """
-        tokens = None if model.exits is None else model.exits.frequent
-        if tokens is None:
-            have = "the model has no trained exits" if model.exits is None else "the model's exits have no such list"
-            raise ValueError(
-                f"vocabulary is {vocabulary!r}, but {have}; train exits with offramp train, which counts the frequent "
-                "tokens, or attach lm.exits.with_frequent(frequent_tokens(documents))"
-            )
+        require_frequent(model.exits, vocabulary)
+        tokens: Tensor = model.exits.frequent  # type: ignore[union-attr,assignment]
         if int(tokens[-1]) >= model.shape.vocabulary:
             raise ValueError(
                 f"the exits' frequent tokens go up to {int(tokens[-1])}, but the model's are "

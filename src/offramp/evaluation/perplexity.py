@@ -26,6 +26,7 @@ from offramp.core.costs import Ledger
 from offramp.core.decoding import decode
 from offramp.core.plan import resolve
 from offramp.core.sampling import Sampler
+from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.records import compared, learner_of, pieces, prefill_parts, settle, shares, sure
 from offramp.evaluation.rounds import take_turns
@@ -149,6 +150,7 @@ class PassageArm:
         if self.policy is None:
             return
         resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
+        require_frequent(self.lm.exits, self.policy.vocabulary)
         if self.policy.skipped == "verify":
             raise ValueError("skipped='verify' has the full model's perplexity; evaluate 'propagate' or 'defer'")
         if (source := self.policy.decode_from) != "logits":

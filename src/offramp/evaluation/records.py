@@ -15,6 +15,7 @@ import torch
 from offramp.core.costs import Costs
 from offramp.core.generation_options import greedy
 from offramp.core.plan import resolve
+from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.rounds import take_turns
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
@@ -125,6 +126,7 @@ class TaskArm:
         """Raise a ValueError if the policy does not fit the model."""
         if self.policy is not None:
             resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
+            require_frequent(self.lm.exits, self.policy.vocabulary)
 
     def header(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
         """How records come about."""
