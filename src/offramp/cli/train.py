@@ -117,6 +117,13 @@ def train(
     layer_dropout: Annotated[
         float, typer.Option(help="LayerSkip's dropout of blocks: the last block's rate (lora or all).")
     ] = 0.0,
+    curriculum: Annotated[
+        str | None,
+        typer.Option(
+            help="LayerSkip's: rotational: one exit at a step, in turn; gradual: from the deepest to the first, over "
+            "half of the training (lora or all). Default: all exits at every step."
+        ),
+    ] = None,
     prompt_layer: Annotated[
         int | None, typer.Option(help="Train for prompts that stop after this layer (generate --prompt-layer).")
     ] = None,
@@ -213,7 +220,8 @@ def train(
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, blocks=blocks,
         lora_rank=lora_rank, objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
-        layer_dropout=layer_dropout, prompt_layer=prompt_layer, learning_rate=learning_rate, weight_decay=weight_decay,
+        layer_dropout=layer_dropout, curriculum=curriculum, prompt_layer=prompt_layer,
+        learning_rate=learning_rate, weight_decay=weight_decay,
         steps=500 if steps is None and tokens is None else steps, tokens=tokens, batch_size=batch_size,
         micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,
         seed=seed, validate_every=validate_every, save_every=save_every,

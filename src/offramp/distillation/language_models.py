@@ -72,11 +72,11 @@ class TokenDistillation:
             )
         if not training.backbone:
             raise ValueError("trainable is 'exits', but a student is trained; give 'all' or 'lora'")
-        of_exits = (training.layers, training.hidden_loss, training.prompt_layer, training.rank)
+        of_exits = (training.layers, training.hidden_loss, training.prompt_layer, training.curriculum, training.rank)
         if any(of_exits) or training.weights != "uniform":
             raise ValueError(
-                "layers, rank, weights, hidden_loss and prompt_layer are for exits; leave them away, and train exits "
-                "of the finished student with offramp train"
+                "layers, rank, weights, hidden_loss, curriculum and prompt_layer are for exits; leave them away, and "
+                "train exits of the finished student with offramp train"
             )
 
     @property

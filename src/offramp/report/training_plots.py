@@ -46,7 +46,8 @@ def curves_figure(curves: Curves) -> Any:
     for axes, key, label in ((left, "loss", "loss (nats)"), (right, "agreement", WORDS[curves.what])):
         for place, layer in enumerate(curves.layers):
             color = colour(place, len(curves.layers))
-            x, y = averaged([(row["tokens"], row[key][place]) for row in curves.steps])
+            steps = [(row["tokens"], row[key][place]) for row in curves.steps if row[key][place] is not None]
+            x, y = averaged(steps) if steps else ([], [])  # a curriculum leaves exits out
             axes.plot(x, y, color=color, linewidth=1, alpha=0.8)
             axes.plot(
                 [row["tokens"] for row in curves.validations], [row[key][place] for row in curves.validations], "o",

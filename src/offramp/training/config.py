@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from offramp.training import consistency
+from offramp.training.curriculum import CURRICULA
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.run_folder import Clock
 from offramp.values import listed
@@ -65,6 +66,8 @@ class TrainConfig:
         hidden_loss: Weight of FREE's dynamic layer-wise term between hidden states, see
             `offramp.training.objectives.layerwise_loss`; needs one exit and a backbone that is trained.
         layer_dropout: Largest rate at which blocks are skipped per row, rising with depth (LayerSkip, equation 1).
+        curriculum: Which exits are trained when, with a backbone that is trained: one of
+            `offramp.training.curriculum.CURRICULA`, "rotational" or "gradual"; None: all at every step.
         prompt_layer: Train for `ExitPolicy(prompt_layer=...)`: what stands before an answer stops after this layer,
             which makes training cheaper too.
         learning_rate: After the warm-up; None: 1e-3 for exits, 2e-4 for LoRA, 1e-4 for all.
@@ -97,6 +100,7 @@ class TrainConfig:
     weights: str = "uniform"
     hidden_loss: float = 0.0
     layer_dropout: float = 0.0
+    curriculum: str | None = None
     prompt_layer: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
@@ -117,6 +121,7 @@ class TrainConfig:
         choices: dict[str, Collection[str | None]] = {
             "objective": (*OBJECTIVES, *consistency.OBJECTIVES), "weights": WEIGHTS, "schedule": SCHEDULES,
             "trainable": TRAINABLE, "precision": PRECISIONS,
+            "curriculum": (None, *CURRICULA),
         }  # fmt: skip
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
@@ -167,7 +172,7 @@ class TrainConfig:
             raise ValueError(
                 "rank 0 is no lens, so there is nothing to train; give a rank, or trainable 'lora' or 'all'"
             )
-        for name in ("layer_dropout", "hidden_loss"):
+        for name in ("layer_dropout", "hidden_loss", "curriculum"):
             if getattr(self, name):
                 raise ValueError(f"{name} acts on the backbone, which is not trained; give trainable 'lora' or 'all'")
 

@@ -183,6 +183,10 @@ class Loop:
         """Add up the gradients of all processes, clip them, and return their norm before."""
         parameters = list(self.parameters.values())
         if self.workers.num_processes > 1:
+            used = self.summed(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device))
+            parameters = [
+                p for p, count in zip(parameters, used.tolist(), strict=True) if count
+            ]  # others learn nothing
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             whole = self.summed(torch.cat([part.flatten() for part in parts]))
             for parameter, part in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):

@@ -99,7 +99,8 @@ def placed(
     if before is not None:
         return before
     agrees = agreement(split, data.train, config.seed, config.precision)
-    return place(split.shape, agrees, lens_weights(split.shape.width, config.rank), most, kept)
+    own = config.blocks * split.shape.blocks[-1].weights or lens_weights(split.shape.width, config.rank)
+    return place(split.shape, agrees, own, most, kept)
 
 
 def place(shape: ModelShape, agrees: Tensor, lenses: int, most: int, kept: int | None = None) -> Placement:
@@ -108,7 +109,7 @@ def place(shape: ModelShape, agrees: Tensor, lenses: int, most: int, kept: int |
     Args:
         shape: The model.
         agrees: Whether each of layers 1..L-1 chooses the last layer's token, bool [N, L-1].
-        lenses: Weights that an exit's lens multiplies a state with.
+        lenses: Weights that an exit's lens, or its own blocks, multiply a state with.
         most: How many exits there may be, 1..L-1; fewer are chosen where more save less.
         kept: Tokens that a test scores, as if every agreed one was among them; None: all V.
 

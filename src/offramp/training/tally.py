@@ -87,7 +87,7 @@ def tally(
     *,
     rows: int,
     temperature: float = 1.0,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | None] | None = None,
     count: int | None = None,
 ) -> Tally:
     """Losses and agreement of all exits; with `weights`, also adds the gradient of Σ_e w_e · loss_e / `count`.
@@ -103,14 +103,14 @@ def tally(
         rows: Positions read out at once, see `chunk_rows`.
         temperature: Of both sides of a divergence.
         weights: Of the exits, E of them, and perhaps one more: of the last layer's cross-entropy to the labels. None:
-            only measure.
+            only measure. An exit whose weight is None is not read out; its sums stay 0.
         count: What the sums are divided by in the gradient; None: N.
 
     Returns:
         Sums over the positions.
     """
     device, last, learns = labels.device, len(exits.layers), weights is not None
-    shares = [weight / (count or len(labels)) for weight in weights or ()]
+    shares = [None if weight is None else weight / (count or len(labels)) for weight in weights or ()]
     losses = torch.zeros(last + 1, dtype=torch.float64, device=device)
     agreed = torch.zeros(last + 1, dtype=torch.long, device=device)
     for start in range(0, len(labels), rows):
@@ -118,19 +118,22 @@ def tally(
         with torch.set_grad_enabled(len(shares) > last):
             logits = readout(states[-1][part]).float()
             loss = OBJECTIVES["labels"](logits, None, labels[part]).sum()
-            if len(shares) > last:
-                (loss * shares[last]).backward()  # type: ignore[no-untyped-call]
+            if len(shares) > last and (share := shares[last]) is not None:
+                (loss * share).backward()  # type: ignore[no-untyped-call]
         losses[last] += loss.detach()
         teacher = Teacher(logits.detach(), temperature)
         agreed[last] += (teacher.best == labels[part]).sum()
         for index, layer in enumerate(exits.layers):
+            share = shares[index] if learns else None
+            if learns and share is None:
+                continue
             with torch.set_grad_enabled(learns):
                 hidden = states[index][part]
                 adapted = exits.adapt(layer, hidden.float()).to(hidden.dtype)  # adapters work in float32
                 logits = readout(adapted).float()  # [n, V]
                 loss = objective(logits, teacher, labels[part]).sum()
-                if learns:
-                    (loss * shares[index]).backward()  # type: ignore[no-untyped-call]
+                if share is not None:
+                    (loss * share).backward()  # type: ignore[no-untyped-call]
             losses[index] += loss.detach()
             agreed[index] += (choices(logits.detach()) == teacher.best).sum()
     return Tally(losses, agreed, len(labels))

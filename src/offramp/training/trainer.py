@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from offramp.machine import describe
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
+from offramp.training.curriculum import weights_at
 from offramp.training.data import Data, Windows, batch
 from offramp.training.frequent import Listing, checked, listed
 from offramp.training.layer_dropout import dropping
@@ -210,33 +211,39 @@ class _Exits:
                 "give one layer"
             )
         check_prompt_layer(split, config.prompt_layer)
+        self.share = 0.0
 
     # ------------------------------------------------------------ a step
 
     def begin(self, clock: Clock) -> None:
-        """Nothing to do."""
+        """How far the run is, for a curriculum."""
+        self.share = min(1.0, self.config.done(clock) / self.config.total)
 
-    def settle(self, clock: Clock) -> None:
-        """Nothing to do."""
+    settle = begin
 
     def learn(self, step: int) -> Done:
         """Losses of a step, and their gradients."""
         config = self.config
         windows = batch(self.data.train, step, config.batch_size, config.seed, config.positions)
-        count = windows.positions
+        count, weights = windows.positions, weights_at(config.curriculum, self.weights, step, self.share)
         if config.classifiers:
             result = self._learn_classifiers(windows)
         else:
-            result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count))
-        return self._done(result, windows)
+            result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count, weights))
+        return self._done(result, windows, weights)
 
-    def _done(self, result: Tally, windows: Windows) -> Done:
+    def _done(self, result: Tally, windows: Windows, weights: Sequence[float | None]) -> Done:
         strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
         where = f"the exit after layer {strange[0]}" if strange else None
         if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
             where = f"every exit ({self._broken(windows) or 'so perhaps in the model itself'})"
-        loss = sum(w * value for w, value in zip(self.weights, [*result.loss, result.last_loss], strict=False))
-        row = {"loss": result.loss, "agreement": result.agreement, "full_loss": result.last_loss}
+        loss = sum((w or 0) * value for w, value in zip(weights, [*result.loss, result.last_loss], strict=False))
+        lists = {"loss": result.loss, "agreement": result.agreement}
+        row: dict[str, Any] = {
+            name: [None if w is None else value for w, value in zip(weights, values, strict=False)]
+            for name, values in lists.items()
+        }
+        row["full_loss"] = result.last_loss
         return Done(loss, result.positions, row, where)
 
     def _broken(self, windows: Windows) -> NotFiniteError | None:
@@ -246,15 +253,16 @@ class _Exits:
         with autocast(self.split.device, self.config.precision):
             return broken_at(self.split, windows.ids[:_LOOKED_AT].to(self.split.device))
 
-    def _learn(self, windows: Windows, count: int) -> Tally:
+    def _learn(self, windows: Windows, count: int, weights: Sequence[float | None]) -> Tally:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
         config, depth = self.config, len(self.exits.layers) + 1
         hidden, labels = self._states(windows)
         leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden[:depth]]
-        result = self._tally(leaves, labels, weights=self.weights, count=count)
-        roots = [h for h in hidden[:depth] if h.requires_grad]
-        if roots:
-            gradients: list[Tensor | None] = [leaf.grad for leaf in leaves if leaf.requires_grad]
+        result = self._tally(leaves, labels, weights=weights, count=count)
+        read = [(state, leaf.grad) for state, leaf in zip(hidden, leaves, strict=False) if leaf.grad is not None]
+        if read:
+            roots = [state for state, _ in read]
+            gradients: list[Tensor | None] = [gradient for _, gradient in read]
             if config.hidden_loss:
                 (layer,), others = self.exits.layers, hidden[depth:]
                 term = layerwise_loss(others[:layer], others[layer:]) * config.hidden_loss * len(labels) / count
@@ -323,5 +331,6 @@ class _Exits:
             result = self._shared(self.data.held_out, self.config.micro_batch or self.config.batch_size, look)
         finally:
             self.split.model.train(training)
-        done = self._done(balanced(result)[0] if self.config.classifiers else result, self.data.held_out)
+        result = balanced(result)[0] if self.config.classifiers else result
+        done = self._done(result, self.data.held_out, self.weights)
         return replace(done, row={**done.row, "full_accuracy": result.last_accuracy})
