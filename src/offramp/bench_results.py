@@ -219,7 +219,7 @@ class Bench:
         """What to know before reading the numbers: arms that should give the full model's output and do not."""
         dtype = self.conditions["dtype"]
         cause = "unless scores tie, that is a bug" if dtype.startswith("float32") else "rounding can do that"
-        exact = [arm for arm in self.arms if arm.policy is None or arm.policy.skipped == "verify"]
+        exact = [arm for arm in self.arms if arm.policy is None or arm.policy.is_lossless]
         differing = [
             f"{arm.name} differs from {REFERENCE} at {1 - arm.agreement:.1%} of the positions; in {dtype}, {cause}"
             for arm in exact

@@ -97,6 +97,13 @@ Draft = Annotated[
     str | None,
     typer.Option(help="Under --skipped verify: fixed (by threshold) or adaptive (while one more is likely to pay)."),
 ]
+Accept = Annotated[
+    float | None,
+    typer.Option(
+        help="Under --skipped verify: a draft also stands that is the full model's second choice with this share of "
+        "the first one's probability; default: 1, the full model's text."
+    ),
+]
 Adaptive = Annotated[
     bool | None,
     typer.Option(

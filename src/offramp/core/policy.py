@@ -77,6 +77,11 @@ class ExitPolicy:
         draft: Under "verify": "fixed", tokens are drafted where they pass the threshold; or "adaptive", where one more
             draft is likely to pay by the acceptance seen so far (see `offramp.core.pace`), the thresholds being what
             is believed at first. The text is the same.
+        accept: Under "verify", a drafted token also stands where it is the full model's second choice with at least
+            this share of the first one's probability, in (0, 1]. 1: only the first choice does, and the text is the
+            full model's. Below, more drafts stand and the text may be another one: `offramp.calibration` can certify
+            how far from it (a token at a time, the idea of Medusa's typical acceptance, Cai et al. 2024, arXiv
+            2401.10774, section 2.3.1, which has another rule). Best tokens only, not draws.
         batch: "rows": each row of a batch leaves at its own layer. "all": no row leaves before all would.
         adaptive: FREE's adaptive threshold (see `offramp.core.adaptive_threshold`): `threshold` is where it starts, and
             what the deep layers say about tokens that left moves it from sequence to sequence. A heuristic without any
@@ -105,6 +110,7 @@ class ExitPolicy:
     decay_rate: float = 4.0
     draft_length: int = 8
     draft: str = "fixed"
+    accept: float = 1.0
     batch: str = "rows"
     adaptive: bool = False
     prompt_layer: int | None = None
@@ -123,6 +129,10 @@ class ExitPolicy:
             raise ValueError("draft='adaptive' decides for each row of a batch alone; leave batch='all' out")
         choice("vocabulary", self.vocabulary, (None, *VOCABULARIES))
         self._take_numbers()
+        if self.accept < 1 and self.skipped != "verify":
+            raise ValueError(
+                f"accept={self.accept} needs skipped='verify', not {self.skipped!r}: else nothing is checked"
+            )
         self._check_layers()
         self._check_thresholds()
         self._check_vocabulary()
@@ -134,6 +144,11 @@ class ExitPolicy:
         if (self.skipped == "verify" or self.adaptive) and self.contrast.full:
             way = "adaptive" if self.adaptive else "skipped='verify'"
             raise ValueError(f"{way} checks tokens against the full model's own logits; leave contrast full away")
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the text is the full model's, up to rounding: what is drafted is checked, and must be its choice."""
+        return self.skipped == "verify" and self.accept == 1
 
     def _take_numbers(self) -> None:
         """Numbers as plain Python ones, lists as tuples: equal policies are equal, and all of them can be saved.
@@ -148,6 +163,8 @@ class ExitPolicy:
             if (value := getattr(self, name)) is not None or name == "draft_length":
                 taken[name] = whole(name, value, least, why=why)
         taken["vocabulary_shrink"] = number("vocabulary_shrink", self.vocabulary_shrink, 0, 1, above=True)
+        why = "it is a share of the first choice's probability, in (0, 1]; 1 is lossless"
+        taken["accept"] = number("accept", self.accept, 0, 1, above=True, why=why)
         taken["decay_rate"] = number("decay_rate", self.decay_rate, 0)
         taken |= {name: flag(name, getattr(self, name)) for name in ("vocabulary_recursive", "adaptive")}
         several = isinstance(self.threshold, list | tuple)

@@ -3,7 +3,7 @@
 Each row drafts on its own, waits with its drafts where they left, and goes deep when its token does not leave, when its
 drafts are full, or when one would end it; so rows of a batch stand at different positions. What is emitted is what the
 full model's scores would have given (speculative decoding, Leviathan et al. 2022, arXiv 2211.17192, with the model's
-own shallow layers as the draft model).
+own shallow layers as the draft model), unless the policy accepts its second choice, too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from offramp.core.batch import Batch, Read, Step
 from offramp.core.pace import Pace
 from offramp.core.readout import Exit
 from offramp.core.skipped_kv import Defer
+from offramp.families.best import Best, best_of
 
 
 @dataclass
@@ -49,6 +50,10 @@ class VerifyingBatch(Batch):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.sampler.require_repeatable()
+        if self.plan.policy.accept < 1 and self.sampler.sample:
+            raise ValueError(
+                f"accept is {self.plan.policy.accept}, which is for best tokens, but tokens are drawn; leave out one of both"
+            )
         every = range(len(self.buffer))
         self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
         self.certain: dict[int, deque[Draft]] = {row: deque() for row in every}
@@ -124,7 +129,7 @@ class VerifyingBatch(Batch):
             if self.best_only:
                 best = self.model.best(flat)
                 logits: Tensor | None = None
-                found, sound = best.tokens[:, 0].view(len(rows), -1).tolist(), best.sound.view(len(rows), -1).tolist()
+                found, sound = self._acceptable(best), best.sound.view(len(rows), -1).tolist()
             else:
                 logits = self.model.readout(flat).float().view(*hidden.shape[:2], -1)
                 found = sound = []
@@ -134,8 +139,8 @@ class VerifyingBatch(Batch):
             length = self.lengths[row]
             for place, draft in enumerate(drafts):
                 if logits is None:
-                    token, right = found[index][place], sound[index][place]
-                    agreed = draft.layer == self.plan.num_layers or token == draft.token
+                    choices, right = found[index * len(drafts) + place], sound[index][place]
+                    token, agreed = self._settled(draft, choices)
                 else:
                     token, agreed, right = self._judged(row, draft, logits[index, place])
                 if not right:
@@ -145,6 +150,20 @@ class VerifyingBatch(Batch):
             if self.pace is not None:
                 self.pace.checked([draft.layer for draft in drafts], self.lengths[row] - length)
 
+    def _acceptable(self, best: Best) -> list[list[int]]:
+        """The tokens that a draft may be at each of N positions, the full model's choice first."""
+        tokens, accept = best.tokens.tolist(), self.plan.policy.accept
+        if accept == 1:
+            return [pair[:1] for pair in tokens]
+        share = (best.values[:, 1] - best.values[:, 0]).exp().tolist()
+        return [pair if s >= accept else pair[:1] for pair, s in zip(tokens, share, strict=True)]
+
+    def _settled(self, draft: Draft, choices: list[int]) -> tuple[int, bool]:
+        """The token to emit, and whether the drafts behind it count."""
+        if draft.layer == self.plan.num_layers:  # none was drafted
+            return choices[0], True
+        return (draft.token, True) if draft.token in choices else (choices[0], False)
+
     def _judged(self, row: int, draft: Draft, scores: Tensor) -> tuple[int, bool, bool]:
         """The token to emit for a draft, whether it is the drafted one, and whether a number chose it."""
         whole = scores.new_zeros(len(self.buffer), len(scores))
@@ -153,6 +172,10 @@ class VerifyingBatch(Batch):
         drafted = torch.tensor([draft.layer < self.plan.num_layers], device=scores.device)
         processed = torch.empty(0) if draft.processed is None else draft.processed[None]
         token = torch.tensor([draft.token], device=scores.device)
+        if self.plan.policy.accept < 1:
+            (choices,) = self._acceptable(best_of(target))
+            chosen, stands = self._settled(draft, choices)
+            return chosen, stands, bool(best_of(scores[None]).sound)
         token, agreed = self.sampler.accept_drafts(token, processed, target, drafted)
         return int(token), bool(agreed), bool(self.sampler.sound(scores[None], token))
 

@@ -152,7 +152,7 @@ class PassageArm:
         resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
         require_frequent(self.lm.exits, self.policy.vocabulary)
         if self.policy.skipped == "verify":
-            raise ValueError("skipped='verify' has the full model's perplexity; evaluate 'propagate' or 'defer'")
+            raise ValueError("under skipped='verify' the full model scores; evaluate 'propagate' or 'defer'")
         if (source := self.policy.decode_from) != "logits":
             raise ValueError(f"perplexity is that of an exit's logits; decode_from={source!r} has others")
 
