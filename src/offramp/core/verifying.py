@@ -52,7 +52,7 @@ class VerifyingBatch(Batch):
         self.sampler.require_repeatable()
         if self.plan.policy.accept < 1 and self.sampler.sample:
             raise ValueError(
-                f"accept is {self.plan.policy.accept}, which is for best tokens, but tokens are drawn; leave out one of both"
+                f"accept is {self.plan.policy.accept}, for best tokens, but tokens are drawn; leave out one of them"
             )
         every = range(len(self.buffer))
         self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
