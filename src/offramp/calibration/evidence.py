@@ -29,7 +29,7 @@ _CLOSE = 1e-6
 """Relative difference up to which numbers worked out again, maybe elsewhere, are the same."""
 _MOST = 10**7
 """Draws that no certificate has more of."""
-_VARIED = ("threshold", "min_layer", "exit_layers", "vocabulary_size", "vocabulary", "skipped")
+_VARIED = ("threshold", "min_layer", "exit_layers", "vocabulary_size", "vocabulary", "skipped", "accept")
 """Fields of a policy that a grid fills in."""
 
 
@@ -114,7 +114,9 @@ def _require_setting(c: Certificate, test: Mapping[str, Any], grid: Grid, base: 
         return
     if strange := sorted(set(test["changes"]) - set(_VARIED)):
         raise ValueError(f"the setting {test['name']} changes {strange[0]} of the base, which the grid leaves alone")
-    for name, allowed in (("vocabulary", grid.vocabularies), ("skipped", grid.skipped)):
+    for name, allowed in (
+        ("vocabulary", grid.vocabularies), ("skipped", grid.skipped), ("accept", grid.accepts),
+    ):  # fmt: skip
         if name in test["changes"] and test["changes"][name] not in (allowed or ()):
             raise ValueError(f"the setting {test['name']} changes {name} of the base, which the grid leaves alone")
     threshold = {**c.base, **test["changes"]}["threshold"]

@@ -47,6 +47,8 @@ class Grid:
         vocabularies: Kinds of pruning, None among them for all tokens; None: that of the policy.
         skipped: What happens to keys and values of skipped layers; None: that of the policy.
         gains: Prices of thresholds by gain, one for each exit layer, tried beside the `thresholds`; None: none.
+        accepts: Under "verify", shares from which on a drafted token stands (`ExitPolicy.accept`), in any order: nested
+            like thresholds, a smaller share is bolder; None: that of the policy.
         plain: Whether settings that test nothing are tried beside the policy at all.
     """
 
@@ -58,10 +60,11 @@ class Grid:
     vocabularies: tuple[str | None, ...] | None = None
     skipped: tuple[str, ...] | None = None
     gains: tuple[float, ...] | None = None
+    accepts: tuple[float, ...] | None = None
     plain: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped", "gains"):
+        for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped", "gains", "accepts"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; give at least one value, or None for the default")
         if self.per_layer and not all(0 <= share <= 1 for share in self.knobs):
@@ -113,7 +116,12 @@ class Grid:
     def size(self, base: ExitPolicy) -> int:
         """Number of settings."""
         each = sum(len(knobs) or 1 for knobs in self.families(base).values())
-        return len(self.tests_nothing(base)) + len(self.places(base)) * each
+        accepts = (len(self.accepted(place.way or base.skipped)) for place in self.places(base))
+        return len(self.tests_nothing(base)) + each * sum(accepts)
+
+    def accepted(self, skipped: str) -> list[float | None]:
+        """Shares from which on drafts stand, from safe to bold; nothing is to be accepted where nothing is checked."""
+        return [*sorted(set(self.accepts or ()), reverse=True)] if skipped == "verify" and self.accepts else [None]
 
     def tests_nothing(self, base: ExitPolicy) -> dict[str, ExitPolicy]:
         """Settings beside the policy that test nothing, by name, from safe to bold."""
@@ -221,11 +229,16 @@ def _chain(
         yield Setting(_name(policy, "", place, grid), policy, None, 0, _mean(place.spots), family)
         return
     values = knobs if family == "threshold" else _per_layer(policy, knobs, family, layer_thresholds)
-    for (knob, spot), threshold in zip(_spots(knobs), values, strict=True):
+    tested = [(spot, knob, threshold) for (knob, spot), threshold in zip(_spots(knobs), values, strict=True)]
+    found = []
+    for (spot, knob, threshold), (accept, also) in product(tested, _spots(grid.accepted(policy.skipped))):
         what = f" > {knob!r}" if family == "threshold" else f", {family} {knob!r} per layer"
-        boldness = _mean([*place.spots, *([] if spot is None else [spot])])
-        at = replace(policy, threshold=threshold)  # type: ignore[arg-type]
-        yield Setting(_name(policy, what, place, grid), at, knob, chain, boldness, family)
+        changes: dict[str, Any] = {"threshold": threshold} | ({} if accept is None else {"accept": accept})
+        at = replace(policy, **changes)
+        name = _name(policy, what, place, grid) + ("" if accept is None else f", accept {accept!r}")
+        boldness = _mean([*place.spots, *(each for each in (spot, also) if each is not None)])
+        found.append(Setting(name, at, knob, chain, boldness, family))
+    yield from sorted(found, key=lambda setting: setting.boldness)  # stable
 
 
 def _mean(spots: Sequence[float]) -> float:
@@ -263,7 +276,19 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
             "vocabulary sizes are given, but the policy does not prune after its first test (vocabulary "
             f"{', '.join(map(repr, kinds))}); choose fixed, decaying or adaptive"
         )
-    tests = (grid.thresholds, grid.per_layer, grid.vocabulary_sizes, grid.vocabularies, grid.skipped, grid.gains)
+    if grid.accepts and "verify" not in (grid.skipped or (base.skipped,)):
+        raise ValueError(
+            f"accepts are {grid.accepts}, but nothing is verified; give skipped 'verify', or leave them out"
+        )
+    tests = (
+        grid.thresholds,
+        grid.per_layer,
+        grid.vocabulary_sizes,
+        grid.vocabularies,
+        grid.skipped,
+        grid.gains,
+        grid.accepts,
+    )
     if base.confidence == "static" and (any(tests) or grid.static_layers):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")
 

@@ -44,6 +44,6 @@ def plain_policies(base: ExitPolicy, static_layers: Sequence[int]) -> dict[str, 
         policies[f"static {layer}" + (f", prompt to {stop}" if inner else "")] = ExitPolicy(
             "static", min_layer=layer, prompt_layer=stop if inner else None,
             skipped=base.skipped if base.skipped == "verify" else "propagate", draft_length=base.draft_length,
-            draft=base.draft,
+            draft=base.draft, accept=base.accept if base.skipped == "verify" else 1.0,
         )  # fmt: skip
     return policies

@@ -89,6 +89,13 @@ def calibrate(
             "several, with commas, are tried."
         ),
     ] = None,
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            help="Under --skipped verify: a drafted token also stands as the full model's second choice with at least "
+            "this share of the first one's probability; 1 is lossless; several, with commas, are tried."
+        ),
+    ] = None,
     prompt_layer: o.PromptLayer = None,
     policy: o.PolicyFile = None,
     threshold: Annotated[
@@ -198,6 +205,7 @@ def calibrate(
         per_layer, () if static == "none" else o.numbers(static, "--static", int),
         kinds if len(kinds) > 1 else None, tuple(filter(None, ways)) if len(ways) > 1 else None,
         GAINS if gains == "default" else o.numbers(gains, "--gains", float),
+        o.numbers(accept, "--accept", float),
     )  # fmt: skip
     examples = take(read_examples(asked, data, target), limit, seed)
     state, place = process_device(device)
