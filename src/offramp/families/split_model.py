@@ -26,7 +26,7 @@ from offramp.families.refusal import UnsupportedModelError, layers_of, strange_t
 from offramp.families.sizes import model_shape
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 from offramp.families.table import FAMILIES
-from offramp.families.whole_pass import Edit, whole_pass
+from offramp.families.whole_pass import Edit, branch_of, states_after
 
 if TYPE_CHECKING:
     from offramp.core.exits import Exits
@@ -244,8 +244,7 @@ class SplitModel:
     ) -> list[Tensor]:
         """What is read out after some layers, by one pass of the model's own code without caches: for training.
 
-        That are residual states, or where an exit has blocks of its own, what these make of them. Gradients and dropout
-        are as in the model's own forward pass, which this is.
+        That is, residual states, or what an exit's own blocks make of them. Gradients and dropout are the model's own.
 
         Args:
             ids: Token ids, [B, T]; padding only behind what is looked at.
@@ -257,7 +256,11 @@ class SplitModel:
         Returns:
             States [B, T, D], one per layer asked for.
         """
-        return whole_pass(self, ids, layers, memory, memory_mask, edit)
+        found = states_after(self, ids, layers, memory, memory_mask, edit)
+        for at, layer in enumerate(layers):
+            if layer in self.branches:
+                found[at] = branch_of(self, layer, found[at], memory, memory_mask)
+        return found
 
     # ------------------------------------------------------------ fill
 

@@ -17,15 +17,15 @@ Edit = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
 
 
-def whole_pass(
+def states_after(
     split: SplitModel,
     ids: Tensor,
     layers: Sequence[int],
-    memory: Tensor | None,
-    memory_mask: Tensor | None,
-    edit: Edit | None,
+    memory: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    edit: Edit | None = None,
 ) -> list[Tensor]:
-    """See `SplitModel.states`."""
+    """Residual states after some layers; arguments as for `SplitModel.states`."""
     found: dict[int, Tensor] = {}
 
     def hook(layer: int) -> Callable[..., Any]:
@@ -49,14 +49,12 @@ def whole_pass(
     finally:
         for each in hooks:
             each.remove()
-    for layer in split.branches.keys() & set(layers):
-        found[layer] = _branch(split, layer, found[layer], memory, memory_mask)
     return [found[layer] for layer in layers]
 
 
-def _branch(
-    split: SplitModel, layer: int, hidden: Tensor, memory: Tensor | None, memory_mask: Tensor | None
-) -> Tensor:  # fmt: skip
+def branch_of(
+    split: SplitModel, layer: int, hidden: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None
+) -> Tensor:
     """What an exit's own blocks make of whole texts' states, [B, T, D]."""
     batch, length = hidden.shape[:2]
     context = split._new_context(batch, memory, memory_mask)

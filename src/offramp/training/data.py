@@ -52,7 +52,8 @@ class Windows:
     For an encoder-decoder also what the encoder reads, up to X tokens: `sources` and its mask `present`, [N, X] both.
     Where only some of the tokens to be predicted are counted, `begins` [N] says where these begin. `weights` [N, T] of
     tokens and `attributes` [N] of the documents go wherever the windows go; None: all weigh 1, nothing is known.
-    `shortened` is how many documents lost tokens when they were cut; parts of the windows do not know.
+    `shortened` is how many documents lost tokens when they were cut; parts of the windows do not know. `rows` [N] says
+    which of all windows these are, where they come from `batch`.
     """
 
     ids: Tensor
@@ -63,6 +64,7 @@ class Windows:
     weights: Tensor | None = None
     attributes: Tensor | None = None
     shortened: int = 0
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,7 +105,8 @@ class Windows:
         if self.sources is not None and self.present is not None:
             depth = int(self.present[rows].sum(1).max())
             sources, present = self.sources[rows][:, :depth], self.present[rows][:, :depth]
-        return Windows(ids[:, :width], counted[:, :width], sources, present, begins, weights, attributes)
+        numbers = None if self.rows is None else self.rows[rows]
+        return Windows(ids[:, :width], counted[:, :width], sources, present, begins, weights, attributes, rows=numbers)
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """What `values` [N, T] or [N] say of the counted tokens, in the order in which their states are taken."""
@@ -363,7 +366,8 @@ def batch(windows: Windows, step: int, size: int, seed: int, most: int | None = 
         The windows of the batch.
     """
     epoch, at = divmod(step, steps_per_epoch(windows, size))
-    part = windows[epoch_batches(windows.lengths, size, seed, epoch)[at]]
+    rows = epoch_batches(windows.lengths, size, seed, epoch)[at]
+    part = replace(windows[rows], rows=rows)
     if most is None:
         return part
     generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)  # torch heeds 32 bits of a seed

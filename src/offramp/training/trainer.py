@@ -31,6 +31,7 @@ from offramp.training.consistency import ClassGradients, balanced, tally_classif
 from offramp.training.curriculum import weights_at
 from offramp.training.data import Data, Windows, batch
 from offramp.training.frequent import Listing, checked, listed
+from offramp.training.kept_states import KeptStates, forget
 from offramp.training.layer_dropout import dropping
 from offramp.training.loop import Done, Loop
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
@@ -151,6 +152,7 @@ def train(
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
             clock = loop.go(work, progress)
+            forget(run.path)
             for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
                 tracker.finish()
         exits, listing = listed(lm, learns.exits, data, coverage)
@@ -212,6 +214,8 @@ class _Exits:
             )
         check_prompt_layer(split, config.prompt_layer)
         self.share = 0.0
+        read = (*self.exits.layers, split.num_layers)
+        self.kept = KeptStates.of(split, data.train, read, config, loop.run.path, loop.workers)
 
     # ------------------------------------------------------------ a step
 
@@ -291,6 +295,8 @@ class _Exits:
         layers = (*self.exits.layers, split.num_layers, *every)
         gradients = (config.backbone or config.blocks > 0) and torch.is_grad_enabled()
         with autocast(split.device, config.precision), torch.set_grad_enabled(gradients):
+            if self.kept is not None and windows.rows is not None:
+                return self.kept.read(windows)
             if config.prompt_layer is not None:
                 return states_behind_prompts(split, windows, layers, config.prompt_layer)
             return states_of(split, windows, layers, edit=dropping(split, config.layer_dropout))

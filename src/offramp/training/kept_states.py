@@ -1,0 +1,138 @@
+"""States of a frozen model, computed in the first pass over the data and read from a file in the later ones.
+
+Exits of a model that stays as it is learn from the same states in every epoch, and the model's pass is most of a step.
+The file lies in the run folder until training ends, so that a run that was killed goes on with the very same values.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.families import SplitModel
+from offramp.families.whole_pass import branch_of, states_after
+from offramp.training.data import Windows, steps_per_epoch
+
+if TYPE_CHECKING:
+    from offramp.training.config import TrainConfig
+
+_VALUES, _DONE = "states.bin", "states.done"
+_SHARE = 0.5  # of the free disk that the file may take
+
+
+@dataclass
+class KeptStates:
+    """What a frozen model computes for windows, each once.
+
+    Of a layer whose exit has blocks of its own, all positions are kept, since these attend to them; of others and of
+    the last layer, those from which something is predicted.
+
+    Attributes:
+        split: The model.
+        windows: All of them, N.
+        layers: After which states are wanted.
+        first: Where the states of each window begin, by layer, [N + 1] each.
+        values: All states, [M, D].
+        done: Which windows have been computed, [N].
+    """
+
+    split: SplitModel
+    windows: Windows
+    layers: Sequence[int]
+    first: dict[int, Tensor]
+    values: Tensor
+    done: Tensor
+
+    @classmethod
+    def of(
+        cls, split: SplitModel, windows: Windows, layers: Sequence[int], config: TrainConfig, folder: Path, workers: Any
+    ) -> KeptStates | None:
+        """A place for the states of a run, or what an interrupted one has left of it.
+
+        Args:
+            split: The model, with what is trained attached.
+            windows: Those to train on.
+            layers: After which states are wanted.
+            config: What is trained.
+            folder: Of the run.
+            workers: `accelerate.Accelerator`.
+
+        Returns:
+            None where it would not help or not be right: the model learns too, prompts stop early, no window is seen
+            twice, there are several processes, the encoder's output is wanted as well, or the disk is too full.
+        """
+        seen = config.steps or config.total * steps_per_epoch(windows, config.batch_size) // windows.positions
+        again = seen > steps_per_epoch(windows, config.batch_size)
+        alone = workers.num_processes == 1 and not (split.is_encoder_decoder and split.branches)
+        if config.backbone or config.prompt_layer is not None or not again or not alone:
+            return None
+        counted = windows.counted[:, 1:].sum(1)
+        own = windows.ids.shape[1] - windows.counted.int().flip(1).argmax(1) - 1  # positions up to the last that counts
+        sizes = [own if layer in split.branches else counted for layer in layers]
+        ends = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(sizes).cumsum(0)])
+        first = {layer: ends[at * len(windows) :][: len(windows) + 1] for at, layer in enumerate(layers)}
+        width = split.shape.width
+        kind = torch.bfloat16 if config.precision == "bf16" else split.model.dtype
+        size = int(ends[-1]) * width
+        have = (folder / _VALUES).stat().st_size if (folder / _VALUES).exists() else 0
+        if size * kind.itemsize - have > _SHARE * shutil.disk_usage(folder).free:
+            return None
+        values = torch.from_file(str(folder / _VALUES), shared=True, size=size, dtype=kind)
+        done = torch.from_file(str(folder / _DONE), shared=True, size=len(windows), dtype=torch.uint8)
+        return cls(split, windows, layers, first, values.view(-1, width), done)
+
+    def read(self, part: Windows) -> tuple[list[Tensor], Tensor]:
+        """States from which counted tokens are predicted, and these tokens, as `states_of` has them.
+
+        Args:
+            part: Some of the windows, in each of which fewer positions may count.
+
+        Returns:
+            One [n, D] per layer, and labels [n].
+        """
+        assert part.rows is not None
+        if len(missing := part.rows[self.done[part.rows] == 0]):
+            self._compute(missing)
+        device, where = self.split.device, part.counted[:, 1:]
+        return [self._read(layer, part, where).to(device) for layer in self.layers], part.ids[:, 1:][where].to(device)
+
+    def _read(self, layer: int, part: Windows, where: Tensor) -> Tensor:
+        assert part.rows is not None
+        pieces = [self.values[self.first[layer][row] : self.first[layer][row + 1]] for row in part.rows.tolist()]
+        if layer not in self.split.branches:
+            all_ = self.windows.counted[part.rows, 1:]  # of which some may count this time
+            return torch.cat(pieces)[_wider(where, all_.shape[1])[all_]].to(self.split.model.dtype)
+        hidden = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(self.split.device, self.split.model.dtype)
+        return branch_of(self.split, layer, hidden)[_wider(where, hidden.shape[1]).to(self.split.device)]
+
+    @torch.no_grad()
+    def _compute(self, rows: Tensor) -> None:
+        whole, split = self.windows[rows], self.split
+        memory, present = None, None
+        if whole.sources is not None and whole.present is not None:
+            present = whole.present.to(split.device)
+            memory = split.encode(whole.sources.to(split.device), present)
+        found = states_after(split, whole.ids[:, :-1].to(split.device), self.layers, memory, present)
+        for layer, states in zip(self.layers, found, strict=True):
+            for row, hidden, counted in zip(rows.tolist(), states.cpu(), whole.counted[:, 1:], strict=True):
+                first, last = self.first[layer][row : row + 2].tolist()
+                kept = hidden[: last - first] if layer in split.branches else hidden[counted]
+                self.values[first:last] = kept.to(self.values.dtype)
+        self.done[rows] = 1  # behind the values: what a killed run leaves half-written is computed again
+
+
+def _wider(where: Tensor, width: int) -> Tensor:
+    return F.pad(where, (0, width - where.shape[1]))
+
+
+def forget(folder: Path) -> None:
+    """Remove the file of a run that has ended."""
+    for name in (_VALUES, _DONE):
+        (folder / name).unlink(missing_ok=True)
