@@ -7,6 +7,8 @@ import torch
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Branch, Exits
+from offramp.core.pace import Pace
+from offramp.core.plan import resolve
 from offramp.exit_files import load_exits, save_exits
 from offramp.families import SplitModel
 from offramp.native.families import FAMILIES as DESCRIBED
@@ -191,3 +193,15 @@ def test_a_file_that_lacks_a_block_is_damaged(tmp_path):
     save_exits(exits, tmp_path / "exits")
     with pytest.raises(ModelError, match="lacks blocks of the exit after layer 3"):
         load_exits(tmp_path / "exits")
+
+
+def test_the_pace_of_drafts_counts_blocks_of_the_exits_own():
+    lm = LanguageModel(copy.deepcopy(tiny("llama")))
+    lm.attach_exits(two_exits(lm.split, 2))
+    shape, blocks = lm.split.shape, [block.weights for block in lm.split.shape.blocks]
+    own, head = 2 * blocks[3] + lm.split.shape.lens_weights(1), shape.readout_weights()
+    for confidence, reads in (("softmax", (1, 2)), ("state", (1, 1))):
+        policy = ExitPolicy(confidence, 0.5, skipped="verify", draft="adaptive")
+        spent = Pace.of(resolve(policy, LAYERS, lm.vocabulary, (1, 3)), shape).spent
+        want = [blocks[0] + own + reads[0] * head, sum(blocks[:3]) + 2 * own + reads[1] * head]
+        assert [spent[layer] * (sum(blocks) + head) for layer in (1, 3)] == pytest.approx(want)

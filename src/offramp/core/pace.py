@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
+from offramp.core.confidence import HEADLESS
 from offramp.core.plan import Plan
 from offramp.families.sizes import ModelShape
 
@@ -60,9 +61,11 @@ class Pace:
         blocks = [block.weights for block in shape.blocks]
         full, spent, read = sum(blocks) + shape.readout_weights(), {}, 0
         kept = frequent if plan.pruning is None else min(plan.pruning.first_size(), frequent or shape.vocabulary)
+        headless = plan.policy.confidence in ("static", *HEADLESS)  # a token is read out once, where it leaves
+        last = shape.readout_weights(frequent) if headless else 0
         for index, layer in enumerate(plan.thresholds):
-            read += shape.readout_weights(kept if index else frequent) if plan.policy.confidence != "static" else 0
-            last = shape.readout_weights(frequent) if plan.policy.confidence == "static" else 0
+            read += shape.adapter_weights(layer)
+            read += 0 if headless else shape.readout_weights(kept if index else frequent)
             spent[layer] = (sum(blocks[:layer]) + read + last) / full
         return cls(dict(plan.thresholds), spent)
 
