@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.core.exits import Branch, Exits
+from offramp.core.exits import Branch, Exits, fingerprint
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
 from offramp.exit_files import load_exits, save_exits
 from offramp.families import SplitModel
+from offramp.layerwise import text_states
 from offramp.native.families import FAMILIES as DESCRIBED
 from offramp.packaged import ModelError
+from offramp.training import train
 from tiny import FAMILIES, LAYERS, greedy, inputs_for, tiny, truncated
+from training_runs import config, data, model
 
 NEW = 10
 FEW = ("llama", "gemma3", "gpt-neox", "t5", "whisper")
@@ -205,3 +208,36 @@ def test_the_pace_of_drafts_counts_blocks_of_the_exits_own():
         spent = Pace.of(resolve(policy, LAYERS, lm.vocabulary, (1, 3)), shape).spent
         want = [blocks[0] + own + reads[0] * head, sum(blocks[:3]) + 2 * own + reads[1] * head]
         assert [spent[layer] * (sum(blocks) + head) for layer in (1, 3)] == pytest.approx(want)
+
+
+@torch.no_grad()
+def test_the_probe_reads_what_blocks_make_of_states():
+    lm = LanguageModel(copy.deepcopy(tiny("llama")), engine="torch")
+    lm.attach_exits(two_exits(lm.split, 2))
+    ids = torch.arange(3, 12)[None]
+    found = text_states(lm, {"input_ids": ids})
+    for layer, want in zip(range(1, 5), lm.split.states(ids, range(1, 5)), strict=True):
+        torch.testing.assert_close(found[layer - 1], want[0], atol=2e-5, rtol=1e-4)
+
+
+def test_classifiers_learn_behind_blocks(tmp_path):
+    lm = model()
+    lm.attach_exits(two_exits(lm.split, 1))
+    result = train(lm, data(), config(objective="consistency", steps=12), tmp_path)
+    exits = load_exits(result.exits)
+    assert (exits.blocks, exits.classifiers is not None) == (1, True)
+    for name, tensor in lm.exits.branches.state_dict().items():
+        assert torch.equal(exits.branches.state_dict()[name], tensor.bfloat16().float())
+    lm.attach_exits(exits)
+    out = lm.generate(inputs_for("llama"), policy=ExitPolicy("classifier", 0.2, skipped="verify"), max_new_tokens=NEW)
+    assert out.tokens == lm.generate(inputs_for("llama"), max_new_tokens=NEW).tokens
+
+
+def test_adapters_are_told_apart_by_their_blocks():
+    split = SplitModel(tiny("llama"))
+    one, other = two_exits(split), two_exits(split)
+    assert fingerprint(one.adapters) == fingerprint(other.adapters)
+    with torch.no_grad():
+        next(iter(other.branches.parameters())).add_(1)
+    assert fingerprint(one.adapters) != fingerprint(other.adapters)
+    assert Exits.fresh(split).adapters.state_dict().keys() == Exits.fresh(split).lenses.state_dict().keys()

@@ -169,7 +169,7 @@ def _posterior(exits: Exits, folder: str | os.PathLike[str], values: Any, tensor
             raise ValueError(f"it is for layers {posterior.layers}")
     except (ValueError, TypeError) as error:
         raise ModelError(f"the posterior in {folder} is damaged ({first_line(error)}); {AGAIN}") from error
-    if posterior.settings.get("lenses") != fingerprint(exits.lenses):
+    if posterior.settings.get("lenses") != fingerprint(exits.adapters):
         raise ModelError(
             f"the posterior in {folder} was fitted for other lenses than those beside it; fit it again with: "
             "offramp calibrate --posterior"

@@ -86,11 +86,12 @@ def answer_states(lm: LanguageModel, batch: Mapping[str, Tensor], max_new_tokens
 
 
 def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None = None, **memory: Any) -> Tensor:
-    """States after layers 1..L at the positions `where` [B, T], [L, N, D]."""
+    """What is read out after layers 1..L at the positions `where` [B, T], [L, N, D]."""
     state, kept = split.start(ids, mask, **memory), []
     for layer in range(split.num_layers):
         state = split.run(state, layer, layer + 1)
-        kept.append(state.hidden[where])
+        state = split.branched([state])[0] if state.depth in split.branches else state
+        kept.append(state.read[where])
     return torch.stack(kept)
 
 

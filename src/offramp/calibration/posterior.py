@@ -135,7 +135,7 @@ def fit_posterior(
         exits = lm.exits.only(layers)
         settings = {
             "layers": list(layers), "candidates": config.candidates, "seed": config.seed,
-            "target": "text" if config.to_text else "full model", "lenses": fingerprint(exits.lenses),
+            "target": "text" if config.to_text else "full model", "lenses": fingerprint(exits.adapters),
             "pruning": None if pruning is None else {
                 "vocabulary": config.vocabulary, "vocabulary_size": config.vocabulary_size
             },

@@ -135,7 +135,7 @@ def cache_tokens(
     header = {
         "schema": "offramp/features/1", "model": fingerprint(lm.model), "layers": list(layers),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "lenses": None if lm.exits is None else fingerprint(lm.exits.lenses),
+        "lenses": None if lm.exits is None else fingerprint(lm.exits.adapters),
         "splits": {name: entry["digest"] for name, entry in record.items()},
     }  # fmt: skip
     _require(folder / "features.json", header)

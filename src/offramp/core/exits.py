@@ -248,6 +248,11 @@ class Exits(nn.Module):
         made.model, made.fingerprint = type(split.model).__name__, fingerprint(split.model)
         return made
 
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """What stands between the model's states and the readouts: lenses and, if there are any, branches."""
+        return nn.ModuleDict({"lenses": self.lenses, "branches": self.branches}) if self.branches else self.lenses
+
     def adapt(self, layer: int, hidden: Tensor) -> Tensor:
         """States [..., D] after `layer`, through its lens; unchanged where there is none."""
         if str(layer) not in self.lenses:

@@ -185,7 +185,7 @@ def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) ->
     """What a run is, for its folder and for those who read its exits."""
     model = {"name": lm.name, "fingerprint": exits.fingerprint, "dtype": str(lm.model.dtype).removeprefix("torch.")}
     if config.classifiers:
-        model["lenses"] = fingerprint(exits.lenses)  # which the classifiers look through
+        model["lenses"] = fingerprint(exits.adapters)  # which the classifiers look through
     return {
         "schema": SCHEMA,
         "model": model,
