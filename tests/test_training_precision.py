@@ -27,6 +27,12 @@ def test_a_gpu_is_asked(monkeypatch, able):
     assert fast_precision(torch.device("mps"), torch.float32).value is None
 
 
+def test_small_steps_of_weights_that_all_learn_are_not_rounded_off(monkeypatch):
+    monkeypatch.setattr(precision, "product_seconds", lambda dtype: 9.0 if dtype == torch.float32 else 1.0)
+    assert fast_precision(CPU, torch.float32, trainable="lora").value == "bf16"
+    assert fast_precision(CPU, torch.float32, trainable="all").value is None
+
+
 def test_other_weights_are_computed_with_as_they_are():
     assert fast_precision(CPU, torch.bfloat16).why == "the weights are in bfloat16"
 

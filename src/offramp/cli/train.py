@@ -154,8 +154,8 @@ def train(
         str | None,
         typer.Option(
             callback=o.number_format,
-            help="auto: bfloat16 where its matrix products are faster, asked once of this device; bfloat16; float32: "
-            "as loaded. Weights stay as they are loaded.",
+            help="auto: bfloat16 where its matrix products are faster, asked once of this device, and not with "
+            "--trainable all; bfloat16; float32: as loaded. Weights stay as they are loaded.",
         ),
     ] = "auto",
     held_out: o.HeldOut = 0.1,
@@ -213,7 +213,7 @@ def train(
         steps = epochs * steps_per_epoch(parts.train, batch_size)
     about: dict[str, Any] = {"command": o.command_line()}
     if precision == "auto":
-        found = agreed(fast_precision(lm.split.device, lm.model.dtype, folder))
+        found = agreed(fast_precision(lm.split.device, lm.model.dtype, folder, trainable))
         precision = found.value
         about["precision"] = f"{found.name}: {found.why}"
         o.note(f"computing in {about['precision']}")
