@@ -195,9 +195,6 @@ class SplitModel:
 
         All slots before the state's must already be present, for its rows, in the cache of each of these layers.
 
-        Returns:
-            The state after `hi` layers.
-
         Raises:
             ValueError: The state is not after `lo` layers, or there are fewer than `hi`.
         """
