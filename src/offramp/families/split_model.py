@@ -107,8 +107,7 @@ class SplitModel:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        device: torch.device = self.model.device
-        return device
+        return self.model.device  # type: ignore[no-any-return]
 
     @property
     def head_is_plain(self) -> bool:
@@ -131,8 +130,7 @@ class SplitModel:
         """Encoder output [B, X, D] for token ids [B, X], or for Whisper's features [B, mel, frames]."""
         encoder: Any = self.model.get_encoder()
         output = encoder(inputs) if self.family.listens else encoder(input_ids=inputs, attention_mask=mask)
-        memory: Tensor = output.last_hidden_state
-        return memory
+        return output.last_hidden_state  # type: ignore[no-any-return]
 
     def start(
         self,
@@ -194,6 +192,9 @@ class SplitModel:
         """Take a state after `lo` layers to one after `hi`; keys and values go into the context's cache.
 
         All slots before the state's must already be present, for its rows, in the cache of each of these layers.
+
+        Returns:
+            The state after `hi` layers.
 
         Raises:
             ValueError: The state is not after `lo` layers, or there are fewer than `hi`.
