@@ -1,6 +1,6 @@
 """The main job, end to end, on a small pretrained model: probe it, leave early, compare, certify, report.
 
-Run with `make demo`. Takes under six minutes on two idle cores; figures, pictures and a report go to runs/demo.
+Run with `make demo`. Takes under six minutes on two cores; figures, pictures and a report go to runs/demo.
 """
 
 import io
