@@ -115,8 +115,7 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     shape, head = lm.split.shape, ratios(lm.split.shape)[0]
     listed = None if lm.exits is None else lm.exits.frequent
     frequent = len(listed) if plan.frequent and listed is not None else None
-    kept = frequent if plan.pruning is None else min(plan.pruning.first_size(), frequent or lm.vocabulary)
-    kept = 0 if policy.confidence in HEADLESS else kept
+    kept = 0 if policy.confidence in HEADLESS else plan.scored_later(frequent)
     pays = break_even(shape, plan.min_layer, kept, len(plan.thresholds), frequent)
     every = len(plan.thresholds) == plan.num_layers - plan.min_layer
     where = f"from layer {plan.min_layer}" if every else f"after layers {', '.join(map(str, plan.thresholds))}"

@@ -60,7 +60,7 @@ class Pace:
             return None
         blocks = [block.weights for block in shape.blocks]
         full, spent, read = sum(blocks) + shape.readout_weights(), {}, 0
-        kept = frequent if plan.pruning is None else min(plan.pruning.first_size(), frequent or shape.vocabulary)
+        kept = plan.scored_later(frequent)
         headless = plan.policy.confidence in ("static", *HEADLESS)  # a token is read out once, where it leaves
         last = shape.readout_weights(frequent) if headless else 0
         for index, layer in enumerate(plan.thresholds):

@@ -60,6 +60,12 @@ class Plan:
         """Layers after which something is read: exits and candidates, ascending."""
         return tuple(sorted({*self.thresholds, *(c for c in self.candidates if c < self.last)}))
 
+    def scored_later(self, frequent: int | None) -> int | None:
+        """Tokens that a test after the first one scores at most, if the first one scores `frequent`; None: all V."""
+        if self.pruning is None:
+            return frequent
+        return min(self.pruning.first_size(), frequent or self.vocabulary)
+
     def threshold(self, layer: int, position: int, max_new_tokens: int) -> float:
         """τ(l, t) for the token at `position` (from 0) of at most `max_new_tokens` (see `ExitPolicy.decay`)."""
         tau = self.thresholds[layer]

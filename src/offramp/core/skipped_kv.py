@@ -203,14 +203,10 @@ def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
     if state.frame.queries == 1 or depth == last:
         return
     frozen, state = parted(state, state.frame.queries - 1)
-    with way.ledger.time("fill"):
-        way.model.fill(state.context, depth, last, frozen)
-    way.ledger.fill(range(depth, last), len(frozen.rows))
-    for layer in (layer for layer in way.branches if layer > depth):
-        own = way.model.branches[layer]
+    for skips in (range(depth, last), *(way.model.branches[layer] for layer in way.branches if layer > depth)):
         with way.ledger.time("fill"):
-            way.model.fill(state.context, own.start, own.stop, frozen)
-        way.ledger.fill(own, len(frozen.rows))
+            way.model.fill(state.context, skips.start, skips.stop, frozen)
+        way.ledger.fill(skips, len(frozen.rows))
     if isinstance(way, Propagate):
         way.state = state
     else:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from offramp.families import SplitModel
 from offramp.families.whole_pass import branch_of, states_after
 from offramp.training.data import Windows, steps_per_epoch
+from offramp.training.passes import encoded
 
 if TYPE_CHECKING:
     from offramp.training.config import TrainConfig
@@ -74,8 +75,7 @@ class KeptStates:
         if config.backbone or config.prompt_layer is not None or not again or not alone:
             return None
         counted = windows.counted[:, 1:].sum(1)
-        own = windows.ids.shape[1] - windows.counted.int().flip(1).argmax(1) - 1  # positions up to the last that counts
-        sizes = [own if layer in split.branches else counted for layer in layers]
+        sizes = [windows.lengths - 1 if layer in split.branches else counted for layer in layers]
         ends = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(sizes).cumsum(0)])
         first = {layer: ends[at * len(windows) :][: len(windows) + 1] for at, layer in enumerate(layers)}
         width = split.shape.width
@@ -115,11 +115,7 @@ class KeptStates:
     @torch.no_grad()
     def _compute(self, rows: Tensor) -> None:
         whole, split = self.windows[rows], self.split
-        memory, present = None, None
-        if whole.sources is not None and whole.present is not None:
-            present = whole.present.to(split.device)
-            memory = split.encode(whole.sources.to(split.device), present)
-        found = states_after(split, whole.ids[:, :-1].to(split.device), self.layers, memory, present)
+        found = states_after(split, whole.ids[:, :-1].to(split.device), self.layers, *encoded(split, whole))
         for layer, states in zip(self.layers, found, strict=True):
             for row, hidden, counted in zip(rows.tolist(), states.cpu(), whole.counted[:, 1:], strict=True):
                 first, last = self.first[layer][row : row + 2].tolist()

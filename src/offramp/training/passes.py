@@ -24,6 +24,14 @@ def check_prompt_layer(split: SplitModel, stop: int | None) -> None:
         raise ValueError(f"prompt_layer is {stop}, but a prompt can stop after layers 1..{split.num_layers - 1}")
 
 
+def encoded(split: SplitModel, windows: Windows) -> tuple[Tensor | None, Tensor | None]:
+    """Encoder output of windows, [B, X, D], and the mask of its input, [B, X]; None of a decoder-only model."""
+    if windows.sources is None or windows.present is None:
+        return None, None
+    present = windows.present.to(split.device)
+    return split.encode(windows.sources.to(split.device), present), present
+
+
 def states_of(
     split: SplitModel, windows: Windows, layers: Sequence[int], *, edit: Edit | None = None
 ) -> tuple[list[Tensor], Tensor]:
@@ -39,10 +47,7 @@ def states_of(
         One [N, D] per layer, and labels [N].
     """
     ids, counted = windows.ids.to(split.device), windows.counted.to(split.device)
-    memory, present = None, None
-    if windows.sources is not None and windows.present is not None:
-        present = windows.present.to(split.device)
-        memory = split.encode(windows.sources.to(split.device), present)
+    memory, present = encoded(split, windows)
     states = split.states(ids[:, :-1], layers, memory=memory, memory_mask=present, edit=edit)
     where = counted[:, 1:]
     return [hidden[where] for hidden in states], ids[:, 1:][where]
