@@ -13,6 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import training_runs
+from offramp.core.exits import Exits
 from offramp.exit_files import load_exits
 from offramp.lines import read_lines
 from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
@@ -74,6 +75,19 @@ def test_blocks_of_the_exits_own_learn_and_the_model_stays_as_it_is(tmp_path):
     for layer, state, share in zip((1, 3), states, result.agreement_after, strict=True):
         choice = lm.split.readout(state, layer).argmax(-1)
         assert share == pytest.approx(float((choice == chosen).float().mean()), abs=0.03)  # kept in bfloat16
+
+
+def test_exits_that_are_attached_do_not_change_what_new_ones_learn(tmp_path):
+    plain, other = model(), model()
+    exits = Exits.fresh(other.split, (1, 3), blocks=1)
+    with torch.no_grad():
+        for parameter in exits.branches.parameters():
+            parameter += torch.randn_like(parameter)
+    other.attach_exits(exits)
+    results = [train(lm, data(), config(steps=8), tmp_path / name) for lm, name in ((plain, "a"), (other, "b"))]
+    assert results[0].loss_before == results[1].loss_before
+    assert same(lenses(tmp_path / "a"), lenses(tmp_path / "b"))
+    assert other.split.branches == {1: range(4, 5), 3: range(5, 6)}
 
 
 def test_branches_are_trained_on_a_frozen_model_only():

@@ -50,7 +50,7 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
         adapters = _lora(lm, config) if config.trainable == "lora" else None
     learned, attached = False, lm.split.exits
     try:
-        if exits.branches and not config.classifiers:
+        if not config.classifiers:  # which look through what is attached; others are all that states are read through
             lm.split.attach(exits)
         lm.model.train(config.backbone)
         if adapters is None:  # else they alone learn, as they were made
@@ -60,7 +60,7 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
         yield Trainable(exits, named)
         learned = True
     finally:
-        if exits.branches and not config.classifiers:
+        if not config.classifiers:
             lm.split.attach(attached)
         if adapters is not None:
             (adapters.merge_and_unload if learned else adapters.unload)()
