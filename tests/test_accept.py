@@ -8,13 +8,13 @@ import torch
 from offramp import ExitPolicy, LanguageModel
 from tiny import greedy, inputs_for, tiny
 
-NEW, EXIT = 16, 3
+NEW, EXIT, LENGTH = 16, 3, 3
 
 
 @torch.no_grad()
 def by_the_rule(model, ids, accept, threshold):
     """Tokens, and how many of them are second choices."""
-    ids, seconds, first = ids.clone(), 0, True
+    ids, seconds, pending = ids.clone(), 0, LENGTH  # the prompt's own token is not drafted
     for _ in range(NEW):
         out = model(ids, output_hidden_states=True)
         logits = out.logits[0, -1].double()
@@ -24,11 +24,11 @@ def by_the_rule(model, ids, accept, threshold):
         p = draft.softmax(-1).topk(2).values
         share = float((logits[second] - logits[best]).exp())
         assert abs(share - accept) > 1e-5
-        drafted = not first and float(p[0] - p[1]) > threshold
+        drafted = pending < LENGTH and float(p[0] - p[1]) > threshold
         stands = drafted and int(draft.argmax()) == second and share >= accept
+        pending = pending + 1 if drafted and (stands or int(draft.argmax()) == best) else 0
         seconds += stands
         ids = torch.cat([ids, torch.tensor([[second if stands else best]])], dim=1)
-        first = False
     return ids, seconds
 
 
@@ -43,7 +43,7 @@ def test_the_second_choice_stands_with_its_share(name, engine, penalty):
         for accept, threshold in ((0.5, 0.0), (0.8, 0.0), (0.5, 0.03), (1.0, 0.0)):
             want, seconds = by_the_rule(tiny(name), ids, accept, threshold)
             policy = ExitPolicy(
-                threshold=threshold, exit_layers=(EXIT,), skipped="verify", accept=accept, draft_length=3
+                threshold=threshold, exit_layers=(EXIT,), skipped="verify", accept=accept, draft_length=LENGTH
             )  # fmt: skip
             got = lm.generate({"input_ids": ids}, policy=policy, max_new_tokens=NEW, eos_token_id=None, **extra)
             assert got.sequences.tolist() == want.tolist()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.core.exits import Branch, Exits, fingerprint
+from offramp.core.adapters import Branch
+from offramp.core.exits import Exits, fingerprint
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
 from offramp.exit_files import load_exits, save_exits

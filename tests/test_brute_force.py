@@ -24,7 +24,7 @@ class Row:
     """One sequence, and the model's readouts of its last position at every depth."""
 
     def __init__(self, model, inputs, index, prompt=math.inf):
-        self.model, self.memory = model, None
+        self.model, self.memory, self.drafts = model, None, 0
         if model.config.is_encoder_decoder:
             source = {key: value[index : index + 1] for key, value in inputs.items()}
             if "input_ids" in source:
@@ -231,6 +231,7 @@ def reference(model, inputs, policy, new=NEW, eos=None, frequent=None):  # noqa:
         readouts = {row: row.readouts() for row in live}
         left = {}  # row: (layer, confidence, scores)
         tests = not (position == 0 and rows[0].memory is None)
+        full = [row for row in live if policy.skipped == "verify" and row.drafts == policy.draft_length]
         kept = {row: Pruned(policy, exits, layers, eos, frequent) for row in live}
         last = dict.fromkeys(live, math.nan)
         for index, layer in enumerate(exits if tests else []):
@@ -239,7 +240,7 @@ def reference(model, inputs, policy, new=NEW, eos=None, frequent=None):  # noqa:
                 tau = 0.9 * tau + 0.1 * tau * math.exp(-policy.decay_rate * position / new)
             elif policy.decay == "additive":
                 tau = min(1, max(0, 0.9 * tau + 0.1 * math.exp(-policy.decay_rate * position / new)))
-            staying = [row for row in live if row not in left]
+            staying = [row for row in live if row not in left and row not in full]
             for row in staying:
                 z, h = readouts[row]
                 previous = exits[index - 1] if index else None
@@ -263,11 +264,12 @@ def reference(model, inputs, policy, new=NEW, eos=None, frequent=None):  # noqa:
                 scores = contrasted(policy, torch.ones(VOCABULARY, dtype=torch.bool), z, layers, first, layers)
             layer, scores = left.get(row, (layers, scores))
             assert gap(scores) > NEAR or (policy.skipped == "verify" and layer < layers), "too near to call"
-            token, full = int(scores.argmax()), int(z[-1].argmax())
+            token, best = int(scores.argmax()), int(z[-1].argmax())
             if forced is not None and position == new - 1:
-                token = full = forced
+                token = best = forced
             if policy.skipped == "verify":
-                token, layer = full, layer if token == full else layers
+                token, layer = best, layer if token == best else layers
+                row.drafts = 0 if layer == layers else row.drafts + 1
             row.append(token, layer, last[row], math.inf if exact else layer)
             sizes.update(kept[row].sizes)
     return rows, sizes

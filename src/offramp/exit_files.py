@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp import artefact
-from offramp.core.exits import Branch, Exits, fingerprint, listed_once
+from offramp.core.adapters import Branch
+from offramp.core.drafter import Drafter
+from offramp.core.exits import Exits, fingerprint, listed_once
 from offramp.exit_posterior import Posterior
 from offramp.families import SplitModel
 from offramp.packaged import ModelError, first_line
@@ -22,6 +24,7 @@ AGAIN = "save the exits again, or copy their whole folder"
 MOST_LAYERS = 10_000
 """A description that speaks of more is damaged."""
 _BRANCHES = "branches."
+_DRAFTER = "drafter."
 _POSTERIOR = "posterior."  # what its tensors' names begin with
 KIND = artefact.Kind(
     "exits", CONFIG, WEIGHTS, family="offramp/exits/", again=AGAIN, saved="name a folder that save_exits wrote"
@@ -54,6 +57,7 @@ def save_exits(
         "fingerprint": exits.fingerprint if fingerprint is None else fingerprint,
         "settings": exits.settings if settings is None else dict(settings),
         **({"blocks": exits.blocks} if exits.blocks else {}),
+        **({} if exits.drafter is None else {"drafter": len(exits.drafter.branch.blocks())}),
         **({} if exits.posterior is None else {"posterior": exits.posterior.settings}),
         **({} if exits.frequent is None else {"frequent": len(exits.frequent)}),
     }  # fmt: skip
@@ -62,10 +66,10 @@ def save_exits(
 
 
 def _kept_in(name: str, tensor: Tensor) -> torch.dtype:
-    """The number format of a tensor in the file: branches, which are large, take half of the room."""
+    """The number format of a tensor in the file: branches and drafters, which are large, take half of the room."""
     if not tensor.is_floating_point():
         return tensor.dtype
-    return torch.bfloat16 if name.startswith(_BRANCHES) else torch.float32
+    return torch.bfloat16 if name.startswith((_BRANCHES, _DRAFTER)) else torch.float32
 
 
 def load_exits(folder: str | os.PathLike[str]) -> Exits:
@@ -87,7 +91,13 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
     fitted = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_POSTERIOR)}
     frequent = tensors.pop("frequent", None)
     if exits.blocks:
-        exits.branches = _branches(exits, tensors, file)
+        for layer in exits.layers:
+            lacks = f"{file} lacks blocks of the exit after layer {layer}; {AGAIN}"
+            exits.branches[str(layer)] = _branch(tensors, f"{_BRANCHES}{layer}.", exits.blocks, lacks)
+    if values["drafter"]:
+        with torch.device("meta"):
+            lacks = f"{file} lacks blocks of the drafter; {AGAIN}"
+            exits.drafter = Drafter(exits.width, _branch(tensors, f"{_DRAFTER}branch.", values["drafter"], lacks))
     expected = {name: t.shape for name, t in exits.state_dict().items()}
     if {name: t.shape for name, t in tensors.items()} != expected:
         raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
@@ -101,19 +111,16 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
     return exits
 
 
-def _branches(exits: Exits, tensors: Mapping[str, Tensor], file: Path) -> nn.ModuleDict:
-    """Branches with the tensors that are there for them; whether these fit a model is for the model to see."""
-    made = nn.ModuleDict()
-    for layer in exits.layers:
-        found: list[dict[str, Tensor]] = [{} for _ in range(exits.blocks)]
-        for name, tensor in tensors.items():
-            number, _, rest = name.removeprefix(begin := f"{_BRANCHES}{layer}.").partition("/")
-            if name.startswith(begin) and number.isdecimal() and int(number) < exits.blocks:
-                found[int(number)][rest.replace("/", ".")] = tensor.float()
-        if not all(found):
-            raise ModelError(f"{file} lacks blocks of the exit after layer {layer}; {AGAIN}")
-        made[str(layer)] = Branch(found)
-    return made
+def _branch(tensors: Mapping[str, Tensor], begin: str, blocks: int, lacks: str) -> Branch:
+    """A branch with the tensors that are there for it; whether these fit a model is for the model to see."""
+    found: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
+    for name, tensor in tensors.items():
+        number, _, rest = name.removeprefix(begin).partition("/")
+        if name.startswith(begin) and number.isdecimal() and int(number) < blocks:
+            found[int(number)][rest.replace("/", ".")] = tensor.float()
+    if not all(found):
+        raise ModelError(lacks)
+    return Branch(found)
 
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -130,10 +137,10 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Ten
     except ValueError as error:
         raise ModelError(str(error)) from error
     file = Path(folder).expanduser() / CONFIG
-    values = {"classifier": False, "blocks": 0, **values}  # younger than the schema, as the posterior is
+    values = {"classifier": False, "blocks": 0, "drafter": 0, **values}  # younger than the schema, as posteriors are
     types = {
         "model": str, "fingerprint": str, "num_layers": int, "width": int, "layers": list, "settings": dict,
-        "classifier": bool, "blocks": int,
+        "classifier": bool, "blocks": int, "drafter": int,
     }  # fmt: skip
     wrong = [name for name, kind in types.items() if type(values.get(name)) is not kind]
     wrong += [] if type(values.get("rank", "")) in (int, type(None)) else ["rank"]

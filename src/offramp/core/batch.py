@@ -21,6 +21,7 @@ from offramp.families import SplitModel
 from offramp.families.best import Best
 from offramp.families.cache import as_rows
 from offramp.families.finite import NotFiniteError, broken_at, name_of, not_finite
+from offramp.families.state import State
 
 
 class Step(NamedTuple):
@@ -115,9 +116,7 @@ class Batch:
         self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger, used)
         self.protected = torch.tensor(sorted(set(sampler.eos)), dtype=torch.long, device=ids.device)
         self.frequent = self._frequent()
-        self.shallow: dict[int, list[tuple[float, int]]] = {
-            row: [] for row in self.rows
-        }  # not yet compared: (c, token)
+        self.shallow: dict[int, list[tuple[float, int]]] = {row: [] for row in self.rows}  # (c, token), not compared
         self.prefill = False
         self.billed = 0
 
@@ -148,16 +147,20 @@ class Batch:
         self._read_last(read)
         return read
 
-    def read(self) -> Read:
-        """One step from the last known token of every row."""
-        self.prefill = False
-        by_length, states = self._by_length(self.rows), []
-        for length, group in by_length.items():
-            rows = as_rows(group, self.buffer.device)
-            ids = self.buffer[rows, length - 1 : length]
-            states.append(self.model.start(ids, context=self.context, rows=rows, slot=length - 1))
-        self.way.begin(states, [row for group in by_length.values() for row in group])
-        return self._with_tests()
+    def read(self, rows: list[int] | None = None) -> Read:
+        """One step from the last known token of some rows; None: of all."""
+        self.prefill, rows = False, self.rows if rows is None else rows
+        pairs = self._entering(rows)
+        self.way.begin([state for _, state in pairs], [row for group, _ in pairs for row in group])
+        return self._with_tests() if rows else self._unread()
+
+    def _entering(self, rows: list[int]) -> list[tuple[list[int], State]]:
+        """Their last known tokens before the first block, those at the same position together."""
+        return [(some, self._start(some, length - 1, length)) for length, some in self._by_length(rows).items()]
+
+    def _start(self, rows: list[int], begin: int, end: int) -> State:
+        chosen = as_rows(rows, self.buffer.device)
+        return self.model.start(self.buffer[chosen, begin:end], context=self.context, rows=chosen, slot=begin)
 
     def _by_length(self, rows: list[int]) -> dict[int, list[int]]:
         """Rows that stand at the same position, by how many of their tokens are known."""
@@ -181,16 +184,9 @@ class Batch:
             self._finish(read, None)
             return read
         reader = Reader(
-            self.model,
-            plan,
-            self.measure,
-            self.ledger,
-            self.protected,
-            way.rows,
-            self._position(way.rows),
-            scores=not self.best_only,
-            frequent=self.frequent,
-        )
+            self.model, plan, self.measure, self.ledger, self.protected, way.rows, self._position(way.rows),
+            scores=not self.best_only, frequent=self.frequent,
+        )  # fmt: skip
         exits = tuple(plan.thresholds)
         for layer in plan.stops:
             way.advance(layer)

@@ -201,6 +201,10 @@ class Ledger:
         weights = self.shape.lens_weights(layer)
         self._add("readout", states * 2 * weights, weights)
 
+    def mix(self, states: int) -> None:
+        """The two inputs of the drafter, at `states` positions."""
+        self._add("blocks", states * 2 * self.shape.mix_weights, self.shape.mix_weights)
+
     def confidence(self, states: int, flops: int, shared: int, own: int) -> None:
         """What a measure computes beyond logits: FLOPs of each of `states` states, bytes read for all and for each."""
         part = self.costs.parts["confidence"]

@@ -5,9 +5,9 @@ nothing: W = 0 and b = 0. Before it an exit may have a branch: transformer block
 their own (Kangaroo's adapter, Liu et al. 2024, arXiv 2404.18911, is one block), begun as copies of the model's last
 ones that add nothing to the state yet. The model itself is untouched, so its full output stays what it is, bit for bit.
 Beside lens and branch there may be a consistency classifier, which says from the readout input alone whether to leave
-there, and for all exits a posterior that was fitted on text (`offramp.exit_posterior`) and a list of frequent tokens,
-the only ones that `ExitPolicy(vocabulary="frequent")` scores. Weights are kept in float32 (in files, branches in
-bfloat16), with the name and the fingerprint of the weights they were made for.
+there, and for all exits a posterior that was fitted on text (`offramp.exit_posterior`), a list of frequent tokens, the
+only ones that `ExitPolicy(vocabulary="frequent")` scores, and a drafter (`offramp.core.drafter`). Weights are kept in
+float32 (in files, branches and drafter in bfloat16), with the name and the fingerprint of those they were made for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offramp.core.adapters import Branch, Lens
+from offramp.core.drafter import DRAFTER, Drafter
 from offramp.families.branches import first_weights
 
 if TYPE_CHECKING:
@@ -93,64 +95,7 @@ def listed_once(tokens: Sequence[int] | Tensor) -> Tensor:
     return ids
 
 
-# ---------------------------------------------------------------- lenses
-
-
-class Lens(nn.Module):
-    """h + W h + b on states [..., D]; as made, it changes nothing.
-
-    Args:
-        width: D.
-        rank: Rank of W, which then is a product [D, r] · [r, D]; None: a full matrix.
-        dtype: Number format of the weights. States of another one are worked on in theirs.
-        device: Where the weights are.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        rank: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__()
-        self.down = None if rank is None else nn.Linear(width, rank, bias=False, dtype=dtype, device=device)
-        self.up = nn.Linear(width if rank is None else rank, width, dtype=dtype, device=device)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """States [..., D] as the final norm should see them."""
-        x = hidden if self.down is None else F.linear(hidden, self.down.weight.to(hidden))
-        return hidden + F.linear(x, self.up.weight.to(hidden), self.up.bias.to(hidden))
-
-    @property
-    def weights(self) -> int:
-        """Weights that a state is multiplied with; the bias is none."""
-        return self.up.weight.numel() + (0 if self.down is None else self.down.weight.numel())
-
-
-class Branch(nn.Module):
-    """Transformer blocks of an exit's own, as named tensors; `SplitModel` makes modules of them.
-
-    Args:
-        blocks: Parameters of each block, by the names they have in the model's block that it is like.
-    """
-
-    def __init__(self, blocks: Sequence[Mapping[str, Tensor]]) -> None:
-        super().__init__()
-        for number, tensors in enumerate(blocks):
-            for name, tensor in tensors.items():
-                self.register_parameter(f"{number}/{name.replace('.', '/')}", nn.Parameter(tensor))
-
-    def blocks(self) -> list[dict[str, nn.Parameter]]:
-        """The parameters of each block, by their names there."""
-        found: dict[int, dict[str, nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            number, _, rest = name.partition("/")
-            found.setdefault(int(number), {})[rest.replace("/", ".")] = parameter
-        return [found[number] for number in sorted(found)]
+# ---------------------------------------------------------------- exits
 
 
 class Exits(nn.Module):
@@ -159,11 +104,12 @@ class Exits(nn.Module):
     Args:
         num_layers: L of the model.
         width: D of the model.
-        layers: The exit layers, ascending in 1..L-1.
+        layers: The exit layers, ascending in 1..L-1; there may be none where there is a drafter.
         rank: Rank of the lenses; None: full matrices; 0: no lenses, such as for a model that was itself trained to be
             read out after these layers.
         blocks: How many transformer blocks of its own each exit has; their weights come from `fresh` or from a file.
         classifier: Whether there is a consistency classifier after each of the layers.
+        drafter: How many transformer blocks the drafter has; 0: there is none. It comes from `with_drafter` or a file.
         model: Name of the model they are for.
         fingerprint: Of its weights.
         settings: How they were trained, as JSON values.
@@ -182,6 +128,7 @@ class Exits(nn.Module):
         *,
         blocks: int = 0,
         classifier: bool = False,
+        drafter: int = 0,
         model: str = "",
         fingerprint: str = "",
         settings: Mapping[str, Any] | None = None,
@@ -189,15 +136,16 @@ class Exits(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = tuple(layers)
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+        if not (self.layers or drafter) or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"the exit layers are {self.layers}; give ascending layers, each once, and at least one")
-        if not 1 <= self.layers[0] <= self.layers[-1] < num_layers:
+        if self.layers and not 1 <= self.layers[0] <= self.layers[-1] < num_layers:
             raise ValueError(
                 f"the exit layers are {self.layers}; a model of {num_layers} layers can have exits after layers "
                 f"1..{num_layers - 1} (layer {num_layers} is always an exit, leave it out)"
             )
-        if not 0 <= blocks <= num_layers:
-            raise ValueError(f"blocks is {blocks}; an exit can have 0..{num_layers} blocks of its own")
+        for name, count in (("blocks", blocks), ("drafter", drafter)):
+            if not 0 <= count <= num_layers:
+                raise ValueError(f"{name} is {count}; it can have 0..{num_layers} blocks of its own")
         if rank is not None and not 0 <= rank <= width:
             raise ValueError(
                 f"rank is {rank}; allowed are 1..{width}, the model's width, 0 for exits without lenses, or None for "
@@ -208,6 +156,7 @@ class Exits(nn.Module):
         lensed = () if rank == 0 else self.layers
         self.lenses = nn.ModuleDict({str(layer): Lens(width, rank, device=device) for layer in lensed})
         self.branches = nn.ModuleDict()  # one `Branch` per layer, if `blocks`
+        self.drafter: Drafter | None = None
         self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
         self.posterior: Any = None  # an `offramp.exit_posterior.Posterior`, if one was fitted
         self.frequent: Tensor | None
@@ -248,6 +197,12 @@ class Exits(nn.Module):
         made.model, made.fingerprint = type(split.model).__name__, fingerprint(split.model)
         return made
 
+    def with_drafter(self, split: SplitModel, blocks: int) -> Exits:
+        """A copy with an untrained drafter of so many blocks (at least 1); it replaces any there is."""
+        made = copy.deepcopy(self)
+        made.drafter = Drafter(self.width, Branch(first_weights(split, blocks)), device=split.device)
+        return made
+
     @property
     def adapters(self) -> nn.ModuleDict:
         """What stands between the model's states and the readouts: lenses and, if there are any, branches."""
@@ -255,10 +210,15 @@ class Exits(nn.Module):
 
     def adapt(self, layer: int, hidden: Tensor) -> Tensor:
         """States [..., D] after `layer`, through its lens; unchanged where there is none."""
-        if str(layer) not in self.lenses:
-            return hidden
-        adapted: Tensor = self.lenses[str(layer)](hidden)
+        lens = self.lens(layer)
+        adapted: Tensor = hidden if lens is None else lens(hidden)
         return adapted
+
+    def lens(self, layer: int) -> Lens | None:
+        """The lens after `layer` (the drafter's: 0), if there is one."""
+        if layer == DRAFTER:
+            return None if self.drafter is None else self.drafter.lens
+        return self.lenses[str(layer)] if str(layer) in self.lenses else None  # type: ignore[return-value]
 
     def with_classifiers(self) -> Exits:
         """A copy with untrained classifiers, by which every state has the confidence 1/2; it replaces any there are."""
@@ -320,8 +280,8 @@ class Exits(nn.Module):
 
     def weights(self, layer: int) -> int:
         """Weights that one state after `layer` is multiplied with; 0 without a lens."""
-        lens: Any = self.lenses[str(layer)] if str(layer) in self.lenses else None
-        return 0 if lens is None else int(lens.weights)
+        lens = self.lens(layer)
+        return 0 if lens is None else lens.weights
 
     def flops(self, layer: int) -> int:
         """FLOPs that the lens after `layer` adds to reading one state; 0 without a lens."""

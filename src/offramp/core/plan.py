@@ -114,9 +114,10 @@ def resolve(policy: ExitPolicy, num_layers: int, vocabulary: int, exits: tuple[i
 
 def _first(policy: ExitPolicy, num_layers: int, vocabulary: int) -> int:
     """The first layer after which a token may leave; whole numbers of the policy are checked against the model's."""
-    first = policy.min_layer or (policy.exit_layers[0] if policy.exit_layers else max(1, num_layers // 2))
-    last = num_layers - 1
-    if not 1 <= first <= last:
+    first, last = policy.min_layer, num_layers - 1
+    if first is None:
+        first = policy.exit_layers[0] if policy.exit_layers else max(1, num_layers // 2)
+    if not (policy.drafter or 1 <= first <= last):
         raise ValueError(f"min_layer is {first}; a model of {num_layers} layers can exit after layers 1..{last}")
     if policy.prompt_layer is not None and not 1 <= policy.prompt_layer <= num_layers:
         raise ValueError(f"prompt_layer is {policy.prompt_layer}; the model's layers are 1..{num_layers}")
@@ -136,7 +137,7 @@ def _exits(policy: ExitPolicy, first: int, num_layers: int) -> tuple[int, ...]:
     """The layers to test after, from `first` on."""
     exits, last = policy.exit_layers, num_layers - 1
     if exits is None:
-        exits = (first,) if policy.adaptive else tuple(range(first, num_layers))
+        exits = (first,) if policy.adaptive or policy.drafter else tuple(range(first, num_layers))
     if not exits or list(exits) != sorted(set(exits)) or not first <= exits[0] <= exits[-1] <= last:
         raise ValueError(
             f"exit_layers is {exits}; allowed are ascending layers in {first}..{last} (from min_layer to the last "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.confidence import NAMES, RANGES, Confidence, Contrast
+from offramp.core.drafter import DRAFTER
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.values import choice, flag, nearest, number, plain, whole
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from offramp.core.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
-
+_DRAFTS = ("softmax", "max", "entropy", "static")
+"""Confidences that need nothing but the scores of one readout."""
 
 _SCHEMA = "offramp/policy/1"
 _FAR = 2**31 - 1  # of a layer that no model has; `resolve` knows the model's own
@@ -29,8 +31,8 @@ _KEPT = "at least 2 tokens must be kept"
 WRITE = "write a policy with ExitPolicy.save"
 """What to do about a damaged file."""
 _WHOLE = {
-    "min_layer": (1, "layers count from 1"), "prompt_layer": (-_FAR, ""), "vocabulary_size": (2, _KEPT),
-    "vocabulary_floor": (2, _KEPT), "vocabulary_start": (2, _KEPT),
+    "min_layer": (0, "layers count from 1; 0 is the drafter"), "prompt_layer": (-_FAR, ""),
+    "vocabulary_size": (2, _KEPT), "vocabulary_floor": (2, _KEPT), "vocabulary_start": (2, _KEPT),
     "draft_length": (1, "at least one token must be drafted"),
 }  # fmt: skip
 """Fields that are whole numbers: the smallest allowed, and what is said of smaller ones."""
@@ -49,7 +51,8 @@ class ExitPolicy:
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
-            (see there for models with trained exits).
+            (see there for models with trained exits). 0: the drafter of the model's exits, and no other exit, proposes
+            tokens from before the first block (see `offramp.core.drafter`); needs skipped="verify".
         vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive" (all at the first
             test of a token, then fewer; no effect for "state" and "classifier", whose tests score none). "frequent":
             the exits' frequent tokens at every test, and where a token leaves, so that others are chosen by the last
@@ -134,6 +137,7 @@ class ExitPolicy:
                 f"accept={self.accept} needs skipped='verify', not {self.skipped!r}: else nothing is checked"
             )
         self._check_layers()
+        self._check_drafter()
         self._check_thresholds()
         self._check_vocabulary()
         self._check_adaptive()
@@ -144,6 +148,28 @@ class ExitPolicy:
         if (self.skipped == "verify" or self.adaptive) and self.contrast.full:
             way = "adaptive" if self.adaptive else "skipped='verify'"
             raise ValueError(f"{way} checks tokens against the full model's own logits; leave contrast full away")
+
+    @property
+    def drafter(self) -> bool:
+        """Whether tokens are drafted before the first block."""
+        return self.min_layer == DRAFTER or self.exit_layers == (DRAFTER,)
+
+    def _check_drafter(self) -> None:
+        if not self.drafter:
+            return
+        name = "min_layer" if self.min_layer == DRAFTER else "exit_layers"
+        where = f"{name} is {getattr(self, name)}: layer 0 is the drafter, behind which exits count from 1"
+        if self.skipped != "verify":
+            raise ValueError(
+                f"{where}; what it drafts must be checked, but skipped is {self.skipped!r}: give 'verify', or a layer "
+                "from 1 on"
+            )
+        if self.exit_layers not in (None, (DRAFTER,)):
+            raise ValueError(f"{where}, and exit_layers is {self.exit_layers}; there are no other exits beside it")
+        if self.threshold is not None and isinstance(self.confidence, str) and self.confidence not in _DRAFTS:
+            raise ValueError(
+                f"{where}; confidence {self.confidence!r} cannot judge its drafts, choose one of {', '.join(_DRAFTS)}"
+            )
 
     @property
     def is_lossless(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.core.confidence import Confidence, TokenConfidence, begun, require_learned
 from offramp.core.costs import Ledger
+from offramp.core.drafter import DRAFTER
 from offramp.core.plan import Plan
 from offramp.core.vocabulary import Frequent, Kept
 from offramp.families import SplitModel
@@ -30,6 +31,11 @@ def measure_of(model: SplitModel, plan: Plan) -> Confidence | None:
         raise ValueError(
             f"vocabulary is {plan.policy.vocabulary!r}, but single rows of the head, a {kind}, cannot be read; "
             "use vocabulary=None, or merge adapters and dequantise first"
+        )
+    if DRAFTER in plan.thresholds and (model.exits is None or model.exits.drafter is None):
+        raise ValueError(
+            "the policy drafts before the first block (layer 0), but the model's exits have no drafter; train one "
+            "with: offramp train --trainable drafter"
         )
     if plan.measure is None and plan.thresholds:
         return require_learned(model.exits, str(plan.policy.confidence), plan)
@@ -89,18 +95,19 @@ class Reader:
     def top(self, exit: Exit, index: list[int] | None = None) -> Best:
         """The best tokens at an exit, for all of its rows or some, with the logits if a later test needs them."""
         hidden, ledger, kept = exit.hidden if index is None else exit.hidden[index], self.ledger, self.kept
+        wanted: Any = {"logits": self._keeps(exit.layer), "inputs": exit.layer == DRAFTER}
         if not self.model.fused:
             return best_of(self.project(exit.input if index is None else exit.input[index]), exit.names)
         ledger.lens(exit.layer, len(hidden))
         if kept is None:
             ledger.readout(len(hidden))
             with ledger.time("readout"):
-                return self.model.best(hidden, exit.layer, logits=self._keeps(exit.layer))
+                return self.model.best(hidden, exit.layer, **wanted)
         ledger.pruned_readout(len(hidden), kept.ids.shape[1], shared=kept.shared)
         with ledger.time("pruned_readout"):
             rows: Any = kept.gather(self.model)
             rows = rows.only(kept.scored) if kept.ragged else rows
-            return self.model.best(hidden, exit.layer, rows, logits=self._keeps(exit.layer))
+            return self.model.best(hidden, exit.layer, rows, **wanted)
 
     def _keeps(self, layer: int) -> bool:
         """Whether the logits of a test after `layer` are needed: as scores, or to rank tokens for a later test."""
@@ -195,7 +202,7 @@ class Exit:
         """The two best tokens and the normaliser, [A, 2] and [A]; with no logits moved where the engine can do so."""
         if self._top is None:
             self._top = self.reader.top(self) if self._logits is None else best_of(self._logits, self.names)
-            self._logits = self._top.logits
+            self._logits, self._input = self._top.logits, self._input if self._top.inputs is None else self._top.inputs
         return self._top
 
     def confidence(self) -> list[float]:
@@ -284,7 +291,9 @@ class Exit:
     def best(self, index: list[int]) -> Best:
         """The best tokens of the rows that leave here."""
         if self.unread:
-            return self.reader.top(self, index)
+            found = self.reader.top(self, index)
+            self._input = found.inputs if len(index) == len(self.hidden) else None
+            return found
         top = self.top
         return (
             top if len(index) == len(top.tokens) else Best(top.values[index], top.tokens[index], top.normaliser[index])

@@ -138,8 +138,12 @@ class Defer:
             branches = [layer for layer in self.branches if layer > lowest]
             stop = min([depth, *met, *(state.depth for _, state in later), *branches])
             ran = _run(self, [state for _, state in ready], stop)
-            ran = _branched(self, ran) if stop in self.branches else ran
+            ran = self.branched(ran) if stop in self.branches else ran
             self.states = [*zip([rows for rows, _ in ready], ran, strict=True), *later]
+
+    def branched(self, states: list[State]) -> list[State]:
+        """Run the own blocks of the exit at whose layer some states are, and write it down."""
+        return _branched(self, states)
 
     def _joined(self, pairs: list[tuple[list[int], State]]) -> list[tuple[list[int], State]]:
         """States of equal depth, each row's with what of it waits there, as few as can be."""
@@ -165,16 +169,20 @@ class Defer:
         left = {self.rows[i] for i in gone}
         staying = []
         for rows, state in self.states:
-            for index, row in enumerate(rows):
-                if row in left:
-                    own = state if len(rows) == 1 else _row(state, index, row)
-                    self.waiting.setdefault(row, []).append(own)
+            self.wait(rows, state, left)
             if still := [index for index, row in enumerate(rows) if row not in left]:
                 these = [rows[index] for index in still]
                 whole = len(still) == len(rows)
                 part = state if whole else state.select(still, as_rows(these, state.hidden.device))
                 staying.append((these, part))
         self.states, self.rows = staying, [self.rows[i] for i in kept]
+
+    def wait(self, rows: list[int], state: State, some: Collection[int] | None = None) -> None:
+        """Let rows of a state, or only some of them, wait where they are."""
+        for index, row in enumerate(rows):
+            if some is None or row in some:
+                own = state if len(rows) == 1 else _row(state, index, row)
+                self.waiting.setdefault(row, []).append(own)
 
     def recall(self, rows: list[int]) -> None:
         """Let rows that have left go on from where their last position waits."""

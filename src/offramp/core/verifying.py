@@ -1,9 +1,9 @@
 """Drafts and their check: tokens that left early stand once the full model has confirmed them.
 
-Each row drafts on its own, waits with its drafts where they left, and goes deep when its token does not leave, when its
-drafts are full, or when one would end it; so rows of a batch stand at different positions. What is emitted is what the
-full model's scores would have given (speculative decoding, Leviathan et al. 2022, arXiv 2211.17192, with the model's
-own shallow layers as the draft model), unless the policy accepts its second choice, too.
+Each row drafts on its own, waits with its drafts where they left, and goes deep when a token does not leave, behind as
+many drafts as are allowed, or when one would end it; so rows of a batch stand at different positions. What is emitted
+is what the full model's scores would have given (speculative decoding, Leviathan et al. 2022, arXiv 2211.17192, with
+the model's own shallow layers as the draft model), unless the policy accepts its second choice, too.
 """
 
 from __future__ import annotations
@@ -61,32 +61,45 @@ class VerifyingBatch(Batch):
         self.pace = Pace.of(self.plan, self.model.shape, frequent)
         self.tests: dict[int, list[tuple[int, float, int]]] = {row: [] for row in every}
 
+    def read(self, rows: list[int] | None = None) -> Read:
+        """As in `Batch`; a row with as many drafts as are allowed waits with its next token for the deep pass."""
+        rows = self.rows if rows is None else rows
+        drafting = [row for row in rows if len(self.drafts[row]) < self.plan.policy.draft_length]
+        full = [row for row in rows if row not in drafting]
+        for some, state in Batch._entering(self, full):
+            self.way.wait(some, state)
+        read = super().read(drafting)
+        for row in full:
+            read.layers[row] = self.plan.num_layers
+        return read
+
     def verified(self, read: Read) -> Iterator[Step]:
         """The steps that a read makes certain: none while its tokens are only drafted, several after a deep pass."""
         if self.prefill:
             yield self.settle(read)
             return
-        deep = set(self.way.rows)
+        deep = {row for row in self.rows if read.layers[row] == self.plan.num_layers}
         self._draft(read, deep)
-        due = [row for row in self.rows if row in deep or self._is_full(row)]
+        due = [row for row in self.rows if row in deep or self._ends(row)]
         if not due:
             return
-        self.way.recall([row for row in due if row not in deep])
+        self.way.recall([row for row in due if row not in self.way.rows])
         self.way.advance(self.plan.num_layers)
         for rows, state in self.way.states:
             self._check(rows, state.hidden)
         yield from self._complete()
 
     def _leaving(self, layer: int, exit: Exit, confidences: list[float]) -> list[int]:
+        rows = self.way.rows
         if self.pace is None:
             return super()._leaving(layer, exit, confidences)
-        rows = self.way.rows
         if exit.judged:
             for row, c, token in zip(rows, confidences, exit.top.tokens[:, 0].tolist(), strict=True):
                 self.tests[row].append((layer, c, token))
+        pending = {row: [(d.layer, d.confidence) for d in self.drafts[row]] for row in rows}
         return [
             i for i, (row, c) in enumerate(zip(rows, confidences, strict=True))
-            if self.pace.leaves(layer, c, [(d.layer, d.confidence) for d in self.drafts[row]])
+            if self.pace.leaves(layer, c, pending[row])
         ]  # fmt: skip
 
     def _read_last(self, read: Read) -> None:
@@ -111,11 +124,9 @@ class VerifyingBatch(Batch):
                 self.buffer[row, self.lengths[row]] = tokens[row]
             self.lengths[row] += 1
 
-    def _is_full(self, row: int) -> bool:
-        """Whether a row drafts no further before its drafts are checked."""
-        drafts = self.drafts[row]
-        at_end = self.sampler.is_end(drafts[-1].token) or self.lengths[row] - self.prompt >= self.limit
-        return at_end or len(drafts) >= self.plan.policy.draft_length
+    def _ends(self, row: int) -> bool:
+        """Whether a row's last draft would be its last token."""
+        return self.sampler.is_end(self.drafts[row][-1].token) or self.lengths[row] - self.prompt >= self.limit
 
     def _check(self, rows: list[int], hidden: Tensor) -> None:
         """Compare rows' drafts with the full model, whose states after the last layer are `hidden`, [len(rows), n, D].

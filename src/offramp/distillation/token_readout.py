@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.core.exits import Lens
+from offramp.core.adapters import Lens
 from offramp.families import SplitModel
 from offramp.training.data import Windows
 from offramp.training.objectives import OBJECTIVES, Teacher

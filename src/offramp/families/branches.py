@@ -27,19 +27,23 @@ def blocks_of(split: SplitModel, exits: Exits) -> tuple[list[tuple[int, Any]], d
         exits: Any number of branches, none included.
 
     Returns:
-        Which of the model's blocks each module is like, and the module; and by exit layer, the numbers of its blocks.
+        Which of the model's blocks each module is like, and the module; and by exit layer, 0 for the drafter, the
+        numbers of its blocks.
 
     Raises:
         ValueError: A branch has other weights than blocks of this model have.
     """
     made: list[tuple[int, Any]] = []
     found: dict[int, range] = {}
-    for name, branch in exits.branches.items():
-        tensors: list[dict[str, nn.Parameter]] = branch.blocks()  # type: ignore[operator]
+    branches: dict[int, Any] = {int(name): branch for name, branch in exits.branches.items()}
+    if exits.drafter is not None:
+        branches[0] = exits.drafter.branch
+    for layer, branch in branches.items():
+        tensors: list[dict[str, nn.Parameter]] = branch.blocks()
         first = split.num_layers + len(made)
-        found[int(name)] = range(first, first + len(tensors))
+        found[layer] = range(first, first + len(tensors))
         for like, weights in enumerate(tensors, split.num_layers - len(tensors)):
-            block = _with(split.blocks[like], weights, split, int(name))
+            block = _with(split.blocks[like], weights, split, layer)
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = split.num_layers + len(made)

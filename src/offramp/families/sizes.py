@@ -64,7 +64,7 @@ class ModelShape:
         encoder_attention_width: Query width summed over the encoder's layers.
         lenses: Weights of the lens after each of layers 1..L, 0 where there is none; empty without trained exits.
         branches: Blocks of the exits' own, in the order of the exits; they count on from L.
-        branch_of: Which of these belong to the exit after a layer.
+        branch_of: Which of these belong to the exit after a layer; to the drafter, which is 0.
         head_width: Width of the head's rows where a matrix from D to it comes before the head (OPT-350m); None: D.
     """
 
@@ -112,12 +112,20 @@ class ModelShape:
         return 2 * self.readout_weights(rows)
 
     def lens_weights(self, layer: int) -> int:
-        """Weights of the lens after `layer`, 1..L; 0 where there is none."""
+        """Weights of the lens after `layer`, 1..L, 0 where there is none; for 0, of the drafter's."""
+        if layer == 0:
+            return self.width**2
         return self.lenses[layer - 1] if self.lenses else 0
 
     def adapter_weights(self, layer: int) -> int:
-        """Weights of what one state goes through between `layer`, 1..L, and the readout there: a lens or a branch."""
-        return self.lens_weights(layer) + sum(self.block(index).weights for index in self.branch_of.get(layer, ()))
+        """Weights of what one state goes through between `layer`, 0..L, and the readout there: lens and branch."""
+        blocks = sum(self.block(index).weights for index in self.branch_of.get(layer, ()))
+        return self.lens_weights(layer) + blocks + (self.mix_weights if layer == 0 else 0)
+
+    @property
+    def mix_weights(self) -> int:
+        """Weights of what mixes a drafter's two inputs."""
+        return 2 * self.width**2
 
     def encoder_flops(self, positions: int) -> int:
         """FLOPs of the encoder for one row of `positions` outputs."""

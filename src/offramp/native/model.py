@@ -281,9 +281,10 @@ class NativeModel(SplitModel):
             return
         self._exits = exits.placed(torch.float32, self.device)
         self._lens_weights = Weights()
-        for layer, lens in self._exits.lenses.items():
-            matrices = [self._lens_weights.matrix(Part(part)) for part in (lens.down, lens.up) if part is not None]
-            self._lenses[int(layer)] = (lib.Matrix * len(matrices))(*matrices)
+        for layer in range(self.num_layers):
+            if (lens := self._exits.lens(layer)) is not None:
+                matrices = [self._lens_weights.matrix(Part(part)) for part in (lens.down, lens.up) if part is not None]
+                self._lenses[layer] = (lib.Matrix * len(matrices))(*matrices)
 
     def readout_input(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """As `SplitModel.readout_input`, in float32 and in the kernels' order of sums."""

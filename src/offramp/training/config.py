@@ -22,7 +22,7 @@ FALLS: dict[str, Callable[[float], float]] = {
 quarters of the way (ResNet, MSDNet)."""
 SCHEDULES = ("cosine", "linear", "constant")
 """Those for language models."""
-TRAINABLE = ("exits", "lora", "all")
+TRAINABLE = ("exits", "drafter", "lora", "all")
 PRECISIONS = (None, "bf16")
 
 
@@ -54,9 +54,13 @@ class TrainConfig:
         layers: Exits; None: a default for the depth.
         trainable: "exits": a lens per exit (a matrix and a bias), the model stays as it is, bit for bit. "lora":
             low-rank adapters (`peft`) on all linear layers of the blocks, merged into the model in the end. "all":
-            every weight of the model. With "lora" and "all" the last layer learns the text as well.
+            every weight of the model. With "lora" and "all" the last layer learns the text as well. Or "drafter": the
+            exits that are attached, if any, get one (see `offramp.core.drafter`), which alone learns.
         rank: Of each lens's matrix; None: full; 0: no lens. Leave at None for 0 with "lora" and "all".
-        blocks: Transformer blocks of its own that each exit gets before its lens (see `offramp.core.exits`).
+        blocks: Transformer blocks of its own that each exit gets before its lens (see `offramp.core.exits`), or that
+            the drafter has (0 stands for 1 there).
+        unroll: Drafts in a row that a drafter learns to make (see `offramp.training.drafts`).
+        prompt_weight: Of a position of a prompt in what a drafter learns of first drafts; one of an answer weighs 1.
         lora_rank: Of LoRA's products; their scale is 2.
         objective: One of `OBJECTIVES`: what exits learn; the last layer always learns the text ("labels"). Or
             "consistency" or "consistency-settled" (see `offramp.training.consistency`): the exits that are attached
@@ -70,7 +74,7 @@ class TrainConfig:
             `offramp.training.curriculum.CURRICULA`, "rotational" or "gradual"; None: all at every step.
         prompt_layer: Train for `ExitPolicy(prompt_layer=...)`: what stands before an answer stops after this layer,
             which makes training cheaper too.
-        learning_rate: After the warm-up; None: 1e-3 for exits, 2e-4 for LoRA, 1e-4 for all.
+        learning_rate: After the warm-up; None: 1e-3 for exits and drafter, 2e-4 for LoRA, 1e-4 for all.
         weight_decay: Of AdamW; for a lens, towards the untrained readout.
         steps: How many; or else
         tokens: stop at the first step that reaches so many trained positions.
@@ -94,6 +98,8 @@ class TrainConfig:
     trainable: str = "exits"
     rank: int | None = None
     blocks: int = 0
+    unroll: int = 3
+    prompt_weight: float = 0.2
     lora_rank: int = 16
     objective: str = "forward-kl"
     temperature: float = 1.0
@@ -134,21 +140,29 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         least_one = ("steps", "tokens", "batch_size", "micro_batch", "positions", "validate_every", "save_every")
-        for name in (*least_one, "lora_rank", "prompt_layer"):
+        for name in (*least_one, "lora_rank", "prompt_layer", "unroll"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.learning_rate is None:
-            rates = {"exits": 1e-3, "lora": 2e-4, "all": 1e-4}
+            rates = {"exits": 1e-3, "drafter": 1e-3, "lora": 2e-4, "all": 1e-4}
             object.__setattr__(self, "learning_rate", rates[self.trainable])
         for name in ("learning_rate", "temperature", "clip"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         if self.temperature != 1 and self.objective not in SOFTENED:
             raise ValueError(f"objective {self.objective!r} has no temperature; {' and '.join(SOFTENED)} have one")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("warmup and weight_decay must not be negative")
+        if min(self.warmup, self.weight_decay, self.prompt_weight) < 0:
+            raise ValueError("warmup, weight_decay and prompt_weight must not be negative")
 
     def _check_blocks(self) -> None:
+        if self.drafter:
+            object.__setattr__(self, "blocks", self.blocks or 1)
+            others = {
+                "layers": None, "rank": None, "objective": "forward-kl", "temperature": 1.0, "weights": "uniform",
+            }  # fmt: skip
+            for name, value in others.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, which is nothing to a drafter; leave it away")
         if self.blocks and (self.backbone or self.classifiers or self.prompt_layer is not None):
             raise ValueError(
                 f"blocks is {self.blocks}, but blocks of the exits' own are trained on a model that stays as it is, "
@@ -179,7 +193,12 @@ class TrainConfig:
     @property
     def backbone(self) -> bool:
         """Whether the model's own weights change."""
-        return self.trainable != "exits"
+        return self.trainable in ("lora", "all")
+
+    @property
+    def drafter(self) -> bool:
+        """Whether a drafter is trained, and nothing else."""
+        return self.trainable == "drafter"
 
     @property
     def classifiers(self) -> bool:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 COVERAGE = 0.995
 """Share of the predicted tokens that are to be covered."""
+DRAFTED = 0.95
+"""The same for a drafter, which reads the list out for every draft, and is checked."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,23 @@ def share_covered(tokens: Tensor, source: Windows | Sequence[Document]) -> float
     return float(torch.isin(_predicted(source), tokens.cpu()).float().mean())
 
 
-def listed(lm: LanguageModel, exits: Exits, data: Data, coverage: float | None) -> tuple[Exits, Listing]:
+def listed(
+    lm: LanguageModel, exits: Exits, data: Data, coverage: float | None, default: float = COVERAGE
+) -> tuple[Exits, Listing]:
     """Exits with the tokens that are frequent in what they were trained on.
 
     Args:
         lm: The model, whose ends of a sequence are always listed.
         exits: The exits.
         data: What they were trained on.
-        coverage: See `frequent_tokens`; None: `COVERAGE`, but exits that have a list keep it.
+        coverage: See `frequent_tokens`; None: the default, but exits that have a list keep it.
+        default: `COVERAGE`, or for a drafter `DRAFTED`.
 
     Returns:
         The exits, and their list in numbers.
     """
     if coverage is None and exits.frequent is None:
-        coverage = COVERAGE
+        coverage = default
     if coverage is not None:
         given = lm.model.generation_config.eos_token_id
         ends = [] if given is None else [given] if isinstance(given, int) else given

@@ -7,7 +7,7 @@ The file lies in the run folder until training ends, so that a run that was kill
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,14 @@ _SHARE = 0.5  # of the free disk that the file may take
 class KeptStates:
     """What a frozen model computes for windows, each once.
 
-    Of a layer whose exit has blocks of its own, all positions are kept, since these attend to them; of others and of
-    the last layer, those from which something is predicted.
+    Of a layer behind which other blocks than the model's run, all positions are kept, since these attend to them; of
+    others, those from which something is predicted.
 
     Attributes:
         split: The model.
         windows: All of them, N.
         layers: After which states are wanted.
+        whole: Those of which all positions are kept.
         first: Where the states of each window begin, by layer, [N + 1] each.
         values: All states, [M, D].
         done: Which windows have been computed, [N].
@@ -47,14 +48,16 @@ class KeptStates:
     split: SplitModel
     windows: Windows
     layers: Sequence[int]
+    whole: Collection[int]
     first: dict[int, Tensor]
     values: Tensor
     done: Tensor
 
     @classmethod
     def of(
-        cls, split: SplitModel, windows: Windows, layers: Sequence[int], config: TrainConfig, folder: Path, workers: Any
-    ) -> KeptStates | None:
+        cls, split: SplitModel, windows: Windows, layers: Sequence[int], config: TrainConfig, folder: Path,
+        workers: Any, *, whole: Collection[int] | None = None,
+    ) -> KeptStates | None:  # fmt: skip
         """A place for the states of a run, or what an interrupted one has left of it.
 
         Args:
@@ -64,6 +67,7 @@ class KeptStates:
             config: What is trained.
             folder: Of the run.
             workers: `accelerate.Accelerator`.
+            whole: Layers of which all positions are wanted; None: those whose exits have blocks of their own.
 
         Returns:
             None where it would not help or not be right: the model learns too, prompts stop early, no window is seen
@@ -74,8 +78,8 @@ class KeptStates:
         alone = workers.num_processes == 1 and not (split.is_encoder_decoder and split.branches)
         if config.backbone or config.prompt_layer is not None or not again or not alone:
             return None
-        counted = windows.counted[:, 1:].sum(1)
-        sizes = [windows.lengths - 1 if layer in split.branches else counted for layer in layers]
+        whole, counted = split.branches if whole is None else whole, windows.counted[:, 1:].sum(1)
+        sizes = [windows.lengths - 1 if layer in whole else counted for layer in layers]
         ends = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(sizes).cumsum(0)])
         first = {layer: ends[at * len(windows) :][: len(windows) + 1] for at, layer in enumerate(layers)}
         width = split.shape.width
@@ -86,7 +90,7 @@ class KeptStates:
             return None
         values = torch.from_file(str(folder / _VALUES), shared=True, size=size, dtype=kind)
         done = torch.from_file(str(folder / _DONE), shared=True, size=len(windows), dtype=torch.uint8)
-        return cls(split, windows, layers, first, values.view(-1, width), done)
+        return cls(split, windows, layers, whole, first, values.view(-1, width), done)
 
     def read(self, part: Windows) -> tuple[list[Tensor], Tensor]:
         """States from which counted tokens are predicted, and these tokens, as `states_of` has them.
@@ -97,19 +101,32 @@ class KeptStates:
         Returns:
             One [n, D] per layer, and labels [n].
         """
-        assert part.rows is not None
-        if len(missing := part.rows[self.done[part.rows] == 0]):
-            self._compute(missing)
+        self._require(part)
         device, where = self.split.device, part.counted[:, 1:]
         return [self._read(layer, part, where).to(device) for layer in self.layers], part.ids[:, 1:][where].to(device)
 
-    def _read(self, layer: int, part: Windows, where: Tensor) -> Tensor:
+    def at_all(self, layer: int, part: Windows) -> Tensor:
+        """States after a layer at all positions of some of the windows, 0 behind their ends, [B, T, D]."""
+        self._require(part)
+        padded = torch.nn.utils.rnn.pad_sequence(self._pieces(layer, part), batch_first=True)
+        return padded.to(self.split.device, self.split.model.dtype)
+
+    def _require(self, part: Windows) -> None:
+        """Compute what is missing."""
         assert part.rows is not None
-        pieces = [self.values[self.first[layer][row] : self.first[layer][row + 1]] for row in part.rows.tolist()]
-        if layer not in self.split.branches:
+        if len(missing := part.rows[self.done[part.rows] == 0]):
+            self._compute(missing)
+
+    def _pieces(self, layer: int, part: Windows) -> list[Tensor]:
+        assert part.rows is not None
+        return [self.values[self.first[layer][row] : self.first[layer][row + 1]] for row in part.rows.tolist()]
+
+    def _read(self, layer: int, part: Windows, where: Tensor) -> Tensor:
+        if layer not in self.whole:
             all_ = self.windows.counted[part.rows, 1:]  # of which some may count this time
-            return torch.cat(pieces)[_wider(where, all_.shape[1])[all_]].to(self.split.model.dtype)
-        hidden = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(self.split.device, self.split.model.dtype)
+            pieces = torch.cat(self._pieces(layer, part))
+            return pieces[_wider(where, all_.shape[1])[all_]].to(self.split.model.dtype)
+        hidden = self.at_all(layer, part)
         return branch_of(self.split, layer, hidden)[_wider(where, hidden.shape[1]).to(self.split.device)]
 
     @torch.no_grad()
@@ -119,13 +136,20 @@ class KeptStates:
         for layer, states in zip(self.layers, found, strict=True):
             for row, hidden, counted in zip(rows.tolist(), states.cpu(), whole.counted[:, 1:], strict=True):
                 first, last = self.first[layer][row : row + 2].tolist()
-                kept = hidden[: last - first] if layer in split.branches else hidden[counted]
+                kept = hidden[: last - first] if layer in self.whole else hidden[counted]
                 self.values[first:last] = kept.to(self.values.dtype)
         self.done[rows] = 1  # behind the values: what a killed run leaves half-written is computed again
 
 
 def _wider(where: Tensor, width: int) -> Tensor:
     return F.pad(where, (0, width - where.shape[1]))
+
+
+def states_at_all(split: SplitModel, windows: Windows, kept: KeptStates | None) -> Tensor:
+    """States after the last layer at all positions of windows, kept ones where they are of them, [B, T, D]."""
+    if kept is not None and windows.rows is not None:
+        return kept.at_all(split.num_layers, windows)
+    return states_after(split, windows.ids[:, :-1].to(split.device), (split.num_layers,))[0]
 
 
 def forget(folder: Path) -> None:

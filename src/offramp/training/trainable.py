@@ -44,7 +44,8 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        exits = _with_classifiers(lm, config) if config.classifiers else _fresh(lm, config)
+        make = _with_drafter if config.drafter else _with_classifiers if config.classifiers else _fresh
+        exits = make(lm, config)
         modes = [(module, module.training) for module in lm.model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
         adapters = _lora(lm, config) if config.trainable == "lora" else None
@@ -74,6 +75,20 @@ def trainable(lm: LanguageModel, config: TrainConfig) -> Iterator[Trainable]:
 def _fresh(lm: LanguageModel, config: TrainConfig) -> Exits:
     exits = Exits.fresh(lm.split, config.layers, rank=0 if config.classifiers else config.rank, blocks=config.blocks)
     exits.model = lm.name
+    return exits
+
+
+def _with_drafter(lm: LanguageModel, config: TrainConfig) -> Exits:
+    """The attached exits, or none, with a drafter, which is all there is to train."""
+    if lm.split.is_encoder_decoder:
+        raise ValueError("there are no drafters for encoder-decoders; give trainable='exits' and blocks")
+    exits = lm.exits
+    if exits is None:
+        exits = Exits(lm.num_layers, lm.split.shape.width, (), 0, drafter=config.blocks, device=lm.split.device)
+        exits.model, exits.fingerprint = lm.name, fingerprint(lm.model)
+    exits = exits.with_drafter(lm.split, config.blocks)
+    for name, parameter in exits.named_parameters():
+        parameter.requires_grad_(name.startswith("drafter."))
     return exits
 
 

@@ -30,10 +30,11 @@ from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.curriculum import weights_at
 from offramp.training.data import Data, Windows, batch
-from offramp.training.frequent import Listing, checked, listed
+from offramp.training.drafts import Drafts
+from offramp.training.frequent import DRAFTED, Listing, checked, listed
 from offramp.training.kept_states import KeptStates, forget
 from offramp.training.layer_dropout import dropping
-from offramp.training.loop import Done, Loop
+from offramp.training.loop import Done, Loop, Work
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
 from offramp.training.run_folder import Clock, opened
@@ -54,13 +55,13 @@ class TrainResult:
     """What training did, one value per exit where there are several.
 
     Attributes:
-        layers: The exits.
+        layers: The exits; of a drafter instead how many drafts in a row: 1, 2, ...
         agreement_before: Share of held-out positions at which the exit's most probable token is the last layer's,
             untrained.
         agreement_after: Likewise, trained.
         loss_before: Mean loss at those positions, in nats.
         loss_after: Likewise, trained.
-        full_before: Mean cross-entropy of the last layer to the text there, in nats, before training.
+        full_before: Mean cross-entropy of the last layer to the text there, in nats, before training; None: unknown.
         full_after: Likewise, trained; the same, unless the backbone was trained.
         positions: Held-out positions.
         steps: Steps made, those before an interruption included.
@@ -70,6 +71,7 @@ class TrainResult:
         model: Folder of the trained model; None if it did not change.
         what: "agreement"; for classifiers "accuracy": there, the two shares say how often their verdict was right.
         frequent: The exits' frequent tokens, in numbers.
+        in_a_row: Of a drafter, how often so many drafts in a row are all the last layer's, trained.
     """
 
     layers: tuple[int, ...]
@@ -77,8 +79,8 @@ class TrainResult:
     agreement_after: tuple[float, ...]
     loss_before: tuple[float, ...]
     loss_after: tuple[float, ...]
-    full_before: float
-    full_after: float
+    full_before: float | None
+    full_after: float | None
     positions: int
     steps: int
     tokens: int
@@ -87,6 +89,7 @@ class TrainResult:
     model: Path | None = None
     what: str = "agreement"
     frequent: Listing | None = None
+    in_a_row: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -94,10 +97,16 @@ class TrainResult:
 
     def table(self) -> str:
         """A small table."""
-        lines = [f"exit after layer   {self.what:9s} on held-out text   loss (nats)"]
+        head = "draft in a row  " if self.in_a_row else "exit after layer"
+        lines = [f"{head}   {self.what:9s} on held-out text   loss (nats)"]
         columns = (self.layers, self.agreement_before, self.agreement_after, self.loss_before, self.loss_after)
         for layer, old, new, worse, better in zip(*columns, strict=True):
             lines.append(f"{layer:16d}   {old:12.3f} -> {new:.3f}{worse:15.3f} -> {better:.3f}")
+        if self.in_a_row:
+            lines.append(
+                f"drafts of {len(self.in_a_row)} tokens: {sum(self.in_a_row):.2f} of them stand, on average, so that a "
+                f"pass of the full model gives {1 + sum(self.in_a_row):.2f} tokens"
+            )
         if self.model is not None:
             lines.append(f"last layer to the text: {self.full_before:.3f} -> {self.full_after:.3f} nats")
         rate = self.tokens / self.seconds if self.seconds else 0.0
@@ -146,8 +155,13 @@ def train(
     with opened(folder, writes=workers.is_main_process) as run:
         with trainable(lm, config) as learns, rounded(lm.model, config.precision):
             record = _record(lm, learns.exits, data, config)
-            loop = Loop(learns.parameters, config, run, workers, lm.split.device, columns=learns.exits.layers)
-            work = _Exits(lm.split, learns, data, config, loop)
+            columns = range(1, config.unroll + 1) if config.drafter else learns.exits.layers
+            loop = Loop(learns.parameters, config, run, workers, lm.split.device, columns=columns)
+            if config.drafter:
+                learns.exits.frequent = listed(lm, learns.exits, data, coverage, DRAFTED)[0].frequent
+                work: Work = Drafts(lm.split, learns.exits, data, config, loop)
+            else:
+                work = _Exits(lm.split, learns, data, config, loop)
             changed = run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
@@ -163,13 +177,13 @@ def train(
         judged = [row for row in run.rows() if row["kind"] == "validation"]
     before, after = judged[0], judged[-1]
     return TrainResult(
-        layers=learns.exits.layers,
+        layers=tuple(columns),
         agreement_before=tuple(before["agreement"]),
         agreement_after=tuple(after["agreement"]),
         loss_before=tuple(before["loss"]),
         loss_after=tuple(after["loss"]),
-        full_before=before["full_loss"],
-        full_after=after["full_loss"],
+        full_before=before.get("full_loss"),
+        full_after=after.get("full_loss"),
         positions=data.held_out.positions,
         steps=clock.step,
         tokens=clock.tokens,
@@ -178,6 +192,7 @@ def train(
         model=run.model if config.backbone else None,
         what="accuracy" if config.classifiers else "agreement",
         frequent=listing,
+        in_a_row=tuple(after.get("in_a_row", ())),
     )
 
 
