@@ -292,7 +292,8 @@ class Exit:
         """The best tokens of the rows that leave here."""
         if self.unread:
             found = self.reader.top(self, index)
-            self._input = found.inputs if len(index) == len(self.hidden) else None
+            if found.inputs is not None and len(index) == len(self.hidden):
+                self._input = found.inputs
             return found
         top = self.top
         return (
