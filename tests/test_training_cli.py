@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import offramp as package
 from offramp import cli
-from offramp.cli.options import prompts_from
+from offramp.cli.options import DRAFTING, prompts_from
 from offramp.core.exits import fingerprint
 from tiny import tiny, tokenizer
 
@@ -67,6 +67,32 @@ def test_train_then_generate(folder, tmp_path):
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     assert "frequent-fixed" in run.stdout
+
+
+def test_a_drafter_is_trained_used_and_reported(folder, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("why is the sky\nthe sky is\nwhat is blue\n")
+    trained = offramp(
+        "train", folder, "--trainable", "drafter", "--prompts", prompts, "--max-new-tokens", 6, "--steps", 3,
+        "--unroll", 2, "--window", 16, "--out", out, "--json", tmp_path / "result.json",
+    )  # fmt: skip
+    assert trained.exit_code == 0, words(trained)
+    assert "draft in a row" in trained.stdout
+    assert "a pass of the full model gives" in words(trained)
+    assert json.loads((tmp_path / "result.json").read_text())["layers"] == [1, 2]
+    assert f"--exits {out / 'exits'} --skipped verify --min-layer 0" in words(trained)
+    texts = {}
+    for name, options in {"full": [], "drafted": DRAFTING.split()}.items():
+        more = ["--exits", out / "exits", *options] if options else []
+        run = offramp("generate", folder, "the sky", *more, "--max-new-tokens", 5, "--json", tmp_path / f"{name}.json")
+        assert run.exit_code == 0, words(run)
+        texts[name] = json.loads((tmp_path / f"{name}.json").read_text())["generations"][0]["text"]
+        if options:
+            assert "drafts by 1 block(s) before the first one" in words(run)
+    assert texts["full"] == texts["drafted"]
+    reported = offramp("report", out, "--out", tmp_path / "page.html")
+    assert reported.exit_code == 0, words(reported)
+    assert "What the drafter reached" in (tmp_path / "page.html").read_text()
 
 
 def test_the_number_format_is_chosen_once(folder, tmp_path, monkeypatch):
@@ -275,7 +301,12 @@ def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--exits", "x"], "--exits is for --objective consistency; other objectives train new exits"),
+        (
+            ["--exits", "x"],
+            "--exits is for --objective consistency and --trainable drafter; else",
+        ),
+        (["--place", 2, "--trainable", "drafter"], "a drafter stands before the first one"),
+        (["--layers", "2", "--trainable", "drafter"], "layers is (2,), which is nothing to a drafter"),
         (["--place", 2, "--layers", "1"], "--place chooses layers; it does not go with --layers, which names them"),
         (["--place", 2, "--objective", "consistency"], "it does not go with --objective consistency, whose exits have"),
         (["--place-tokens", 2], "--place-tokens is for --place"),
@@ -294,7 +325,7 @@ def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
         (["--layer-dropout", 0.1], "layer_dropout acts on the backbone"),
         (["--layer-dropout", 1, "--trainable", "all"], "give a rate in [0, 1)"),
         (["--rank", 0], "rank 0 is no lens, so there is nothing to train"),
-        (["--trainable", "some"], "trainable is 'some'; choose one of exits, lora, all"),
+        (["--trainable", "some"], "trainable is 'some'; choose one of exits, drafter, lora, all"),
         (["--trainable", "all", "--objective", "consistency"], "trains classifiers only; leave trainable at 'exits'"),
         (["--precision", "fp16"], "precision is 'fp16'; choose one of None, bf16"),
         (["--micro-batch", 0], "micro_batch is 0; it must be at least 1"),

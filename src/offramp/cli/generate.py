@@ -112,6 +112,9 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     plan = resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     if not plan.thresholds:
         return
+    if policy.drafter:
+        _explain_drafter(lm, policy)
+        return
     shape, head = lm.split.shape, ratios(lm.split.shape)[0]
     listed = None if lm.exits is None else lm.exits.frequent
     frequent = len(listed) if plan.frequent and listed is not None else None
@@ -124,6 +127,20 @@ def _explain(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     o.note(
         f"{lm.num_layers} layers; one full readout costs as much as {head:.1f} of them; tested {where} {tests}, "
         f"a token saves FLOPs by leaving before layer {min(pays, lm.num_layers):.1f}"
+    )
+
+
+def _explain_drafter(lm: LanguageModel, policy: ExitPolicy) -> None:
+    """Say what a draft costs, and that the full model checks it."""
+    shape, exits = lm.split.shape, lm.exits
+    if exits is None or exits.drafter is None:
+        return  # decoding refuses it
+    listed = len(exits.frequent) if policy.frequent and exits.frequent is not None else None
+    draft = shape.adapter_weights(0) + shape.readout_weights(listed)
+    full = sum(block.weights for block in shape.blocks) + shape.readout_weights()
+    o.note(
+        f"{lm.num_layers} layers; drafts by {len(exits.drafter.branch.blocks())} block(s) before the first one, each "
+        f"{draft / full:.3f} of the full model's weights; at most {policy.draft_length} are checked together"
     )
 
 

@@ -79,7 +79,11 @@ Confidence = Annotated[
 ]
 Threshold = Annotated[float | None, typer.Option(help="Leave when the confidence is above this; 1: never.")]
 MinLayer = Annotated[
-    int | None, typer.Option(help="First layer after which a token may leave; default: half the depth.")
+    int | None,
+    typer.Option(
+        help="First layer after which a token may leave; default: half the depth. 0: the exits' drafter proposes "
+        "tokens (with --skipped verify)."
+    ),
 ]
 Vocabulary = Annotated[
     str | None,
@@ -89,6 +93,8 @@ Vocabulary = Annotated[
     ),
 ]
 VocabularySize = Annotated[int | None, typer.Option(help="Tokens kept after the first test.")]
+DRAFTING = "--skipped verify --min-layer 0 --vocabulary frequent --confidence max --threshold 0.3"
+"""How to draft with a drafter."""
 Skipped = Annotated[
     str | None,
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),

@@ -63,8 +63,10 @@ def train(
     trainable: Annotated[
         str,
         typer.Option(
-            help="exits: a small adapter per exit, the model stays the same bit for bit. lora: low-rank adapters in "
-            "all blocks, merged in the end. all: every weight. With these two the model itself learns the text as well."
+            help="exits: a small adapter per exit, the model stays the same bit for bit. drafter: --exits, or none, "
+            "get a drafter, which proposes tokens from before the first block for generate --skipped verify to check. "
+            "lora: low-rank adapters in all blocks, merged in the end. all: every weight. With these two the model "
+            "itself learns the text as well."
         ),
     ] = "exits",
     layers: Annotated[
@@ -87,8 +89,12 @@ def train(
     ] = None,
     blocks: Annotated[
         int,
-        typer.Option(help="Transformer blocks of its own that each exit gets before its matrix (exits only)."),
+        typer.Option(help="Transformer blocks of its own that each exit gets before its matrix, or the drafter (1)."),
     ] = 0,
+    unroll: Annotated[int, typer.Option(help="Drafts in a row that a drafter learns to make.")] = 3,
+    prompt_weight: Annotated[
+        float, typer.Option(help="Of a prompt's position in what a drafter learns; an answer's weighs 1.")
+    ] = 0.2,
     lora_rank: o.LoraRank = 16,
     objective: Annotated[
         str,
@@ -101,7 +107,11 @@ def train(
     ] = "forward-kl",
     exits: Annotated[
         str | None,
-        typer.Option("--exits", metavar="FOLDER", help="Exits that get classifiers (--objective consistency)."),
+        typer.Option(
+            "--exits",
+            metavar="FOLDER",
+            help="Exits that get classifiers (--objective consistency) or a drafter (--trainable drafter).",
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Softens both distributions of a divergence.")] = 1.0,
     weights: Annotated[
@@ -131,7 +141,7 @@ def train(
         float | None,
         typer.Option(
             help="Share of the tokens trained on that the exits' list of frequent tokens covers (generate --vocabulary "
-            "frequent); default: 0.995, or the list that --exits have."
+            "frequent); default: 0.995, for a drafter 0.95, or the list that --exits have."
         ),
     ] = None,
     steps: o.Steps = None,
@@ -144,7 +154,8 @@ def train(
         typer.Option(help="Most positions per window that are read out, drawn anew each step; default: all."),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of AdamW, after the warm-up; default: 1e-3 exits, 2e-4 lora, 1e-4 all.")
+        float | None,
+        typer.Option(help="Of AdamW, after the warm-up; default: 1e-3 exits and drafter, 2e-4 lora, 1e-4 all."),
     ] = None,
     weight_decay: o.WeightDecay = 0.0,
     warmup: o.Warmup = 10,
@@ -189,8 +200,8 @@ def train(
     from offramp.training import train as run
     from offramp.training.data import steps_per_epoch
 
-    _check(exits, objective, epochs, steps, tokens)
-    _check_place(place, place_tokens, layers, objective)
+    _check(exits, objective, trainable, epochs, steps, tokens)
+    _check_place(place, place_tokens, layers, objective, trainable)
     folder = out or Path("runs") / f"train-{Path(model).name}"
     state, chosen = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
@@ -219,6 +230,7 @@ def train(
         o.note(f"computing in {about['precision']}")
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, blocks=blocks,
+        unroll=unroll, prompt_weight=prompt_weight,
         lora_rank=lora_rank, objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
         layer_dropout=layer_dropout, curriculum=curriculum, prompt_layer=prompt_layer,
         learning_rate=learning_rate, weight_decay=weight_decay,
@@ -238,7 +250,8 @@ def train(
     if str(json) != "-":
         o.say(result.table())
     trained = str(result.model or model)
-    o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} --threshold 0.9")
+    use = o.DRAFTING if trainable == "drafter" else "--threshold 0.9"
+    o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} {use}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     if push_to_hub is not None:
         from offramp.exit_sources import push
@@ -247,23 +260,29 @@ def train(
         if result.model is None:
             o.note(f"pushed the exits to {address}")
         else:
-            use = f"offramp generate {push_to_hub} --exits {push_to_hub} --threshold 0.9"
-            o.note(f"pushed the model and its exits to {address}; use them with: {use}")
+            command = f"offramp generate {push_to_hub} --exits {push_to_hub} {use}"
+            o.note(f"pushed the model and its exits to {address}; use them with: {command}")
     o.write_result({**result.to_dict(), "name": model, "dtype": o.dtype_of(lm)}, json)
 
 
-def _check(exits: str | None, objective: str, *ends: int | None) -> None:
+def _check(exits: str | None, objective: str, trainable: str, *ends: int | None) -> None:
     """Options that do not go together."""
-    if exits is not None and not objective.startswith("consistency"):
-        raise typer.BadParameter("--exits is for --objective consistency; other objectives train new exits")
+    if exits is not None and not (objective.startswith("consistency") or trainable == "drafter"):
+        raise typer.BadParameter(
+            "--exits is for --objective consistency and --trainable drafter; else new exits are trained"
+        )
     if sum(end is not None for end in ends) > 1:
         raise typer.BadParameter("give one of --epochs, --steps and --tokens")
 
 
-def _check_place(place: int | None, tokens: int | None, layers: str | None, objective: str) -> None:
+def _check_place(
+    place: int | None, tokens: int | None, layers: str | None, objective: str, trainable: str
+) -> None:  # fmt: skip
     """Options that --place does not go with."""
     if place is None and tokens is not None:
         raise typer.BadParameter("--place-tokens is for --place, which measures where exits pay")
+    if place is not None and trainable == "drafter":
+        raise typer.BadParameter("--place chooses layers of exits; a drafter stands before the first one, leave it out")
     if place is not None and (layers is not None or objective.startswith("consistency")):
         other = "--layers, which names" if layers is not None else f"--objective {objective}, whose exits have"
         raise typer.BadParameter(f"--place chooses layers; it does not go with {other} them")

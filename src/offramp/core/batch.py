@@ -30,7 +30,7 @@ class Step(NamedTuple):
     Attributes:
         token: Token ids, [B]; the pad id in rows that were finished before.
         exit_layer: Layer after which each token left, 1..L, [B]; 0 in finished rows. Under "verify", the layer it was
-            drafted at if the full model agreed, else L.
+            drafted at if the full model agreed (0: by a drafter), else L.
         confidence: Confidence of the last test made for the token, [B], float32; NaN where none was made.
         active: Rows for which the token counts, bool [B].
         prefill: Whether the token was read off the prompt's own pass.

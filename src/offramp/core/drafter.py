@@ -47,8 +47,13 @@ class Drafter(nn.Module):
         Returns:
             States, [..., D].
         """
-        both = torch.cat([_normed(embedded), _normed(before.to(embedded))], dim=-1)
+        both = side_by_side(embedded, before)
         return F.linear(both, self.mix.weight.to(both))
+
+
+def side_by_side(embedded: Tensor, before: Tensor) -> Tensor:
+    """What is mixed, [..., 2 D]."""
+    return torch.cat([_normed(embedded), _normed(before.to(embedded))], dim=-1)
 
 
 def _normed(x: Tensor) -> Tensor:

@@ -58,10 +58,9 @@ class DraftingBatch(VerifyingBatch):
     def _mixed(self, rows: list[int], state: State) -> State:
         """What goes into the drafter's blocks."""
         before = torch.stack([self.before[row] for row in rows])
-        drafter = self.model.exits.drafter  # type: ignore[union-attr]
         self.ledger.mix(len(before) * before.shape[1])
         with self.ledger.time("blocks"):
-            return replace(state, hidden=drafter(state.hidden, before))  # type: ignore[misc]
+            return replace(state, hidden=self.model.mixed(state.hidden, before))
 
     def _known(self, hidden: Tensor) -> Tensor:
         """Readout inputs of states after the last layer."""

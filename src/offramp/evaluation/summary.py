@@ -44,7 +44,7 @@ class ArmSummary:
         flops: FLOPs per example.
         seconds: Seconds per example.
         parts: FLOPs by part, as shares of the full model's whole.
-        histogram: Tokens by exit layer, 1..L.
+        histogram: Tokens by exit layer, 1..L; where a drafter drafted, 0..L.
         outside: Share of the text's tokens that pruning had excluded; perplexity only.
         flops_per_token_ratio: FLOPs per generated token, encoder and the prompt's pass (and so the token read off it)
             left out of both, over the full model's: what exits do, however long prompts and answers are. None: one of
@@ -157,7 +157,7 @@ def summarise(
         flops=sum(r.flops for r in records) / len(records),
         seconds=sum(r.seconds for r in records) / len(records),
         parts={part: sum(r.parts[part] for r in records) / whole for part in records[0].parts},
-        histogram=layers[1:].tolist(),
+        histogram=layers[0 if layers[0] else 1 :].tolist(),
         outside=sum(r.sums["outside"] for r in records) / sum(tokens) if "outside" in records[0].sums else None,
         flops_per_token_ratio=_per_token(records, full, bootstrap, later_flops),
         seconds_per_token_ratio=_seconds_per_token(records, full, bootstrap),

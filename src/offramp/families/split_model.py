@@ -213,14 +213,7 @@ class SplitModel:
         return [self.run(state, lo, hi) for state in states]
 
     def branched(self, states: list[State]) -> list[State]:
-        """States after an exit's layer with what its own blocks, whose caches hold all slots before, make of them.
-
-        Args:
-            states: Of equal depth, after which there is an exit with blocks of its own.
-
-        Returns:
-            The same with `branch`.
-        """
+        """States of equal depth, with an exit there, and `branch`: what its own blocks make of them."""
         made = []
         for state in states:
             hidden = state.hidden
@@ -228,6 +221,10 @@ class SplitModel:
                 hidden = run_block(self, index, hidden, state.frame, state.context)
             made.append(replace(state, branch=hidden))
         return made
+
+    def mixed(self, embedded: Tensor, before: Tensor) -> Tensor:
+        """What goes into the drafter's blocks, [A, n, D], of what goes into the model's and readout inputs before."""
+        return self._exits.drafter(embedded, before)  # type: ignore[union-attr, misc, no-any-return]
 
     # ------------------------------------------------------------ a whole pass
 

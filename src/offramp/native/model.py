@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from offramp.core.drafter import side_by_side
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.families.best import Best
@@ -86,6 +87,7 @@ class NativeModel(SplitModel):
         self._parts = parts(self)
         self._library = library()
         self._lenses: dict[int, ctypes.Array[lib.Matrix]] = {}
+        self._mix: lib.Matrix | None = None
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
         self._tabulate(64)
@@ -205,6 +207,19 @@ class NativeModel(SplitModel):
         made = self._through(states, own.start, own.stop)
         return [replace(state, branch=hidden) for state, hidden in zip(states, made, strict=True)]
 
+    def mixed(self, embedded: Tensor, before: Tensor) -> Tensor:
+        """As `SplitModel.mixed`, a matrix like any other."""
+        assert self._mix is not None
+        both = side_by_side(embedded, before)
+        made = torch.empty_like(embedded)
+        call = lib.Readout(
+            embedded.shape[0] * embedded.shape[1], *both.shape[2:], self._mix.rows, self.threads.count, 1.0, 1.0, 0.0,
+            address(both), 0, None, None, ctypes.pointer(self._mix), None, 0,
+        )  # fmt: skip
+        call.logits = address(made)
+        self._library.offramp_readout(call)
+        return made
+
     def _through(self, states: list[State], lo: int, hi: int) -> list[Tensor]:
         """What some blocks make of states [A, n, D] each."""
         context, width = states[0].context, self.shape.width
@@ -276,9 +291,11 @@ class NativeModel(SplitModel):
         self._own = Weights(self.int8)
         SplitModel.exits.fset(self, exits)  # type: ignore[attr-defined]
         self._compose()
-        self._lenses = {}
-        if exits is None:
+        self._lenses, self._mix = {}, None
+        if exits is None or self._exits is None:
             return
+        if self._exits.drafter is not None:
+            self._mix = self._own.matrix(Part(self._exits.drafter.mix))
         self._exits = exits.placed(torch.float32, self.device)
         self._lens_weights = Weights()
         for layer in range(self.num_layers):

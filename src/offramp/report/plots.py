@@ -295,13 +295,15 @@ def histogram_figure(evaluation: Evaluation) -> Any:
     arms, depth = evaluation.arms, evaluation.num_layers
     figure = headed(f"Where tokens leave the {depth} layers", 9, 1.6 + 0.36 * len(arms))
     axes = figure.add_subplot()
-    shares = [[count / max(sum(arm.histogram), 1) for count in arm.histogram] for arm in arms]
+    first = depth + 1 - max(len(arm.histogram) for arm in arms)  # 0 where a drafter drafted
+    counts = [[0] * (depth + 1 - first - len(arm.histogram)) + arm.histogram for arm in arms]
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
     picture = axes.imshow(
-        shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0.5, depth + 0.5, len(arms) - 0.5, -0.5)
+        shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(first - 0.5, depth + 0.5, len(arms) - 0.5, -0.5)
     )
     axes.plot([arm.exit_layer.value for arm in arms], range(len(arms)), "|", color=ORANGE, markersize=14, mew=2)
     step = 1 if depth <= 16 else 2 if depth <= 32 else 4
-    axes.set_xticks(sorted({1, *range(depth, step // 2, -step)}))
+    axes.set_xticks(sorted({first, *range(depth, step // 2, -step)}))
     axes.set_yticks(range(len(arms)), [f"{arm.name}  (mean {arm.exit_layer.value:.1f})" for arm in arms])
     axes.set_xlabel("layer after which tokens left (mark: mean)")
     axes.grid(visible=False)

@@ -23,10 +23,11 @@ class Curves:
 
     Attributes:
         model: Its name.
-        layers: The E exits.
+        layers: The E exits, or of a drafter 1, 2, .. E drafts in a row.
         steps: Rows of metrics.jsonl, one per step.
         validations: Likewise, one per judgement on held-out data; at least one.
         what: "agreement" with the last layer, or "accuracy" of classifiers.
+        each: What `layers` says: "exit after layer", or "draft in a row".
     """
 
     model: str
@@ -34,6 +35,7 @@ class Curves:
     steps: Sequence[dict[str, Any]]
     validations: Sequence[dict[str, Any]]
     what: str = "agreement"
+    each: str = "exit after layer"
 
 
 def curves_figure(curves: Curves) -> Any:
@@ -51,12 +53,12 @@ def curves_figure(curves: Curves) -> Any:
             axes.plot(x, y, color=color, linewidth=1, alpha=0.8)
             axes.plot(
                 [row["tokens"] for row in curves.validations], [row[key][place] for row in curves.validations], "o",
-                color=color, markersize=5, label=f"{layer}" if place else f"exit after layer {layer}",
+                color=color, markersize=5, label=f"{layer}" if place else f"{curves.each} {layer}",
             )  # fmt: skip
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         axes.set_xlabel("positions trained on")
         axes.set_ylabel(label)
-    if last["full_loss"] != first["full_loss"]:  # it was trained as well
+    if last.get("full_loss") != first.get("full_loss"):  # it was trained as well
         left.plot(*averaged([(row["tokens"], row["full_loss"]) for row in curves.steps]), color="black", linewidth=1)
         left.plot(
             [row["tokens"] for row in curves.validations], [row["full_loss"] for row in curves.validations], "*",
@@ -81,7 +83,7 @@ def layers_figure(curves: Curves) -> Any:
     axes.plot(curves.layers, last["agreement"], "-o", color=BLUE, markersize=5, label="after")
     axes.set_xticks(curves.layers)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("exit after layer")
+    axes.set_xlabel(curves.each)
     axes.set_ylabel(WORDS[curves.what])
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
     footnote(figure, f"{curves.model} · {last['positions']} held-out positions · {last['step']} steps")

@@ -32,9 +32,14 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     rows = measured(folder)
     steps, judged = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))
     options, layers = config["config"], config["config"]["layers"]
+    drafter = options.get("trainable") == "drafter"
+    said = {name: options.get(name) for name in SAID}
+    if drafter:
+        layers = list(range(1, options["unroll"] + 1))
     curves = training_plots.Curves(
         model=config["model"]["name"], layers=layers, steps=steps, validations=judged,
         what="accuracy" if options["objective"] in OBJECTIVES else "agreement",
+        each="draft in a row" if drafter else "exit after layer",
     )  # fmt: skip
     about = config.get("about", {})
     conditions = {
@@ -46,14 +51,15 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
         str(folder),
         [
             Section(
-                "What each exit reached",
+                "What the drafter reached" if drafter else "What each exit reached",
                 [
                     *how_far(rows, config, options),
                     _table(curves),
                     draw(
-                        partial(training_plots.layers_figure, curves), f"{curves.what} of each exit, before and after"
+                        partial(training_plots.layers_figure, curves),
+                        f"{curves.what} of each {curves.each.split()[0]}, before and after",
                     ),
-                    facts({"exits after layers": layers, **{name: options.get(name) for name in SAID}}),
+                    facts({curves.each if drafter else "exits after layers": layers, **said}),
                 ],
             ),
             Section(
@@ -61,7 +67,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
                 [
                     draw(
                         partial(training_plots.curves_figure, curves),
-                        f"Loss and {curves.what} of each exit over the positions trained on",
+                        f"Loss and {curves.what} of each {curves.each.split()[0]} over the positions trained on",
                     )
                 ],
             ),
@@ -118,10 +124,12 @@ def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], option
 
 def _table(curves: training_plots.Curves) -> Table:
     before, after = curves.validations[0], curves.validations[-1]
-    head = ["exit after layer", f"{curves.what} before", "after", "loss before (nats)", "after"]
+    head = [curves.each, f"{curves.what} before", "after", "loss before (nats)", "after"]
     rows = [
         [f"{layer}", *(f"{row[key][place]:.3f}" for key in ("agreement", "loss") for row in (before, after))]
         for place, layer in enumerate(curves.layers)
     ]
+    if curves.each != "exit after layer":
+        return Table(head, rows)
     last = ["full model, on the text", *(f"{row['full_accuracy']:.3f}" for row in (before, after))]
     return Table(head, [*rows, [*last, *(f"{row['full_loss']:.3f}" for row in (before, after))]])
