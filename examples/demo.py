@@ -1,25 +1,20 @@
-"""The main job, end to end, on a small pretrained model: probe it, leave early, compare, certify, report.
+"""The main job, end to end, on a small pretrained model: certify a policy, ask a question four ways, time them.
 
-Run with `make demo`. Takes under six minutes on two cores; figures, pictures and a report go to runs/demo.
+Run with `make demo`. Takes under five minutes on two cores; a page with everything goes to runs/demo.
 """
 
-import io
 import itertools
 import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 import offramp
 from offramp import ExitPolicy
-from offramp.calibration import Grid, Promise, calibrate
+from offramp.bench import run_bench
+from offramp.bench_results import FULL, REFERENCE, Bench
+from offramp.calibration import Calibration, Grid, Promise, calibrate
 from offramp.cli.progress import progress
-from offramp.cli.show import Painter
-from offramp.evaluation import evaluate
-from offramp.files import replace_file
-from offramp.probe import probe
-from offramp.prompts import bundled_prompts
+from offramp.core.policy import DRAFTS
 from offramp.report.html import report
 from offramp.tasks import TASKS, Example
 
@@ -34,59 +29,42 @@ SUBJECTS = (
 )  # fmt: skip
 FORMS = ("What is {}?", "What is {} good for?", "Tell me one interesting thing about {}.")
 QUESTIONS = [form.format(subject) for form, subject in itertools.product(FORMS, SUBJECTS)]
-"""Other prompts than the bundled ones, on whose answers the bundled exits were trained."""
-CLASSIFIER = ExitPolicy("classifier", threshold=0.6)  # at all trained exits; needs no readout to decide
-ARMS = {
-    "classifier": CLASSIFIER,
-    "softmax": ExitPolicy(threshold=0.9),
-    "softmax, fixed": ExitPolicy(threshold=0.9, vocabulary="fixed"),
-    "verify": ExitPolicy("classifier", threshold=0.6, skipped="verify"),
-}
+"""Other prompts than those on whose answers the bundled exits and their drafter were trained."""
+TIMED = QUESTIONS[5::12]
+DRAFTED, CERTIFIED = "drafts, checked", "certified"
+PROMISE = Promise("rougeL", tolerance=0.1, failure=0.1, kind="textual")
 
 
 def main() -> None:
-    """Probe, leave early, compare, certify, report."""
+    """Certify, ask, time, and say in one sentence what came of it."""
     began = time.perf_counter()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    lm = offramp.load("smollm2", dtype="float32")
+    lm = offramp.load("smollm2", dtype="bfloat16", exits="bundled")
 
-    say("1. Is SmolLM2 as it is suited to early exits? A probe on twenty bundled prompts")
-    with progress("probing") as update:
-        found = probe(lm, bundled_prompts()[::3], progress=update, chat=True)
-    print(found.table())
-    found.save(FOLDER / "probe")
-
-    say(f"2. {SHOWN!r}, with the bundled exits: the layer each token left at")
-    lm = offramp.load("smollm2", dtype="float32", exits="bundled")
-    texts = {}
-    for name, policy in {"full model": None, "classifier": CLASSIFIER, "verify": ARMS["verify"]}.items():
-        print(f"{name}:")
-        texts[name] = show(lm, policy)
-        print()
-    draw_exits(lm, CLASSIFIER)
-    print(f"verify and the full model wrote the same text: {'yes' if texts['verify'] == texts['full model'] else 'NO'}")
-
-    questions = [Example(str(number), text, (), text) for number, text in enumerate(QUESTIONS)]
-    task = TASKS["prompts"]
-    say("3. What policies cost and how far they follow the full model: ten questions the exits were not trained on")
-    with progress("evaluating") as update:
-        table = evaluate(
-            lm, task, questions[::12], ARMS, FOLDER / "evaluate", max_new_tokens=24, static_layers=(18, 24),
-            progress=update,
-        )  # fmt: skip
-    print(table.table())
-
-    say(f"4. A threshold with a promise, from {len(questions)} questions")
-    promise = Promise("rougeL", tolerance=0.2, failure=0.1, kind="textual")
+    say(f"1. A promise, from {len(QUESTIONS)} questions: how lax may the check of drafts be?")
+    task, examples = TASKS["prompts"], [Example(str(i), text, (), text) for i, text in enumerate(QUESTIONS)]
     with progress("calibrating") as update:
         certified = calibrate(
-            lm, task, questions, CLASSIFIER, promise, FOLDER / "calibrate", max_new_tokens=16, batch_size=8,
-            grid=Grid(thresholds=(0.9, 0.75, 0.7)), progress=update,
+            lm, task, examples, DRAFTS, PROMISE, FOLDER / "calibrate", max_new_tokens=24,
+            minimise="seconds-per-token", grid=Grid(thresholds=(0.3,), accepts=(1.0, 0.5, 0.3)), order="path",
+            progress=update,
         )  # fmt: skip
-    print(certified.table())
+    print(certified.certificate.words())
 
-    page = report([FOLDER / name for name in ("probe", "evaluate", "calibrate")], FOLDER / "report.html")
-    print(f"\n{time.perf_counter() - began:.0f} s. All in one page: {page}; the policy: {FOLDER}/calibrate/policy.json")
+    arms = {DRAFTED: DRAFTS, CERTIFIED: certified.policy}
+    say(f"2. {SHOWN!r}, answered four ways")
+    ask(lm, arms)
+
+    say(f"3. {len(TIMED)} other questions, in turns")
+    with progress("timing") as update:
+        bench = run_bench(
+            lm, TIMED, arms, max_new_tokens=48, repeats=3, chat=True, folder=FOLDER / "bench", progress=update
+        )  # fmt: skip
+    print(bench.table())
+    same = sum(text(lm, prompt, DRAFTS) == text(lm, prompt, None) for prompt in TIMED)
+    print(f"\n{sentence(bench, certified, same)}")
+
+    page = report([FOLDER / "calibrate"], FOLDER / "report.html")
+    print(f"\n{time.perf_counter() - began:.0f} s. The certificate as a page: {page}")
 
 
 def say(title: str) -> None:
@@ -94,25 +72,48 @@ def say(title: str) -> None:
     print(f"\n== {title}\n", flush=True)
 
 
-def show(lm: offramp.LanguageModel, policy: ExitPolicy | None, console: Console | None = None) -> str:
-    """Stream one answer with its exits; return the text."""
-    first = lm.split.exit_layers[0]
-    painter = Painter(console or Console(soft_wrap=True), lm.tokenizer, lm.num_layers, first, show_exits=True)
-    if policy is not None:
-        painter.legend()
-    for step in lm.stream(SHOWN, policy=policy, max_new_tokens=40, chat=True):
-        painter.put(int(step.token), int(step.exit_layer))
-    painter.end()
-    return painter.written
+def ask(lm: offramp.LanguageModel, arms: dict[str, ExitPolicy]) -> None:
+    """Print each way's answer and its seconds, the shortest of three in turns."""
+    ways = {
+        "transformers": lambda: reference(lm),
+        "full depth": lambda: text(lm, SHOWN, None),
+        **{name: lambda policy=policy: text(lm, SHOWN, policy) for name, policy in arms.items()},
+    }
+    seconds, texts = {name: [] for name in ways}, {}
+    for _ in range(3):
+        for name, answer in ways.items():
+            began = time.perf_counter()
+            texts[name] = answer()
+            seconds[name].append(time.perf_counter() - began)
+    for name, answer in texts.items():
+        print(f"{name} ({min(seconds[name]):.2f} s):\n  {' '.join(answer.split())}\n")
+    print("drafts and full depth wrote the same text:", "yes" if texts[DRAFTED] == texts["full depth"] else "NO")
 
 
-def draw_exits(lm: offramp.LanguageModel, policy: ExitPolicy) -> Path:
-    """The coloured answer as a picture."""
-    console = Console(record=True, width=100, force_terminal=True, color_system="truecolor", file=io.StringIO())
-    show(lm, policy, console)
-    path = FOLDER / "exits.svg"
-    replace_file(path, lambda file: console.save_svg(str(file), title=f"{SHOWN} (the layer each token left at)"))
-    return path
+def text(lm: offramp.LanguageModel, prompt: str, policy: ExitPolicy | None) -> str:
+    """An answer."""
+    return lm.generate(prompt, policy=policy, max_new_tokens=48, chat=True).texts[0]
+
+
+def reference(lm: offramp.LanguageModel) -> str:
+    """The answer by transformers alone."""
+    inputs = lm.encode([SHOWN], chat=True)
+    ids = lm.model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    return lm.decode(ids[:, inputs["input_ids"].shape[1] :].tolist())[0]
+
+
+def sentence(bench: Bench, certified: Calibration, same: int) -> str:
+    """What was gained and what is promised; a gain only where three quarters of the rounds show one."""
+    said = []
+    for name in (DRAFTED, CERTIFIED):
+        arm = bench.arm(name)
+        times = bench.seconds_ratio(arm)
+        gain = f"{name}: {times.median:.2f} of full depth's seconds ({times.low:.2f}-{times.high:.2f} over the rounds)"
+        said.append(gain if times.high < 1 else f"{name}: no gain shown ({times.median:.2f} of full depth's seconds)")
+    full = bench.over(bench.arm(FULL), bench.arm(REFERENCE)).median
+    said.append(f"full depth itself: {full:.1f} times as fast as transformers")
+    words = certified.certificate.words().split(". ")[0]
+    return f"{'; '.join(said)}. Drafts gave full depth's very text {same} of {len(TIMED)} times. {words}."
 
 
 if __name__ == "__main__":

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from offramp import ExitPolicy, LanguageModel
+from offramp.bench import default_arms, run_bench
+from offramp.cli import options as o
 from offramp.core.drafter import DRAFTER, Drafter
 from offramp.core.exits import Exits
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
+from offramp.core.policy import DRAFTS
+from offramp.evaluation import document_arms
+from offramp.evaluation.arms import drafting_arms
 from offramp.exit_files import load_exits, save_exits
 from offramp.families import SplitModel
 from offramp.families.whole_pass import branch_of
@@ -218,6 +223,31 @@ def test_a_drafter_is_added_to_exits_that_stay_as_they_are(tmp_path):
         assert lm.generate(inputs, policy=policy, max_new_tokens=NEW).tokens == lm.generate(
             inputs, max_new_tokens=NEW
         ).tokens  # fmt: skip
+
+
+def test_a_bfloat16_model_learns_in_its_format(tmp_path):
+    """Blocks of the exits' own have float32 weights; float16 has no range for their gradients."""
+    texts = Data(windows(12, prompts=4), windows(4, seed=1, prompts=4))
+    for number, options in enumerate(({"layers": None, "trainable": "drafter"}, {"blocks": 1})):
+        lm = LanguageModel(model().model.to(torch.bfloat16))
+        result = train(lm, texts, config(steps=3, **options), tmp_path / str(number))
+        assert all(torch.isfinite(p).all() for p in load_exits(result.exits).parameters())
+        with pytest.raises(ValueError, match="trained on float32 or bfloat16, not torch.float16"):
+            train(LanguageModel(model().model.half()), texts, config(steps=3, **options), tmp_path / "half")
+
+
+def test_bench_and_evaluation_have_it_where_there_is_one():
+    lm = LanguageModel(copy.deepcopy(tiny("llama")))
+    assert not drafting_arms(lm)
+    lm.attach_exits(drafting(lm.split))
+    assert drafting_arms(lm)["drafts"].vocabulary is None
+    lm.attach_exits(drafting(lm.split, frequent=range(3, 9)))
+    for arms in (default_arms, document_arms):
+        assert arms(lm)["drafts"] == DRAFTS
+    policy = o.policy_from(None, confidence="max", threshold=0.3, min_layer=0, vocabulary="frequent", skipped="verify")
+    assert dataclasses.replace(DRAFTS, draft_length=policy.draft_length) == policy  # `DRAFTING` in words
+    result = run_bench(lm, torch.tensor([[5, 6, 7]]), {"drafts": DRAFTS}, max_new_tokens=6, repeats=1)
+    assert result.arm("drafts").agreement == 1
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path):

@@ -30,6 +30,7 @@ from offramp.core.language_model import LanguageModel
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, require_frequent
+from offramp.evaluation.arms import drafting_arms
 from offramp.files import locked
 from offramp.peers import Peer, PeerError
 
@@ -52,7 +53,8 @@ def default_arms(
         min_layer: First layer tested; None: half the depth, or at the model's trained exits.
 
     Returns:
-        Policies by name. "defer + fixed" and "verify + fixed" are "softmax + fixed" with exact keys and values.
+        Policies by name. "defer + fixed" and "verify + fixed" are "softmax + fixed" with exact keys and values,
+        "drafts" is what the exits' drafter is for, if they have one.
     """
     depth, trained = lm.num_layers, lm.split.exit_layers
     places = {trained[len(trained) * i // 4] for i in (1, 2, 3)} if trained else {depth // 2, 3 * depth // 4, depth - 2}
@@ -72,6 +74,7 @@ def default_arms(
         "jsd + adaptive": replace(jsd, vocabulary="adaptive"),
         "defer + fixed": replace(fixed, skipped="defer"),
         "verify + fixed": replace(fixed, skipped="verify"),
+        **drafting_arms(lm),
     }
 
 

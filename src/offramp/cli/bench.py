@@ -52,6 +52,12 @@ def bench(
     arms: Annotated[
         str | None, typer.Option(help="Run only these rows, with commas, and the two full models; default: all.")
     ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="One more row: a saved policy, under the name of its file; may be given again."
+        ),
+    ] = None,
     dtype: o.Dtype = "float32",
     engine: o.Engine = "auto",
     with_int8: Annotated[
@@ -108,8 +114,10 @@ def bench(
     chat = random is None and lm.has_chat_template
     mean = lm.num_layers * 0.75 if mean_layer is None and random is not None else mean_layer
 
+    saved = _saved(policy or [])
+
     def chosen(rows: int) -> Arms:
-        return _arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed)
+        return {**_arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed), **saved}
 
     chosen(1)  # what is wrong with them is said before anything is started
     options: dict[str, Any] = {
@@ -194,6 +202,18 @@ def _arms(
     for name in asked:
         choice("row", name, tuple(arms))
     return {name: arms[name] for name in asked}
+
+
+def _saved(files: list[str]) -> dict[str, ExitPolicy]:
+    """Policies by the names of their files."""
+    from offramp import ExitPolicy
+
+    found = {Path(file).stem: ExitPolicy.load(file) for file in files}
+    if len(found) < len(files):
+        raise typer.BadParameter(
+            f"--policy is given as {', '.join(files)}; rows are called by the files, name them apart"
+        )
+    return found
 
 
 def _static(name: str) -> ExitPolicy | None:

@@ -94,7 +94,7 @@ Vocabulary = Annotated[
 ]
 VocabularySize = Annotated[int | None, typer.Option(help="Tokens kept after the first test.")]
 DRAFTING = "--skipped verify --min-layer 0 --vocabulary frequent --confidence max --threshold 0.3"
-"""How to draft with a drafter."""
+"""`offramp.core.policy.DRAFTS` on the command line."""
 Skipped = Annotated[
     str | None,
     typer.Option(help="Keys and values of skipped layers: propagate (approximate), defer (exact), verify (lossless)."),

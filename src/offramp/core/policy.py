@@ -377,6 +377,12 @@ class ExitPolicy:
         return CustomGenerate(self, exits)
 
 
+DRAFTS = ExitPolicy(
+    "max", 0.3, min_layer=DRAFTER, vocabulary=FREQUENT, skipped="verify", draft_length=4
+)  # fmt: skip
+"""Drafts by a drafter, checked by the full model, whose text it is."""
+
+
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, all of them fields of `cls`."""
     known = {f.name for f in fields(cls)}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.plan import resolve
-from offramp.core.policy import ExitPolicy
+from offramp.core.policy import DRAFTS, ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, rule_of
 from offramp.exit_posterior import SETS
 
@@ -135,10 +135,17 @@ def document_arms(
         arms["softmax + frequent"] = replace(softmax, vocabulary=FREQUENT)
     if lm.exits is not None and lm.exits.classifiers is not None:
         arms["classifier"] = replace(softmax, confidence="classifier")
-    arms |= _posterior_arms(lm, softmax, min_layer)
+    arms |= _posterior_arms(lm, softmax, min_layer) | drafting_arms(lm)
     if prompt_layer is not None:
         arms |= _short_prompt(prompt_layer)
     return arms
+
+
+def drafting_arms(lm: LanguageModel) -> dict[str, ExitPolicy]:
+    """Drafts by the drafter of a model's exits, if they have one, on the frequent tokens, if these are listed."""
+    if lm.exits is None or lm.exits.drafter is None:
+        return {}
+    return {"drafts": DRAFTS if lm.exits.frequent is not None else replace(DRAFTS, vocabulary=None)}
 
 
 def _posterior_arms(lm: LanguageModel, base: ExitPolicy, min_layer: int | None) -> dict[str, ExitPolicy]:

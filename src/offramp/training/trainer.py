@@ -150,7 +150,7 @@ def train(
     """
     from accelerate import Accelerator
 
-    coverage = None if coverage is None else checked(coverage)
+    coverage, config = None if coverage is None else checked(coverage), _computing(lm, config)
     workers = Accelerator(cpu=lm.split.device.type == "cpu", log_with=report_to, project_dir=folder)
     with opened(folder, writes=workers.is_main_process) as run:
         with trainable(lm, config) as learns, rounded(lm.model, config.precision):
@@ -194,6 +194,17 @@ def train(
         frequent=listing,
         in_a_row=tuple(after.get("in_a_row", ())),
     )
+
+
+def _computing(lm: LanguageModel, config: TrainConfig) -> TrainConfig:
+    """The config, in a format that blocks of the exits' own, whose weights are float32, can be computed in."""
+    if not config.blocks or lm.model.dtype == torch.float32:
+        return config
+    if lm.model.dtype != torch.bfloat16:
+        raise ValueError(
+            f"blocks of the exits' own are trained on float32 or bfloat16, not {lm.model.dtype}; load it so"
+        )
+    return replace(config, precision="bf16")
 
 
 def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) -> dict[str, Any]:
