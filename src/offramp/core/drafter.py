@@ -57,4 +57,4 @@ def side_by_side(embedded: Tensor, before: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)  # a third of the time of `rms_norm` for one state

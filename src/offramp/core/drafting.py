@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.core.batch import Read
+from offramp.core.batch import Read, Step
 from offramp.core.drafter import DRAFTER
 from offramp.core.readout import Exit
-from offramp.core.verifying import VerifyingBatch
+from offramp.core.verifying import Draft, VerifyingBatch
+from offramp.families.best import Best
 from offramp.families.state import Frame, State
+
+_OF_BEST = {
+    "static": lambda best: 1.0,
+    "max": lambda best: float(best.probabilities[0, 0]),
+    "softmax": lambda best: float(best.gap[0]),
+}  # fmt: skip
+"""Confidences that are read off the two best tokens."""
 
 
 class DraftingBatch(VerifyingBatch):
@@ -20,6 +30,9 @@ class DraftingBatch(VerifyingBatch):
 
     The drafter goes over every position that the full model has been at, with what the full model's readout read there:
     so its own keys and values of drafts, made with what its own readout read, are replaced.
+
+    A row that is alone drafts in a loop of its own, without what tests of several rows and layers need, where the
+    engine gives the best tokens in one call and these are all that is wanted.
 
     Attributes:
         before: By row, the readout inputs one position before each of the row's last n tokens, which the drafter goes
@@ -44,6 +57,79 @@ class DraftingBatch(VerifyingBatch):
             for row, one in zip(rows, known, strict=True):
                 self.before[row] = torch.cat([torch.zeros_like(one[:1]), one])
         return read
+
+    def read(self, rows: list[int] | None = None) -> Read:
+        """As in `Batch`; alone, a row makes all its drafts, and what is left is to check them."""
+        if not self._alone:
+            return super().read(rows)
+        self.prefill, (row,) = False, self.rows
+        begin = self.lengths[row] - 1
+        self._draft_alone(row)
+        self.way.begin([self._start([row], begin, begin + len(self.drafts[row]))], [row])
+        return self._unread()
+
+    def verified(self, read: Read) -> Iterator[Step]:
+        """As in `VerifyingBatch`."""
+        if self.prefill or not self._alone:
+            yield from super().verified(read)
+            return
+        self.way.advance(self.plan.num_layers)
+        for rows, state in self.way.states:
+            self._check(rows, state.hidden)
+        yield from self._complete()
+
+    @property
+    def _alone(self) -> bool:
+        named = self.plan.policy.confidence in _OF_BEST
+        alone = len(self.rows) == 1 and not any(self.way.waiting.values())
+        return named and alone and self.best_only and self.model.fused
+
+    def _draft_alone(self, row: int) -> None:
+        """Append drafts to a row, and the token that goes deep behind them unless the last one would end it."""
+        plan, drafts = self.plan, self.drafts[row]
+        left: list[tuple[int, float, int]] = []
+        confidence = math.nan
+        while len(drafts) < plan.policy.draft_length:
+            best = self._next_draft(row)
+            confidence, token = _OF_BEST[str(plan.policy.confidence)](best), int(best.tokens[0, 0])
+            tests = [] if plan.policy.confidence == "static" else [(DRAFTER, confidence, token)]
+            if self.pace is not None:
+                leaves = self.pace.leaves(DRAFTER, confidence, [(d.layer, d.confidence) for d in drafts])
+            else:
+                leaves = confidence > plan.threshold(DRAFTER, self.lengths[row] - self.prompt, self.limit)
+            if not leaves:
+                left = tests
+                break
+            if not math.isfinite(float(best.normaliser)):
+                raise self.not_sound()
+            assert best.inputs is not None
+            drafts.append(Draft(token, DRAFTER, confidence, tests=tests))
+            self.buffer[row, self.lengths[row]] = token
+            self.lengths[row] += 1
+            self.before[row] = best.inputs
+            confidence = math.nan
+            if self._ends(row):
+                return
+        drafts.append(Draft(self.sampler.pad, plan.num_layers, confidence, tests=left))
+        self.lengths[row] += 1
+
+    def _next_draft(self, row: int) -> Best:
+        """What the drafter says behind a row's last token."""
+        model: Any = self.model
+        count, length, ledger = len(self.before[row]), self.lengths[row], self.ledger
+        (ran,) = self.way.branched([self._mixed([row], self._start([row], length - count, length))])
+        frequent = self.frequent
+        scored = self.plan.vocabulary if frequent is None else len(frequent.tokens)
+        ledger.lens(DRAFTER, 1)
+        ledger.test(1, None if self.plan.policy.confidence == "static" else scored, pruned=False)
+        hidden = ran.read[:, -1]
+        if frequent is None:
+            ledger.readout(1)
+            with ledger.time("readout"):
+                return model.best(hidden, DRAFTER, inputs=True)  # type: ignore[no-any-return]
+        ledger.pruned_readout(1, len(frequent.tokens), shared=True)
+        with ledger.time("pruned_readout"):
+            return model.best(hidden, DRAFTER, frequent.rows, inputs=True)  # type: ignore[no-any-return]
 
     def _entering(self, rows: list[int]) -> list[tuple[list[int], State]]:
         """As in `Batch`, with what the drafter's blocks make of them."""
