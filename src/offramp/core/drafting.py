@@ -87,6 +87,8 @@ class DraftingBatch(VerifyingBatch):
     def _draft_alone(self, row: int) -> None:
         """Append drafts to a row, and the token that goes deep behind them unless the last one would end it."""
         plan, drafts = self.plan, self.drafts[row]
+        if self.pace is None and plan.policy.decay is None and self._in_one_call(row):
+            return
         left: list[tuple[int, float, int]] = []
         confidence = math.nan
         while len(drafts) < plan.policy.draft_length:
@@ -100,36 +102,82 @@ class DraftingBatch(VerifyingBatch):
             if not leaves:
                 left = tests
                 break
-            if not math.isfinite(float(best.normaliser)):
-                raise self.not_sound()
             assert best.inputs is not None
-            drafts.append(Draft(token, DRAFTER, confidence, tests=tests))
-            self.buffer[row, self.lengths[row]] = token
-            self.lengths[row] += 1
+            self._append(row, token, confidence, float(best.normaliser), tests)
             self.before[row] = best.inputs
             confidence = math.nan
             if self._ends(row):
                 return
-        drafts.append(Draft(self.sampler.pad, plan.num_layers, confidence, tests=left))
+        self._go_deep(row, confidence, left)
+
+    def _append(
+        self, row: int, token: int, confidence: float, normaliser: float, tests: list[tuple[int, float, int]]
+    ) -> None:
+        """Note a draft."""
+        if not math.isfinite(normaliser):
+            raise self.not_sound()
+        self.drafts[row].append(Draft(token, DRAFTER, confidence, tests=tests))
+        self.buffer[row, self.lengths[row]] = token
         self.lengths[row] += 1
+
+    def _go_deep(self, row: int, confidence: float, tests: list[tuple[int, float, int]]) -> None:
+        """Note the token that is not drafted."""
+        self.drafts[row].append(Draft(self.sampler.pad, self.plan.num_layers, confidence, tests=tests))
+        self.lengths[row] += 1
+
+    def _in_one_call(self, row: int) -> bool:
+        """Make all drafts of a row in one call of the engine, where it can."""
+        model: Any = self.model
+        policy, frequent, length, count = self.plan.policy, self.frequent, self.lengths[row], len(self.before[row])
+        known = self.buffer[row, length - count : length].tolist()
+        most = min(policy.draft_length, self.limit - (length - self.prompt))
+        with self.ledger.time("blocks"):
+            made = model.draft(
+                self.context, row, known, length - count, self.before[row], most=most, confidence=policy.confidence,
+                threshold=self.plan.thresholds[DRAFTER], rows=None if frequent is None else frequent.rows,
+                ends=self.sampler.eos,
+            )  # fmt: skip
+        if made is None:
+            return False
+        for index in range(len(made.tokens)):
+            self._bill_draft(count if index == 0 else 1, length + index)
+        for token, confidence, normaliser in zip(*made[:3], strict=True):
+            if len(self.drafts[row]) < made.left:
+                self._append(row, token, confidence, normaliser, [])
+        self.before[row] = made.before
+        if not (self.drafts[row] and self._ends(row)):
+            self._go_deep(row, made.confidences[-1] if made.left < len(made.tokens) else math.nan, [])
+        return True
+
+    def _bill_draft(self, count: int, length: int) -> None:
+        """Write down a draft for which the drafter went over `count` tokens, `length` being known."""
+        ledger, own = self.ledger, self.model.branches[DRAFTER]
+        ledger.mix(count)
+        ledger.blocks(own.start, own.stop, rows=1, queries=count, start=length - count)
+        self._bill_readout()
+
+    def _bill_readout(self) -> None:
+        ledger, kept = self.ledger, None if self.frequent is None else len(self.frequent.tokens)
+        ledger.lens(DRAFTER, 1)
+        scored = None if self.plan.policy.confidence == "static" else kept or self.plan.vocabulary
+        ledger.test(1, scored, pruned=False)
+        if kept is None:
+            ledger.readout(1)
+        else:
+            ledger.pruned_readout(1, kept, shared=True)
 
     def _next_draft(self, row: int) -> Best:
         """What the drafter says behind a row's last token."""
         model: Any = self.model
-        count, length, ledger = len(self.before[row]), self.lengths[row], self.ledger
+        count, length = len(self.before[row]), self.lengths[row]
         (ran,) = self.way.branched([self._mixed([row], self._start([row], length - count, length))])
-        frequent = self.frequent
-        scored = self.plan.vocabulary if frequent is None else len(frequent.tokens)
-        ledger.lens(DRAFTER, 1)
-        ledger.test(1, None if self.plan.policy.confidence == "static" else scored, pruned=False)
+        self._bill_readout()
         hidden = ran.read[:, -1]
-        if frequent is None:
-            ledger.readout(1)
-            with ledger.time("readout"):
+        if self.frequent is None:
+            with self.ledger.time("readout"):
                 return model.best(hidden, DRAFTER, inputs=True)  # type: ignore[no-any-return]
-        ledger.pruned_readout(1, len(frequent.tokens), shared=True)
-        with ledger.time("pruned_readout"):
-            return model.best(hidden, DRAFTER, frequent.rows, inputs=True)  # type: ignore[no-any-return]
+        with self.ledger.time("pruned_readout"):
+            return model.best(hidden, DRAFTER, self.frequent.rows, inputs=True)  # type: ignore[no-any-return]
 
     def _entering(self, rows: list[int]) -> list[tuple[list[int], State]]:
         """As in `Batch`, with what the drafter's blocks make of them."""

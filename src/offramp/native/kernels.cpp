@@ -133,6 +133,27 @@ struct Call {
     void* const* memory_keys;
     void* const* memory_values;
 };
+
+struct Drafting {            // tokens drafted in a row behind a row's last one, by blocks before the model's first one
+    Readout mix;             // of [embedding; what was read one position before], both normed: the drafter's states
+    Call call;               // its programs on them; places of all tokens that may come, one after another
+    Readout test;            // of its last state
+    const void* embeddings;  // [tokens, D]
+    int64_t format;          // F32 or BF16
+    int64_t count;           // tokens that are there, n
+    const int64_t* known;    // [n]
+    float* before;           // [n, D]; afterwards, in front: what the readout of the last draft read
+    float* both;             // [n, 2 D], what `mix` reads
+    int64_t most;            // drafts
+    int64_t confidence;      // 0: 1 always; 1: the largest probability; 2: its lead
+    double threshold;        // above it drafts go on
+    const int64_t* ends;     // tokens behind which nothing comes
+    int64_t ends_count;
+    int64_t* drafts;         // [most]
+    float* confidences;      // [most]
+    float* normalisers;      // [most]
+    int64_t made, left;      // how many were made, and how many of them were above the threshold
+};
 }
 
 namespace {
@@ -1160,8 +1181,8 @@ extern "C" {
 
 int64_t offramp_sizes(int64_t which) {  // so that a mirror that has gone astray is noticed
     const int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Op), sizeof(Model), sizeof(Call),
-                             sizeof(Readout)};
-    return which >= 0 && which < 6 ? sizes[which] : -1;
+                             sizeof(Readout), sizeof(Drafting)};
+    return which >= 0 && which < 7 ? sizes[which] : -1;
 }
 
 // Run programs [first, last) over M tokens.
@@ -1206,6 +1227,44 @@ void offramp_readout(const Readout* call) {
     if (r.head && r.best)
         for (int64_t m = 0; m < r.rows; ++m)
             judge(r, m, reading.logits + m * r.count, reading.found + m * reading.chunks());
+}
+
+// Draft token after token until one is not sure enough, ends the text, or is the last that is allowed.
+void offramp_draft(const Model* model, Drafting* drafting) {
+    Drafting& d = *drafting;
+    const int64_t width = model->width;
+    auto norm = [&](float* to, auto&& at) {
+        double squares = 0;
+        for (int64_t c = 0; c < width; ++c) to[c] = at(c), squares += static_cast<double>(to[c]) * to[c];
+        const float scale = static_cast<float>(1 / std::sqrt(squares / width + 1e-6));
+        for (int64_t c = 0; c < width; ++c) to[c] *= scale;
+    };
+    const int64_t* known = d.known;
+    int64_t count = d.count;
+    for (d.made = d.left = 0; d.made < d.most; count = 1) {
+        for (int64_t m = 0; m < count; ++m) {
+            float* both = d.both + m * 2 * width;
+            const int64_t first = known[m] * width;
+            if (d.format == F32) norm(both, [&](int64_t c) { return static_cast<const float*>(d.embeddings)[first + c]; });
+            else norm(both, [&](int64_t c) { return widened_one(static_cast<const uint16_t*>(d.embeddings)[first + c]); });
+            norm(both + width, [&](int64_t c) { return d.before[m * width + c]; });
+        }
+        d.mix.rows = d.call.rows = count;
+        offramp_readout(&d.mix);
+        offramp_run(model, &d.call);
+        d.test.hidden = d.call.hidden + (count - 1) * width;
+        offramp_readout(&d.test);
+        const float best = std::exp(d.test.best[0] - *d.test.normaliser);
+        const float c = d.confidence == 0 ? 1.0f : d.confidence == 1 ? best : best - std::exp(d.test.best[1] - *d.test.normaliser);
+        const int64_t at = d.made++, token = d.drafts[at] = d.test.tokens[0];
+        d.confidences[at] = c, d.normalisers[at] = *d.test.normaliser;
+        if (!(c > d.threshold)) return;
+        ++d.left;
+        std::memcpy(d.before, d.test.inputs, width * sizeof(float));
+        if (!std::isfinite(*d.test.normaliser) || std::find(d.ends, d.ends + d.ends_count, token) != d.ends + d.ends_count) return;
+        known = d.drafts + at;
+        d.call.batch += count, d.call.slot += count, d.call.position += count;
+    }
 }
 
 // The `count` tokens of the largest logits [rows, vocabulary], best first, of equal ones the lowest first, into [rows,

@@ -90,6 +90,18 @@ class Call(Structure):
     ]  # fmt: skip
 
 
+class Drafting(Structure):
+    """Tokens drafted in a row behind a row's last one."""
+
+    _fields_ = [
+        ("mix", Readout), ("call", Call), ("test", Readout), ("embeddings", c_void_p), ("format", c_int64),
+        ("count", c_int64), ("known", c_void_p), ("before", c_void_p), ("both", c_void_p), ("most", c_int64),
+        ("confidence", c_int64), ("threshold", c_double), ("ends", c_void_p), ("ends_count", c_int64),
+        ("drafts", c_void_p), ("confidences", c_void_p), ("normalisers", c_void_p), ("made", c_int64),
+        ("left", c_int64),
+    ]  # fmt: skip
+
+
 def address(tensor: Tensor) -> int:
     """Where a tensor's values lie one after another; a view that skips some would be read wrongly."""
     if not tensor.is_contiguous():
@@ -109,17 +121,19 @@ def open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     try:
         library.offramp_sizes.restype = c_int64
-        sizes = [library.offramp_sizes(c_int64(i)) for i in range(6)]
+        sizes = [library.offramp_sizes(c_int64(i)) for i in range(7)]
         library.offramp_run.argtypes = [POINTER(Model), POINTER(Call)]
         library.offramp_run.restype = None
         library.offramp_readout.argtypes = [POINTER(Readout)]
         library.offramp_readout.restype = None
+        library.offramp_draft.argtypes = [POINTER(Model), POINTER(Drafting)]
+        library.offramp_draft.restype = None
         library.offramp_rank.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]
         library.offramp_rank.restype = None
         library.offramp_read.argtypes = [c_void_p, c_int64, c_int64]
         library.offramp_read.restype = ctypes.c_uint64
     except AttributeError as error:
         raise OSError(f"{path} lacks a function ({error})") from error
-    if sizes != [ctypes.sizeof(struct) for struct in (Matrix, Norm, Op, Model, Call, Readout)]:
+    if sizes != [ctypes.sizeof(struct) for struct in (Matrix, Norm, Op, Model, Call, Readout, Drafting)]:
         raise OSError(f"{path} was made for other structures")
     return library

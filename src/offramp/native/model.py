@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,30 +29,14 @@ from offramp.native import library as lib
 from offramp.native.blocks import Turning
 from offramp.native.build import NativeError, library
 from offramp.native.cache import NativeCache
+from offramp.native.drafting import Drafted, draft, plain_embeddings
 from offramp.native.families import FAMILIES
+from offramp.native.head_ids import HeadIds
 from offramp.native.library import address
 from offramp.native.parts import parts, require_plain
 from offramp.native.places import Places, own_slots, places_of
 from offramp.native.threads import Threads
 from offramp.native.weights import Part, Weights
-
-
-class HeadIds(NamedTuple):
-    """Tokens [A, K], or [K] for all states alike, whose rows of the head are read where they lie, without a copy."""
-
-    ids: Tensor
-
-    def select(self, index: Any) -> HeadIds:
-        """The tokens of some batch rows only."""
-        return HeadIds(self.ids[index])
-
-    def only(self, scored: Tensor) -> HeadIds:
-        """Without the tokens that are not `scored`, bool [A, K]; their logits are -inf."""
-        return HeadIds(self.ids.masked_fill(~scored, -1))
-
-    def columns(self, index: Tensor) -> HeadIds:
-        """Some of each batch row's tokens, `index` [A, K'] into its K."""
-        return HeadIds(self.ids.gather(1, index) if self.ids.ndim == 2 else self.ids[index])
 
 
 class NativeModel(SplitModel):
@@ -85,9 +69,10 @@ class NativeModel(SplitModel):
             raise NativeError("its rotary frequencies change with the length of the text")
         require_plain(self)
         self._parts = parts(self)
-        self._library = library()
+        self.library = library()
         self._lenses: dict[int, ctypes.Array[lib.Matrix]] = {}
         self._mix: lib.Matrix | None = None
+        self.embeddings: Tensor | None = None
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
         self._tabulate(64)
@@ -123,10 +108,10 @@ class NativeModel(SplitModel):
             (ctypes.c_int64 * len(starts))(*starts),
         )
         self._kv = torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16
-        self._programs = lib.Model(
+        self.programs = lib.Model(
             self.shape.width, len(widths), *self._arrays, lib.F32 if self._kv == torch.float32 else lib.BF16
         )
-        self._norm = weights.norm(self.norm)
+        self.final = weights.norm(self.norm)
         self._head = weights.matrix(Part(self.head), self._logits_bias)
         cap = getattr(self.config, "final_logit_softcapping", None) or 0.0
         self._bend = (1.0 if cap else float(self.family.logits(self.config, torch.ones(()))), cap)
@@ -209,16 +194,23 @@ class NativeModel(SplitModel):
 
     def mixed(self, embedded: Tensor, before: Tensor) -> Tensor:
         """As `SplitModel.mixed`, a matrix like any other."""
+        both, made = side_by_side(embedded, before), torch.empty_like(embedded)
+        self.library.offramp_readout(self.mix_of(both, made))
+        return made
+
+    def mix_of(self, both: Tensor, made: Tensor) -> lib.Readout:
+        """What makes the drafter's states `made` [..., D] of its inputs side by side, [..., 2 D]."""
         assert self._mix is not None
-        both = side_by_side(embedded, before)
-        made = torch.empty_like(embedded)
         call = lib.Readout(
-            embedded.shape[0] * embedded.shape[1], *both.shape[2:], self._mix.rows, self.threads.count, 1.0, 1.0, 0.0,
+            made.numel() // made.shape[-1], both.shape[-1], self._mix.rows, self.threads.count, 1.0, 1.0, 0.0,
             address(both), 0, None, None, ctypes.pointer(self._mix), None, 0,
         )  # fmt: skip
         call.logits = address(made)
-        self._library.offramp_readout(call)
-        return made
+        return call
+
+    def draft(self, *where: Any, **options: Any) -> Drafted | None:
+        """Several drafts in one call, see `offramp.native.drafting`; None where that cannot be."""
+        return draft(self, *where, **options)
 
     def _through(self, states: list[State], lo: int, hi: int) -> list[Tensor]:
         """What some blocks make of states [A, n, D] each."""
@@ -264,6 +256,12 @@ class NativeModel(SplitModel):
         self, context: Context, hidden: Tensor, places: Places, first: int, last: int, *, layer: int
     ) -> None:  # fmt: skip
         """Run programs on states [M, D], in place."""
+        self.library.offramp_run(self.programs, self.call_of(context, hidden, places, first, last, layer=layer))
+
+    def call_of(
+        self, context: Context, hidden: Tensor, places: Places, first: int, last: int, *, layer: int
+    ) -> lib.Call:  # fmt: skip
+        """A run of programs on states [M, D], at places of which there may be more."""
         cache: NativeCache = context.cache
         self._tabulate(max(context.slots, places.reach))
         cache.reserve(context.slots)
@@ -271,13 +269,12 @@ class NativeModel(SplitModel):
         if context.past is not None:
             far: NativeCache = context.past.cache
             memory = (far.capacity, address(context.past.lengths), *far.addresses)
-        call = lib.Call(
+        return lib.Call(
             first, last, len(hidden), layer, cache.capacity, self.threads.count,
             address(hidden), address(places.batch), address(places.slots), address(places.positions),
             *cache.addresses,
             ctypes.addressof(self._rotations), address(self._distances), self._reach, *memory,
         )  # fmt: skip
-        self._library.offramp_run(self._programs, call)
 
     # ------------------------------------------------------------ readout
 
@@ -296,6 +293,7 @@ class NativeModel(SplitModel):
             return
         if self._exits.drafter is not None:
             self._mix = self._own.matrix(Part(self._exits.drafter.mix))
+            self.embeddings = plain_embeddings(self)
         self._exits = exits.placed(torch.float32, self.device)
         self._lens_weights = Weights()
         for layer in range(self.num_layers):
@@ -307,9 +305,9 @@ class NativeModel(SplitModel):
         """As `SplitModel.readout_input`, in float32 and in the kernels' order of sums."""
         flat = hidden.reshape(-1, self.shape.width).contiguous()
         inputs = torch.empty_like(flat)
-        call = self._readout(flat, self._norm, layer)
+        call = self.readout_of(flat, self.final, layer)
         call.head, call.inputs = None, address(inputs)
-        self._library.offramp_readout(call)
+        self.library.offramp_readout(call)
         return inputs.view(hidden.shape)
 
     def project(self, x: Tensor, rows: HeadRows | HeadIds | None = None) -> Tensor:
@@ -317,9 +315,9 @@ class NativeModel(SplitModel):
         flat = x.reshape(-1, self.shape.width).contiguous()
         ids = rows.ids if isinstance(rows, HeadIds) else None
         logits = torch.empty(len(flat), self._head.rows if ids is None else ids.shape[-1])
-        call = self._readout(flat, None, None, ids, scale=1.0)
+        call = self.readout_of(flat, None, None, ids, scale=1.0)
         call.logits = address(logits)
-        self._library.offramp_readout(call)
+        self.library.offramp_readout(call)
         return logits.view(*x.shape[:-1], -1)
 
     def best(  # type: ignore[override]
@@ -345,7 +343,7 @@ class NativeModel(SplitModel):
         """
         hidden = hidden.contiguous()
         count, ids = len(hidden), None if rows is None else rows.ids
-        call = self._readout(hidden, self._norm, layer, ids)
+        call = self.readout_of(hidden, self.final, layer, ids)
         made = Best(
             torch.empty(count, 2), torch.empty(count, 2, dtype=torch.long), torch.empty(count),
             torch.empty(count, call.count) if logits else None, torch.empty(count, hidden.shape[1]) if inputs else None,
@@ -353,13 +351,13 @@ class NativeModel(SplitModel):
         call.best, call.tokens, call.normaliser, call.logits, call.inputs = (
             None if tensor is None else tensor.data_ptr() for tensor in made
         )
-        self._library.offramp_readout(call)
+        self.library.offramp_readout(call)
         return made
 
     def rank(self, logits: Tensor, count: int, skip: Tensor) -> Tensor:
         """As `SplitModel.rank`."""
         logits, tokens = logits.contiguous(), torch.empty(len(logits), count, dtype=torch.long)
-        self._library.offramp_rank(
+        self.library.offramp_rank(
             address(logits), *logits.shape, address(skip), len(skip), count, address(tokens)
         )  # fmt: skip
         return tokens
@@ -368,7 +366,7 @@ class NativeModel(SplitModel):
         """Which rows of the head to read for tokens [A, K] or [K]; nothing is copied."""
         return HeadIds(ids.contiguous())
 
-    def _readout(
+    def readout_of(
         self,
         hidden: Tensor,
         norm: lib.Norm | None,
