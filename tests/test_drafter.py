@@ -206,6 +206,7 @@ def test_training_teaches_the_full_models_tokens(tmp_path):
 def test_a_drafter_is_added_to_exits_that_stay_as_they_are(tmp_path):
     lm = model()
     exits = Exits.fresh(lm.split, (1, 3)).with_frequent(range(3, 60))
+    exits.settings = {"how": "by hand"}
     with torch.no_grad():
         for parameter in exits.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -214,6 +215,7 @@ def test_a_drafter_is_added_to_exits_that_stay_as_they_are(tmp_path):
     result = train(lm, texts, config(layers=None, trainable="drafter", steps=4, blocks=2), tmp_path / "run")
     made = load_exits(result.exits)
     assert made.layers == (1, 3)
+    assert made.settings["exits"] == {"how": "by hand"}
     assert made.frequent.tolist() == list(range(3, 60))
     for name, tensor in exits.state_dict().items():
         assert torch.equal(made.state_dict()[name], tensor)

@@ -138,15 +138,17 @@ def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], 
         exits: Its exits.
         folder: Where the exits go.
         record: How they were trained. For classifiers, what the exits already say of their lenses is kept beside it,
-            under "lenses".
+            under "lenses"; for a drafter, what they say at all, under "exits".
         model: Where the model goes; None: it did not change.
     """
     if model is not None:
         save_model(lm, model)
         exits.model, exits.fingerprint = str(model), fingerprint(lm.model)
     before = exits.settings.get("lenses", {} if "lenses" in exits.settings.get("model", ()) else exits.settings)
-    lenses = {"lenses": before} if exits.classifiers is not None and before else {}
-    save_exits(exits, folder, settings={**record, **lenses})
+    kept = {"lenses": before} if exits.classifiers is not None and before else {}
+    if record["config"]["trainable"] == "drafter":
+        kept = {"exits": exits.settings} if exits.settings else {}
+    save_exits(exits, folder, settings={**record, **kept})
 
 
 def save_model(lm: LanguageModel, folder: Path) -> None:
