@@ -335,3 +335,26 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is .* nothing to a drafter"):
             config(**{"layers": None, "trainable": "drafter", name: value})
     assert ExitPolicy.from_dict(POLICY.to_dict()) == POLICY
+
+
+def test_inside_the_models_own_generate():
+    own = copy.deepcopy(tiny("llama"))
+    exits = drafting(SplitModel(own), frequent=likely("llama", inputs_for("llama", 2, padded=True)))
+    inputs = inputs_for("llama", 2, padded=True)
+    policy = dataclasses.replace(POLICY, vocabulary="frequent")
+    got = own.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=policy.custom_generate(exits))
+    assert got.tolist() == own.generate(**inputs, max_new_tokens=NEW, do_sample=False).tolist()
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_a_draft_that_ends_the_text_is_checked_and_ends_it(engine):
+    """An end that is drafted, and a limit in the middle of drafts, for each number of tokens."""
+    lm = LanguageModel(copy.deepcopy(tiny("llama")), engine=engine)
+    inputs = inputs_for("llama")
+    free = lm.generate(inputs, max_new_tokens=NEW, eos_token_id=None).tokens[0]
+    lm.attach_exits(drafting(lm.split, frequent=sorted(set(free))))
+    policy = dataclasses.replace(POLICY, vocabulary="frequent", draft_length=4)
+    for end in sorted(set(free)):
+        for new in range(1, NEW + 1):
+            want = lm.generate(inputs, max_new_tokens=new, eos_token_id=end).tokens
+            assert lm.generate(inputs, policy=policy, max_new_tokens=new, eos_token_id=end).tokens == want
