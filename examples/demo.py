@@ -6,6 +6,7 @@ Run with `make demo`. Takes under five minutes on two cores; a page with everyth
 import itertools
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import offramp
@@ -30,8 +31,10 @@ SUBJECTS = (
 FORMS = ("What is {}?", "What is {} good for?", "Tell me one interesting thing about {}.")
 QUESTIONS = [form.format(subject) for form, subject in itertools.product(FORMS, SUBJECTS)]
 """Other prompts than those on whose answers the bundled exits and their drafter were trained."""
-TIMED = QUESTIONS[5::12]
+TIMED = QUESTIONS[5::20]
 DRAFTED, CERTIFIED = "drafts, checked", "certified"
+EVERY = replace(DRAFTS, confidence="max", threshold=0.0)
+"""Drafts whatever the confidence, as `DRAFTS` does, in words that a calibration can vary."""
 PROMISE = Promise("rougeL", tolerance=0.1, failure=0.1, kind="textual")
 
 
@@ -44,8 +47,8 @@ def main() -> None:
     task, examples = TASKS["prompts"], [Example(str(i), text, (), text) for i, text in enumerate(QUESTIONS)]
     with progress("calibrating") as update:
         certified = calibrate(
-            lm, task, examples, DRAFTS, PROMISE, FOLDER / "calibrate", max_new_tokens=24,
-            minimise="seconds-per-token", grid=Grid(thresholds=(0.3,), accepts=(1.0, 0.5, 0.3)), order="path",
+            lm, task, examples, EVERY, PROMISE, FOLDER / "calibrate", max_new_tokens=24,
+            minimise="seconds-per-token", grid=Grid(thresholds=(0.0,), accepts=(1.0, 0.5, 0.3), static_layers=()), order="path",
             progress=update,
         )  # fmt: skip
     print(certified.certificate.words())

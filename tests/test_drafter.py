@@ -246,8 +246,9 @@ def test_bench_and_evaluation_have_it_where_there_is_one():
     lm.attach_exits(drafting(lm.split, frequent=range(3, 9)))
     for arms in (default_arms, document_arms):
         assert arms(lm)["drafts"] == DRAFTS
-    policy = o.policy_from(None, confidence="max", threshold=0.3, min_layer=0, vocabulary="frequent", skipped="verify")
-    assert dataclasses.replace(DRAFTS, draft_length=policy.draft_length) == policy  # `DRAFTING` in words
+    words = dict(zip(*[iter(o.DRAFTING.replace("--", "").replace("-", "_").split())] * 2, strict=True))
+    given = {name: int(value) if value.isdecimal() else value for name, value in words.items()}
+    assert o.policy_from(None, **given) == DRAFTS
     result = run_bench(lm, torch.tensor([[5, 6, 7]]), {"drafts": DRAFTS}, max_new_tokens=6, repeats=1)
     assert result.arm("drafts").agreement == 1
 

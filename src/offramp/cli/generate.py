@@ -29,6 +29,7 @@ def generate(
     vocabulary_size: o.VocabularySize = None,
     skipped: o.Skipped = None,
     draft: o.Draft = None,
+    draft_length: o.DraftLength = None,
     accept: o.Accept = None,
     adaptive: o.Adaptive = None,
     prompt_layer: o.PromptLayer = None,
@@ -66,7 +67,7 @@ def generate(
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,
         vocabulary_size=vocabulary_size, skipped=skipped, draft=draft, accept=accept,
-        adaptive=adaptive, prompt_layer=prompt_layer,
+        draft_length=draft_length, adaptive=adaptive, prompt_layer=prompt_layer,
     )  # fmt: skip
     texts = prompts or [o.standard_input("the prompt")]
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)

@@ -93,7 +93,7 @@ Vocabulary = Annotated[
     ),
 ]
 VocabularySize = Annotated[int | None, typer.Option(help="Tokens kept after the first test.")]
-DRAFTING = "--skipped verify --min-layer 0 --vocabulary frequent --confidence max --threshold 0.3"
+DRAFTING = "--skipped verify --min-layer 0 --vocabulary frequent --confidence static --draft-length 2"
 """`offramp.core.policy.DRAFTS` on the command line."""
 Skipped = Annotated[
     str | None,
@@ -102,6 +102,9 @@ Skipped = Annotated[
 Draft = Annotated[
     str | None,
     typer.Option(help="Under --skipped verify: fixed (by threshold) or adaptive (while one more is likely to pay)."),
+]
+DraftLength = Annotated[
+    int | None, typer.Option(help="Under --skipped verify: most tokens drafted before a check; default: 8.")
 ]
 Accept = Annotated[
     float | None,
