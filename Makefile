@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 # The tests that rest on other libraries' internals and formats: run with the oldest and the newest releases, too.
 CONTRACT := $(addprefix tests/test_,families.py custom_generate.py cache.py decoding.py exits.py models.py smollm2.py \
-  branches.py language_model.py classifiers_encoders.py training_trainer.py training_consistency.py metrics_text.py cli.py)
+  branches.py drafter.py language_model.py classifiers_encoders.py training_trainer.py training_consistency.py metrics_text.py cli.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -48,8 +48,8 @@ def main() -> None:
     with progress("calibrating") as update:
         certified = calibrate(
             lm, task, examples, EVERY, PROMISE, FOLDER / "calibrate", max_new_tokens=24,
-            minimise="seconds-per-token", grid=Grid(thresholds=(0.0,), accepts=(1.0, 0.5, 0.3), static_layers=()), order="path",
-            progress=update,
+            grid=Grid(thresholds=(0.0,), accepts=(1.0, 0.5, 0.3), static_layers=()), order="path",
+            minimise="seconds-per-token", progress=update,
         )  # fmt: skip
     print(certified.certificate.words())
 
@@ -111,7 +111,7 @@ def sentence(bench: Bench, certified: Calibration, same: int) -> str:
     for name in (DRAFTED, CERTIFIED):
         arm = bench.arm(name)
         times = bench.seconds_ratio(arm)
-        gain = f"{name}: {times.median:.2f} of full depth's seconds ({times.low:.2f}-{times.high:.2f} over the rounds)"
+        gain = f"{name}: {times.median:.2f} of full depth's seconds (quartiles {times.low:.2f}-{times.high:.2f})"
         said.append(gain if times.high < 1 else f"{name}: no gain shown ({times.median:.2f} of full depth's seconds)")
     full = bench.over(bench.arm(FULL), bench.arm(REFERENCE)).median
     said.append(f"full depth itself: {full:.1f} times as fast as transformers")

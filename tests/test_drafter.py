@@ -10,11 +10,11 @@ import torch
 from offramp import ExitPolicy, LanguageModel
 from offramp.bench import default_arms, run_bench
 from offramp.cli import options as o
-from offramp.core.drafter import DRAFTER, Drafter
+from offramp.core.drafter import Drafter
 from offramp.core.exits import Exits
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
-from offramp.core.policy import DRAFTS
+from offramp.core.policy import DRAFTER, DRAFTS
 from offramp.evaluation import document_arms
 from offramp.evaluation.arms import drafting_arms
 from offramp.exit_files import load_exits, save_exits
@@ -61,7 +61,7 @@ def test_the_text_is_the_full_models(engine, name):
     lm, inputs = LanguageModel(copy.deepcopy(tiny(name)), engine=engine), inputs_for(name, 3, padded=True)
     want = greedy(tiny(name), inputs, NEW)
     lm.attach_exits(drafting(lm.split, frequent=likely(name, inputs)))
-    for policy in (POLICY, *POLICIES.values()):
+    for policy in POLICIES.values():
         policy = dataclasses.replace(policy, vocabulary="frequent")
         assert lm.generate(inputs, policy=policy, max_new_tokens=NEW).sequences.tolist() == want.tolist()
 

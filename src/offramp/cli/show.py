@@ -41,7 +41,8 @@ class Painter:
     def legend(self) -> None:
         """Say what the marks mean."""
         if self.plain:
-            self._write(f"[token/layer: the layer each token left at, of {self.num_layers}]\n")
+            drafted = "" if self.first else "; 0: drafted, and right"
+            self._write(f"[token/layer: the layer each token left at, of {self.num_layers}{drafted}]\n")
             return
         by_colour: dict[str, list[int]] = {}
         for layer in range(self.first, self.num_layers + 1):

@@ -12,10 +12,9 @@ from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.batch import Batch
 from offramp.core.batch import Step as Step
 from offramp.core.costs import Ledger
-from offramp.core.drafter import DRAFTER
 from offramp.core.drafting import DraftingBatch
 from offramp.core.plan import resolve
-from offramp.core.policy import ExitPolicy
+from offramp.core.policy import DRAFTER, ExitPolicy
 from offramp.core.sampling import NoProbabilitiesError, Sampler
 from offramp.core.verifying import VerifyingBatch
 from offramp.families import SplitModel

@@ -17,9 +17,6 @@ from torch.nn import functional as F
 
 from offramp.core.adapters import Branch, Lens
 
-DRAFTER = 0
-"""The layer it is said to stand after: tokens enter the first block behind it."""
-
 
 class Drafter(nn.Module):
     """What it learns; as made, it says what the readout of the position before said.

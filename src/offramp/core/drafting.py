@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.batch import Read, Step
-from offramp.core.drafter import DRAFTER
+from offramp.core.policy import DRAFTER
 from offramp.core.readout import Exit
 from offramp.core.verifying import Draft, VerifyingBatch
 from offramp.families.best import Best

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.core.adapters import Branch, Lens
-from offramp.core.drafter import DRAFTER, Drafter
+from offramp.core.drafter import Drafter
+from offramp.core.policy import DRAFTER
 from offramp.families.branches import first_weights
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.confidence import NAMES, RANGES, Confidence, Contrast
-from offramp.core.drafter import DRAFTER
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.values import choice, flag, nearest, number, plain, whole
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from offramp.core.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
+DRAFTER = 0
+"""The layer that a drafter is said to stand after (`offramp.core.drafter`): before the first block."""
 _DRAFTS = ("softmax", "max", "entropy", "static")
 """Confidences that need nothing but the scores of one readout."""
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from offramp.core.confidence import Confidence, TokenConfidence, begun, require_learned
 from offramp.core.costs import Ledger
-from offramp.core.drafter import DRAFTER
 from offramp.core.plan import Plan
+from offramp.core.policy import DRAFTER
 from offramp.core.vocabulary import Frequent, Kept
 from offramp.families import SplitModel
 from offramp.families.best import Best, best_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offramp.core.drafter import DRAFTER
+from offramp.core.policy import DRAFTER
 from offramp.families.state import Context, Frame
 from offramp.native import library as lib
 from offramp.native.library import address

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.core.drafter import DRAFTER
+from offramp.core.policy import DRAFTER
 from offramp.families.backbone import autocast
 from offramp.training.data import Data, Windows, batch
 from offramp.training.kept_states import KeptStates, states_at_all

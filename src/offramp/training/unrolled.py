@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.core.drafter import DRAFTER
+from offramp.core.policy import DRAFTER
 from offramp.families.cache import LayerCache
 from offramp.families.state import Frame, State
 
