@@ -1,5 +1,6 @@
 """The kernels by themselves, against torch in double precision, on sizes that fit no vector."""
 
+import copy
 import ctypes
 import math
 
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from offramp import ExitPolicy, LanguageModel
+from offramp.core.exits import Exits
 from offramp.native import library as lib
 from offramp.native.build import library
 from offramp.native.cache import NativeCache
 from offramp.native.quantisation import quantised
 from offramp.native.weights import Part, Weights
+from tiny import tiny
 
 FORMATS = ("float32", "bfloat16", "int8")
 
@@ -344,3 +348,24 @@ def test_the_largest_logits_in_order(vocabulary, kind):
         for row, found in zip(logits.tolist(), tokens.tolist(), strict=True):
             allowed = [v for v in range(vocabulary) if v not in set(skip.tolist())]
             assert found == sorted(allowed, key=lambda v: (-row[v], v))[:count]
+
+
+@pytest.mark.parametrize("confidence", ["static", "max", "softmax"])
+@pytest.mark.parametrize("listed", [None, 9])
+def test_drafts_in_one_call_stay_within_their_buffers(confidence, listed):
+    """Under sanitizers; what is drafted is compared with its rule in test_drafter."""
+    lm = LanguageModel(copy.deepcopy(tiny("llama")), engine="native")
+    exits = Exits(lm.num_layers, lm.split.shape.width, (), drafter=2).with_drafter(lm.split, 2)
+    lm.attach_exits(exits if listed is None else exits.with_frequent(range(3, 3 + listed)))
+    policy = ExitPolicy(
+        confidence,
+        0.01,
+        min_layer=0,
+        skipped="verify",
+        draft_length=5,
+        vocabulary=None if listed is None else "frequent",
+    )
+    ids = {"input_ids": torch.tensor([[5, 9, 3, 7, 11]])}
+    for new in (1, 2, 9, 70):
+        full = lm.generate(ids, max_new_tokens=new, eos_token_id=None)
+        assert lm.generate(ids, policy=policy, max_new_tokens=new, eos_token_id=None).tokens == full.tokens
