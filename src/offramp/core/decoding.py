@@ -12,7 +12,6 @@ from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.batch import Batch
 from offramp.core.batch import Step as Step
 from offramp.core.costs import Ledger
-from offramp.core.drafting import DraftingBatch
 from offramp.core.plan import resolve
 from offramp.core.policy import DRAFTER, ExitPolicy
 from offramp.core.sampling import NoProbabilitiesError, Sampler
@@ -68,7 +67,11 @@ def decode(
     ledger = ledger or Ledger(model.shape, ids.device)
     ledger.costs.engine = model.engine
     verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
-    kind = (DraftingBatch if DRAFTER in plan.thresholds else VerifyingBatch) if verifying else Batch
+    kind: type[Batch] = VerifyingBatch if verifying else Batch
+    if DRAFTER in plan.thresholds:
+        from offramp.core.drafting import DraftingBatch  # only models with a drafter have a use for it
+
+        kind = DraftingBatch
     batch = kind(model, ids, plan, sampler or Sampler(), max_new_tokens, ledger, adaptive)
     read = batch.first(mask=mask, positions=positions, memory=memory, memory_mask=memory_mask)
     while True:

@@ -73,10 +73,7 @@ class DraftingBatch(VerifyingBatch):
         if self.prefill or not self._alone:
             yield from super().verified(read)
             return
-        self.way.advance(self.plan.num_layers)
-        for rows, state in self.way.states:
-            self._check(rows, state.hidden)
-        yield from self._complete()
+        yield from self._deep()
 
     @property
     def _alone(self) -> bool:

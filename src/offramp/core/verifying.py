@@ -84,6 +84,10 @@ class VerifyingBatch(Batch):
         if not due:
             return
         self.way.recall([row for row in due if row not in self.way.rows])
+        yield from self._deep()
+
+    def _deep(self) -> Iterator[Step]:
+        """The deep pass of the rows that are in, and the steps that it makes certain."""
         self.way.advance(self.plan.num_layers)
         for rows, state in self.way.states:
             self._check(rows, state.hidden)
