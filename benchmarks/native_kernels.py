@@ -26,7 +26,7 @@ SHAPE = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
 )  # fmt: skip
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 64}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 * 16 / 576}
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -3,6 +3,10 @@
 import copy
 import ctypes
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from eight_bits import rounded_input, rounded_weight
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
 from offramp.native import library as lib
 from offramp.native.build import library
 from offramp.native.cache import NativeCache
-from offramp.native.quantisation import quantised
+from offramp.native.quantisation import dequantised, quantised
 from offramp.native.weights import Part, Weights
 from tiny import tiny
 
@@ -31,8 +36,7 @@ def matrix_of(kind, rows, cols, *, bias=False, seed=0):
     matrix = weights.matrix(Part(linear))
     values = linear.weight.detach()
     if kind == "int8":
-        whole, scales = quantised(values)
-        values = (whole.view(rows, -1, 64).double() * scales.double()[..., None]).view(rows, -1)[:, :cols]
+        values = rounded_weight(values)
     return matrix, values.double(), linear.bias.detach().double() if bias else 0.0, (linear, weights)
 
 
@@ -57,11 +61,12 @@ def times(matrix, x, ids=None, threads=2):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 140), st.integers(1, 50), st.booleans())
+@given(st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 1700), st.integers(1, 50), st.booleans())
 def test_products_are_those_of_torch(kind, rows, cols, count, bias):
     matrix, values, shift, _alive = matrix_of(kind, rows, cols, bias=bias)
     x = torch.randn(count, cols)
-    torch.testing.assert_close(times(matrix, x).double(), x.double() @ values.T + shift, atol=2e-5, rtol=2e-5)
+    read = (rounded_input(x) if kind == "int8" else x).double()
+    torch.testing.assert_close(times(matrix, x).double(), read @ values.T + shift, atol=2e-5, rtol=2e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -151,26 +156,38 @@ def test_of_equal_logits_the_lowest_token_is_best():
     assert read(x, matrix)[3].tolist() == [[300, 0], [300, 0]]
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_told_by_the_normaliser(wrong):
-    matrix, *_alive = matrix_of("float32", 400, 8)
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_told_by_the_normaliser(wrong, kind):
+    matrix, *_alive = matrix_of(kind, 400, 8)
     x = torch.randn(2, 8)
     x[1, 3] = wrong
     normaliser = read(x, matrix)[4]
     assert normaliser.isfinite().tolist() == [True, False]
 
 
-def test_quantisation_is_within_half_a_step_and_keeps_the_largest():
+def test_inputs_in_eight_bits_may_be_zero_or_tiny_or_huge():
+    matrix, values, *_alive = matrix_of("int8", 9, 200)
     torch.manual_seed(0)
-    weight = torch.randn(5, 130)
+    x = torch.stack([torch.zeros(200), torch.full((200,), 1e-38), torch.full((200,), -3e38), torch.randn(200) * 1e6])
+    got = times(matrix, x)
+    assert bool((got[:2] == 0).all())
+    torch.testing.assert_close(got[3].double(), rounded_input(x[3:])[0].double() @ values.T, rtol=1e-5, atol=1.0)
+    assert bool((got[2].isfinite() | got[2].isinf()).all())
+
+
+def test_quantisation_is_within_half_a_scale_and_uses_the_whole_range():
+    torch.manual_seed(0)
+    weight = torch.randn(5, 900)
     weight[2] = 0
     values, scales = quantised(weight)
-    assert values.shape == (5, 192)
-    assert scales.shape == (5, 3)
-    back = (values.view(5, 3, 64) * scales[..., None]).view(5, -1)[:, :130]
-    assert bool(((back - weight).abs() <= scales.repeat_interleave(64, 1)[:, :130] / 2 + 1e-7).all())
+    assert values.shape == (5, 2, 8, 4, 16)
+    assert scales.shape == (5, 2, 16)
+    apart = scales.float()[:, :, None, None].expand(values.shape).flatten(1)[:, :900]
+    back = dequantised(values, scales, 900)
+    assert bool(((back - weight).abs() <= apart / 2 * (1 + 1e-5)).all())
     assert bool((back[2] == 0).all())
-    torch.testing.assert_close(back.abs().amax(-1), weight.abs().amax(-1))
+    assert bool((values[[0, 1, 3, 4], :1].abs().amax((2, 3)) >= 126).all())  # a scale is rounded up by a 128th at most
 
 
 # ---------------------------------------------------------------- operations
@@ -369,3 +386,18 @@ def test_drafts_in_one_call_stay_within_their_buffers(confidence, listed):
     for new in (1, 2, 9, 70):
         full = lm.generate(ids, max_new_tokens=new, eos_token_id=None)
         assert lm.generate(ids, policy=policy, max_new_tokens=new, eos_token_id=None).tokens == full.tokens
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or "OFFRAMP_CXXFLAGS" in os.environ,
+    reason="flags of x86, and its own",
+)
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-march=x86-64"], ids=["AVX2", "SSE2"])
+def test_plainer_processors_get_the_same_results(flags):
+    """The products of bytes have a way of their own for each kind of processor."""
+    which = "products or tiny_or_huge"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", which]
+    done = subprocess.run(
+        command, env={**os.environ, "OFFRAMP_CXXFLAGS": flags}, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from eight_bits import rounded_input, rounded_weight
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.native.build import NativeError
 from offramp.native.families import FAMILIES as DESCRIBED
 from offramp.native.model import NativeModel
-from offramp.native.quantisation import GROUP, quantised
 from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
 
 NEW = 12
@@ -111,18 +111,18 @@ def test_a_row_of_a_batch_is_as_alone(name):
 
 
 @torch.no_grad()
-def test_int8_is_the_model_with_its_weights_rounded(name):
+def test_int8_is_the_model_with_weights_and_inputs_rounded(name):
     inputs = inputs_for(name, 2, padded=True)
     rounded = copy.deepcopy(tiny(name))
     split = SplitModel(rounded)
     for module in [split.head, *(m for block in split.blocks for m in block.modules())]:
         if isinstance(module, torch.nn.Linear | Conv1D) and not hasattr(module, "rounded"):
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            values, scales = quantised(weight)
-            back = (values.view(*scales.shape, GROUP) * scales[..., None]).flatten(1)[:, : weight.shape[1]]
+            back = rounded_weight(weight)
             # Another tensor, where the head is the embedding too, which stays as it is
             module.weight = torch.nn.Parameter(back.T if isinstance(module, Conv1D) else back)
             module.rounded = True
+            module.register_forward_pre_hook(lambda _, inputs: (rounded_input(inputs[0]),))
     got = native(tiny(name), int8=True).generate(inputs, max_new_tokens=NEW)
     assert got.tokens == LanguageModel(rounded, engine="torch").generate(inputs, max_new_tokens=NEW).tokens
 

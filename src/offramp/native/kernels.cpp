@@ -1,15 +1,16 @@
 // Decoder blocks as short programs over registers, run by a few threads inside one call.
 //
 // A token costs what its weights cost to read; everything here follows from that. Weights are read where they lie (bf16
-// and float32: the model's own memory), widened in registers and multiplied with float32 activations. All sums are taken
-// in an order that depends on the weights' width alone: neither the number of rows in a call nor the number of threads
-// changes a bit of any row, so that a drafted token and its check agree exactly.
+// and float32: the model's own memory), widened in registers and multiplied with float32 activations; weights in eight
+// bits are multiplied with activations in eight bits, whose sums are whole numbers. All sums are taken in an order that
+// depends on the weights' width alone: neither the number of rows in a call nor the number of threads changes a bit of
+// any row, so that a drafted token and its check agree exactly.
 //
 // A plain C interface, no torch and no Python: `native/library.py` mirrors the structs below, all of whose fields are
 // eight bytes wide. Vectors are the compiler's own, sixteen floats, which it splits where the machine's are shorter.
 
 #include <pthread.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -26,7 +27,6 @@
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
@@ -44,7 +44,7 @@ enum Into : int64_t { STORE = 0, ADD = 1, ACTIVATE = 2, GATE = 3 };
 struct Matrix {              // [rows, cols], y = W x + bias
     int64_t format, rows, cols;
     int64_t stride;          // bytes from one row to the next
-    const void* data;        // INT8: a row has zeros up to a multiple of 64, and behind them a float per 64: the scales
+    const void* data;        // INT8: as `Blocks` says
     const float* bias;       // or null
 };
 
@@ -384,6 +384,23 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
     return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+inline f32x16 widened(const float* p) { return load(p); }
+
+inline f32x16 widened(const uint16_t* p) {
+    u16x16 half;
+    std::memcpy(&half, p, sizeof half);
+    return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
+}
+
+inline float widened_one(float x) { return x; }
+
+inline float widened_one(uint16_t x) {
+    const uint32_t u = static_cast<uint32_t>(x) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
 // ------------------------------------------------------------------------------------------------ formats of weights
 
 // Weights come in steps of 32 columns, as two vectors of 16. Inputs lie so that both match: in natural order, but for
@@ -393,8 +410,7 @@ struct WeightsF32 {
     typedef float Element;
     const float* row;
     WeightsF32() = default;
-    const char* bytes() const { return reinterpret_cast<const char*>(row); }
-    WeightsF32(const Matrix&, const void* row) : row(static_cast<const float*>(row)) {}
+    explicit WeightsF32(const void* row) : row(static_cast<const float*>(row)) {}
     f32x16 low(int64_t c) const { return load(row + c); }
     f32x16 high(int64_t c) const { return load(row + c + 16); }
 };
@@ -403,8 +419,7 @@ struct WeightsBF16 {
     typedef uint16_t Element;
     const uint16_t* row;
     WeightsBF16() = default;
-    const char* bytes() const { return reinterpret_cast<const char*>(row); }
-    WeightsBF16(const Matrix&, const void* row) : row(static_cast<const uint16_t*>(row)) {}
+    explicit WeightsBF16(const void* row) : row(static_cast<const uint16_t*>(row)) {}
     u32x16 words(int64_t c) const {
         u32x16 u;
         std::memcpy(&u, row + c, sizeof u);
@@ -416,38 +431,90 @@ struct WeightsBF16 {
 
 inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
 
-struct WeightsInt8 {
-    typedef int8_t Element;
-    const int8_t* row;
-    const float* scale;
-    WeightsInt8() = default;
-    const char* bytes() const { return reinterpret_cast<const char*>(row); }
-    WeightsInt8(const Matrix& m, const void* row)
-        : row(static_cast<const int8_t*>(row)), scale(reinterpret_cast<const float*>(this->row + padded(m.cols))) {}
-    f32x16 wide(int64_t c) const {
-#if defined(__AVX512F__)  // for which GCC makes a hundred instructions of the lines below
-        const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c));
-        return __builtin_convertvector((i32x16)_mm512_maskz_cvtepi8_epi32(0xffff, q), f32x16) * splat(scale[c / 64]);
-#else
-        i8x16 q;
-        std::memcpy(&q, row + c, sizeof q);
-        return __builtin_convertvector(q, f32x16) * splat(scale[c / 64]);
-#endif
-    }
-    f32x16 low(int64_t c) const { return wide(c); }
-    f32x16 high(int64_t c) const { return wide(c + 16); }
+// Weights in eight bits lie in equal blocks of up to twelve steps of 64 columns. In a step, byte j of lane i is column
+// 16 j + i, kept with 128 added; behind the steps of a block come sixteen scales in bf16, one per lane: four columns of
+// each step share one. Inputs are rounded to eight bits in the same way, with a scale per lane of their own, behind which
+// lies what the added 128s come to.
+struct Blocks {
+    int64_t count, steps;  // steps of one block
+    explicit Blocks(int64_t cols) : count((padded(cols) / 64 + 11) / 12), steps((padded(cols) / 64 + count - 1) / count) {}
+    int64_t weights() const { return steps * 64 + 32; }      // bytes of one
+    int64_t inputs() const { return steps * 64 + 2 * 64; }
 };
 
+// Adds to each lane the products of its four bytes, w of which have no sign.
+inline i32x16 dot4(i32x16 acc, u32x16 w, i32x16 x) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    __m256i a[2], u[2], v[2];
+    std::memcpy(a, &acc, 64), std::memcpy(u, &w, 64), std::memcpy(v, &x, 64);
+    for (int i = 0; i < 2; ++i) {
+        const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u[i], _mm256_set1_epi16(255)),
+                                               _mm256_srai_epi16(_mm256_slli_epi16(v[i], 8), 8));
+        const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u[i], 8), _mm256_srai_epi16(v[i], 8));
+        a[i] = _mm256_add_epi32(a[i], _mm256_add_epi32(even, odd));
+    }
+    std::memcpy(&acc, a, 64);
+    return acc;
+#else
+    for (int j = 0; j < 4; ++j) acc += (i32x16)((w >> (8 * j)) & 255) * ((i32x16)((u32x16)x << (24 - 8 * j)) >> 24);
+    return acc;
+#endif
+}
+
 // Rows [M, cols] of input as the kernels want them: in blocks of up to eight, zeros behind their ends, and within a
-// block sixteen columns of all its rows side by side.
+// block sixteen columns of all its rows side by side. In eight bits each row is for itself.
 struct Inputs {
     const float* packed;
     int64_t rows, block, stride;  // stride: floats from one row to the next, were the block's other rows not there
     int64_t size(int64_t first) const { return std::min(block, rows - first); }
 };
 
+// Floats of memory that a row of a matrix's inputs takes.
+inline int64_t packed_size(const Matrix& a) {
+    const Blocks blocks(a.cols);
+    return a.format == INT8 ? blocks.count * blocks.inputs() / 4 : padded(a.cols);
+}
+
+// Rounds a row of inputs to eight bits, each lane's largest to 127. A lane with a number that is not finite is NaN.
+void pack_bytes(const float* x, int64_t cols, char* into) {
+    const Blocks blocks(cols);
+    f32x16 columns[12][4];
+    for (int64_t c = 0; c < cols; c += blocks.steps * 64, into += blocks.inputs()) {
+        f32x16 most = {}, wrong = {};
+        for (int64_t s = 0; s < blocks.steps; ++s)
+            for (int64_t j = 0; j < 4; ++j) {
+                const int64_t at = c + s * 64 + j * 16;
+                float ends[16] = {};
+                if (at + 16 > cols && at < cols) std::copy(x + at, x + cols, ends);
+                const f32x16 v = columns[s][j] = at + 16 > cols ? load(ends) : load(x + at);
+                const f32x16 size = (f32x16)((i32x16)v & 0x7fffffff);
+                most = choose(size > most, size, most);
+                wrong += v * splat(0.0f);
+            }
+        const f32x16 scale = most * splat(1.0f / 127), magic = splat(12582912.0f);
+        const f32x16 inverse = choose(most > splat(1e-30f), splat(127.0f) / most, splat(0.0f));
+        i32x16 total = {};
+        for (int64_t s = 0; s < blocks.steps; ++s) {
+            i32x16 bytes = {};
+            for (int j = 0; j < 4; ++j) {
+                const i32x16 q = (i32x16)(columns[s][j] * inverse + magic) - (i32x16)magic;
+                total += q;
+                bytes |= (q & 255) << (8 * j);
+            }
+            std::memcpy(into + s * 64, &bytes, 64);
+        }
+        const i32x16 offset = total * -128;
+        const f32x16 told = scale + wrong;
+        std::memcpy(into + blocks.steps * 64, &told, 64);
+        std::memcpy(into + blocks.steps * 64 + 64, &offset, 64);
+    }
+}
+
 // Puts row m of the inputs in its place.
 void pack(const Inputs& in, int64_t m, const float* x, int64_t cols, int64_t format) {
+    if (format == INT8) return pack_bytes(x, cols, reinterpret_cast<char*>(const_cast<float*>(in.packed) + m * in.stride));
     const int64_t first = m / in.block * in.block, apart = in.size(first) * 16;
     float* into = const_cast<float*>(in.packed) + first * in.stride + (m - first) * 16;
     for (int64_t c = 0; c < in.stride; c += 32, into += 2 * apart) {
@@ -532,33 +599,94 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
         for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
 }
 
-// As many rows of weights at once as leave room for sums of M inputs in registers. There are `count` rows, and behind
-// the last one the same again up to a whole eight.
+// The same of rows in eight bits.
+template <int R, int M>
+__attribute__((noinline)) void tile(const char* const* w, const char* const* next, const char* x, int64_t apart,
+                                    const Blocks& blocks, float* out, int64_t stride, int64_t rows) {
+    constexpr int SUMS = (R * M + 7) / 8 * 8;
+    f32x16 totals[SUMS] = {};
+    int64_t at = 0;
+    for (int64_t b = 0; b < blocks.count; ++b, x += blocks.inputs()) {
+        i32x16 acc[R * M];
+        const char* behind = x + blocks.steps * 64;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) std::memcpy(&acc[m * R + r], behind + m * apart + 64, 64);
+        for (int64_t s = 0; s < blocks.steps; ++s, at += 64) {
+            u32x16 weights[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) std::memcpy(&weights[r], w[r] + at, 64);
+            if (next) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                i32x16 inputs;
+                std::memcpy(&inputs, x + m * apart + s * 64, 64);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) acc[m * R + r] = dot4(acc[m * R + r], weights[r], inputs);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const f32x16 scales = widened(reinterpret_cast<const uint16_t*>(w[r] + at));
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                const f32x16 both = scales * load(reinterpret_cast<const float*>(behind + m * apart));
+                totals[m * R + r] += __builtin_convertvector(acc[m * R + r], f32x16) * both;
+            }
+        }
+        if (next)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+        at += 32;
+    }
+    float got[SUMS];
+#pragma GCC unroll 8
+    for (int i = 0; i < SUMS; i += 8) sums8(totals + i, got + i);
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
+}
+
+// As many rows of weights at once as leave room for sums of M inputs in registers.
+template <int M>
+constexpr int ROWS = M <= 2 ? 8 : M <= 6 ? 4 : 2;
+
+// There are `count` rows of weights, and behind the last one the same again up to a whole eight.
 template <class W, int M>
 void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const float* x, int64_t whole,
            float* out, int64_t stride) {
-    constexpr int R = M <= 2 ? 8 : M <= 6 ? 4 : 2;
+    constexpr int R = ROWS<M>;
     for (int64_t r = 0; r < count; r += R)
         tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, whole, out + r, stride, count - r);
 }
 
-// The same for all inputs, block by block.
+// Calls `work` with each block of inputs, its number of rows as a type, and where its results go.
+template <class F>
+void each_block(const Inputs& in, float* out, int64_t stride, F work) {
+    for (int64_t m = 0; m < in.rows; m += in.block, out += in.block * stride) {
+        const float* x = in.packed + m * in.stride;
+        switch (in.size(m)) {
+            case 1: work(std::integral_constant<int, 1>(), m, x, out); break;
+            case 2: work(std::integral_constant<int, 2>(), m, x, out); break;
+            case 3: work(std::integral_constant<int, 3>(), m, x, out); break;
+            case 4: work(std::integral_constant<int, 4>(), m, x, out); break;
+            case 5: work(std::integral_constant<int, 5>(), m, x, out); break;
+            case 6: work(std::integral_constant<int, 6>(), m, x, out); break;
+            case 7: work(std::integral_constant<int, 7>(), m, x, out); break;
+            case 8: work(std::integral_constant<int, 8>(), m, x, out); break;
+        }
+    }
+}
+
 template <class W>
 void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t whole,
            float* out, int64_t stride) {
-    for (int64_t m = 0; m < in.rows; m += in.block, out += in.block * stride, next = nullptr) {
-        const float* x = in.packed + m * in.stride;
-        switch (in.size(m)) {
-            case 1: tiles<W, 1>(w, ends, next, count, x, whole, out, stride); break;
-            case 2: tiles<W, 2>(w, ends, next, count, x, whole, out, stride); break;
-            case 3: tiles<W, 3>(w, ends, next, count, x, whole, out, stride); break;
-            case 4: tiles<W, 4>(w, ends, next, count, x, whole, out, stride); break;
-            case 5: tiles<W, 5>(w, ends, next, count, x, whole, out, stride); break;
-            case 6: tiles<W, 6>(w, ends, next, count, x, whole, out, stride); break;
-            case 7: tiles<W, 7>(w, ends, next, count, x, whole, out, stride); break;
-            case 8: tiles<W, 8>(w, ends, next, count, x, whole, out, stride); break;
-        }
-    }
+    each_block(in, out, stride, [&](auto rows, int64_t m, const float* x, float* to) {
+        tiles<W, decltype(rows)::value>(w, ends, m ? nullptr : next, count, x, whole, to, stride);
+    });
 }
 
 // Memory of one thread, kept from call to call.
@@ -586,29 +714,39 @@ struct Then {
 
 inline const char* row_of(const Matrix& a, int64_t row) { return static_cast<const char*>(a.data) + row * a.stride; }
 
-// Rows [from, to) of a matrix, or those that `ids` name, times all inputs, to out[m * stride + (row - from)].
+// Rows [from, to) of a matrix, or those that `ids` name, eight by eight: `work` gets where the eight begin, how many they
+// are (behind the last one comes the same again), their addresses, and those of the next eight.
+template <class F>
+void eights(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Then& then, F work) {
+    auto row = [&](int64_t r) { return row_of(a, ids ? std::max<int64_t>(0, ids[r]) : r); };
+    for (int64_t r = from; r < to; r += 8) {
+        const int64_t count = std::min<int64_t>(8, to - r);
+        const char *rows[8], *next[8], *behind = r + 16 > to ? then() : nullptr;
+        for (int64_t i = 0; i < 8; ++i) {
+            rows[i] = row(r + std::min(i, count - 1));
+            next[i] = r + i + 8 < to ? row(r + i + 8) : behind ? behind + i * a.stride : rows[i];
+        }
+        work(r, count, rows, next);
+    }
+}
+
+// Those rows times all inputs, to out[m * stride + (row - from)].
 template <class W>
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
               int64_t stride, const Then& then) {
     const bool many = in.rows >= MANY;
-    const int64_t wide = padded(a.cols), whole = a.format == INT8 ? wide : a.cols / 32 * 32;
+    const int64_t wide = padded(a.cols), whole = a.cols / 32 * 32;
     const int64_t room = many ? std::max<int64_t>(8, WIDE / wide / 8 * 8) : 8;
     float* widened = many ? Scratch::at_least(scratch.wide, room * wide) : nullptr;
     std::vector<WeightsF32> views;
-    auto row = [&](int64_t r) { return row_of(a, ids ? std::max<int64_t>(0, ids[r]) : r); };
-    for (int64_t r = from; r < to; r += 8) {
-        const int64_t count = std::min<int64_t>(8, to - r);
+    eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
         W w[8];
-        const char *next[8], *behind = r + 16 > to ? then() : nullptr;
-        for (int64_t i = 0; i < 8; ++i) {
-            w[i] = W(a, row(r + std::min(i, count - 1)));
-            next[i] = r + i + 8 < to ? row(r + i + 8) : behind ? behind + i * a.stride : w[i].bytes();
-        }
+        for (int i = 0; i < 8; ++i) w[i] = W(rows[i]);
         Ends<W> memory;
         const W* ends = memory.of(a, w, whole);
         if (!many) {
             tiles<W>(w, ends, next, count, in, whole, out + (r - from), stride);
-            continue;
+            return;
         }
         for (int i = 0; i < 8; ++i) {
             float* line = widened + views.size() * wide;
@@ -618,21 +756,34 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
                 store(line + c + 16, w[i].high(c));
             }
             if (ends) store(line + whole, ends[i].low(0)), store(line + whole + 16, ends[i].high(0));
-            views.emplace_back(a, line);
+            views.emplace_back(line);
         }
-        if (static_cast<int64_t>(views.size()) < room && r + 8 < to) continue;
+        if (static_cast<int64_t>(views.size()) < room && r + 8 < to) return;
         const int64_t start = r + 8 - static_cast<int64_t>(views.size());
         tiles<WeightsF32>(views.data(), nullptr, nullptr, r + count - start, in, (a.cols + 31) / 32 * 32,
                           out + (start - from), stride);
         views.clear();
-    }
+    });
+}
+
+void multiply_bytes(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
+                    int64_t stride, const Then& then) {
+    const Blocks blocks(a.cols);
+    const int64_t apart = in.stride * sizeof(float);
+    eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
+        each_block(in, out + (r - from), stride, [&](auto size, int64_t m, const float* x, float* to) {
+            constexpr int M = decltype(size)::value, R = ROWS<M>;
+            for (int64_t i = 0; i < count; i += R)
+                tile<R, M>(rows + i, m ? nullptr : next + i, reinterpret_cast<const char*>(x), apart, blocks, to + i, stride, count - i);
+        });
+    });
 }
 
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
               int64_t stride, const Then& then) {
     if (a.format == F32) multiply<WeightsF32>(a, from, to, ids, in, out, stride, then);
     else if (a.format == BF16) multiply<WeightsBF16>(a, from, to, ids, in, out, stride, then);
-    else multiply<WeightsInt8>(a, from, to, ids, in, out, stride, then);
+    else multiply_bytes(a, from, to, ids, in, out, stride, then);
     if (a.bias)
         for (int64_t m = 0; m < in.rows; ++m)
             for (int64_t r = from; r < to; ++r) out[m * stride + r - from] += a.bias[ids ? std::max<int64_t>(0, ids[r]) : r];
@@ -706,8 +857,8 @@ void shared_out(Team& team, size_t stage, int64_t total, int64_t grain, F work, 
 Inputs prepared(Team& team, size_t stage, const Norm& norm, const Matrix& a, const float* x, int64_t stride,
                 int64_t rows, int64_t block, float* shared) {
     const bool share = rows >= MANY && team.threads > 1;
-    const int64_t wide = padded(a.cols);
-    const Inputs in{share ? shared : Scratch::at_least(scratch.packed, rows * wide), rows, block, wide};
+    const int64_t size = packed_size(a);
+    const Inputs in{share ? shared : Scratch::at_least(scratch.packed, rows * size), rows, block, size};
     float* line = Scratch::at_least(scratch.line, a.cols);
     auto pack_rows = [&](int64_t from, int64_t to, auto&&) {
         for (int64_t m = from; m < to; ++m) {
@@ -875,23 +1026,6 @@ void rotate(Run& run, const Op& op, size_t stage, int64_t layer) {
             }
         }
     });
-}
-
-inline f32x16 widened(const float* p) { return load(p); }
-
-inline f32x16 widened(const uint16_t* p) {
-    u16x16 half;
-    std::memcpy(&half, p, sizeof half);
-    return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
-}
-
-inline float widened_one(float x) { return x; }
-
-inline float widened_one(uint16_t x) {
-    const uint32_t u = static_cast<uint32_t>(x) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
 }
 
 // G heads of one token that share keys and values attend to its row's slots up to its own, or to all of the encoder's
