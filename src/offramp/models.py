@@ -71,8 +71,8 @@ def load(
     Args:
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, the torch dtype of that name, or "auto": as they were
-            saved. Confidences are computed in float32 whatever it is. Also "int8": matrices in eight bits per weight,
-            made from bfloat16, which only the native engine reads.
+            saved. Confidences are computed in float32 whatever it is. Also "int8": matrices, and what they
+            multiply, in eight bits per number, made from bfloat16, which only the native engine reads.
         device: Where to put the model. None: the first CUDA GPU if there is one, else the CPU.
         exits: Exits trained for this model: a folder that `LanguageModel.save_exits` wrote, a hub id, or "bundled" for
             those that come with offramp.

@@ -81,6 +81,7 @@ def calibrate(
     about: Mapping[str, Any] | None = None,
     resamples: int = 2000,
     progress: Progress | None = None,
+    reference: LanguageModel | None = None,
 ) -> Calibration:
     """Certify the cheapest setting that keeps a promise: of a grid, static exits, prompts alone, and never exiting.
 
@@ -115,15 +116,20 @@ def calibrate(
         about: What else the certificate should say of the data, as JSON values.
         resamples: Of the bootstrap behind the intervals.
         progress: Called with the answers done, asked for at most, and what comes next.
+        reference: The same model in another number format, at whose full depth answers are made that losses and costs
+            are relative to: what eight bits lose is then part of the loss, what they save part of the gain, and never
+            exiting has to be certified like anything else. None: `lm` itself.
 
     Returns:
         The policy, its certificate and all that was looked at, also written to the folder.
 
     Raises:
         ValueError: Too few examples for the promise, before anything is decoded; a metric that is not the task's; a
-            share, an order or a policy that is not allowed; a folder that holds records made otherwise.
+            share, an order or a policy that is not allowed; a folder that holds records made otherwise; a reference
+            that is another model or in the same number format.
     """
-    grid = grid or Grid()
+    grid = replace(grid or Grid(), full_depth=reference is not None)
+    _check_reference(lm, reference)
     _check(promise, task, order, minimise, repeats, test)
     if order == "auto":
         order = "pareto" if grid.chains(base) > 1 and len(examples) >= ENOUGH else "path"
@@ -141,7 +147,7 @@ def calibrate(
     state = state_of(lm.split.device.type)
     decoded = Decoded(
         lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress,
-        state=state,
+        state=state, reference=reference,
     )  # fmt: skip
     decoded.most = _most(parts, grid, base, order, minimise, repeats)
     below = NO_LESS if must_pay else math.inf
@@ -184,6 +190,18 @@ def _check(promise: Promise, task: Task, order: str, minimise: str, repeats: int
         raise ValueError("conformal risk control has no failure probability to divide among chains; use path or pareto")
     if repeats and not test:
         raise ValueError("repeated calibrations need a held-out part; give the test a share above 0")
+
+
+def _check_reference(lm: LanguageModel, reference: LanguageModel | None) -> None:
+    if reference is None:
+        return
+    if reference.number_format == lm.number_format:
+        raise ValueError(
+            f"the reference is in {lm.number_format} as the model is; leave it out, or give another format"
+        )
+    mine, its = ({name: tensor.shape for name, tensor in each.model.state_dict().items()} for each in (lm, reference))
+    if mine != its:
+        raise ValueError("the reference is another model; give the same one in another number format")
 
 
 def _with_plain(lm: LanguageModel, grid: Grid, base: ExitPolicy, promise: Promise, order: str) -> Grid:
@@ -299,7 +317,9 @@ def _certificate(
         estimates=estimates,
         versions={"offramp": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         room=asdict(room),
-        reference=reference_of(decoded.lm.num_layers),
+        reference=reference_of(
+            decoded.lm.num_layers, None if decoded.reference is None else decoded.reference.number_format
+        ),
         exits=_exits(decoded, chosen, promise),
         minimise=asked["minimise"],
         must_pay=asked["must_pay"],

@@ -206,6 +206,8 @@ class Certificate:
         """
         if not self.certified:
             early = policy is not None and policy.threshold is not None
+            if self.other_format:
+                return [f"nothing was certified, not even full depth in {self.conditions['dtype']}"]
             return ["nothing was certified, but the policy lets tokens leave early"] if early else []
         have, now = self.conditions, conditions_of(lm, task, settings, batch_size)
         reasons = [] if self.keeps_losses else [OF_EARLIER]
@@ -256,6 +258,11 @@ class Certificate:
         return finding(self)
 
     @property
+    def other_format(self) -> bool:
+        """Whether losses and costs are relative to the full model in another number format."""
+        return bool(self.grid.get("full_depth"))
+
+    @property
     def pays_nothing(self) -> bool:
         """Whether the policy never exits because nothing that may be used costs less than the full model."""
         if self.certified or not self.must_pay or self.room is None or not Room(**self.room).suffices(self.promise):
@@ -299,10 +306,11 @@ def load(path: str | os.PathLike[str]) -> Certificate | None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def reference_of(num_layers: int) -> str:
-    """What losses and costs are relative to, in words."""
+def reference_of(num_layers: int, number_format: str | None = None) -> str:
+    """What losses and costs are relative to, in words; a number format is told where it is another one."""
+    other = "" if number_format is None else f" in {number_format}"
     return (
-        "the full model: the same weights, prompts and settings, with every token read out after layer "
+        f"the full model{other}: the same weights, prompts and settings, with every token read out after layer "
         f"{num_layers} of {num_layers} and no exit tested"
     )
 

@@ -46,15 +46,17 @@ class Decoded:
         progress: Called with the answers done, asked for at most, and what comes next.
         state: `accelerate`'s; all processes ask for the same in the same order, and each answers its share. None: this
             process is alone.
+        reference: The full model in another number format, whose answers losses and costs are relative to; None: `lm`.
     """
 
     def __init__(
         self, lm: LanguageModel, task: Task, parts: Mapping[str, Sequence[Example]], folder: Path, *,
         max_new_tokens: int, batch_size: int, settings: Mapping[str, Any] | None, progress: Progress | None,
-        state: Any = None,
+        state: Any = None, reference: LanguageModel | None = None,
     ) -> None:  # fmt: skip
         self.lm, self.task, self.parts, self.folder = lm, task, parts, folder
         self.max_new_tokens, self.batch_size, self.settings = max_new_tokens, batch_size, dict(settings or {})
+        self.reference = reference
         self.state = state or state_of(lm.split.device.type)
         self.progress = progress if self.state.is_main_process else None
         self.most = 0  # answers, if no sequence ends early
@@ -88,7 +90,7 @@ class Decoded:
                 return decode_arms(
                     self.lm, self.task, examples, arms, paths, full={} if FULL in paths else self._full(part),
                     max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, settings=self.settings,
-                    progress=count,
+                    progress=count, reference=self.reference,
                 )  # fmt: skip
 
             made = shared(self.state, stems, self.parts[part], self.batch_size, answer)

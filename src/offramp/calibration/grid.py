@@ -25,8 +25,9 @@ SHARES = (1.0, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 
 """From safe to bold: shares of the wrong early tokens that thresholds of their own for each layer keep in."""
 GAINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 """From safe to bold: shares of tokens that may be wrong for each full token's FLOPs that leaving saves."""
-NEVER = ExitPolicy(threshold=None)
-"""The full model: cost 1 and no loss, certified without a test. What is left where nothing else is, or pays."""
+NEVER, FULL_DEPTH = ExitPolicy(threshold=None), "full depth"
+"""The full model: cost 1 and no loss, certified without a test, unless losses are those against another number format.
+What is left where nothing else is, or pays."""
 PLAIN = "plain"
 """The family of settings that test nothing (`offramp.calibration.plain`)."""
 
@@ -50,6 +51,8 @@ class Grid:
         accepts: Under "verify", shares from which on a drafted token stands (`ExitPolicy.accept`), in any order: nested
             like thresholds, a smaller share is bolder; None: that of the policy.
         plain: Whether settings that test nothing are tried beside the policy at all.
+        full_depth: Whether never exiting has to be tested like them, since losses are those against the full model in
+            another number format.
     """
 
     thresholds: tuple[float, ...] | None = None
@@ -62,6 +65,7 @@ class Grid:
     gains: tuple[float, ...] | None = None
     accepts: tuple[float, ...] | None = None
     plain: bool = True
+    full_depth: bool = False
 
     def __post_init__(self) -> None:
         for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped", "gains", "accepts"):
@@ -125,7 +129,8 @@ class Grid:
 
     def tests_nothing(self, base: ExitPolicy) -> dict[str, ExitPolicy]:
         """Settings beside the policy that test nothing, by name, from safe to bold."""
-        return plain_policies(base, self.static_layers or ()) if self.plain else {}
+        never = {FULL_DEPTH: NEVER} if self.full_depth else {}
+        return never | (plain_policies(base, self.static_layers or ()) if self.plain else {})
 
 
 SAFE_FIRST = ("verify", "defer", "propagate")

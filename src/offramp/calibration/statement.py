@@ -38,6 +38,9 @@ def finding(c: Certificate) -> str:
         others = sum(test["passed"] for test in c.tests) - 1
         more = f", the cheapest of {others + 1} that keep the promise" if others else ""
         return f"the certified policy is: {chosen['name']}, at {chosen['cost']:.3f} of the full model's {cost}{more}"
+    if c.other_format:
+        tried = f"nothing that was tried in {c.conditions['dtype']}, full depth included,"
+        return f"{tried} " + ("costs less than the full model" if c.pays_nothing else "is shown to keep the promise")
     if not c.pays_nothing:
         return f"nothing that was tried is shown to keep the promise; {NEVER_EXIT}"
     passed = min((t for t in c.tests if t["passed"]), key=lambda t: t["cost"], default=None)
@@ -48,19 +51,21 @@ def finding(c: Certificate) -> str:
 def _refused(c: Certificate) -> str:
     p = c.promise
     wanted = f"mean loss at most {p.tolerance:g}" + ("" if p.bound == CRC else f", failure {p.failure:g}")
-    return f"Nothing was certified ({wanted}): the policy never leaves early, which is the full model."
+    which = f"still in {c.conditions['dtype']}: not the full model" if c.other_format else "which is the full model"
+    return f"Nothing was certified ({wanted}): the policy never leaves early, {which}."
 
 
 def _statement(c: Certificate) -> str:
     p = c.promise
+    early = f"by leaving early and by working in {c.conditions['dtype']}" if c.other_format else "by leaving early"
     mean = {
-        "risk": f"lose at most {p.tolerance:g} of {p.metric} on average by leaving early, where a prompt that "
+        "risk": f"lose at most {p.tolerance:g} of {p.metric} on average {early}, where a prompt that "
         "gains counts as one that loses nothing",
-        "signed": f"lose at most {p.tolerance:g} of {p.metric} on average by leaving early, where prompts that "
+        "signed": f"lose at most {p.tolerance:g} of {p.metric} on average {early}, where prompts that "
         "gain make up for others that lose",
         "textual": f"get answers at most {p.tolerance:g} away from the full model's on average, where 1 - "
         f"{p.metric} of the two texts is their distance",
-        "tail": f"lose more than {p.margin} of {p.metric} by leaving early with a probability of at most "
+        "tail": f"lose more than {p.margin} of {p.metric} {early} with a probability of at most "
         f"{p.tolerance:g}, which says nothing about how much those lose",
     }[p.kind]
     who = "New prompts" if p.unit == "prompt" else "New groups of prompts, each counted once,"

@@ -157,6 +157,14 @@ def calibrate(
     longest: o.Longest = None,
     batch_size: o.AnsweredTogether = 1,
     dtype: o.Dtype = "float32",
+    reference_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Number format of the full model that losses and costs are relative to, such as bfloat16 for --dtype "
+            "int8; default: that of --dtype.",
+        ),
+    ] = None,
     engine: o.Engine = "auto",
     device: o.Device = None,
     out: Annotated[
@@ -210,6 +218,9 @@ def calibrate(
     examples = take(read_examples(asked, data, target), limit, seed)
     state, place = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=place, exits=exits, engine=engine)
+    reference = None
+    if reference_dtype not in (None, dtype):
+        reference = offramp.load(model, dtype=reference_dtype, device=place, engine=engine)
     examples, cut = o.fitting(lm, asked, examples, longest, max_new_tokens)
     folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
     with o.progress("calibrating") as progress:
@@ -217,6 +228,7 @@ def calibrate(
             lm, asked, examples, base or ExitPolicy(), promise, folder, grid=grid, minimise=minimise,
             must_pay=not even_if_it_does_not_pay, order=order, tuning=tuning_share, test=test_share, seed=seed,
             max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate, progress=progress,
+            reference=reference,
             about={"name": data, "limit": limit, "shortened": cut, "command": o.command_line()},
         )  # fmt: skip
     if not state.is_main_process:
@@ -232,7 +244,8 @@ def calibrate(
     use = ["offramp", "generate", model, "--policy", str(folder / "policy.json"), "--max-new-tokens", str(room)]
     use += [] if exits is None else ["--exits", exits]
     use += [] if dtype == "float32" else ["--dtype", dtype]
-    then = f"use its policy with: {shlex.join(use)}" if result.certificate.certified else "its policy is the full model"
+    left = f"use the full model in {reference_dtype}" if reference else "its policy is the full model"
+    then = f"use its policy with: {shlex.join(use)}" if result.certificate.certified else left
     o.note(f"wrote {folder}; {then}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     o.write_result(result.to_dict(), json)

@@ -87,10 +87,30 @@ def decode_arms(
     batch_size: int = 1,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    reference: LanguageModel | None = None,
 ) -> dict[str, list[Record]]:
-    """The same of several policies by name, which take turns (`offramp.evaluation.rounds`): their seconds compare."""
+    """The same of several policies by name, which take turns (`offramp.evaluation.rounds`): their seconds compare.
+
+    Args:
+        lm: As there, like what is not named here.
+        task: Likewise.
+        examples: Likewise.
+        arms: Policies by name.
+        paths: Files by the same names.
+        full: Likewise.
+        max_new_tokens: Likewise.
+        batch_size: Likewise.
+        settings: Likewise.
+        progress: Likewise.
+        reference: The full model, where it is the same model in another number format; None: `lm`.
+
+    Returns:
+        Records by name.
+    """
     options = answer_options(task, max_new_tokens, settings)
-    made = [TaskArm(lm, task, arm, policy, options) for arm, policy in arms.items()]
+    made = [
+        TaskArm((reference or lm) if policy is None else lm, task, arm, policy, options) for arm, policy in arms.items()
+    ]
     return take_turns(made, paths, examples, batch_size, full=full, progress=progress)
 
 

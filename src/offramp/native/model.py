@@ -44,8 +44,8 @@ class NativeModel(SplitModel):
 
     Args:
         model: Of a family in `native.families`, on the CPU, in float32 or bfloat16, with ordinary linear layers.
-        int8: Read all matrices in eight bits per weight, with a scale for 64 of them (a copy is made; norms, biases,
-            embeddings and an encoder stay as they are).
+        int8: Read all matrices in eight bits per weight, and round what they multiply to as many (a copy is made;
+            norms, biases, embeddings and an encoder stay as they are).
 
     Raises:
         UnsupportedModelError: No engine supports it.
