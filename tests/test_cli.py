@@ -116,6 +116,22 @@ def test_bench_of_chosen_rows_at_several_batch_sizes(folder, tmp_path):
         assert message in f"{done.output} {done.exception}"
 
 
+def test_bench_of_saved_policies_under_the_names_of_their_files(folder, tmp_path):
+    path, checked, other = tmp_path / "bench.json", tmp_path / "checked.json", tmp_path / "a" / "checked.json"
+    other.parent.mkdir()
+    for file in (checked, other):
+        ExitPolicy("static", min_layer=2, skipped="verify").save(file)
+    call = ["bench", folder, "--max-new-tokens", 3, "--repeats", 1, "--arms", "static 3", "--json", path]
+    done = offramp(*call, "--policy", checked)
+    assert done.exit_code == 0, done.output
+    arms = {arm["name"]: arm["policy"] for arm in json.loads(path.read_text())["arms"]}
+    assert list(arms)[2:] == ["static 3", "checked"]
+    assert ExitPolicy.from_dict(arms["checked"]) == ExitPolicy.load(checked)
+    done = offramp(*call, "--policy", checked, "--policy", other)
+    assert done.exit_code == 2
+    assert "name them apart" in done.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
