@@ -51,8 +51,8 @@ class Grid:
         accepts: Under "verify", shares from which on a drafted token stands (`ExitPolicy.accept`), in any order: nested
             like thresholds, a smaller share is bolder; None: that of the policy.
         plain: Whether settings that test nothing are tried beside the policy at all.
-        full_depth: Whether never exiting has to be tested like them, since losses are those against the full model in
-            another number format.
+        full_depth: Whether never exiting has to be tested, before all else, since losses are those against the full
+            model in another number format.
     """
 
     thresholds: tuple[float, ...] | None = None
@@ -114,7 +114,7 @@ class Grid:
 
     def sequences(self, base: ExitPolicy, order: str) -> int:
         """In how many sequences the settings are tested; all share the failure probability."""
-        beside = bool(self.tests_nothing(base))
+        beside = bool(self.tests_nothing(base).keys() - {FULL_DEPTH})
         return {"path": len(self.families(base)) + beside, "chains": self.chains(base) + beside}.get(order, 1)
 
     def size(self, base: ExitPolicy) -> int:
@@ -128,7 +128,7 @@ class Grid:
         return [*sorted(set(self.accepts or ()), reverse=True)] if skipped == "verify" and self.accepts else [None]
 
     def tests_nothing(self, base: ExitPolicy) -> dict[str, ExitPolicy]:
-        """Settings beside the policy that test nothing, by name, from safe to bold."""
+        """Settings that test nothing, by name, from safe to bold: full depth, then those beside the policy."""
         never = {FULL_DEPTH: NEVER} if self.full_depth else {}
         return never | (plain_policies(base, self.static_layers or ()) if self.plain else {})
 
@@ -208,6 +208,7 @@ def settings_of(
     """
     _check(base, grid)
     plain = grid.tests_nothing(base)
+    never = plain.pop(FULL_DEPTH, None)
     for policy in plain.values():
         resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     places = grid.places(base)
@@ -220,6 +221,8 @@ def settings_of(
         )
         for setting in _chain(policy, place, grid, chain, family, knobs, layer_thresholds)
     ]
+    if never is not None:  # the safest of all: it heads the first sequence
+        settings.insert(0, Setting(FULL_DEPTH, never, None, 0, 0.0, settings[0].family))
     last = 1 + max(setting.chain for setting in settings)
     beside = [(name, plain[name], spot or 0.0) for name, spot in _spots(list(plain))]
     return settings + [Setting(name, policy, None, last, spot, PLAIN) for name, policy, spot in beside]
