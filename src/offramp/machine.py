@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
-
-from offramp import __version__
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -27,5 +26,5 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "offramp": __version__,
+        "offramp": version("offramp"),
     }

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from offramp.classifiers.method import METRICS, SHARES, Floats, Interval, Method, Point, area, interpolate
 from offramp.metrics import resampled
-from offramp.metrics.calibration import Grades, grade, reliability
+from offramp.metrics.calibration import grade, reliability
+from offramp.metrics.resampled import Grades
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
 

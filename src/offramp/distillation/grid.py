@@ -200,11 +200,11 @@ def _outcomes(
     if engine == "ray":
         from offramp.distillation.ray_engine import outcomes
 
-        yield from outcomes(waiting, root, threads, device)
+        yield from outcomes(execute, waiting, root, threads, device)
     elif processes == 1:
         for values in waiting:
             yield execute(values, str(root), threads, device)
     else:
         from offramp.distillation.worker_processes import outcomes as in_processes
 
-        yield from in_processes(waiting, root, processes, threads, device)
+        yield from in_processes(execute, waiting, root, processes, threads, device)

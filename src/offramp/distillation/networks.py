@@ -165,7 +165,6 @@ def is_classifier(folder: str) -> bool:
 
 def _saved(folder: str, train: Labelled) -> EarlyExitClassifier:
     from offramp.classifiers.saving import load
-    from offramp.distillation.simkd import require_same_classes
 
     made = load(folder)
     require_same_classes(train.classes, made.labels)
@@ -216,3 +215,14 @@ class Prepared:
             return self.table[rows]
         longest = int(self.lengths[rows].max())
         return {name: values[rows, :longest] for name, values in self.table.items()}
+
+
+def require_same_classes(student: tuple[str, ...], teacher: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the first class in which teacher and student differ."""
+    for number in range(max(len(student), len(teacher))):
+        own, other = (names[number] if number < len(names) else None for names in (student, teacher))
+        if own != other:
+            raise ValueError(
+                f"class {number} is {own!r} for the student and {other!r} for the teacher; both need the same classes "
+                "in the same order"
+            )

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from offramp.distillation.grid import execute
 
-
-def outcomes(waiting: list[dict[str, Any]], root: Path, threads: int, device: str = "cpu") -> Iterator[dict[str, Any]]:
+def outcomes(
+    execute: Callable[..., dict[str, Any]], waiting: list[dict[str, Any]], root: Path, threads: int, device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
     """What becomes of each run, as they end.
 
     Args:
+        execute: Does one run, given its JSON values, the folder, threads and device.
         waiting: Runs as JSON values.
         root: The grid's folder, on a disk that all machines see.
         threads: Of each task, which asks for as many CPUs.
         device: Of each task, which asks for one GPU unless it is the CPU.
 
     Yields:
-        See `execute`.
+        What `execute` returns.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.

@@ -38,9 +38,9 @@ from offramp.distillation.early_exits import require_linear
 from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights, require_early
 from offramp.distillation.judging import judged, outputs_of, record
-from offramp.distillation.networks import begun_from, build, rows_for
+from offramp.distillation.networks import begun_from, build, require_same_classes, rows_for
 from offramp.distillation.parts import Parts, parts_of
-from offramp.distillation.simkd import features_of, require_same_classes, with_teachers_classifier
+from offramp.distillation.simkd import features_of, with_teachers_classifier
 from offramp.files import write_json
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.report.groups import plain

@@ -14,6 +14,7 @@ from torch import Tensor
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
+from offramp.distillation.networks import require_same_classes
 from offramp.distillation.states import States
 from offramp.families.backbone import Activations
 
@@ -55,14 +56,3 @@ def with_teachers_classifier(
     head.take_over(last)
     student.heads[-1] = head
     return student
-
-
-def require_same_classes(student: tuple[str, ...], teacher: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the first class in which teacher and student differ."""
-    for number in range(max(len(student), len(teacher))):
-        own, other = (names[number] if number < len(names) else None for names in (student, teacher))
-        if own != other:
-            raise ValueError(
-                f"class {number} is {own!r} for the student and {other!r} for the teacher; both need the same classes "
-                "in the same order"
-            )

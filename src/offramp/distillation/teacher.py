@@ -14,8 +14,8 @@ from offramp.bounded import parsed
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.saving import training_rows
+from offramp.distillation.networks import require_same_classes
 from offramp.distillation.objectives import Targets
-from offramp.distillation.simkd import require_same_classes
 from offramp.distillation.states import States
 from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import require_finite

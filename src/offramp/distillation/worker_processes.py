@@ -6,16 +6,19 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from offramp.distillation.grid import execute
-
 
 def outcomes(
-    waiting: list[dict[str, Any]], root: Path, processes: int, threads: int, device: str
+    execute: Callable[..., dict[str, Any]],
+    waiting: list[dict[str, Any]],
+    root: Path,
+    processes: int,
+    threads: int,
+    device: str,
 ) -> Generator[dict[str, Any]]:
     """What becomes of each run, as they end.
 
@@ -23,6 +26,7 @@ def outcomes(
     is started again.
 
     Args:
+        execute: Does one run, given its JSON values, the folder, threads and device; found by its name there.
         waiting: Runs as JSON values.
         root: The grid's folder.
         processes: How many at a time.
@@ -30,7 +34,7 @@ def outcomes(
         device: Where they are trained.
 
     Yields:
-        See `execute`.
+        What `execute` returns.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     others = set(multiprocessing.active_children())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.metrics import resampled
+from offramp.metrics.resampled import Grades
 
 Floats = NDArray[np.float64]
 
@@ -22,29 +23,6 @@ SMALLEST = 1e-12
 """Probabilities below it count as it in the NLPD, so that one row cannot make it infinite."""
 
 # ---------------------------------------------------------------- rows
-
-
-@dataclass(frozen=True)
-class Grades:
-    """What the metrics read of N rows.
-
-    Attributes:
-        confidence: Largest probability, [N], float64.
-        correct: Whether the label comes first, [N]; ties go to the lower class.
-        among_five: Whether it is among the first five, [N]; None with fewer than six classes.
-        nlpd: −ln p_y with p_y clamped at `SMALLEST`, [N], in nats.
-        brier: Σ_c (p_c − 1[c = y])², [N], in [0, 2].
-        clamped: How many p_y were clamped.
-        score: What AURC, AUGRC and AUROC sort by, [N]; larger is surer.
-    """
-
-    confidence: Floats
-    correct: Floats
-    among_five: Floats | None
-    nlpd: Floats
-    brier: Floats
-    clamped: int
-    score: Floats
 
 
 def grade(probabilities: Tensor, labels: Tensor, score: Tensor | None = None) -> Grades:

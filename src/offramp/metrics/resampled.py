@@ -6,18 +6,38 @@ value of every metric is the metric itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from offramp.metrics.calibration import Grades
 
 Floats = NDArray[np.float64]
 Weights = NDArray[np.float32]
 _TOGETHER = 128
 """Resamples worked on together."""
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What the metrics read of N rows.
+
+    Attributes:
+        confidence: Largest probability, [N], float64.
+        correct: Whether the label comes first, [N]; ties go to the lower class.
+        among_five: Whether it is among the first five, [N]; None with fewer than six classes.
+        nlpd: −ln p_y with p_y clamped at `SMALLEST`, [N], in nats.
+        brier: Σ_c (p_c − 1[c = y])², [N], in [0, 2].
+        clamped: How many p_y were clamped.
+        score: What AURC, AUGRC and AUROC sort by, [N]; larger is surer.
+    """
+
+    confidence: Floats
+    correct: Floats
+    among_five: Floats | None
+    nlpd: Floats
+    brier: Floats
+    clamped: int
+    score: Floats
 
 
 def draws(rows: int, resamples: int, seed: int | np.random.Generator = 0) -> Weights:
