@@ -14,7 +14,7 @@ from offramp.evaluation import Bootstrap, Evaluation, summarise
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.record_file import Record, read_records
 from offramp.evaluation.result import RESULTS
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 
 
 def records_of(folder: Path) -> dict[str, list[Record]]:

@@ -17,7 +17,7 @@ from figures import Rule, by_layer, named, together
 
 from offramp.evaluation import Bootstrap, Evaluation, Interval, summarise
 from offramp.evaluation.record_file import Record
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 
 PAIRS: tuple[tuple[Rule, Rule], ...] = (
     (("contrastive", None), ("softmax", None)),

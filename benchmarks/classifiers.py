@@ -42,11 +42,11 @@ from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresho
 from offramp.classifiers.evaluate import charged, evaluate
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.validity import validate
-from offramp.files import write_text
 from offramp.metrics.sets import summarise
 from offramp.risk import budgets
 from offramp.risk.classifier_losses import consistency, performance_gap
-from offramp.tables import markdown
+from offramp.runs.files import write_text
+from offramp.runs.tables import markdown
 from offramp.tasks.corruptions import CORRUPTIONS, corrupted
 from offramp.tasks.images import FASHION, read_idx
 from offramp.tasks.labelled import Labelled, split

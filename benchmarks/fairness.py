@@ -42,7 +42,7 @@ from offramp.distillation.report import (
 from offramp.distillation.results import Result, results_in
 from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, holm, paired, spread
 from offramp.report.drawing import require_matplotlib, save_figures
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "fair-distillation.md"

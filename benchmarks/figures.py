@@ -18,7 +18,7 @@ from typing import Any
 from offramp.evaluation import ArmSummary, Evaluation, Interval
 from offramp.evaluation.arms import FULL
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, save_figures
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 
 PRUNING = (None, "fixed", "decaying", "adaptive")
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9")

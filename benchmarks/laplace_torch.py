@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 
 DRAWS, PART = 50, 1024
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from offramp.native.build import library
 from offramp.native.library import address
 from offramp.native.model import NativeModel
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 
 SHAPE = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

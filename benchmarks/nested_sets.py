@@ -31,7 +31,7 @@ from nested_synthetic import (
 import offramp
 from offramp.metrics.sets import SetSummary, binomial
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, require_matplotlib, save_figures
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 from offramp.uncertainty.monotone import DELTAS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "nested-sets.md"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import offramp
 from offramp import ExitPolicy
-from offramp.bench import run_bench
-from offramp.bench_results import FULL, REFERENCE, Bench
 from offramp.calibration import Calibration, Grid, Promise, calibrate
 from offramp.cli.progress import progress
 from offramp.core.policy import DRAFTS
+from offramp.lm.bench import run_bench
+from offramp.lm.bench_results import FULL, REFERENCE, Bench
 from offramp.report.html import report
 from offramp.tasks import TASKS, Example
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from offramp import ExitPolicy, LanguageModel, bench_summary
-from offramp.bench import default_arms, run_batch_sizes, run_bench
-from offramp.bench_results import FULL, REFERENCE, Spread
-from offramp.bench_rounds import Turn
-from offramp.bench_tables import sizes_table
-from offramp.scripted import (
+from offramp import ExitPolicy, LanguageModel
+from offramp.lm import bench_summary
+from offramp.lm.bench import default_arms, run_batch_sizes, run_bench
+from offramp.lm.bench_results import FULL, REFERENCE, Spread
+from offramp.lm.bench_rounds import Turn
+from offramp.lm.bench_tables import sizes_table
+from offramp.lm.scripted import (
     Script,
     Scripted,
     random_model,

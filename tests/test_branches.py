@@ -10,11 +10,11 @@ from offramp.core.adapters import Branch
 from offramp.core.exits import Exits, fingerprint
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
-from offramp.exit_files import load_exits, save_exits
 from offramp.families import SplitModel
-from offramp.layerwise import text_states
+from offramp.hub.exit_files import load_exits, save_exits
+from offramp.hub.packaged import ModelError
+from offramp.lm.layerwise import text_states
 from offramp.native.families import FAMILIES as DESCRIBED
-from offramp.packaged import ModelError
 from offramp.training import train
 from tiny import FAMILIES, LAYERS, greedy, inputs_for, tiny, truncated
 from training_runs import config, data, model

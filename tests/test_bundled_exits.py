@@ -6,8 +6,8 @@ import pytest
 
 import offramp
 from offramp.core.policy import DRAFTS
-from offramp.exit_files import WEIGHTS, load_exits
-from offramp.exit_sources import BUNDLED, exits_folder
+from offramp.hub.exit_files import WEIGHTS, load_exits
+from offramp.hub.exit_sources import BUNDLED, exits_folder
 
 
 def test_they_are_small_and_say_how_they_were_trained():

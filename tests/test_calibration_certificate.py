@@ -11,9 +11,9 @@ from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
 from offramp.calibration.statement import COSTS_MORE
 from offramp.core.exits import Exits
-from offramp.lines import write_lines
 from offramp.report import calibration_plots
 from offramp.report.pages import calibration as page
+from offramp.runs.lines import write_lines
 from offramp.tasks import TASKS
 from scripted_calibration import BASE, GRID, TASK, Script, at_most, examples, model
 from tiny import tiny, tokenizer

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp import ExitPolicy, digests
+from offramp import ExitPolicy
 from offramp.calibration import Certificate, Grid, Promise, calibrate, decoded, load
 from offramp.calibration.evidence import packed, unpacked
 from offramp.report import calibration_plots
+from offramp.runs import digests
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, betas, examples, model, ups_and_downs
 
 REFUSED = "the certificate was changed or is damaged: "

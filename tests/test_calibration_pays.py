@@ -28,9 +28,9 @@ from offramp.calibration.grid import chains_of, paths_of
 from offramp.calibration.plain import plain_policies, static_layers_of
 from offramp.calibration.spending import cost
 from offramp.core.exits import Exits
-from offramp.digests import of as digest
 from offramp.report import calibration_plots
 from offramp.report.pages import calibration as page
+from offramp.runs.digests import of as digest
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model
 
 PROMISE = Promise("f1", tolerance=0.1, failure=0.1)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from offramp.classifiers import collect, load_outputs, save_outputs
 from offramp.classifiers.outputs import load_description
-from offramp.tensor_files import write_tensors
+from offramp.runs.tensor_files import write_tensors
 from tiny_encoders import inputs_for, tiny
 
 ROWS = (4, 4, 3)

@@ -11,8 +11,8 @@ import transformers as hf
 from offramp import ModelError
 from offramp import load as load_language_model
 from offramp.classifiers import EarlyExitClassifier, HeadConfig, load
-from offramp.packaged import PACKAGED, Packaged
-from offramp.tensor_files import claimed_header, write_tensors
+from offramp.hub.packaged import PACKAGED, Packaged
+from offramp.runs.tensor_files import claimed_header, write_tensors
 from sealing import rewrite
 from tiny import tokenizer
 from tiny_encoders import EVERYTHING, VOCABULARY, build, encoder, inputs_for, tiny

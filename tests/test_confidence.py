@@ -23,8 +23,8 @@ from offramp.core.confidence import (
 from offramp.core.exits import Consistency
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.exit_posterior import Laplace, NestedSets
 from offramp.families.best import best_of
+from offramp.lm.exit_posterior import Laplace, NestedSets
 from offramp.uncertainty import token_laplace, token_sets
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import offramp
-from offramp.devices import named_device, process_device
+from offramp.hub.devices import named_device, process_device
 
 
 def machine(monkeypatch, kind, count=1):

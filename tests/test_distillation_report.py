@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from distillation_runs import READOUT, small_study
 from offramp import cli
-from offramp.digests import sealed
 from offramp.distillation import DataConfig, run_grid, runs
 from offramp.distillation.by_group import THRESHOLDS, kept_weights, suggested
 from offramp.distillation.data import load_set
@@ -24,6 +23,7 @@ from offramp.distillation.report import by_method, changes_of_methods, detection
 from offramp.distillation.results import budgets_of, mean_exits, mean_report, report_of, results_in
 from offramp.distillation.teacher import save_logits
 from offramp.metrics.sets import binomial
+from offramp.runs.digests import sealed
 
 pytest.importorskip("sklearn")
 STUDY = small_study(2)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.bench import default_arms, run_bench
 from offramp.cli import options as o
 from offramp.core.drafter import Drafter
 from offramp.core.exits import Exits
@@ -17,10 +16,11 @@ from offramp.core.plan import resolve
 from offramp.core.policy import DRAFTER, DRAFTS
 from offramp.evaluation import document_arms
 from offramp.evaluation.arms import drafting_arms
-from offramp.exit_files import load_exits, save_exits
 from offramp.families import SplitModel
 from offramp.families.whole_pass import branch_of
-from offramp.packaged import ModelError
+from offramp.hub.exit_files import load_exits, save_exits
+from offramp.hub.packaged import ModelError
+from offramp.lm.bench import default_arms, run_bench
 from offramp.training import Data, train
 from offramp.training.unrolled import Unrolled
 from test_branches import CASES

@@ -23,8 +23,8 @@ from offramp.evaluation import (
     static_sweep,
     sweep_layers,
 )
-from offramp.files import write_json
 from offramp.report import drawing
+from offramp.runs.files import write_json
 from offramp.tasks import TASKS, Example
 from test_brute_force import lively
 from tiny import LAYERS, tiny, tokenizer

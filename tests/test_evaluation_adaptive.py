@@ -10,7 +10,7 @@ from evaluation_runs import TASK, examples
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.evaluation import Passage, decode_records, perplexity_records, read_records
-from offramp.lines import read_lines, write_lines
+from offramp.runs.lines import read_lines, write_lines
 from test_brute_force import lively
 from tiny import VOCABULARY, tokenizer
 

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 import offramp
-from offramp import Exits, LanguageModel, ModelError, cli, exit_sources
-from offramp.exit_files import load_exits, save_exits
-from offramp.exit_sources import exits_folder, push
+from offramp import Exits, LanguageModel, ModelError, cli
+from offramp.hub import exit_sources
+from offramp.hub.exit_files import load_exits, save_exits
+from offramp.hub.exit_sources import exits_folder, push
 from test_exits import same
 from tiny import inputs_for, tiny, tokenizer
 

@@ -16,8 +16,8 @@ from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.core.costs import break_even, exit_flops
 from offramp.core.exits import Lens, default_layers, fingerprint
 from offramp.core.plan import resolve
-from offramp.exit_files import load_exits, save_exits
-from offramp.probe import probe
+from offramp.hub.exit_files import load_exits, save_exits
+from offramp.lm.probe import probe
 from sealing import rewrite
 from test_brute_force import NO_END, Row, batch_of, deep, layers_of, lively, thresholds
 from tiny import LAYERS, VOCABULARY, greedy, inputs_for, tiny, tokenizer, truncated
@@ -526,9 +526,9 @@ def test_an_interrupted_save_leaves_the_old_exits(saved, tmp_path, monkeypatch, 
         raise error("stopped")
 
     if where == "write":
-        monkeypatch.setattr("offramp.artefact.write_tensors", stop)
+        monkeypatch.setattr("offramp.runs.artefact.write_tensors", stop)
     else:
-        monkeypatch.setattr("offramp.files._exchange", lambda *_: False)  # as where the system cannot
+        monkeypatch.setattr("offramp.runs.files._exchange", lambda *_: False)  # as where the system cannot
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda a, b: stop() if a.name == "new" else rename(a, b))
     with pytest.raises(error, match="stopped"):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from offramp.files import locked, replace_file, write_json
+from offramp.runs.files import locked, replace_file, write_json
 
 
 def everything_in(folder):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from offramp import files
-from offramp.files import recover_folder, replace_folder, require_writable, write_json, write_text
+from offramp.runs import files
+from offramp.runs.files import recover_folder, replace_folder, require_writable, write_json, write_text
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes, links and pipes of POSIX")
 
@@ -75,7 +75,7 @@ def test_a_pipe_is_written_into(tmp_path):
 @pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no /dev/stdout")
 @pytest.mark.parametrize("piped", [True, False])
 def test_standard_output_is_written_behind_what_is_there(tmp_path, piped):
-    code = "import sys\nfrom pathlib import Path\nfrom offramp.files import write_text\nprint('first')\n"
+    code = "import sys\nfrom pathlib import Path\nfrom offramp.runs.files import write_text\nprint('first')\n"
     code += "write_text(Path('/dev/stdout'), 'second\\n')\nprint('third')\n"
     if piped:
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -148,7 +148,7 @@ def put(new):
 REPLACING = """
 import sys
 from pathlib import Path
-from offramp import files
+from offramp.runs import files
 if sys.argv[2] == "renames":
     files._exchange = lambda *_: False
 def put(n, new):

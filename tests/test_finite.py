@@ -11,15 +11,15 @@ import evaluation_runs
 import token_distillation
 import training_runs
 from offramp import ExitPolicy, LanguageModel
-from offramp.bench import run_bench
 from offramp.calibration import Grid, Promise, calibrate
 from offramp.calibration.token_cache import cache_tokens
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate
 from offramp.evaluation.perplexity import Passage, perplexity_records
 from offramp.families.finite import NotFiniteError, not_finite, require_finite
-from offramp.layerwise import read_layers
-from offramp.probe import probe
+from offramp.lm.bench import run_bench
+from offramp.lm.layerwise import read_layers
+from offramp.lm.probe import probe
 from offramp.training import AnswerConfig, TrainConfig, answer_documents, train
 from offramp.training.data import Document
 from offramp.training.run_folder import TrainingError

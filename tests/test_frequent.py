@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError
-from offramp.bench import default_arms, run_bench
 from offramp.calibration.grid import Grid, settings_of
 from offramp.core.costs import break_even
 from offramp.core.pace import Pace
@@ -17,7 +16,8 @@ from offramp.core.plan import resolve
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.evaluation import document_arms, grid
 from offramp.evaluation.records import TaskArm
-from offramp.exit_files import load_exits, save_exits
+from offramp.hub.exit_files import load_exits, save_exits
+from offramp.lm.bench import default_arms, run_bench
 from offramp.tasks import TASKS
 from posteriors import with_posterior
 from sealing import rewrite

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import training_runs
-from offramp import digests
-from offramp.bounded import read_json
 from offramp.classifiers import load as load_classifier
-from offramp.exit_files import load_exits
-from offramp.packaged import ModelError
-from offramp.tensor_files import read_tensors, write_tensors
+from offramp.hub.exit_files import load_exits
+from offramp.hub.packaged import ModelError
+from offramp.runs import digests
+from offramp.runs.bounded import read_json
+from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.uncertainty import nested_conformal, saving
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
 from posteriors import with_posterior

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from offramp import ExitPolicy
 from offramp.core import language_model
-from offramp.models import load
-from offramp.packaged import PACKAGED, ModelError, Packaged, packaged_folder
+from offramp.hub.models import load
+from offramp.hub.packaged import PACKAGED, ModelError, Packaged, packaged_folder
 
 WEIGHTS = b"stands for a GGUF file"
 TOY = Packaged(
@@ -458,7 +458,7 @@ def convert(tiny, monkeypatch):
         calls.append(weights)
         shutil.copytree(tiny, out, dirs_exist_ok=True)
 
-    monkeypatch.setattr("offramp.packaged._convert", copy_tiny)
+    monkeypatch.setattr("offramp.hub.packaged._convert", copy_tiny)
     return calls
 
 
@@ -554,7 +554,7 @@ def test_a_conversion_that_fails_midway_leaves_nothing(package, convert, monkeyp
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("offramp.packaged._convert", fail)
+        patch.setattr("offramp.hub.packaged._convert", fail)
         with pytest.raises(raised, match="No space left.*OFFRAMP_CACHE" if raised is ModelError else None):
             packaged_folder("toy")
     assert kept() == []
@@ -595,7 +595,7 @@ def test_a_damaged_copy_is_made_again(package, convert, damage, capfd):
 CHILD = """
 import shutil, sys, time
 from pathlib import Path
-from offramp import packaged
+from offramp.hub import packaged
 
 tiny, log, pause = sys.argv[1:]
 

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 import tiny
 from offramp import ExitPolicy, LanguageModel
-from offramp.bench import run_bench
-from offramp.bench_playing import endless
-from offramp.bench_results import FULL, REFERENCE
 from offramp.cli import app
+from offramp.lm.bench import run_bench
+from offramp.lm.bench_playing import endless
+from offramp.lm.bench_results import FULL, REFERENCE
+from offramp.lm.scripted import random_prompts
 from offramp.peers import Answer, Peer, PeerError, answer, packages, started, starting
 from offramp.peers.packages import Package
 from offramp.peers.weights import FORMATS, gguf_file, model_folder, write_gguf
-from offramp.scripted import random_prompts
 
 FAKE = Path(__file__).with_name("fake_peer.py")
 fake = partial(Peer, "fake", [sys.executable], script=FAKE)

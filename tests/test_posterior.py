@@ -14,8 +14,8 @@ from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.core.exits import fingerprint
 from offramp.evaluation import document_arms
 from offramp.evaluation.perplexity import Passage, perplexity_records
-from offramp.exit_files import load_exits
-from offramp.exit_posterior import METHODS, SETS, NestedSets, RunningSet
+from offramp.hub.exit_files import load_exits
+from offramp.lm.exit_posterior import METHODS, SETS, NestedSets, RunningSet
 from posteriors import CANDIDATES, LAYERS, with_posterior
 from sealing import rewrite
 from test_brute_force import NO_END, batch_of, lively

@@ -23,8 +23,8 @@ from offramp.calibration.token_cache import SPLITS, cache_tokens, split_document
 from offramp.calibration.token_rows import factors_of, views_of
 from offramp.core.exits import fingerprint
 from offramp.core.vocabulary import Pruning
-from offramp.exit_files import load_exits
-from offramp.exit_posterior import METHODS, Posterior
+from offramp.hub.exit_files import load_exits
+from offramp.lm.exit_posterior import METHODS, Posterior
 from offramp.training.data import Document
 from offramp.uncertainty.shortlist import shortlist
 from offramp.uncertainty.token_sets import EvidenceSets

@@ -18,13 +18,13 @@ from evaluation_runs import examples, model
 from offramp import ExitPolicy, cli
 from offramp.calibration import Promise, calibrate, decoded
 from offramp.evaluation import Evaluation, Passage, evaluate_perplexity, read_records
-from offramp.files import write_json
-from offramp.lines import read_lines, write_lines
-from offramp.probe import Probe, probe
+from offramp.lm.probe import Probe, probe
 from offramp.report import training_plots
 from offramp.report.html import report
 from offramp.report.pages import evaluation
 from offramp.report.pages.blocks import Picture
+from offramp.runs.files import write_json
+from offramp.runs.lines import read_lines, write_lines
 from offramp.training.run_folder import RunFolder
 
 pytest.importorskip("matplotlib")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp import cli
-from offramp.tables import fitted, markdown
+from offramp.runs.tables import fitted, markdown
 
 HEAD = ["cost (× full model)", "exit layer", "FLOPs", "FLOPs/token", "bytes", "seconds", "seconds/token", "front"]
 ROWS = [

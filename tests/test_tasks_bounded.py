@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from offramp import bounded
-from offramp.bounded import content, decoded, parsed
+from offramp.runs import bounded
+from offramp.runs.bounded import content, decoded, parsed
 from offramp.tasks import TASKS, read_examples
 from offramp.tasks.group_tables import table_rows
 from offramp.tasks.images import read_idx

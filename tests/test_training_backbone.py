@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 import offramp
 import training_runs
-from offramp import ExitPolicy, ModelError, tensor_files
+from offramp import ExitPolicy, ModelError
 from offramp.core.exits import fingerprint
 from offramp.families import SplitModel
+from offramp.runs import tensor_files
 from offramp.training import OBJECTIVES, TrainingError, run_folder, train
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropout_rates, dropping

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel
-from offramp.exit_files import load_exits
+from offramp.hub.exit_files import load_exits
 from offramp.training import Data, train
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.data import Windows

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import training_runs
 from offramp import ExitPolicy, LanguageModel
-from offramp.exit_files import load_exits
+from offramp.hub.exit_files import load_exits
 from offramp.training import frequent_tokens, train
 from offramp.training.data import Data, Document, cut
 from offramp.training.frequent import Listing, listed, share_covered

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import training_runs
 from offramp.core.exits import Exits
-from offramp.exit_files import load_exits
-from offramp.lines import read_lines
+from offramp.hub.exit_files import load_exits
+from offramp.runs.lines import read_lines
 from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
 from training_runs import config, data, model
 

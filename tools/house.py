@@ -30,7 +30,9 @@ def imports(files: dict[str, Path], *, late: bool = True) -> dict[str, set[str]]
     """Which modules of the package each one imports; not `late`: only those that importing it imports."""
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
-        graph[name] = {each for node in _nodes(ast.parse(path.read_text()), late) for each in _named(node, files)} - {name}
+        graph[name] = {each for node in _nodes(ast.parse(path.read_text()), late) for each in _named(node, files)} - {
+            name
+        }
     return graph
 
 

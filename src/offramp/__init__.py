@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from offramp.core.policy import ExitPolicy as ExitPolicy
     from offramp.families import SplitModel as SplitModel
     from offramp.families import UnsupportedModelError as UnsupportedModelError
-    from offramp.models import load as load
-    from offramp.packaged import ModelError as ModelError
+    from offramp.hub.models import load as load
+    from offramp.hub.packaged import ModelError as ModelError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     # models
-    "load": "models",
+    "load": "hub.models",
     "LanguageModel": "core.language_model",
     "Generation": "core.language_model",
     "Exits": "core.exits",
     "EarlyExitClassifier": "classifiers",
-    "ModelError": "packaged",
+    "ModelError": "hub.packaged",
     "UnsupportedModelError": "families",
     # when to leave
     "ExitPolicy": "core.policy",

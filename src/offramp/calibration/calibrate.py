@@ -45,8 +45,8 @@ from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, requ
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
-from offramp.files import write_json
 from offramp.risk import pareto_front
+from offramp.runs.files import write_json
 from offramp.values import listed
 
 if TYPE_CHECKING:

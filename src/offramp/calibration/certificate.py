@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.bounded import read_object
 from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.evidence import require_evidence
 from offramp.calibration.promise import CRC, Promise
@@ -22,8 +21,9 @@ from offramp.calibration.room import Room
 from offramp.calibration.statement import finding, words
 from offramp.core.exits import fingerprint
 from offramp.core.policy import WRITE, ExitPolicy
-from offramp.digests import of as digest
-from offramp.files import write_json
+from offramp.runs.bounded import read_object
+from offramp.runs.digests import of as digest
+from offramp.runs.files import write_json
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

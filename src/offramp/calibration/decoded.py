@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.bounded import read_object
 from offramp.calibration.grid import PLAIN, Setting
 from offramp.calibration.layer_thresholds import layer_thresholds
 from offramp.calibration.spending import cost
 from offramp.calibration.splits import TEST
 from offramp.core.policy import ExitPolicy
-from offramp.digests import sealed, unsealed, warn_of_none
 from offramp.evaluation.arms import FULL, short_prompt
 from offramp.evaluation.processes import shared, state_of
 from offramp.evaluation.record_file import Progress, Record, header_of, read_records
 from offramp.evaluation.records import decode_arms
-from offramp.files import write_json
+from offramp.runs.bounded import read_object
+from offramp.runs.digests import sealed, unsealed, warn_of_none
+from offramp.runs.files import write_json
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

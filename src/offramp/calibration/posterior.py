@@ -19,10 +19,10 @@ from offramp.core.exits import Exits, fingerprint
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import Pruning
-from offramp.exit_files import save_exits
-from offramp.exit_posterior import METHODS, Posterior
-from offramp.files import locked, write_json
-from offramp.machine import describe
+from offramp.hub.exit_files import save_exits
+from offramp.lm.exit_posterior import METHODS, Posterior
+from offramp.runs.files import locked, write_json
+from offramp.runs.machine import describe
 from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets
 from offramp.uncertainty.token_tuning import Tuned, tune

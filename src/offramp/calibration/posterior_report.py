@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from offramp.calibration.token_rows import ExitView, TokenViews
-from offramp.exit_posterior import SETS, Posterior
+from offramp.lm.exit_posterior import SETS, Posterior
 from offramp.metrics.calibration import Reliability
 from offramp.metrics.sets import binomial
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 from offramp.uncertainty import token_laplace, token_sets
 from offramp.uncertainty.token_sets import share_outside
 from offramp.uncertainty.token_tuning import TokenRows, log_likelihood, temperature_alone

@@ -17,8 +17,8 @@ from offramp.calibration.splits import TEST
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.result import COLUMNS
-from offramp.files import write_json
-from offramp.tables import markdown
+from offramp.runs.files import write_json
+from offramp.runs.tables import markdown
 
 SCHEMA = "offramp/calibrate/1"
 CONFIG, RESULT, POLICY = "config.json", "result.json", "policy.json"

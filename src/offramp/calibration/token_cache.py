@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.bounded import read_object
 from offramp.core.exits import fingerprint
 from offramp.families.finite import name_of, require_finite
-from offramp.files import differences, write_json
-from offramp.tensor_files import read_tensors, write_tensors
+from offramp.runs.bounded import read_object
+from offramp.runs.files import differences, write_json
+from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.training.data import Document, Windows, cut
 from offramp.training.passes import states_of
 from offramp.training.tally import chunk_rows

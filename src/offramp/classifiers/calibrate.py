@@ -19,12 +19,12 @@ from torch import Tensor
 from offramp.classifiers.calibrated import Calibrated
 from offramp.classifiers.certify import RowCertificate, RowPromise, Trials, certify, costs_words, ladder, try_thresholds
 from offramp.classifiers.choice import NONE, Choice, Effect, choose, effect, losses
-from offramp.files import write_json, write_text
 from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
 from offramp.metrics.sets import SetSummary, summarise
 from offramp.risk import classifier_losses
-from offramp.tables import markdown
+from offramp.runs.files import write_json, write_text
+from offramp.runs.tables import markdown
 from offramp.uncertainty import nested_conformal
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
 from offramp.uncertainty.outputs import ExitOutputs

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp import artefact
 from offramp.classifiers.evaluate import charged
 from offramp.risk import budgets
+from offramp.runs import artefact
 from offramp.uncertainty import saving
 from offramp.uncertainty.nested_conformal import NestedConformal
 from offramp.uncertainty.outputs import ExitOutputs

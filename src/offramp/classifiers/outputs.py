@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offramp.bounded import parsed
 from offramp.families.backbone import evaluating
-from offramp.packaged import first_line
-from offramp.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
+from offramp.hub.packaged import first_line
+from offramp.runs.bounded import parsed
+from offramp.runs.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
 
 if TYPE_CHECKING:

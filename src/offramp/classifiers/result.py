@@ -14,8 +14,8 @@ from scipy import special
 
 from offramp.classifiers.evaluate import BASELINE
 from offramp.classifiers.method import SHARES, Fitted, Method, Point
-from offramp.files import write_json, write_text
-from offramp.tables import markdown
+from offramp.runs.files import write_json, write_text
+from offramp.runs.tables import markdown
 
 SCHEMA = "offramp/classifier-evaluation/2"
 EARLIER = "offramp/classifier-evaluation/1"

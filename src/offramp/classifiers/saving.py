@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp import artefact
-from offramp.bounded import read_object
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING
-from offramp.devices import named_device
 from offramp.families.backbone import Backbone
-from offramp.files import write_json
-from offramp.model_sources import Source
-from offramp.models import named_dtype
-from offramp.packaged import ModelError, first_line, quiet
-from offramp.pretrained import config_of, model_shaped, tokenizer_of
-from offramp.tensor_files import read_tensors, write_tensors
+from offramp.hub.devices import named_device
+from offramp.hub.model_sources import Source
+from offramp.hub.models import named_dtype
+from offramp.hub.packaged import ModelError, first_line, quiet
+from offramp.hub.pretrained import config_of, model_shaped, tokenizer_of
+from offramp.runs import artefact
+from offramp.runs.bounded import read_object
+from offramp.runs.files import write_json
+from offramp.runs.tensor_files import read_tensors, write_tensors
 
 SCHEMA = "offramp/classifier/1"
 CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"

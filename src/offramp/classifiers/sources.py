@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from offramp.bounded import read_object
-from offramp.model_sources import Source, find
-from offramp.packaged import ModelError
-from offramp.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.hub.model_sources import Source, find
+from offramp.hub.packaged import ModelError
+from offramp.hub.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.runs.bounded import read_object
 
 PREPROCESSING = "preprocessor_config.json"
 """File of an image processor's settings."""

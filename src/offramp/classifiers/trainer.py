@@ -25,8 +25,8 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
 from offramp.core.exits import fingerprint
 from offramp.families.backbone import autocast
-from offramp.machine import describe
-from offramp.tables import markdown
+from offramp.runs.machine import describe
+from offramp.runs.tables import markdown
 from offramp.tasks.labelled import require_apart
 from offramp.training.optimiser import adamw
 from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened

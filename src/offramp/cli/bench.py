@@ -13,7 +13,7 @@ from offramp.cli import options as o
 
 if TYPE_CHECKING:
     from offramp import ExitPolicy, LanguageModel
-    from offramp.bench_results import Arms, Bench
+    from offramp.lm.bench_results import Arms, Bench
 
 
 def bench(
@@ -97,9 +97,9 @@ def bench(
     worth in seconds, whatever the confidences say.
     """
     import offramp
-    from offramp.bench import run_batch_sizes, run_bench
+    from offramp.lm.bench import run_batch_sizes, run_bench
+    from offramp.lm.scripted import random_prompts
     from offramp.peers import started
-    from offramp.scripted import random_prompts
 
     _check_one(model, random, exits)
     names, pythons = _named_peers(peers, peer_python)
@@ -153,7 +153,7 @@ def _report(result: Bench, out: Path | None, json: Path | None) -> None:
 
 
 def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> None:
-    from offramp.bench_tables import sizes_table
+    from offramp.lm.bench_tables import sizes_table
     from offramp.report.plots import save_bench
 
     if str(json) != "-":
@@ -170,9 +170,9 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
 
 def _random(shape: str, dtype: str, engine: str, device: str | None, seed: int) -> LanguageModel:
     """A model with random weights."""
-    from offramp.devices import named_device
-    from offramp.models import named_dtype
-    from offramp.scripted import random_model
+    from offramp.hub.devices import named_device
+    from offramp.hub.models import named_dtype
+    from offramp.lm.scripted import random_model
 
     o.note(f"building a random {shape}")
     int8 = dtype == "int8" and engine != "torch"
@@ -187,8 +187,8 @@ def _arms(
     min_layer: int | None, seed: int,
 ) -> Arms:  # fmt: skip
     """The rows of the table that are asked for."""
-    from offramp.bench import default_arms
-    from offramp.scripted import scripted_arms
+    from offramp.lm.bench import default_arms
+    from offramp.lm.scripted import scripted_arms
     from offramp.values import choice
 
     if mean is None:
@@ -273,7 +273,7 @@ def _named_peers(names: str | None, pythons: list[str] | None) -> tuple[list[str
 
 def _probe(lm: LanguageModel) -> Callable[[], float] | None:
     """A read of as many bytes as the weights are; None: there is no compiler for it."""
-    from offramp.bandwidth import read_probe
+    from offramp.lm.bandwidth import read_probe
     from offramp.native.build import NativeError
 
     try:

@@ -196,7 +196,7 @@ def calibrate(
     from offramp.calibration import calibrate as run
     from offramp.calibration.statement import warning
     from offramp.core.policy import ExitPolicy
-    from offramp.devices import process_device
+    from offramp.hub.devices import process_device
     from offramp.tasks import read_examples, take
 
     asked = o.task_named(task, languages)

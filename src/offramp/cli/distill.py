@@ -86,11 +86,11 @@ def distill(
     group with its interval, what distillation cost it, exits by group, how well weights find the minority, what other
     selection rules would have chosen, and where group labels were used. `offramp report` shows the same with pictures.
     """
-    from offramp.devices import named_device
     from offramp.distillation.config import runs
     from offramp.distillation.grid import run_grid
     from offramp.distillation.report import FEW, summary, tables, write_groups
-    from offramp.files import write_text
+    from offramp.hub.devices import named_device
+    from offramp.runs.files import write_text
 
     values = settings_from(config, data)
     study, given = study_of(values, student, teacher or [], data, task, epochs, select)
@@ -113,8 +113,8 @@ def distill(
 
 def settings_from(config: str | None, data: str | None) -> dict[str, Any]:
     """The settings of a file, or of a set that come with the library; those of a stand-in need not be asked for."""
-    from offramp.bounded import read_object
     from offramp.distillation.config import BUNDLED, bundled
+    from offramp.runs.bounded import read_object
 
     if config is None:
         name = (data or "").removeprefix("stand-in:").partition(":")[0]

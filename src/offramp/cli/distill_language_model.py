@@ -115,8 +115,8 @@ def distill_language_model(
     offramp distill …` divides each step among processes.
     """
     import offramp
-    from offramp.devices import process_device
     from offramp.distillation.language_models import distil
+    from offramp.hub.devices import process_device
     from offramp.training import TrainConfig
 
     _check(text, prompts, steps, tokens)

@@ -107,8 +107,8 @@ def evaluate(
     examples among processes.
     """
     import offramp
-    from offramp.devices import process_device
     from offramp.evaluation import records_of, static_sweep
+    from offramp.hub.devices import process_device
 
     _refuse_unused(
         task, {"--target": target, "--languages": languages, "--max-new-tokens": max_new_tokens, "--longest": longest},

@@ -43,7 +43,7 @@ Device = Annotated[
 
 def _writable(path: Path | None) -> Path | None:
     """The path, if it can be written: it is better known before long work than behind it."""
-    from offramp.files import require_writable
+    from offramp.runs.files import require_writable
 
     if path is not None and str(path) != "-":
         try:
@@ -263,7 +263,7 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
 def prompts_from(file: Path | None, count: int | None = None) -> list[str]:
     """Prompts of a file, lines or JSON objects with "prompt", or the bundled ones; the first `count`."""
     from offramp.distillation.prompt_groups import read_prompts
-    from offramp.prompts import bundled_prompts
+    from offramp.hub.prompts import bundled_prompts
 
     return first(bundled_prompts() if file is None else [entry.text for entry in read_prompts(file)], count)
 
@@ -280,7 +280,7 @@ def standard_input(what: str) -> str:
     Raises:
         ValueError: It is empty, or no text in UTF-8.
     """
-    from offramp.bounded import decoded, whole
+    from offramp.runs.bounded import decoded, whole
 
     if sys.stdin.isatty():
         note(f"reading {what} from standard input, end it with Ctrl-D")
@@ -301,7 +301,7 @@ def write_result(values: dict[str, Any], path: Path | None) -> None:
     """Write a command's JSON where `--json` says."""
     import json
 
-    from offramp.files import write_json
+    from offramp.runs.files import write_json
 
     if path is None:
         return
@@ -324,7 +324,7 @@ def command_line() -> str:
 
 def say(text: str) -> None:
     """A result on standard output; its tables fit the terminal, or COLUMNS. A file gets them whole."""
-    from offramp.tables import fitted
+    from offramp.runs.tables import fitted
 
     narrow = "COLUMNS" in os.environ or sys.stdout.isatty()
     typer.echo(fitted(text, shutil.get_terminal_size().columns if narrow else None))

@@ -31,7 +31,7 @@ def probe(
 ) -> None:
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
-    from offramp.probe import probe as look
+    from offramp.lm.probe import probe as look
     from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:

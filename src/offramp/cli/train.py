@@ -195,7 +195,7 @@ def train(
     `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
     import offramp
-    from offramp.devices import agreed, process_device
+    from offramp.hub.devices import agreed, process_device
     from offramp.training import AnswerConfig, TrainConfig, fast_precision, placed, prepare
     from offramp.training import train as run
     from offramp.training.data import steps_per_epoch
@@ -254,7 +254,7 @@ def train(
     o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} {use}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     if push_to_hub is not None:
-        from offramp.exit_sources import push
+        from offramp.hub.exit_sources import push
 
         address = push(result.exits, push_to_hub, model=result.model)
         if result.model is None:

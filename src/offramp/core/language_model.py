@@ -24,8 +24,8 @@ from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
 from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 from offramp.families import SplitModel
-from offramp.packaged import quiet
-from offramp.pretrained import inside_peft
+from offramp.hub.packaged import quiet
+from offramp.hub.pretrained import inside_peft
 from offramp.values import flag
 
 
@@ -177,7 +177,7 @@ class LanguageModel:
         """
         if self._exits is None:
             raise ValueError("the model has no trained exits to save; train some and attach them with attach_exits")
-        from offramp.exit_files import save_exits  # it knows posteriors, which decoding does not
+        from offramp.hub.exit_files import save_exits  # it knows posteriors, which decoding does not
 
         save_exits(self._exits, path, settings=settings, model=self.name, fingerprint=fingerprint(self.model))
 

@@ -46,9 +46,9 @@ class ExitPolicy:
     Attributes:
         confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "classifier" (of the
             model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "laplace",
-            "conformal", "avcs" (these three of the exits' posterior, see `offramp.exit_posterior`; test only where it
-            was fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or a
-            callable (see `offramp.core.confidence.Confidence`).
+            "conformal", "avcs" (these three of the exits' posterior, see `offramp.lm.exit_posterior`; test only where
+            it was fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or
+            a callable (see `offramp.core.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
@@ -322,7 +322,7 @@ class ExitPolicy:
         Raises:
             ValueError: The confidence is a callable.
         """
-        from offramp.files import write_json  # decoding touches no files
+        from offramp.runs.files import write_json  # decoding touches no files
 
         write_json(Path(path), self.to_dict())
 
@@ -337,7 +337,7 @@ class ExitPolicy:
             ValueError: The file is not a policy.
             FileNotFoundError: There is no such file.
         """
-        from offramp.bounded import read_object
+        from offramp.runs.bounded import read_object
 
         try:
             return cls.from_dict(read_object(Path(path), WRITE))

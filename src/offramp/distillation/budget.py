@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from offramp.bounded import read_object
 from offramp.distillation.config import SCHEMA, Run
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import budget_of
 from offramp.metrics.selection import SPLITS, WITH_GROUPS, LabelBudget
+from offramp.runs.bounded import read_object
 
 
 def label_budget(run: Run, train: int, select: int, test: int) -> LabelBudget:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.bounded import parsed
 from offramp.classifiers.saving import load
 from offramp.distillation.config import Run
 from offramp.distillation.history import AGAIN
@@ -22,8 +21,9 @@ from offramp.metrics.group_exits import budgets_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import group_report
 from offramp.risk.budgets import leave
+from offramp.runs.bounded import parsed
+from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.tasks.group_sets import Grouped, GroupedSet
-from offramp.tensor_files import read_tensors, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
 
 PREDICTIONS, WEIGHTS = "predictions.safetensors", "weights.safetensors"

@@ -13,17 +13,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from offramp.bounded import read_object
 from offramp.classifiers.saving import WEIGHTS
-from offramp.devices import named_device
-from offramp.digests import of_file, sealed, unsealed
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
 from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import read_result
 from offramp.distillation.teacher import require_unseen
-from offramp.files import differences, write_json
+from offramp.hub.devices import named_device
+from offramp.runs.bounded import read_object
+from offramp.runs.digests import of_file, sealed, unsealed
+from offramp.runs.files import differences, write_json
 
 Progress = Callable[[int, int, str], None]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offramp.bounded import read_json
-from offramp.digests import sealed, unsealed
-from offramp.files import write_json
 from offramp.metrics.selection import Epoch, Judged, choices
-from offramp.tensor_files import read_tensors, write_tensors
+from offramp.runs.bounded import read_json
+from offramp.runs.digests import sealed, unsealed
+from offramp.runs.files import write_json
+from offramp.runs.tensor_files import read_tensors, write_tensors
 
 AGAIN = "remove the run's folder to train it again"
 

@@ -21,14 +21,14 @@ from offramp.distillation.config import Run
 from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.history import History
 from offramp.distillation.parts import Parts
-from offramp.lines import read_lines
 from offramp.metrics.group_exits import exits_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import flip_rate
 from offramp.metrics.selection import judge
 from offramp.report.groups import plain
 from offramp.risk.budgets import leave
-from offramp.tensor_files import write_tensors
+from offramp.runs.lines import read_lines
+from offramp.runs.tensor_files import write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
 
 

@@ -23,9 +23,9 @@ from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summar
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
 from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import name_of, require_finite
-from offramp.machine import describe
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
+from offramp.runs.machine import describe
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropping

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.bounded import read_object
 from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
+from offramp.runs.bounded import read_object
 from offramp.tasks.labelled import Labelled
 
 MEMORY = 2**30

@@ -27,7 +27,6 @@ from offramp.distillation.results import (
     truncated_in,
     weights_of,
 )
-from offramp.files import replace_file
 from offramp.metrics.groups import SMALLEST
 from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, compare, paired, spread, summarise_seeds, together
 from offramp.metrics.selection import RULES
@@ -44,6 +43,7 @@ from offramp.report.groups import (
     paired_cells,
     seeds_table,
 )
+from offramp.runs.files import replace_file
 
 REFERENCE = "kd"
 """What other methods with the same teacher are compared with."""

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bounded import read_object
-from offramp.digests import unsealed
 from offramp.distillation.config import SCHEMA
 from offramp.distillation.history import AGAIN
 from offramp.distillation.methods import METHODS
@@ -23,6 +21,8 @@ from offramp.metrics.readouts import ReadoutDiagnostics
 from offramp.metrics.seeds import CHANGES, SHARES, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget
 from offramp.metrics.sets import Share, binomial
+from offramp.runs.bounded import read_object
+from offramp.runs.digests import unsealed
 
 Result = Mapping[str, Any]
 """What stands in result.json."""

@@ -28,7 +28,6 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.saving import load, training_rows
 from offramp.classifiers.trainer import train_classifier
 from offramp.core.exits import fingerprint
-from offramp.digests import sealed
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
 from offramp.distillation.by_group import found_by_group, keep_weights
@@ -41,9 +40,10 @@ from offramp.distillation.judging import judged, outputs_of, record
 from offramp.distillation.networks import begun_from, build, require_same_classes, rows_for
 from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, with_teachers_classifier
-from offramp.files import write_json
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.report.groups import plain
+from offramp.runs.digests import sealed
+from offramp.runs.files import write_json
 from offramp.tasks.row_hashes import row_hashes
 
 RESULT = "result.json"

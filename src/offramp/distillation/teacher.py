@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.bounded import parsed
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.saving import training_rows
@@ -19,12 +18,13 @@ from offramp.distillation.objectives import Targets
 from offramp.distillation.states import States
 from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import require_finite
-from offramp.packaged import first_line
+from offramp.hub.packaged import first_line
+from offramp.runs.bounded import parsed
+from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.tasks.group_sets import GroupedSet
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
 from offramp.tasks.row_hashes import input_hashes, row_hashes
-from offramp.tensor_files import read_tensors, write_tensors
 
 SCHEMA = "offramp/teacher-logits/1"
 

@@ -18,9 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.bounded import read_object
 from offramp.core.plan import resolve
-from offramp.digests import sealed, unsealed
 from offramp.evaluation.arms import FULL, baselines, unexited
 from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.perplexity import Passage, PassageArm
@@ -30,9 +28,11 @@ from offramp.evaluation.records import TaskArm, answer_options, divided_by
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
-from offramp.files import differences, write_json
-from offramp.machine import describe
 from offramp.metrics.text import reads
+from offramp.runs.bounded import read_object
+from offramp.runs.digests import sealed, unsealed
+from offramp.runs.files import differences, write_json
+from offramp.runs.machine import describe
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

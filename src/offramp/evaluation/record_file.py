@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from offramp.core.exits import fingerprint
-from offramp.files import differences
-from offramp.lines import REMOVE, append_lines, keep_lines, read_lines, write_lines
+from offramp.runs.files import differences
+from offramp.runs.lines import REMOVE, append_lines, keep_lines, read_lines, write_lines
 
 if TYPE_CHECKING:
     from offramp.core.adaptive_threshold import AdaptiveThreshold

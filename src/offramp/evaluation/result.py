@@ -12,9 +12,9 @@ from offramp.evaluation.arms import FULL
 from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
 from offramp.evaluation.verdict import GOOD, Finding, findings, sentences
-from offramp.files import write_json, write_text
 from offramp.risk.control import pareto_front
-from offramp.tables import markdown
+from offramp.runs.files import write_json, write_text
+from offramp.runs.tables import markdown
 
 RESULTS, TABLE = "results.json", "table.md"
 SCHEMA = "offramp/evaluate/1"

@@ -20,8 +20,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from offramp.hub.packaged import cache_folder, first_line, say
 from offramp.native.library import open_library
-from offramp.packaged import cache_folder, first_line, say
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast")

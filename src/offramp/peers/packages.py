@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.files import replace_folder
+from offramp.hub.packaged import cache_folder, first_line, sole_maker
 from offramp.native.build import processor
-from offramp.packaged import cache_folder, first_line, sole_maker
 from offramp.peers.process import PeerError
+from offramp.runs.files import replace_folder
 
 EVERY = 30.0
 """Seconds between two lines on an installation that takes long."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offramp.core.exits import fingerprint
-from offramp.files import replace_file, replace_folder
-from offramp.packaged import cache_folder, first_line, quiet
+from offramp.hub.packaged import cache_folder, first_line, quiet
 from offramp.peers.process import PeerError
+from offramp.runs.files import replace_file, replace_folder
 
 FORMATS = ("f16", "q8_0", "q4_1")
 """Formats of GGUF files, as llama.cpp calls them. Norms are in float32 in all of them, embeddings and head at least in

@@ -15,7 +15,7 @@ from offramp.metrics.groups import GroupReport
 from offramp.metrics.readouts import TOO_MANY, ReadoutDiagnostics
 from offramp.metrics.seeds import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, choices
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 
 
 @dataclass(frozen=True)

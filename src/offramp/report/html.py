@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offramp import __version__
-from offramp.files import write_text
+from offramp.runs.files import write_text
 
 if TYPE_CHECKING:
     from offramp.report.pages import Page

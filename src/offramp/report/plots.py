@@ -21,9 +21,9 @@ from offramp.report.drawing import (
 )
 
 if TYPE_CHECKING:
-    from offramp.bench_results import Bench
     from offramp.evaluation import ArmSummary, Evaluation, Interval
-    from offramp.probe import Probe
+    from offramp.lm.bench_results import Bench
+    from offramp.lm.probe import Probe
 
 
 def save_probe(probe: Probe, folder: Path) -> list[Path]:

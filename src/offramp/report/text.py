@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from offramp.probe import COVERAGE, TOLERANCE, Depths, Probe
-from offramp.tables import markdown
+from offramp.lm.probe import COVERAGE, TOLERANCE, Depths, Probe
+from offramp.runs.tables import markdown
 
 
 def probe_table(probe: Probe) -> str:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from offramp.metrics.seeds import CHANGES, Paired, Spread, paired, spread
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 from offramp.tasks.group_sets import GroupedSet
 
 WORST = (0.50, 0.75)

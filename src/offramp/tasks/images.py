@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.bounded import content
+from offramp.runs.bounded import content
 from offramp.tasks.labelled import Labelled
 
 FASHION = (

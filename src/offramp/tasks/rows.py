@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offramp.bounded import LONGEST_LINE, content, decoded, parsed
+from offramp.runs.bounded import LONGEST_LINE, content, decoded, parsed
 
 HUB = "hub:"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offramp.families import SplitModel
 from offramp.families.sizes import ModelShape
-from offramp.tables import markdown
+from offramp.runs.tables import markdown
 from offramp.training.closed_lenses import agreement
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.bounded import parsed, read_object
-from offramp.digests import sealed, unsealed
-from offramp.files import differences, locked, write_json
-from offramp.lines import append_lines, read_lines, write_lines
-from offramp.tensor_files import read_tensors, write_tensors
+from offramp.runs.bounded import parsed, read_object
+from offramp.runs.digests import sealed, unsealed
+from offramp.runs.files import differences, locked, write_json
+from offramp.runs.lines import append_lines, read_lines, write_lines
+from offramp.runs.tensor_files import read_tensors, write_tensors
 
 MAY_CHANGE = [f"config.{part}{name}" for part in ("", "training.") for name in ("learning_rate", "clip")]
 """Options that a run may go on with other values of, once NaN or infinity has stopped it."""

@@ -14,10 +14,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.core.exits import Exits, fingerprint
-from offramp.exit_files import save_exits
 from offramp.families.sizes import LINEAR
-from offramp.files import replace_folder
-from offramp.packaged import quiet
+from offramp.hub.exit_files import save_exits
+from offramp.hub.packaged import quiet
+from offramp.runs.files import replace_folder
 from offramp.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from offramp.core.exits import Exits, fingerprint
 from offramp.families import SplitModel
 from offramp.families.backbone import autocast, rounded
 from offramp.families.finite import NotFiniteError, broken_at
-from offramp.machine import describe
+from offramp.runs.machine import describe
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.digests import of
+from offramp.runs.digests import of
 from offramp.uncertainty.outputs import ExitOutputs
 
 

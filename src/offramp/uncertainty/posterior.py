@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp import artefact, digests
-from offramp.tables import markdown
+from offramp.runs import artefact, digests
+from offramp.runs.tables import markdown
 from offramp.uncertainty import checks, ensemble, fingerprint, overhead, predictive
 from offramp.uncertainty.one_exit import ExitPosterior, fit_exits
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint

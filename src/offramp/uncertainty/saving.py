@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from offramp import artefact
+from offramp.runs import artefact
 
 SCHEMA = "offramp/uncertainty/1"
 

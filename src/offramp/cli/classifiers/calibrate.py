@@ -88,7 +88,7 @@ def calibrate_classifier(
     from offramp.classifiers.certify import RowPromise
     from offramp.classifiers.choice import CANDIDATES, NONE
     from offramp.classifiers.passes import Passes
-    from offramp.machine import describe
+    from offramp.runs.machine import describe
     from offramp.uncertainty.posterior import PosteriorConfig
 
     _check(loss, LOSSES)

@@ -54,8 +54,8 @@ def evaluate_classifier(
     from offramp.classifiers.compare import ComparisonConfig, compare
     from offramp.classifiers.evaluate import Settings
     from offramp.classifiers.passes import Passes
-    from offramp.machine import describe
-    from offramp.tables import markdown
+    from offramp.runs.machine import describe
+    from offramp.runs.tables import markdown
     from offramp.uncertainty.posterior import METHODS, PosteriorConfig
 
     config = ComparisonConfig(

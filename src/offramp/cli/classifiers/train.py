@@ -106,7 +106,7 @@ def train_classifier(
     from offramp.classifiers import train_classifier as run
     from offramp.classifiers.architectures import build, rows_of, usual
     from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
-    from offramp.devices import named_device
+    from offramp.hub.devices import named_device
     from offramp.tasks.row_hashes import row_hashes
 
     options: dict[str, Any] = {

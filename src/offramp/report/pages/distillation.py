@@ -25,7 +25,6 @@ from offramp.distillation.results import (
     truncated_in,
     weights_of,
 )
-from offramp.files import differences
 from offramp.report import group_plots
 from offramp.report.groups import (
     GroupTable,
@@ -37,6 +36,7 @@ from offramp.report.groups import (
     weights_table,
 )
 from offramp.report.pages.blocks import Block, Page, Picture, Section, Table, Text, draw, repeat
+from offramp.runs.files import differences
 
 PICTURED = ("erm", "kd", "dedier", "laplace")
 """Methods in the pictures of a grid that has more than these; others take the places of those it lacks."""

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.bounded import read_json
 from offramp.calibration.result import RESULT
 from offramp.calibration.result import SCHEMA as CALIBRATION
 from offramp.classifiers.calibrate import EARLIER as EARLIER_CALIBRATION
@@ -19,9 +18,10 @@ from offramp.distillation.config import SCHEMA as DISTILLATION
 from offramp.distillation.token_report import SCHEMA as TOKEN_DISTILLATION
 from offramp.evaluation.result import RESULTS
 from offramp.evaluation.result import SCHEMA as EVALUATION
-from offramp.probe import SCHEMA as PROBE
+from offramp.lm.probe import SCHEMA as PROBE
 from offramp.report.pages import calibration, classifiers, distillation, evaluation, probe, token_distillation, training
 from offramp.report.pages.blocks import Page
+from offramp.runs.bounded import read_json
 from offramp.training.trainer import SCHEMA as TRAINING
 
 UNFINISHED = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offramp.bench_results import ArmResult, Bench, Saving, Spread
 from offramp.core.costs import PARTS
-from offramp.tables import markdown
+from offramp.lm.bench_results import ArmResult, Bench, Saving, Spread
+from offramp.runs.tables import markdown
 
 
 def tables(bench: Bench) -> list[str]:

@@ -255,7 +255,7 @@ class Bench:
 
     def table(self) -> str:
         """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
-        from offramp.bench_tables import tables
+        from offramp.lm.bench_tables import tables
 
         return "\n\n".join([*tables(self), self.footing])
 
@@ -279,7 +279,7 @@ class Bench:
 
 
 def script_of(policy: ExitPolicy) -> Any:
-    """The `offramp.scripted.Script` of a policy whose exits are prescribed; None for others."""
+    """The `offramp.lm.scripted.Script` of a policy whose exits are prescribed; None for others."""
     return getattr(policy.confidence, "script", None)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.packaged import PACKAGED, ModelError, first_line, packaged_folder
+from offramp.hub.packaged import PACKAGED, ModelError, first_line, packaged_folder
 from offramp.values import nearest
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

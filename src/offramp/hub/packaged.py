@@ -235,8 +235,8 @@ def _convert(weights: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from offramp.model_sources import Source
-    from offramp.pretrained import model_of, tokenizer_of
+    from offramp.hub.model_sources import Source
+    from offramp.hub.pretrained import model_of, tokenizer_of
 
     source = Source(str(weights.parent), True, {"gguf_file": weights.name, "local_files_only": True})
     with quiet(), redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that cannot be turned off

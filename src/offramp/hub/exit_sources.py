@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from offramp.exit_files import CONFIG, WEIGHTS, load_exits, save_exits
-from offramp.packaged import ModelError, first_line
+from offramp.hub.exit_files import CONFIG, WEIGHTS, load_exits, save_exits
+from offramp.hub.packaged import ModelError, first_line
 
 BUNDLED = "bundled"
 """Name of the exits that come with offramp, for a packaged model."""
@@ -28,7 +28,7 @@ def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
     """
     folder = Path(source).expanduser()
     if str(source) == BUNDLED and not folder.exists():
-        bundled = Path(__file__).parent / "data" / "exits"
+        bundled = Path(__file__).parents[1] / "data" / "exits"
         have = sorted(path.name for path in bundled.glob("*/"))
         if model not in have:
             names = ", ".join(have) or "no model"

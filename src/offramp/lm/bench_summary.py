@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offramp.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, PeerResult, Spread
-from offramp.bench_rounds import Round, Turn
 from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
+from offramp.lm.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, PeerResult, Spread
+from offramp.lm.bench_rounds import Round, Turn
 
 Texts = list[list[int]]
 """Tokens of each prompt."""

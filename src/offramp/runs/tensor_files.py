@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp import digests
-from offramp.bounded import parsed
-from offramp.files import replace_file
+from offramp.runs import digests
+from offramp.runs.bounded import parsed
+from offramp.runs.files import replace_file
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.engine import ENGINES
-from offramp.devices import named_device
-from offramp.exit_files import load_exits, require_made_for
-from offramp.model_sources import find
-from offramp.packaged import PACKAGED, ModelError
-from offramp.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.hub.devices import named_device
+from offramp.hub.exit_files import load_exits, require_made_for
+from offramp.hub.model_sources import find
+from offramp.hub.packaged import PACKAGED, ModelError
+from offramp.hub.pretrained import config_of, loading, model_of, tokenizer_of
 from offramp.values import choice, listed
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def load(
         name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
         local_files_only=local_files_only,
     )  # fmt: skip
-    from offramp.exit_sources import exits_folder
+    from offramp.hub.exit_sources import exits_folder
 
     trained = (
         None if exits is None else load_exits(exits_folder(exits, str(name)))

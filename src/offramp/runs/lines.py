@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from offramp import digests
-from offramp.bounded import content, parsed
-from offramp.files import differences, replace_file
+from offramp.runs import digests
+from offramp.runs.bounded import content, parsed
+from offramp.runs.files import differences, replace_file
 
 _DIGITS = 32  # of a digest
 _CHUNK = 1 << 16

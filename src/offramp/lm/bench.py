@@ -22,17 +22,17 @@ import torch
 import transformers
 
 from offramp import __version__
-from offramp.bench_playing import Batches, Players, exact_tokens
-from offramp.bench_results import FULL, REFERENCE, Arms, Bench, script_of
-from offramp.bench_rounds import header_of, read_rounds, write_round
-from offramp.bench_summary import summary
 from offramp.core.language_model import LanguageModel
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, require_frequent
 from offramp.evaluation.arms import drafting_arms
-from offramp.files import locked
+from offramp.lm.bench_playing import Batches, Players, exact_tokens
+from offramp.lm.bench_results import FULL, REFERENCE, Arms, Bench, script_of
+from offramp.lm.bench_rounds import header_of, read_rounds, write_round
+from offramp.lm.bench_summary import summary
 from offramp.peers import Peer, PeerError
+from offramp.runs.files import locked
 
 Peers = Mapping[str, Peer | PeerError]
 """By the name of their row; in place of a peer that cannot be had, why."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from offramp.core.costs import break_even, exit_flops, ratios
 from offramp.core.vocabulary import Pruning
 from offramp.families.sizes import ModelShape
-from offramp.files import write_json, write_text
-from offramp.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
-from offramp.probe_verdict import verdict
-from offramp.prompts import bundled_prompts
+from offramp.hub.prompts import bundled_prompts
+from offramp.lm.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
+from offramp.lm.probe_verdict import verdict
+from offramp.runs.files import write_json, write_text
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel, Prompt

@@ -16,12 +16,12 @@ import transformers
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from offramp.bench_results import FULL, REFERENCE
 from offramp.core.confidence import Confidence, Contrast, Contrastive, Reading, begun, softmax_gap
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS
-from offramp.pretrained import model_shaped
+from offramp.hub.pretrained import model_shaped
+from offramp.lm.bench_results import FULL, REFERENCE
 from offramp.values import choice, number
 
 T5: dict[str, Any] = {"vocab_size": 32128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}

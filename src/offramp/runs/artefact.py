@@ -1,7 +1,7 @@
 """What was fitted or trained, as a folder: a description in JSON, its tensors, and perhaps files of others beside them.
 
 The description holds a digest of itself and of each file beside it, and the tensors one of their own
-(`offramp.tensor_files`), so that a file that was changed, cut off, left out or taken from elsewhere is refused.
+(`offramp.runs.tensor_files`), so that a file that was changed, cut off, left out or taken from elsewhere is refused.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp import digests
-from offramp.bounded import read_object
-from offramp.files import recover_folder, replace_folder, write_json
-from offramp.tensor_files import claimed_header, read_tensors, write_tensors
+from offramp.runs import digests
+from offramp.runs.bounded import read_object
+from offramp.runs.files import recover_folder, replace_folder, write_json
+from offramp.runs.tensor_files import claimed_header, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from offramp.bench_results import REFERENCE, Arms
-from offramp.bench_rounds import Round, Turn
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
+from offramp.lm.bench_results import REFERENCE, Arms
+from offramp.lm.bench_rounds import Round, Turn
 from offramp.peers import Peer, PeerError
 
 Batches = Sequence[Mapping[str, Tensor]]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp import artefact
 from offramp.core.adapters import Branch
 from offramp.core.drafter import Drafter
 from offramp.core.exits import Exits, fingerprint, listed_once
-from offramp.exit_posterior import Posterior
 from offramp.families import SplitModel
-from offramp.packaged import ModelError, first_line
+from offramp.hub.packaged import ModelError, first_line
+from offramp.lm.exit_posterior import Posterior
+from offramp.runs import artefact
 
 SCHEMA = "offramp/exits/1"
 CONFIG, WEIGHTS = "exits.json", "exits.safetensors"
