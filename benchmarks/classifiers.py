@@ -43,6 +43,7 @@ from offramp.classifiers.evaluate import charged, evaluate
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.validity import validate
 from offramp.metrics.sets import summarise
+from offramp.report.classifier_plots import save_classifiers
 from offramp.risk import budgets
 from offramp.risk.classifier_losses import consistency, performance_gap
 from offramp.runs.files import write_text
@@ -403,6 +404,7 @@ def main() -> None:
     evaluation = ClassifierEvaluation({"study": options.study}, tuple(seeds))
     folder = RUNS / options.study / "evaluation"
     evaluation.save(folder)
+    save_classifiers(evaluation, folder)
     text = "\n".join(more)
     write_text(folder / "more.md", text)
     page(options.study, study)

@@ -35,13 +35,13 @@ def _probe(depth=6, tokens=40, vocabulary=500, min_layer=3):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    return folder, _probe().save(folder)
+    return folder, plots.save_probe(_probe(), folder)
 
 
 def test_all_files_are_there(saved):
     folder, paths = saved
     pictures = {f"probe-{name}.{suffix}" for name in ("rank", "confidence", "exits") for suffix in ("svg", "png")}
-    assert {path.name for path in paths} == {"probe.json", "probe.txt"} | pictures
+    assert {path.name for path in paths} == pictures
     assert {path.name for path in folder.iterdir()} == {path.name for path in paths}  # no temporary file left
 
 
@@ -71,7 +71,7 @@ def test_svg_says_what_is_seen_and_bears_no_date(saved):
 
 def test_the_same_probe_gives_the_same_bytes(saved, tmp_path):
     with mpl.rc_context({"font.size": 20}):  # whatever the user's own style is
-        again = _probe().save(tmp_path)
+        again = plots.save_probe(_probe(), tmp_path)
     for one, other in zip(saved[1], again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 

@@ -18,7 +18,8 @@ from evaluation_runs import examples, model
 from offramp import ExitPolicy, cli
 from offramp.calibration import Promise, calibrate, decoded
 from offramp.evaluation import Evaluation, Passage, evaluate_perplexity, read_records
-from offramp.lm.probe import Probe, probe
+from offramp.lm.probe import probe
+from offramp.lm.probe_result import Probe
 from offramp.report import training_plots
 from offramp.report.html import report
 from offramp.report.pages import evaluation

@@ -45,6 +45,7 @@ from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, requ
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
+from offramp.report.calibration_plots import save_calibration
 from offramp.risk import pareto_front
 from offramp.runs.files import write_json
 from offramp.values import listed
@@ -175,6 +176,7 @@ def calibrate(
         result = Calibration(certificate, tuple(choices), outcome, validation, seconds)
         if state.is_main_process:
             result.save(folder)
+            save_calibration(result, folder)
         state.wait_for_everyone()
     return result
 

@@ -22,7 +22,7 @@ from offramp.calibration.spending import NO_LESS, PER_TOKEN
 from offramp.core.policy import ExitPolicy
 
 if TYPE_CHECKING:
-    from offramp.calibration.certificate import Certificate
+    from offramp.calibration.account import Account
 
 Losses = NDArray[np.float64]
 _CLOSE = 1e-6
@@ -59,7 +59,7 @@ def changes(policy: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
     return {name: value for name, value in policy.items() if value != base.get(name)}
 
 
-def require_evidence(certificate: Certificate) -> None:
+def require_evidence(certificate: Account) -> None:
     """See that a certificate says nothing but what follows from its losses.
 
     Args:
@@ -91,7 +91,7 @@ def require_evidence(certificate: Certificate) -> None:
     _require_estimates(c, None if outcome.selected is None else losses[outcome.selected])
 
 
-def _grid(c: Certificate) -> Grid:
+def _grid(c: Account) -> Grid:
     """What was tried; earlier versions tried nothing beside the policy."""
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in c.grid.items()}
     return Grid(**(given if c.minimise is not None else {"plain": False, **given}))
@@ -105,7 +105,7 @@ def _sequences(tests: Sequence[Mapping[str, Any]], count: int) -> list[list[int]
     return [[at for at, chain in enumerate(chains) if chain == each] for each in range(count)]
 
 
-def _require_setting(c: Certificate, test: Mapping[str, Any], grid: Grid, base: ExitPolicy) -> None:
+def _require_setting(c: Account, test: Mapping[str, Any], grid: Grid, base: ExitPolicy) -> None:
     """The setting is one of the grid, with the cost that was minimised."""
     if c.minimise in (PER_TOKEN, "flops"):
         _require(f"cost of {test['name']}", test["cost"], test["flops" if c.minimise == "flops" else "flops_per_token"])
@@ -130,7 +130,7 @@ def _require_setting(c: Certificate, test: Mapping[str, Any], grid: Grid, base: 
         raise ValueError(f"the threshold of {test['name']} is {threshold}, not {test['knob']}")
 
 
-def _require_outcome(c: Certificate, tests: Sequence[Test], selected: int | None, level: float) -> None:
+def _require_outcome(c: Account, tests: Sequence[Test], selected: int | None, level: float) -> None:
     """The tests, the choice among them, and the policy."""
     _require("number of tests", len(c.tests), len(tests))
     for have, test in zip(c.tests, tests, strict=True):
@@ -146,7 +146,7 @@ def _require_outcome(c: Certificate, tests: Sequence[Test], selected: int | None
         raise ValueError("something was certified, but more draws are said to be needed")
 
 
-def _require_estimates(c: Certificate, chosen: Losses | None) -> None:
+def _require_estimates(c: Account, chosen: Losses | None) -> None:
     """Mean losses, and the upper limit by the held-out part."""
     for part, seen in c.estimates.items():
         examples, groups = c.splits[part]

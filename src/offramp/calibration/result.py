@@ -62,7 +62,7 @@ class Calibration:
         }
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write policy.json, result.json and, if matplotlib is installed, the picture as SVG and PNG.
+        """Write policy.json and result.json; `offramp.report.calibration_plots.save_calibration` draws.
 
         Args:
             folder: Where to; made if missing. Files of an earlier calibration are replaced.
@@ -70,12 +70,10 @@ class Calibration:
         Returns:
             The files.
         """
-        from offramp.report import calibration_plots
-
         folder = Path(folder)
         self.certificate.save(folder / POLICY)
         write_json(folder / RESULT, self.to_dict())
-        return [folder / POLICY, folder / RESULT, *calibration_plots.save_calibration(self, folder)]
+        return [folder / POLICY, folder / RESULT]
 
     def table(self) -> str:
         """The settings that were looked at, what the policy costs, the statement, and the repeated calibrations."""

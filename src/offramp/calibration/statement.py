@@ -9,14 +9,14 @@ from offramp.calibration.room import Room
 from offramp.calibration.spending import MEASURES, is_timed
 
 if TYPE_CHECKING:
-    from offramp.calibration.certificate import Certificate
+    from offramp.calibration.account import Account
 
 PROMPTS_ALONE = "prompts or lengths save, exits do not"
 COSTS_MORE = "THE POLICY COSTS MORE than the full model, which loses nothing: use that"
 NEVER_EXIT = "the certified policy is: never exit"
 
 
-def words(c: Certificate) -> str:
+def words(c: Account) -> str:
     """The statement in plain English, and what it rests on."""
     room = [] if c.room is None else [Room(**c.room).words(c.promise)]
     if c.certified:
@@ -30,7 +30,7 @@ def words(c: Certificate) -> str:
     return " ".join([_refused(c), _nothing(c), _search(c), *room])
 
 
-def finding(c: Certificate) -> str:
+def finding(c: Account) -> str:
     """What was found, in one sentence without its full stop."""
     cost = MEASURES[c.minimise or "flops"]
     if c.selected is not None:
@@ -48,14 +48,14 @@ def finding(c: Certificate) -> str:
     return f"nothing tried costs less than the full model in {cost}{best}; {NEVER_EXIT}"
 
 
-def _refused(c: Certificate) -> str:
+def _refused(c: Account) -> str:
     p = c.promise
     wanted = f"mean loss at most {p.tolerance:g}" + ("" if p.bound == CRC else f", failure {p.failure:g}")
     which = f"still in {c.conditions['dtype']}: not the full model" if c.other_format else "which is the full model"
     return f"Nothing was certified ({wanted}): the policy never leaves early, {which}."
 
 
-def _statement(c: Certificate) -> str:
+def _statement(c: Account) -> str:
     p = c.promise
     early = f"by leaving early and by working in {c.conditions['dtype']}" if c.other_format else "by leaving early"
     mean = {
@@ -80,7 +80,7 @@ def _statement(c: Certificate) -> str:
     )
 
 
-def _search(c: Certificate) -> str:
+def _search(c: Account) -> str:
     several = f"sequences fixed in advance, each at level {c.level:.3g}"
     how = {
         "path": "a sequence fixed in advance" if c.level == c.promise.failure else several,
@@ -99,7 +99,7 @@ def _search(c: Certificate) -> str:
     return text
 
 
-def _found(c: Certificate) -> str:
+def _found(c: Account) -> str:
     part = "test" if "test" in c.estimates else "certification"
     seen = c.estimates[part]
     loss, flops = seen["loss"], seen["flops_ratio"]
@@ -121,7 +121,7 @@ def _found(c: Certificate) -> str:
     return f"{text}: {against}." if (against := warning(c)) else f"{text}."
 
 
-def warning(c: Certificate) -> str:
+def warning(c: Account) -> str:
     """What speaks against the policy's cost on the held-out part; empty where nothing does."""
     if not c.certified:
         return ""
@@ -132,7 +132,7 @@ def warning(c: Certificate) -> str:
     return "" if c.saves else COSTS_MORE
 
 
-def _scope(c: Certificate) -> str:
+def _scope(c: Account) -> str:
     have = c.conditions
     exits = "without trained exits" if have["exits"] is None else f"with the exits {have['exits'][:12]}"
     tokens = have["settings"].get("max_new_tokens")
@@ -143,7 +143,7 @@ def _scope(c: Certificate) -> str:
     )
 
 
-def _nothing(c: Certificate) -> str:
+def _nothing(c: Account) -> str:
     p, safest = c.promise, c.tests[0]
     lowest = min(test["loss"] for test in c.tests)
     if c.needed is None and lowest < p.tolerance:

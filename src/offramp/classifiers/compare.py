@@ -21,6 +21,7 @@ from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.method import Fitted, Method
 from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import EARLIER, RESULTS, SCHEMA, ClassifierEvaluation
+from offramp.report.classifier_plots import save_classifiers
 from offramp.runs.bounded import read_object
 from offramp.runs.files import replace_file
 from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
@@ -119,6 +120,7 @@ def compare(
         progress(steps, steps, "writing")
     result = ClassifierEvaluation(conditions, tuple(seeds), tuple(fits))
     result.save(folder)
+    save_classifiers(result, folder)
     return result
 
 

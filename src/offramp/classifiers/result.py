@@ -148,7 +148,7 @@ class ClassifierEvaluation:
         return cls(dict(values["conditions"]), seeds, fitted)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write results.json, table.md and, if matplotlib is installed, the pictures as SVG and PNG.
+        """Write results.json and table.md; `offramp.report.classifier_plots.save_classifiers` draws.
 
         Args:
             folder: Where to; made if missing. Files of an earlier evaluation are replaced.
@@ -156,12 +156,10 @@ class ClassifierEvaluation:
         Returns:
             The files.
         """
-        from offramp.report import classifier_plots
-
         folder = Path(folder)
         write_json(folder / RESULTS, self.to_dict())
         write_text(folder / TABLE, self.table() + "\n")
-        return [folder / RESULTS, folder / TABLE, *classifier_plots.save_classifiers(self, folder)]
+        return [folder / RESULTS, folder / TABLE]
 
     # ------------------------------------------------------------ tables
 

@@ -142,10 +142,11 @@ def bench(
 
 
 def _report(result: Bench, out: Path | None, json: Path | None) -> None:
+    from offramp.lm.bench_tables import bench_table
     from offramp.report.plots import save_bench
 
     if str(json) != "-":
-        o.say(result.table())
+        o.say(bench_table(result))
     if out is not None:
         for path in save_bench(result, out):
             o.note(f"wrote {path}")

@@ -29,6 +29,7 @@ from offramp.evaluation.result import Evaluation
 from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.metrics.text import reads
+from offramp.report import drawing, plots
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import sealed, unsealed
 from offramp.runs.files import differences, write_json
@@ -179,6 +180,8 @@ def _evaluate(
         result = Evaluation(details, metric, lm.num_layers, summaries)
         if state.is_main_process:
             result.save(folder)
+            if drawing.available():
+                plots.save_evaluation(result, folder)
     return result
 
 

@@ -112,7 +112,7 @@ class Evaluation:
         return cls(values["conditions"], values["metric"], values["num_layers"], arms)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write results.json, table.md and, if matplotlib is installed, the pictures as SVG and PNG.
+        """Write results.json and table.md; `offramp.report.plots.save_evaluation` draws.
 
         Args:
             folder: Where to; made if missing. Files of an earlier evaluation are replaced.
@@ -120,13 +120,10 @@ class Evaluation:
         Returns:
             The files.
         """
-        from offramp.report import drawing, plots
-
         folder = Path(folder)
         write_json(folder / RESULTS, self.to_dict())
         write_text(folder / TABLE, self.table() + "\n")
-        pictures = plots.save_evaluation(self, folder) if drawing.available() else []
-        return [folder / RESULTS, folder / TABLE, *pictures]
+        return [folder / RESULTS, folder / TABLE]
 
     # ------------------------------------------------------------ tables
 

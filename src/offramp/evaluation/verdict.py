@@ -10,13 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-
-if TYPE_CHECKING:
-    from offramp.evaluation.result import Evaluation
 
 NEAR = 2.0
 """Points of 100."""
@@ -48,12 +45,24 @@ class Finding:
     words: str
 
 
-def findings(evaluation: Evaluation) -> list[Finding]:
+class Judged(Protocol):
+    """What is looked at of an evaluation: its arms, the full model first, and how they came about."""
+
+    @property
+    def arms(self) -> Sequence[ArmSummary]: ...  # noqa: D102
+    @property
+    def metric(self) -> str: ...  # noqa: D102
+    @property
+    def conditions(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def ahead(self) -> Sequence[str]: ...  # noqa: D102
+
+
+def findings(evaluation: Judged) -> list[Finding]:
     """One for each policy that is neither static nor the full model."""
     return [_found(evaluation, arm) for arm in evaluation.arms if not arm.is_static]
 
 
-def sentences(evaluation: Evaluation, found: Sequence[Finding]) -> list[str]:
+def sentences(evaluation: Judged, found: Sequence[Finding]) -> list[str]:
     """Findings by reason, without full stops; the first says so if nothing can be recommended."""
     if not found:
         return []
@@ -70,11 +79,11 @@ def sentences(evaluation: Evaluation, found: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def _far(evaluation: Evaluation) -> str:
+def _far(evaluation: Judged) -> str:
     return "above the full" if evaluation.metric == PERPLEXITY else "below the full"
 
 
-def _found(evaluation: Evaluation, arm: ArmSummary) -> Finding:
+def _found(evaluation: Judged, arm: ArmSummary) -> Finding:
     """The first reason against a policy, or none."""
     quality = _better(evaluation, arm)
     groups = evaluation.conditions.get("groups", evaluation.conditions["examples"])
@@ -101,7 +110,7 @@ def _found(evaluation: Evaluation, arm: ArmSummary) -> Finding:
     return Finding(arm.name, GOOD, f"{said}, at least {quality.low:+.1f}; {', '.join(costs)}{static}")
 
 
-def _better(evaluation: Evaluation, arm: ArmSummary) -> Interval:
+def _better(evaluation: Judged, arm: ArmSummary) -> Interval:
     """How much better than the full model's the main metric is: points of 100, or per cent of perplexity."""
     metric, found = evaluation.metric, arm.difference[evaluation.metric]
     whole = evaluation.arms[0].quality[metric].value
@@ -110,7 +119,7 @@ def _better(evaluation: Evaluation, arm: ArmSummary) -> Interval:
     return Interval(scale * found.value, *(ends if scale > 0 else ends[::-1]))
 
 
-def _needed(evaluation: Evaluation, quality: Interval, groups: int) -> str:
+def _needed(evaluation: Judged, quality: Interval, groups: int) -> str:
     """About how many examples would do: an interval narrows with the root of their number."""
     examples = evaluation.conditions["examples"]
     each = examples / groups

@@ -253,12 +253,6 @@ class Bench:
             "notes": self.notes,
         }
 
-    def table(self) -> str:
-        """Tables for a terminal that are Markdown as well: speed and cost, where the time went, what pruning saved."""
-        from offramp.lm.bench_tables import tables
-
-        return "\n\n".join([*tables(self), self.footing])
-
     @property
     def footing(self) -> str:
         """What stands below tables: conditions and notes."""

@@ -9,14 +9,14 @@ from offramp.lm.bench_results import ArmResult, Bench, Saving, Spread
 from offramp.runs.tables import markdown
 
 
-def tables(bench: Bench) -> list[str]:
-    """All tables of a bench that it has something for."""
+def bench_table(bench: Bench) -> str:
+    """All that a bench has something for, conditions and notes below."""
     blocks = [_speed_table(bench), _time_table(bench.arms)]
     if bench.peers or bench.bandwidth:
         blocks.insert(0, _peer_table(bench))
     if bench.savings:
         blocks.append(_saving_table(bench.savings))
-    return blocks
+    return "\n\n".join([*blocks, bench.footing])
 
 
 def _speed_table(bench: Bench) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, available, footnote, headed, save_figures
 
 if TYPE_CHECKING:
-    from offramp.calibration import Calibration
+    from offramp.calibration.result import Calibration
 
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 SMALLEST = 1e-6

@@ -4,9 +4,9 @@ from offramp.tasks.encoding import Pair as Pair
 from offramp.tasks.encoding import fit as fit
 from offramp.tasks.encoding import shorten as shorten
 from offramp.tasks.encoding import task_documents as task_documents
-from offramp.tasks.examples import Example as Example
 from offramp.tasks.examples import read_examples as read_examples
 from offramp.tasks.examples import split_groups as split_groups
 from offramp.tasks.examples import take as take
 from offramp.tasks.task import TASKS as TASKS
+from offramp.tasks.task import Example as Example
 from offramp.tasks.task import Task as Task

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from offramp.tasks.examples import Example
-from offramp.tasks.task import Task
+from offramp.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel, Prompt

@@ -9,12 +9,12 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from offramp.tasks.rows import HUB, Row, hub_rows, json_rows, kind, objects, prompt_rows, text_rows, written
-from offramp.tasks.task import Task
+from offramp.tasks.task import Example, Task
 
 CODES = {
     "Arabic": "ar", "Bulgarian": "bg", "Chinese": "zh", "Croatian": "hr", "Czech": "cs", "Danish": "da", "Dutch": "nl",
@@ -25,26 +25,6 @@ CODES = {
     "Ukrainian": "uk", "Vietnamese": "vi",
 }  # fmt: skip
 """ISO 639-1 codes of languages, by which rows of parallel text name them."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sample of a task.
-
-    Attributes:
-        id: Unique and stable in its file: SQuAD's id, DialogSum's fname, else the line or entry, counted from 1.
-        source: The dialogue, passage, or text to translate.
-        references: Right answers; a training target is the first. None for prompts without answers.
-        group: Examples of one group are never divided between splits: the title of a SQuAD article, or the SHA-256 of
-            the source.
-        question: For question answering.
-    """
-
-    id: str
-    source: str
-    references: tuple[str, ...]
-    group: str
-    question: str | None = None
 
 
 def read_examples(task: Task, path: str | Path, target: str | Path | None = None) -> list[Example]:

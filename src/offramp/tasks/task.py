@@ -8,7 +8,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel, Prompt
-    from offramp.tasks.examples import Example
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample of a task.
+
+    Attributes:
+        id: Unique and stable in its file: SQuAD's id, DialogSum's fname, else the line or entry, counted from 1.
+        source: The dialogue, passage, or text to translate.
+        references: Right answers; a training target is the first. None for prompts without answers.
+        group: Examples of one group are never divided between splits: the title of a SQuAD article, or the SHA-256 of
+            the source.
+        question: For question answering.
+    """
+
+    id: str
+    source: str
+    references: tuple[str, ...]
+    group: str
+    question: str | None = None
 
 
 @dataclass(frozen=True)

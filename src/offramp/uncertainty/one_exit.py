@@ -15,7 +15,7 @@ from offramp.uncertainty.laplace import Damped, Exact, Factored, Factors, dampin
 from offramp.uncertainty.outputs import ExitOutputs
 
 if TYPE_CHECKING:
-    from offramp.uncertainty.posterior import PosteriorConfig
+    from offramp.uncertainty.settings import Settings
 
 # ---------------------------------------------------------------- state
 
@@ -34,14 +34,14 @@ class Laplace:
     damped: Damped
     basis: Tensor
 
-    def predict(self, config: PosteriorConfig, features: Tensor, logits: Tensor) -> predictive.Predictive:
+    def predict(self, config: Settings, features: Tensor, logits: Tensor) -> predictive.Predictive:
         """What it says about rows [B, D], [B, C]."""
         spread = self.spread(features, config.memory)
         if config.predictive == "probit":
             return predictive.Shrunk(logits, spread @ self.basis)
         return self.noisy(config, spread, logits)
 
-    def noisy(self, config: PosteriorConfig, spread: Tensor, logits: Tensor) -> predictive.Noisy:
+    def noisy(self, config: Settings, spread: Tensor, logits: Tensor) -> predictive.Noisy:
         """The rows' logits with their noise."""
         return predictive.Noisy(logits, spread.sqrt(), self.basis, self.damped, config.memory)
 
@@ -59,7 +59,7 @@ class ExitPosterior:
     laplace: Laplace | None = None
     comparison: tuning.Comparison | None = None
 
-    def predict(self, config: PosteriorConfig, features: Tensor, logits: Tensor) -> predictive.Predictive:
+    def predict(self, config: Settings, features: Tensor, logits: Tensor) -> predictive.Predictive:
         """What the exit alone says about rows [B, D], [B, C]."""
         return predictive.Plain(logits) if self.laplace is None else self.laplace.predict(config, features, logits)
 
@@ -138,7 +138,7 @@ def _tensor_fields(kind: type) -> list[str]:
 
 
 def fit_exits(
-    config: PosteriorConfig, fit: ExitOutputs, tune: ExitOutputs, draws: Tensor | None
+    config: Settings, fit: ExitOutputs, tune: ExitOutputs, draws: Tensor | None
 ) -> list[ExitPosterior]:  # fmt: skip
     """All exits, shallow to deep.
 
@@ -178,7 +178,7 @@ def fit_exits(
 
 
 def _at_prior(
-    config: PosteriorConfig, fit: ExitOutputs, exit: int, draws: Tensor | None
+    config: Settings, fit: ExitOutputs, exit: int, draws: Tensor | None
 ) -> Callable[[float | None], Laplace]:  # fmt: skip
     """The approximation of an exit for any prior variance."""
     features, logits = fit.features[exit], fit.logits[exit]

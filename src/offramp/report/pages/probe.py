@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.lm.probe import Probe
+from offramp.lm.probe_result import Probe
 from offramp.report import plots
 from offramp.report.pages.blocks import Code, Page, Section, Table, Text, draw, repeat
 
