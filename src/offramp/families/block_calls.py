@@ -5,46 +5,19 @@ What all blocks of a kind share is computed once per frame and kept in its memo.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_bidirectional_mask
 
+from offramp.families.network import Network, cache_name
 from offramp.families.state import Context, Frame
-
-if TYPE_CHECKING:
-    from offramp.families.split_model import SplitModel
-
-
-_CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24, until then, in GPT-NeoX
-
-
-def cache_name(*functions: Callable[..., Any]) -> str:
-    """What transformers calls the argument that takes the cache: it differs between releases and between models.
-
-    Asked of signatures and not of version numbers, since a deprecated name is accepted for a while, with a warning.
-
-    Args:
-        functions: The first one that names a cache decides; a wrapper that takes anything does not name one.
-
-    Returns:
-        A parameter's name.
-    """
-    for function in functions:
-        parameters = inspect.signature(function).parameters
-        for name in _CACHE_NAMES:
-            if name in parameters:
-                return name
-    return _CACHE_NAMES[0]
-
 
 _builders_cache_name = cache(cache_name)  # only ever asked of transformers' own functions, so nothing is kept alive
 
 
-def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
+def run_block(split: Network, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
     """States after a block; its keys and values go into the context's cache.
 
     Args:
@@ -81,7 +54,7 @@ def run_block(split: SplitModel, index: int, hidden: Tensor, frame: Frame, conte
     return block(hidden, **arguments)  # type: ignore[no-any-return]
 
 
-def _prepare_cross(split: SplitModel, index: int, frame: Frame, context: Context) -> None:
+def _prepare_cross(split: Network, index: int, frame: Frame, context: Context) -> None:
     """Cross-attention keys and values, for all rows, at the first visit of a block."""
     past: Any = context.past
     layer_cache = past.cross_attention_cache.layers[index]
@@ -94,7 +67,7 @@ def _prepare_cross(split: SplitModel, index: int, frame: Frame, context: Context
     layer_cache.rows = frame.rows
 
 
-def _mask(split: SplitModel, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
+def _mask(split: Network, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
     if ("mask", kind) not in frame.memo:
         padding = context.padding
         if padding is not None:
@@ -111,7 +84,7 @@ def _mask(split: SplitModel, kind: str, index: int, hidden: Tensor, frame: Frame
     return frame.memo["mask", kind]
 
 
-def _cross_mask(split: SplitModel, hidden: Tensor, frame: Frame, context: Context) -> Any:
+def _cross_mask(split: Network, hidden: Tensor, frame: Frame, context: Context) -> Any:
     if context.memory_mask is None or split.family.listens:  # to all of its padded input
         return None
     if ("mask", "cross") not in frame.memo:
@@ -124,21 +97,21 @@ def _cross_mask(split: SplitModel, hidden: Tensor, frame: Frame, context: Contex
     return frame.memo["mask", "cross"]
 
 
-def _rope(split: SplitModel, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
+def _rope(split: Network, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
     key = ("rope", kind if split.rotary_by_type else "")
     if key not in frame.memo:
         frame.memo[key] = rotation(split, kind, hidden, _positions(frame, context))
     return frame.memo[key]
 
 
-def rotation(split: SplitModel, kind: str, hidden: Tensor, positions: Tensor) -> Any:
+def rotation(split: Network, kind: str, hidden: Tensor, positions: Tensor) -> Any:
     """Cosines and sines for blocks of a kind; None for models without rotary positions."""
     if split.rotary is None:
         return None
     return split.rotary(hidden, positions, *([kind] if split.rotary_by_type else []))
 
 
-def _bias(split: SplitModel, frame: Frame) -> Tensor:
+def _bias(split: Network, frame: Frame) -> Tensor:
     """T5's relative position bias, which the first block owns and all blocks share, [1, H, n, T]."""
     if ("bias", "") not in frame.memo:
         attention = split.blocks[0].get_submodule(split.family.position_bias)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from offramp.core.exits import Exits
-    from offramp.families.split_model import SplitModel
+    from offramp.families.network import Network
 
 _LAST = {"o_proj", "out_proj", "dense", "c_proj", "o", "down_proj", "fc2", "dense_4h_to_h", "wo"}
 """What families call the matrices whose products are added to the state."""
 
 
-def blocks_of(split: SplitModel, exits: Exits) -> tuple[list[tuple[int, Any]], dict[int, range]]:
+def blocks_of(split: Network, exits: Any) -> tuple[list[tuple[int, Any]], dict[int, range]]:
     """Modules for all branches of some exits, which count on from the model's L blocks.
 
     Their parameters are the exits' own, not copies of them.
@@ -51,7 +50,7 @@ def blocks_of(split: SplitModel, exits: Exits) -> tuple[list[tuple[int, Any]], d
     return made, found
 
 
-def first_weights(split: SplitModel, count: int) -> list[dict[str, Tensor]]:
+def first_weights(split: Network, count: int) -> list[dict[str, Tensor]]:
     """Weights of the model's last blocks, float32, with zeros where a sublayer adds to the state: they leave it alone.
 
     Args:
@@ -69,7 +68,7 @@ def _quiet(name: str, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight) if _LAST.intersection(name.split(".")) else weight.clone()
 
 
-def _with(block: Any, weights: Mapping[str, nn.Parameter], split: SplitModel, layer: int) -> Any:
+def _with(block: Any, weights: Mapping[str, nn.Parameter], split: Network, layer: int) -> Any:
     """A copy of a block with other weights; nothing that hangs on the block is called by it."""
     own = dict(block.named_parameters())
     if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in weights.items()}:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
-from offramp.families import UnsupportedModelError
 from offramp.families.backbone import Activations, Backbone
+from offramp.families.refusal import UnsupportedModelError
 
 _MASKS: dict[str, Callable[..., Any]] = {
     "full_attention": create_bidirectional_mask,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from offramp.families import SplitModel
+    from offramp.families.split_model import SplitModel
 
 
 class NotFiniteError(ValueError):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
-    from offramp.families import SplitModel
+    from offramp.families.network import Network
 
 LINEAR = (nn.Linear, Conv1D)
 """Modules that multiply with one matrix, `weight`; GPT-2's `Conv1D` has it transposed."""
@@ -144,7 +144,7 @@ class ModelShape:
         return self.encoder_flops(memory) + cross + blocks + new * self.readout_flops()
 
 
-def model_shape(split: SplitModel) -> ModelShape:
+def model_shape(split: Network) -> ModelShape:
     """Sizes of a model's blocks, head and encoder, read off its modules."""
     head = split.head.weight
     encoder_weights, encoder_width = 0, 0

@@ -6,35 +6,30 @@ list ran. `run(state, lo, hi)` takes a state after `lo` layers to one after `hi`
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from offramp.families.best import Best, best_of, ranked
-from offramp.families.block_calls import cache_name, rotation, run_block
+from offramp.families.block_calls import rotation, run_block
 from offramp.families.branches import blocks_of
 from offramp.families.cache import LayerCache, Rows
-from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
+from offramp.families.network import Network
 from offramp.families.sizes import model_shape
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
-from offramp.families.table import FAMILIES
-from offramp.families.whole_pass import Edit, branch_of, states_after
-
-if TYPE_CHECKING:
-    from offramp.core.exits import Exits
+from offramp.families.whole_pass import Edit, states_after
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
 
 
-class SplitModel:
+class SplitModel(Network):
     """A Hugging Face model that can stop after any layer, be resumed there, and be read out there.
 
     Args:
@@ -50,53 +45,9 @@ class SplitModel:
     """What runs the blocks, for records."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config
-        name = config.model_type
-        if name not in FAMILIES:
-            raise without_a_family(model)
-        self.model, self.family, self.name = model, FAMILIES[name], name
-        try:
-            self.decoder: Any = model.get_submodule(self.family.decoder)
-            self.head: Any = model.get_submodule(self.family.head)
-        except AttributeError as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no language-modelling head to read out with; load the model of type "
-                f"{name!r} with its ...ForCausalLM or ...ForConditionalGeneration class"
-            ) from error
-        self.blocks: list[Any] = list(getattr(self.decoder, self.family.layers))  # behind them, those of branches
-        self.num_layers = len(self.blocks)
-        self.branches: dict[int, range] = {}  # the numbers of the blocks that an exit has of its own, by its layer
-        self.cache_name = cache_name(self.blocks[0].forward, self.decoder.forward)
-        self.is_encoder_decoder = self.family.cross is not None
-        places = {p.device for p in model.parameters()}
-        if len(places) > 1 or torch.device("meta") in places:
-            raise UnsupportedModelError(
-                f"the model lies on {', '.join(sorted(map(str, places)))}; load it whole on one device, not offloaded"
-            )
-        self.config: Any = self.decoder.config
-        self.types, self.windows = self._layer_types()
-        self.norm = self._part(self.family.norm)
-        self.dropout = self._part(self.family.dropout)  # acts in training only
-        self.squeeze = self._part(self.family.squeeze)
-        self.scale = self.family.scale(config)
-        rotary = getattr(self.decoder, "rotary_emb", None)
-        self.rotary: Any = rotary
-        self.rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        super().__init__(model)
         self.shape = model_shape(self)
-        self._exits: Exits | None = None
-
-    def _part(self, name: str | None) -> Any:
-        """A module of the decoder; one that does nothing where there is none of that name."""
-        return (getattr(self.decoder, name) if name else None) or nn.Identity()
-
-    def _layer_types(self) -> tuple[list[str], list[int | None]]:
-        """Attention type and sliding window of every block."""
-        if self.is_encoder_decoder:
-            return ["full_attention"] * self.num_layers, [None] * self.num_layers
-        if strange := strange_types(self.config):
-            raise UnsupportedModelError(f"{type(self.model).__name__} is not supported: {layers_of(strange)}")
-        types, options = get_layer_types_and_kwargs(self.config)
-        return list(types), [option.get("sliding_window") for option in options]
+        self._exits: Any = None
 
     # ------------------------------------------------------------ start
 
@@ -105,26 +56,10 @@ class SplitModel:
         return nullcontext()
 
     @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go."""
-        return self.model.device  # type: ignore[no-any-return]
-
-    @property
-    def head_is_plain(self) -> bool:
-        """Whether the head is an ordinary linear layer, so that single rows of it can be read out."""
-        return type(self.head) is nn.Linear
-
-    @property
     def is_current(self) -> bool:
         """Whether the model still has the head that this object was made with."""
         head: Any = self.model.get_submodule(self.family.head)
         return head is self.head and head.weight.shape[0] == self.shape.vocabulary
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence the decoder has positions for, in tokens; None if unlimited (T5)."""
-        names = ("max_target_positions", "max_position_embeddings")
-        return next((int(v) for name in names if (v := getattr(self.config, name, None))), None)
 
     def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encoder output [B, X, D] for token ids [B, X], or for Whisper's features [B, mel, frames]."""
@@ -224,7 +159,7 @@ class SplitModel:
 
     def mixed(self, embedded: Tensor, before: Tensor) -> Tensor:
         """What goes into the drafter's blocks, [A, n, D], of what goes into the model's and readout inputs before."""
-        return self._exits.drafter(embedded, before)  # type: ignore[union-attr, misc, no-any-return]
+        return self._exits.drafter(embedded, before)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------ a whole pass
 
@@ -254,10 +189,21 @@ class SplitModel:
         found = states_after(self, ids, layers, memory, memory_mask, edit)
         for at, layer in enumerate(layers):
             if layer in self.branches:
-                found[at] = branch_of(self, layer, found[at], memory, memory_mask)
+                found[at] = self.branch_of(layer, found[at], memory, memory_mask)
         return found
 
     # ------------------------------------------------------------ fill
+
+    def branch_of(
+        self, layer: int, hidden: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None
+    ) -> Tensor:
+        """What an exit's own blocks make of whole texts' states, [B, T, D]."""
+        batch, length = hidden.shape[:2]
+        context = self._new_context(batch, memory, memory_mask)
+        context.positions = torch.arange(length, device=hidden.device).expand(batch, length)
+        context.slots = length
+        (state,) = self.branched([State(context, Frame(slice(0, batch), 0, length), hidden, layer)])
+        return state.read
 
     def fill(self, context: Context, lo: int, hi: int, skipped: Skipped) -> None:
         """Write keys and values of tokens that skip blocks: input norms, projections, key norms and rotations only.
@@ -286,12 +232,15 @@ class SplitModel:
     # ------------------------------------------------------------ readout
 
     @property
-    def exits(self) -> Exits | None:
-        """The trained exits, in the model's number format and place; what was set, if it is that already."""
+    def exits(self) -> Any:
+        """The trained exits (`offramp.core.exits.Exits`), in the model's number format and place; None without.
+
+        What was set, if it is that already.
+        """
         return self._exits
 
     @exits.setter
-    def exits(self, exits: Exits | None) -> None:
+    def exits(self, exits: Any) -> None:
         width, layers = self.shape.width, range(1, self.num_layers + 1)
         if exits is not None and (exits.num_layers, exits.width) != (self.num_layers, width):
             raise ValueError(
@@ -301,7 +250,7 @@ class SplitModel:
         self.attach(None if exits is None else exits.placed(self.model.dtype, self.device))
         self.shape = replace(self.shape, lenses=() if exits is None else tuple(map(exits.weights, layers)))
 
-    def attach(self, exits: Exits | None) -> None:
+    def attach(self, exits: Any) -> None:
         """Take exits as they are, wherever their weights are, to train them."""
         self._exits, count = exits, self.num_layers
         made, self.branches = ([], {}) if exits is None else blocks_of(self, exits)

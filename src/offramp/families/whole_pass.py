@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from offramp.families.state import Frame, State
-
-if TYPE_CHECKING:
-    from offramp.families.split_model import SplitModel
+from offramp.families.network import Network
 
 Edit = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
 
 
 def states_after(
-    split: SplitModel,
+    split: Network,
     ids: Tensor,
     layers: Sequence[int],
     memory: Tensor | None = None,
@@ -50,15 +46,3 @@ def states_after(
         for each in hooks:
             each.remove()
     return [found[layer] for layer in layers]
-
-
-def branch_of(
-    split: SplitModel, layer: int, hidden: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None
-) -> Tensor:
-    """What an exit's own blocks make of whole texts' states, [B, T, D]."""
-    batch, length = hidden.shape[:2]
-    context = split._new_context(batch, memory, memory_mask)
-    context.positions = torch.arange(length, device=hidden.device).expand(batch, length)
-    context.slots = length
-    (state,) = split.branched([State(context, Frame(slice(0, batch), 0, length), hidden, layer)])
-    return state.read

@@ -281,7 +281,7 @@ class NativeModel(SplitModel):
     @property
     def exits(self) -> Exits | None:
         """The trained exits, in float32."""
-        return self._exits
+        return self._exits  # type: ignore[no-any-return]
 
     @exits.setter
     def exits(self, exits: Exits | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.families import SplitModel
-from offramp.families.whole_pass import branch_of, states_after
+from offramp.families.whole_pass import states_after
 from offramp.training.data import Windows, steps_per_epoch
 from offramp.training.passes import encoded
 
@@ -127,7 +127,7 @@ class KeptStates:
             pieces = torch.cat(self._pieces(layer, part))
             return pieces[_wider(where, all_.shape[1])[all_]].to(self.split.model.dtype)
         hidden = self.at_all(layer, part)
-        return branch_of(self.split, layer, hidden)[_wider(where, hidden.shape[1]).to(self.split.device)]
+        return self.split.branch_of(layer, hidden)[_wider(where, hidden.shape[1]).to(self.split.device)]
 
     @torch.no_grad()
     def _compute(self, rows: Tensor) -> None:
