@@ -12,7 +12,7 @@ from offramp.core.pace import Pace
 from offramp.core.plan import resolve
 from offramp.families import SplitModel
 from offramp.hub.exit_files import load_exits, save_exits
-from offramp.hub.packaged import ModelError
+from offramp.hub.messages import ModelError
 from offramp.lm.layerwise import text_states
 from offramp.native.families import FAMILIES as DESCRIBED
 from offramp.training import train

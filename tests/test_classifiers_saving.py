@@ -11,7 +11,7 @@ import transformers as hf
 from offramp import ModelError
 from offramp import load as load_language_model
 from offramp.classifiers import EarlyExitClassifier, HeadConfig, load
-from offramp.hub.packaged import PACKAGED, Packaged
+from offramp.hub.catalogue import PACKAGED, Packaged
 from offramp.runs.tensor_files import claimed_header, write_tensors
 from sealing import rewrite
 from tiny import tokenizer

@@ -19,7 +19,7 @@ from offramp.evaluation.arms import drafting_arms
 from offramp.families import SplitModel
 from offramp.families.whole_pass import branch_of
 from offramp.hub.exit_files import load_exits, save_exits
-from offramp.hub.packaged import ModelError
+from offramp.hub.messages import ModelError
 from offramp.lm.bench import default_arms, run_bench
 from offramp.training import Data, train
 from offramp.training.unrolled import Unrolled

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import training_runs
 from offramp.classifiers import load as load_classifier
 from offramp.hub.exit_files import load_exits
-from offramp.hub.packaged import ModelError
+from offramp.hub.messages import ModelError
 from offramp.runs import digests
 from offramp.runs.bounded import read_json
 from offramp.runs.tensor_files import read_tensors, write_tensors

@@ -14,7 +14,7 @@ import offramp
 from offramp.classifiers.saving import ENCODER
 from offramp.classifiers.saving import load as load_classifier
 from offramp.classifiers.sources import load_encoder
-from offramp.hub.packaged import ModelError
+from offramp.hub.messages import ModelError
 from sealing import without_digests
 from tiny import tiny, tokenizer
 from tiny_encoders import build

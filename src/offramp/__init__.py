@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from offramp.core.policy import ExitPolicy as ExitPolicy
     from offramp.families import SplitModel as SplitModel
     from offramp.families import UnsupportedModelError as UnsupportedModelError
+    from offramp.hub.messages import ModelError as ModelError
     from offramp.hub.models import load as load
-    from offramp.hub.packaged import ModelError as ModelError
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _HOMES = {
     "Generation": "core.language_model",
     "Exits": "core.exits",
     "EarlyExitClassifier": "classifiers",
-    "ModelError": "hub.packaged",
+    "ModelError": "hub.messages",
     "UnsupportedModelError": "families",
     # when to leave
     "ExitPolicy": "core.policy",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offramp.families.backbone import evaluating
-from offramp.hub.packaged import first_line
+from offramp.hub.messages import first_line
 from offramp.runs.bounded import parsed
 from offramp.runs.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs

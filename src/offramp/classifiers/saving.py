@@ -23,10 +23,10 @@ from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING
 from offramp.families.backbone import Backbone
 from offramp.hub.devices import named_device
-from offramp.hub.model_sources import Source
+from offramp.hub.messages import ModelError, first_line, quiet
 from offramp.hub.models import named_dtype
-from offramp.hub.packaged import ModelError, first_line, quiet
 from offramp.hub.pretrained import config_of, model_shaped, tokenizer_of
+from offramp.hub.source import Source
 from offramp.runs import artefact
 from offramp.runs.bounded import read_object
 from offramp.runs.files import write_json

@@ -24,7 +24,7 @@ from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
 from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 from offramp.families import SplitModel
-from offramp.hub.packaged import quiet
+from offramp.hub.messages import quiet
 from offramp.hub.pretrained import inside_peft
 from offramp.values import flag
 

@@ -18,7 +18,7 @@ from offramp.distillation.objectives import Targets
 from offramp.distillation.states import States
 from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import require_finite
-from offramp.hub.packaged import first_line
+from offramp.hub.messages import first_line
 from offramp.runs.bounded import parsed
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.tasks.group_sets import GroupedSet

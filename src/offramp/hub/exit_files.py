@@ -14,7 +14,7 @@ from offramp.core.adapters import Branch
 from offramp.core.drafter import Drafter
 from offramp.core.exits import Exits, fingerprint, listed_once
 from offramp.families import SplitModel
-from offramp.hub.packaged import ModelError, first_line
+from offramp.hub.messages import ModelError, first_line
 from offramp.lm.exit_posterior import Posterior
 from offramp.runs import artefact
 

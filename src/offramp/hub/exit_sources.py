@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from offramp.hub.exit_files import CONFIG, WEIGHTS, load_exits, save_exits
-from offramp.hub.packaged import ModelError, first_line
+from offramp.hub.messages import ModelError, first_line
 
 BUNDLED = "bundled"
 """Name of the exits that come with offramp, for a packaged model."""

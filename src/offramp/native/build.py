@@ -20,7 +20,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from offramp.hub.packaged import cache_folder, first_line, say
+from offramp.hub.messages import first_line, say
+from offramp.hub.packaged import cache_folder
 from offramp.native.library import open_library
 
 SOURCE = Path(__file__).with_name("kernels.cpp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from offramp.families.state import Context, Frame
 from offramp.native import library as lib
 from offramp.native.library import address
 from offramp.native.places import places_of
-
-if TYPE_CHECKING:
-    from offramp.native.model import NativeModel
 
 CONFIDENCES = {"static": 0, "max": 1, "softmax": 2}
 """Those that the kernels know."""
@@ -41,7 +38,7 @@ class Drafted(NamedTuple):
 
 
 def draft(
-    model: NativeModel,
+    model: Any,
     context: Context,
     row: int,
     known: Sequence[int],
@@ -57,7 +54,7 @@ def draft(
     """Draft behind a row's last token.
 
     Args:
-        model: With a drafter.
+        model: An `offramp.native.model.NativeModel` with a drafter.
         context: Of the batch.
         row: Which row.
         known: The row's last n tokens, which the drafter goes over.
@@ -98,7 +95,7 @@ def draft(
     return Drafted(numbers[:made].tolist(), values[0, :made].tolist(), values[1, :made].tolist(), left, before[:1])
 
 
-def plain_embeddings(model: NativeModel) -> Tensor | None:
+def plain_embeddings(model: Any) -> Tensor | None:
     """The table whose rows enter the first block as they are; None: they do not (scaled, or with positions added)."""
     embeddings = model.decoder.get_input_embeddings()
     table: Tensor | None = getattr(embeddings, "weight", None)

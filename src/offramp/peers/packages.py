@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.hub.packaged import cache_folder, first_line, sole_maker
+from offramp.hub.messages import first_line
+from offramp.hub.packaged import cache_folder, sole_maker
 from offramp.native.build import processor
 from offramp.peers.process import PeerError
 from offramp.runs.files import replace_folder

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from offramp.hub.packaged import first_line
+from offramp.hub.messages import first_line
 
 SCRIPT = Path(__file__).with_name("answer.py")
 LOAD_LIMIT, ANSWER_LIMIT = 600.0, 300.0

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offramp.core.exits import fingerprint
-from offramp.hub.packaged import cache_folder, first_line, quiet
+from offramp.hub.messages import first_line, quiet
+from offramp.hub.packaged import cache_folder
 from offramp.peers.process import PeerError
 from offramp.runs.files import replace_file, replace_folder
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from offramp.core.exits import Exits, fingerprint
 from offramp.families.sizes import LINEAR
 from offramp.hub.exit_files import save_exits
-from offramp.hub.packaged import quiet
+from offramp.hub.messages import quiet
 from offramp.runs.files import replace_folder
 from offramp.training.config import TrainConfig
 
