@@ -32,7 +32,7 @@ SUBJECTS = (
 FORMS = ("What is {}?", "What is {} good for?", "Tell me one interesting thing about {}.")
 QUESTIONS = [form.format(subject) for form, subject in itertools.product(FORMS, SUBJECTS)]
 """Other prompts than those on whose answers the bundled exits and their drafter were trained."""
-TIMED = QUESTIONS[5::12]
+TIMED = QUESTIONS[5::15]
 DRAFTED, CERTIFIED = "drafts, checked", "certified"
 EVERY = replace(DRAFTS, confidence="max", threshold=0.0)
 """Drafts whatever the confidence, as `DRAFTS` does, in words that a calibration can vary."""
