@@ -15,6 +15,7 @@ from offramp.classifiers.method import Fitted, Interval, Method, Point, area, cu
 from offramp.classifiers.result import ClassifierEvaluation, summarise
 from offramp.metrics import resampled
 from offramp.metrics.calibration import grade, scores
+from offramp.report.classifier_plots import save_classifiers
 from offramp.report.drawing import percent
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs
@@ -362,7 +363,8 @@ def test_warnings_are_told_once_with_whom_they_are_about(found):
 def test_pictures_and_files(evaluation, tmp_path):
     pytest.importorskip("matplotlib")
     clean = tuple(method for method in evaluation.seeds[0] if method.test == "clean")
-    paths = ClassifierEvaluation({"model": "toy"}, (clean,)).save(tmp_path)
+    whole = ClassifierEvaluation({"model": "toy"}, (clean,))
+    paths = [*whole.save(tmp_path), *save_classifiers(whole, tmp_path)]
     names = {path.name for path in paths}
     pictures = {f"classify-{what}-clean.{kind}" for what in ("reliability", "curves") for kind in ("svg", "png")}
     assert names == {"results.json", "table.md"} | pictures
