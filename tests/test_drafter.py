@@ -17,7 +17,6 @@ from offramp.core.policy import DRAFTER, DRAFTS
 from offramp.evaluation import document_arms
 from offramp.evaluation.arms import drafting_arms
 from offramp.families import SplitModel
-from offramp.families.whole_pass import branch_of
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.messages import ModelError
 from offramp.lm.bench import default_arms, run_bench
@@ -74,7 +73,7 @@ def drafted_by_the_rule(lm, ids, count, frequent):
     before = torch.cat([torch.zeros_like(read[:, :1]), read], dim=1)
     found = []
     for _ in range(count):
-        own = branch_of(split, DRAFTER, exits.drafter(split.start(ids).hidden, before))
+        own = split.branch_of(DRAFTER, exits.drafter(split.start(ids).hidden, before))
         own = split.readout_input(own[:, -1:], DRAFTER)
         scores = split.project(own)[0, 0]
         token = max(frequent, key=lambda token: float(scores[token]))
@@ -164,7 +163,7 @@ def test_later_passes_attend_to_what_decoding_would(name):
     mixed = [torch.randn(2, length, width) for _ in range(3)]
     places = torch.tensor([[4, 5, 6, 7], [3, 4, 5, 6]])
     unrolled = Unrolled(split, mixed[0], places)
-    torch.testing.assert_close(unrolled.first, branch_of(split, DRAFTER, mixed[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(unrolled.first, split.branch_of(DRAFTER, mixed[0]), atol=1e-4, rtol=1e-4)
     at = torch.arange(2)[:, None]
     for number in (1, 2):
         found = unrolled.again(mixed[number][at, places])
@@ -175,7 +174,7 @@ def test_later_passes_attend_to_what_decoding_would(name):
                 inputs = mixed[0][row : row + 1, : place + 1].clone()
                 for back in range(number):  # the last `number` positions have been made by passes 1..number
                     inputs[:, place - back] = mixed[number - back][row, place - back]
-                want = branch_of(split, DRAFTER, inputs)[0, -1]
+                want = split.branch_of(DRAFTER, inputs)[0, -1]
                 torch.testing.assert_close(found[row, column], want, atol=1e-4, rtol=1e-4)
 
 

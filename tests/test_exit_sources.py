@@ -134,7 +134,7 @@ def test_bundled_exits(hub, saved, tmp_path, monkeypatch):
         exits_folder("bundled", "tiny")
     with pytest.raises(ModelError, match="come with offramp, only for"):
         offramp.load(saved[0], exits="bundled")
-    monkeypatch.setattr(exit_sources, "__file__", str(tmp_path / "package" / "exit_sources.py"))
+    monkeypatch.setattr(exit_sources, "__file__", str(tmp_path / "package" / "hub" / "exit_sources.py"))
     with pytest.raises(ModelError, match="only for no model"):
         exits_folder("bundled", "tiny")
     home = tmp_path / "package" / "data" / "exits"

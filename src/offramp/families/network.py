@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
 from offramp.families.table import FAMILIES
+
+Edit = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
 
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24, until then, in GPT-NeoX
 
@@ -108,3 +111,38 @@ class Network:
         """Longest sequence the decoder has positions for, in tokens; None if unlimited (T5)."""
         names = ("max_target_positions", "max_position_embeddings")
         return next((int(v) for name in names if (v := getattr(self.config, name, None))), None)
+
+
+def states_after(
+    split: Network,
+    ids: Tensor,
+    layers: Sequence[int],
+    memory: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    edit: Edit | None = None,
+) -> list[Tensor]:
+    """Residual states after some layers, by one pass of the model's own code; arguments as for `SplitModel.states`."""
+    found: dict[int, Tensor] = {}
+
+    def hook(layer: int) -> Callable[..., Any]:
+        def after(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if edit is not None:
+                hidden = edit(layer, inputs[0] if inputs else keywords["hidden_states"], hidden)
+            found[layer] = hidden
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return after
+
+    own = split.blocks[: split.num_layers]
+    hooks = [block.register_forward_hook(hook(layer), with_kwargs=True) for layer, block in enumerate(own, 1)]
+    try:
+        cross = {}
+        if split.is_encoder_decoder:
+            mask = None if split.family.listens else {"encoder_attention_mask": memory_mask}
+            cross = {"encoder_hidden_states": memory, **(mask or {})}
+        split.decoder(input_ids=ids, use_cache=False, **cross)
+    finally:
+        for each in hooks:
+            each.remove()
+    return [found[layer] for layer in layers]

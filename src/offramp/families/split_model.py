@@ -21,10 +21,9 @@ from offramp.families.best import Best, best_of, ranked
 from offramp.families.block_calls import rotation, run_block
 from offramp.families.branches import blocks_of
 from offramp.families.cache import LayerCache, Rows
-from offramp.families.network import Network
+from offramp.families.network import Edit, Network, states_after
 from offramp.families.sizes import model_shape
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
-from offramp.families.whole_pass import Edit, states_after
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.families import SplitModel
-from offramp.families.whole_pass import states_after
+from offramp.families.network import states_after
 from offramp.training.data import Windows, steps_per_epoch
 from offramp.training.passes import encoded
 
