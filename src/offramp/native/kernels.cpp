@@ -495,11 +495,12 @@ void pack_bytes(const float* x, int64_t cols, char* into) {
             }
         const f32x16 scale = most * splat(1.0f / 127), magic = splat(12582912.0f);
         const f32x16 inverse = choose(most > splat(1e-30f), splat(127.0f) / most, splat(0.0f));
+        const i32x16 sound = wrong == wrong;
         i32x16 total = {};
         for (int64_t s = 0; s < blocks.steps; ++s) {
             i32x16 bytes = {};
             for (int j = 0; j < 4; ++j) {
-                const i32x16 q = (i32x16)(columns[s][j] * inverse + magic) - (i32x16)magic;
+                const i32x16 q = ((i32x16)(columns[s][j] * inverse + magic) - (i32x16)magic) & sound;
                 total += q;
                 bytes |= (q & 255) << (8 * j);
             }
