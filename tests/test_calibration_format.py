@@ -1,5 +1,6 @@
 """Calibrations against the full model in another number format: never exiting then has to be certified, too."""
 
+import copy
 import json
 
 import pytest
@@ -103,7 +104,12 @@ def test_a_reference_has_to_be_the_same_model_in_another_format(tmp_path):
     call = {"grid": Grid((0.9,)), **SHORT}
     with pytest.raises(ValueError, match="the reference is in float32, native as the model is"):
         calibrate(model(), TASK, questions(16), BASE, REAL, tmp_path, reference=model(), **call)
-    other = LanguageModel(tiny("gpt2"), tokenizer(), engine="torch")
-    with pytest.raises(ValueError, match="another model"):
-        calibrate(model(), TASK, questions(16), BASE, REAL, tmp_path, reference=other, **call)
-    assert not any(tmp_path.iterdir())
+    changed = copy.deepcopy(tiny("llama"))
+    changed.lm_head.weight.data[0] += 1  # of the same shape, with other weights
+    for other in (tiny("gpt2"), changed):
+        reference = LanguageModel(other, tokenizer(), engine="torch")
+        with pytest.raises(ValueError, match="another model"):
+            calibrate(model(), TASK, questions(16), BASE, REAL, tmp_path, reference=reference, **call)
+    in_half = LanguageModel(copy.deepcopy(tiny("llama")).half(), tokenizer(), engine="torch")
+    calibrate(model(), TASK, questions(16), BASE, REAL, tmp_path / "half", reference=in_half, **call)
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
