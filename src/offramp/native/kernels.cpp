@@ -168,15 +168,6 @@ inline void pause() {
 #endif
 }
 
-// Spins for a moment, then lets others run: on a busy machine the one waited for may not be on a core.
-struct Patience {
-    int turns = 0;
-    void wait() {
-        if (++turns < 4000) pause();
-        else std::this_thread::yield();
-    }
-};
-
 // Weights that this thread will read after the stage at hand: fetched while it waits, so that memory never rests.
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
@@ -187,17 +178,52 @@ struct Ahead {
 };
 thread_local Ahead ahead;
 
+// Where threads wait for what another one does: they spin, which is quickest while each has a core, then sleep, since
+// the one waited for may need it. Who had to sleep spins for half as long the next time, as often as that happens: two
+// processes that spin on the same cores would wait for whole slices of time at every stage.
+class Gate {
+  public:
+    template <class Done, class Meanwhile> void wait(int64_t turns, Done done, Meanwhile meanwhile) {
+        thread_local int halvings = 0;
+        for (int64_t turn = 0; turn < turns >> halvings; ++turn) {
+            if (done()) {
+                halvings = std::max(halvings - 1, 0);
+                return;
+            }
+            meanwhile();
+        }
+        halvings = std::min(halvings + 1, 8);
+        std::unique_lock<std::mutex> lock(sleep_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, done);
+        asleep_.fetch_sub(1);
+    }
+
+    // To be called once what is waited for is done: both are sequentially consistent, so that one side sees the other.
+    void open() {
+        if (asleep_.load() == 0) return;
+        std::lock_guard<std::mutex> lock(sleep_);
+        wake_.notify_all();
+    }
+
+  private:
+    std::mutex sleep_;
+    std::condition_variable wake_;
+    std::atomic<int64_t> asleep_{0};
+};
+
 struct Barrier {
     std::atomic<int64_t> arrived{0}, phase{0};
+    Gate gate;
     void wait(int64_t threads) {
         const int64_t now = phase.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
             arrived.store(0, std::memory_order_relaxed);
-            phase.store(now + 1, std::memory_order_release);
+            phase.store(now + 1);
+            gate.open();
             return;
         }
-        for (Patience p; phase.load(std::memory_order_acquire) == now;)
-            if (!ahead.fetch()) p.wait();
+        gate.wait(4000, [&] { return phase.load() != now; }, [] { if (!ahead.fetch()) pause(); });
     }
 };
 
@@ -214,7 +240,7 @@ struct Team {
 
 typedef void (*Task)(void* argument, int64_t thread);
 
-// Workers that wait for tasks: they spin for a fraction of a millisecond, then sleep.
+// Workers that wait for tasks.
 class Pool {
   public:
     void run(int64_t threads, Task task, void* argument) {
@@ -225,33 +251,27 @@ class Pool {
             std::thread([this, id, seen] { work(id, seen); }).detach();
         }
         if (threads > 1) {
-            std::lock_guard<std::mutex> lock(sleep_);
             task_ = task, argument_ = argument, threads_ = threads;
             left_.store(workers_, std::memory_order_relaxed);
-            epoch_.fetch_add(1, std::memory_order_release);
+            epoch_.fetch_add(1);
+            begin_.open();
         }
-        if (threads > 1) wake_.notify_all();
         task(argument, 0);
-        if (threads > 1)
-            for (Patience p; left_.load(std::memory_order_acquire) > 0;) p.wait();
+        if (threads > 1) end_.wait(4000, [this] { return left_.load() == 0; }, pause);
     }
 
   private:
     void work(int64_t id, uint64_t seen) {
         for (;;) {
-            for (int turn = 0; turn < 20000 && epoch_.load(std::memory_order_acquire) == seen; ++turn) pause();
-            if (epoch_.load(std::memory_order_acquire) == seen) {
-                std::unique_lock<std::mutex> lock(sleep_);
-                wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
-            }
+            begin_.wait(20000, [&] { return epoch_.load() != seen; }, pause);
             seen = epoch_.load(std::memory_order_acquire);
             if (id < threads_) task_(argument_, id);
-            left_.fetch_sub(1, std::memory_order_acq_rel);
+            if (left_.fetch_sub(1) == 1) end_.open();
         }
     }
 
-    std::mutex calls_, sleep_;
-    std::condition_variable wake_;
+    std::mutex calls_;
+    Gate begin_, end_;
     std::atomic<uint64_t> epoch_{0};
     std::atomic<int64_t> left_{0};
     int64_t workers_ = 0, threads_ = 1;
