@@ -13,7 +13,7 @@ from pathlib import Path
 from offramp.evaluation import Bootstrap, Evaluation, summarise
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.record_file import Record, read_records
-from offramp.evaluation.result import RESULTS
+from offramp.runs.results import RESULTS
 from offramp.runs.tables import markdown
 
 

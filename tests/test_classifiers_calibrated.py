@@ -27,7 +27,8 @@ from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics.calibration import grade
 from offramp.risk import budgets, classifier_losses
-from offramp.uncertainty import nested_conformal, saving
+from offramp.runs import artefact
+from offramp.uncertainty import nested_conformal
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
 
@@ -318,7 +319,7 @@ def test_sets_of_another_posterior_are_refused_and_go_when_there_are_none(fitted
         load_calibrated(tmp_path / "own", passes.network)
     replace(result.calibrated, sets=None).save(tmp_path / "own")  # nor may they stay behind
     assert load_calibrated(tmp_path / "own", passes.network).sets is None
-    saving.save(result.calibrated.sets, tmp_path / "own" / "sets")  # as they were once saved, without a posterior
+    artefact.save(result.calibrated.sets, tmp_path / "own" / "sets")  # as they were once saved, without a posterior
     with pytest.raises(ValueError, match="cannot be read .*; calibrate again"):
         load_calibrated(tmp_path / "own", passes.network)
 

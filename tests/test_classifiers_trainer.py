@@ -19,10 +19,10 @@ from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows,
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import joint_cross_entropy, logits_of
 from offramp.classifiers.trainer import train_classifier
+from offramp.runs.folder import TrainingError
 from offramp.runs.lines import read_lines
 from offramp.tasks.labelled import Labelled
 from offramp.training.config import FALLS
-from offramp.training.run_folder import TrainingError
 from tiny import tokenizer
 from tiny_encoders import encoder
 

@@ -1,6 +1,5 @@
 """Comparisons in which T and λ differ, too, are called confounded; the run that has the same ones is named."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from offramp.distillation.matched import confounded, note
 from offramp.distillation.methods import method
 from offramp.distillation.report import REFERENCE, by_method, matched_table, methods_table, summary
 from offramp.metrics.seeds import holm, paired
+from offramp.runs.codec import encode
 
 RULE = "val_worst_group"
 ALIKE = "kd+temperature=3+fraction=1"
@@ -28,7 +28,7 @@ def grid(*names, worst=None, seeds=5):
             chosen = {"epoch": 1, "groups": accuracies, "test": {"average": 0.8}}
             found.append({
                 "name": name, "teacher": "erm", "seed": seed, "key": f"{name}--{seed}", "rules": {RULE: chosen},
-                "method": json.loads(json.dumps(method(name).to_dict())), "seconds": {"wall": 1.0},
+                "method": encode(method(name)), "seconds": {"wall": 1.0},
                 "groups": {"names": ["a", "b"], "test": [500, 500]},
             })  # fmt: skip
     return found

@@ -11,6 +11,7 @@ from offramp.distillation.config import BUNDLED, Run, bundled, study_from
 from offramp.distillation.grid import run_grid
 from offramp.distillation.methods import METHODS, method
 from offramp.metrics.selection import LabelBudget
+from offramp.runs.codec import encode
 
 STUDY = Study(DataConfig("folder", "groups"), Network("small-cnn:4"), Network("small-cnn:6"))
 
@@ -152,7 +153,7 @@ def test_every_switch_can_be_set_behind_a_name(name):
                 yield f"{prefix}{key}={json.dumps(value)}"
 
     found = METHODS[name]
-    assert method("+".join((name, *switches(found.to_dict())))) == found
+    assert method("+".join((name, *switches(encode(found))))) == found
 
 
 # ---------------------------------------------------------------- teachers that are trained here

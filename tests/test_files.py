@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from offramp.runs.files import locked, replace_file, write_json
+from offramp.runs.asked import locked
+from offramp.runs.files import replace_file, write_json
 
 
 def everything_in(folder):

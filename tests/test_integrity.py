@@ -14,10 +14,10 @@ import training_runs
 from offramp.classifiers import load as load_classifier
 from offramp.hub.exit_files import load_exits
 from offramp.hub.messages import ModelError
-from offramp.runs import digests
+from offramp.runs import artefact, digests
 from offramp.runs.bounded import read_json
 from offramp.runs.tensor_files import read_tensors, write_tensors
-from offramp.uncertainty import nested_conformal, saving
+from offramp.uncertainty import nested_conformal
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
 from posteriors import with_posterior
 from sealing import digest_of, rewrite, without_digests
@@ -39,7 +39,7 @@ def loaded(kind, folder):
     if kind == "classifier":
         made = load_classifier(folder, device="cpu")
         return (made.layers, made.labels, made.head_config), made.state_dict()
-    state = saving.load(NestedConformal, folder)
+    state = artefact.load(NestedConformal, folder)
     return (state.config,), {"quantiles": state.quantiles}
 
 
@@ -56,7 +56,7 @@ def originals(tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
     with_posterior("llama", lens=0.1).save_exits(folder / "exits")
     scores = torch.rand(2, 60, generator=torch.Generator().manual_seed(0))
-    saving.save(nested_conformal.fit(scores, NestedConformalConfig(equalise=False)), folder / "state")
+    artefact.save(nested_conformal.fit(scores, NestedConformalConfig(equalise=False)), folder / "state")
     build("msdnet").save(folder / "classifier")
     return folder
 

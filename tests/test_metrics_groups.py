@@ -1,7 +1,6 @@
 """Numbers on groups against hand-made tables, brute force, and other libraries."""
 
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,11 +20,11 @@ from offramp.report.groups import (
     changes_table,
     exits_table,
     groups_table,
-    plain,
     seeds_table,
     selection_table,
     weights_table,
 )  # fmt: skip
+from offramp.runs.codec import decode, encode
 from offramp.uncertainty.outputs import ExitOutputs
 
 
@@ -250,7 +249,7 @@ def test_exits_by_group_against_a_loop():
     worst = table.worst(smallest=1)
     assert worst == (table.names[int(table.chosen_accuracy.argmin())], float(table.chosen_accuracy.min()))
     assert "group 2" in str(exits_table(table))
-    assert (read := ExitsByGroup.from_dict(plain(asdict(table)))).flops.tolist() == table.flops.tolist()
+    assert (read := decode(ExitsByGroup, encode(table))).flops.tolist() == table.flops.tolist()
     assert str(exits_table(read)) == str(exits_table(table))  # after a turn through JSON
     first, second = budgets_by_group(outputs, [torch.zeros(60).long(), chosen], split="test", smallest=1)
     assert (first.flops, first.worst) == (10.0, pytest.approx(float(table.accuracy[0].min())))

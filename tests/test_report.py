@@ -25,8 +25,8 @@ from offramp.report.html import report
 from offramp.report.pages import evaluation
 from offramp.report.pages.blocks import Picture
 from offramp.runs.files import write_json
+from offramp.runs.folder import RunFolder
 from offramp.runs.lines import read_lines, write_lines
-from offramp.training.run_folder import RunFolder
 
 pytest.importorskip("matplotlib")
 KINDS = ("evaluation", "training", "probe", "calibration")

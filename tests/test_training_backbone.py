@@ -19,8 +19,9 @@ import training_runs
 from offramp import ExitPolicy, ModelError
 from offramp.core.exits import fingerprint
 from offramp.families import SplitModel
+from offramp.runs import folder as run_folder
 from offramp.runs import tensor_files
-from offramp.training import OBJECTIVES, TrainingError, run_folder, train
+from offramp.training import OBJECTIVES, TrainingError, train
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropout_rates, dropping
 from offramp.training.objectives import layerwise_loss

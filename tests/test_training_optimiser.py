@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from offramp.runs.folder import Clock, RunFolder
 from offramp.training.optimiser import adamw
-from offramp.training.run_folder import Clock, RunFolder
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])

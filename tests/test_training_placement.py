@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from offramp.core.costs import exit_flops
 from offramp.families import SplitModel
+from offramp.runs.codec import decode, encode
 from offramp.training import closed_lenses
 from offramp.training.placement import Placement, best_exits, chosen_before, gains_of, lens_weights, place
 from tiny import LAYERS, tiny
@@ -69,8 +70,8 @@ def test_what_is_placed_and_what_is_said():
     assert [line.split("|")[1].strip() for line in found.table().split("\n") if "exit |" in line] == [
         *map(str, found.layers)
     ]
-    assert Placement.from_dict(found.to_dict()) == found
-    record = {"about": {"placement": found.to_dict()}}
+    assert decode(Placement, encode(found)) == found
+    record = {"about": {"placement": encode(found)}}
     assert chosen_before(record, 2, 5) == found
     assert chosen_before(record, 3, 5) is chosen_before({}, 2, 5) is chosen_before(None, 2, 5) is None
     with pytest.raises(ValueError, match=r"no exit pays: even one after layer \d, which agrees .* at 0 of 4 positions"):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import training_runs
 import two_processes
-from offramp.training.run_folder import RunFolder
+from offramp.runs.folder import RunFolder
 
 FILES = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "exits"}
 

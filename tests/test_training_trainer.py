@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 import training_runs
 from offramp.core.exits import Exits
 from offramp.hub.exit_files import load_exits
+from offramp.runs import folder as run_folder
 from offramp.runs.lines import read_lines
-from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
+from offramp.training import OBJECTIVES, TrainConfig, TrainingError, train
 from training_runs import config, data, model
 
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offramp.runs import artefact
 from offramp.uncertainty import (
     avcs_classification,
     avcs_regression,
     bayesian_regression,
     nested_conformal,
     per_exit,
-    saving,
     set_exits,
 )
 from offramp.uncertainty.avcs_regression import AVCSRegressionConfig
@@ -158,16 +158,16 @@ def same(first, second):
 def test_states_come_back_as_they_were(tmp_path):
     for state in states():
         folder = tmp_path / type(state).__name__
-        saving.save(state, folder)
+        artefact.save(state, folder)
         assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
-        assert same(saving.load(type(state), folder), state)
-        assert saving.load(type(state), folder) is not state
+        assert same(artefact.load(type(state), folder), state)
+        assert artefact.load(type(state), folder) is not state
 
 
 def test_empty_tensors_come_back(tmp_path):
     state = per_exit.PerExit(torch.empty(0).double(), per_exit.PerExitConfig())
-    saving.save(state, tmp_path / "state")
-    assert same(saving.load(per_exit.PerExit, tmp_path / "state"), state)
+    artefact.save(state, tmp_path / "state")
+    assert same(artefact.load(per_exit.PerExit, tmp_path / "state"), state)
 
 
 def undigested(folder):
@@ -179,59 +179,59 @@ def undigested(folder):
 
 def test_states_from_before_a_field_or_the_digest_was_added_come_back(tmp_path):
     state = list(states())[2]
-    saving.save(state, tmp_path / "state")
+    artefact.save(state, tmp_path / "state")
     file, values = undigested(tmp_path / "state")
     del values["state"]["config"]["first_exit"]
     file.write_text(json.dumps(values))
     with pytest.warns(UserWarning, match="has no digest"):
-        assert same(saving.load(type(state), tmp_path / "state"), state)
+        assert same(artefact.load(type(state), tmp_path / "state"), state)
     del values["state"]["rows"]  # has no default
     file.write_text(json.dumps(values))
     with pytest.warns(UserWarning, match="has no digest"), pytest.raises(ValueError, match="damaged"):
-        saving.load(type(state), tmp_path / "state")
+        artefact.load(type(state), tmp_path / "state")
 
 
 def test_states_that_were_changed_or_mixed_are_refused(tmp_path):
     random = torch.Generator().manual_seed(0)
     for name in ("a", "b"):
-        saving.save(per_exit.fit(torch.rand(2, 50, generator=random)), tmp_path / name)
+        artefact.save(per_exit.fit(torch.rand(2, 50, generator=random)), tmp_path / name)
     shutil.copy(tmp_path / "a" / "state.safetensors", tmp_path / "b")
     with pytest.raises(ValueError, match="not what was saved.*copy the whole folder"):
-        saving.load(per_exit.PerExit, tmp_path / "b")
+        artefact.load(per_exit.PerExit, tmp_path / "b")
     file = tmp_path / "a" / "state.json"
     values = json.loads(file.read_text())
     values["state"]["config"]["alpha"] += 0.1
     file.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="not what was saved"):
-        saving.load(per_exit.PerExit, tmp_path / "a")
+        artefact.load(per_exit.PerExit, tmp_path / "a")
 
 
 def test_infinite_quantiles_come_back(tmp_path):
     with pytest.warns(UserWarning, match="too few"):
         state = nested_conformal.fit(torch.rand(2, 3), NestedConformalConfig(equalise=False))
-    saving.save(state, tmp_path / "state")
-    assert saving.load(NestedConformal, tmp_path / "state").quantiles.tolist() == [math.inf]
+    artefact.save(state, tmp_path / "state")
+    assert artefact.load(NestedConformal, tmp_path / "state").quantiles.tolist() == [math.inf]
 
 
 @pytest.mark.filterwarnings("ignore:.* has no digest")
 def test_what_is_no_state_is_told(tmp_path):
     state = per_exit.fit(torch.rand(2, 50))
-    saving.save(state, tmp_path / "state")
-    saving.save(state, tmp_path / "state")  # replaced
+    artefact.save(state, tmp_path / "state")
+    artefact.save(state, tmp_path / "state")  # replaced
     with pytest.raises(ValueError, match="holds 'PerExit', but 'NestedConformal' was asked for"):
-        saving.load(NestedConformal, tmp_path / "state")
+        artefact.load(NestedConformal, tmp_path / "state")
     with pytest.raises(ValueError, match="there is no state.json"):
-        saving.load(NestedConformal, tmp_path / "nowhere")
+        artefact.load(NestedConformal, tmp_path / "nowhere")
     file, values = undigested(tmp_path / "state")
     for broken in ({**values["state"], "more": 1}, {"quantiles": "other"}, [], {**values["state"], "quantiles": "x"}):
         file.write_text(json.dumps({**values, "state": broken}))
         with pytest.raises(ValueError, match="damaged"):
-            saving.load(per_exit.PerExit, tmp_path / "state")
+            artefact.load(per_exit.PerExit, tmp_path / "state")
     file.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        saving.load(per_exit.PerExit, tmp_path / "state")
+        artefact.load(per_exit.PerExit, tmp_path / "state")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(FileExistsError, match="something else"):
-        saving.save(state, tmp_path / "mine")
+        artefact.save(state, tmp_path / "mine")
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"

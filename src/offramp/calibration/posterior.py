@@ -21,7 +21,8 @@ from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import save_exits
 from offramp.lm.exit_posterior import METHODS, Posterior
-from offramp.runs.files import locked, write_json
+from offramp.runs.asked import locked
+from offramp.runs.files import write_json
 from offramp.runs.machine import describe
 from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets

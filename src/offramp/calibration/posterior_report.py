@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -16,6 +16,7 @@ from offramp.calibration.token_rows import ExitView, TokenViews
 from offramp.lm.exit_posterior import SETS, Posterior
 from offramp.metrics.calibration import Reliability
 from offramp.metrics.sets import binomial
+from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 from offramp.uncertainty import token_laplace, token_sets
 from offramp.uncertainty.token_sets import share_outside
@@ -82,7 +83,7 @@ class SetQuality:
 
 
 @dataclass(frozen=True)
-class PosteriorReport:
+class PosteriorReport(Result):
     """What was fitted and how good it is on the test tokens.
 
     Attributes:
@@ -94,16 +95,14 @@ class PosteriorReport:
         warnings: What a user should know.
     """
 
+    schema = SCHEMA
+
     settings: dict[str, Any]
     honesty: tuple[Honesty, ...]
     sets: tuple[SetQuality, ...]
     outside: float
     tokens: int
     warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"schema": SCHEMA, **asdict(self)}
 
     def table(self) -> str:
         """Tables in Markdown, with what follows from them."""

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from offramp.core.exits import fingerprint
 from offramp.families.finite import name_of, require_finite
+from offramp.runs.asked import require_same
 from offramp.runs.bounded import read_object
-from offramp.runs.files import differences, write_json
+from offramp.runs.files import write_json
+from offramp.runs.lines import REMOVE
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.training.data import Document, Windows, cut
 from offramp.training.passes import states_of
@@ -166,11 +168,9 @@ def _require(file: Path, header: dict[str, Any]) -> None:
     """Write what the features are of, or see that it is the same."""
     if not file.exists():
         write_json(file, header)
-    elif differing := differences(read_object(file, AGAIN), header):
-        raise ValueError(
-            f"{file.parent} holds readout inputs of something else ({'; '.join(differing)}); remove it, or use another "
-            "folder"
-        )
+    else:
+        have = read_object(file, AGAIN)
+        require_same(have, header, file.parent, "readout inputs of something else ({})", REMOVE)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.search import search
 from offramp.calibration.spending import Spent
 from offramp.risk.intervals import exact_interval as exact_interval
+from offramp.runs.results import Result
 from offramp.tasks import split_groups
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ SCHEMA = "offramp/calibrate-validation/2"
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(Result):
     """Counts over repeated calibrations: from draws with replacement, which test the promise, and from splits.
 
     Attributes:
@@ -51,6 +52,8 @@ class Validation:
         cost: What costs are, in words.
     """
 
+    schema = SCHEMA
+
     promise: Promise
     repeats: int
     pool: int
@@ -72,7 +75,7 @@ class Validation:
             f"{name}_interval": exact_interval(getattr(self, name), self.repeats)
             for name in ("exceeded_population", "exceeded_held_out")
         }
-        return {"schema": SCHEMA, **asdict(self), **intervals}
+        return {**super().to_dict(), **intervals}
 
     def words(self) -> str:
         """The counts next to the promise, and how to read them."""

@@ -6,10 +6,9 @@ Each step reads a split of its own: factors "train" (or "tune"), temperatures an
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
 from offramp.metrics.sets import SetSummary, summarise
 from offramp.risk import classifier_losses
+from offramp.runs.codec import encode
 from offramp.runs.files import write_json, write_text
 from offramp.runs.tables import markdown
 from offramp.uncertainty import nested_conformal
@@ -160,11 +160,11 @@ class ClassifierCalibration:
         ]  # fmt: skip
         certificate = self.certificate and {**self.certificate.to_dict(), "words": self.certificate.words()}
         return {
-            "schema": SCHEMA, "config": asdict(self.config), "conditions": self.conditions, "rows": self.rows,
+            "schema": SCHEMA, "config": encode(self.config), "conditions": self.conditions, "rows": self.rows,
             "exits": exits, "messages": list(posterior.messages), "certificate": certificate, "kept": self.kept,
-            "sets": self.sets and _finite(asdict(self.sets)), "full_cost": self.calibrated.full_cost,
-            "effect": self.effect and {**asdict(self.effect), "words": self.effect.words(self.config.posterior.method)},
-            "choice": self.choice and {**self.choice.to_dict(), "words": self.choice.words()},
+            "sets": self.sets and encode(self.sets), "full_cost": self.calibrated.full_cost,
+            "effect": self.effect and {**encode(self.effect), "words": self.effect.words(self.config.posterior.method)},
+            "choice": self.choice and {**encode(self.choice), "words": self.choice.words()},
         }  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -251,15 +251,6 @@ def kept_words(kept: Mapping[str, Any], reference: str, posterior: PosteriorConf
 
 def _reference(name: str, posterior: PosteriorConfig) -> str:
     return ENSEMBLE if name == "posterior" and posterior.is_ensemble else REFERENCES[name]
-
-
-def _finite(value: Any) -> Any:
-    """JSON values, infinities and NaN as None."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- the steps

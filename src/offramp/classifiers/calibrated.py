@@ -21,7 +21,6 @@ from torch import Tensor
 from offramp.classifiers.evaluate import charged
 from offramp.risk import budgets
 from offramp.runs import artefact
-from offramp.uncertainty import saving
 from offramp.uncertainty.nested_conformal import NestedConformal
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import Posterior, load_posterior
@@ -111,7 +110,7 @@ class Calibrated:
             tensors["full_cost"] = torch.tensor(self.full_cost, dtype=torch.float64)
         artefact.write(place / THRESHOLDS, SCHEMA, values, tensors)
         if self.sets is not None:
-            saving.save(SetsOf(self.posterior.fingerprint, self.sets), place / SETS)
+            artefact.save(SetsOf(self.posterior.fingerprint, self.sets), place / SETS)
         elif (place / SETS).is_dir():
             for name in artefact.STATE.names:
                 (place / SETS / name).unlink(missing_ok=True)
@@ -147,7 +146,7 @@ def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
 def _sets(place: Path, posterior: Posterior) -> NestedConformal:
     """The sets in a folder, if they are this posterior's."""
     try:
-        found = saving.load(SetsOf, place)
+        found = artefact.load(SetsOf, place)
     except ValueError as error:
         raise ValueError(f"the sets of this posterior cannot be read ({error}); calibrate again") from error
     if found.posterior != posterior.fingerprint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, wsr
 from offramp.risk.classifier_losses import exits_under, losses_under
 from offramp.risk.control import conformal_risk_control, fixed_sequence
 from offramp.risk.losses import checked
+from offramp.runs.results import Result
 from offramp.values import listed
 
 CRC = "crc"
@@ -173,7 +174,7 @@ def ladder(confidences: Tensor, count: int = 50) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class RowCertificate:
+class RowCertificate(Result):
     """What is certified, and how it was found.
 
     Attributes:
@@ -192,6 +193,8 @@ class RowCertificate:
             number would.
     """
 
+    schema = SCHEMA
+
     promise: RowPromise
     certified: bool
     threshold: float
@@ -206,7 +209,7 @@ class RowCertificate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinity is None, and conformal risk control has no failure probability."""
-        values = {"schema": SCHEMA, **asdict(self), "threshold": _json(self.threshold), "tests": list(self.tests)}
+        values = super().to_dict()
         if self.promise.bound == CRC:
             values["promise"]["failure"] = None
         return values

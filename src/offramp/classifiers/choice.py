@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,10 +90,6 @@ class Choice:
     method: str
     nlpd: dict[str, float]
     effects: dict[str, Effect]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
     def words(self) -> str:
         """What was compared, and what was taken."""

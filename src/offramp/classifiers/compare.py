@@ -20,10 +20,11 @@ from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.method import Fitted, Method
 from offramp.classifiers.passes import Passes
-from offramp.classifiers.result import EARLIER, RESULTS, SCHEMA, ClassifierEvaluation
+from offramp.classifiers.result import EARLIER, SCHEMA, ClassifierEvaluation
 from offramp.report.classifier_plots import save_classifiers
 from offramp.runs.bounded import read_object
 from offramp.runs.files import replace_file
+from offramp.runs.results import RESULTS
 from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty import fingerprint

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -37,15 +36,6 @@ class HeadConfig:
             raise ValueError(f"hidden is {self.hidden}; it is a width from 1, or None for no dense layer")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it is in [0, 1)")
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HeadConfig:
-        """From `as_dict`."""
-        return cls(**values)
 
 
 class ExitOutput(NamedTuple):

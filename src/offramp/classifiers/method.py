@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,12 +72,6 @@ class Fitted:
     priors: tuple[float, ...] | None
     messages: tuple[str, ...] = ()
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Fitted:
-        """From its fields as JSON values."""
-        priors = values["priors"]
-        return cls(tuple(values["temperatures"]), None if priors is None else tuple(priors), tuple(values["messages"]))
-
 
 @dataclass(frozen=True)
 class Method:
@@ -129,24 +122,6 @@ class Method:
         """Realised costs over the full cost and a metric; the ends are the first and the last exit alone."""
         points = [self.alone[0], *self.points, self.alone[-1]]
         return curve([p.cost / self.full_cost for p in points], [p.metrics[metric] for p in points])
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Method:
-        """The inverse of `to_dict`."""
-        points = {
-            name: tuple(Point(**{**p, "shares": tuple(p["shares"])}) for p in values[name])
-            for name in ("points", "alone")
-        }
-        figures = {
-            name: {metric: Interval(**interval) for metric, interval in values[name].items()}
-            for name in ("mean", "difference")
-        }
-        bins = tuple(tuple(tuple(b) for b in exit_) for exit_ in values["reliability"])
-        return cls(**{**values, **points, **figures, "reliability": bins, "clamped": tuple(values["clamped"])})
 
 
 # ---------------------------------------------------------------- curves over cost

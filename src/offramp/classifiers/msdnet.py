@@ -10,8 +10,7 @@ the channels at the boundary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +116,6 @@ class MSDNetConfig:
             blocks=5, base=layers, step=layers, growing=False, channels=32, growth=16, scales=(1, 2, 4, 4),
             bottlenecks=(1, 2, 4, 4), head_channels=None, image_size=224, in_channels=in_channels, large_stem=True,
         )  # fmt: skip
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def _conv(ins: int, outs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -5,8 +5,7 @@ SimKD (Chen et al. 2022, arXiv 2203.14001) and DeTT. The projector is part of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,16 +57,6 @@ class ProjectedConfig:
         if isinstance(exit_.body, ConvBody):
             return cls(**found, channels=exit_.body.channels)
         raise ValueError(f"the teacher's last exit has a {type(exit_.body).__name__}, which cannot be taken over")
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ProjectedConfig:
-        """From `as_dict`, also after a turn through JSON."""
-        channels = values["channels"] and tuple(values["channels"])
-        return cls(**{**values, "shape": tuple(values["shape"]), "channels": channels})
 
     def body(self) -> nn.Module:
         """From activations to [B, width]; a pooled vector stays what it is."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,12 @@ from scipy import special
 
 from offramp.classifiers.evaluate import BASELINE
 from offramp.classifiers.method import SHARES, Fitted, Method, Point
-from offramp.runs.files import write_json, write_text
+from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 
 SCHEMA = "offramp/classifier-evaluation/2"
 EARLIER = "offramp/classifier-evaluation/1"
 """With costs over those of a network that computes the heads of all exits."""
-RESULTS, TABLE = "results.json", "table.md"
 HEADS = {
     "top1": "Top-1 %", "top5": "Top-5 %", "nlpd": "NLPD", "ece": "ECE", "aurc": "AURC", "augrc": "AUGRC",
     "brier": "Brier", "cost": "cost",
@@ -56,7 +53,7 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 @dataclass(frozen=True)
-class ClassifierEvaluation:
+class ClassifierEvaluation(Result):
     """What `offramp.classifiers.evaluate.evaluate` found, of one network or of several trained with other seeds.
 
     Attributes:
@@ -64,6 +61,8 @@ class ClassifierEvaluation:
         seeds: Of each network, the same methods on the same test sets.
         fitted: Of each network, by method, how it was fitted; empty: unknown.
     """
+
+    schema, earlier, noun = SCHEMA, (EARLIER,), "evaluation of classifiers"
 
     conditions: dict[str, Any]
     seeds: tuple[tuple[Method, ...], ...]
@@ -114,7 +113,7 @@ class ClassifierEvaluation:
     # ------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """JSON values, with the metrics over all seeds."""
         summary = {
             test: {
                 name: {metric: vars(self.mean(test, name, metric)) for metric in self.of(test, name)[0].mean}
@@ -122,44 +121,7 @@ class ClassifierEvaluation:
             }
             for test in self.tests
         }
-        seeds = [[method.to_dict() for method in methods] for methods in self.seeds]
-        fitted = [{name: asdict(fit) for name, fit in fits.items()} for fits in self.fitted]
-        return {
-            "schema": SCHEMA, "conditions": self.conditions, "summary": summary, "fitted": fitted, "seeds": seeds,
-        }  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierEvaluation:
-        """The inverse of `to_dict`; what an earlier version wrote keeps its unit of costs, and `notes` says so.
-
-        Returns:
-            The evaluation.
-
-        Raises:
-            ValueError: The schema is another one.
-        """
-        if values.get("schema") not in (SCHEMA, EARLIER):
-            raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: no evaluation of classifiers")
-        seeds = tuple(tuple(Method.from_dict(method) for method in methods) for methods in values["seeds"])
-        fitted = tuple(
-            {name: Fitted.from_dict(fit) for name, fit in fits.items()}
-            for fits in values.get("fitted", ())  # which older results do not have
-        )
-        return cls(dict(values["conditions"]), seeds, fitted)
-
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write results.json and table.md; `offramp.report.classifier_plots.save_classifiers` draws.
-
-        Args:
-            folder: Where to; made if missing. Files of an earlier evaluation are replaced.
-
-        Returns:
-            The files.
-        """
-        folder = Path(folder)
-        write_json(folder / RESULTS, self.to_dict())
-        write_text(folder / TABLE, self.table() + "\n")
-        return [folder / RESULTS, folder / TABLE]
+        return {**super().to_dict(), "summary": summary}
 
     # ------------------------------------------------------------ tables
 

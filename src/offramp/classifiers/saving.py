@@ -29,6 +29,7 @@ from offramp.hub.pretrained import config_of, model_shaped, tokenizer_of
 from offramp.hub.source import Source
 from offramp.runs import artefact
 from offramp.runs.bounded import read_object
+from offramp.runs.codec import decode, encode
 from offramp.runs.files import write_json
 from offramp.runs.tensor_files import read_tensors, write_tensors
 
@@ -58,14 +59,14 @@ def save(classifier: EarlyExitClassifier, folder: str | os.PathLike[str]) -> Non
     backbone: Any = classifier.backbone
     own = next((kind for kind, (network, _) in OWN.items() if isinstance(backbone, network)), None)
     values = {
-        "backbone": {"kind": own, **backbone.config.as_dict()} if own else {"kind": "encoder"},
+        "backbone": {"kind": own, **encode(backbone.config)} if own else {"kind": "encoder"},
         "exits": list(classifier.layers[:-1]),
         "labels": list(classifier.labels),
-        "head": classifier.head_config.as_dict(),
+        "head": encode(classifier.head_config),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
     if isinstance(last := classifier.heads[-1], ProjectedHead):
-        values["projected"] = last.config.as_dict()
+        values["projected"] = encode(last.config)
     weights = classifier.state_dict()
     if (broken := not_finite_in(weights)) is not None:
         raise ValueError(
@@ -144,20 +145,20 @@ def _build(folder: Path, values: dict[str, Any]) -> EarlyExitClassifier:
     with torch.random.fork_rng(devices=[]):  # loading draws no random numbers that anyone sees
         if kind in OWN:
             network, config = OWN[kind]
-            backbone: Backbone = network(config(**shape)).to(dtype)
+            backbone: Backbone = network(decode(config, shape)).to(dtype)
         else:
             backbone = _encoder(folder / ENCODER, dtype)
         classifier = EarlyExitClassifier(
             backbone,
             values["exits"],
             labels=values["labels"],
-            head=HeadConfig.from_dict(values["head"]),
+            head=decode(HeadConfig, values["head"]),
             tokenizer=tokenizer_of(_beside(folder / ENCODER)),
             preprocessing=_json(folder / PREPROCESSING),
         )
         if (projected := values.get("projected")) is not None:
             classifier.heads[-1] = ProjectedHead(
-                backbone, classifier.head_config.pooling, classifier.num_classes, ProjectedConfig.from_dict(projected)
+                backbone, classifier.head_config.pooling, classifier.num_classes, decode(ProjectedConfig, projected)
             )
     classifier.trained_on, classifier.training_rows = _json(folder / TRAINED_ON), training_rows(folder)
     return classifier

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,10 +38,6 @@ class SmallCNNConfig:
                 f"image_size is {self.image_size}; after {self.blocks - 1} halvings fewer than {self.places} places "
                 "are left along a side; take fewer blocks or places"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 class PlacesBody(nn.Module):

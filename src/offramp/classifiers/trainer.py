@@ -25,17 +25,18 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
 from offramp.core.exits import fingerprint
 from offramp.families.backbone import autocast
+from offramp.runs.folder import Clock, RunFolder, TrainingError, opened
 from offramp.runs.machine import describe
+from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 from offramp.tasks.labelled import require_apart
 from offramp.training.optimiser import adamw
-from offramp.training.run_folder import Clock, RunFolder, TrainingError, opened
 
 SCHEMA = "offramp/train-classifier/1"
 
 
 @dataclass(frozen=True)
-class ClassifierTrainResult:
+class ClassifierTrainResult(Result):
     """What training did, one value per exit where there are several.
 
     Attributes:
@@ -52,6 +53,8 @@ class ClassifierTrainResult:
         model: Folder of the classifier; None: it cannot save itself.
     """
 
+    schema = SCHEMA
+
     accuracy_before: tuple[float, ...]
     accuracy: tuple[float, ...]
     loss_before: tuple[float, ...]
@@ -63,10 +66,6 @@ class ClassifierTrainResult:
     seconds: float
     truncated: int = 0
     model: Path | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"schema": SCHEMA, **asdict(self), "model": self.model and str(self.model)}
 
     def table(self) -> str:
         """A small table."""
@@ -104,7 +103,7 @@ def train_classifier(
         train: What it learns.
         validation: What it is judged by; of other rows.
         config: How.
-        folder: Where everything is written, see `offramp.training.run_folder`.
+        folder: Where everything is written, see `offramp.runs.folder`.
         objective: The loss; None: `joint_cross_entropy` by the config's weights.
         after_epoch: Called behind every epoch.
         sampling: How often each training row is drawn, in proportion, [N], with replacement; None: once per epoch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ import numpy as np
 from offramp.classifiers.certify import RowPromise, Trials, certify
 from offramp.risk.bounds import check_level
 from offramp.risk.intervals import exact_interval
+from offramp.runs.results import Result
 
 
 @dataclass(frozen=True)
-class Validity:
+class Validity(Result):
     """Counts over calibrations repeated on rows drawn from a pool.
 
     Attributes:
@@ -30,6 +31,8 @@ class Validity:
         saving: Mean of the held-out savings.
     """
 
+    schema = "offramp/classifier-validity/1"
+
     promise: RowPromise
     repeats: int
     rows: int
@@ -43,10 +46,10 @@ class Validity:
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with exact intervals of both counts."""
         intervals = {
-            f"{name}_interval": list(exact_interval(getattr(self, name), self.repeats))
+            f"{name}_interval": exact_interval(getattr(self, name), self.repeats)
             for name in ("above_pool", "above_held_out")
         }
-        return {"schema": "offramp/classifier-validity/1", **asdict(self), **intervals}
+        return {**super().to_dict(), **intervals}
 
 
 def validate(

@@ -10,6 +10,7 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.training_data import documents_of
+from offramp.runs.codec import encode
 
 
 def train(
@@ -240,7 +241,7 @@ def train(
     )  # fmt: skip
     if place is not None:
         best = agreed(placed(lm.split, parts, config, place, kept=place_tokens, folder=folder))
-        config, about["placement"] = replace(config, layers=best.layers), best.to_dict()
+        config, about["placement"] = replace(config, layers=best.layers), encode(best)
         o.note(best.table())
     with o.progress("training") as progress:
         bar = progress if state.is_main_process else None

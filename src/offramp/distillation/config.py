@@ -14,6 +14,7 @@ from offramp.distillation.data import DataConfig
 from offramp.distillation.methods import METHODS, Method, method, updated
 from offramp.distillation.networks import Network
 from offramp.metrics.selection import RULES, WITH_GROUPS
+from offramp.runs.codec import decode
 from offramp.values import listed
 
 SCHEMA = "offramp/distill/1"
@@ -159,19 +160,7 @@ class Run:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """From `to_dict`, also after a turn through JSON."""
-        made, taught = dict(values["study"]), values.get("taught")
-        made["data"] = DataConfig(**made["data"])
-        for part in ("student", "teacher"):
-            exits = made[part]["exits"]
-            made[part] = Network(**{**made[part], "exits": None if exits is None else tuple(exits)})
-        for part in ("training", "teacher_training"):
-            weights = made[part]["weights"]
-            fixed = weights if isinstance(weights, str) else tuple(weights)
-            made[part] = ClassifierTrainConfig(**{**made[part], "weights": fixed})
-        return cls(
-            Study(**made), values["name"], Method.from_dict(values["method"]), values["teacher"], values["seed"],
-            values["apart"], None if taught is None else Method.from_dict(taught),
-        )  # fmt: skip
+        return decode(cls, {name: value for name, value in values.items() if name != "schema"})
 
     @property
     def digest(self) -> str:

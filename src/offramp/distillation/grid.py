@@ -6,7 +6,6 @@ Several grids may work in one folder, also from several machines that share it: 
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -21,9 +20,9 @@ from offramp.distillation.networks import begun_from
 from offramp.distillation.results import read_result
 from offramp.distillation.teacher import require_unseen
 from offramp.hub.devices import named_device
+from offramp.runs.asked import as_json, differences, read_asked, require_same, write_asked
 from offramp.runs.bounded import read_object
-from offramp.runs.digests import of_file, sealed, unsealed
-from offramp.runs.files import differences, write_json
+from offramp.runs.digests import of_file
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,17 +56,13 @@ def ensure(run: Run, root: Path, *, place: str = "runs", device: str = "cpu") ->
 
 
 def _same(run: Run, folder: Path) -> None:
-    asked, path = json.loads(json.dumps(run.to_dict())), folder / "config.json"
+    asked, path = as_json(run.to_dict()), folder / "config.json"
     if not path.is_file():
-        write_json(path, sealed({**asked, "digests": digests(run)}))
+        write_asked(path, asked, digests=digests(run))
         return
-    have = unsealed(read_object(path, AGAIN), path, AGAIN)
-    known = have.pop("digests", None)
-    if differing := differences(have, asked):
-        raise ValueError(
-            f"{folder} holds another run: {'; '.join(differing[:3])}; give the same options, or another folder"
-        )
-    if known is not None and (differing := differences(known, digests(run))):
+    have, beside = read_asked(path, AGAIN, "digests")
+    require_same(have, asked, folder)
+    if "digests" in beside and (differing := differences(beside["digests"], digests(run))):
         changed = ", ".join(each.partition(" was ")[0] for each in differing)
         raise ValueError(
             f"{folder} holds a run of other data: what changed since, under the same name, is {changed}; give the same "
@@ -90,14 +85,11 @@ def _check(run: Run, folder: Path) -> None:
 
 def _require_one_study(runs: Sequence[Run], root: Path) -> None:
     """Refuse a folder with runs of another study: tables compare all that is in one."""
-    asked = json.loads(json.dumps(runs[0].to_dict()["study"])) if runs else None
+    asked = as_json(runs[0].to_dict()["study"]) if runs else None
     for path in sorted((root / "runs").glob("*/config.json")):
         have = read_object(path, AGAIN).get("study")
-        if have is not None and asked is not None and (differing := differences(have, asked)):
-            raise ValueError(
-                f"{root} holds runs of another study, such as {path.parent.name}: {'; '.join(differing[:3])}; give the "
-                "same options, or another folder"
-            )
+        if have is not None and asked is not None:
+            require_same(have, asked, root, f"runs of another study, such as {path.parent.name}: {{}}")
 
 
 def digests(run: Run) -> dict[str, str]:

@@ -25,8 +25,8 @@ from offramp.metrics.group_exits import exits_by_group
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import flip_rate
 from offramp.metrics.selection import judge
-from offramp.report.groups import plain
 from offramp.risk.budgets import leave
+from offramp.runs.codec import encode
 from offramp.runs.lines import read_lines
 from offramp.runs.tensor_files import write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
@@ -38,7 +38,7 @@ def record(history: History, epoch: int, student: EarlyExitClassifier, parts: Pa
     logits = teachers.logits_of_all(student, parts.select, parts.precision)[-1]
     val = judge(logits, select.rows.labels, select.groups, split="val")
     found = {"groups": _accuracies(logits, select.rows.labels, select.groups), **more}
-    history.add(epoch, val, plain(found), student)
+    history.add(epoch, val, encode(found), student)
 
 
 def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: History, folder: Path) -> dict[str, Any]:

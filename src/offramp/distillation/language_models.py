@@ -25,6 +25,7 @@ from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import name_of, require_finite
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
+from offramp.runs.folder import Clock, opened
 from offramp.runs.machine import describe
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Windows, batch
@@ -32,7 +33,6 @@ from offramp.training.layer_dropout import dropping
 from offramp.training.loop import Done, Loop
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.passes import states_of
-from offramp.training.run_folder import Clock, opened
 from offramp.training.tally import chunk_rows
 from offramp.training.trainable import save_model, trainable
 
@@ -105,7 +105,7 @@ def distil(
         teacher: With the same vocabulary; does not change.
         data: Fixed texts from `offramp.training.data.prepare`, whose documents may have an `attribute`, or prompts.
         config: How.
-        folder: Where everything is written, see `offramp.training.run_folder`; own answers as answers-STEP.jsonl.
+        folder: Where everything is written, see `offramp.runs.folder`; own answers as answers-STEP.jsonl.
         groups: Names of the groups that attributes are numbers of, G.
         progress: Called with the steps (or tokens) done and to do, and the loss.
         report_to: Trackers, see `offramp.training.train`.

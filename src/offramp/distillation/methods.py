@@ -9,11 +9,10 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from offramp.distillation.instance_weights import InstanceWeights
-from offramp.distillation.readout import ReadoutConfig
 from offramp.values import listed
 
 LOSSES = ("labels", "kd", "features", "group_dro", "lff")
@@ -111,18 +110,6 @@ class Method:
     def needs_tuning(self) -> bool:
         """Whether rows outside training are needed by the weights."""
         return self.weights is not None and self.weights.needs_tuning
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Method:
-        """From `to_dict`, also after a turn through JSON."""
-        weights, errors = values["weights"], values["errors"]
-        if weights is not None:
-            weights = InstanceWeights(**{**weights, "readout": ReadoutConfig(**weights["readout"])})
-        return cls(**{**values, "weights": weights, "errors": None if errors is None else ErrorSet(**errors)})
 
 
 def _dedier(fraction: float = 1.0, **weights: Any) -> Method:

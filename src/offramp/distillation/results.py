@@ -22,6 +22,7 @@ from offramp.metrics.seeds import CHANGES, SHARES, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget
 from offramp.metrics.sets import Share, binomial
 from offramp.runs.bounded import read_object
+from offramp.runs.codec import decode
 from offramp.runs.digests import unsealed
 
 Result = Mapping[str, Any]
@@ -111,7 +112,7 @@ def report_of(result: Result, rule: str | None = None) -> GroupReport:
     """
     rule = rule or selected_by(result)
     if "report" in result and chosen(result, rule)["epoch"] == result["selected"]:
-        return GroupReport.from_dict(result["report"])
+        return decode(GroupReport, result["report"])
     found, counts = chosen(result, rule), result["groups"]["test"]
     numbers = []
     for name, n, accuracy in zip(result["groups"]["names"], counts, found["groups"], strict=True):
@@ -127,7 +128,7 @@ def report_of(result: Result, rule: str | None = None) -> GroupReport:
 
 def exits_of(result: Result) -> ExitsByGroup:
     """Exits by group at the selected epoch, leaving where confidence is above the study's threshold."""
-    return ExitsByGroup.from_dict(result["exits"])
+    return decode(ExitsByGroup, result["exits"])
 
 
 def changes_of(result: Result) -> list[GroupChange]:
@@ -137,13 +138,10 @@ def changes_of(result: Result) -> list[GroupChange]:
 
 def budgets_of(result: Result) -> dict[float, BudgetByGroup]:
     """Budgets by threshold; none by an older version."""
-    import torch
-
-    found = {}
-    for entry in result.get("budgets", ()):
-        values = {name: value for name, value in entry.items() if name != "threshold"}
-        found[entry["threshold"]] = BudgetByGroup(**{**values, "group_flops": torch.tensor(values["group_flops"])})
-    return found
+    return {
+        entry["threshold"]: decode(BudgetByGroup, {name: v for name, v in entry.items() if name != "threshold"})
+        for entry in result.get("budgets", ())
+    }
 
 
 def weights_of(result: Result) -> dict[int, WeightDiagnostics]:
@@ -234,7 +232,7 @@ def mean_exits(own: Sequence[Result]) -> ExitsByGroup:
     names = ("accuracy", "confidence", "exit_rate", "early_accuracy", "chosen_accuracy", "depth", "flops", "average")
     first = own[0]["exits"]
     means = {name: _mean([result["exits"][name] for result in own]).tolist() for name in names}
-    return ExitsByGroup.from_dict({**first, **means})
+    return decode(ExitsByGroup, {**first, **means})
 
 
 def mean_changes(own: Sequence[Result]) -> list[GroupChange]:

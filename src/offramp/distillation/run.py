@@ -41,7 +41,7 @@ from offramp.distillation.networks import begun_from, build, require_same_classe
 from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, with_teachers_classifier
 from offramp.metrics.group_weights import weight_diagnostics
-from offramp.report.groups import plain
+from offramp.runs.codec import encode
 from offramp.runs.digests import sealed
 from offramp.runs.files import write_json
 from offramp.tasks.row_hashes import row_hashes
@@ -91,7 +91,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
     result = judged(run, parts, student, history, folder) | {"teacher_unseen": unseen, "truncated": parts.truncated}
     result |= found_by_group(run, data, folder, result["exits"]["costs"], need)
     seconds = {"cpu": time.process_time() - began[0], "wall": time.perf_counter() - began[1]}
-    found: dict[str, Any] = plain({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
+    found: dict[str, Any] = encode({**run.to_dict(), "key": run.key, **result, "seconds": seconds})
     write_json(folder / RESULT, sealed(found))
     (folder / "training" / "checkpoint.safetensors").unlink(missing_ok=True)  # only now is nothing to be lost
     history.forget_weights()

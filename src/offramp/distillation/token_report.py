@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from offramp.metrics.group_weights import TOO_FEW
 from offramp.metrics.selection import LabelBudget
 from offramp.report.groups import GroupTable
-from offramp.training.run_folder import Clock
+from offramp.runs.folder import Clock
+from offramp.runs.results import Result
 
 SCHEMA = "offramp/distill-language-model/1"
 
@@ -47,7 +48,7 @@ class TokenNumbers:
 
 
 @dataclass(frozen=True)
-class TokenDistillResult:
+class TokenDistillResult(Result):
     """What distillation did.
 
     Attributes:
@@ -62,6 +63,8 @@ class TokenDistillResult:
         shortened: Documents that were longer than the window, of those in use in the end.
     """
 
+    schema = SCHEMA
+
     overall: TokenNumbers
     groups: tuple[TokenNumbers, ...]
     reweighted: float | None
@@ -75,10 +78,6 @@ class TokenDistillResult:
     def worst(self) -> TokenNumbers | None:
         """The group that agrees least with the teacher."""
         return min(self.groups, key=lambda group: group.agreement, default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"schema": SCHEMA, **asdict(self), "model": str(self.model)}
 
     def by_group(self) -> GroupTable:
         """All held-out tokens, then those of each group, before -> after."""

@@ -11,7 +11,6 @@ examples; they must see the same folder.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -30,9 +29,7 @@ from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.metrics.text import reads
 from offramp.report import drawing, plots
-from offramp.runs.bounded import read_object
-from offramp.runs.digests import sealed, unsealed
-from offramp.runs.files import differences, write_json
+from offramp.runs.asked import as_json, read_asked, require_same, write_asked
 from offramp.runs.machine import describe
 
 if TYPE_CHECKING:
@@ -241,19 +238,10 @@ def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any]
     with locked_by_first(state, folder, "another evaluation runs"):
         if state.is_main_process:
             (folder / RECORDS).mkdir(exist_ok=True)
-            _configure(folder, json.loads(json.dumps(common)), about)
+            asked, path = as_json({"schema": "offramp/evaluate-config/1", **common}), folder / CONFIG
+            if path.exists():
+                require_same(read_asked(path, AGAIN, "about")[0], asked, folder, "another evaluation: {}")
+            else:
+                write_asked(path, asked, about=dict(about))
         state.wait_for_everyone()
         yield
-
-
-def _configure(folder: Path, common: dict[str, Any], about: Mapping[str, Any]) -> None:
-    path = folder / CONFIG
-    if not path.exists():
-        write_json(path, sealed({"schema": "offramp/evaluate-config/1", **common, "about": dict(about)}))
-        return
-    have = unsealed(read_object(path, AGAIN), path, AGAIN)
-    if differing := differences({key: have.get(key) for key in common}, common):
-        raise ValueError(
-            f"{folder} holds another evaluation: {'; '.join(differing)}; give the same options to continue it, or "
-            "another folder"
-        )

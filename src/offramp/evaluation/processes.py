@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.evaluation.record_file import Item, Record, digest, read_records, write_records
-from offramp.runs.files import locked
+from offramp.runs.asked import locked
 
 Run = Callable[..., dict[str, list[Record]]]
 """(examples, paths={arm: …}) -> records by arm, those of its file, after what is missing has been made."""
@@ -23,7 +23,7 @@ def state_of(device_type: str) -> Any:
 
 @contextlib.contextmanager
 def locked_by_first(state: Any, folder: Path, busy: str) -> Iterator[None]:
-    """A run folder for these processes alone; the first of them holds the lock (`offramp.runs.files.locked`).
+    """A run folder for these processes alone; the first of them holds the lock (`offramp.runs.asked.locked`).
 
     Args:
         state: `accelerate`'s.

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from offramp.core.exits import fingerprint
-from offramp.runs.files import differences
-from offramp.runs.lines import REMOVE, append_lines, keep_lines, read_lines, write_lines
+from offramp.runs.lines import REMOVE, append_lines, open_lines, read_lines, require_schema, write_lines
 
 if TYPE_CHECKING:
     from offramp.core.adaptive_threshold import AdaptiveThreshold
@@ -161,7 +160,7 @@ class RecordFile:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.path, self.learner = path, learner
-        self.records = _open(path, json.loads(json.dumps(header)), examples, batch_size, learns=learner is not None)
+        self.records = _open(path, header, examples, batch_size, learns=learner is not None)
         self.recall()
 
     def recall(self) -> None:
@@ -190,12 +189,13 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
     if not lines:
         return {}, []
     header, *rows = lines
-    if header.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} does not hold records (its schema is {header.get('schema')!r}, not {SCHEMA!r}); {REMOVE}"
-        )
+    require_schema(path, header, SCHEMA, "records")
+    return header, _records(path, rows)
+
+
+def _records(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Record]:
     try:
-        return header, [Record(**row) for row in rows]
+        return [Record(**row) for row in rows]
     except TypeError as error:
         raise ValueError(f"{path} does not hold records ({error}); {REMOVE}") from None
 
@@ -212,22 +212,17 @@ def _line(record: Record) -> dict[str, Any]:
 
 
 def _open(
-    path: Path, header: dict[str, Any], examples: Sequence[Item], batch_size: int, *, learns: bool
+    path: Path, header: Mapping[str, Any], examples: Sequence[Item], batch_size: int, *, learns: bool
 ) -> list[Record]:
     """The records of finished batches; whatever an interruption left behind them is cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have, records = read_records(path) if path.exists() else ({}, [])
-    if not have:
-        path.write_bytes(b"")
-        append_lines(path, [header])
-        return []
-    if differing := differences(have, header):
-        raise ValueError(f"{path} holds records made otherwise ({'; '.join(differing)}); {REMOVE}")
-    done = len(records)
-    if done < len(examples):
-        done -= done % batch_size
-        done = 0 if learns and done and not records[done - 1].learnt else done
-    if [record.id for record in records[:done]] != [example.id for example in examples[:done]]:
-        raise ValueError(f"{path} holds records of other examples; {REMOVE}")
-    keep_lines(path, done + 1)
-    return records[:done]
+
+    def finished(rows: Sequence[Mapping[str, Any]]) -> int:
+        done = len(rows)
+        if done < len(examples):
+            done -= done % batch_size
+            done = 0 if learns and done and not rows[done - 1].get("learnt") else done
+        if [row.get("id") for row in rows[:done]] != [example.id for example in examples[:done]]:
+            raise ValueError(f"{path} holds records of other examples; {REMOVE}")
+        return done
+
+    return _records(path, open_lines(path, header, "records", finished))

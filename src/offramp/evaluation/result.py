@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
 from offramp.evaluation.verdict import GOOD, Finding, findings, sentences
 from offramp.risk.control import pareto_front
-from offramp.runs.files import write_json, write_text
+from offramp.runs.codec import encode
+from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 
-RESULTS, TABLE = "results.json", "table.md"
 SCHEMA = "offramp/evaluate/1"
 COSTS = ("flops_ratio", "flops_per_token_ratio", "seconds_ratio")
 """Costs that Pareto fronts are drawn over."""
@@ -29,7 +27,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """The outcome of `offramp.evaluation.evaluate`.
 
     Attributes:
@@ -38,6 +36,8 @@ class Evaluation:
         num_layers: L.
         arms: Summaries, the full model first.
     """
+
+    schema, noun = SCHEMA, "evaluation's result"
 
     conditions: dict[str, Any]
     metric: str
@@ -84,46 +84,22 @@ class Evaluation:
         return [arm.name for arm in known if not arm.is_static and not matched(arm)]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """JSON values, with what follows from them."""
         return {
-            "schema": SCHEMA,
-            "conditions": self.conditions,
-            "metric": self.metric,
-            "num_layers": self.num_layers,
-            "arms": [arm.to_dict() for arm in self.arms],
+            **super().to_dict(),
             "front": {cost: self.front(cost) for cost in COSTS},
             "ahead_of_static": {cost: self.ahead(cost) for cost in COSTS},
-            "findings": [asdict(found) for found in self.findings()],
+            "findings": encode(self.findings()),
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """The inverse of `to_dict`.
-
-        Returns:
-            The evaluation.
-
-        Raises:
-            ValueError: The schema is another one.
-        """
-        if values.get("schema") != SCHEMA:
-            raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: this is no evaluation's result")
-        arms = [ArmSummary.from_dict(arm) for arm in values["arms"]]
-        return cls(values["conditions"], values["metric"], values["num_layers"], arms)
-
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write results.json and table.md; `offramp.report.plots.save_evaluation` draws.
-
-        Args:
-            folder: Where to; made if missing. Files of an earlier evaluation are replaced.
-
-        Returns:
-            The files.
-        """
-        folder = Path(folder)
-        write_json(folder / RESULTS, self.to_dict())
-        write_text(folder / TABLE, self.table() + "\n")
-        return [folder / RESULTS, folder / TABLE]
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; arms of an earlier version took no turns, so that their seconds do not compare."""
+        arms = [
+            arm if "seconds_per_token_ratio" in arm else {**arm, "seconds_ratio": None}
+            for arm in values.get("arms", ())
+        ]
+        return super().from_dict({**values, "arms": arms})
 
     # ------------------------------------------------------------ tables
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -82,26 +82,6 @@ class ArmSummary:
     def is_static(self) -> bool:
         """Whether every token leaves after the same layer, as the full model's do: no policy that tests any."""
         return self.policy is None or self.policy["confidence"] == "static" or self.policy["threshold"] is None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ArmSummary:
-        """The inverse of `to_dict`."""
-        read: dict[str, Any] = {
-            name: Interval(**value) if _is_interval(value) else value for name, value in values.items()
-        }
-        if "seconds_per_token_ratio" not in values:  # an earlier version's arms ran one after the other
-            read["seconds_ratio"] = None
-        for name in ("quality", "difference"):
-            read[name] = {metric: Interval(**value) for metric, value in values[name].items()}
-        return cls(**read)
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"value", "low", "high"}
 
 
 def summarise(

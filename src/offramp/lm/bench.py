@@ -32,7 +32,7 @@ from offramp.lm.bench_results import FULL, REFERENCE, Arms, Bench, script_of
 from offramp.lm.bench_rounds import header_of, read_rounds, write_round
 from offramp.lm.bench_summary import summary
 from offramp.peers import Peer, PeerError
-from offramp.runs.files import locked
+from offramp.runs.asked import locked
 
 Peers = Mapping[str, Peer | PeerError]
 """By the name of their row; in place of a peer that cannot be had, why."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import os
 import textwrap
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from offramp.runs.files import write_json, write_text
+from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 
 SCHEMA = "offramp/probe/1"
@@ -59,7 +54,7 @@ class Depths:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Result):
     """The suitability of a model for early exits; made by `probe`.
 
     Attributes:
@@ -90,6 +85,8 @@ class Probe:
         verdict: That in words, with the reason and the remedies.
     """
 
+    schema, noun, files = SCHEMA, "probe", ("probe.json", "probe.txt")
+
     model: str
     source: str
     examples: int
@@ -119,55 +116,9 @@ class Probe:
         """What `examples` counts."""
         return "windows of text" if self.source == "texts" else self.source
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON; numbers that are not finite become None."""
-        finite: dict[str, Any] = _finite({"schema": SCHEMA, **asdict(self)})
-        return finite
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Probe:
-        """The inverse of `to_dict`.
-
-        Returns:
-            The probe.
-
-        Raises:
-            ValueError: The schema is another one.
-        """
-        if values.get("schema") != SCHEMA:
-            raise ValueError(f"the schema is {values.get('schema')!r}, not {SCHEMA!r}: this is no probe")
-        given = {name: value for name, value in values.items() if name != "schema"}
-        given["layers"] = tuple(LayerReport(**layer) for layer in given["layers"])
-        for name in ("saturation", "oracle"):
-            given[name] = Depths(**{**given[name], "counts": tuple(given[name]["counts"])})
-        return cls(**given)
-
     def table(self) -> str:
         """The probe as plain text: a row per layer (of deep models every second or third) and what follows from it."""
         return "\n".join([*_rows(self), "", *_summary(self)])
-
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write probe.json and probe.txt; `offramp.report.plots.save_probe` draws.
-
-        Args:
-            folder: Where to; made if missing. Files of an earlier probe are replaced.
-
-        Returns:
-            The files.
-        """
-        folder = Path(folder)
-        write_json(folder / "probe.json", self.to_dict())
-        write_text(folder / "probe.txt", self.table() + "\n")
-        return [folder / "probe.json", folder / "probe.txt"]
-
-
-def _finite(value: Any) -> Any:
-    """A copy of nested dicts and sequences with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- as text

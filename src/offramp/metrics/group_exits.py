@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,15 +42,6 @@ class ExitsByGroup:
     depth: Tensor
     flops: Tensor
     average: tuple[float, float]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ExitsByGroup:
-        """From its fields as JSON values, in which null stands for NaN."""
-        tensors = {
-            name: torch.from_numpy(np.array(value, dtype=np.float64)) for name, value in values.items()
-            if name not in ("names", "average")
-        }  # fmt: skip
-        return cls(tuple(values["names"]), average=tuple(values["average"]), **tensors)
 
     def worst(self, smallest: int = SMALLEST) -> tuple[str, float] | None:
         """Name and accuracy of the worst group at the chosen exits; None if all have fewer rows than `smallest`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -72,12 +71,6 @@ class GroupReport:
     groups: tuple[GroupNumbers, ...]
     average: float
     adjusted: float | None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GroupReport:
-        """From its fields as JSON values."""
-        groups = tuple(GroupNumbers(**{**group, "right": Share(**group["right"])}) for group in values["groups"])
-        return cls(**{**values, "groups": groups})
 
     @property
     def judged(self) -> tuple[GroupNumbers, ...]:

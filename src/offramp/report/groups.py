@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
@@ -257,14 +254,3 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.3f}"
-
-
-def plain(value: Any) -> Any:
-    """Tensors as lists, and what is not a number as null."""
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, dict):
-        return {key: plain(inside) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inside) for inside in value]
-    return None if isinstance(value, float) and value != value else value

@@ -2,6 +2,7 @@
 
 The description holds a digest of itself and of each file beside it, and the tensors one of their own
 (`offramp.runs.tensor_files`), so that a file that was changed, cut off, left out or taken from elsewhere is refused.
+There is never pickle in it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from offramp.runs import digests
 from offramp.runs.bounded import read_object
+from offramp.runs.codec import decode, encode
 from offramp.runs.files import recover_folder, replace_folder, write_json
 from offramp.runs.tensor_files import claimed_header, read_tensors, write_tensors
 
@@ -50,6 +52,46 @@ class Kind:
 
 
 STATE = Kind("a fitted state", "state.json", "state.safetensors")
+SCHEMA = "offramp/uncertainty/1"
+"""Of fitted states."""
+
+State = TypeVar("State")
+
+
+def save(state: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a fitted state: the folder appears complete, or stays what it was.
+
+    Args:
+        state: Of a `fit` of `offramp.uncertainty`: a dataclass that `offramp.runs.codec` can write.
+        folder: A new or empty folder, or one with a state, which is replaced.
+
+    Raises:
+        FileExistsError: There is something else of that name.
+    """
+    tensors: dict[str, Tensor] = {}
+    write(folder, SCHEMA, {"kind": type(state).__name__, "state": encode(state, tensors, "state")}, tensors)
+
+
+def load(kind: type[State], folder: str | os.PathLike[str]) -> State:
+    """Read a fitted state.
+
+    Args:
+        kind: Its class, such as `NestedConformal`.
+        folder: Where `save` wrote it.
+
+    Returns:
+        The same state.
+
+    Raises:
+        ValueError: There is none, it is not what was written, or it is of another kind.
+    """
+    values, tensors = read(folder, SCHEMA, without_digest=True)  # the first states had none
+    if (name := values.get("kind")) != kind.__name__:
+        raise ValueError(f"{folder} holds {name!r}, but {kind.__name__!r} was asked for; name another folder")
+    try:
+        return decode(kind, values["state"], tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the fitted state in {folder} is damaged ({error!r}); fit it again") from error
 
 
 def write(

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,46 +254,3 @@ def _remove_leftovers(target: Path) -> None:
                 continue
             shutil.rmtree(left) if left.is_dir() else left.unlink()
             os.close(handle)
-
-
-# ---------------------------------------------------------------- runs
-
-
-def differences(have: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two JSON objects, in words."""
-    found = []
-    for key in dict.fromkeys([*have, *asked]):
-        old, new = have.get(key), asked.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old!r} and is now {new!r}")
-    return found
-
-
-@contextlib.contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
-    """A run folder, made if missing, for this process alone.
-
-    Args:
-        folder: The folder.
-        busy: What to say if another process has it, such as "another calibration runs".
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: Another process has it.
-    """
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{busy} in {folder}; wait for it, or give another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()

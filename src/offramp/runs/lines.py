@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.runs import digests
+from offramp.runs.asked import as_json, require_same
 from offramp.runs.bounded import content, parsed
-from offramp.runs.files import differences, replace_file
+from offramp.runs.files import replace_file
 
 _DIGITS = 32  # of a digest
 _CHUNK = 1 << 16
@@ -90,15 +91,14 @@ def keep_lines(path: Path, count: int) -> None:
     os.truncate(path, sum(len(line) + 1 for line in lines[:count]))
 
 
-def open_lines(path: Path, header: Mapping[str, Any], what: str, whole: Callable[[int], int] | None = None) -> Lines:
+def open_lines(path: Path, header: Mapping[str, Any], what: str, whole: Callable[[Lines], int] | None = None) -> Lines:
     """Begin a file of JSON lines with a header, or go on with one that begins with the same.
 
     Args:
         path: The file; made if missing, with its folder.
         header: How the lines come about, as JSON values.
         what: They are, for messages.
-        whole: From the number of lines behind the header to how many of them count; the others are cut off, too. None:
-            all count.
+        whole: From the objects behind the header to how many of them count; the others are cut off. None: all.
 
     Returns:
         The objects behind the header.
@@ -107,18 +107,24 @@ def open_lines(path: Path, header: Mapping[str, Any], what: str, whole: Callable
         ValueError: The header is another one, or the file is damaged or holds something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    asked = json.loads(json.dumps(header))
+    asked = as_json(header)
     lines = read_lines(path, what) if path.exists() else []
     if not lines:
         path.write_bytes(b"")
         append_lines(path, [asked])
         return []
     have, *values = lines
-    if differing := differences(have, asked):
-        raise ValueError(f"{path} holds {what} made otherwise ({'; '.join(differing)}); {REMOVE}")
-    count = len(values) if whole is None else whole(len(values))
+    require_schema(path, have, asked.get("schema"), what)
+    require_same(have, asked, path, f"{what} made otherwise ({{}})", REMOVE)
+    count = len(values) if whole is None else whole(values)
     keep_lines(path, count + 1)
     return values[:count]
+
+
+def require_schema(path: Path, header: Mapping[str, Any], schema: str | None, what: str) -> None:
+    """Raise a ValueError unless lines of this kind stand behind a header."""
+    if (found := header.get("schema")) != schema:
+        raise ValueError(f"{path} does not hold {what} (its schema is {found!r}, not {schema!r}); {REMOVE}")
 
 
 def _text(values: Iterable[Mapping[str, Any]], last: str | None) -> bytes:

@@ -1,5 +1,6 @@
-"""Training exits: what for (`objectives`), on what (`data`), how (`trainer`), and what is written (`run_folder`)."""
+"""Training exits: what for (`objectives`), on what (`data`), how (`trainer`)."""
 
+from offramp.runs.folder import TrainingError as TrainingError
 from offramp.training.answers import AnswerConfig as AnswerConfig
 from offramp.training.answers import answer_documents as answer_documents
 from offramp.training.config import WEIGHTS as WEIGHTS
@@ -13,6 +14,5 @@ from offramp.training.objectives import OBJECTIVES as OBJECTIVES
 from offramp.training.placement import Placement as Placement
 from offramp.training.placement import placed as placed
 from offramp.training.precision import fast_precision as fast_precision
-from offramp.training.run_folder import TrainingError as TrainingError
 from offramp.training.trainer import TrainResult as TrainResult
 from offramp.training.trainer import train as train

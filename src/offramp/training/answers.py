@@ -91,7 +91,9 @@ def answer_documents(
     header = {"model": fingerprint(lm.model) if by is None else by, "prompts": digest, **asdict(config)}
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
-        records = open_lines(cache, header, "answers", lambda done: _whole_batches(done, len(jobs), config.batch_size))
+        records = open_lines(
+            cache, header, "answers", lambda found: _whole_batches(len(found), len(jobs), config.batch_size)
+        )
         for at in range(len(records), len(jobs), config.batch_size):
             if progress is not None:
                 progress(at, len(jobs), "answers")

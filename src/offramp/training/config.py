@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from offramp.runs.folder import Clock
 from offramp.training import consistency
 from offramp.training.curriculum import CURRICULA
 from offramp.training.objectives import OBJECTIVES, SOFTENED
-from offramp.training.run_folder import Clock
 from offramp.values import listed
 
 FALLS: dict[str, Callable[[float], float]] = {

@@ -25,8 +25,8 @@ from offramp.training.unrolled import Unrolled
 if TYPE_CHECKING:
     from offramp.core.exits import Exits
     from offramp.families import SplitModel
+    from offramp.runs.folder import Clock
     from offramp.training.config import TrainConfig
-    from offramp.training.run_folder import Clock
 
 
 class Drafts:

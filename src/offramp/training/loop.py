@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from offramp.runs.folder import Clock, RunFolder, TrainingError
 from offramp.training.config import TrainConfig
 from offramp.training.data import Windows
 from offramp.training.optimiser import adamw
-from offramp.training.run_folder import Clock, RunFolder, TrainingError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ exit agrees, so a saving is what the exits allow for, not what a policy will rea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from offramp.families import SplitModel
 from offramp.families.sizes import ModelShape
+from offramp.runs.codec import decode
+from offramp.runs.folder import RunFolder
 from offramp.runs.tables import markdown
 from offramp.training.closed_lenses import agreement
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data
-from offramp.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,6 @@ class Placement:
     positions: int
     most: int
     kept: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Placement:
-        """Of what `to_dict` gave."""
-        made: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**made)
 
     def table(self) -> str:
         """Layers, and what was chosen."""
@@ -209,5 +200,5 @@ def chosen_before(record: Mapping[str, Any] | None, most: int, kept: int | None)
         The placement.
     """
     values = (record or {}).get("about", {}).get("placement")
-    found = None if values is None else Placement.from_dict(values)
+    found = None if values is None else decode(Placement, values)
     return found if found is not None and (found.most, found.kept) == (most, kept) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from offramp.training.run_folder import RunFolder
+from offramp.runs.folder import RunFolder
 
 FASTER = 1.3
 """How many times as fast matrix products in bfloat16 must be: autocast's conversions take some of what they save."""

@@ -24,7 +24,9 @@ from offramp.core.exits import Exits, fingerprint
 from offramp.families import SplitModel
 from offramp.families.backbone import autocast, rounded
 from offramp.families.finite import NotFiniteError, broken_at
+from offramp.runs.folder import Clock, opened
 from offramp.runs.machine import describe
+from offramp.runs.results import Result
 from offramp.training import consistency
 from offramp.training.config import WEIGHTS, TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
@@ -37,7 +39,6 @@ from offramp.training.layer_dropout import dropping
 from offramp.training.loop import Done, Loop, Work
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
-from offramp.training.run_folder import Clock, opened
 from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
 
@@ -51,7 +52,7 @@ SCHEMA = "offramp/train/2"
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Result):
     """What training did, one value per exit where there are several.
 
     Attributes:
@@ -74,6 +75,8 @@ class TrainResult:
         in_a_row: Of a drafter, how often so many drafts in a row are all the last layer's, trained.
     """
 
+    schema = SCHEMA
+
     layers: tuple[int, ...]
     agreement_before: tuple[float, ...]
     agreement_after: tuple[float, ...]
@@ -90,10 +93,6 @@ class TrainResult:
     what: str = "agreement"
     frequent: Listing | None = None
     in_a_row: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"schema": SCHEMA, **asdict(self), "exits": str(self.exits), "model": self.model and str(self.model)}
 
     def table(self) -> str:
         """A small table."""
@@ -133,7 +132,7 @@ def train(
         lm: The model. Its weights change with `trainable` "lora" and "all" only.
         data: From `offramp.training.data.prepare`.
         config: What to do.
-        folder: Where everything is written, see `offramp.training.run_folder`.
+        folder: Where everything is written, see `offramp.runs.folder`.
         progress: Called with the steps (or tokens) done and to do, and the loss.
         report_to: Trackers as `accelerate.Accelerator(log_with=...)` takes them: "tensorboard", "wandb", "all", a
             `GeneralTracker`, or a list; they get what metrics.jsonl gets.

@@ -14,7 +14,6 @@ from offramp.uncertainty import (
     bayesian_regression,
     nested_conformal,
     per_exit,
-    saving,
     set_exits,
 )
 
@@ -60,7 +59,6 @@ __all__ = [
     "per_exit",
     "product_anytime",
     "require_disjoint",
-    "saving",
     "set_exits",
     "violations",
 ]

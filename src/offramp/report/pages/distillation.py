@@ -36,7 +36,7 @@ from offramp.report.groups import (
     weights_table,
 )
 from offramp.report.pages.blocks import Block, Page, Picture, Section, Table, Text, draw, repeat
-from offramp.runs.files import differences
+from offramp.runs.asked import differences
 
 PICTURED = ("erm", "kd", "dedier", "laplace")
 """Methods in the pictures of a grid that has more than these; others take the places of those it lacks."""

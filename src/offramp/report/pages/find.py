@@ -16,12 +16,12 @@ from offramp.classifiers.result import SCHEMA as CLASSIFIER_EVALUATION
 from offramp.classifiers.trainer import SCHEMA as CLASSIFIER_TRAINING
 from offramp.distillation.config import SCHEMA as DISTILLATION
 from offramp.distillation.token_report import SCHEMA as TOKEN_DISTILLATION
-from offramp.evaluation.result import RESULTS
 from offramp.evaluation.result import SCHEMA as EVALUATION
 from offramp.lm.probe_result import SCHEMA as PROBE
 from offramp.report.pages import calibration, classifiers, distillation, evaluation, probe, token_distillation, training
 from offramp.report.pages.blocks import Page
 from offramp.runs.bounded import read_json
+from offramp.runs.results import RESULTS
 from offramp.training.trainer import SCHEMA as TRAINING
 
 UNFINISHED = {

@@ -12,7 +12,7 @@ from offramp.report import token_plots
 from offramp.report.groups import GroupTable
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
 from offramp.report.pages.training import how_far, measured
-from offramp.training.run_folder import Clock
+from offramp.runs.folder import Clock
 
 SAID = ("objective", "temperature", "trainable", "lora_rank", "learning_rate", "batch_size", "seed")
 """Options of training named at the beginning; the others stand at the end."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from offramp.report import training_plots
 from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
+from offramp.runs.folder import RunFolder
 from offramp.training.consistency import OBJECTIVES
-from offramp.training.run_folder import RunFolder
 
 SAID = ("trainable", "objective", "rank", "lora_rank", "weights", "learning_rate", "batch_size", "seed")
 """Options named at the beginning; the others stand at the end."""

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.runs.bounded import parsed, read_object
-from offramp.runs.digests import sealed, unsealed
-from offramp.runs.files import differences, locked, write_json
+from offramp.runs.asked import as_json, differences, locked, read_asked, require_same, write_asked
+from offramp.runs.bounded import parsed
 from offramp.runs.lines import append_lines, read_lines, write_lines
 from offramp.runs.tensor_files import read_tensors, write_tensors
 
@@ -78,36 +77,30 @@ class RunFolder:
         Raises:
             ValueError: The folder holds a run with other options.
         """
-        record = json.loads(json.dumps(record))
+        record = as_json(record)
         if not self.writes:
             return []
         if not self.config.exists():
-            write_json(self.config, sealed({**record, "about": dict(about or {})}))
+            write_asked(self.config, record, about=dict(about or {}))
             return []
-        have = self._config()
-        about, stopped, changed = have.pop("about", {}), have.pop("stopped", None), have.pop("changed", [])
+        have, beside = read_asked(self.config, ANEW, "about", "stopped", "changed")
+        stopped = beside.pop("stopped", None)
         differing = differences(have, record)
-        if any(stopped is None or not _may_change(each) for each in differing):
-            raise ValueError(
-                f"{self.path} holds another run: {'; '.join(differing)}; "
-                "give the same options to continue it, or another folder"
-            )
+        if stopped is None or not all(map(_may_change, differing)):
+            require_same(have, record, self.path)
+        changed = [*beside.pop("changed", []), *(f"{each}, after {stopped}" for each in differing)]
         if stopped is not None:  # once for each stop
-            changed = [*changed, *(f"{each}, after {stopped}" for each in differing)]
-            write_json(self.config, sealed({**record, "about": about, **({"changed": changed} if changed else {})}))
-        return list(changed)
+            write_asked(self.config, record, **beside, **({"changed": changed} if changed else {}))
+        return changed
 
     def begun(self) -> dict[str, Any] | None:
         """What the run that was begun here was asked for; None: none was."""
-        return self._config() if self.config.exists() else None
-
-    def _config(self) -> dict[str, Any]:
-        return unsealed(read_object(self.config, ANEW), self.config, ANEW)
+        return read_asked(self.config, ANEW)[0] if self.config.exists() else None
 
     def stopped(self, why: str) -> None:
         """Keep in config.json that NaN or infinity stopped the run, so that it may go on with other `MAY_CHANGE`."""
-        if self.config.exists():
-            write_json(self.config, sealed({**self._config(), "stopped": why}))
+        if (config := self.begun()) is not None:
+            write_asked(self.config, config, stopped=why)
 
     # ------------------------------------------------------------ metrics
 

@@ -1,0 +1,68 @@
+"""What a command found: data that goes to JSON and comes back, and text for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from offramp.runs.codec import decode, encode
+from offramp.runs.files import write_json, write_text
+
+RESULTS, TABLE = "results.json", "table.md"
+
+
+class Result:
+    """A frozen dataclass that is a result.
+
+    Attributes:
+        schema: Of its JSON.
+        earlier: Schemas of earlier versions that are read as well.
+        noun: For messages.
+        files: That `save` writes: JSON, and text.
+    """
+
+    schema: ClassVar[str]
+    earlier: ClassVar[tuple[str, ...]] = ()
+    noun: ClassVar[str] = "result"
+    files: ClassVar[tuple[str, str]] = (RESULTS, TABLE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; numbers that are not finite are null."""
+        return {"schema": self.schema, **encode(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: The schema is another one.
+        """
+        if (found := values.get("schema")) not in (cls.schema, *cls.earlier):
+            raise ValueError(f"the schema is {found!r}, not {cls.schema!r}: this is no {cls.noun}")
+        kind: Any = cls
+        own = {field.name for field in dataclasses.fields(kind)}
+        return decode(cls, {name: value for name, value in values.items() if name in own})
+
+    def table(self) -> str:
+        """Tables for a terminal, and what follows from them."""
+        raise NotImplementedError
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write both files; `offramp.report` draws.
+
+        Args:
+            folder: Where to; made if missing. Files of an earlier result are replaced.
+
+        Returns:
+            The files.
+        """
+        data, text = (Path(folder, name) for name in self.files)
+        write_json(data, self.to_dict())
+        write_text(text, self.table() + "\n")
+        return [data, text]
