@@ -329,12 +329,12 @@ def page(name: str, study: Study) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     lines = [f"# {study.title}", "", study.about, "", f"{conditions()}", "", "```", command, "```", ""]
     for test in evaluation.tests:
-        lines += [f"## {test.capitalize()}: mean over the 39 budgets", "", markdown(*evaluation.mean_table(test)), ""]
-        lines += ["Minus temperature alone:", "", markdown(*evaluation.difference_table(test)), ""]
+        lines += [f"## {test.capitalize()}: mean over the 39 budgets", "", str(evaluation.mean_table(test)), ""]
+        lines += ["Minus temperature alone:", "", str(evaluation.difference_table(test)), ""]
     first = evaluation.tests[0]
-    lines += ["## Along the curve", "", markdown(*evaluation.curve_table(first)), ""]
-    lines += ["## Each exit alone", "", markdown(*evaluation.anytime_table(first)), ""]
-    lines += ["## Asked and realised cost", "", markdown(*evaluation.cost_table(first)), ""]
+    lines += ["## Along the curve", "", str(evaluation.curve_table(first)), ""]
+    lines += ["## Each exit alone", "", str(evaluation.anytime_table(first)), ""]
+    lines += ["## Asked and realised cost", "", str(evaluation.cost_table(first)), ""]
     for picture in sorted(folder.glob("classify-*.svg")):
         target = pictures / f"{name}-{picture.name}"
         shutil.copyfile(picture, target)

@@ -312,7 +312,7 @@ def test_tables_say_what_was_found(evaluation, found):
     interval = single.mean("clean", "vanilla", "nlpd")
     assert f"{interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})" in single.table()
     assert "one training seed" in single.table()
-    for row in single.cost_table("clean")[1]:
+    for row in single.cost_table("clean").rows:
         assert row[-1].endswith("%")
     with pytest.raises(ValueError, match="there is no 'laplace'"):
         single.of("clean", "laplace")
@@ -351,7 +351,7 @@ def test_warnings_are_told_once_with_whom_they_are_about(found):
     assert both.notes()[-2:] == [f"* {warning}" for warning in both.warnings()]
     one = ClassifierEvaluation({}, (tuple(found),), fits[:1])
     assert one.warnings() == [f"temperature, laplace: {edge}", f"laplace: {jitter}"]
-    assert one.fitted_table()[1] == [
+    assert one.fitted_table().rows == [
         ["temperature", "T", "1.5", "2", "5"], ["laplace", "T", "1", "1", "1"], ["laplace", "ω", "0.1", "1", "9"],
     ]  # fmt: skip
     assert one.notes()[:-2] == ClassifierEvaluation({}, (tuple(found),)).notes()

@@ -264,7 +264,7 @@ def test_columns_of_the_own_prompt_are_there_where_one_is_shortened():
     assert "own prompt" not in e.table()
     arms = [replace(arm, own_flops_per_token_ratio=Interval(1.5, 1.4, 1.6)) for arm in e.arms]
     told = Evaluation(e.conditions, e.metric, e.num_layers, arms)
-    assert "FLOPs/token, own prompt" in told.cost_table()[0]
+    assert "FLOPs/token, own prompt" in told.cost_table().head
     assert "1.500 (1.400–1.600)" in told.table()
     assert "over the same shortened prompt without any exits" in told.reading()
     assert Evaluation.from_dict(told.to_dict()).arms == told.arms

@@ -139,15 +139,16 @@ def test_a_title_is_no_wider_than_its_figure():
     assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'offramp[report]'")):
-        plots.save_probe(_probe(), tmp_path)
+        plots.rank_figure(_probe())
 
 
 def test_without_matplotlib_numbers_are_saved_all_the_same(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert [path.name for path in _probe().save(tmp_path)] == ["probe.json", "probe.txt"]
+    assert plots.save_probe(_probe(), tmp_path) == []
 
 
 def test_a_bench_is_drawn_with_every_arm(tmp_path):

@@ -18,7 +18,7 @@ from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.result import COLUMNS
 from offramp.runs.files import write_json
-from offramp.runs.tables import markdown
+from offramp.runs.tables import Table
 
 SCHEMA = "offramp/calibrate/1"
 CONFIG, RESULT, POLICY = "config.json", "result.json", "policy.json"
@@ -78,11 +78,11 @@ class Calibration:
     def table(self) -> str:
         """The settings that were looked at, what the policy costs, the statement, and the repeated calibrations."""
         certificate = self.certificate
-        blocks = [markdown(*tests_table(certificate.to_dict())), markdown(*self._costs())] if certificate.tests else []
+        blocks = [str(tests_table(certificate.to_dict())), str(self._costs())] if certificate.tests else []
         blocks += [certificate.words()]
         return "\n\n".join(blocks if self.validation is None else [*blocks, self.validation.words()])
 
-    def _costs(self) -> tuple[list[str], list[list[str]]]:
+    def _costs(self) -> Table:
         """Costs of the policy on each part."""
         seconds = self.seconds or {}
         parts = {
@@ -91,10 +91,10 @@ class Calibration:
         known = {name for seen in parts.values() for name, value in seen.items() if value is not None}
         columns = {name: column for name, column in COLUMNS.items() if not name.startswith("own") or name in known}
         rows = [[part, *(_shown(seen.get(name)) for name in columns)] for part, seen in parts.items()]
-        return ["cost of the policy (× full model)", *columns.values()], rows
+        return Table(["cost of the policy (× full model)", *columns.values()], rows)
 
 
-def tests_table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def tests_table(certificate: Mapping[str, Any]) -> Table:
     """What was tested, in its order: the head, and a row per setting.
 
     Args:
@@ -112,7 +112,7 @@ def tests_table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[st
         verdict = "chosen" if index == certificate["selected"] else "passed" if test["passed"] else "failed"
         costs = ["–" if (found := test.get(name)) is None else f"{found:.3f}" for name in columns]
         rows.append([test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", *costs, verdict])
-    return ["setting", "mean loss", p, *(f"{name} ×" for name in columns.values()), "verdict"], rows
+    return Table(["setting", "mean loss", p, *(f"{name} ×" for name in columns.values()), "verdict"], rows)
 
 
 def _shown(interval: Mapping[str, float | None] | None) -> str:

@@ -24,7 +24,7 @@ from offramp.metrics.sets import SetSummary, summarise
 from offramp.risk import classifier_losses
 from offramp.runs.codec import encode
 from offramp.runs.files import write_json, write_text
-from offramp.runs.tables import markdown
+from offramp.runs.tables import Table
 from offramp.uncertainty import nested_conformal
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
 from offramp.uncertainty.outputs import ExitOutputs
@@ -182,7 +182,7 @@ class ClassifierCalibration:
         if verdicts:
             verdicts.insert(0, "On the rows of the tune split, on which both were tuned:")
         blocks = [
-            markdown(*self.exit_table()),
+            str(self.exit_table()),
             f"Softmax -> {posterior.config.method}, on the {self.rows} rows of the threshold split; cost in FLOPs over "
             f"the plain full network's ({self.calibrated.full_cost:.4g}, the backbone and its last exit's head).",
             *([self.choice.words()] if self.choice else []),
@@ -197,13 +197,13 @@ class ClassifierCalibration:
             blocks.append(kept_words(self.kept, self.config.reference, self.config.posterior))
         if self.sets is not None:
             blocks += [
-                markdown(*self.set_table()),
+                str(self.set_table()),
                 f"Nested conformal sets on the {self.sets.rows} test rows, asked to hold the right class at all exits "
                 f"with probability {1 - (self.config.alpha or 0):g}.",
             ]
         return "\n\n".join(blocks)
 
-    def exit_table(self) -> tuple[list[str], list[list[str]]]:
+    def exit_table(self) -> Table:
         """A row per exit, * where a setting sits on the end of its grid."""
         posterior, costs = self.calibrated.posterior, self.calibrated.costs
         laplace = posterior.config.is_laplace
@@ -217,9 +217,9 @@ class ClassifierCalibration:
             mark = "*" if exit.tuned.edges else ""
             share = float(costs[e]) / (self.calibrated.full_cost or float(costs[-1]))
             rows.append([f"{e + 1}{mark}", f"{share:.3f}", *pairs, f"{exit.temperature:.3g}", *omega, more])
-        return head, rows
+        return Table(head, rows)
 
-    def set_table(self) -> tuple[list[str], list[list[str]]]:
+    def set_table(self) -> Table:
         """A row per exit; none without sets."""
         head = ["exit", "mean size", "holds the class", "so far at all exits", "empty", "one class"]
         rows = [
@@ -230,7 +230,7 @@ class ClassifierCalibration:
             ]
             for e, s in enumerate(self.sets.exits if self.sets else (), 1)
         ]  # fmt: skip
-        return head, rows
+        return Table(head, rows)
 
 
 HURTS = "Take another: --posterior auto compares with none and takes what helps."

@@ -13,7 +13,7 @@ from scipy import special
 from offramp.classifiers.evaluate import BASELINE
 from offramp.classifiers.method import SHARES, Fitted, Method, Point
 from offramp.runs.results import Result
-from offramp.runs.tables import markdown
+from offramp.runs.tables import Table
 
 SCHEMA = "offramp/classifier-evaluation/2"
 EARLIER = "offramp/classifier-evaluation/1"
@@ -129,24 +129,24 @@ class ClassifierEvaluation(Result):
         """All tables for a terminal that are Markdown as well, and how to read them."""
         blocks = []
         for test in self.tests:
-            blocks += [f"## {test}", "Mean over the budgets", markdown(*self.mean_table(test))]
-            if len(differences := self.difference_table(test)[1]):
-                blocks += [f"Minus {BASELINE}", markdown(self.difference_table(test)[0], differences)]
-            blocks += ["Along the curve over realised costs", markdown(*self.curve_table(test))]
-            blocks += ["Each exit alone", markdown(*self.anytime_table(test))]
-            blocks += [f"Asked and realised cost, {self.unit} = 1", markdown(*self.cost_table(test))]
+            blocks += [f"## {test}", "Mean over the budgets", str(self.mean_table(test))]
+            if (differences := self.difference_table(test)).rows:
+                blocks += [f"Minus {BASELINE}", str(differences)]
+            blocks += ["Along the curve over realised costs", str(self.curve_table(test))]
+            blocks += ["Each exit alone", str(self.anytime_table(test))]
+            blocks += [f"Asked and realised cost, {self.unit} = 1", str(self.cost_table(test))]
         if self.fitted:
-            blocks += ["## Temperatures T and prior variances ω of the exits", markdown(*self.fitted_table())]
+            blocks += ["## Temperatures T and prior variances ω of the exits", str(self.fitted_table())]
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.conditions.items())
         return "\n\n".join([*blocks, *self.notes(), *([f"Conditions: {conditions}."] if conditions else [])])
 
-    def mean_table(self, test: str) -> tuple[list[str], list[list[str]]]:
+    def mean_table(self, test: str) -> Table:
         """Metrics averaged over the budgets: the head, and a row per method."""
         metrics = self._columns(test)
         rows = [[name, *(_cell(self.mean(test, name, m), m) for m in metrics)] for name in self.methods(test)]
-        return ["method", *(HEADS[m] for m in metrics)], rows
+        return Table(["method", *(HEADS[m] for m in metrics)], rows)
 
-    def difference_table(self, test: str) -> tuple[list[str], list[list[str]]]:
+    def difference_table(self, test: str) -> Table:
         """The same minus the baseline's: the head, and a row per method; none without the baseline."""
         metrics = self._columns(test)
         rows = []
@@ -154,9 +154,9 @@ class ClassifierEvaluation(Result):
             found = [self.difference(test, name, m) for m in metrics]
             cells = [_interval(s, m, "+") for s, m in zip(found, metrics, strict=True) if s is not None]
             rows += [[name, *cells]] if cells else []
-        return ["method", *(HEADS[m] for m in metrics)], rows
+        return Table(["method", *(HEADS[m] for m in metrics)], rows)
 
-    def curve_table(self, test: str) -> tuple[list[str], list[list[str]]]:
+    def curve_table(self, test: str) -> Table:
         """Read off at shares of the full cost, and mean heights: the head, and a row per method."""
         metrics = [m for m in ("top1", "nlpd", "ece") if m in self._columns(test)]
         places = [f"{share:.0%}" for share in SHARES]
@@ -170,9 +170,9 @@ class ClassifierEvaluation(Result):
                 values += [[method.area[m] for method in found] for m in metrics]
                 kinds = [m for m in metrics for _ in places] + metrics
                 rows.append([name, *(_mean(v, m) for v, m in zip(values, kinds, strict=True))])
-        return head, rows
+        return Table(head, rows)
 
-    def anytime_table(self, test: str) -> tuple[list[str], list[list[str]]]:
+    def anytime_table(self, test: str) -> Table:
         """Each exit taken by all rows: the head, and a row per method and exit."""
         metrics = [m for m in self._columns(test) if m != "cost"]
         rows = []
@@ -184,9 +184,9 @@ class ClassifierEvaluation(Result):
                     cost = np.mean([p.cost / m.full_cost for p, m in zip(points, found, strict=True)])
                     values = [_mean([p.metrics[m] for p in points], m) for m in metrics]
                     rows.append([f"{name}, exit {exit_ + 1}", f"{cost:.3f}", *values])
-        return ["method", "cost", *(HEADS[m] for m in metrics)], rows
+        return Table(["method", "cost", *(HEADS[m] for m in metrics)], rows)
 
-    def cost_table(self, test: str) -> tuple[list[str], list[list[str]]]:
+    def cost_table(self, test: str) -> Table:
         """What was asked and what it came to, at a cheap, a middle and a dear budget and at worst."""
         shown = (0.5, 1.0, 1.5)
         head = ["method"]
@@ -204,9 +204,9 @@ class ClassifierEvaluation(Result):
                     cells.append(f"{np.mean([getattr(p, key) / full for p, full in points]):.3f}")
             worst = max((p.overshoot for method in found for p in method.points), key=abs)
             rows.append([name, *cells, f"{worst:+.1%}"])
-        return [*head, "largest overshoot"], rows
+        return Table([*head, "largest overshoot"], rows)
 
-    def fitted_table(self) -> tuple[list[str], list[list[str]]]:
+    def fitted_table(self) -> Table:
         """Settings as fitted: the head, and a row per method, network and kind; none of methods without any."""
         exits = len(self.seeds[0][0].alone)
         rows = []
@@ -217,7 +217,7 @@ class ClassifierEvaluation(Result):
                     rows.append([f"{method}{name}", "T", *(f"{t:.3g}" for t in fit.temperatures)])
                 if fit.priors is not None:
                     rows.append([f"{method}{name}", "ω", *(f"{omega:.3g}" for omega in fit.priors)])
-        return ["method", "", *(f"exit {exit}" for exit in range(1, exits + 1))], rows
+        return Table(["method", "", *(f"exit {exit}" for exit in range(1, exits + 1))], rows)
 
     def warnings(self) -> list[str]:
         """What the fits warned of: each once, with the methods it is about, and of several networks which."""

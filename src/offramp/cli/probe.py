@@ -32,7 +32,7 @@ def probe(
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
     from offramp.lm.probe import probe as look
-    from offramp.report import drawing, plots
+    from offramp.report import plots
     from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:
@@ -47,7 +47,7 @@ def probe(
     if str(json) != "-":
         o.say(result.table())
     folder = out or Path("runs") / f"probe-{Path(model).name}{'' if exits is None else '-exits'}"
-    for path in [*result.save(folder), *(plots.save_probe(result, folder) if drawing.available() else [])]:
+    for path in [*result.save(folder), *plots.save_probe(result, folder)]:
         o.note(f"wrote {path}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     o.write_result(result.to_dict(), json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from offramp.report.groups import (
     READOUT_NOTE,
     READOUT_NOTES,
     TOO_FEW_NOTE,
-    GroupTable,
     accuracy_cell,
     exits_head,
     exits_rows,
@@ -44,6 +44,7 @@ from offramp.report.groups import (
     seeds_table,
 )
 from offramp.runs.files import replace_file
+from offramp.runs.tables import Table
 
 REFERENCE = "kd"
 """What other methods with the same teacher are compared with."""
@@ -139,7 +140,7 @@ def tables(results: Sequence[Result], rule: str, most: int | None = None) -> str
     return "\n\n".join(parts) + "\n"
 
 
-def tables_of(methods: Methods, rule: str, most: int | None = None) -> list[GroupTable]:
+def tables_of(methods: Methods, rule: str, most: int | None = None) -> list[Table]:
     """The tables of the methods with one teacher; those that have nothing to say are left out.
 
     Args:
@@ -158,7 +159,7 @@ def tables_of(methods: Methods, rule: str, most: int | None = None) -> list[Grou
     return [table for table in found if table.rows or table.notes]
 
 
-def methods_table(methods: Methods, rule: str) -> GroupTable:
+def methods_table(methods: Methods, rule: str) -> Table:
     """Mean of minima, minimum of means and the paired difference of each method."""
     summaries = {}
     for name, own in methods.items():
@@ -170,19 +171,19 @@ def methods_table(methods: Methods, rule: str) -> GroupTable:
     cut = truncated_in([result for own in methods.values() for result in own])
     against = f"Differences are to {REFERENCE}. {VERDICTS}"
     more = matched.note(methods, REFERENCE)
-    return GroupTable("Worst group", table.head, table.rows, (f"{note} {against}", *more, *cut))
+    return replace(table, notes=(f"{note} {against}", *more, *cut))
 
 
-def matched_table(methods: Methods, rule: str) -> GroupTable:
+def matched_table(methods: Methods, rule: str) -> Table:
     """Confounded methods against plain distillation with the same T and λ, where that has run."""
     rows = [
         [name, match, *paired_cells(result)] for name, (match, result) in matched_comparisons(methods, rule).items()
     ]
     head = ["method", "against", *PAIRED_HEAD]
-    return GroupTable("Worst group, with the same T and λ", head, rows, (VERDICTS,) if rows else ())
+    return Table(head, rows, "Worst group, with the same T and λ", (VERDICTS,) if rows else ())
 
 
-def groups_of_methods(methods: Methods, rule: str) -> GroupTable:
+def groups_of_methods(methods: Methods, rule: str) -> Table:
     """Accuracy of every test group with its interval, averages raw and adjusted, and the gaps to the worst group."""
     first = next(iter(methods.values()))[0]
     names, counts = first["groups"]["names"], first["groups"]["test"]
@@ -199,7 +200,7 @@ def groups_of_methods(methods: Methods, rule: str) -> GroupTable:
             ]
         )  # fmt: skip
     notes = (INTERVALS + " Adjusted: to the training rows' mix of groups.", *_too_small(names, counts))
-    return GroupTable("Every group", head, rows, notes)
+    return Table(head, rows, "Every group", notes)
 
 
 def _too_small(names: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
@@ -210,24 +211,24 @@ def _too_small(names: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
     return (f"Too few test rows (below {SMALLEST}) to be called the worst: {', '.join(small)}.",) if small else ()
 
 
-def changes_of_methods(methods: Methods) -> GroupTable:
+def changes_of_methods(methods: Methods) -> Table:
     """Accuracy of the teacher, and what distillation changed of it, at the selected epochs of both."""
     changes = {name: found for name, own in methods.items() if (found := mean_changes(own))}
     taught = [name for name, own in methods.items() if own[0]["teacher"] is not None]
     title = "What distillation cost each group"
     if not changes:
         missing = "Unknown: the runs have no answers of the teacher to test rows."
-        return GroupTable(title, [], [], (missing,) if taught else ())
+        return Table([], [], title, (missing,) if taught else ())
     first = next(iter(changes.values()))
     rows = [["the teacher's accuracy", *(f"{change.before:.1%}" for change in first)]]
     rows += [[name, *(_interval(c.change, c.low, c.high, "+") for c in found)] for name, found in changes.items()]
     unknown = any(result.get("teacher_unseen", True) is None for own in methods.values() for result in own)
     note = "The teacher does not say what it was trained on: test rows may be among it, and its accuracy too high."
     notes = (INTERVALS, *([note] if unknown else []))
-    return GroupTable(title, ["student minus teacher", *(change.name for change in first)], rows, notes)
+    return Table(["student minus teacher", *(change.name for change in first)], rows, title, notes)
 
 
-def exits_of_methods(methods: Methods, most: int | None = None) -> GroupTable:
+def exits_of_methods(methods: Methods, most: int | None = None) -> Table:
     """Every exit by group, mean over seeds: accuracy, confidence, who leaves there, and what a group costs.
 
     Args:
@@ -244,10 +245,10 @@ def exits_of_methods(methods: Methods, most: int | None = None) -> GroupTable:
     more = (f"{left} more methods are in report.md.",) if left else ()
     threshold = next(iter(methods.values()))[0]["study"]["threshold"]
     note = f"{EXITS_NOTE} Rows leave where confidence is above {threshold:g}; FLOPs are a group's mean."
-    return GroupTable("Exits by group", ["method", *exits_head(next(iter(found.values())))], rows, (note, *more))
+    return Table(["method", *exits_head(next(iter(found.values())))], rows, "Exits by group", (note, *more))
 
 
-def detection_table(methods: Methods) -> GroupTable:
+def detection_table(methods: Methods) -> Table:
     """Whether readouts know anything and weights find the minority: shares, mean weights by group, and AUROC."""
     groups = list(next(iter(methods.values()))[0]["groups"]["names"])
     rows, warned, wrong = [], False, set[str]()
@@ -277,25 +278,25 @@ def detection_table(methods: Methods) -> GroupTable:
         *([READOUT_NOTE] if any(row[1] != "–" for row in rows) else []), *([TOO_FEW_NOTE] if warned else []),
         *(READOUT_NOTES[flag] for flag in READOUT_NOTES if flag in wrong),
     )  # fmt: skip
-    return GroupTable("Weights of training rows", head, rows, notes if rows else ())
+    return Table(head, rows, "Weights of training rows", notes if rows else ())
 
 
-def rules_table(methods: Methods) -> GroupTable:
+def rules_table(methods: Methods) -> Table:
     """Test worst group by selection rule; how much of a gain is selection."""
     rows = []
     for name, own in methods.items():
         known = [rule for rule in RULES if all(rule in result["rules"] for result in own)]
         rows.append([name, *(_cell(worst(own, rule)) if rule in known else "–" for rule in RULES)])
-    return GroupTable("Worst group by what each selection rule would have chosen", ["method", *RULES], rows)
+    return Table(["method", *RULES], rows, "Worst group by what each selection rule would have chosen")
 
 
-def labels_table(methods: Methods) -> GroupTable:
+def labels_table(methods: Methods) -> Table:
     """Where group labels were used, methods with the same account together; sentences, not rows."""
     lines: dict[str, list[str]] = {}
     for name, own in methods.items():
         lines.setdefault(budget_of(own[0]).line(), []).append(name)
     said = tuple(f"{', '.join(names)}: {line}" for line, names in lines.items())
-    return GroupTable("Where group labels were used", [], [], said)
+    return Table([], [], "Where group labels were used", said)
 
 
 # ---------------------------------------------------------------- files

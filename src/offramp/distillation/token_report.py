@@ -9,9 +9,9 @@ from typing import Any
 
 from offramp.metrics.group_weights import TOO_FEW
 from offramp.metrics.selection import LabelBudget
-from offramp.report.groups import GroupTable
 from offramp.runs.folder import Clock
 from offramp.runs.results import Result
+from offramp.runs.tables import Table
 
 SCHEMA = "offramp/distill-language-model/1"
 
@@ -79,7 +79,7 @@ class TokenDistillResult(Result):
         """The group that agrees least with the teacher."""
         return min(self.groups, key=lambda group: group.agreement, default=None)
 
-    def by_group(self) -> GroupTable:
+    def by_group(self) -> Table:
         """All held-out tokens, then those of each group, before -> after."""
         head = ["group", "tokens", "divergence (nats)", "text (nats)", "agreement", "right", "weight"]
         worst, rows = self.worst, []
@@ -96,7 +96,7 @@ class TokenDistillResult(Result):
         if self.shortened:
             cut = f"{self.shortened} documents were cut to the window: prompts lose their beginning, answers their end."
             notes = (*notes, cut)
-        return GroupTable("Every group", [*head, *([""] if worst else [])], rows, notes)
+        return Table([*head, *([""] if worst else [])], rows, "Every group", notes)
 
     def table(self) -> str:
         """A small table."""
@@ -138,7 +138,7 @@ def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clo
     return TokenDistillResult(whole, tuple(parts), last, clock.step, clock.tokens, clock.seconds, model, cut)
 
 
-def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> GroupTable:
+def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> Table:
     """Weights of the training tokens after each readout; none if there were none.
 
     Args:
@@ -159,7 +159,7 @@ def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> 
         ] for row in weighted
     ]  # fmt: skip
     notes = _too_few(weighted[-1]["reweighted"]) if weighted else ()
-    return GroupTable("Weights after each readout", [*head, *([""] if few else [])], cells, notes)
+    return Table([*head, *([""] if few else [])], cells, "Weights after each readout", notes)
 
 
 def labels_used(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> LabelBudget:

@@ -28,7 +28,7 @@ from offramp.evaluation.result import Evaluation
 from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.metrics.text import reads
-from offramp.report import drawing, plots
+from offramp.report import plots
 from offramp.runs.asked import as_json, read_asked, require_same, write_asked
 from offramp.runs.machine import describe
 
@@ -177,8 +177,7 @@ def _evaluate(
         result = Evaluation(details, metric, lm.num_layers, summaries)
         if state.is_main_process:
             result.save(folder)
-            if drawing.available():
-                plots.save_evaluation(result, folder)
+            plots.save_evaluation(result, folder)
     return result
 
 

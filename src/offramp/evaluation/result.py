@@ -13,7 +13,7 @@ from offramp.evaluation.verdict import GOOD, Finding, findings, sentences
 from offramp.risk.control import pareto_front
 from offramp.runs.codec import encode
 from offramp.runs.results import Result
-from offramp.runs.tables import markdown
+from offramp.runs.tables import Table
 
 SCHEMA = "offramp/evaluate/1"
 COSTS = ("flops_ratio", "flops_per_token_ratio", "seconds_ratio")
@@ -108,13 +108,13 @@ class Evaluation(Result):
         said = {key: value for key, value in self.conditions.items() if key not in ("command", "unread")}
         conditions = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items())
         blocks = [
-            markdown(*self.quality_table()),
-            markdown(*self.cost_table()),
+            str(self.quality_table()),
+            str(self.cost_table()),
             *(f"{line}." for line in [self.reading(), *self.verdict()]),
         ]
         return "\n\n".join([*blocks, f"Conditions: {conditions}."])
 
-    def quality_table(self) -> tuple[list[str], list[list[str]]]:
+    def quality_table(self) -> Table:
         """What each arm answers: the head, and a row per arm."""
         others = [name for name in self.arms[0].quality if name != self.metric]
         pruned = any(arm.outside for arm in self.arms)
@@ -131,9 +131,9 @@ class Evaluation(Result):
             ]
             for arm in self.arms
         ]  # fmt: skip
-        return ["quality", *head], rows
+        return Table(["quality", *head], rows)
 
-    def cost_table(self) -> tuple[list[str], list[list[str]]]:
+    def cost_table(self) -> Table:
         """What each arm costs: the head, and a row per arm."""
         front = set(self.front())
         shown = {name: column for name, column in COLUMNS.items() if not name.startswith("own") or self._has(name)}
@@ -145,7 +145,7 @@ class Evaluation(Result):
             ]
             for arm in self.arms
         ]  # fmt: skip
-        return head, rows
+        return Table(head, rows)
 
     def _has(self, cost: str) -> bool:
         return any(getattr(arm, cost) is not None for arm in self.arms)

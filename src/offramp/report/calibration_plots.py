@@ -6,29 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, available, footnote, headed, save_figures
+from offramp.report.drawing import COLOURS, GREY, footnote, headed, legend, save_figures
 
 if TYPE_CHECKING:
     from offramp.calibration.result import Calibration
 
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 SMALLEST = 1e-6
 """P-values below are drawn there."""
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> list[Path]:
-    """Draw the picture as SVG and PNG, if matplotlib is installed and settings were tested.
-
-    Args:
-        calibration: The calibration.
-        folder: Where to; made if missing.
-
-    Returns:
-        The files.
-    """
-    if not available() or not calibration.certificate.tests:
-        return []
-    return save_figures({"calibrate": partial(calibration_figure, calibration)}, folder)
+    """Draw the picture, if settings were tested (see `save_figures`)."""
+    tested = {"calibrate": partial(calibration_figure, calibration)} if calibration.certificate.tests else {}
+    return save_figures(tested, folder)
 
 
 def calibration_figure(calibration: Calibration) -> Any:
@@ -45,7 +35,7 @@ def calibration_figure(calibration: Calibration) -> Any:
     for place, test in enumerate(tests):
         groups.setdefault(numbers[test["setting"]].chain, []).append(place)
     for chain, places in groups.items():
-        color = COLOURS[chain % len(COLOURS)]
+        color = COLOURS[chain % 6]
         name = numbers[tests[places[0]]["setting"]].name if len(groups) > 1 else None
         label = None if name is None else name.partition(", ")[2] or name
         losses.plot(places, [tests[i]["loss"] for i in places], "-o", color=color, markersize=4, label=label)
@@ -64,7 +54,7 @@ def calibration_figure(calibration: Calibration) -> Any:
             value = max(tests[certificate.selected][key], SMALLEST if key == "p_value" else 0)
             axes.plot([certificate.selected], [value], "o", markersize=11, mfc="none", color="black", label="chosen")
     if len(groups) > 1 or chosen is not None:
-        losses.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=6)
+        legend(losses, ncols=6)
     losses.set_ylabel("mean loss")
     p_values.set_ylabel("mean for conformal risk control" if crc else "p-value")
     if not crc:

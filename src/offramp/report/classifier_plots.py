@@ -7,30 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, available, footnote, headed, percent, save_figures
+from offramp.report.drawing import BLUE, COLOURS, GREY, ORANGE, footnote, headed, legend, percent, save_figures
 
 if TYPE_CHECKING:
     from offramp.classifiers.method import Method
     from offramp.classifiers.result import ClassifierEvaluation
 
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
 CURVES = {"top1": "Top-1 accuracy", "nlpd": "NLPD (nats)", "ece": "expected calibration error"}
 """Drawn over cost, by metric."""
 MOST_EXITS = 8
 
 
 def save_classifiers(evaluation: ClassifierEvaluation, folder: Path) -> list[Path]:
-    """Draw a reliability diagram and curves over cost for each test set, if matplotlib is installed.
-
-    Args:
-        evaluation: The evaluation.
-        folder: Where to; made if missing.
-
-    Returns:
-        The files, SVG and PNG.
-    """
-    if not available():
-        return []
+    """Draw a reliability diagram and curves over cost for each test set (see `save_figures`)."""
     drawings: dict[str, Callable[[], Any]] = {}
     for test in evaluation.tests:
         name = "".join(c if c.isalnum() else "-" for c in test)
@@ -95,9 +84,7 @@ def curves_figure(evaluation: ClassifierEvaluation, test: str) -> Any:
         axes.set_xlim(left=0)
         if metric == "top1":
             axes.yaxis.set_major_formatter(percent())
-    handles, labels = panels[0].get_legend_handles_labels()
-    legend = panels[0].legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=8, ncols=5)
-    legend.set_in_layout(False)  # it is wider than its panel; the lines below the title make room for it
+    legend(panels[0], wide=True, fontsize=8, ncols=5)
     footnote(figure, _what(evaluation, test))
     return figure
 

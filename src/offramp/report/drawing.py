@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 from offramp.runs.files import replace_file
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
+"""Of many lines, in turn."""
 STYLE = {
     "svg.hashsalt": "offramp",
     "font.size": 10,
@@ -79,25 +81,43 @@ def footnote(figure: Any, text: str) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)
 
 
+def legend(axes: Any, *entries: Any, wide: bool = False, **options: Any) -> None:
+    """A legend between the title and the axes, where it hides nothing.
+
+    Args:
+        axes: Where to.
+        entries: Handles and labels; none: those of the axes.
+        wide: It is wider than its panel, and the title has empty lines at its end to make room for it.
+        options: Of matplotlib's legend.
+    """
+    made = axes.legend(*entries, **{"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "fontsize": 9, **options})
+    made.set_in_layout(not wide)
+
+
+def layer_ticks(depth: int, first: int) -> list[int]:
+    """Layers to name along an axis: the first and the last, of deep models every second or fourth between them."""
+    step = 1 if depth <= 16 else 2 if depth <= 32 else 4
+    return sorted({first, *range(depth, step // 2, -step)})
+
+
 def percent() -> Any:
     """Labels of an axis from 0 to 1 in per cent, with the decimals that tell the ticks of a short axis apart."""
     return require_matplotlib().ticker.FuncFormatter(lambda share, _: f"{round(100 * share, 4) + 0:g}%")
 
 
-def save_figures(drawings: dict[str, Callable[[], Any]], folder: Path) -> list[Path]:
-    """Draw, and write each figure as SVG and PNG under its name.
+def save_figures(drawings: Mapping[str, Callable[[], Any]], folder: Path) -> list[Path]:
+    """Draw, and write each figure as SVG and PNG under its name, if matplotlib is installed.
 
     Args:
         drawings: By name.
         folder: Where to; made if missing.
 
     Returns:
-        The files.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        The files; none without matplotlib, since what is drawn is also there as numbers.
     """
-    paths = []
+    paths: list[Path] = []
+    if not available():
+        return paths
     with styled():
         for name, draw in drawings.items():
             figure = draw()

@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.metrics.group_exits import ExitsByGroup
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import GroupReport
-from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, percent
+from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, legend, percent
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY)
 """Of the models in one picture, in turn."""
@@ -63,7 +63,7 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
         axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(percent())
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=9)
+    legend(axes, ncols=4)
     footnote(figure, f"{first.split}, {first.n:,} rows · whiskers: {whiskers}; dotted: average over all rows")
     return figure
 

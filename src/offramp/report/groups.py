@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
@@ -12,29 +11,7 @@ from offramp.metrics.groups import GroupReport
 from offramp.metrics.readouts import TOO_MANY, ReadoutDiagnostics
 from offramp.metrics.seeds import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, choices
-from offramp.runs.tables import markdown
-
-
-@dataclass(frozen=True)
-class GroupTable:
-    """A table with what is to be said of it.
-
-    Attributes:
-        title: What it shows.
-        head: Of the columns.
-        rows: Cells, the first of each its name.
-        notes: Sentences for under it.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """As Markdown that reads well in a terminal, without the title."""
-        return "\n\n".join([*([markdown(self.head, self.rows)] if self.rows else []), *self.notes])
-
+from offramp.runs.tables import Table
 
 TOO_FEW_NOTE = (
     f"Too few: below {TOO_FEW:.1%} of the rows weigh more than the others, so weights do next to nothing; the readout "
@@ -56,7 +33,7 @@ READOUT_NOTES = {
 EXITS_NOTE = "Under an exit: accuracy if all left there / mean confidence there / share that leaves there."
 
 
-def groups_table(report: GroupReport) -> GroupTable:
+def groups_table(report: GroupReport) -> Table:
     """Every group, then the aggregates."""
     binary = any(group.tpr is not None or group.fpr is not None for group in report.groups)
     shortcut = any(group.shortcut is not None for group in report.groups)
@@ -82,10 +59,10 @@ def groups_table(report: GroupReport) -> GroupTable:
         f"best minus worst {_percent(report.pairwise_gap)}",
         f"worst / best {_number(report.pairwise_ratio)}",
     ]
-    return GroupTable("Every group", head, rows, (f"{report.split}, {report.n:,} rows: {', '.join(said)}.",))
+    return Table(head, rows, "Every group", (f"{report.split}, {report.n:,} rows: {', '.join(said)}.",))
 
 
-def changes_table(changes: Sequence[GroupChange]) -> GroupTable:
+def changes_table(changes: Sequence[GroupChange]) -> Table:
     """What a change of model, from teacher to student, did to each group."""
     rows = [
         [
@@ -95,7 +72,7 @@ def changes_table(changes: Sequence[GroupChange]) -> GroupTable:
     ]  # fmt: skip
     head = ["group", "n", "teacher", "student", "change (interval)", ""]
     note = "Intervals: paired bootstrap over rows, not corrected for the number of groups."
-    return GroupTable("What distillation cost each group", head, rows, (note,))
+    return Table(head, rows, "What distillation cost each group", (note,))
 
 
 def exits_head(exits: ExitsByGroup) -> list[str]:
@@ -118,14 +95,14 @@ def exits_rows(exits: ExitsByGroup) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def exits_table(exits: ExitsByGroup) -> GroupTable:
+def exits_table(exits: ExitsByGroup) -> Table:
     """Accuracy and confidence of every exit by group, the share that leaves there, and what a group costs."""
     costs = ", ".join(f"{cost:.3g}" for cost in exits.costs.tolist())
     notes = (EXITS_NOTE, f"FLOPs up to the exits: {costs}.")
-    return GroupTable("Exits by group", exits_head(exits), exits_rows(exits), notes)
+    return Table(exits_head(exits), exits_rows(exits), "Exits by group", notes)
 
 
-def budgets_table(budgets: Mapping[float, BudgetByGroup], names: Sequence[str]) -> GroupTable:
+def budgets_table(budgets: Mapping[float, BudgetByGroup], names: Sequence[str]) -> Table:
     """The worst group at each threshold of confidence, and what each group costs there.
 
     Args:
@@ -142,10 +119,10 @@ def budgets_table(budgets: Mapping[float, BudgetByGroup], names: Sequence[str]) 
             *(f"{cost:.3g}" for cost in b.group_flops.tolist()),
         ] for at, b in budgets.items()
     ]  # fmt: skip
-    return GroupTable("The worst group at each budget", head, rows, ("FLOPs are means over rows.",))
+    return Table(head, rows, "The worst group at each budget", ("FLOPs are means over rows.",))
 
 
-def selection_table(history: Sequence[Epoch]) -> GroupTable:
+def selection_table(history: Sequence[Epoch]) -> Table:
     """What each rule would have chosen from a run, and how the test rows fare there."""
 
     def cells(rule: str, epoch: Epoch) -> list[str]:
@@ -157,7 +134,7 @@ def selection_table(history: Sequence[Epoch]) -> GroupTable:
 
     head = ["rule", "epoch", "val average", "val worst group", "test average", "test worst group"]
     rows = [cells(rule, epoch) for rule, epoch in choices(history).items()]
-    return GroupTable("What each rule would have chosen", head, rows)
+    return Table(head, rows, "What each rule would have chosen")
 
 
 def accuracy_cell(readouts: Sequence[ReadoutDiagnostics]) -> str:
@@ -172,7 +149,7 @@ def accuracy_cell(readouts: Sequence[ReadoutDiagnostics]) -> str:
 
 def weights_table(
     epochs: Mapping[int, WeightDiagnostics], readouts: Mapping[int, ReadoutDiagnostics] | None = None
-) -> GroupTable:  # fmt: skip
+) -> Table:  # fmt: skip
     """Weights of every epoch: how good the readout is, how many rows they touch, how much, and whom.
 
     Args:
@@ -201,7 +178,7 @@ def weights_table(
     if any(w.too_few for w in epochs.values()):
         notes.append(TOO_FEW_NOTE)
     notes += [text for flag, text in READOUT_NOTES.items() if any(flag in r.flags for r in taught.values())]
-    return GroupTable("Weights after each epoch", head, rows, tuple(notes))
+    return Table(head, rows, "Weights after each epoch", tuple(notes))
 
 
 PAIRED_HEAD = ["difference (interval)", "Holm p", "verdict"]
@@ -218,7 +195,7 @@ def seeds_table(
     comparisons: Mapping[str, Paired],
     reference: str | None = None,
     also: Mapping[str, str] | None = None,
-) -> GroupTable:
+) -> Table:
     """Methods over seeds.
 
     Args:
@@ -241,7 +218,7 @@ def seeds_table(
         rows.append(
             [name, f"{s.seeds}", _spread(s.mean_of_minima), f"{s.minimum_of_means:.1%} ({s.minimum_group})", *cells]
         )
-    return GroupTable("Worst group", head, rows)
+    return Table(head, rows, "Worst group")
 
 
 def _spread(value: Spread) -> str:

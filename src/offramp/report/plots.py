@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.report.drawing import (
     BLUE,
+    COLOURS,
     GREEN,
     GREY,
     ORANGE,
     footnote,
     headed,
+    layer_ticks,
+    legend,
     percent,
     require_matplotlib,
     save_figures,
@@ -29,50 +32,17 @@ if TYPE_CHECKING:
 
 
 def save_probe(probe: Probe, folder: Path) -> list[Path]:
-    """Draw all pictures of a probe as SVG and PNG.
-
-    Args:
-        probe: The probe.
-        folder: Where to; made if missing.
-
-    Returns:
-        The files.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Draw all pictures of a probe (see `save_figures`)."""
     return save_figures({f"probe-{name}": partial(draw, probe) for name, draw in PICTURES.items()}, folder)
 
 
 def save_bench(bench: Bench, folder: Path) -> list[Path]:
-    """Draw the picture of a bench as SVG and PNG.
-
-    Args:
-        bench: The bench.
-        folder: Where to; made if missing.
-
-    Returns:
-        The files.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Draw the picture of a bench (see `save_figures`)."""
     return save_figures({"bench": partial(bench_figure, bench)}, folder)
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Draw the pictures of an evaluation as SVG and PNG.
-
-    Args:
-        evaluation: The evaluation.
-        folder: Where to; made if missing.
-
-    Returns:
-        The files.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Draw the pictures of an evaluation (see `save_figures`)."""
     drawings = {"pareto": partial(pareto_figure, evaluation), "exits": partial(histogram_figure, evaluation)}
     return save_figures({f"evaluate-{name}": draw for name, draw in drawings.items()}, folder)
 
@@ -104,7 +74,7 @@ def rank_figure(probe: Probe) -> Any:
         "99th percentile",
         f"the best {size:,} of {probe.vocabulary:,} hold 99.5% of the final tokens at layer {probe.min_layer}",
     ]
-    _legend(axes, [boxes, dots, line], labels)
+    legend(axes, [boxes, dots, line], labels)
     return figure
 
 
@@ -135,7 +105,7 @@ def confidence_figure(probe: Probe) -> Any:
     axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0))
     axes.set_ylabel("mean over the positions")
     labels = ["right: chooses the final token", "sure: mean probability of its choice", "too sure (overconfidence)"]
-    _legend(axes, [a, b, shade], labels)
+    legend(axes, [a, b, shade], labels)
     return figure
 
 
@@ -168,7 +138,7 @@ def exit_figure(probe: Probe) -> Any:
     else:
         handles.append(axes.axvline(probe.break_even_default, color=ORANGE, linestyle=":", linewidth=2.2))
         labels.append(f"break-even {pruned} after the first test, {probe.break_even_default:.1f}")
-    _legend(axes, handles, labels)
+    legend(axes, handles, labels)
     return figure
 
 
@@ -198,7 +168,7 @@ def bench_figure(bench: Bench) -> Any:
     axes.set_xlim(0)
     axes.set_xlabel("full model = 1   (a bar right of 1 is faster, a diamond left of 1 is less work)")
     labels = ["tokens per second: median of the rounds, and quartiles", "FLOPs per token"]
-    axes.legend([bars, flops], labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
+    legend(axes, [bars, flops], labels, ncols=2)
     footnote(
         figure,
         f"same: positions with the full model's token · {conditions['prompts']} prompts, "
@@ -230,9 +200,7 @@ def pareto_figure(evaluation: Evaluation) -> Any:
     left.set_ylabel(metric)
     if metric == "perplexity":
         _downwards(left, metric)
-    handles, labels = left.get_legend_handles_labels()
-    legend = left.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=8)
-    legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
+    legend(left, wide=True, ncols=8)
     footnote(
         figure,
         f"{conditions['model']} · {conditions['task']} · {conditions['examples']} examples · bars: "
@@ -275,7 +243,7 @@ def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
     for arm in arms:
         if not arm.is_static and arm.policy is not None:
             dynamic.setdefault(arm.policy["confidence"], []).append(arm)
-    markers = zip("oDv^<>PX", (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255"), strict=True)
+    markers = zip("oDv^<>PX", COLOURS, strict=True)
     for (name, some), (marker, color) in zip(dynamic.items(), itertools.cycle(markers), strict=False):
         put(some, fmt=marker, color=color, label=name)
     front = [evaluation.arm(name) for name in evaluation.front(cost)]
@@ -304,8 +272,7 @@ def histogram_figure(evaluation: Evaluation) -> Any:
         shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(first - 0.5, depth + 0.5, len(arms) - 0.5, -0.5)
     )
     axes.plot([arm.exit_layer.value for arm in arms], range(len(arms)), "|", color=ORANGE, markersize=14, mew=2)
-    step = 1 if depth <= 16 else 2 if depth <= 32 else 4
-    axes.set_xticks(sorted({first, *range(depth, step // 2, -step)}))
+    axes.set_xticks(layer_ticks(depth, first))
     axes.set_yticks(range(len(arms)), [f"{arm.name}  (mean {arm.exit_layer.value:.1f})" for arm in arms])
     axes.set_xlabel("layer after which tokens left (mark: mean)")
     axes.grid(visible=False)
@@ -318,8 +285,7 @@ def _axes(probe: Probe, title: str) -> tuple[Any, Any]:
     figure = headed(title, 9, 5.6)
     axes = figure.add_subplot()
     depth = probe.num_layers
-    step = 1 if depth <= 16 else 2 if depth <= 32 else 4
-    axes.set_xticks(sorted({1, *range(depth, step // 2, -step)}))
+    axes.set_xticks(layer_ticks(depth, 1))
     axes.set_xlim(0.3, depth + 0.7)
     axes.set_xlabel(f"layer (layer {depth} is the full model)")
     footnote(
@@ -328,11 +294,6 @@ def _axes(probe: Probe, title: str) -> tuple[Any, Any]:
         f"{probe.min_layer} to {depth - 1}",
     )
     return figure, axes
-
-
-def _legend(axes: Any, handles: list[Any], labels: list[str]) -> None:
-    """A legend between the title and the axes, where it hides nothing."""
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9)
 
 
 PICTURES: dict[str, Callable[[Probe], Any]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offramp.distillation.token_report import TokenDistillResult
-from offramp.report.drawing import BLUE, GREY, footnote, headed, percent, require_matplotlib
+from offramp.report.drawing import BLUE, GREY, footnote, headed, legend, percent, require_matplotlib
 from offramp.report.training_plots import averaged, colour
 
 PANELS = (("kd", "divergence from the teacher (nats)"), ("agreement", "agreement with the teacher"))
@@ -39,7 +39,7 @@ def groups_figure(result: TokenDistillResult, model: str = "") -> Any:
         axes.set_ylabel(label)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(percent())
-    figure.axes[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
+    legend(figure.axes[0], ncols=2)
     footnote(figure, f"{model} · {result.overall.tokens:,} held-out tokens; dotted: all of them")
     return figure
 

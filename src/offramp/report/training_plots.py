@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.report.drawing import BLUE, GREY, footnote, headed, require_matplotlib
+from offramp.report.drawing import BLUE, GREY, footnote, headed, legend, require_matplotlib
 
 POINTS = 200
 """Most points of a curve; neighbouring steps are averaged."""
@@ -65,10 +65,7 @@ def curves_figure(curves: Curves) -> Any:
             color="black", label="full model, on the text",
         )  # fmt: skip
     right.set_ylim(0, 1.02)
-    legend = left.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=17, fontsize=9, columnspacing=1.0, handletextpad=0.4
-    )
-    legend.set_in_layout(False)  # it is wider than its panel; the second line of the title makes room for it
+    legend(left, wide=True, ncols=17, columnspacing=1.0, handletextpad=0.4)
     footnote(figure, f"{curves.model} · lines: while training; dots: {last['positions']} held-out positions")
     return figure
 
@@ -85,7 +82,7 @@ def layers_figure(curves: Curves) -> Any:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel(curves.each)
     axes.set_ylabel(WORDS[curves.what])
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=9, ncols=2)
+    legend(axes, ncols=2)
     footnote(figure, f"{curves.model} · {last['positions']} held-out positions · {last['step']} steps")
     return figure
 

@@ -1,10 +1,36 @@
-"""Markdown tables that also read well in a terminal, however narrow it is."""
+"""Tables: Markdown that also reads well in a terminal, however narrow it is; pages of reports take them as they are."""
 
 from __future__ import annotations
 
 import itertools
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, and what is to be said of them.
+
+    Attributes:
+        head: Of the columns.
+        rows: Cells, the first of each its name.
+        title: What it shows.
+        notes: Sentences for under it.
+        marks: In pages, classes of rows: "full", "static", "front" or "".
+    """
+
+    kind: ClassVar[str] = "table"
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    notes: tuple[str, ...] = ()
+    marks: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        """As Markdown, without the title; nothing but the notes if it has no rows."""
+        return "\n\n".join([*([markdown(self.head, self.rows)] if self.rows else []), *self.notes])
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

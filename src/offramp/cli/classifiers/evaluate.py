@@ -55,7 +55,6 @@ def evaluate_classifier(
     from offramp.classifiers.evaluate import Settings
     from offramp.classifiers.passes import Passes
     from offramp.runs.machine import describe
-    from offramp.runs.tables import markdown
     from offramp.uncertainty.posterior import METHODS, PosteriorConfig
 
     config = ComparisonConfig(
@@ -80,8 +79,8 @@ def evaluate_classifier(
         result = compare(networks, config, folder, conditions=conditions, progress=progress)
     if str(json) != "-":
         for test in result.tests:
-            o.say(f"## {test}, mean over the budgets\n\n{markdown(*result.mean_table(test))}\n")
-        o.say(f"## Temperatures T and prior variances ω of the exits\n\n{markdown(*result.fitted_table())}\n")
+            o.say(f"## {test}, mean over the budgets\n\n{result.mean_table(test)}\n")
+        o.say(f"## Temperatures T and prior variances ω of the exits\n\n{result.fitted_table()}\n")
         o.say("\n\n".join(result.notes()))
     o.note(f"wrote {folder}: results.json, records, pictures and, with more tables, table.md")
     o.note(f"read it with: offramp report {folder}")

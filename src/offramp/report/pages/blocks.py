@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from offramp.report.drawing import styled
+from offramp.runs.tables import Table
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,6 @@ class Text:
     kind: ClassVar[str] = "text"
     paragraphs: tuple[str, ...]
     mark: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells, the first of each its name; `marks` are classes of rows: "full", "static", "front" or ""."""
-
-    kind: ClassVar[str] = "table"
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    marks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ It is made from result.json alone, with the picture that lies beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from offramp.calibration.spending import MEASURES
 from offramp.calibration.splits import TEST
 from offramp.calibration.validate import READING
 from offramp.evaluation.result import COLUMNS
-from offramp.report.pages.blocks import Block, Page, Section, Table, Text, facts, repeat, svg
+from offramp.report.pages.blocks import Block, Page, Section, Text, facts, repeat, svg
+from offramp.runs.tables import Table
 
 PICTURE = "calibrate.svg"
 OLD_READING = (
@@ -29,15 +31,7 @@ OLD_READING = (
 
 
 def page(folder: Path, values: dict[str, Any]) -> Page:
-    """The page of a calibration.
-
-    Args:
-        folder: The run folder.
-        values: Its result.json.
-
-    Returns:
-        The page.
-    """
+    """The page of a calibration, from its result.json."""
     certificate, validation = values["certificate"], values["validation"]
     conditions, data = certificate["conditions"], certificate["data"]
     about = {
@@ -90,12 +84,12 @@ def _room(room: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _tests(certificate: Mapping[str, Any], picture: Path) -> list[Block]:
-    head, rows = tests_table(certificate)
-    marks = ["front full" if place == certificate["selected"] else "" for place in range(len(rows))]
+    table = tests_table(certificate)
+    marks = ["front full" if place == certificate["selected"] else "" for place in range(len(table.rows))]
     drawn: list[Block] = []
     if picture.is_file():
         drawn.append(svg(picture.read_bytes(), "Mean losses and p-values of the settings, in the order of the tests"))
-    return [*drawn, Table(head, rows, marks)]
+    return [*drawn, replace(table, marks=marks)]
 
 
 def _estimates(estimates: Mapping[str, Any], seconds: Mapping[str, Any] | None) -> Table:

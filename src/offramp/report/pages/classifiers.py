@@ -6,6 +6,7 @@ They are made from results.json, result.json, and config.json with metrics.jsonl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,20 @@ from typing import Any
 from offramp.classifiers.calibrate import EARLIER, kept_words
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.report import classifier_plots
-from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
+from offramp.report.pages.blocks import Block, Page, Section, Text, draw, facts, repeat
 from offramp.report.pages.training import measured
+from offramp.runs.tables import Table
 from offramp.uncertainty.posterior import PosteriorConfig
 
 
 def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
-    """The page of an evaluation.
-
-    Args:
-        folder: The run folder.
-        values: Its results.json.
-
-    Returns:
-        The page.
-    """
+    """The page of an evaluation, from its results.json."""
     found = ClassifierEvaluation.from_dict(values)
     conditions = dict(found.conditions)
     sections = []
     for test in found.tests:
         blocks: list[Block] = [
-            _table(*found.mean_table(test)),
+            _marked(found.mean_table(test)),
             draw(
                 partial(classifier_plots.curves_figure, found, test),
                 f"Accuracy, NLPD and calibration error of every method over FLOPs, on {test}",
@@ -43,15 +37,15 @@ def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
                 f"Accuracy over confidence of each exit, by method, on {test}",
             ),
         ]
-        if (differences := found.difference_table(test))[1]:
-            blocks += [Text(("The same minus temperature's:",)), _table(*differences)]
-        blocks += [Text(("Along the curve over realised costs:",)), _table(*found.curve_table(test))]
+        if (differences := found.difference_table(test)).rows:
+            blocks += [Text(("The same minus temperature's:",)), _marked(differences)]
+        blocks += [Text(("Along the curve over realised costs:",)), _marked(found.curve_table(test))]
         sections.append(Section(f"On {test}: mean over the budgets", blocks))
     first = found.tests[0]
     sections += [
-        Section(f"Each exit alone, on {first}", [_table(*found.anytime_table(first))]),
-        Section(f"Asked and realised cost, {found.unit} = 1", [_table(*found.cost_table(first))]),
-        *([Section("Temperatures T and prior variances ω", [_table(*found.fitted_table())])] if found.fitted else []),
+        Section(f"Each exit alone, on {first}", [_marked(found.anytime_table(first))]),
+        Section(f"Asked and realised cost, {found.unit} = 1", [_marked(found.cost_table(first))]),
+        *([Section("Temperatures T and prior variances ω", [_marked(found.fitted_table())])] if found.fitted else []),
         Section("How to read this", [Text(tuple(found.notes()))]),
     ]
     command = conditions.pop("command", None)
@@ -60,26 +54,17 @@ def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
     return Page(title, str(folder), [*sections, repeat(command, {**conditions, **seeds})])
 
 
-def _table(head: list[str], rows: list[list[str]]) -> Table:
-    marks = [
-        "static" if row[0].startswith("static") else "full" if row[0].startswith("full model") else "" for row in rows
-    ]
-    return Table(head, rows, marks)
+def _marked(table: Table) -> Table:
+    kinds = ("static", "full model")
+    found = [next((kind for kind in kinds if row[0].startswith(kind)), "") for row in table.rows]
+    return replace(table, marks=[kind.removesuffix(" model") for kind in found])
 
 
 # ---------------------------------------------------------------- one calibration
 
 
 def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
-    """The page of a calibration.
-
-    Args:
-        folder: The run folder.
-        values: Its result.json.
-
-    Returns:
-        The page.
-    """
+    """The page of a calibration, from its result.json."""
     config, conditions = values["config"], dict(values["conditions"])
     method = config["posterior"]["method"]
     blocks: list[Block] = [_exits(values)]
@@ -150,18 +135,7 @@ def _sets(sets: Mapping[str, Any]) -> Table:
 
 
 def training_page(folder: Path, config: dict[str, Any]) -> Page:
-    """The page of a training, finished or not.
-
-    Args:
-        folder: The run folder.
-        config: Its config.json.
-
-    Returns:
-        The page.
-
-    Raises:
-        ValueError: Nothing has been measured yet.
-    """
+    """The page of a training, finished or not, from its config.json."""
     judged = [row for row in measured(folder) if row["kind"] == "validation"]
     before, after, options = judged[0], judged[-1], config["config"]
     rows = [

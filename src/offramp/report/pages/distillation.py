@@ -27,7 +27,6 @@ from offramp.distillation.results import (
 )
 from offramp.report import group_plots
 from offramp.report.groups import (
-    GroupTable,
     budgets_table,
     changes_table,
     exits_table,
@@ -35,8 +34,9 @@ from offramp.report.groups import (
     selection_table,
     weights_table,
 )
-from offramp.report.pages.blocks import Block, Page, Picture, Section, Table, Text, draw, repeat
+from offramp.report.pages.blocks import Block, Page, Picture, Section, Text, draw, repeat
 from offramp.runs.asked import differences
+from offramp.runs.tables import Table
 
 PICTURED = ("erm", "kd", "dedier", "laplace")
 """Methods in the pictures of a grid that has more than these; others take the places of those it lacks."""
@@ -76,22 +76,14 @@ def grid_page(folder: Path) -> Page:
         }
         for table in tables_of(methods, rule):
             title = named + (table.title[0].lower() + table.title[1:] if named else table.title)
-            sections.append(Section(title, [*pictures.get(table.title, []), *_blocks(table)]))
+            sections.append(Section(title, [*pictures.get(table.title, []), table]))
     study = results[0]["study"]
     sections.append(repeat(None, {"data": study["data"]["path"], "select": study["select"]}, study))
     return Page(f"Fair distillation: {study['data']['path']}", str(folder), sections)
 
 
 def run_page(folder: Path, values: dict[str, Any]) -> Page:
-    """The page of one run.
-
-    Args:
-        folder: Of the run.
-        values: Its result.json.
-
-    Returns:
-        The page.
-    """
+    """The page of one run, from its result.json."""
     rule = selected_by(values)
     says = f"Epoch {values['selected']} of {len(values['history'])}, chosen by {rule}."
     if values["flip_rate"] is not None:
@@ -101,7 +93,7 @@ def run_page(folder: Path, values: dict[str, Any]) -> Page:
             f"({flips['low']:.1%} to {flips['high']:.1%})."
         )
     blocks: list[Block] = [Text((says, *truncated_in([values]))), _groups({values["name"]: [values]}, rule)]
-    sections = [Section("Every group", [*blocks, *_blocks(groups_table(report_of(values)))])]
+    sections = [Section("Every group", [*blocks, groups_table(report_of(values))])]
     if changes := changes_of(values):
         sections.append(_section(changes_table(changes)))
     sections.append(_section(exits_table(exits_of(values)), _exits(values["name"], [values])))
@@ -150,13 +142,8 @@ def _pictured(names: list[str]) -> list[str]:
     return [name for name in names if name in kept]
 
 
-def _section(table: GroupTable, picture: Picture | None = None) -> Section:
-    return Section(table.title, [*([picture] if picture else []), *_blocks(table)])
-
-
-def _blocks(table: GroupTable) -> list[Block]:
-    blocks: list[Block] = [Table(table.head, table.rows)] if table.rows else []
-    return [*blocks, *([Text(table.notes)] if table.notes else [])]
+def _section(table: Table, picture: Picture | None = None) -> Section:
+    return Section(table.title, [*([picture] if picture else []), table])
 
 
 def _groups(methods: dict[str, list[Result]], rule: str) -> Picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from offramp.evaluation.records import PREFILL
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
 from offramp.report import drawing, plots
-from offramp.report.pages.blocks import Answer, Answers, Bar, Bars, Block, Page, Section, Table, Text, draw, repeat
+from offramp.report.pages.blocks import Answer, Answers, Bar, Bars, Block, Page, Section, Text, draw, repeat
 
 SHOWN = 3
 """Policies whose answers are shown beside the full model's."""
@@ -70,8 +71,8 @@ def _tables(result: Evaluation) -> list[Block]:
     says = tuple(f"{line}." for line in result.verdict())
     return [
         *([Text(says, "good" if result.recommended() else "")] if says else []),
-        Table(*result.quality_table(), marks),
-        Table(*result.cost_table(), marks),
+        replace(result.quality_table(), marks=marks),
+        replace(result.cost_table(), marks=marks),
         Text((f"{result.reading()}. The full model's row is bold, those of static exits are grey.",)),
     ]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from offramp.lm.probe_result import Probe
 from offramp.report import plots
-from offramp.report.pages.blocks import Code, Page, Section, Table, Text, draw, repeat
+from offramp.report.pages.blocks import Code, Page, Section, Text, draw, repeat
+from offramp.runs.tables import Table
 
 PICTURES = {
     "confidence": "How sure each layer is, and how often it is right",
@@ -18,15 +19,7 @@ PICTURES = {
 
 
 def page(path: Path, values: dict[str, Any]) -> Page:
-    """The page of a probe.
-
-    Args:
-        path: Its folder or file.
-        values: Its JSON.
-
-    Returns:
-        The page.
-    """
+    """The page of a probe, from its JSON."""
     probe = Probe.from_dict(values)
     pictures = {name: draw(partial(plots.PICTURES[name], probe), says) for name, says in PICTURES.items()}
     head = ["after layer", "accuracy", "confidence", "too sure by", "gap", "settled so far", "median rank"]
@@ -55,7 +48,7 @@ def page(path: Path, values: dict[str, Any]) -> Page:
             Section("Is it worth it?", [Text((probe.verdict,), _mark(probe.verdict)), pictures["exits"]]),
             Section(
                 "Confidence and accuracy by layer",
-                [pictures["confidence"], Table(head, rows, marks), Text((note,)), pictures["rank"]],
+                [pictures["confidence"], Table(head, rows, marks=marks), Text((note,)), pictures["rank"]],
             ),
             Section("In figures", [Code(probe.table(), "The probe as text")]),
             repeat(None, about),

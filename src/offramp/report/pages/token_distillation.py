@@ -9,8 +9,7 @@ from typing import Any
 
 from offramp.distillation.token_report import labels_used, readouts_table, summary
 from offramp.report import token_plots
-from offramp.report.groups import GroupTable
-from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
+from offramp.report.pages.blocks import Page, Section, Text, draw, facts, repeat
 from offramp.report.pages.training import how_far, measured
 from offramp.runs.folder import Clock
 
@@ -19,18 +18,7 @@ SAID = ("objective", "temperature", "trainable", "lora_rank", "learning_rate", "
 
 
 def page(folder: Path, config: dict[str, Any]) -> Page:
-    """The page of a run, finished or not.
-
-    Args:
-        folder: The run folder.
-        config: Its config.json.
-
-    Returns:
-        The page.
-
-    Raises:
-        ValueError: Nothing has been measured yet.
-    """
+    """The page of a run, finished or not, from its config.json."""
     rows = measured(folder, "distillation")
     kinds = ("step", "validation", "weights")
     steps, judged, readouts = ([row for row in rows if row["kind"] == kind] for kind in kinds)
@@ -46,7 +34,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
                     partial(token_plots.groups_figure, result, student),
                     "Divergence from the teacher and agreement with it, of every group, before and after",
                 ),
-                *_blocks(result.by_group()),
+                result.by_group(),
                 Text(_explained(config)),
                 facts(_said(options)),
             ],
@@ -67,7 +55,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
             partial(token_plots.weights_figure, readouts, groups, student),
             "Mean weight of every group's training tokens after each readout",
         )
-        sections.append(Section(table.title, [picture, *_blocks(table)]))
+        sections.append(Section(table.title, [picture, table]))
     counted = "Counted in tokens, each of which has the group of its prompt; held-out ones stand under test."
     used = Text((labels_used(rows, groups).line(), *([counted] if groups else [])))
     sections.append(Section("Where group labels were used", [used]))
@@ -111,7 +99,3 @@ def _explained(config: Mapping[str, Any]) -> tuple[str, ...]:
         "choose the same; right: where the student chooses the text's.",
         "The worst group agrees least. Tokens of one text are not independent, so no intervals are given.",
     )
-
-
-def _blocks(table: GroupTable) -> list[Block]:
-    return [Table(table.head, table.rows), *([Text(table.notes)] if table.notes else [])]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.report import training_plots
-from offramp.report.pages.blocks import Block, Page, Section, Table, Text, draw, facts, repeat
+from offramp.report.pages.blocks import Block, Page, Section, Text, draw, facts, repeat
 from offramp.runs.folder import RunFolder
+from offramp.runs.tables import Table
 from offramp.training.consistency import OBJECTIVES
 
 SAID = ("trainable", "objective", "rank", "lora_rank", "weights", "learning_rate", "batch_size", "seed")
@@ -17,18 +18,7 @@ SAID = ("trainable", "objective", "rank", "lora_rank", "weights", "learning_rate
 
 
 def page(folder: Path, config: dict[str, Any]) -> Page:
-    """The page of a training run, finished or not.
-
-    Args:
-        folder: The run folder.
-        config: Its config.json.
-
-    Returns:
-        The page.
-
-    Raises:
-        ValueError: Nothing has been measured yet.
-    """
+    """The page of a training run, finished or not, from its config.json."""
     rows = measured(folder)
     steps, judged = ([row for row in rows if row["kind"] == kind] for kind in ("step", "validation"))
     options, layers = config["config"], config["config"]["layers"]
