@@ -15,7 +15,7 @@ from offramp.classifiers import load
 from offramp.classifiers import passes as passes_module
 from offramp.classifiers.answers import answers
 from offramp.classifiers.architectures import build
-from offramp.classifiers.calibrate import CalibrationConfig, calibrate
+from offramp.classifiers.calibrate import CalibrationConfig, calibrate, exit_table
 from offramp.classifiers.calibrated import Calibrated, load_calibrated
 from offramp.classifiers.certify import RowPromise
 from offramp.classifiers.compare import ComparisonConfig, compare
@@ -197,7 +197,7 @@ def test_costs_in_the_table_are_over_those_of_the_same_rows(images, tmp_path):
     plain = float(passes.classifier.costs(cut=True)[-1])  # the network without the heads of earlier exits
     assert plain < 0.8 * float(passes.classifier.costs()[-1])
     assert result.calibrated.full_cost == pytest.approx(plain)
-    shares = [float(row[1]) for row in result.exit_table().rows]
+    shares = [float(row[1]) for row in exit_table(result.to_dict()).rows]
     assert shares == pytest.approx((result.calibrated.costs / plain).tolist(), abs=6e-4)
     assert shares[-1] >= 1
 

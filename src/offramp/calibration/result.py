@@ -16,7 +16,8 @@ from offramp.calibration.spending import MEASURES, is_timed
 from offramp.calibration.splits import TEST
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
-from offramp.evaluation.result import COLUMNS
+from offramp.evaluation.bootstrap import Interval
+from offramp.evaluation.result import COLUMNS, ratio_cell
 from offramp.runs.files import write_json
 from offramp.runs.tables import Table
 
@@ -90,7 +91,10 @@ class Calibration:
         }
         known = {name for seen in parts.values() for name, value in seen.items() if value is not None}
         columns = {name: column for name, column in COLUMNS.items() if not name.startswith("own") or name in known}
-        rows = [[part, *(_shown(seen.get(name)) for name in columns)] for part, seen in parts.items()]
+        rows = [
+            [part, *(ratio_cell(Interval(**found) if (found := seen.get(name)) else None) for name in columns)]
+            for part, seen in parts.items()
+        ]
         return Table(["cost of the policy (× full model)", *columns.values()], rows)
 
 
@@ -113,12 +117,3 @@ def tests_table(certificate: Mapping[str, Any]) -> Table:
         costs = ["–" if (found := test.get(name)) is None else f"{found:.3f}" for name in columns]
         rows.append([test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", *costs, verdict])
     return Table(["setting", "mean loss", p, *(f"{name} ×" for name in columns.values()), "verdict"], rows)
-
-
-def _shown(interval: Mapping[str, float | None] | None) -> str:
-    """A ratio with its interval; a dash where it is not known, or does not compare."""
-    if interval is None:
-        return "–"
-    if interval["low"] is None:
-        return f"{interval['value']:.3f}"
-    return f"{interval['value']:.3f} ({interval['low']:.3f}–{interval['high']:.3f})"

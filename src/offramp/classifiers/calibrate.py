@@ -182,7 +182,7 @@ class ClassifierCalibration:
         if verdicts:
             verdicts.insert(0, "On the rows of the tune split, on which both were tuned:")
         blocks = [
-            str(self.exit_table()),
+            str(exit_table(self.to_dict())),
             f"Softmax -> {posterior.config.method}, on the {self.rows} rows of the threshold split; cost in FLOPs over "
             f"the plain full network's ({self.calibrated.full_cost:.4g}, the backbone and its last exit's head).",
             *([self.choice.words()] if self.choice else []),
@@ -197,40 +197,40 @@ class ClassifierCalibration:
             blocks.append(kept_words(self.kept, self.config.reference, self.config.posterior))
         if self.sets is not None:
             blocks += [
-                str(self.set_table()),
+                str(set_table(encode(self.sets))),
                 f"Nested conformal sets on the {self.sets.rows} test rows, asked to hold the right class at all exits "
                 f"with probability {1 - (self.config.alpha or 0):g}.",
             ]
         return "\n\n".join(blocks)
 
-    def exit_table(self) -> Table:
-        """A row per exit, * where a setting sits on the end of its grid."""
-        posterior, costs = self.calibrated.posterior, self.calibrated.costs
-        laplace = posterior.config.is_laplace
-        head = ["exit", "cost", "accuracy", "NLPD", "ECE", "T", *(["ω"] if laplace else []), "added FLOPs"]
-        rows = []
-        for e, exit in enumerate(posterior.exits):
-            before, after, added = self.before[e], self.after[e], posterior.overhead(e)
-            pairs = [f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("top1", "nlpd", "ece")]
-            omega = [f"{exit.omega:.3g}"] if laplace else []
-            more = f"{added.counted} (published formula {added.formula})" if added.formula else f"{added.counted}"
-            mark = "*" if exit.tuned.edges else ""
-            share = float(costs[e]) / (self.calibrated.full_cost or float(costs[-1]))
-            rows.append([f"{e + 1}{mark}", f"{share:.3f}", *pairs, f"{exit.temperature:.3g}", *omega, more])
-        return Table(head, rows)
 
-    def set_table(self) -> Table:
-        """A row per exit; none without sets."""
-        head = ["exit", "mean size", "holds the class", "so far at all exits", "empty", "one class"]
-        rows = [
-            [
-                f"{e}", f"{s.size:.2f}", f"{s.coverage.value:.3f}",
-                f"{s.simultaneous.value:.3f} ({s.simultaneous.low:.3f} to {s.simultaneous.high:.3f})",
-                f"{s.empty.value:.3f}", f"{s.small:.3f}",
-            ]
-            for e, s in enumerate(self.sets.exits if self.sets else (), 1)
-        ]  # fmt: skip
-        return Table(head, rows)
+def exit_table(values: Mapping[str, Any]) -> Table:
+    """A row per exit, * where a setting sits on the end of its grid, from the JSON values of a calibration."""
+    exits = values["exits"]
+    laplace = any(exit["omega"] is not None for exit in exits)
+    full = values.get("full_cost") or exits[-1]["cost"]  # an earlier version did not know the plain network's
+    rows = []
+    for e, exit in enumerate(exits, 1):
+        before, after, added = exit["before"], exit["after"], exit["overhead"]
+        pairs = [f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("top1", "nlpd", "ece")]
+        omega = [f"{exit['omega']:.3g}"] if laplace else []
+        more = f" (published formula {added['formula']})" if added["formula"] else ""
+        rows.append([
+            f"{e}{'*' if exit['edges'] else ''}", f"{exit['cost'] / full:.3f}", *pairs, f"{exit['temperature']:.3g}",
+            *omega, f"{added['counted']}{more}",
+        ])  # fmt: skip
+    return Table(["exit", "cost", "accuracy", "NLPD", "ECE", "T", *(["ω"] if laplace else []), "added FLOPs"], rows)
+
+
+def set_table(sets: Mapping[str, Any]) -> Table:
+    """A row per exit, from the JSON values of a calibration's sets."""
+    rows = []
+    for e, exit in enumerate(sets["exits"], 1):
+        covered, all_covered, empty = (exit[name] for name in ("coverage", "simultaneous", "empty"))
+        interval = f"{all_covered['value']:.3f} ({all_covered['low']:.3f} to {all_covered['high']:.3f})"
+        size, small = f"{exit['size']:.2f}", f"{exit['small']:.3f}"
+        rows.append([f"{e}", size, f"{covered['value']:.3f}", interval, f"{empty['value']:.3f}", small])
+    return Table(["exit", "mean size", "holds the class", "so far at all exits", "empty", "one class"], rows)
 
 
 HURTS = "Take another: --posterior auto compares with none and takes what helps."

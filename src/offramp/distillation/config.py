@@ -14,6 +14,7 @@ from offramp.distillation.data import DataConfig
 from offramp.distillation.methods import METHODS, Method, method, updated
 from offramp.distillation.networks import Network
 from offramp.metrics.selection import RULES, WITH_GROUPS
+from offramp.runs import digests
 from offramp.runs.codec import decode
 from offramp.values import listed
 
@@ -165,7 +166,7 @@ class Run:
     @property
     def digest(self) -> str:
         """Of everything."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        return digests.of(self.to_dict())[:12]
 
     # ------------------------------------------------------------ what it needs
 

@@ -140,7 +140,7 @@ class Evaluation(Result):
         head = ["cost (× full model)", "exit layer", *shown.values(), "front"]
         rows = [
             [
-                arm.name, f"{arm.exit_layer.value:.1f}", *(_ratio(getattr(arm, name)) for name in shown),
+                arm.name, f"{arm.exit_layer.value:.1f}", *(ratio_cell(getattr(arm, name)) for name in shown),
                 "*" if arm.name in front else "",
             ]
             for arm in self.arms
@@ -199,7 +199,8 @@ def _quality(interval: Interval, name: str, sign: str = "") -> str:
     return f"{value} ({_point(interval.low, name, sign)} to {_point(interval.high, name, sign)})"
 
 
-def _ratio(interval: Interval | None) -> str:
+def ratio_cell(interval: Interval | None) -> str:
+    """A ratio with its interval; a dash where it is not known, or does not compare."""
     if interval is None:
         return "–"
     if interval.low is None or interval.high is None:

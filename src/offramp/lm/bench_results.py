@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.core.policy import ExitPolicy
+from offramp.runs.codec import encode
 
 REFERENCE = "transformers generate"
 """The arm all ratios refer to: the model's own `generate`."""
@@ -73,10 +74,6 @@ class Timing:
     exact_agreement: float
     exact_prefix: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {name: asdict(value) if isinstance(value, Spread) else value for name, value in vars(self).items()}
-
 
 @dataclass(frozen=True)
 class PeerResult(Timing):
@@ -124,10 +121,6 @@ class ArmResult(Timing):
     confidence_flops: float
     confidence_seconds: tuple[float, ...]
     shares: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**super().to_dict(), "policy": policy_values(self.policy)}
 
 
 @dataclass(frozen=True)
@@ -230,28 +223,27 @@ class Bench:
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without NaN and infinities."""
         fastest = self.fastest_llama_cpp
-        return {
+        arms = [
+            {**vars(arm), "policy": policy_values(arm.policy), "of_the_probe": self.of_the_probe(arm)}
+            for arm in self.arms
+        ]
+        timed = [
+            {**values, "over_llama_cpp": fastest and self.over(each, fastest)}
+            for each, values in zip([*self.arms, *self.peers], [*arms, *map(vars, self.peers)], strict=True)
+        ]
+        found: dict[str, Any] = encode({
             "schema": "offramp/bench/1",
             "conditions": self.conditions,
-            "arms": [
-                {
-                    **arm.to_dict(),
-                    "over_llama_cpp": fastest and asdict(self.over(arm, fastest)),
-                    "of_the_probe": (share := self.of_the_probe(arm)) and asdict(share),
-                }
-                for arm in self.arms
-            ],
-            "peers": [
-                {**peer.to_dict(), "over_llama_cpp": fastest and asdict(self.over(peer, fastest))}
-                for peer in self.peers
-            ],
+            "arms": timed[: len(arms)],
+            "peers": timed[len(arms) :],
             "fastest_llama_cpp": fastest and fastest.name,
             "left_out": self.left_out,
-            "bandwidth": list(self.bandwidth),
-            "savings": [asdict(saving) for saving in self.savings],
+            "bandwidth": self.bandwidth,
+            "savings": self.savings,
             "order": self.order,
             "notes": self.notes,
-        }
+        })  # fmt: skip
+        return found
 
     @property
     def footing(self) -> str:

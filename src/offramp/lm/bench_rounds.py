@@ -16,6 +16,7 @@ from offramp.core.exits import fingerprint
 from offramp.core.language_model import LanguageModel
 from offramp.lm.bench_results import CONFIDENCE_PARTS, Arms, policy_values
 from offramp.peers import Answer
+from offramp.runs.codec import decode
 from offramp.runs.lines import append_lines, open_lines
 
 ROUNDS = "rounds.jsonl"
@@ -103,11 +104,7 @@ def read_rounds(folder: Path, header: Mapping[str, Any]) -> list[Round]:
     Raises:
         ValueError: They are of another bench.
     """
-    values = open_lines(folder / ROUNDS, header, "rounds")
-    return [
-        Round(value["order"], {arm: Turn(**turn) for arm, turn in value["arms"].items()}, value.get("bandwidth", []))
-        for value in values
-    ]
+    return [decode(Round, value) for value in open_lines(folder / ROUNDS, header, "rounds")]
 
 
 def write_round(folder: Path, played: Round) -> None:

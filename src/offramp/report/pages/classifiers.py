@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.classifiers.calibrate import EARLIER, kept_words
+from offramp.classifiers.calibrate import EARLIER, exit_table, kept_words, set_table
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.report import classifier_plots
 from offramp.report.pages.blocks import Block, Page, Section, Text, draw, facts, repeat
@@ -67,7 +67,7 @@ def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
     """The page of a calibration, from its result.json."""
     config, conditions = values["config"], dict(values["conditions"])
     method = config["posterior"]["method"]
-    blocks: list[Block] = [_exits(values)]
+    blocks: list[Block] = [exit_table(values)]
     choice, effect = values.get("choice"), values.get("effect")  # which earlier results do not have
     if choice is not None:
         blocks.append(Text((choice["words"],)))
@@ -80,7 +80,7 @@ def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
         kept = values["kept"]
         sections.append(Section("The certificate", [_certificate(certificate, kept, values)]))
     if values["sets"] is not None:
-        sections.append(Section("Nested sets, on the test rows", [_sets(values["sets"])]))
+        sections.append(Section("Nested sets, on the test rows", [set_table(values["sets"])]))
     command = conditions.pop("command", None)
     title = f"Calibration of a classifier: {conditions.get('model', folder.name)}, {method}"
     return Page(title, str(folder), [*sections, repeat(command, conditions, config)])
@@ -106,29 +106,6 @@ def _certificate(certificate: Mapping[str, Any], kept: Mapping[str, Any], values
     mark = "bad" if broken or not certificate["certified"] else "good" if certificate["index"] else ""
     more = "The mean loss on the test rows is above the tolerance: so it may be by chance, or these are other rows."
     return Text((certificate["words"], said, *([more] if broken else [])), mark)
-
-
-def _exits(values: Mapping[str, Any]) -> Table:
-    head = ["exit", "accuracy", "NLPD", "ECE", "T", "ω", "added FLOPs"]
-    rows = [
-        [
-            f"{place}{'*' if exit['edges'] else ''}",
-            *(f"{exit['before'][name]:.4f} → {exit['after'][name]:.4f}" for name in ("top1", "nlpd", "ece")),
-            f"{exit['temperature']:.3g}", "" if exit["omega"] is None else f"{exit['omega']:.3g}",
-            f"{exit['overhead']['counted']}",
-        ]
-        for place, exit in enumerate(values["exits"], 1)
-    ]  # fmt: skip
-    return Table(head, rows)
-
-
-def _sets(sets: Mapping[str, Any]) -> Table:
-    head = ["exit", "mean size", "holds the class", "so far at all exits", "empty", "one class"]
-    rows = []
-    for place, exit in enumerate(sets["exits"], 1):
-        shares = [exit[name]["value"] for name in ("coverage", "simultaneous", "empty")]
-        rows.append([f"{place}", f"{exit['size']:.2f}", *(f"{share:.3f}" for share in shares), f"{exit['small']:.3f}"])
-    return Table(head, rows)
 
 
 # ---------------------------------------------------------------- a training
