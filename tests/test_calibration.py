@@ -14,7 +14,7 @@ from offramp import ExitPolicy
 from offramp.calibration import Grid, Promise, Spent, calibrate, decoded, load, search, validate
 from offramp.calibration.splits import divide, sizes
 from offramp.evaluation.record_file import read_records
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from offramp.risk import hoeffding_bentkus, pareto_front
 from offramp.tasks import Example, split_groups
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model
@@ -25,7 +25,7 @@ PROMISE = Promise("f1", tolerance=0.1, failure=0.1)
 @pytest.fixture
 def scripted(monkeypatch):
     """Calibrate with scripted answers, without pictures."""
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
     lm = model()
 
     def run(script, folder, count=200, promise=PROMISE, base=BASE, grid=GRID, **options):

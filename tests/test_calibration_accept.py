@@ -8,7 +8,7 @@ from offramp import ExitPolicy
 from offramp.calibration import Grid, Promise, calibrate, decoded, load, settings_of
 from offramp.calibration.grid import chains_of, paths_of
 from offramp.calibration.plain import plain_policies
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from scripted_calibration import BASE, TASK, Script, examples, model
 from test_calibration import REAL, SHORT, questions
 
@@ -44,7 +44,7 @@ def test_only_what_is_verified_has_shares():
 
 @pytest.mark.parametrize("order", ["path", "pareto"])
 def test_the_boldest_share_that_keeps_the_promise_is_certified(monkeypatch, tmp_path, order):
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
     script = Script(
         lambda policy: {1.0: 0.0, 0.8: 0.02, 0.5: 0.5}[policy.accept],
         cost=lambda policy: 0.4 + policy.accept / 2 + policy.threshold / 20,

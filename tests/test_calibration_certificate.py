@@ -11,7 +11,7 @@ from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
 from offramp.calibration.statement import COSTS_MORE
 from offramp.core.exits import Exits
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from offramp.report.pages import calibration as page
 from offramp.runs.lines import write_lines
 from offramp.tasks import TASKS
@@ -20,7 +20,7 @@ from tiny import tiny, tokenizer
 
 
 def certified(monkeypatch, folder, promise=None, **options):
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
     monkeypatch.setattr(decoded, "decode_arms", Script(at_most({0.9: 0.0, 0.5: 0.0, 0.1: 0.9})).together)
     promise = promise or Promise("f1", 0.1, 0.1)
     options = {"grid": GRID, "resamples": 20, "batch_size": 2, "max_new_tokens": 5, **options}
@@ -261,7 +261,7 @@ def test_wrong_use_is_refused_in_one_line(folder, data, tmp_path):
 
 @pytest.mark.parametrize(("cost", "more"), [(0.5, False), (1.2, True)])
 def test_costs_are_relative_to_the_full_model_and_more_is_said(monkeypatch, tmp_path, cost, more):
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
     monkeypatch.setattr(decoded, "decode_arms", Script(lambda policy: 0.0, cost=lambda policy: cost).together)
     result = calibrate(
         model(), TASK, examples(200), BASE, Promise("f1", 0.1, 0.1), tmp_path, grid=GRID, resamples=20,

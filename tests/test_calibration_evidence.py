@@ -14,7 +14,7 @@ from scipy import stats
 from offramp import ExitPolicy
 from offramp.calibration import Certificate, Grid, Promise, calibrate, decoded, load
 from offramp.calibration.evidence import packed, unpacked
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from offramp.runs import digests
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, betas, examples, model, ups_and_downs
 
@@ -33,7 +33,7 @@ PROMISES = {
 
 
 def saved(monkeypatch, folder, promise, *, truth=TRUTH, draw=None, **options):
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
     monkeypatch.setattr(decoded, "decode_arms", Script(truth, **({} if draw is None else {"draw": draw})).together)
     options = {"grid": GRID, "resamples": 20, "max_new_tokens": 5, **options}
     calibrate(model(), TASK, examples(200, per_group=2), BASE, promise, folder, **options)

@@ -9,7 +9,7 @@ from offramp import ExitPolicy, LanguageModel
 from offramp.calibration import Grid, Promise, calibrate, decoded, load
 from offramp.calibration.grid import FULL_DEPTH
 from offramp.evaluation.record_file import read_records
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from scripted_calibration import BASE, TASK, Script, examples, model
 from test_calibration import REAL, SHORT, questions
 from tiny import tiny, tokenizer
@@ -28,7 +28,7 @@ def int8():
 
 def scripted(monkeypatch, tmp_path, loss, **options):
     """A calibration whose mean losses are those that `loss` says of a policy's threshold; None: full depth."""
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
     script = Script(lambda policy: loss[policy.threshold], cost=lambda policy: policy.threshold or 0.95)
     monkeypatch.setattr(decoded, "decode_arms", script.together)
     options = {"grid": GRID, "resamples": 20, "reference": model(), **options}

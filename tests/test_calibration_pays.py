@@ -28,7 +28,7 @@ from offramp.calibration.grid import chains_of, paths_of
 from offramp.calibration.plain import plain_policies, static_layers_of
 from offramp.calibration.spending import cost
 from offramp.core.exits import Exits
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from offramp.report.pages import calibration as page
 from offramp.runs.digests import of as digest
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model
@@ -39,7 +39,7 @@ SAFE = at_most({0.9: 0.0, 0.5: 0.0, 0.1: 0.6})
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
 
     def run(script, folder, count=200, promise=PROMISE, base=BASE, grid=GRID, lm=None, **options):
         monkeypatch.setattr(decoded, "decode_arms", script.together)

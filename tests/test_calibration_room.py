@@ -10,7 +10,7 @@ from offramp.calibration import Promise, calibrate, decoded, load
 from offramp.calibration.room import Room, room_of
 from offramp.evaluation import Record
 from offramp.metrics.text import METRICS
-from offramp.report import calibration_plots
+from offramp.report import drawing
 from offramp.report.pages import calibration as page
 from offramp.tasks import TASKS, Example, read_examples
 from scripted_calibration import BASE, GRID, model
@@ -28,7 +28,7 @@ def record(example, arm, text, scores, flops):
 
 def answering(monkeypatch, full, early):
     """Every answer by script, scored by the metrics themselves; one function from examples to texts each."""
-    monkeypatch.setattr(calibration_plots, "available", lambda: False)
+    monkeypatch.setattr(drawing, "available", lambda: False)
 
     def decode(lm, task, examples, arms, paths, **options):
         made = {}

@@ -447,7 +447,7 @@ def test_pairs_need_two_texts(tmp_path):
 
 
 def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("offramp.report.classifier_plots.available", lambda: False)  # they take long
+    monkeypatch.setattr("offramp.report.drawing.available", lambda: False)  # they take long
     model, data = images
     other = saved("msdnet-small", DataConfig(IMAGES, seed=1), data, tmp_path / "other" / "model", seed=1)
     methods = ("vanilla", "temperature", "mie", "laplace")

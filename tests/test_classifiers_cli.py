@@ -123,7 +123,7 @@ def test_calibrate_prints_each_exit_and_what_is_promised(calibrated, images):
 
 
 def test_evaluate_compares_all_methods_over_seeds(images, monkeypatch):
-    monkeypatch.setattr("offramp.report.classifier_plots.available", lambda: False)  # they take long
+    monkeypatch.setattr("offramp.report.drawing.available", lambda: False)  # they take long
     place, data, runs, _ = images
     out = place / "evaluated"
     models = [run / "model" for run in runs]

@@ -15,7 +15,6 @@ and all go through the same search; they must see the same folder.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -47,6 +46,7 @@ from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
 from offramp.report.calibration_plots import save_calibration
 from offramp.risk import pareto_front
+from offramp.runs.asked import as_json
 from offramp.runs.files import write_json
 from offramp.values import listed
 
@@ -139,12 +139,12 @@ def calibrate(
     require_enough(promise, parts, promise.failure / grid.sequences(base, order))
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     options = {"max_new_tokens": limit, **(settings or {})}
-    asked = json.loads(json.dumps({
+    asked = as_json({
         "promise": asdict(promise), "base": base.to_dict(), "grid": asdict(grid), "order": order, "seed": seed,
         "minimise": minimise, "must_pay": must_pay,
         "splits": sizes(parts), "conditions": conditions_of(lm, task, options, batch_size),
         "data": {**(about or {}), "sha256": digest(examples)},
-    }))  # fmt: skip
+    })  # fmt: skip
     state = state_of(lm.split.device.type)
     decoded = Decoded(
         lm, task, parts, folder, max_new_tokens=limit, batch_size=batch_size, settings=settings, progress=progress,
@@ -272,7 +272,7 @@ def _certificate(
         {
             "name": choices[test.setting].name,
             "knob": choices[test.setting].knob,
-            "changes": changes(_json(choices[test.setting].policy.to_dict()), asked["base"]),
+            "changes": changes(as_json(choices[test.setting].policy.to_dict()), asked["base"]),
             **asdict(test),
             "cost": decoded.cost(_priced_on(asked["minimise"]), choices[test.setting], asked["minimise"]),
             "flops": decoded.cost(CERTIFICATION, choices[test.setting], "flops"),
@@ -304,7 +304,7 @@ def _certificate(
     return Certificate(
         certified=chosen is not None,
         promise=promise,
-        policy=_json((NEVER if chosen is None else chosen.policy).to_dict()),
+        policy=as_json((NEVER if chosen is None else chosen.policy).to_dict()),
         order=asked["order"],
         n=n,
         splits=asked["splits"],
@@ -327,11 +327,6 @@ def _certificate(
         minimise=asked["minimise"],
         must_pay=asked["must_pay"],
     )
-
-
-def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(values))
-    return found
 
 
 def _exits(decoded: Decoded, chosen: Setting | None, promise: Promise) -> list[str] | None:

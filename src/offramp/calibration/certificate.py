@@ -21,6 +21,7 @@ from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.statement import finding, words
 from offramp.core.exits import fingerprint
 from offramp.core.policy import WRITE, ExitPolicy
+from offramp.runs.asked import as_json
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import of as digest
 from offramp.runs.files import write_json
@@ -56,7 +57,7 @@ class Certificate(Account):
             values = {name: value for name, value in values.items() if name not in ADDED}
         if self.promise.bound == CRC:
             values["promise"]["failure"] = values["level"] = None
-        return {**values, "digest": digest(_json(values), ())}
+        return {**values, "digest": digest(as_json(values), ())}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
@@ -155,7 +156,7 @@ class Certificate(Account):
         ]
         if policy is not None:
             certified = ExitPolicy.from_dict(self.policy).to_dict()  # with fields that were not there when it was made
-            reasons += _differences("policy", _json(certified), _json(policy.to_dict()))
+            reasons += _differences("policy", as_json(certified), as_json(policy.to_dict()))
         if task is not None:
             reasons += _differences("task", have["task"], now["task"])
         if settings is not None:
@@ -230,15 +231,10 @@ def conditions_of(
         "dtype": lm.number_format,
         "exits": None if lm.exits is None else fingerprint(lm.exits),
         "chat_template": None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest(),
-        "task": None if task is None else _json(vars(task)),
-        "settings": None if settings is None else _json(dict(settings)),
+        "task": None if task is None else as_json(vars(task)),
+        "settings": None if settings is None else as_json(dict(settings)),
         "batch_size": batch_size,
     }
-
-
-def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(values))
-    return found
 
 
 def _differences(what: str, have: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

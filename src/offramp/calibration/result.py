@@ -19,7 +19,7 @@ from offramp.core.policy import ExitPolicy
 from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.result import COLUMNS, ratio_cell
 from offramp.runs.files import write_json
-from offramp.runs.tables import Table
+from offramp.runs.tables import Table, cell
 
 SCHEMA = "offramp/calibrate/1"
 CONFIG, RESULT, POLICY = "config.json", "result.json", "policy.json"
@@ -114,6 +114,6 @@ def tests_table(certificate: Mapping[str, Any]) -> Table:
     rows = []
     for index, test in enumerate(certificate["tests"]):
         verdict = "chosen" if index == certificate["selected"] else "passed" if test["passed"] else "failed"
-        costs = ["–" if (found := test.get(name)) is None else f"{found:.3f}" for name in columns]
+        costs = [cell(test.get(name)) for name in columns]
         rows.append([test["name"], f"{test['loss']:.4f}", f"{test['p_value']:.3g}", *costs, verdict])
     return Table(["setting", "mean loss", p, *(f"{name} ×" for name in columns.values()), "verdict"], rows)

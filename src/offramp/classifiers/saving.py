@@ -31,7 +31,7 @@ from offramp.runs import artefact
 from offramp.runs.bounded import read_object
 from offramp.runs.codec import decode, encode
 from offramp.runs.files import write_json
-from offramp.runs.tensor_files import read_tensors, write_tensors
+from offramp.runs.tensor_files import not_finite_in, read_tensors, write_tensors
 
 SCHEMA = "offramp/classifier/1"
 CONFIG, WEIGHTS, ENCODER, TRAINED_ON = "config.json", "model.safetensors", "encoder", "trained_on.json"
@@ -119,11 +119,6 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device | None = 
         told = isinstance(error, ValueError) and str(place) in str(error)
         raise ModelError(str(error) if told else f"{place} is damaged ({first_line(error)}); {AGAIN}") from error
     return classifier.to(named_device(device)).eval()
-
-
-def not_finite_in(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first of these tensors that holds NaN or infinity; None: none does."""
-    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
 def _require_shapes(folder: Path, values: dict[str, Any], weights: Mapping[str, Tensor]) -> None:

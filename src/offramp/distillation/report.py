@@ -44,7 +44,7 @@ from offramp.report.groups import (
     seeds_table,
 )
 from offramp.runs.files import replace_file
-from offramp.runs.tables import Table
+from offramp.runs.tables import Table, cell
 
 REFERENCE = "kd"
 """What other methods with the same teacher are compared with."""
@@ -195,7 +195,7 @@ def groups_of_methods(methods: Methods, rule: str) -> Table:
         rows.append(
             [
                 name, *(_interval(g.accuracy, g.right.low, g.right.high) for g in report.groups),
-                f"{report.average:.1%}", "–" if report.adjusted is None else f"{report.adjusted:.1%}",
+                f"{report.average:.1%}", cell(report.adjusted, ".1%"),
                 _cell(averages - judged.min(1)), _cell(judged.max(1) - judged.min(1)),
             ]
         )  # fmt: skip

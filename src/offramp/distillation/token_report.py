@@ -11,7 +11,7 @@ from offramp.metrics.group_weights import TOO_FEW
 from offramp.metrics.selection import LabelBudget
 from offramp.runs.folder import Clock
 from offramp.runs.results import Result
-from offramp.runs.tables import Table
+from offramp.runs.tables import Table, cell
 
 SCHEMA = "offramp/distill-language-model/1"
 
@@ -153,7 +153,7 @@ def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> 
     few = any(_too_few(row["reweighted"]) for row in weighted)
     cells = [
         [
-            f"{row['step']}", "–" if row["reweighted"] is None else f"{row['reweighted']:.1%}", f"{row['mean']:.2f}",
+            f"{row['step']}", cell(row["reweighted"], ".1%"), f"{row['mean']:.2f}",
             f"{row['largest']:.2f}", *(f"{mean:.2f}" for mean in row.get("weight", ())),
             *(["too few" if _too_few(row["reweighted"]) else ""] if few else []),
         ] for row in weighted

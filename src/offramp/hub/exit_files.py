@@ -17,6 +17,7 @@ from offramp.families import SplitModel
 from offramp.hub.messages import ModelError, first_line
 from offramp.lm.exit_posterior import Posterior
 from offramp.runs import artefact
+from offramp.runs.tensor_files import not_finite_in
 
 SCHEMA = "offramp/exits/1"
 CONFIG, WEIGHTS = "exits.json", "exits.safetensors"
@@ -101,7 +102,7 @@ def load_exits(folder: str | os.PathLike[str]) -> Exits:
     expected = {name: t.shape for name, t in exits.state_dict().items()}
     if {name: t.shape for name, t in tensors.items()} != expected:
         raise ModelError(f"{file} does not hold the lenses (or classifiers) {CONFIG} speaks of; {AGAIN}")
-    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+    if not_finite_in(tensors) is not None:
         raise ModelError(f"{file} holds numbers that are not finite: their training diverged; train them again")
     exits.load_state_dict({n: t.to(torch.float32, copy=True) for n, t in tensors.items()}, assign=True)
     if posterior is not None or fitted:
@@ -169,7 +170,7 @@ def _posterior(exits: Exits, folder: str | os.PathLike[str], values: Any, tensor
     """The posterior of what was read, if it was fitted for these exits."""
     tensors = {name.removeprefix(_POSTERIOR): t.clone() for name, t in tensors.items()}
     try:
-        if not isinstance(values, dict) or not all(bool(t.isfinite().all()) for t in tensors.values()):
+        if not isinstance(values, dict) or not_finite_in(tensors) is not None:
             raise ValueError("its settings are missing, or numbers are not finite")
         posterior = Posterior(values, tensors)
         if not set(posterior.layers) <= set(exits.layers):

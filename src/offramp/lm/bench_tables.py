@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from offramp.core.costs import PARTS
 from offramp.lm.bench_results import ArmResult, Bench, Saving, Spread
-from offramp.runs.tables import markdown
+from offramp.runs.tables import cell, markdown
 
 
 def bench_table(bench: Bench) -> str:
@@ -33,7 +33,7 @@ def _speed_table(bench: Bench) -> str:
 
 
 def _times(ratio: Spread | float | None) -> str:
-    return "–" if ratio is None else f"{ratio.median if isinstance(ratio, Spread) else ratio:.2f}"
+    return cell(ratio.median if isinstance(ratio, Spread) else ratio, ".2f")
 
 
 def sizes_table(benches: Sequence[Bench]) -> str:
@@ -49,8 +49,8 @@ def sizes_table(benches: Sequence[Bench]) -> str:
             rows.append([
                 str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
                 f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
-                f"{arm.bytes_ratio:.2f}", f"{bench.over(alone, arm).median:.2f}" if alone else "–",
-                f"{share.median:.0%}" if share else "–",
+                f"{arm.bytes_ratio:.2f}", cell(bench.over(alone, arm).median if alone else None, ".2f"),
+                cell(share.median if share else None, ".0%"),
             ])  # fmt: skip
     return "\n\n".join([markdown(head.split("|"), rows), benches[0].footing])
 
@@ -64,14 +64,14 @@ def _peer_table(bench: Bench) -> str:
     head += ["first token ms", "seconds/token ×", same, "prefix"] + (["of the plain read"] if bench.bandwidth else [])
     rows = []
     for arm in sorted([*bench.arms, *bench.peers], key=lambda arm: -arm.tokens_per_second.median):
-        first = "–" if arm.first_token is None else f"{1000 * arm.first_token.median:.0f}"
+        first = cell(1000 * arm.first_token.median if arm.first_token else None, ".0f")
         row = [arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio)]
         row += [str(bench.over(arm, fastest))] if fastest else []
         row += [first, _times(arm.token_seconds)]
         row += [f"{arm.exact_agreement:.0%}", f"{arm.exact_prefix:.1f}"]
         if bench.bandwidth:
             share = bench.of_the_probe(arm) if isinstance(arm, ArmResult) else None
-            row.append(f"{share.median:.0%}" if share else "–")
+            row.append(cell(share.median if share else None, ".0%"))
         rows.append(row)
     return markdown(head, rows)
 

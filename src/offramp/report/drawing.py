@@ -56,12 +56,9 @@ def require_matplotlib() -> Any:
 
 
 def headed(title: str, width: float, height: float) -> Any:
-    """An empty figure with its title at the left, in lines that fit.
+    """An empty figure, sizes in inches, with its title at the left in lines that fit.
 
-    Args:
-        title: What it shows; newlines at its end leave room for a legend that is wider than its panel.
-        width: In inches.
-        height: In inches.
+    Newlines at the title's end leave room for a legend that is wider than its panel.
 
     Returns:
         The figure.

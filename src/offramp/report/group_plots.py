@@ -20,15 +20,7 @@ UPRIGHT = 8
 
 
 def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson intervals") -> Any:
-    """Accuracy of every group with its interval, side by side for several models; lines at their averages.
-
-    Args:
-        reports: By name of the model, at least one, all of the same groups.
-        whiskers: What their intervals are, for the footnote.
-
-    Returns:
-        The figure.
-    """
+    """Accuracy of the same groups with their intervals, by model; lines at the models' averages."""
     first = next(iter(reports.values()))
     names = [group.name for group in first.groups]
     upright = len(names) <= UPRIGHT
@@ -69,15 +61,7 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
 
 
 def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
-    """Exit x group: accuracy as colour, and in each cell accuracy, confidence and the share that leaves there.
-
-    Args:
-        exits: Of one model, or means over several.
-        model: Its name, for the title.
-
-    Returns:
-        The figure.
-    """
+    """Exit x group: accuracy as colour, and in each cell accuracy, confidence and the share that leaves there."""
     depth = exits.depth.tolist()
     slowest, fastest = (exits.names[depth.index(choose(depth))] for choose in (max, min))
     count, groups = exits.accuracy.shape
@@ -106,17 +90,7 @@ def exits_figure(exits: ExitsByGroup, model: str = "") -> Any:
 
 
 def weights_figure(weights: Tensor, groups: Groups, *, epoch: int, model: str = "") -> Any:
-    """Histograms of the weights of each group's rows, one below the other on the same axis.
-
-    Args:
-        weights: Of the N training rows, [N], above 0.
-        groups: Of these rows.
-        epoch: After which they were set.
-        model: Its name, for the title.
-
-    Returns:
-        The figure.
-    """
+    """Histograms of the weights [N], above 0, of each group's rows after an epoch, one below the other."""
     means = {
         n: float(weights[i].double().mean()) for n, i in zip(groups.names, groups.members.T, strict=True) if i.any()
     }

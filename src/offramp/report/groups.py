@@ -11,7 +11,7 @@ from offramp.metrics.groups import GroupReport
 from offramp.metrics.readouts import TOO_MANY, ReadoutDiagnostics
 from offramp.metrics.seeds import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, choices
-from offramp.runs.tables import Table
+from offramp.runs.tables import Table, cell
 
 TOO_FEW_NOTE = (
     f"Too few: below {TOO_FEW:.1%} of the rows weigh more than the others, so weights do next to nothing; the readout "
@@ -41,23 +41,23 @@ def groups_table(report: GroupReport) -> Table:
     head += [*(["as attribute"] if shortcut else []), ""]
     rows = [
         [
-            g.name, f"{g.n:,}", _percent(g.accuracy), f"{g.right.low:.1%} to {g.right.high:.1%}", _number(g.nll),
-            _number(g.ece), *([_percent(g.tpr), _percent(g.fpr)] if binary else []),
-            *([_percent(g.shortcut)] if shortcut else []),
+            g.name, f"{g.n:,}", cell(g.accuracy, ".1%"), f"{g.right.low:.1%} to {g.right.high:.1%}", cell(g.nll),
+            cell(g.ece), *([cell(g.tpr, ".1%"), cell(g.fpr, ".1%")] if binary else []),
+            *([cell(g.shortcut, ".1%")] if shortcut else []),
             "too small" if g.small else "worst" if g == report.worst else "",
         ] for g in report.groups
     ]  # fmt: skip
     worst = report.worst
     said = [
-        f"average {_percent(report.average)} (this split's mix)",
-        f"adjusted {_percent(report.adjusted)} (training's mix)",
-        f"group mean {_percent(report.group_mean)}",
+        f"average {cell(report.average, '.1%')} (this split's mix)",
+        f"adjusted {cell(report.adjusted, '.1%')} (training's mix)",
+        f"group mean {cell(report.group_mean, '.1%')}",
         "no group is large enough to be called the worst"
         if worst is None
-        else f"worst group {_percent(worst.accuracy)} ({worst.name}, n = {worst.n:,})",
-        f"average minus worst {_percent(report.gap)}",
-        f"best minus worst {_percent(report.pairwise_gap)}",
-        f"worst / best {_number(report.pairwise_ratio)}",
+        else f"worst group {cell(worst.accuracy, '.1%')} ({worst.name}, n = {worst.n:,})",
+        f"average minus worst {cell(report.gap, '.1%')}",
+        f"best minus worst {cell(report.pairwise_gap, '.1%')}",
+        f"worst / best {cell(report.pairwise_ratio)}",
     ]
     return Table(head, rows, "Every group", (f"{report.split}, {report.n:,} rows: {', '.join(said)}.",))
 
@@ -66,7 +66,7 @@ def changes_table(changes: Sequence[GroupChange]) -> Table:
     """What a change of model, from teacher to student, did to each group."""
     rows = [
         [
-            c.name, f"{c.n:,}", _percent(c.before), _percent(c.after),
+            c.name, f"{c.n:,}", cell(c.before, ".1%"), cell(c.after, ".1%"),
             f"{c.change:+.1%} ({c.low:+.1%} to {c.high:+.1%})", "" if c.shown else "no difference shown",
         ] for c in changes
     ]  # fmt: skip
@@ -103,19 +103,11 @@ def exits_table(exits: ExitsByGroup) -> Table:
 
 
 def budgets_table(budgets: Mapping[float, BudgetByGroup], names: Sequence[str]) -> Table:
-    """The worst group at each threshold of confidence, and what each group costs there.
-
-    Args:
-        budgets: By threshold.
-        names: Of the groups.
-
-    Returns:
-        A row per threshold.
-    """
+    """The worst group at each threshold of confidence, and what each group costs there."""
     head = ["leave above", "FLOPs", "average", "worst group", "", *(f"FLOPs: {name}" for name in names)]
     rows = [
         [
-            _percent(at), f"{b.flops:.3g}", _percent(b.average), _percent(b.worst), b.group,
+            cell(at, ".1%"), f"{b.flops:.3g}", cell(b.average, ".1%"), cell(b.worst, ".1%"), b.group,
             *(f"{cost:.3g}" for cost in b.group_flops.tolist()),
         ] for at, b in budgets.items()
     ]  # fmt: skip
@@ -128,8 +120,8 @@ def selection_table(history: Sequence[Epoch]) -> Table:
     def cells(rule: str, epoch: Epoch) -> list[str]:
         test = epoch.test
         return [
-            rule, f"{epoch.number}", _percent(epoch.val.average), _percent(epoch.val.worst_group),
-            _percent(test.average if test else None), _percent(test.worst_group if test else None),
+            rule, f"{epoch.number}", cell(epoch.val.average, ".1%"), cell(epoch.val.worst_group, ".1%"),
+            cell(test.average if test else None, ".1%"), cell(test.worst_group if test else None, ".1%"),
         ]  # fmt: skip
 
     head = ["rule", "epoch", "val average", "val worst group", "test average", "test worst group"]
@@ -150,15 +142,7 @@ def accuracy_cell(readouts: Sequence[ReadoutDiagnostics]) -> str:
 def weights_table(
     epochs: Mapping[int, WeightDiagnostics], readouts: Mapping[int, ReadoutDiagnostics] | None = None
 ) -> Table:  # fmt: skip
-    """Weights of every epoch: how good the readout is, how many rows they touch, how much, and whom.
-
-    Args:
-        epochs: By number.
-        readouts: By the epoch behind which they were taught.
-
-    Returns:
-        A row for each epoch.
-    """
+    """Weights by epoch, with readouts by the epoch behind which they were taught: how good, how many rows, whose."""
     taught = readouts or {}
     names = list(next(iter(epochs.values())).by_group) if epochs else []
     head = ["epoch", "readout", "reweighted", "mean", "median", "largest", *(f"mean: {name}" for name in names)]
@@ -166,9 +150,9 @@ def weights_table(
     rows = [
         [
             f"{epoch}", accuracy_cell([taught[epoch]] if epoch in taught else []),
-            _percent(w.reweighted), f"{w.mean:.2f}", f"{w.quantiles[3]:.2f}", f"{w.quantiles[-1]:.2f}",
-            *("–" if (mean := w.by_group.get(name)) is None else f"{mean:.2f}" for name in names),
-            _number(w.auroc), _number(w.precision), _number(w.recall),
+            cell(w.reweighted, ".1%"), f"{w.mean:.2f}", f"{w.quantiles[3]:.2f}", f"{w.quantiles[-1]:.2f}",
+            *(cell(w.by_group.get(name), ".2f") for name in names),
+            cell(w.auroc), cell(w.precision), cell(w.recall),
             ", ".join([*(["too few"] if w.too_few else []), *(taught[epoch].flags if epoch in taught else ())]),
         ] for epoch, w in epochs.items()
     ]  # fmt: skip
@@ -187,7 +171,7 @@ PAIRED_HEAD = ["difference (interval)", "Holm p", "verdict"]
 def paired_cells(found: Paired) -> list[str]:
     """A comparison over seeds, for columns `PAIRED_HEAD`."""
     interval = f"{found.difference.mean:+.1%} ({found.low:+.1%} to {found.high:+.1%})"
-    return [interval, _number(found.holm_p), found.verdict]
+    return [interval, cell(found.holm_p), found.verdict]
 
 
 def seeds_table(
@@ -223,11 +207,3 @@ def seeds_table(
 
 def _spread(value: Spread) -> str:
     return f"{value.mean:.1%}" + (f" ± {value.sd:.1%}" if value.sd == value.sd else "")
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.3f}"

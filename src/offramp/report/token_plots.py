@@ -17,15 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def groups_figure(result: TokenDistillResult, model: str = "") -> Any:
-    """Divergence and agreement of every group, before and after; lines at those of all tokens.
-
-    Args:
-        result: Of the run.
-        model: The student's name, for the footnote.
-
-    Returns:
-        The figure.
-    """
+    """Divergence and agreement of every group, before and after; lines at those of all tokens."""
     parts = result.groups or (result.overall,)
     low = result.worst or result.overall
     said = f"Worst group: {low.name}, agreement" if result.groups else "Agreement of all tokens:"
@@ -45,17 +37,7 @@ def groups_figure(result: TokenDistillResult, model: str = "") -> Any:
 
 
 def curves_figure(steps: Rows, judged: Rows, groups: Sequence[str], model: str = "") -> Any:
-    """Divergence and agreement over the tokens trained on: a line while training, dots on held-out tokens by group.
-
-    Args:
-        steps: The steps.
-        judged: The judgements, at least one.
-        groups: Names; none: unknown.
-        model: The student's name, for the footnote.
-
-    Returns:
-        The figure.
-    """
+    """Divergence and agreement over the tokens trained on: a line while training, dots on held-out tokens by group."""
     figure = headed(f"Divergence on held-out tokens: {judged[0]['kd']:.2f} to {judged[-1]['kd']:.2f} nats", 11, 4.8)
     tokens = [row["tokens"] for row in judged]
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
@@ -76,16 +58,7 @@ def curves_figure(steps: Rows, judged: Rows, groups: Sequence[str], model: str =
 
 
 def weights_figure(readouts: Rows, groups: Sequence[str], model: str = "") -> Any:
-    """Mean weight of each group's training tokens after each readout.
-
-    Args:
-        readouts: Rows of weights, at least one.
-        groups: Names; none: unknown, and the mean of all tokens is drawn alone.
-        model: The student's name, for the footnote.
-
-    Returns:
-        The figure.
-    """
+    """Mean weight of each group's training tokens after each readout; of unknown groups that of all tokens alone."""
     last = readouts[-1]
     means = {f" of {name}": mean for name, mean in zip(groups, last.get("weight", ()), strict=True)}
     heaviest, mean = max((means or {"": last["mean"]}).items(), key=lambda each: each[1])

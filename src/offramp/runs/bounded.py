@@ -31,10 +31,7 @@ _CHUNK = 1 << 20
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Args:
-        path: The file, unpacked if its name ends in `.gz`.
+    """The bytes of a file, unpacked if its name ends in `.gz`.
 
     Returns:
         All of them.
@@ -98,12 +95,7 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
 
 
 def whole(file: BinaryIO, place: object, *, packed: BinaryIO | None = None) -> bytes:
-    """What an open file holds, read piece by piece.
-
-    Args:
-        file: The file.
-        place: What it is called, for messages.
-        packed: What it is unpacked from, if it is.
+    """What an open file, called `place` in messages and perhaps unpacked from `packed`, holds, read piece by piece.
 
     Returns:
         All of it.
@@ -128,11 +120,7 @@ def whole(file: BinaryIO, place: object, *, packed: BinaryIO | None = None) -> b
 
 
 def decoded(data: bytes, place: object) -> str:
-    r"""Bytes as text: UTF-8 with or without a mark in front, line ends as ``\n``.
-
-    Args:
-        data: The bytes.
-        place: Where they stand, for messages.
+    r"""Bytes, which stand at `place`, as text: UTF-8 with or without a mark in front, line ends as ``\n``.
 
     Returns:
         The text.

@@ -52,16 +52,11 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 def unsealed(values: Mapping[str, Any], place: object, advice: str) -> dict[str, Any]:
     """What `sealed` was given.
 
-    Args:
-        values: The object.
-        place: Where it stands, for messages.
-        advice: What to do if it was changed.
-
     Returns:
         The object without its digest. One of an earlier version, which has none, is taken with a warning.
 
     Raises:
-        ValueError: The digest is another.
+        ValueError: The digest is another; the message says that of `place`, and the advice.
     """
     plain = {name: value for name, value in values.items() if name != "digest"}
     if "digest" not in values:

@@ -26,7 +26,7 @@ from torch import Tensor
 from offramp.runs.asked import as_json, differences, locked, read_asked, require_same, write_asked
 from offramp.runs.bounded import parsed
 from offramp.runs.lines import append_lines, read_lines, write_lines
-from offramp.runs.tensor_files import read_tensors, write_tensors
+from offramp.runs.tensor_files import not_finite_in, read_tensors, write_tensors
 
 MAY_CHANGE = [f"config.{part}{name}" for part in ("", "training.") for name in ("learning_rate", "clip")]
 """Options that a run may go on with other values of, once NaN or infinity has stopped it."""
@@ -133,18 +133,14 @@ class RunFolder:
             TrainingError: A weight is not finite.
         """
         tensors = {f"weights.{name}": value for name, value in parameters.items()}
-        if strange := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
-            raise TrainingError(f"weights are not finite after step {clock.step} ({strange[0]}); {self.advice()}")
+        if (strange := not_finite_in(tensors)) is not None:
+            raise TrainingError(f"weights are not finite after step {clock.step} ({strange}); {self.advice()}")
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         write_tensors(self.checkpoint, tensors, {"clock": json.dumps(asdict(clock))})
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Clock | None:
         """Continue from the checkpoint.
-
-        Args:
-            parameters: What is trained, by name.
-            optimizer: Of these.
 
         Returns:
             Where the run was; None if there is no checkpoint.

@@ -11,14 +11,7 @@ import transformers
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions, as JSON values.
-
-    Args:
-        device: Where the model is.
-
-    Returns:
-        Device, the CPU's vector instructions and cores, threads in use, versions.
-    """
+    """Hardware and versions, as JSON values: device, vector instructions, cores, threads in use, packages."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -54,14 +54,7 @@ class Result:
         raise NotImplementedError
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write both files; `offramp.report` draws.
-
-        Args:
-            folder: Where to; made if missing. Files of an earlier result are replaced.
-
-        Returns:
-            The files.
-        """
+        """Write both files into a folder, made if missing, over those of an earlier result; `offramp.report` draws."""
         data, text = (Path(folder, name) for name in self.files)
         write_json(data, self.to_dict())
         write_text(text, self.table() + "\n")

@@ -33,6 +33,11 @@ class Table:
         return "\n\n".join([*([markdown(self.head, self.rows)] if self.rows else []), *self.notes])
 
 
+def cell(value: float | None, form: str = ".3f") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None or value != value else format(value, form)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

@@ -90,10 +90,6 @@ def write_parts(path: Path, parts: Mapping[str, Part], header: Mapping[str, str]
 def read_tensors(path: Path, advice: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What `write_tensors` wrote, memory-mapped.
 
-    Args:
-        path: The file.
-        advice: What to do if it is damaged.
-
     Returns:
         The texts of the header without the digest, and the tensors by name.
 
@@ -113,12 +109,8 @@ def read_tensors(path: Path, advice: str) -> tuple[dict[str, str], dict[str, Ten
 def read_header(path: Path, advice: str) -> dict[str, str]:
     """The texts of a file's header, without its digest, once that was compared with all that is in the file.
 
-    Args:
-        path: The file. One of an earlier version, without a digest, is taken with a warning.
-        advice: What to do if it is damaged.
-
     Returns:
-        The texts by name.
+        The texts by name. A file of an earlier version, without a digest, is taken with a warning.
 
     Raises:
         ValueError: It is missing, damaged, or not what was written.
@@ -143,6 +135,11 @@ def claimed_header(path: Path, advice: str) -> dict[str, str]:
         ValueError: It is missing, or its header is damaged.
     """
     return _begin(path, advice)[1]
+
+
+def not_finite_in(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first of these tensors that holds NaN or infinity; None: none does."""
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
 def _digest_of(path: Path, begin: bytes, digest: str) -> str:

@@ -109,18 +109,7 @@ class Page:
 
 
 def draw(figure: Callable[[], Any], says: str) -> Picture:
-    """A figure of `offramp.report` as a picture.
-
-    Args:
-        figure: Makes the figure.
-        says: What it shows.
-
-    Returns:
-        The picture, the same bytes for the same figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """A figure of `offramp.report` as a picture, the same bytes for the same figure; `says` is what it shows."""
     buffer = io.BytesIO()
     with styled():
         figure().savefig(buffer, format="svg", metadata={"Date": None})
@@ -147,16 +136,7 @@ def _said(value: Any) -> str:
 
 
 def repeat(command: str | None, about: Mapping[str, Any], config: Any = None) -> Section:
-    """How to repeat a run.
-
-    Args:
-        command: The command line; None: not recorded.
-        about: Conditions and versions.
-        config: Everything, as JSON values, to be folded away.
-
-    Returns:
-        The section.
-    """
+    """How to repeat a run: its command line, conditions and versions, and all settings as JSON, folded away."""
     how: Block = Code(command) if command else Text(("The command line was not recorded.",))
     blocks: list[Block] = [how, facts(about)]
     if config is not None:

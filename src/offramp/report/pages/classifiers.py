@@ -15,7 +15,7 @@ from offramp.classifiers.calibrate import EARLIER, exit_table, kept_words, set_t
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.report import classifier_plots
 from offramp.report.pages.blocks import Block, Page, Section, Text, draw, facts, repeat
-from offramp.report.pages.training import measured
+from offramp.report.pages.training import before_and_after, measured
 from offramp.runs.tables import Table
 from offramp.uncertainty.posterior import PosteriorConfig
 
@@ -115,14 +115,11 @@ def training_page(folder: Path, config: dict[str, Any]) -> Page:
     """The page of a training, finished or not, from its config.json."""
     judged = [row for row in measured(folder) if row["kind"] == "validation"]
     before, after, options = judged[0], judged[-1], config["config"]
-    rows = [
-        [f"{place + 1}", *(f"{row[name][place]:.3f}" for name in ("accuracy", "loss") for row in (before, after))]
-        for place in range(len(after["accuracy"]))
-    ]
     done, wanted = after["epoch"], options["epochs"]
     state = f"{done} of {wanted} epochs; judged on {after['rows']} rows of the tune split."
     blocks: list[Block] = [Text((state,), "bad" if done < wanted else "")]
-    blocks.append(Table(["exit", "accuracy before", "after", "loss before (nats)", "after"], rows))
+    exits = range(1, len(after["accuracy"]) + 1)
+    blocks.append(before_and_after("exit", "accuracy", exits, "accuracy", before, after))
     about = dict(config.get("about", {}))
     command = about.pop("command", None)
     division = config["settings"].get("division", {})

@@ -48,17 +48,7 @@ def is_grid(folder: Path) -> bool:
 
 
 def grid_page(folder: Path) -> Page:
-    """The page of a grid.
-
-    Args:
-        folder: Of the grid.
-
-    Returns:
-        For each teacher the tables that `offramp distill` prints, with pictures of some methods.
-
-    Raises:
-        ValueError: No run is finished.
-    """
+    """The page of a grid: for each teacher the tables that `offramp distill` prints, with pictures of some methods."""
     results, unfinished = results_in(folder)
     if not results:
         raise ValueError(f"no run in {folder} is finished; start offramp distill again with the same options to go on")

@@ -35,17 +35,7 @@ EARLY, MIDDLE, LATE, LAST = (140, 197, 240), (246, 239, 176), (247, 166, 96), "#
 
 
 def page(folder: Path, values: dict[str, Any], *, examples: int, seed: int) -> Page:
-    """The page of a finished evaluation.
-
-    Args:
-        folder: The run folder.
-        values: Its results.json.
-        examples: How many to show.
-        seed: Of their choice.
-
-    Returns:
-        The page.
-    """
+    """The page of a finished evaluation, from its results.json, with some examples drawn by the seed."""
     result = Evaluation.from_dict(values)
     conditions = result.conditions
     answers, colours = _answers(result, folder / "records", examples, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,6 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
 def measured(folder: Path, what: str = "training") -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, a judgement among them.
 
-    Args:
-        folder: The run folder.
-        what: The run is, for the message.
-
     Returns:
         The lines.
 
@@ -86,16 +83,7 @@ def measured(folder: Path, what: str = "training") -> list[dict[str, Any]]:
 
 
 def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Block]:
-    """How far a run is, and what was changed behind stops.
-
-    Args:
-        rows: The lines of metrics.jsonl, at least one.
-        config: Its config.json.
-        options: Those of training in it.
-
-    Returns:
-        Paragraphs.
-    """
+    """How far a run is, by its metrics, config.json and options of training, and what was changed behind stops."""
     done = next(row for row in reversed(rows) if "tokens" in row)
     unit, wanted = ("steps", options["steps"]) if options["steps"] is not None else ("tokens", options["tokens"])
     reached = done["step" if unit == "steps" else "tokens"]
@@ -112,14 +100,24 @@ def how_far(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], option
     return found
 
 
+def before_and_after(
+    first: str, share: str, labels: Sequence[object], key: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Table:
+    """A row for each label, in the column `first`: a share of right answers, under `key`, and the loss."""
+    rows = [
+        [f"{label}", *(f"{row[name][place]:.3f}" for name in (key, "loss") for row in (before, after))]
+        for place, label in enumerate(labels)
+    ]
+    return Table([first, f"{share} before", "after", "loss before (nats)", "after"], rows)
+
+
 def _table(curves: training_plots.Curves) -> Table:
     before, after = curves.validations[0], curves.validations[-1]
-    head = [curves.each, f"{curves.what} before", "after", "loss before (nats)", "after"]
-    rows = [
-        [f"{layer}", *(f"{row[key][place]:.3f}" for key in ("agreement", "loss") for row in (before, after))]
-        for place, layer in enumerate(curves.layers)
-    ]
+    table = before_and_after(curves.each, curves.what, curves.layers, "agreement", before, after)
     if curves.each != "exit after layer":
-        return Table(head, rows)
-    last = ["full model, on the text", *(f"{row['full_accuracy']:.3f}" for row in (before, after))]
-    return Table(head, [*rows, [*last, *(f"{row['full_loss']:.3f}" for row in (before, after))]])
+        return table
+    last = [
+        "full model, on the text",
+        *(f"{row[f'full_{of}']:.3f}" for of in ("accuracy", "loss") for row in (before, after)),
+    ]
+    return replace(table, rows=[*table.rows, last])
