@@ -316,6 +316,7 @@ def test_a_bound_that_halves_its_p_values_is_found(monkeypatch):
     costs = [full * c for c in (0.9, 0.5, 0.2)]
     result = repeated(made, losses, costs, full, [[0, 1, 2]], promise, share=0.75, repeats=1000)
     assert result.to_dict()["exceeded_population_interval"][0] > 0.2
+    assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
 def test_groups_are_drawn_whole_and_count_once():

@@ -57,7 +57,7 @@ def test_every_exit_learns_what_can_be_told_apart(tmp_path, options):
     assert (result.steps, result.rows, result.epochs, result.validation_rows) == (240, 1800, 30, 24)
     assert (progress[0][:2], progress[-1][:2]) == ((0, 240), (240, 240))
     assert "| 3    | " in result.table()
-    json.dumps(result.to_dict(), allow_nan=False)
+    assert type(result).from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
     # the accuracies are those of the model that is handed back, on rows prepared by hand
     judge = rows(24, seed=1, prefix="v")
     pixels = torch.from_numpy(judge.data.inputs).permute(0, 3, 1, 2) / 255

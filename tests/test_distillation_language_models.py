@@ -165,7 +165,7 @@ def test_a_shortcut_that_breaks_for_the_minority_shows_in_the_report(tmp_path):
     assert result.worst is result.groups[1]
     assert result.groups[0].accuracy > 0.9
     assert "minority" in result.table()
-    json.dumps(result.to_dict(), allow_nan=False)
+    assert type(result).from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 
 def test_windows_carry_the_attributes_of_their_documents():

@@ -238,7 +238,7 @@ def test_fitted_saved_loaded_and_used(name, kind, tmp_path):
     assert fingerprint(lm.exits) == before, "the model's own exits stay as they are"
     assert [h.layer for h in report.honesty] == list(LAYERS)
     assert [(s.kind, s.layer) for s in report.sets] == [(k, e) for k in ("conformal", "avcs") for e in LAYERS]
-    json.dumps(report.to_dict(), allow_nan=False)
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
     assert "NLPD Laplace" in (tmp_path / "table.md").read_text()
     splits = report.settings["splits"]
     assert len({entry["digest"] for entry in splits.values()}) == 4

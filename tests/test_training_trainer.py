@@ -126,7 +126,7 @@ def test_metrics_and_budget_of_tokens(tmp_path):
     ]  # fmt: skip
     assert {"loss", "agreement", "tokens_per_second", "learning_rate", "gradient_norm"} <= rows(tmp_path)[1].keys()
     assert "-> " in result.table()
-    json.dumps(result.to_dict(), allow_nan=False)
+    assert type(result).from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 
 class Notebook(GeneralTracker):

@@ -56,15 +56,7 @@ class Bootstrap:
         self.weights = draw.multinomial(self.groups, [1 / self.groups] * self.groups, size=resamples)  # [R, G]
 
     def estimate(self, columns: Any, statistic: Statistic) -> Interval:
-        """A function of sums over the examples, with its interval.
-
-        Args:
-            columns: What is summed, [N, K].
-            statistic: From sums [R, K] to values [R].
-
-        Returns:
-            Its value over all examples, and the percentiles of its values over the draws.
-        """
+        """A statistic of sums over the examples' columns, [N, K], and the percentiles of its values over the draws."""
         table = np.asarray(columns, dtype=np.float64)
         by_group = np.zeros((self.groups, table.shape[1]))
         np.add.at(by_group, self.index, table)  # [N, K] -> [G, K]

@@ -109,24 +109,14 @@ def evaluate_perplexity(
 ) -> Evaluation:
     """Compare policies, static exits and the full model by the perplexity of a text.
 
-    Args:
-        lm: The model, decoder-only.
-        passages: See `read_passages`.
-        arms: As for `evaluate`, and so are all others.
-        folder: Run folder.
-        static_layers: See `static_arms`.
-        batch_size: Passages scored together.
-        about: What else the conditions should say, as JSON values.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-        progress: Called with the passages done and asked for, over all arms.
+    What is named as in `evaluate` is as there, with passages (see `read_passages`) in the place of examples. The model is
+    decoder-only.
 
     Returns:
         Summaries of all arms, also written to the folder.
 
     Raises:
-        ValueError: Whatever `take_turns` refuses, names that are no different files, or a folder of something
-            else.
+        ValueError: As `evaluate`.
     """
     common = conditions_of(lm, {"name": PERPLEXITY}, passages, {}, batch_size)
     conditions = {**_conditions(lm, passages, PERPLEXITY, about), "batch_size": batch_size}

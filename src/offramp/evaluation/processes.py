@@ -25,11 +25,6 @@ def state_of(device_type: str) -> Any:
 def locked_by_first(state: Any, folder: Path, busy: str) -> Iterator[None]:
     """A run folder for these processes alone; the first of them holds the lock (`offramp.runs.asked.locked`).
 
-    Args:
-        state: `accelerate`'s.
-        folder: The folder, made if missing.
-        busy: What to say if others have it.
-
     Yields:
         Nothing.
     """

@@ -89,20 +89,10 @@ def decode_arms(
     progress: Progress | None = None,
     reference: LanguageModel | None = None,
 ) -> dict[str, list[Record]]:
-    """The same of several policies by name, which take turns (`offramp.evaluation.rounds`): their seconds compare.
+    """Records of several policies, which take turns (`offramp.evaluation.rounds`), so that their seconds compare.
 
-    Args:
-        lm: As there, like what is not named here.
-        task: Likewise.
-        examples: Likewise.
-        arms: Policies by name.
-        paths: Files by the same names.
-        full: Likewise.
-        max_new_tokens: Likewise.
-        batch_size: Likewise.
-        settings: Likewise.
-        progress: Likewise.
-        reference: The full model, where it is the same model in another number format; None: `lm`.
+    What is named as in `decode_records` is as there. Paths go by the names of the arms, and `reference` is the full
+    model where it is the same model in another number format.
 
     Returns:
         Records by name.
@@ -248,15 +238,7 @@ def sure(step: Step) -> list[float | None]:
 
 
 def pieces(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; half a character counts to the token with its other half.
-
-    Args:
-        lm: The model, for its tokenizer.
-        ids: Token ids.
-
-    Returns:
-        One per token, which together are the text; none without a tokenizer.
-    """
+    """What each token of `ids` adds to the text, half a character with its other half; nothing without a tokenizer."""
     if lm.tokenizer is None:
         return []
     texts = lm.decode([list(ids[:end]) for end in range(1, len(ids) + 1)])

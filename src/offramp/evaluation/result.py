@@ -56,25 +56,17 @@ class Evaluation(Result):
     def front(self, cost: str = "flops_ratio") -> list[str]:
         """Arms, of those with a cost, that no other one beats in the main metric without costing more; cheapest first.
 
-        Args:
-            cost: "flops_ratio", "seconds_ratio" or another ratio of `ArmSummary`.
+        By the estimates, whatever their intervals. Costs are "flops_ratio" and the other ratios of `ArmSummary`.
 
         Returns:
-            Names; by the estimates, without regard to their intervals.
+            Names.
         """
         arms = [arm for arm in self.arms if getattr(arm, cost) is not None]
         costs = [getattr(arm, cost).value for arm in arms]
         return [arms[i].name for i in pareto_front([self.loss(arm) for arm in arms], costs)][::-1] if arms else []
 
     def ahead(self, cost: str = "flops_ratio") -> list[str]:
-        """Policies that neither the full model nor one of the static exits here matches: as good at no more cost.
-
-        Args:
-            cost: As for `front`.
-
-        Returns:
-            Names; by the estimates, without regard to their intervals.
-        """
+        """Policies that neither the full model nor a static exit here matches: as good, by the estimates, for less."""
 
         def matched(arm: ArmSummary) -> bool:
             mine, price = self.loss(arm), getattr(arm, cost).value

@@ -95,7 +95,8 @@ def _decode(kind: Any, value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
     if origin in (tuple, list, Sequence, Iterable):
         return (list if origin is list else tuple)(_decode(arguments[0], item, tensors) for item in value)
     if origin in (dict, Mapping):
-        return {key: _decode(arguments[1], item, tensors) for key, item in value.items()}
+        named = int if arguments[0] is int else str  # JSON has no other keys than texts
+        return {named(key): _decode(arguments[1], item, tensors) for key, item in value.items()}
     return Path(value) if kind is Path else value
 
 

@@ -41,10 +41,7 @@ def kind(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    r"""The text of a file in UTF-8, line ends as ``\n``.
-
-    Args:
-        path: The file, gzipped if its name ends in `.gz`.
+    r"""The text of a file in UTF-8, gzipped if its name ends in `.gz`, line ends as ``\n``.
 
     Returns:
         Its text.
@@ -64,17 +61,13 @@ def text_rows(path: Path) -> list[Row]:
 
 
 def line_rows(text: str, place: object) -> list[Row]:
-    """The lines of a text, empty ones included.
-
-    Args:
-        text: As `decoded` makes it.
-        place: Where it stands, for messages.
+    """The lines of a text as `decoded` makes it, empty ones included.
 
     Returns:
         The lines.
 
     Raises:
-        ValueError: One has more than `LONGEST_LINE` characters.
+        ValueError: One has more than `LONGEST_LINE` characters; the message says that of `place`.
     """
     lines = text.split("\n")
     if not lines[-1]:
@@ -176,11 +169,7 @@ def by_size(names: Iterable[str]) -> list[str]:
 
 
 def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
-    """The rows, all of which must be JSON objects.
-
-    Args:
-        rows: Any.
-        keys: That they need, for the message; they are not looked for.
+    """The rows, all of which must be JSON objects; the message says which keys they need.
 
     Yields:
         The same rows.

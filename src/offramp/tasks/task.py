@@ -105,9 +105,6 @@ class Task:
     def target(self, example: Example) -> str:
         """The answer to train on: the first reference.
 
-        Args:
-            example: What was asked.
-
         Returns:
             Its text.
 
