@@ -16,7 +16,11 @@ import training_runs
 from offramp.core.exits import Exits
 from offramp.hub.exit_files import load_exits
 from offramp.runs.lines import read_lines
-from offramp.training import OBJECTIVES, TrainConfig, TrainingError, run_folder, train
+from offramp.training import run_folder
+from offramp.training.config import TrainConfig
+from offramp.training.objectives import OBJECTIVES
+from offramp.training.run_folder import TrainingError
+from offramp.training.trainer import train
 from training_runs import config, data, model
 
 

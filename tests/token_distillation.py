@@ -11,7 +11,7 @@ from offramp.distillation.instance_weights import InstanceWeights
 from offramp.distillation.language_models import TokenDistillation
 from offramp.distillation.token_readout import TokenReadoutConfig
 from offramp.distillation.token_weights import TokenWeights
-from offramp.training import TrainConfig
+from offramp.training.config import TrainConfig
 from offramp.training.data import Data
 from offramp.training.run_folder import RunFolder
 from tiny import tiny, tokenizer

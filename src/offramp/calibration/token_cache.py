@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.core.exits import fingerprint
 from offramp.families.finite import name_of, require_finite
 from offramp.runs.bounded import read_object
+from offramp.runs.digests import fingerprint
 from offramp.runs.files import differences, write_json
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.training.data import Document, Windows, cut

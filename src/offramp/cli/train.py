@@ -196,9 +196,12 @@ def train(
     """
     import offramp
     from offramp.hub.devices import agreed, process_device
-    from offramp.training import AnswerConfig, TrainConfig, fast_precision, placed, prepare
-    from offramp.training import train as run
-    from offramp.training.data import steps_per_epoch
+    from offramp.training.answers import AnswerConfig
+    from offramp.training.config import TrainConfig
+    from offramp.training.data import prepare, steps_per_epoch
+    from offramp.training.placement import placed
+    from offramp.training.precision import fast_precision
+    from offramp.training.trainer import train as run
 
     _check(exits, objective, trainable, epochs, steps, tokens)
     _check_place(place, place_tokens, layers, objective, trainable)

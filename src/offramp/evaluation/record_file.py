@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from offramp.core.exits import fingerprint
+from offramp.runs.digests import fingerprint
 from offramp.runs.files import differences
 from offramp.runs.lines import REMOVE, append_lines, keep_lines, read_lines, write_lines
 
