@@ -27,20 +27,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import offramp
-from offramp.classifiers import (
-    ClassifierTrainConfig,
-    EarlyExitClassifier,
-    ImagePreprocessing,
-    ImageRows,
-    TextRows,
-    in_order,
-    load,
-    load_outputs,
-    train_classifier,
-)
+from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows, in_order
 from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresholds
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.evaluate import charged, evaluate
+from offramp.classifiers.loading import load
+from offramp.classifiers.outputs import load_outputs
 from offramp.classifiers.result import ClassifierEvaluation
+from offramp.classifiers.trainer import train_classifier
 from offramp.classifiers.validity import validate
 from offramp.metrics.sets import summarise
 from offramp.report.classifier_plots import save_classifiers

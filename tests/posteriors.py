@@ -3,9 +3,9 @@
 import torch
 
 from offramp import Exits, LanguageModel
-from offramp.core.exits import fingerprint
 from offramp.core.vocabulary import Pruning
 from offramp.lm.exit_posterior import Posterior
+from offramp.runs.digests import fingerprint
 from offramp.uncertainty import token_laplace
 from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets

@@ -7,7 +7,7 @@ import torch
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.adapters import Branch
-from offramp.core.exits import Exits, fingerprint
+from offramp.core.exits import Exits
 from offramp.core.pace import Pace
 from offramp.core.plan import resolve
 from offramp.families import SplitModel
@@ -15,7 +15,8 @@ from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.messages import ModelError
 from offramp.lm.layerwise import text_states
 from offramp.native.families import FAMILIES as DESCRIBED
-from offramp.training import train
+from offramp.runs.digests import fingerprint
+from offramp.training.trainer import train
 from tiny import FAMILIES, LAYERS, greedy, inputs_for, tiny, truncated
 from training_runs import config, data, model
 

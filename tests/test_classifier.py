@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import offramp
 import test_brute_force
 from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
-from offramp.core.exits import fingerprint
 from offramp.hub.exit_files import load_exits, require_made_for, save_exits
+from offramp.runs.digests import fingerprint
 from offramp.training.consistency import consistency_loss, consistency_targets
 from sealing import rewrite, without_digests
 from test_brute_force import NO_END, batch_of, layers_of, lively

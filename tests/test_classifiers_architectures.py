@@ -6,8 +6,8 @@ import torch
 
 from classifier_data import save_bert, save_resnet, write_texts
 from classifier_runs import images
-from offramp.classifiers import in_order
 from offramp.classifiers.architectures import build, rows_of, usual
+from offramp.classifiers.batches import in_order
 from offramp.classifiers.divided import TEXTS, DataConfig, divide
 from offramp.tasks.labelled import Labelled
 
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(bert, texts, tmp_path):
 
 
 def test_usual_options_make_a_configuration():
-    from offramp.classifiers import ClassifierTrainConfig
+    from offramp.classifiers.config import ClassifierTrainConfig
 
     assert ClassifierTrainConfig(**usual("msdnet-large")).learning_rate == 0.1
     assert ClassifierTrainConfig(**usual("minilm")).learning_rate == 5e-5

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from classifier_data import save_bert, write_idx, write_texts
-from offramp.classifiers import load
 from offramp.classifiers import passes as passes_module
 from offramp.classifiers.answers import answers
 from offramp.classifiers.architectures import build
@@ -22,6 +21,7 @@ from offramp.classifiers.compare import ComparisonConfig, compare
 from offramp.classifiers.compare import fitted as fit_method
 from offramp.classifiers.divided import IMAGES, TEXTS, DataConfig, divide, record
 from offramp.classifiers.evaluate import Settings, charged
+from offramp.classifiers.loading import load
 from offramp.classifiers.outputs import load_description, save_outputs
 from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import ClassifierEvaluation

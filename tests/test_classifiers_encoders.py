@@ -8,7 +8,8 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import UnsupportedModelError
-from offramp.classifiers import EarlyExitClassifier, HeadConfig
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.heads import HeadConfig
 from offramp.families.encoders import FAMILIES, SplitEncoder
 from tiny_encoders import CLASSES, EVERYTHING, LAYERS, MAKERS, TEXTS, build, encoder, inputs_for, tiny
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.classifiers import EarlyExitClassifier, MSDNet, MSDNetConfig
-from offramp.classifiers.msdnet import Layer
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.msdnet import Layer, MSDNet, MSDNetConfig
 from tiny_encoders import SMALL_MSDNET
 
 # Operations in millions of every exit as the published code counts them, which are also those of the literature for

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offramp.classifiers import collect, load_outputs, save_outputs
-from offramp.classifiers.outputs import load_description
+from offramp.classifiers.outputs import collect, load_description, load_outputs, save_outputs
 from offramp.runs.tensor_files import write_tensors
 from tiny_encoders import inputs_for, tiny
 

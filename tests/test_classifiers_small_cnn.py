@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from offramp.classifiers import EarlyExitClassifier
-from offramp.classifiers.saving import load
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.loading import load
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 
 

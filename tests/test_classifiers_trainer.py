@@ -14,15 +14,18 @@ from torch import nn
 
 import classifier_runs
 from classifier_runs import images, net, rows, run
-from offramp.classifiers import EarlyExitClassifier, MSDNet, MSDNetConfig, collect, load
 from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows, in_order
+from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
+from offramp.classifiers.loading import load
+from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.objectives import joint_cross_entropy, logits_of
+from offramp.classifiers.outputs import collect
 from offramp.classifiers.trainer import train_classifier
 from offramp.runs.folder import TrainingError
 from offramp.runs.lines import read_lines
 from offramp.tasks.labelled import Labelled
-from offramp.training.config import FALLS
+from offramp.training.schedule import FALLS
 from tiny import tokenizer
 from tiny_encoders import encoder
 

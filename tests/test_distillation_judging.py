@@ -11,7 +11,7 @@ import transformers as hf
 from safetensors import safe_open
 
 from distillation_runs import READOUT
-from offramp.classifiers.saving import load
+from offramp.classifiers.loading import load
 from offramp.cli.distill import study_of as study_of_command
 from offramp.distillation import DataConfig, Network, Study, judging, runs
 from offramp.distillation import run as run_module

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from offramp import LanguageModel
 from offramp.distillation.language_models import distil, require_same_vocabulary
 from offramp.distillation.own_answers import OwnAnswers
-from offramp.training import AnswerConfig, TrainConfig, train
+from offramp.training.answers import AnswerConfig
+from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Document, cut
+from offramp.training.trainer import train
 from tiny import VOCABULARY, tiny, tokenizer
 from token_distillation import GROUPS, config, data, rows, same, teacher, texts, token_weights
 from training_runs import model

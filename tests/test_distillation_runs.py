@@ -14,8 +14,8 @@ import torch
 
 import tiny_encoders as encoders
 from distillation_runs import READOUT, small_study
-from offramp.classifiers import EarlyExitClassifier
-from offramp.classifiers.saving import load
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.loading import load
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.distillation import DataConfig, Network, Study, networks, run_grid, runs
 from offramp.distillation import run as run_module

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.classifiers.saving import load
+from offramp.classifiers.loading import load
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import ClassifierTrainConfig
 from offramp.distillation.data import load_set

@@ -12,8 +12,11 @@ import offramp
 from offramp.distillation.language_models import distil
 from offramp.distillation.token_losses import TokenLoss, token_losses
 from offramp.distillation.token_weights import new_token_weights
-from offramp.training import OBJECTIVES, TrainConfig, train
+from offramp.training.config import TrainConfig
 from offramp.training.data import Data
+from offramp.training.objectives import OBJECTIVES
+from offramp.training.schedule import WEIGHTS
+from offramp.training.trainer import train
 from tiny import tiny
 from token_distillation import GROUPS, ONE, config, data, rows, same, teacher, texts, token_weights
 from training_runs import model
@@ -145,7 +148,7 @@ def test_without_a_teacher_it_is_training_on_the_text(tmp_path):
     distil(lm, teacher(), parts, config(fraction=0.0), tmp_path / "a", groups=GROUPS)
     exits = TrainConfig(layers=(3,), trainable="all", objective="labels", steps=8, learning_rate=1e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(offramp.training.WEIGHTS, "uniform", lambda _: [0.0, 1.0])
+        patch.setitem(WEIGHTS, "uniform", lambda _: [0.0, 1.0])
         train(plain, parts, exits, tmp_path / "b")
     assert same(lm.model.state_dict(), plain.model.state_dict())
 

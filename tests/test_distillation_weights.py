@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from classifier_runs import rows
-from offramp.classifiers import EarlyExitClassifier
 from offramp.classifiers.batches import TextRows
+from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.distillation import networks
 from offramp.distillation.instance_weights import (

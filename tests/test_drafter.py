@@ -20,7 +20,8 @@ from offramp.families import SplitModel
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.messages import ModelError
 from offramp.lm.bench import default_arms, run_bench
-from offramp.training import Data, train
+from offramp.training.data import Data
+from offramp.training.trainer import train
 from offramp.training.unrolled import Unrolled
 from test_branches import CASES
 from tiny import FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny

@@ -14,10 +14,11 @@ import offramp
 import test_brute_force
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.core.costs import break_even, exit_flops
-from offramp.core.exits import Lens, default_layers, fingerprint
+from offramp.core.exits import Lens, default_layers
 from offramp.core.plan import resolve
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.lm.probe import probe
+from offramp.runs.digests import fingerprint
 from sealing import rewrite
 from test_brute_force import NO_END, Row, batch_of, deep, layers_of, lively, thresholds
 from tiny import LAYERS, VOCABULARY, greedy, inputs_for, tiny, tokenizer, truncated

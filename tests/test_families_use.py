@@ -9,7 +9,7 @@ import offramp
 from offramp import ExitPolicy
 from offramp.lm.layerwise import read_layers
 from offramp.lm.probe import probe
-from offramp.training import train
+from offramp.training.trainer import train
 from tiny import LAYERS, inputs_for, tiny
 from training_runs import config, data, model
 

@@ -21,8 +21,10 @@ from offramp.lm.bench import run_bench
 from offramp.lm.layerwise import read_layers
 from offramp.lm.probe import probe
 from offramp.runs.folder import TrainingError
-from offramp.training import AnswerConfig, TrainConfig, answer_documents, train
+from offramp.training.answers import AnswerConfig, answer_documents
+from offramp.training.config import TrainConfig
 from offramp.training.data import Document
+from offramp.training.trainer import train
 from tiny import LAYERS, tiny, tokenizer
 
 EXIT = ExitPolicy(threshold=0.2, min_layer=1)

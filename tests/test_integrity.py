@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import training_runs
-from offramp.classifiers import load as load_classifier
+from offramp.classifiers.loading import load as load_classifier
 from offramp.hub.exit_files import load_exits
 from offramp.hub.messages import ModelError
 from offramp.runs import artefact, digests

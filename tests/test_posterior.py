@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 import offramp
 import test_brute_force
 from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
-from offramp.core.exits import fingerprint
 from offramp.evaluation import document_arms
 from offramp.evaluation.perplexity import Passage, perplexity_records
 from offramp.hub.exit_files import load_exits
 from offramp.lm.exit_posterior import METHODS, SETS, NestedSets, RunningSet
+from offramp.runs.digests import fingerprint
 from posteriors import CANDIDATES, LAYERS, with_posterior
 from sealing import rewrite
 from test_brute_force import NO_END, batch_of, lively

@@ -21,10 +21,10 @@ from offramp.calibration.posterior_report import (
 )
 from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
 from offramp.calibration.token_rows import factors_of, views_of
-from offramp.core.exits import fingerprint
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import load_exits
 from offramp.lm.exit_posterior import METHODS, Posterior
+from offramp.runs.digests import fingerprint
 from offramp.training.data import Document
 from offramp.uncertainty.shortlist import shortlist
 from offramp.uncertainty.token_sets import EvidenceSets

@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 import offramp
+from offramp.classifiers.loading import load as load_classifier
 from offramp.classifiers.saving import ENCODER
-from offramp.classifiers.saving import load as load_classifier
 from offramp.classifiers.sources import load_encoder
 from offramp.hub.messages import ModelError
 from sealing import without_digests

@@ -17,15 +17,16 @@ from torch.nn import functional as F
 import offramp
 import training_runs
 from offramp import ExitPolicy, ModelError
-from offramp.core.exits import fingerprint
 from offramp.families import SplitModel
 from offramp.runs import folder as run_folder
 from offramp.runs import tensor_files
-from offramp.training import OBJECTIVES, TrainingError, train
+from offramp.runs.digests import fingerprint
+from offramp.runs.folder import TrainingError
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropout_rates, dropping
-from offramp.training.objectives import layerwise_loss
+from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.passes import states_behind_prompts
+from offramp.training.trainer import train
 from test_brute_force import Row
 from tiny import LAYERS, inputs_for, tiny
 from training_runs import config, model, windows

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import offramp as package
 from offramp import cli
 from offramp.cli.options import DRAFTING, prompts_from
-from offramp.core.exits import fingerprint
+from offramp.runs.digests import fingerprint
 from tiny import tiny, tokenizer
 
 

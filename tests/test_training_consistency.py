@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel
 from offramp.hub.exit_files import load_exits
-from offramp.training import Data, train
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
-from offramp.training.data import Windows
+from offramp.training.data import Data, Windows
+from offramp.training.trainer import train
 from tiny import LAYERS, VOCABULARY, tiny, tokenizer
 from training_runs import config, windows
 

@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 
 from offramp import LanguageModel
 from offramp.tasks import TASKS, Example
-from offramp.training import AnswerConfig, answer_documents, prepare, read_texts, text_documents
-from offramp.training.data import Document, Windows, batch, cut, divide, pair_documents, steps_per_epoch
+from offramp.training.answers import AnswerConfig, answer_documents
+from offramp.training.data import (
+    Document,
+    Windows,
+    batch,
+    cut,
+    divide,
+    pair_documents,
+    prepare,
+    read_texts,
+    steps_per_epoch,
+    text_documents,
+)
 from tiny import LAYERS, VOCABULARY, tiny, tokenizer
 
 

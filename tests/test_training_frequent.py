@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import training_runs
 from offramp import ExitPolicy, LanguageModel
 from offramp.hub.exit_files import load_exits
-from offramp.training import frequent_tokens, train
 from offramp.training.data import Data, Document, cut
-from offramp.training.frequent import Listing, listed, share_covered
+from offramp.training.frequent import Listing, frequent_tokens, listed, share_covered
+from offramp.training.trainer import train
 from tiny import inputs_for, tiny
 from training_runs import config, data, model
 

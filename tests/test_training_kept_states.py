@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from offramp.core.exits import Exits
-from offramp.training import train
 from offramp.training.data import Windows, batch, steps_per_epoch
 from offramp.training.kept_states import KeptStates
 from offramp.training.passes import states_of
+from offramp.training.trainer import train
 from training_runs import config, data, model, windows
 
 ALONE = SimpleNamespace(num_processes=1)

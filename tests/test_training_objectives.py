@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
-from offramp.training import OBJECTIVES, WEIGHTS
-from offramp.training.objectives import Teacher
+from offramp.training.objectives import OBJECTIVES, Teacher
+from offramp.training.schedule import WEIGHTS
 from offramp.training.tally import CHUNK, chunk_rows, tally
 from tiny import VOCABULARY, tiny
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from offramp.families.backbone import autocast, rounded
-from offramp.training import fast_precision, precision
+from offramp.training import precision
+from offramp.training.precision import fast_precision
 from tiny import tiny
 from training_runs import run, windows
 

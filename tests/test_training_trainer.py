@@ -16,8 +16,11 @@ import training_runs
 from offramp.core.exits import Exits
 from offramp.hub.exit_files import load_exits
 from offramp.runs import folder as run_folder
+from offramp.runs.folder import TrainingError
 from offramp.runs.lines import read_lines
-from offramp.training import OBJECTIVES, TrainConfig, TrainingError, train
+from offramp.training.config import TrainConfig
+from offramp.training.objectives import OBJECTIVES
+from offramp.training.trainer import train
 from training_runs import config, data, model
 
 

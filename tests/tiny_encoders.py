@@ -5,7 +5,9 @@ from functools import cache
 import torch
 import transformers as hf
 
-from offramp.classifiers import EarlyExitClassifier, HeadConfig, MSDNet, MSDNetConfig
+from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.heads import HeadConfig
+from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 
 VOCABULARY = 97
 LAYERS = 4

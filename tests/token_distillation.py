@@ -12,7 +12,7 @@ from offramp.distillation.language_models import TokenDistillation
 from offramp.distillation.token_readout import TokenReadoutConfig
 from offramp.distillation.token_weights import TokenWeights
 from offramp.runs.folder import RunFolder
-from offramp.training import TrainConfig
+from offramp.training.config import TrainConfig
 from offramp.training.data import Data
 from tiny import tiny, tokenizer
 from training_runs import windows

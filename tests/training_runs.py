@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from offramp import LanguageModel
-from offramp.training import AnswerConfig, Data, TrainConfig, answer_documents, train
-from offramp.training.data import Windows
+from offramp.training.answers import AnswerConfig, answer_documents
+from offramp.training.config import TrainConfig
+from offramp.training.data import Data, Windows
+from offramp.training.trainer import train
 from tiny import VOCABULARY, tiny, tokenizer
 
 BACKBONES = {

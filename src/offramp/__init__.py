@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.classifiers import EarlyExitClassifier as EarlyExitClassifier
+    from offramp.classifiers.classifier import EarlyExitClassifier as EarlyExitClassifier
     from offramp.core.confidence import Contrast as Contrast
     from offramp.core.costs import Costs as Costs
     from offramp.core.decoding import Step as Step
@@ -32,7 +32,7 @@ _HOMES = {
     "LanguageModel": "core.language_model",
     "Generation": "core.language_model",
     "Exits": "core.exits",
-    "EarlyExitClassifier": "classifiers",
+    "EarlyExitClassifier": "classifiers.classifier",
     "ModelError": "hub.messages",
     "UnsupportedModelError": "families",
     # when to leave

@@ -19,10 +19,10 @@ from offramp.calibration.drift import Drift, unpacked
 from offramp.calibration.evidence import require_evidence
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.statement import finding, words
-from offramp.core.exits import fingerprint
 from offramp.core.policy import WRITE, ExitPolicy
 from offramp.runs.asked import as_json
 from offramp.runs.bounded import read_object
+from offramp.runs.digests import fingerprint
 from offramp.runs.digests import of as digest
 from offramp.runs.files import write_json
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.posterior_report import PosteriorReport, judge
 from offramp.calibration.token_cache import cache_tokens
 from offramp.calibration.token_rows import TokenViews, factors_of, views_of
-from offramp.core.exits import Exits, fingerprint
+from offramp.core.exits import Exits
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import save_exits
 from offramp.lm.exit_posterior import METHODS, Posterior
 from offramp.runs.asked import locked
+from offramp.runs.digests import fingerprint
 from offramp.runs.files import write_json
 from offramp.runs.machine import describe
 from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace, standard_draws

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.core.exits import fingerprint
 from offramp.families.finite import name_of, require_finite
 from offramp.runs.asked import require_same
 from offramp.runs.bounded import read_object
+from offramp.runs.digests import fingerprint
 from offramp.runs.files import write_json
 from offramp.runs.lines import REMOVE
 from offramp.runs.tensor_files import read_tensors, write_tensors

@@ -69,7 +69,7 @@ def answers(
         given: Files of images, or texts; pairs of texts with a tab between them.
         calibrated: What makes probabilities; None: softmax.
         thresholds: One for all exits, or one each; None: no input leaves early.
-        confidence: A name in `offramp.classifiers.CONFIDENCES`.
+        confidence: A name in `offramp.classifiers.confidence.CONFIDENCES`.
         batch_size: Inputs at once.
 
     Returns:

@@ -12,11 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.families.backbone import Inputs
 from offramp.tasks.labelled import Labelled
 from offramp.training.data import epoch_batches
-
-Inputs = Tensor | dict[str, Tensor]
-"""What a classifier takes: images [B, channels, H, W], or what a tokenizer makes."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def batch(rows: Rows, places: Tensor, generator: torch.Generator | None = None, 
 
 
 def in_order(rows: Rows, size: int) -> Iterator[tuple[Inputs, Tensor]]:
-    """Inputs and labels of all rows in their order, without augmentation: for `offramp.classifiers.collect`."""
+    """Inputs and labels of all rows in their order, without augmentation: for `collect`."""
     for places in torch.split(torch.arange(len(rows.data)), size):
         yield rows.inputs(places), rows.data.labels[places]
 

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from offramp.classifiers.confidence import measure_of
 from offramp.classifiers.flops import exit_costs
 from offramp.classifiers.heads import ExitHead, ExitOutput, HeadConfig
-from offramp.families.backbone import Backbone, evaluating
+from offramp.families.backbone import Backbone, Inputs, evaluating
 from offramp.families.finite import not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offramp.uncertainty.outputs import ExitOutputs
-
-Inputs = Tensor | Mapping[str, Tensor]
-"""A batch: what a tokenizer or an image processor makes, or the main one of these tensors alone."""
 
 
 class Posterior(Protocol):

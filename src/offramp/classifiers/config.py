@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from offramp.training.config import FALLS, PRECISIONS, WEIGHTS
+from offramp.training.schedule import FALLS, PRECISIONS, WEIGHTS
 from offramp.values import listed
 
 OPTIMISERS = ("sgd", "adamw")
@@ -31,8 +31,8 @@ class ClassifierTrainConfig:
         schedule: "step" (divided by 10 at half and at three quarters of the way), "cosine" or "linear" (falling to 0),
             or "constant".
         warmup: Steps over which the learning rate rises.
-        weights: Of the exits in the sum of losses: one of `offramp.training.WEIGHTS` over the exits counted 1..E, times
-            E, so that "uniform" is a plain sum; or E numbers.
+        weights: Of the exits in the sum of losses: one of `offramp.training.schedule.WEIGHTS` over the exits counted
+            1..E, times E, so that "uniform" is a plain sum; or E numbers.
         label_smoothing: Share of the target that is spread over all classes.
         clip: Largest norm of the gradient; None: any.
         precision: "bf16": compute in bfloat16 under autocast, weights stay as they are; None: as loaded.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from offramp.families.backbone import evaluating
-
-if TYPE_CHECKING:
-    from offramp.classifiers.classifier import EarlyExitClassifier
 
 
 class ExitCosts(NamedTuple):
@@ -26,7 +23,7 @@ class ExitCosts(NamedTuple):
     cut: Tensor
 
 
-def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> ExitCosts:
+def exit_costs(classifier: Any, inputs: Mapping[str, Tensor]) -> ExitCosts:
     """FLOPs of one row up to and including each exit.
 
     Linear layers, convolutions and attention, a multiply-add counted as 2; no biases, norms, poolings and activation
@@ -34,7 +31,7 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) ->
     the batch's length.
 
     Args:
-        classifier: The classifier; its weights are not touched.
+        classifier: An `EarlyExitClassifier`; its weights are not touched.
         inputs: A batch; only the shapes count.
 
     Returns:
@@ -67,7 +64,7 @@ def exit_costs(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) ->
     return ExitCosts(whole, whole - (heads_of.cumsum(0) - heads_of))
 
 
-def _run_on_shapes(classifier: EarlyExitClassifier, inputs: Mapping[str, Tensor]) -> None:
+def _run_on_shapes(classifier: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """All exits for one row, on torch's "meta" device, where tensors have a shape and nothing in it."""
     state = {**dict(classifier.named_parameters()), **dict(classifier.named_buffers())}
     empty = {name: tensor.detach().to("meta") for name, tensor in state.items()}

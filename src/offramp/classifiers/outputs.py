@@ -13,19 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.families.backbone import evaluating
+from offramp.families.backbone import Inputs, evaluating
 from offramp.hub.messages import first_line
 from offramp.runs.bounded import parsed
 from offramp.runs.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
 from offramp.uncertainty.outputs import ExitOutputs
-
-if TYPE_CHECKING:
-    from offramp.classifiers.classifier import EarlyExitClassifier, Inputs
 
 SCHEMA = "offramp/exit-outputs/1"
 AGAIN = "remove it to collect the outputs again"
@@ -33,7 +30,7 @@ AGAIN = "remove it to collect the outputs again"
 
 @torch.no_grad()
 def collect(
-    classifier: EarlyExitClassifier,
+    classifier: Any,
     batches: Iterable[tuple[Inputs, Tensor]],
     *,
     ids: Sequence[str] = (),
@@ -45,7 +42,7 @@ def collect(
     """Run all exits once over a split.
 
     Args:
-        classifier: The classifier; evaluated as it is, without dropout.
+        classifier: An `EarlyExitClassifier`; evaluated as it is, without dropout.
         batches: Inputs and labels [B] of the rows, in order; read one at a time.
         ids: Of all rows, in order; empty: unknown.
         groups: A number per row, [N].

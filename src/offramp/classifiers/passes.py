@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from offramp.classifiers.architectures import rows_of
-from offramp.classifiers.batches import Inputs, Rows, in_order
+from offramp.classifiers.batches import Rows, in_order
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.divided import read_again
+from offramp.classifiers.loading import load
 from offramp.classifiers.outputs import collect, load_description, load_outputs
-from offramp.classifiers.saving import load
-from offramp.core.exits import fingerprint
+from offramp.families.backbone import Inputs
+from offramp.runs.digests import fingerprint
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty.outputs import ExitOutputs
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from offramp.classifiers.batches import Batch, Rows, batch, by_length, order
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
-from offramp.core.exits import fingerprint
 from offramp.families.backbone import autocast
+from offramp.runs.digests import fingerprint
 from offramp.runs.folder import Clock, RunFolder, TrainingError, opened
 from offramp.runs.machine import describe
 from offramp.runs.results import Result
@@ -98,7 +98,7 @@ def train_classifier(
 
     Args:
         model: Inputs of a batch -> one output per exit: logits [B, C], or anything with such under `logits`, such as
-            `offramp.classifiers.EarlyExitClassifier`. Its weights change, those that require gradients; it is left in
+            `EarlyExitClassifier`. Its weights change, those that require gradients; it is left in
             evaluation mode.
         train: What it learns.
         validation: What it is judged by; of other rows.

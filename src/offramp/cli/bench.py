@@ -171,8 +171,7 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
 
 def _random(shape: str, dtype: str, engine: str, device: str | None, seed: int) -> LanguageModel:
     """A model with random weights."""
-    from offramp.hub.devices import named_device
-    from offramp.hub.models import named_dtype
+    from offramp.hub.devices import named_device, named_dtype
     from offramp.lm.scripted import random_model
 
     o.note(f"building a random {shape}")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
     from offramp.distillation.language_models import TokenDistillation
     from offramp.distillation.own_answers import OwnAnswers
-    from offramp.training import Data, TrainConfig
+    from offramp.training.config import TrainConfig
+    from offramp.training.data import Data
 
 
 def distill_language_model(
@@ -117,7 +118,7 @@ def distill_language_model(
     import offramp
     from offramp.distillation.language_models import distil
     from offramp.hub.devices import process_device
-    from offramp.training import TrainConfig
+    from offramp.training.config import TrainConfig
 
     _check(text, prompts, steps, tokens)
     state, place = process_device(device)
@@ -214,7 +215,7 @@ def _fixed(
     seed: int,
 ) -> tuple[Data, tuple[str, ...]]:
     from offramp.distillation.prompt_groups import entry_documents, group_names, read_entries
-    from offramp.training import prepare
+    from offramp.training.data import prepare
 
     found = [entry for file in files for entry in read_entries(file, fields, prompt=prompt, group=group)]
     entries = o.first(found, count)
@@ -232,7 +233,7 @@ def _own(
 ) -> tuple[OwnAnswers, tuple[str, ...]]:
     from offramp.distillation.own_answers import OwnAnswers
     from offramp.distillation.prompt_groups import group_names, group_numbers, read_prompts
-    from offramp.training import AnswerConfig
+    from offramp.training.answers import AnswerConfig
 
     entries = o.first(read_prompts(file, key, group=group), count)
     groups = group_names(entries)

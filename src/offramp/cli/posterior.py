@@ -48,7 +48,7 @@ def fit_posterior(
     from offramp.calibration import PosteriorConfig
     from offramp.calibration import fit_posterior as run
     from offramp.core.exits import Exits
-    from offramp.training import AnswerConfig
+    from offramp.training.answers import AnswerConfig
 
     chosen = o.numbers(layers, "--layers", int)
     config = _config(PosteriorConfig, names, {**options, "layers": chosen})

@@ -10,7 +10,6 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.training_data import documents_of
-from offramp.runs.codec import encode
 
 
 def train(
@@ -197,9 +196,13 @@ def train(
     """
     import offramp
     from offramp.hub.devices import agreed, process_device
-    from offramp.training import AnswerConfig, TrainConfig, fast_precision, placed, prepare
-    from offramp.training import train as run
-    from offramp.training.data import steps_per_epoch
+    from offramp.runs.codec import encode
+    from offramp.training.answers import AnswerConfig
+    from offramp.training.config import TrainConfig
+    from offramp.training.data import prepare, steps_per_epoch
+    from offramp.training.placement import placed
+    from offramp.training.precision import fast_precision
+    from offramp.training.trainer import train as run
 
     _check(exits, objective, trainable, epochs, steps, tokens)
     _check_place(place, place_tokens, layers, objective, trainable)

@@ -13,7 +13,7 @@ from offramp.cli import options as o
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
     from offramp.tasks import Example, Task
-    from offramp.training import AnswerConfig
+    from offramp.training.answers import AnswerConfig
     from offramp.training.data import Document
 
 BUNDLED = "bundled"
@@ -71,7 +71,7 @@ def documents_of(
 
 
 def _from_texts(lm: LanguageModel, files: list[Path], fields: list[str]) -> list[Document]:
-    from offramp.training import read_texts, text_documents
+    from offramp.training.data import read_texts, text_documents
 
     texts = [text for file in files for text in read_texts(file, fields)]
     documents = text_documents(lm, texts)
@@ -96,7 +96,7 @@ def _from_questions(
     from dataclasses import replace
 
     from offramp.tasks import fit
-    from offramp.training import answer_documents
+    from offramp.training.answers import answer_documents
 
     kept, shortened = fit(lm, task, examples, longest=longest, room=config.max_new_tokens)
     _tell_shortened(shortened, len(examples), longest)
@@ -115,7 +115,7 @@ def _tell_shortened(count: int, total: int, longest: int) -> None:
 def _from_prompts(
     lm: LanguageModel, source: str | None, count: int | None, config: AnswerConfig, cache: Path
 ) -> list[Document]:  # fmt: skip
-    from offramp.training import answer_documents
+    from offramp.training.answers import answer_documents
 
     file = None if source is None or source == BUNDLED else Path(source)
     prompts = o.prompts_from(file, count)

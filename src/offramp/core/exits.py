@@ -13,7 +13,6 @@ in float32 (in files, branches and drafter in bfloat16), with the name and the f
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,13 +25,12 @@ from offramp.core.adapters import Branch, Lens
 from offramp.core.drafter import Drafter
 from offramp.core.policy import DRAFTER
 from offramp.families.branches import first_weights
+from offramp.runs.digests import fingerprint
 
 if TYPE_CHECKING:
     from offramp.core.confidence import Confidence, Reading
     from offramp.core.plan import Plan
     from offramp.families import SplitModel
-
-_CHUNK = 1 << 22  # elements hashed at a time
 
 
 # ---------------------------------------------------------------- which layers, which model
@@ -54,28 +52,6 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     """
     first = max(1, num_layers // 3)
     return tuple(range(first, num_layers, max(1, -(-(num_layers - first) // 8))))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a model's weights, rounded to bfloat16.
-
-    Rounding makes it the same for weights loaded in float32 and in bfloat16; a change below that precision is not seen.
-    Every value counts: 135 million take about 0.4 s on one core. Weights shared by two names count once.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest, seen = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict().items()):
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if place in seen and tensor.numel():
-            continue
-        seen.add(place)
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        for piece in tensor.detach().reshape(-1).split(_CHUNK):
-            rounded = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
-            digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def listed_once(tokens: Sequence[int] | Tensor) -> Tensor:

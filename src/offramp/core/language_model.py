@@ -18,7 +18,7 @@ from offramp.core.costs import Costs, Ledger
 from offramp.core.custom_generate import Prepared, prepare
 from offramp.core.decoding import Step
 from offramp.core.engine import Engine
-from offramp.core.exits import Exits, fingerprint
+from offramp.core.exits import Exits
 from offramp.core.generation_options import GenerationOptions, checked, most_new_tokens
 from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
@@ -26,6 +26,7 @@ from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids,
 from offramp.families import SplitModel
 from offramp.hub.messages import quiet
 from offramp.hub.pretrained import inside_peft
+from offramp.runs.digests import fingerprint
 from offramp.values import flag
 
 

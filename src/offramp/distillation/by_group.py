@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.classifiers.saving import load
+from offramp.classifiers.loading import load
 from offramp.distillation.config import Run
 from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import rows_for

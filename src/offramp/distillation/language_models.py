@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.core.exits import fingerprint
 from offramp.distillation.own_answers import OwnAnswers
 from offramp.distillation.token_losses import TokenLoss, TokenSums, token_losses
 from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summary
@@ -25,6 +24,7 @@ from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import name_of, require_finite
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
+from offramp.runs.digests import fingerprint
 from offramp.runs.folder import Clock, opened
 from offramp.runs.machine import describe
 from offramp.training.config import TrainConfig
@@ -108,7 +108,7 @@ def distil(
         folder: Where everything is written, see `offramp.runs.folder`; own answers as answers-STEP.jsonl.
         groups: Names of the groups that attributes are numbers of, G.
         progress: Called with the steps (or tokens) done and to do, and the loss.
-        report_to: Trackers, see `offramp.training.train`.
+        report_to: Trackers, see `offramp.training.trainer.train`.
         about: What else config.json should say, as JSON values; nobody compares it.
 
     Returns:

@@ -164,7 +164,7 @@ def is_classifier(folder: str) -> bool:
 
 
 def _saved(folder: str, train: Labelled) -> EarlyExitClassifier:
-    from offramp.classifiers.saving import load
+    from offramp.classifiers.loading import load
 
     made = load(folder)
     require_same_classes(train.classes, made.labels)

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.saving import load, training_rows
+from offramp.classifiers.loading import load
+from offramp.classifiers.saving import training_rows
 from offramp.classifiers.trainer import train_classifier
-from offramp.core.exits import fingerprint
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
 from offramp.distillation.by_group import found_by_group, keep_weights
@@ -42,7 +42,7 @@ from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.simkd import features_of, with_teachers_classifier
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.runs.codec import encode
-from offramp.runs.digests import sealed
+from offramp.runs.digests import fingerprint, sealed
 from offramp.runs.files import write_json
 from offramp.tasks.row_hashes import row_hashes
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from offramp.classifiers.batches import Inputs, Rows, by_length
+from offramp.classifiers.batches import Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation import networks
-from offramp.families.backbone import Activations, evaluating
+from offramp.families.backbone import Activations, Inputs, evaluating
 
 CHUNK = 256
 """Rows at once where nothing is learnt."""

@@ -109,8 +109,7 @@ def evaluate_perplexity(
 ) -> Evaluation:
     """Compare policies, static exits and the full model by the perplexity of a text.
 
-    What is named as in `evaluate` is as there, with passages (see `read_passages`) in the place of examples. The model is
-    decoder-only.
+    What is named as in `evaluate` is as there, with passages (see `read_passages`). Decoder-only models can.
 
     Returns:
         Summaries of all arms, also written to the folder.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from offramp.core.exits import fingerprint
+from offramp.runs.digests import fingerprint
 from offramp.runs.lines import REMOVE, append_lines, open_lines, read_lines, require_schema, write_lines
 
 if TYPE_CHECKING:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from offramp.families.sizes import LINEAR
 
+Inputs = Tensor | Mapping[str, Tensor]
+"""A batch: what a tokenizer or an image processor makes, or the main one of these tensors alone."""
+
 
 @dataclass(frozen=True)
 class Activations:

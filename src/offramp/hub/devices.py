@@ -1,13 +1,17 @@
-"""Where a model runs: one rule for all functions and commands."""
+"""Where a model runs and in which number format: one rule for all functions and commands."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from offramp.values import listed
+
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Number formats a model can be loaded in."""
 
 
 def named_device(device: str | int | torch.device | None = None) -> torch.device:
@@ -37,6 +41,17 @@ def named_device(device: str | int | torch.device | None = None) -> torch.device
     count = torch.accelerator.device_count() if accelerator else 0
     if chosen is None or chosen.type not in known or (chosen.type != "cpu" and (chosen.index or 0) >= count):
         raise ValueError(f"device {str(device)!r} is not available on this machine; choose one of {', '.join(known)}")
+    return chosen
+
+
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A supported dtype by name, or itself."""
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not available; choose one of {listed(name, DTYPES)}")
+    chosen: torch.dtype = getattr(torch, name)
     return chosen
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.core.engine import ENGINES
 from offramp.hub.catalogue import PACKAGED
-from offramp.hub.devices import named_device
+from offramp.hub.devices import DTYPES, named_device, named_dtype
 from offramp.hub.exit_files import load_exits, require_made_for
 from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import find
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from offramp.core.language_model import LanguageModel
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-"""Number formats a model can be loaded in."""
 ATTENTION = ("sdpa", "eager")
 """Implementations of attention that give the same text with exits as without."""
 _SPREAD = ("balanced", "balanced_low_0", "sequential")
@@ -146,17 +144,6 @@ def load(
 
 
 # Arguments
-
-
-def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A supported dtype by name, or itself."""
-    import torch
-
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not available; choose one of {listed(name, DTYPES)}")
-    chosen: torch.dtype = getattr(torch, name)
-    return chosen
 
 
 def _one_device(device: Any, device_map: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from offramp.core.costs import PARTS, Costs
-from offramp.core.exits import fingerprint
 from offramp.core.language_model import LanguageModel
 from offramp.lm.bench_results import CONFIDENCE_PARTS, Arms, policy_values
 from offramp.peers import Answer
 from offramp.runs.codec import decode
+from offramp.runs.digests import fingerprint
 from offramp.runs.lines import append_lines, open_lines
 
 ROUNDS = "rounds.jsonl"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offramp.core.exits import fingerprint
 from offramp.hub.messages import first_line, quiet
 from offramp.hub.packaged import cache_folder
 from offramp.peers.process import PeerError
+from offramp.runs.digests import fingerprint
 from offramp.runs.files import replace_file, replace_folder
 
 FORMATS = ("f16", "q8_0", "q4_1")

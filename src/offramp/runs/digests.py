@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 CHUNK = 4096
 """Rows of a tensor that are hashed together."""
+ELEMENTS = 1 << 22
+"""Weights that are hashed together."""
 
 
 def of(values: Any, tensors: Iterable[Tensor] = ()) -> str:
@@ -34,6 +37,28 @@ def of(values: Any, tensors: Iterable[Tensor] = ()) -> str:
         rows = tensor.detach() if tensor.ndim else tensor.detach()[None]
         for start in range(0, len(rows), CHUNK):
             digest.update(rows[start : start + CHUNK].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a model's weights, rounded to bfloat16.
+
+    Rounding makes it the same for weights loaded in float32 and in bfloat16; a change below that precision is not seen.
+    Every value counts: 135 million take about 0.4 s on one core. Weights shared by two names count once.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for name, tensor in sorted(model.state_dict().items()):
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place in seen and tensor.numel():
+            continue
+        seen.add(place)
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        for piece in tensor.detach().reshape(-1).split(ELEMENTS):
+            rounded = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
+            digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from offramp.core.exits import fingerprint
+from offramp.runs.digests import fingerprint
 from offramp.runs.lines import append_lines, open_lines
 from offramp.training.data import Document, Progress
 

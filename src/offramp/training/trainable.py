@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from offramp.core.exits import Exits, fingerprint
+from offramp.core.exits import Exits
 from offramp.families.sizes import LINEAR
 from offramp.hub.exit_files import save_exits
 from offramp.hub.messages import quiet
+from offramp.runs.digests import fingerprint
 from offramp.runs.files import replace_folder
 from offramp.training.config import TrainConfig
 

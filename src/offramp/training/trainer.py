@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.core.exits import Exits, fingerprint
+from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.families.backbone import autocast, rounded
 from offramp.families.finite import NotFiniteError, broken_at
+from offramp.runs.digests import fingerprint
 from offramp.runs.folder import Clock, opened
 from offramp.runs.machine import describe
 from offramp.runs.results import Result
 from offramp.training import consistency
-from offramp.training.config import WEIGHTS, TrainConfig
+from offramp.training.config import TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
 from offramp.training.curriculum import weights_at
 from offramp.training.data import Data, Windows, batch
@@ -39,6 +40,7 @@ from offramp.training.layer_dropout import dropping
 from offramp.training.loop import Done, Loop, Work
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
+from offramp.training.schedule import WEIGHTS
 from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
 

@@ -56,10 +56,10 @@ def classify(
     Without --budget and --threshold the certified threshold is used, if --posterior holds one; else no input leaves
     early.
     """
-    from offramp.classifiers import load
     from offramp.classifiers.answers import answers
     from offramp.classifiers.calibrated import load_calibrated
-    from offramp.core.exits import fingerprint
+    from offramp.classifiers.loading import load
+    from offramp.runs.digests import fingerprint
 
     _check(budget, threshold, posterior, confidence)
     classifier = load(model, device=device)

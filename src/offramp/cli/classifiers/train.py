@@ -11,7 +11,7 @@ from offramp.cli import options as o
 from offramp.cli.classifiers import options as c
 
 if TYPE_CHECKING:
-    from offramp.classifiers import Augmentation
+    from offramp.classifiers.batches import Augmentation
 
 AUGMENTATIONS = {"crop-flip": (4, True), "crop": (4, False), "flip": (0, True), "none": None}
 
@@ -102,10 +102,11 @@ def train_classifier(
     calibrate guarantees and test. The model remembers the division, and later commands keep to it. Started again with
     the same options, an interrupted run goes on from its last checkpoint.
     """
-    from offramp.classifiers import ClassifierTrainConfig, HeadConfig
-    from offramp.classifiers import train_classifier as run
     from offramp.classifiers.architectures import build, rows_of, usual
+    from offramp.classifiers.config import ClassifierTrainConfig
     from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
+    from offramp.classifiers.heads import HeadConfig
+    from offramp.classifiers.trainer import train_classifier as run
     from offramp.hub.devices import named_device
     from offramp.tasks.row_hashes import row_hashes
 
@@ -156,7 +157,7 @@ def _column(given: str | None) -> Any:
 
 
 def _augmentation(name: str) -> Augmentation | None:
-    from offramp.classifiers import Augmentation
+    from offramp.classifiers.batches import Augmentation
 
     if name not in AUGMENTATIONS:
         raise typer.BadParameter(f"--augment {name}: choose one of {', '.join(AUGMENTATIONS)}")
