@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,4 +85,13 @@ def decode(
             raise batch.broken() or error from None
         if not batch.rows:
             return
+        if model.fused and not verifying and (stretch := _stretch_of(batch)) is not None:
+            yield from stretch.steps()
+            return
         read = batch.read()
+
+
+def _stretch_of(batch: Batch) -> Any:
+    from offramp.core.stretch import stretch_of  # only some engines have a use for it
+
+    return stretch_of(batch)

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -153,6 +154,46 @@ struct Drafting {            // tokens drafted in a row behind a row's last one,
     float* confidences;      // [most]
     float* normalisers;      // [most]
     int64_t made, left;      // how many were made, and how many of them were above the threshold
+};
+
+struct Exit {                // where a token may leave, or, behind all of them, where it has to
+    int64_t layer;
+    Readout test;            // of one state
+};
+
+struct Stretch {             // tokens of one row, one after another, each as deep as it needs to go
+    Call call;               // of one token at a time; places of all that may come, one after another
+    Call fill;               // of tokens that skipped blocks
+    const void* embeddings;  // [tokens, D]
+    int64_t format;          // F32 or BF16
+    int64_t token;           // the last one that is known
+    int64_t most;            // tokens
+    int64_t exits;           // the last layer among them
+    Exit* exit;              // ascending
+    const double* thresholds;  // [most, exits - 1]: above them a token leaves
+    int64_t confidence;      // 1: the largest probability; 2: its lead
+    int64_t keep;            // best tokens of the first test that later ones score; 0: as many as the first
+    int64_t* kept;           // [keep + skipped], those behind are always scored
+    const int64_t* skip;     // columns of the first test that are not ranked
+    int64_t skipped;
+    int64_t blocks;          // before the programs that fill
+    float* frozen;           // [tokens that left early, D]: their states
+    int64_t* frozen_layer;   // where each left
+    int64_t* frozen_slot;
+    int64_t* frozen_position;
+    int64_t frozen_count;
+    int64_t* filled;         // [layers]: how many of these each layer has dealt with
+    const int64_t* ends;     // tokens behind which nothing comes
+    int64_t ends_count;
+    int64_t* tokens;         // [most]
+    int64_t* layers;         // [most]: where each left
+    int64_t* tests;          // [most]: how many were made
+    float* confidences;      // [most]: of the last one, NaN if none was made
+    float* normalisers;      // [most]
+    int64_t* fills;          // [most * layers, 4]: token, first layer, one behind the last one, tokens filled
+    int64_t fills_count;
+    double* seconds;         // [5]: blocks, fills, readouts of all tokens and of some, choice of kept ones
+    int64_t made;
 };
 }
 
@@ -1336,8 +1377,8 @@ extern "C" {
 
 int64_t offramp_sizes(int64_t which) {  // so that a mirror that has gone astray is noticed
     const int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Op), sizeof(Model), sizeof(Call),
-                             sizeof(Readout), sizeof(Drafting)};
-    return which >= 0 && which < 7 ? sizes[which] : -1;
+                             sizeof(Readout), sizeof(Drafting), sizeof(Exit), sizeof(Stretch)};
+    return which >= 0 && which < 9 ? sizes[which] : -1;
 }
 
 // Run programs [first, last) over M tokens.
@@ -1449,6 +1490,88 @@ void offramp_rank(const float* logits, int64_t rows, int64_t vocabulary, const i
             if (keys[v] >= least) best.push_back({keys[v], static_cast<int32_t>(v)});
         std::partial_sort(best.begin(), best.begin() + count, best.end());
         for (int64_t i = 0; i < count; ++i) tokens[m * count + i] = best[i].token;
+    }
+}
+
+// Keys and values for layers [lo, hi) of tokens that left before them, in one product for neighbours that lack the same.
+static void catch_up(const Model* model, Stretch& s, int64_t lo, int64_t hi, int64_t seen) {
+    thread_local std::vector<float> states;
+    thread_local std::vector<int64_t> due, also, places;
+    auto lacking = [&](int64_t layer, std::vector<int64_t>& found) {
+        found.clear();
+        for (int64_t i = s.filled[layer]; i < seen; ++i)
+            if (s.frozen_layer[i] <= layer) found.push_back(i);
+    };
+    for (int64_t end; lo < hi; lo = end) {
+        lacking(lo, due);
+        for (end = lo + 1; end < hi; ++end)
+            if (lacking(end, also), also != due) break;
+        std::fill(s.filled + lo, s.filled + end, seen);
+        const int64_t count = due.size(), width = model->width;
+        if (!count) continue;
+        states.resize(count * width);
+        places.assign(3 * count, 0);  // row 0 of the batch, slots, positions
+        for (int64_t i = 0; i < count; ++i) {
+            std::memcpy(states.data() + i * width, s.frozen + due[i] * width, width * sizeof(float));
+            places[count + i] = s.frozen_slot[due[i]], places[2 * count + i] = s.frozen_position[due[i]];
+        }
+        s.fill.first = s.blocks + lo, s.fill.last = s.blocks + end, s.fill.layer = lo, s.fill.rows = count;
+        s.fill.hidden = states.data(), s.fill.batch = places.data();
+        s.fill.slot = places.data() + count, s.fill.position = places.data() + 2 * count;
+        offramp_run(model, &s.fill);
+        const int64_t note[] = {s.made, lo, end, count};
+        std::copy(note, note + 4, s.fills + 4 * s.fills_count++);
+    }
+}
+
+// Generate until a token ends the text, was chosen by no number, or is the last that is allowed.
+void offramp_stretch(const Model* model, Stretch* stretch) {
+    Stretch& s = *stretch;
+    const int64_t width = model->width;
+    auto since = std::chrono::steady_clock::now();
+    auto book = [&](int part) {
+        const auto now = std::chrono::steady_clock::now();
+        s.seconds[part] += std::chrono::duration<double>(now - since).count();
+        since = now;
+    };
+    int64_t token = s.token;
+    s.fills_count = 0;
+    for (s.made = 0; s.made < s.most; ++s.call.slot, ++s.call.position) {
+        if (s.format == F32) std::memcpy(s.call.hidden, static_cast<const float*>(s.embeddings) + token * width, width * sizeof(float));
+        else for (int64_t c = 0; c < width; ++c) s.call.hidden[c] = widened_one(static_cast<const uint16_t*>(s.embeddings)[token * width + c]);
+        const int64_t at = s.made, seen = s.frozen_count;
+        int64_t depth = 0, tests = 0;
+        float confidence = NAN;
+        const Readout* read = nullptr;
+        for (int64_t e = 0; e < s.exits; ++e) {
+            Exit& exit = s.exit[e];
+            catch_up(model, s, depth, exit.layer, seen);
+            book(1);
+            s.call.first = s.call.layer = depth, s.call.last = depth = exit.layer;
+            offramp_run(model, &s.call);
+            book(0);
+            read = &exit.test;
+            offramp_readout(read);
+            book(exit.test.ids ? 3 : 2);
+            if (e + 1 == s.exits) break;
+            const float best = std::exp(read->best[0] - *read->normaliser);
+            confidence = s.confidence == 1 ? best : best - std::exp(read->best[1] - *read->normaliser);
+            if (confidence > s.thresholds[at * (s.exits - 1) + tests++]) {
+                std::memcpy(s.frozen + s.frozen_count * width, s.call.hidden, width * sizeof(float));
+                s.frozen_layer[s.frozen_count] = depth;
+                s.frozen_slot[s.frozen_count] = *s.call.slot, s.frozen_position[s.frozen_count++] = *s.call.position;
+                break;
+            }
+            if (s.keep && tests == 1 && s.exits > 2) {
+                offramp_rank(read->logits, 1, read->count, s.skip, s.skipped, s.keep, s.kept);
+                if (read->ids) for (int64_t i = 0; i < s.keep; ++i) s.kept[i] = read->ids[s.kept[i]];
+                book(4);
+            }
+        }
+        token = s.tokens[at] = read->tokens[0];
+        s.layers[at] = depth, s.tests[at] = tests, s.confidences[at] = confidence, s.normalisers[at] = *read->normaliser;
+        ++s.made;
+        if (!std::isfinite(*read->normaliser) || std::find(s.ends, s.ends + s.ends_count, token) != s.ends + s.ends_count) return;
     }
 }
 

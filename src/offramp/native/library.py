@@ -102,6 +102,31 @@ class Drafting(Structure):
     ]  # fmt: skip
 
 
+class Exit(Structure):
+    """Where a token may leave, or has to."""
+
+    _fields_ = [("layer", c_int64), ("test", Readout)]
+
+
+class Stretch(Structure):
+    """Tokens of one row, one after another, each as deep as it needs to go."""
+
+    _fields_ = [
+        ("call", Call), ("fill", Call), ("embeddings", c_void_p), ("format", c_int64), ("token", c_int64),
+        ("most", c_int64), ("exits", c_int64), ("exit", POINTER(Exit)), ("thresholds", c_void_p),
+        ("confidence", c_int64), ("keep", c_int64), ("kept", c_void_p), ("skip", c_void_p), ("skipped", c_int64),
+        ("blocks", c_int64), ("frozen", c_void_p), ("frozen_layer", c_void_p), ("frozen_slot", c_void_p),
+        ("frozen_position", c_void_p), ("frozen_count", c_int64), ("filled", c_void_p), ("ends", c_void_p),
+        ("ends_count", c_int64), ("tokens", c_void_p), ("layers", c_void_p), ("tests", c_void_p),
+        ("confidences", c_void_p), ("normalisers", c_void_p), ("fills", c_void_p), ("fills_count", c_int64),
+        ("seconds", c_void_p), ("made", c_int64),
+    ]  # fmt: skip
+
+
+STRUCTS = (Matrix, Norm, Op, Model, Call, Readout, Drafting, Exit, Stretch)
+"""In the order in which the kernels give their sizes."""
+
+
 def address(tensor: Tensor) -> int:
     """Where a tensor's values lie one after another; a view that skips some would be read wrongly."""
     if not tensor.is_contiguous():
@@ -121,19 +146,21 @@ def open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     try:
         library.offramp_sizes.restype = c_int64
-        sizes = [library.offramp_sizes(c_int64(i)) for i in range(7)]
+        sizes = [library.offramp_sizes(c_int64(i)) for i in range(len(STRUCTS))]
         library.offramp_run.argtypes = [POINTER(Model), POINTER(Call)]
         library.offramp_run.restype = None
         library.offramp_readout.argtypes = [POINTER(Readout)]
         library.offramp_readout.restype = None
         library.offramp_draft.argtypes = [POINTER(Model), POINTER(Drafting)]
         library.offramp_draft.restype = None
+        library.offramp_stretch.argtypes = [POINTER(Model), POINTER(Stretch)]
+        library.offramp_stretch.restype = None
         library.offramp_rank.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]
         library.offramp_rank.restype = None
         library.offramp_read.argtypes = [c_void_p, c_int64, c_int64]
         library.offramp_read.restype = ctypes.c_uint64
     except AttributeError as error:
         raise OSError(f"{path} lacks a function ({error})") from error
-    if sizes != [ctypes.sizeof(struct) for struct in (Matrix, Norm, Op, Model, Call, Readout, Drafting)]:
+    if sizes != [ctypes.sizeof(struct) for struct in STRUCTS]:
         raise OSError(f"{path} was made for other structures")
     return library

@@ -10,7 +10,7 @@ import ctypes
 import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -33,8 +33,9 @@ from offramp.native.drafting import Drafted, draft, plain_embeddings
 from offramp.native.families import FAMILIES
 from offramp.native.head_ids import HeadIds
 from offramp.native.library import address
-from offramp.native.parts import parts, require_plain
-from offramp.native.places import Places, own_slots, places_of
+from offramp.native.parts import acting, parts, require_plain
+from offramp.native.places import Memory, Places, own_slots, places_of
+from offramp.native.stretch import Stretch
 from offramp.native.threads import Threads
 from offramp.native.weights import Part, Weights
 
@@ -72,12 +73,12 @@ class NativeModel(SplitModel):
         self.library = library()
         self._lenses: dict[int, ctypes.Array[lib.Matrix]] = {}
         self._mix: lib.Matrix | None = None
-        self.embeddings: Tensor | None = None
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
         self._tabulate(64)
         self._weights, self._own = Weights(self.int8), Weights(self.int8)
         self._compose()
+        self._embeddings: tuple[object, object, Tensor | None] = (None, None, None)
 
     def at_work(self) -> AbstractContextManager[None]:
         """Torch keeps to one thread in the block, see `Threads`."""
@@ -150,6 +151,17 @@ class NativeModel(SplitModel):
         now = parts(self)
         return len(now) == len(self._parts) and all(map(operator.is_, now, self._parts))
 
+    @property
+    def embeddings(self) -> Tensor | None:
+        """The table whose rows enter the first block as they are; None: they do not, or a hook acts beside it."""
+        module: Any = self.decoder.get_input_embeddings()
+        if any(acting(module)):
+            return None
+        weight = getattr(module, "weight", None)
+        if self._embeddings[0] is not module or self._embeddings[1] is not weight:
+            self._embeddings = (module, weight, plain_embeddings(self))
+        return self._embeddings[2]
+
     # ------------------------------------------------------------ start, run, fill
 
     def start(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> State:
@@ -167,7 +179,7 @@ class NativeModel(SplitModel):
         real = mask.reshape(-1).nonzero()[:, 0]
         slots = (mask.cumsum(-1) - 1).reshape(-1)[real]
         batch_of = torch.arange(batch).repeat_interleave(memory.shape[1])[real]
-        context.past = _Memory(self._new_cache(batch), Places(batch_of, slots, slots, real), mask.sum(-1).contiguous())
+        context.past = Memory(self._new_cache(batch), Places(batch_of, slots, slots, real), mask.sum(-1).contiguous())
         context.past.cache.reserve(memory.shape[1])
         return context
 
@@ -211,6 +223,10 @@ class NativeModel(SplitModel):
     def draft(self, *where: Any, **options: Any) -> Drafted | None:
         """Several drafts in one call, see `offramp.native.drafting`; None where that cannot be."""
         return draft(self, *where, **options)
+
+    def stretch(self, *where: Any, **options: Any) -> Stretch | None:
+        """Several tokens of one row in one call, see `offramp.native.stretch`; None where that cannot be."""
+        return Stretch.of(self, *where, **options)
 
     def _through(self, states: list[State], lo: int, hi: int) -> list[Tensor]:
         """What some blocks make of states [A, n, D] each."""
@@ -293,7 +309,6 @@ class NativeModel(SplitModel):
             return
         if self._exits.drafter is not None:
             self._mix = self._own.matrix(Part(self._exits.drafter.mix))
-            self.embeddings = plain_embeddings(self)
         self._exits = exits.placed(torch.float32, self.device)
         self._lens_weights = Weights()
         for layer in range(self.num_layers):
@@ -383,12 +398,3 @@ class NativeModel(SplitModel):
             0 if lens is None else len(lens), lens, norm and ctypes.pointer(norm), ctypes.pointer(self._head),
             None if ids is None else address(ids), ids.shape[1] if ids is not None and ids.ndim == 2 else 0,
         )  # fmt: skip
-
-
-@dataclass
-class _Memory:
-    """Keys and values of the encoder's output, where they stand, and how many each row has."""
-
-    cache: NativeCache
-    places: Places
-    lengths: Tensor

@@ -20,7 +20,7 @@ def require_plain(split: Any) -> None:
         NativeError: A hook or another `forward` would not be called, or the attention is somebody's own.
     """
     for module in _modules(split):
-        if any(_acting(module)):
+        if any(acting(module)):
             name = next(name for name, found in split.model.named_modules() if found is module)
             raise NativeError(f"{name} has a hook or a forward of its own, which the kernels would not call")
     if (attention := getattr(split.config, "_attn_implementation", None)) not in (None, "eager", "sdpa"):
@@ -34,7 +34,7 @@ def parts(split: Any) -> list[object]:
     return [
         part
         for module in _modules(split)
-        for part in (module, *module._parameters.values(), *module._buffers.values(), *_acting(module))
+        for part in (module, *module._parameters.values(), *module._buffers.values(), *acting(module))
     ]
 
 
@@ -42,7 +42,7 @@ def _modules(split: Any) -> Iterator[nn.Module]:
     return (module for root in (*split.blocks[: split.num_layers], split.norm, split.head) for module in root.modules())
 
 
-def _acting(module: nn.Module) -> Iterator[object]:
+def acting(module: nn.Module) -> Iterator[object]:
     """What is called beside a module's code, but for the hooks by which transformers collects outputs."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     yield from (hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers."))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.families.state import Context, Frame
+from offramp.native.cache import NativeCache
 
 
 @dataclass
@@ -39,6 +40,15 @@ class Places:
         if len(places) == 1:
             return places[0]
         return cls(*(torch.cat([getattr(p, name) for p in places]) for name in ("batch", "slots", "positions")))
+
+
+@dataclass
+class Memory:
+    """Keys and values of the encoder's output, where they stand, and how many each row has."""
+
+    cache: NativeCache
+    places: Places
+    lengths: Tensor
 
 
 def places_of(frame: Frame, context: Context) -> Places:

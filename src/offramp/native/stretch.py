@@ -1,0 +1,159 @@
+"""Tokens of one row, one after another, each as deep as it needs to go, in a single call of the kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from offramp.families.state import Context, Frame, Skipped
+from offramp.native import library as lib
+from offramp.native.drafting import CONFIDENCES
+from offramp.native.library import address
+from offramp.native.places import places_of
+
+
+class Made(NamedTuple):
+    """What came of one call.
+
+    Attributes:
+        tokens: Those that were generated; nothing comes behind one that was chosen by no number, or ends the text.
+        layers: Where each left.
+        tests: How many were made for each.
+        confidences: Of each one's last test; NaN where none was made.
+        normalisers: Of what each was read out of; NaN or infinite for a token that was chosen by no number.
+        fills: What was filled: for the how manieth token, from which layer on, up to which, of how many tokens.
+        seconds: Of blocks, fills, readouts of all tokens and of some, and the choice of the kept ones.
+    """
+
+    tokens: list[int]
+    layers: list[int]
+    tests: list[int]
+    confidences: list[float]
+    normalisers: list[float]
+    fills: list[list[int]]
+    seconds: list[float]
+
+
+class Stretch:
+    """What the calls of one generation share; made by `of`.
+
+    Args:
+        model: An `offramp.native.model.NativeModel`.
+        context: Of the batch, a single row.
+        exits: Layers that are tested, ascending.
+        last: The layer at which all that have not left are read out.
+        confidence: What is compared with thresholds: one of `CONFIDENCES`.
+        tokens: Those that the first test scores, [K]; None: all.
+        keep: How many of them later tests score: the best of the first one; None: the same.
+        skip: Columns of the first test that are not ranked, [P].
+        always: The tokens of these, which later tests score too, [P].
+        left: Tokens that left before, by the depth they left at.
+        filled: How many of these each layer has dealt with.
+        room: Tokens that may still come.
+        ends: Tokens behind which nothing comes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        context: Context,
+        *,
+        exits: Sequence[int],
+        last: int,
+        confidence: str,
+        tokens: Tensor | None,
+        keep: int | None,
+        skip: Tensor,
+        always: Tensor,
+        left: Sequence[tuple[int, Skipped]],
+        filled: Sequence[int],
+        room: int,
+        ends: Sequence[int],
+    ) -> None:
+        self.model, self.context, self.exits = model, context, len(exits)
+        self.confidence = CONFIDENCES[confidence]
+        frozen = [(depth, slot) for depth, some in left for slot in some.slots.tolist()]
+        count, width = len(frozen), model.shape.width
+        self.hidden = torch.empty(1, width)
+        self.frozen = torch.empty(count + room, width)
+        self.notes = torch.empty(3, count + room, dtype=torch.long)  # layers, slots, positions
+        if frozen:
+            self.frozen[:count] = torch.cat([some.hidden for _, some in left])
+            self.notes[:2, :count] = torch.tensor(frozen).T
+            self.notes[2, :count] = context.positions[0, self.notes[1, :count]]
+        self.frozen_count, self.filled = count, torch.tensor(list(filled))
+        self.ends, self.skip = torch.tensor(list(ends), dtype=torch.long), skip
+        self.kept = None if keep is None else torch.cat([torch.empty(keep, dtype=torch.long), always])
+        self.keep = keep or 0
+        first = None if tokens is None else tokens.contiguous()
+        later = first if self.kept is None else self.kept
+        ids = [first if index == 0 else later for index in range(len(exits))]
+        self.readouts = (lib.Exit * (len(exits) + 1))(
+            *(lib.Exit(layer, self._readout(layer, some)) for layer, some in zip(exits, ids, strict=True)),
+            lib.Exit(last, self._readout(last, None)),
+        )
+        if self.keep:
+            self.logits = torch.empty(self.readouts[0].test.count)
+            self.readouts[0].test.logits = address(self.logits)
+        self._reads = (first, self.kept)  # whose addresses the readouts have
+
+    @classmethod
+    def of(cls, model: Any, context: Context, **options: Any) -> Stretch | None:
+        """Arguments as for `Stretch`.
+
+        Returns:
+            One; None where tokens have to be made one by one: embeddings are more than rows of a table, or the row
+            begins with padding.
+        """
+        table = model.embeddings
+        if table is None or context.padding is not None or len(table) < model.shape.vocabulary:
+            return None
+        return cls(model, context, **options)
+
+    def _readout(self, layer: int, ids: Tensor | None) -> lib.Readout:
+        if not hasattr(self, "best"):
+            self.best, self.tokens = torch.empty(1, 2), torch.empty(1, 2, dtype=torch.long)
+            self.normaliser = torch.empty(1)
+        call: lib.Readout = self.model.readout_of(self.hidden, self.model.final, layer, ids)
+        call.best, call.tokens, call.normaliser = map(address, (self.best, self.tokens, self.normaliser))
+        return call
+
+    def run(self, token: int, slot: int, thresholds: Sequence[Sequence[float]]) -> Made:
+        """Generate.
+
+        Args:
+            token: The last one that is known.
+            slot: Where it stands.
+            thresholds: Above these the next tokens leave, by token and exit: as many tokens as there are lists.
+
+        Returns:
+            What came of it, at least one token.
+        """
+        most, model, context = len(thresholds), self.model, self.context
+        context.reach(slot + most)
+        places = places_of(Frame(slice(0, 1), slot, most), context)
+        calls = [model.call_of(context, self.hidden, places, 0, 0, layer=0) for _ in range(2)]
+        calls[0].rows = 1
+        above = torch.tensor(thresholds, dtype=torch.float64)
+        layers = len(self.filled)
+        numbers, values = torch.empty(3, most, dtype=torch.long), torch.empty(2, most)
+        fills, seconds = torch.empty(most * layers, 4, dtype=torch.long), torch.zeros(5, dtype=torch.float64)
+        table = model.embeddings
+        call = lib.Stretch(
+            *calls, address(table), lib.F32 if table.dtype == torch.float32 else lib.BF16, token, most,
+            len(self.readouts), self.readouts, address(above), self.confidence, self.keep,
+            None if self.kept is None else address(self.kept), address(self.skip), len(self.skip), len(model.blocks),
+            address(self.frozen), *(address(notes) for notes in self.notes), self.frozen_count, address(self.filled),
+            address(self.ends), len(self.ends), *(address(some) for some in numbers),
+            *(address(some) for some in values), address(fills), 0, address(seconds), 0,
+        )  # fmt: skip
+        model.library.offramp_stretch(model.programs, ctypes.byref(call))
+        self.frozen_count = int(call.frozen_count)
+        made = int(call.made)
+        (tokens, left, tests), (confidences, normalisers) = numbers[:, :made].tolist(), values[:, :made].tolist()
+        filled = fills[: call.fills_count].tolist()
+        return Made(tokens, left, tests, confidences, normalisers, filled, seconds.tolist())
