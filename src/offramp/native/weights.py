@@ -147,5 +147,5 @@ def _in_eight_bits(weight: Tensor) -> Tensor:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """Up to some thousand values, spread over all of them."""
-    return tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]
+    """Some hundred values, spread over all of them: thousands took longer to look at than a token to make."""
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 512)]
