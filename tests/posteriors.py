@@ -6,10 +6,11 @@ from offramp import Exits, LanguageModel
 from offramp.core.vocabulary import Pruning
 from offramp.lm.exit_posterior import Posterior
 from offramp.runs.digests import fingerprint
-from offramp.uncertainty import token_laplace
-from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, standard_draws
+from offramp.uncertainty import candidates
+from offramp.uncertainty.candidates import LaplaceConfig, standard_draws
+from offramp.uncertainty.laplace import Factors
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets
-from offramp.uncertainty.token_tuning import Tuned
+from offramp.uncertainty.tuning import TokensTuned
 from test_brute_force import lively
 from tiny import VOCABULARY
 
@@ -33,13 +34,11 @@ def with_posterior(
     laplace = {}
     for layer in layers:
         x = lm.split.readout_input(torch.randn(60, lm.split.shape.width), layer).detach()
-        factors = Factors(x.shape[1], VOCABULARY)
-        factors.add(x, lm.split.project(x).detach())
+        factors = Factors.empty(x.shape[1], VOCABULARY, bias=False, diagonal=True)
+        factors = factors.update(x, lm.split.project(x).detach())
         omega = prior / float(x.square().sum(-1).mean())
-        state = token_laplace.fit(
-            factors, omega, standard_draws(config, VOCABULARY), config, temperature=1.0 + layer / 9
-        )
-        laplace[layer] = state.single(), Tuned(1.0 + layer / 9, omega, prior, 0.0, (), ())
+        state = candidates.fit(factors, omega, standard_draws(config, VOCABULARY), config, temperature=1.0 + layer / 9)
+        laplace[layer] = state.single(), TokensTuned(1.0 + layer / 9, omega, prior, 0.0, (), ())
     sizes = dict.fromkeys(layers)
     if vocabulary is not None:
         sizes = Pruning(vocabulary, VOCABULARY, lm.num_layers, layers[0], size).sizes(layers)

@@ -25,7 +25,7 @@ from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.families.best import best_of
 from offramp.lm.exit_posterior import Laplace, NestedSets
-from offramp.uncertainty import token_laplace, token_sets
+from offramp.uncertainty import candidates, token_sets
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 ROWS, WIDTH, VOCABULARY, LAYERS, LAYER = 5, 7, 23, 12, 8
@@ -51,7 +51,7 @@ class Fitted:
         return x[:, 0]
 
     def laplace(layer):
-        return token_laplace.TokenLaplace(torch.eye(1), None, None, torch.zeros(1000), torch.ones(3, 1000))
+        return candidates.TokenLaplace(torch.eye(1), None, None, torch.zeros(1000), torch.ones(3, 1000))
 
     def sets(kind):
         return token_sets.ConformalSets(0.1, -math.log(0.2), {})

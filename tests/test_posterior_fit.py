@@ -26,7 +26,7 @@ from offramp.hub.exit_files import load_exits
 from offramp.lm.exit_posterior import METHODS, Posterior
 from offramp.runs.digests import fingerprint
 from offramp.training.data import Document
-from offramp.uncertainty.shortlist import shortlist
+from offramp.uncertainty.candidates import shortlist
 from offramp.uncertainty.token_sets import EvidenceSets
 from test_brute_force import NO_END, lively
 from tiny import VOCABULARY, inputs_for, tiny, tokenizer

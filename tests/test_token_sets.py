@@ -11,7 +11,7 @@ from scipy import stats
 
 from offramp.lm.exit_posterior import RunningSet
 from offramp.uncertainty import token_sets as ts
-from offramp.uncertainty.shortlist import shortlist
+from offramp.uncertainty.candidates import shortlist
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 LAYERS = (2, 4, 6)

@@ -13,7 +13,6 @@ import torch
 
 from exit_rows import make_rows
 from offramp.uncertainty import overhead
-from offramp.uncertainty.fingerprint import of_outputs
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import METHODS, PosteriorConfig, load_posterior
 
@@ -74,7 +73,7 @@ def test_the_nlpd_it_reports_is_that_of_its_probabilities(posterior):
 
 def test_save_and_load(posterior, tmp_path):
     posterior.save(tmp_path / "state")
-    loaded = load_posterior(tmp_path / "state", {"tune": of_outputs(TUNE)})
+    loaded = load_posterior(tmp_path / "state", {"tune": TUNE.fingerprint})
     assert torch.equal(loaded.probabilities(TEST), posterior.probabilities(TEST))
     assert loaded.fingerprint == posterior.fingerprint
     assert loaded.table() == posterior.table()
@@ -329,14 +328,14 @@ def test_a_state_of_other_rows_or_another_network_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         PosteriorConfig("laplace", grid="meronen", n_mc=2).fit(FIT, TUNE, network="a" * 64).save(tmp_path)
-    known = {"network": "a" * 64, "fit": of_outputs(FIT), "tune": of_outputs(TUNE)}
+    known = {"network": "a" * 64, "fit": FIT.fingerprint, "tune": TUNE.fingerprint}
     load_posterior(tmp_path, known)
     for name in known:
         with pytest.raises(ValueError, match=f"fitted on another {name}: .* fit it again"):
             load_posterior(tmp_path, known | {name: "b" * 64})
     changed = TUNE.logits.clone()
     changed[0, 0, 0] += 1e-3
-    assert of_outputs(replace(TUNE, logits=changed)) != of_outputs(TUNE)
+    assert replace(TUNE, logits=changed).fingerprint != TUNE.fingerprint
 
 
 def test_files_that_were_changed_are_refused(tmp_path):

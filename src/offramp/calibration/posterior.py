@@ -25,9 +25,9 @@ from offramp.runs.asked import locked
 from offramp.runs.digests import fingerprint
 from offramp.runs.files import write_json
 from offramp.runs.machine import describe
-from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace, standard_draws
+from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets
-from offramp.uncertainty.token_tuning import Tuned, tune
+from offramp.uncertainty.tuning import TokensTuned, tune_tokens
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -167,12 +167,12 @@ def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] |
 
 def _tuned(
     config: PosteriorConfig, factors: Mapping[int, Any], views: TokenViews, vocabulary: int, progress: Progress | None
-) -> dict[int, tuple[TokenLaplace, Tuned]]:
+) -> dict[int, tuple[TokenLaplace, TokensTuned]]:
     draws, found = standard_draws(config.laplace, vocabulary), {}
     for number, (layer, view) in enumerate(views.exits.items()):
         if progress is not None:
             progress(number, len(views.exits), f"tuning exit {layer}")
-        found[layer] = tune(factors[layer], view.rows, draws, config.laplace, name=f"exit {layer}")
+        found[layer] = tune_tokens(factors[layer], view.rows, draws, config.laplace, name=f"exit {layer}")
     return found
 
 

@@ -18,9 +18,10 @@ from offramp.metrics.calibration import Reliability
 from offramp.metrics.sets import binomial
 from offramp.runs.results import Result
 from offramp.runs.tables import markdown
-from offramp.uncertainty import token_laplace, token_sets
+from offramp.uncertainty import candidates, token_sets
+from offramp.uncertainty.candidates import TokenRows, log_likelihood
 from offramp.uncertainty.token_sets import share_outside
-from offramp.uncertainty.token_tuning import TokenRows, log_likelihood, temperature_alone
+from offramp.uncertainty.tuning import temperature_alone
 
 SCHEMA = "offramp/exit-posterior/1"
 """Of posterior.json; the state of a classifier's posterior has another, `offramp.uncertainty.posterior.SCHEMA`."""
@@ -264,9 +265,9 @@ def _tops(
             tops[name].append((z / t).softmax(-1).gather(1, best)[:, 0])
         two = z.softmax(-1)[:, :-1].topk(2, dim=-1).values
         gaps["map"].append(two[:, 0] - two[:, 1])
-        p, _ = token_laplace.predictive(state, part.x, short)
+        p, _ = candidates.predictive(state, part.x, short)
         tops["laplace"].append(p.gather(1, best)[:, 0])
-        gaps["laplace"].append(token_laplace.gap(state, part.x, short))
+        gaps["laplace"].append(candidates.gap(state, part.x, short))
     return {n: torch.cat(v) for n, v in tops.items()}, {n: torch.cat(v) for n, v in gaps.items()}
 
 

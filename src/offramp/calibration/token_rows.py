@@ -12,9 +12,8 @@ from torch import Tensor
 from offramp.calibration.token_cache import Tokens
 from offramp.core.vocabulary import Kept, Pruning
 from offramp.training.tally import chunk_rows
-from offramp.uncertainty.shortlist import Shortlist, shortlist
-from offramp.uncertainty.token_laplace import Factors
-from offramp.uncertainty.token_tuning import TokenRows, rows_of
+from offramp.uncertainty.candidates import Shortlist, TokenRows, place_of, rows_of, shortlist
+from offramp.uncertainty.laplace import Factors
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel
@@ -85,13 +84,13 @@ def factors_of(
     """Sums of A and of the diagonal of G over tokens, by layer; the whole vocabulary is read out."""
     head = getattr(split.head, "bias", None) is not None
     vocabulary, step = split.shape.vocabulary, chunk_rows(split.shape.vocabulary)
-    found = {layer: Factors(split.shape.width, vocabulary, bias=head) for layer in layers}
+    found = {layer: Factors.empty(split.shape.width, vocabulary, bias=head, diagonal=True) for layer in layers}
     for at in range(0, len(tokens), step):
         if progress is not None:
             progress(at, len(tokens))
         for layer, factors in found.items():
             x = tokens.inputs[layer][at : at + step].to(split.device)
-            factors.add(x, split.project(x).float())
+            found[layer] = factors.update(x, split.project(x).float())
     return found
 
 
@@ -140,10 +139,8 @@ def views_of(
         assert first is not None
         parts.append((first, views))
     ids = torch.cat([first.ids for first, _ in parts])
-    same = ids == target[:, None]
-    place = torch.where(same.any(-1), same.int().argmax(-1), ids.shape[1])
     exits = {layer: _joined([views[layer] for _, views in parts]) for layer in layers}
-    return TokenViews(exits, ids, place, tokens.positions, tokens.windows, target)
+    return TokenViews(exits, ids, place_of(ids, target), tokens.positions, tokens.windows, target)
 
 
 def _scored(

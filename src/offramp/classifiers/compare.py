@@ -27,7 +27,6 @@ from offramp.runs.files import replace_file
 from offramp.runs.results import RESULTS
 from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
-from offramp.uncertainty import fingerprint
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import METHODS, Posterior, PosteriorConfig, load_posterior
 from offramp.values import listed
@@ -169,7 +168,7 @@ def fitted(network: Passes, config: PosteriorConfig, fit_on: str) -> Posterior:
         The posterior; it is kept beside the passes.
     """
     place = network.folder / f"posterior-{config.method}-{fit_on}"
-    inputs = {"network": network.network, "tune": fingerprint.of_outputs(network.outputs("tune"))}
+    inputs = {"network": network.network, "tune": network.outputs("tune").fingerprint}
     try:
         if (found := load_posterior(place, inputs)).config == config:
             return found

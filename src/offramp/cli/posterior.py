@@ -77,7 +77,7 @@ def fit_posterior(
 
 
 def _config(kind: type[PosteriorConfig], names: str, options: dict[str, Any]) -> PosteriorConfig:
-    from offramp.uncertainty.token_laplace import LaplaceConfig
+    from offramp.uncertainty.candidates import LaplaceConfig
 
     draws, evidence = options.pop("draws"), options.pop("evidence")
     methods = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))

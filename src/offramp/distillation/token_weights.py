@@ -26,9 +26,9 @@ from offramp.training.loop import Loop
 from offramp.training.objectives import choices
 from offramp.training.passes import states_of
 from offramp.training.tally import chunk_rows
-from offramp.uncertainty import token_laplace
-from offramp.uncertainty.shortlist import shortlist
-from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, TokenLaplace
+from offramp.uncertainty import candidates
+from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, shortlist
+from offramp.uncertainty.laplace import Factors
 from offramp.values import listed
 
 SIGNALS = ("margin", "entropy", "loss", "laplace_margin", "laplace_entropy")
@@ -161,14 +161,14 @@ def _readout(
     if not config.laplace:
         return readout, None
     vocabulary, bias = student.shape.vocabulary, student.head.bias is not None
-    factors = Factors(student.shape.width, vocabulary, bias=bias)
+    factors = Factors.empty(student.shape.width, vocabulary, bias=bias, diagonal=True)
     for states in torch.split(kept.states, chunk_rows(vocabulary)):
         x = readout.inputs(states)
-        factors.add(x, readout.logits(x))
+        factors = factors.update(x, readout.logits(x))
     settings = LaplaceConfig(config.rule.n_mc, seed, config.evidence)
-    draws = token_laplace.standard_draws(settings, vocabulary)
+    draws = candidates.standard_draws(settings, vocabulary)
     assert config.rule.prior_variance is not None
-    fitted = token_laplace.fit(factors, config.rule.prior_variance, draws, settings, name="the readout")
+    fitted = candidates.fit(factors, config.rule.prior_variance, draws, settings, name="the readout")
     return readout, fitted.single()
 
 
@@ -238,7 +238,7 @@ def _plain(name: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _uncertain(config: TokenWeights, posterior: TokenLaplace, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The signal of Laplace's mean probabilities of the best tokens, and of the rest as one more class."""
     short = shortlist(logits, config.candidates)
-    p, rest = token_laplace.predictive(posterior, x.float(), short)
+    p, rest = candidates.predictive(posterior, x.float(), short)
     answers = short.ids.gather(1, p.argmax(-1, keepdim=True))[:, 0]
     if config.rule.signal == "laplace_margin":
         return margin(p).clamp(0, 1), answers

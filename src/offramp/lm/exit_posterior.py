@@ -1,6 +1,6 @@
 """What calibration on text adds to exits: posteriors over the head, and sets of tokens, behind three confidences.
 
-"laplace" averages each exit's probabilities over a posterior of the head (`offramp.uncertainty.token_laplace`);
+"laplace" averages each exit's probabilities over a posterior of the head (`offramp.uncertainty.candidates`);
 "conformal" and "avcs" keep a set of tokens that shrinks from exit to exit (`offramp.uncertainty.token_sets`). A
 `Posterior` belongs to the exits it was fitted for and is saved with them: tensors beside their weights, and settings.
 """
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from offramp.uncertainty import token_laplace, token_sets
-from offramp.uncertainty.shortlist import shortlist
-from offramp.uncertainty.token_laplace import LaplaceConfig, TokenLaplace
+from offramp.uncertainty import candidates, token_sets
+from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, shortlist
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, Running, TokenSets
-from offramp.uncertainty.token_tuning import Tuned
+from offramp.uncertainty.tuning import TokensTuned
 
 if TYPE_CHECKING:
     from offramp.core.confidence import Confidence, Reading
@@ -84,7 +83,7 @@ class Posterior(nn.Module):
         cls,
         settings: Mapping[str, Any],
         *,
-        laplace: Mapping[int, tuple[TokenLaplace, Tuned]] | None = None,
+        laplace: Mapping[int, tuple[TokenLaplace, TokensTuned]] | None = None,
         config: LaplaceConfig | None = None,
         conformal: ConformalSets | None = None,
         avcs: EvidenceSets | None = None,
@@ -224,7 +223,7 @@ class Laplace:
     """Gap of the two largest probabilities, averaged over a last-layer Laplace posterior, in [0, 1].
 
     p̄_(1) - p̄_(2) over the candidates, as Meronen et al. (arXiv 2302.06359) for classifiers; see
-    `offramp.uncertainty.token_laplace`. It changes when a token leaves, not which one: that is the trained head's best.
+    `offramp.uncertainty.candidates`. It changes when a token leaves, not which one: that is the trained head's best.
     """
 
     posterior: Posterior
@@ -234,8 +233,8 @@ class Laplace:
         state = self.posterior.laplace(reading.layer)
         short = shortlist(reading.logits, self.posterior.candidates, reading.ids)
         k, n = short.ids.shape[1], len(state.draws)
-        reading.bill(token_laplace.flops(state, k), 4 * token_laplace.size(state), 4 * k * (n + 1))
-        return token_laplace.gap(state, reading.input, short)
+        reading.bill(candidates.flops(state, k), 4 * candidates.size(state), 4 * k * (n + 1))
+        return candidates.gap(state, reading.input, short)
 
 
 @dataclass(frozen=True)

@@ -143,18 +143,13 @@ def _too_low(values: Tensor, labels: Tensor, coverage: float, config: AVCSClassi
 
 
 def apply(state: AVCSClassification, given: ExitOutputs | Tensor, *, ids: Sequence[str] = ()) -> ClassSets:
-    """The sets C_e of every exit.
+    """The sets C_e of every exit, of outputs or of logits [E, N, C]. They are not nested: `running()` of them is.
 
-    They are not nested: `running()` of them is, and is what to report.
-
-    Args:
-        state: The thresholds.
-        given: Outputs of the exits, or their logits, [E, N, C].
-        ids: Of the rows, with logits only: what each row's draws are keyed by. Without them (also in the outputs) the
-            row numbers are, so a row's sets then depend on its place.
+    Draws are keyed by the rows' ids. Without them (also in the outputs) the row numbers are, so a row's sets then
+    depend on its place.
 
     Returns:
-        The sets.
+        The sets; report their running intersection.
 
     Raises:
         ValueError: The number of exits is another one than in the fit, or logits are not finite.
@@ -171,19 +166,24 @@ def apply(state: AVCSClassification, given: ExitOutputs | Tensor, *, ids: Sequen
 
 
 def log_ratios(evidence: Tensor, log_gammas: Tensor) -> Tensor:
-    """Log ratio of every class.
+    """Ln R of every class, [E, N, C]; +inf from the first exit on at which the class has no evidence."""
+    return log_steps(evidence, log_gammas).cumsum(dim=0)
+
+
+def log_steps(evidence: Tensor, log_gammas: Tensor) -> Tensor:
+    """What each exit multiplies R with, ln (a_y / Σ a) - ln π_y, [..., C]; +inf where a class has no evidence.
 
     Args:
-        evidence: a, [E, N, C], float64; 0 where there is none.
-        log_gammas: Logs of draws of Gamma(a), [E, N, C]: over their sum, they are the Dirichlet draw.
+        evidence: a, [..., C], float64; 0 where there is none.
+        log_gammas: Logs of draws of Gamma(a), [..., C]: over their sum, they are the Dirichlet draw.
 
     Returns:
-        [E, N, C]; +inf from the first exit on at which the class has no evidence.
+        [..., C].
     """
     support = evidence > 0
     drawn = log_gammas.masked_fill(~support, -torch.inf).log_softmax(dim=-1)
     steps = evidence.log() - evidence.sum(dim=-1, keepdim=True).log() - drawn
-    return steps.masked_fill(~support, torch.inf).cumsum(dim=0)
+    return steps.masked_fill(~support, torch.inf)
 
 
 def _sets(

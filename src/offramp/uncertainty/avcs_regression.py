@@ -100,15 +100,7 @@ class Validity:
 
 
 def fit(posterior: BayesianRegression, config: AVCSRegressionConfig | None = None) -> AVCSRegression:
-    """Draw the weights of every exit and sequence, each keyed by seed, sequence and exit.
-
-    Args:
-        posterior: A fitted Bayesian last layer.
-        config: What sequences; the default is a single one at α = 0.05.
-
-    Returns:
-        What `apply` needs.
-    """
+    """Draw the weights of every exit and sequence, each keyed by seed, sequence and exit."""
     config = config or AVCSRegressionConfig()
     draws = []
     for place, layer in enumerate(posterior.exits):
@@ -121,13 +113,9 @@ def fit(posterior: BayesianRegression, config: AVCSRegressionConfig | None = Non
 
 
 def apply(state: AVCSRegression, features: Sequence[Tensor]) -> Intervals:
-    """The intervals C_e of every exit, the S sequences intersected.
+    """The intervals C_e of every exit for features of E exits, [N, D_e] each, the S sequences intersected.
 
     They are not nested: `running()` of them is, and is what to report.
-
-    Args:
-        state: Posterior and draws.
-        features: Of each exit, E tensors [N, D_e].
 
     Returns:
         Intervals in the units of the targets, [E, N]. Empty where no number is plausible; unbounded where the exits do
@@ -142,7 +130,7 @@ def apply(state: AVCSRegression, features: Sequence[Tensor]) -> Intervals:
 
 
 def intervals(prediction: RegressionPrediction, drawn: Tensor, alpha: float) -> Intervals:
-    """The sets {y : R_e(y) <= 1/α}, those of the S sequences intersected.
+    """The sets {y : R_e(y) <= 1/α} at a sequence's own level α, those of the S sequences intersected.
 
     Args:
         prediction: Of E exits for N rows.
@@ -161,12 +149,8 @@ def intervals(prediction: RegressionPrediction, drawn: Tensor, alpha: float) -> 
 def log_ratio(prediction: RegressionPrediction, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The log ratio ln R_e(y) = a·u² + b·u + c, with u = y - m_1, the distance from the first exit's mean.
 
-    Args:
-        prediction: Of E exits for N rows.
-        drawn: ŵ, predictions of the drawn weights, [E, S, N], float64.
-
     Returns:
-        a >= 0, b and c, [E, S, N].
+        a >= 0, b and c, [E, S, N], of predictions of E exits and of the drawn weights, ŵ [E, S, N].
     """
     noise = prediction.noise[:, None]  # [E, 1]
     total = prediction.total
@@ -196,11 +180,8 @@ def _at_most_zero(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 def validity(prediction: RegressionPrediction) -> Validity:
     """K_e = Σ_{l<=e} v_l/σ_l² of the rows, the condition under which 1 - α may be trusted.
 
-    Args:
-        prediction: Of E exits for N rows that look like those to come.
-
     Returns:
-        Mean, 90th percentile and share above 0.7, per exit.
+        Mean, 90th percentile and share above 0.7, per exit, of rows that look like those to come.
     """
     ratios = (prediction.epistemic / prediction.noise[:, None]).cumsum(dim=0)  # [E, N]
     return Validity(

@@ -157,18 +157,7 @@ def fit(
 
 
 def apply(state: BayesianRegression, features: Sequence[Tensor]) -> RegressionPrediction:
-    """Predict rows.
-
-    Args:
-        state: The posteriors.
-        features: Of each exit, E tensors [N, D_e].
-
-    Returns:
-        Means and variances in the units of the targets.
-
-    Raises:
-        ValueError: The number of exits or a width is another one than in the fit.
-    """
+    """Means and variances of rows, E tensors [N, D_e], in the units of the targets; refused as by `require_fitting`."""
     require_fitting(state, features)
     inputs = [augmented(f) for f in features]
     mean = torch.stack([h @ exit.mean for h, exit in zip(inputs, state.exits, strict=True)])
@@ -180,11 +169,7 @@ def apply(state: BayesianRegression, features: Sequence[Tensor]) -> RegressionPr
 
 
 def require_fitting(state: BayesianRegression, features: Sequence[Tensor]) -> None:
-    """Refuse features that are not those of the fit.
-
-    Raises:
-        ValueError: The number of exits or a width is another one.
-    """
+    """Raise a ValueError if the number of exits or a width is another one than in the fit."""
     have, asked = [f.shape[-1] + 1 for f in features], [len(exit.mean) for exit in state.exits]
     if have != asked:
         raise ValueError(
@@ -193,14 +178,7 @@ def require_fitting(state: BayesianRegression, features: Sequence[Tensor]) -> No
 
 
 def _checked(features: Sequence[Tensor], targets: Tensor) -> int:
-    """Look at what a fit is given.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        ValueError: See `fit`.
-    """
+    """The number of rows that a fit is given; a ValueError as it says."""
     if targets.ndim != 1 or len(targets) < 2:
         raise ValueError(f"targets have shape {list(targets.shape)}; one number for each of at least 2 rows is needed")
     if not features or any(f.ndim != 2 or len(f) != len(targets) for f in features):

@@ -26,15 +26,7 @@ def require_finite(name: str, values: Tensor, first: int = 0) -> None:
 
 
 def require_fit(split: str, outputs: ExitOutputs) -> None:
-    """Raise a ValueError if nothing can be fitted on these rows.
-
-    Args:
-        split: What to call them.
-        outputs: The rows.
-
-    Raises:
-        ValueError: There are no rows, a single class, or numbers that are not finite.
-    """
+    """Raise a ValueError if nothing can be fitted on a split: no rows, one class, or numbers that are not finite."""
     if not outputs.rows:
         raise ValueError(f"the {split} split has no rows; give some")
     if outputs.classes < 2 or not bool((outputs.labels != outputs.labels[0]).any()):

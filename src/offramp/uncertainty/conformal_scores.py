@@ -48,13 +48,8 @@ def raps(probabilities: Tensor, *, penalty: float = 0.01, free: int = 5) -> Tens
     randomisation; constants as in the baseline of Jazbec et al. (2024). Of classes that are as probable, the lower one
     comes first.
 
-    Args:
-        probabilities: [..., C].
-        penalty: Per rank.
-        free: Ranks without a penalty.
-
     Returns:
-        [..., C], float64.
+        Of [..., C], the same shape, float64.
     """
     ordered, order = probabilities.double().sort(dim=-1, descending=True, stable=True)
     extra = penalty * (torch.arange(1, probabilities.shape[-1] + 1) - free).clamp(min=0)

@@ -13,33 +13,17 @@ from torch import Tensor
 
 
 def weights(costs: Tensor) -> Tensor:
-    """w_e = c_e / c_E.
-
-    Args:
-        costs: Cumulative, of each exit, positive, [E].
-
-    Returns:
-        [E], float64.
-
-    Raises:
-        ValueError: A cost is not positive.
-    """
+    """w_e = c_e / c_E of cumulative costs [E], float64; a ValueError if one is not positive."""
     if not bool((costs > 0).all()):
         raise ValueError(f"costs are {costs.tolist()}; an ensemble weighs exits by them, so they must be positive")
     return costs.double() / costs[-1].double()
 
 
 def join(probabilities: Tensor, carried: Tensor | None, weight: Tensor, exit: int) -> tuple[Tensor, Tensor]:
-    """p_e of the ensemble = Σ_{l≤e} w_l p_l / Σ_{l≤e} w_l.
-
-    Args:
-        probabilities: Of exit e alone, [..., C].
-        carried: Σ_{l<e} w_l p_l, what the exit before returned; None at the first.
-        weight: Of all exits, [E].
-        exit: e, counted from 0.
+    """p_e of the ensemble = Σ_{l≤e} w_l p_l / Σ_{l≤e} w_l, at exit e counted from 0, with weights [E] of all exits.
 
     Returns:
-        The ensemble's probabilities, and the sum to carry on.
+        The ensemble's probabilities [..., C], and the sum Σ_{l≤e} w_l p_l to carry on; it begins as None.
     """
     total = probabilities * weight[exit] if carried is None else carried + probabilities * weight[exit]
     return total / weight[: exit + 1].sum(), total

@@ -28,17 +28,7 @@ class Equaliser:
 
 
 def fit(scores: Tensor) -> Equaliser:
-    """Learn the maps.
-
-    Args:
-        scores: Of the true labels of a tune split, [E, n].
-
-    Returns:
-        The maps.
-
-    Raises:
-        ValueError: There are no rows, or scores are not finite.
-    """
+    """Learn the maps from scores of true labels of a tune split, [E, n]; a ValueError unless there are finite ones."""
     if scores.ndim != 2 or not scores.shape[1] or not bool(scores.isfinite().all()):
         raise ValueError(f"finite scores of true labels are needed, exits x rows; shape {list(scores.shape)} was given")
     knots, levels = [], []

@@ -60,12 +60,8 @@ class Products:
 def product_anytime(logits: Tensor, config: ProductConfig | None = None) -> Products:
     """p_e(y) ∝ Π_{l<=e} max(logit_l(y), threshold)^w_l: a class without evidence at one exit never comes back.
 
-    Args:
-        logits: [E, N, C].
-        config: How; the default is the paper's with centred logits.
-
     Returns:
-        Probabilities, and where they are those of the exit alone.
+        Of logits [E, N, C], probabilities, and where they are those of the exit alone.
 
     Raises:
         ValueError: There are not as many weights as exits.
@@ -96,16 +92,7 @@ def caching_anytime(probabilities: Tensor) -> Tensor:
 
 
 def violations(probabilities: Tensor, labels: Tensor, deltas: Sequence[float] = DELTAS) -> dict[float, float]:
-    """The share of rows whose probability of the true label falls by more than δ between any two exits.
-
-    Args:
-        probabilities: [E, N, C].
-        labels: [N], int64.
-        deltas: The δ.
-
-    Returns:
-        Shares by δ; NaN without rows.
-    """
+    """Share of rows whose probability of the true label falls by more than δ between any exits, by δ; NaN of none."""
     if not len(labels):
         return dict.fromkeys(deltas, math.nan)
     true = probabilities.gather(-1, labels.expand(len(probabilities), -1).unsqueeze(-1)).squeeze(-1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from offramp.runs import digests
+
 
 @dataclass(frozen=True)
 class ExitOutputs:
@@ -76,6 +78,12 @@ class ExitOutputs:
     def full_cost(self) -> float:
         """FLOPs of one row in the plain full network, the backbone and the last exit's head: what savings are of."""
         return float((self.costs if self.cut is None else self.cut)[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that exits say about the split, to see later that a chain of fits belongs together."""
+        groups = () if self.groups is None else (self.groups,)
+        return digests.of(list(self.ids), (*self.features, *self.logits, self.labels, self.costs, *groups))
 
     def take(self, rows: Tensor) -> ExitOutputs:
         """The rows at these places, [n], int64, in this order."""

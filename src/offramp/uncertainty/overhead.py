@@ -25,12 +25,7 @@ class Overhead(NamedTuple):
 def published(features: int, classes: int, n_mc: int) -> int:
     """2 c n + 2 p² + 5 p + 2: a quadratic form of p + 1 numbers, one scale and one addition per class and draw.
 
-    It leaves out the root, the division by T, the n softmaxes and their mean.
-
-    Args:
-        features: p, without the bias's one.
-        classes: c.
-        n_mc: n, draws.
+    It leaves out the root, the division by T, the n softmaxes and their mean. p is without the bias's one.
 
     Returns:
         FLOPs per row.

@@ -47,18 +47,7 @@ class PerExit:
 
 
 def fit(scores: Tensor, config: PerExitConfig | None = None) -> PerExit:
-    """Split conformal prediction at every exit.
-
-    Args:
-        scores: Of the true labels or numbers of the calibration rows, [E, n] (`conformal_scores`).
-        config: What sets; the default aims at 0.95.
-
-    Returns:
-        The quantiles.
-
-    Raises:
-        ValueError: There are no scores.
-    """
+    """Quantiles from scores of true labels or numbers of calibration rows, [E, n]; a ValueError if there are none."""
     config = config or PerExitConfig()
     if scores.ndim != 2 or not scores.shape[1]:
         raise ValueError(f"scores of true labels are needed, exits x rows; their shape is {list(scores.shape)}")

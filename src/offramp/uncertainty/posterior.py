@@ -19,11 +19,10 @@ from torch import Tensor
 
 from offramp.runs import artefact, digests
 from offramp.runs.tables import markdown
-from offramp.uncertainty import checks, ensemble, fingerprint, overhead, predictive
-from offramp.uncertainty.one_exit import ExitPosterior, fit_exits
+from offramp.uncertainty import checks, ensemble, overhead, predictive
+from offramp.uncertainty.one_exit import METHODS as METHODS
+from offramp.uncertainty.one_exit import ExitPosterior, Settings, fit_exits
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
-from offramp.uncertainty.settings import METHODS as METHODS
-from offramp.uncertainty.settings import Settings
 
 SCHEMA = "offramp/posterior/1"
 
@@ -65,9 +64,9 @@ class PosteriorConfig(Settings):
         ]
         for message in messages:
             warnings.warn(message, stacklevel=2)
-        inputs = {"network": network, "tune": fingerprint.of_outputs(tune)}
+        inputs = {"network": network, "tune": tune.fingerprint}
         if self.is_laplace:
-            inputs["fit"] = fingerprint.of_outputs(fit)
+            inputs["fit"] = fit.fingerprint
         widths = tuple(f.shape[1] for f in tune.features)
         return Posterior(self, tuple(exits), widths, tune.classes, tune.costs.double(), draws, inputs, tuple(messages))
 
@@ -141,9 +140,6 @@ class Posterior:
 
     def batches(self, outputs: ExitOutputs) -> Iterator[tuple[slice, Tensor]]:
         """Probabilities of all exits, some rows at a time, within the configuration's memory.
-
-        Args:
-            outputs: Rows of the network that was fitted.
 
         Yields:
             Which rows, and their probabilities, [E, B, C], float64.

@@ -51,18 +51,7 @@ class SetExits:
 
 
 def apply(sets: Sets, config: SetExitConfig | None = None) -> SetExits:
-    """Find the exit of every row. Sets are intersected first, so those of single exits may be given.
-
-    Args:
-        sets: Of E exits for N rows.
-        config: When to leave; the default is one class, and running on if the set empties.
-
-    Returns:
-        The exits.
-
-    Raises:
-        ValueError: There is no first exit of that number.
-    """
+    """The exit of every row of sets [E, N], which are intersected first, so that those of single exits may be given."""
     config = config or SetExitConfig()
     nested = sets.running()
     empty, count = nested.empty, len(nested.empty)

@@ -48,8 +48,6 @@ def search(
     Returns:
         The best, and what was tried.
     """
-    from scipy.optimize import minimize_scalar
-
     tried: dict[float, float] = {}
 
     def value(temperature: float) -> float:
@@ -64,8 +62,20 @@ def search(
     if grid is None:
         place = points.index(best())
         ends = points[max(place - 1, 0)], points[min(place + 1, len(points) - 1)]
-        bounds = tuple(map(math.log, ends))
-        minimize_scalar(lambda t: value(math.exp(t)), bounds=bounds, method="bounded", options={"xatol": precision})
+        between(value, *ends, precision)
     found = best()
     at_edge = min(abs(math.log(found / end)) for end in (points[0], points[-1])) < 2 * precision
     return Search(found, tried[found], tuple(sorted(tried.items())), at_edge)
+
+
+def between(
+    loss: Callable[[float], float], low: float = LOWEST, high: float = HIGHEST, precision: float = 2e-3
+) -> tuple[float, float]:  # fmt: skip
+    """The best temperature between two, by bounded minimisation over ln T to this precision, and the loss at it."""
+    from scipy.optimize import minimize_scalar
+
+    bounds = math.log(low), math.log(high)
+    found = minimize_scalar(
+        lambda at: loss(math.exp(at)), bounds=bounds, method="bounded", options={"xatol": precision}
+    )  # fmt: skip
+    return math.exp(float(found.x)), float(found.fun)

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from offramp.uncertainty.avcs_classification import log_steps
 from offramp.uncertainty.conformal_scores import conformal_rank
 
 KNOTS = 257
@@ -201,12 +202,9 @@ def log_ratio(
     scored = logits.isfinite()
     mean = torch.where(scored, logits, 0).sum(-1, keepdim=True) / scored.sum(-1, keepdim=True).clamp(min=1)
     a = logits.double() - mean.double()
-    support = scored & (a >= threshold)
-    a = torch.where(support, a, 1.0)
-    gamma = torch.where(support, _gamma(a, _uniforms(ids, layer, position, seed)), 0.0)
-    total = torch.where(support, a, 0.0).sum(-1, keepdim=True)
-    ratio = a.log() - total.log() - gamma.log() + gamma.sum(-1, keepdim=True).log()
-    return torch.where(support, ratio, torch.inf).float()
+    a = torch.where(scored & (a >= threshold), a, 0.0)
+    drawn = _gamma(a.clamp(min=1), _uniforms(ids, layer, position, seed)).log()
+    return log_steps(a, drawn).float()
 
 
 def evidence_sets(
@@ -306,18 +304,7 @@ def share_outside(place: Tensor, candidates: int) -> float:
 def walk(
     sets: TokenSets, ids: Tensor, logits: Mapping[int, Tensor], normalisers: Mapping[int, Tensor], position: Tensor
 ) -> list[Running]:
-    """The sets of N tokens after each exit.
-
-    Args:
-        sets: Calibrated.
-        ids: Candidates, [N, k].
-        logits: Theirs by exit, ascending, [N, k] each.
-        normalisers: By exit, [N] each.
-        position: Of the tokens in their texts, [N].
-
-    Returns:
-        One state per exit.
-    """
+    """The sets of N tokens after each exit; arguments by layer, ascending, as for `TokenSets.step`."""
     running, found = start(ids), []
     for layer, z in logits.items():
         running = sets.step(running, layer, z, normalisers[layer], position)

@@ -1,4 +1,4 @@
-"""Temperature and prior variance of each exit, by the negative log predictive density (NLPD) of the tune split.
+"""Temperature and prior variance of each exit, by the negative log predictive density (NLPD) of rows or known tokens.
 
 With the model-internal ensemble exits are tuned greedily, shallow to deep: exit e for the ensemble of exits 1..e, with
 the earlier ones as they are. Without it exits do not depend on each other.
@@ -7,20 +7,24 @@ the earlier ones as they are. Without it exits do not depend on each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from offramp.uncertainty import ensemble, temperature
+from offramp.uncertainty import candidates, ensemble, temperature
+from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, TokenRows, log_likelihood
+from offramp.uncertainty.laplace import Factors
 
 WIDE = tuple(10.0**i for i in range(-6, 3))
 """Prior variances looked at: nine from 1e-6, where Laplace is next to nothing, to 100. A narrower grid forces a Laplace
 on exits that are better without: at 0.01, features of norm 20 already give logits a prior variance of 4."""
 MERONEN = (0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)
 """The published grid (Meronen et al., 2023)."""
+LOGIT_PRIORS = tuple(10.0**power for power in range(-4, 5))
+"""Of tokens, prior variances of a logit: ω is this over the mean of φᵀφ, which differs by orders between models."""
 
 Z95 = 1.959964
 """Standard errors on each side of a 95 % interval."""
@@ -76,15 +80,7 @@ class Tuned:
 
 
 def tune(predict: Callable[[float | None], Rows], space: Space) -> Tuned:
-    """The setting with the smallest NLPD; between equals the smallest |ln T|, then the smallest ω.
-
-    Args:
-        predict: From ω to what answers for each temperature.
-        space: Where to look.
-
-    Returns:
-        The setting.
-    """
+    """The setting with the smallest NLPD; between equals the smallest |ln T|, then the smallest ω."""
     surface: list[tuple[float | None, float, float]] = []
     found: list[tuple[tuple[float, float, float], float | None, temperature.Search]] = []
     for omega in space.omegas:
@@ -108,17 +104,7 @@ def _nlpd(rows: Rows, temperature: float) -> float:
 def tune_all(
     predict: Callable[[int, float | None], Rows], exits: int, space: Space, weights: Tensor | None
 ) -> list[Tuned]:  # fmt: skip
-    """Settings of all exits.
-
-    Args:
-        predict: From an exit, counted from 0, and ω to what answers for each temperature, of the exit alone.
-        exits: E.
-        space: Where to look, at every exit.
-        weights: Of an ensemble, [E]; None: each exit for itself.
-
-    Returns:
-        E settings.
-    """
+    """Settings of E exits, shallow to deep; with weights [E], each for the ensemble up to it."""
     found: list[Tuned] = []
     carried: Tensor | None = None
     for exit in range(exits):
@@ -139,6 +125,77 @@ def _after(carried: Tensor | None, weights: Tensor, exit: int, own: Tensor) -> T
 def _joined(alone: Callable[[float | None], Rows], join: Callable[[Tensor], Tensor], omega: float | None) -> Rows:
     rows = alone(omega)
     return lambda t: join(rows(t))
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class TokensTuned:
+    """What tuning on tokens found.
+
+    Attributes:
+        temperature: T.
+        omega: ω, of a weight.
+        prior: ω · mean(φᵀφ), of a logit.
+        nlpd: Mean of -ln p̄ of the true token there.
+        surface: The same on the grid, one row per prior variance and one column per T of `temperature.MERONEN`.
+        edges: Which of "temperature" and "prior" lie at an end of what was tried; the smallest prior is no posterior.
+    """
+
+    temperature: float
+    omega: float
+    prior: float
+    nlpd: float
+    surface: tuple[tuple[float, ...], ...]
+    edges: tuple[str, ...]
+
+
+def tune_tokens(
+    factors: Factors, rows: TokenRows, draws: Tensor, config: LaplaceConfig, *,
+    priors: Sequence[float] = LOGIT_PRIORS, name: str = "",
+) -> tuple[TokenLaplace, TokensTuned]:  # fmt: skip
+    """The T and ω of the smallest NLPD; of equal ones the T nearest to 1, then the smallest ω.
+
+    All T of the grid are tried with the noise of each ω, the best is then refined between its neighbours or the bounds.
+
+    Args:
+        factors: Sums over the fit tokens.
+        rows: Other tokens, to tune on.
+        draws: See `candidates.standard_draws`.
+        config: Of the posterior.
+        priors: Prior variances of a logit to try, ascending.
+        name: Which exit, for errors.
+
+    Returns:
+        The posterior in float32, and how it was found.
+    """
+    square = float(factors.features.trace()) / max(factors.rows, 1)
+    grid = temperature.MERONEN
+    states = [candidates.fit(factors, prior / square, draws, config, name=name).single() for prior in priors]
+    surface = torch.stack([-log_likelihood(rows, grid, state).double().mean(1) for state in states])
+    ranked = [
+        (float(surface[i, j]), abs(math.log(t)), prior, i, j)
+        for i, prior in enumerate(priors) for j, t in enumerate(grid)
+    ]  # fmt: skip
+    value, _, prior, i, j = min(ranked)
+    ends = (temperature.LOWEST, *grid, temperature.HIGHEST)
+    best, refined = temperature.between(partial(_tokens_nlpd, rows, states[i]), ends[j], ends[j + 2])
+    if refined > value:
+        best, refined = grid[j], value
+    edges = ["temperature"] if min(abs(math.log(best / end)) for end in (ends[0], ends[-1])) < 0.01 else []
+    edges += ["prior"] if len(priors) > 1 and prior in (priors[0], priors[-1]) else []
+    tried = tuple(tuple(round(v, 5) for v in row) for row in surface.tolist())
+    return replace(states[i], temperature=best), TokensTuned(best, prior / square, prior, refined, tried, tuple(edges))
+
+
+def temperature_alone(rows: TokenRows) -> float:
+    """The T of the smallest NLPD of the trained head itself."""
+    return temperature.between(partial(_tokens_nlpd, rows, None))[0]
+
+
+def _tokens_nlpd(rows: TokenRows, state: TokenLaplace | None, at: float) -> float:
+    return -float(log_likelihood(rows, [at], state).double().mean())
 
 
 # ---------------------------------------------------------------- is the Laplace approximation worth it?

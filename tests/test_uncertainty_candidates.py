@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.uncertainty import token_laplace as tl
-from offramp.uncertainty.shortlist import Shortlist, shortlist
-from offramp.uncertainty.token_laplace import Factors, LaplaceConfig, standard_draws
-from offramp.uncertainty.token_tuning import log_likelihood, rows_of, temperature_alone, tune
+from offramp.uncertainty import candidates as tl
+from offramp.uncertainty.candidates import LaplaceConfig, Shortlist, log_likelihood, rows_of, shortlist, standard_draws
+from offramp.uncertainty.laplace import Factors, damping
+from offramp.uncertainty.predictive import Noisy
+from offramp.uncertainty.tuning import temperature_alone, tune_tokens
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=30, database=None)
 
@@ -23,16 +24,16 @@ def data(rows=40, width=4, vocabulary=6, seed=0, scale=1.5):
     return x, w, x @ w.T
 
 
-def fitted(x, z, omega=2.0, draws=None, members=None, bias=False, **options):
+def fitted(x, z, omega=2.0, draws=None, whole=False, bias=False, **options):
     config = LaplaceConfig(evidence=1.0, **options)
-    factors = Factors(x.shape[1], z.shape[1], bias=bias, members=members)
+    factors = Factors.empty(x.shape[1], z.shape[1], bias=bias, diagonal=not whole)
     for part, logits in zip(x.split(7), z.split(7), strict=True):
-        factors.add(part, logits)
+        factors = factors.update(part, logits)
     draws = standard_draws(config, z.shape[1]) if draws is None else draws
     return tl.fit(factors, omega, draws, config), factors
 
 
-def dense(x, z, omega, members, query):
+def dense(x, z, omega, query):
     """s(φ)·Ũ⁻¹ from Hessians of single tokens by autograd, without any formula for them, [k, k]."""
     n = len(x)
     a = sum(torch.outer(f, f) for f in x) / n
@@ -41,55 +42,60 @@ def dense(x, z, omega, members, query):
         return torch.logsumexp(logits, 0)  # its Hessian is that of the cross-entropy
 
     g = sum(torch.autograd.functional.hessian(loss, row) for row in z) / n
-    g = g[members][:, members]
     v = math.sqrt(n) * a + torch.eye(len(a), dtype=torch.float64) * omega**-0.5
     u = math.sqrt(n) * g + torch.eye(len(g), dtype=torch.float64) * omega**-0.5
     return query @ torch.linalg.inv(v) @ query * torch.linalg.inv(u)
 
 
-@pytest.mark.parametrize("members", [[0, 1, 2, 3, 4, 5], [1, 4, 5]])
-def test_mean_probabilities_equal_brute_force_over_the_dense_covariance(members):
+def test_mean_probabilities_equal_brute_force_over_the_dense_covariance():
     x, w, z = data(scale=0.5)
-    members = torch.tensor(members)
     g = torch.Generator().manual_seed(3)
     draws = torch.randn(100_000, 6, generator=g, dtype=torch.float64)
-    state, _ = fitted(x, z, omega=20.0, draws=draws, members=members)
+    state, _ = fitted(x, z, omega=20.0, draws=draws, whole=True)
     query = torch.tensor([[0.4, -1.0, 0.3, 2.0]], dtype=torch.float64)
     logits = query @ w.T
     short = shortlist(logits, 6)
     p, rest = tl.predictive(state, query, short)
     assert rest.tolist() == [0]
-    covariance = dense(x, z, 20.0, members, query[0])
-    noise = torch.randn(100_000, len(members), generator=g, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T
-    sampled = logits.expand(100_000, -1).clone()
-    sampled[:, members] += noise
-    expected = sampled.softmax(-1).mean(0)[short.ids[0]]
+    covariance = dense(x, z, 20.0, query[0])
+    noise = torch.randn(100_000, 6, generator=g, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T
+    expected = (logits + noise).softmax(-1).mean(0)[short.ids[0]]
     torch.testing.assert_close(p[0], expected, atol=4e-3, rtol=0)
     assert (logits.softmax(-1)[0, short.ids[0]] - expected).abs().max() > 0.03, "the noise should matter here"
 
 
 def test_the_diagonal_is_that_of_the_hessian():
     x, _, z = data()
-    everything = torch.arange(6)
     state, _ = fitted(x, z)
     query = torch.randn(4, dtype=torch.float64)
-    full = dense(x, z, 2.0, everything, query)  # its inverse's diagonal holds Ũ's
+    full = dense(x, z, 2.0, query)  # its inverse's diagonal holds Ũ's
     precision = torch.linalg.inv(full).diagonal() * tl.distance(state, query[None])
     torch.testing.assert_close(state.spread**-2, precision, atol=1e-9, rtol=1e-9)
 
 
-def test_a_whole_factor_of_all_tokens_is_the_full_one_whatever_the_order():
-    x, w, z = data(vocabulary=30)
-    query = x[:5] + 0.3
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    config = LaplaceConfig(draws=4000)
-    draws = standard_draws(config, 30)
-    full, _ = fitted(x, z, members=torch.arange(30), draws=draws)
-    same, _ = fitted(x, z, members=torch.arange(30), draws=draws)
-    other, _ = fitted(x, z, members=order, draws=draws)
-    short = shortlist(query @ w.T, 30)
-    torch.testing.assert_close(tl.gap(full, query, short), tl.gap(same, query, short), atol=0, rtol=0)
-    torch.testing.assert_close(tl.gap(full, query, short), tl.gap(other, query, short), atol=0.03, rtol=0)
+@pytest.mark.parametrize("whole", [False, True])
+def test_tokens_that_are_all_candidates_are_rows_of_as_many_classes(whole):
+    """Two ways to the same mean: draws of a few gathered tokens, and chunks of all classes."""
+    x, w, z = data(vocabulary=12)
+    state, factors = fitted(x, z, bias=True, whole=whole)
+    query, logits = x[:5] + 0.3, (x[:5] + 0.3) @ w.T
+    damped = damping(factors, "factored")(2.0)
+    draws = standard_draws(LaplaceConfig(), 12).double()
+    rows = Noisy(logits, damped.spread(query).sqrt(), damped.directions(draws), damped, 2**20)
+    short = shortlist(logits, 12)
+    p, rest = tl.predictive(state, query, short)
+    torch.testing.assert_close(p, rows.probabilities(1.0).gather(1, short.ids))
+    assert rest.tolist() == [0.0] * 5
+    target = torch.arange(5)
+    found = log_likelihood(rows_of(query, logits, short, target), [1.0, 1.7], state)
+    torch.testing.assert_close(found[1], rows.log_probabilities(target, 1.7))
+
+
+def test_a_diagonal_is_that_of_the_whole_factor():
+    x, _, z = data()
+    whole, diagonal = fitted(x, z, whole=True)[1], fitted(x, z)[1]
+    torch.testing.assert_close(diagonal.classes, whole.classes.diagonal())
+    torch.testing.assert_close(diagonal.features, whole.features)
 
 
 @SETTINGS
@@ -109,10 +115,10 @@ def test_draws_belong_to_tokens_not_to_ranks(seed):
     torch.testing.assert_close(p.sum(-1) + rest, torch.ones(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("members", [None, [0, 3, 7]])
-def test_without_prior_variance_it_is_the_softmax_gap(members):
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_prior_variance_it_is_the_softmax_gap(whole):
     x, w, z = data(vocabulary=12)
-    state, _ = fitted(x, z, omega=1e-24, members=None if members is None else torch.tensor(members))
+    state, _ = fitted(x, z, omega=1e-24, whole=whole)
     query = torch.randn(9, 4, dtype=torch.float64)
     logits = query @ w.T
     top = logits.softmax(-1).topk(2).values
@@ -149,13 +155,9 @@ def test_a_bias_of_the_head_is_one_more_weight():
 
 def test_streamed_permuted_and_merged_sums_are_those_of_one_batch():
     x, _, z = data()
-    whole = Factors(4, 6)
-    whole.add(x, z)
-    order = torch.randperm(len(x))
-    left, right = Factors(4, 6), Factors(4, 6)
-    left.add(x[order[:11]], z[order[:11]])
-    right.add(x[order[11:]], z[order[11:]])
-    left.merge(right)
+    empty = Factors.empty(4, 6, bias=False, diagonal=True)
+    whole, order = empty.update(x, z), torch.randperm(len(x))
+    left = empty.update(x[order[:11]], z[order[:11]]).merge(empty.update(x[order[11:]], z[order[11:]]))
     assert left.rows == whole.rows == 40
     torch.testing.assert_close(left.features, whole.features, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(left.classes, whole.classes, atol=1e-12, rtol=1e-12)
@@ -203,12 +205,11 @@ def test_settings_out_of_range(change, message):
 def test_bad_input_is_named():
     x, _, z = data()
     x[3, 1] = math.nan
-    with pytest.raises(ValueError, match="token 3 .* not finite"):
-        Factors(4, 6).add(x, z)
+    empty = Factors.empty(4, 6, diagonal=True)
+    with pytest.raises(ValueError, match="row 3 of the features holds nan"):
+        empty.update(x, z)
     with pytest.raises(ValueError, match="no tokens to fit"):
-        tl.fit(Factors(4, 6), 1.0, torch.zeros(2, 6), LaplaceConfig())
-    with pytest.raises(ValueError, match="5000 tokens; .* at most 4096"):
-        Factors(4, 6, members=torch.arange(5000))
+        tl.fit(empty, 1.0, torch.zeros(2, 6), LaplaceConfig())
 
 
 # ------------------------------------------------------------ the check of the design, section 17.1, at V = 2000
@@ -229,10 +230,9 @@ def test_the_best_64_tokens_with_a_diagonal_rank_like_all_2000_with_a_whole_fact
     x = torch.randn(rows, width, generator=g) * torch.linspace(0.3, 2, width)
     config = LaplaceConfig(draws=100, evidence=1.0)
     draws = standard_draws(config, vocabulary)
-    whole, diagonal = Factors(width, vocabulary, members=torch.arange(vocabulary)), Factors(width, vocabulary)
+    whole, diagonal = (Factors.empty(width, vocabulary, bias=False, diagonal=kind) for kind in (False, True))
     for part in x.split(500):
-        whole.add(part, part @ w.T)
-        diagonal.add(part, part @ w.T)
+        whole, diagonal = (factors.update(part, part @ w.T) for factors in (whole, diagonal))
     full = tl.fit(whole, 2.0, draws, config).single()
     simple = tl.fit(diagonal, 2.0, draws, config).single()
     query = torch.randn(120, width, generator=g) * torch.linspace(0.3, 2, width)
@@ -286,10 +286,9 @@ def test_tuning_takes_the_smallest_nlpd_of_its_surface_and_says_where_it_lies():
     x, z, target = overconfident()
     rows = rows_of(x, z, shortlist(z, 9), target)
     config = LaplaceConfig()
-    factors = Factors(4, 9)
-    factors.add(x, z)
+    factors = Factors.empty(4, 9, bias=False, diagonal=True).update(x, z)
     draws = standard_draws(config, 9)
-    state, tuned = tune(factors, rows, draws, config, priors=(0.1, 1.0, 10.0))
+    state, tuned = tune_tokens(factors, rows, draws, config, priors=(0.1, 1.0, 10.0))
     assert state.temperature == tuned.temperature
     assert len(tuned.surface) == 3
     assert tuned.nlpd <= min(min(row) for row in tuned.surface) + 1e-5
