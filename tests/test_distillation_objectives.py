@@ -17,6 +17,8 @@ from offramp.distillation.objectives import (
     LearningFromFailure,
     divergence,
 )  # fmt: skip
+from offramp.distillation.token_losses import TokenLoss, token_losses
+from offramp.training.objectives import OBJECTIVES
 
 
 def batch_of(labels, rows=None, groups=None, inputs=None):
@@ -188,3 +190,23 @@ def test_learning_from_failure_against_a_loop():
     other = biased.clone().requires_grad_()
     (0.7 * ((1 - other.softmax(-1)[torch.arange(4), labels] ** 0.7) / 0.7)).mean().backward()
     torch.testing.assert_close(objective.biased.logits.grad, other.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_on", ["kd", "ce", "both"])
+@pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0])
+def test_rows_and_tokens_learn_by_one_loss_which_is_a_plain_loop(fraction, weight_on):
+    student, teacher, labels = draw(5, 4).float(), draw(5, 4, seed=1).float(), torch.tensor([0, 3, 1, 1, 2])
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
+    expected = 0.0
+    for z, guide, label, weight in zip(student, teacher, labels, weights, strict=True):
+        kd = 4 * F.kl_div((z / 2).log_softmax(-1), (guide / 2).softmax(-1), reduction="sum")
+        ce = F.cross_entropy(z, label)
+        u, v = (weight if weight_on in (name, "both") else 1.0 for name in ("kd", "ce"))
+        expected += float((1 - fraction) * v * ce + fraction * u * kd)
+    rows = Distilled(5, lambda _: teacher, fraction=fraction, temperature=2.0, weight_on=weight_on)
+    rows.weights.copy_(weights)
+    assert float(rows(outputs_of(student), batch_of(labels))[0]) == pytest.approx(expected / 5, rel=1e-5)
+    loss = TokenLoss(OBJECTIVES["forward-kl"], 2.0, fraction, weight_on)
+    sides = (student, lambda z: z), (teacher, lambda z: z)
+    sums = token_losses(*sides, labels, torch.full((5,), -1), loss, rows=2, names=0, weights=weights)
+    assert float(sums.loss) == pytest.approx(expected, rel=1e-5)

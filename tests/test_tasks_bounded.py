@@ -9,10 +9,9 @@ import pytest
 from offramp.runs import bounded
 from offramp.runs.bounded import content, decoded, parsed
 from offramp.tasks import TASKS, read_examples
-from offramp.tasks.group_tables import table_rows
 from offramp.tasks.images import read_idx
 from offramp.tasks.labelled_text import SST2, TextLayout, read_labelled_text
-from offramp.tasks.rows import csv_rows, json_rows, read_text, text_rows, written
+from offramp.tasks.rows import csv_rows, json_rows, read_text, table_rows, text_rows, written
 from offramp.training.data import read_texts
 
 

@@ -10,13 +10,20 @@ import torch
 
 from offramp.metrics.group_members import Groups
 from offramp.tasks.group_files import GroupLayout, from_metadata, load_grouped
-from offramp.tasks.group_image_sets import load_celeba, load_waterbirds
-from offramp.tasks.group_images import SquareImages
-from offramp.tasks.group_nli import METADATA, MULTINLI, SNLI_FILES, load_multinli, load_snli
+from offramp.tasks.group_images import SquareImages, load_celeba, load_waterbirds
+from offramp.tasks.group_nli import (
+    EXTENDED,
+    METADATA,
+    MULTINLI,
+    PUBLISHED,
+    SNLI_FILES,
+    has_negation,
+    load_multinli,
+    load_snli,
+)
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.group_toxicity import FILE, IDENTITIES, load_civilcomments
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.negation import EXTENDED, PUBLISHED, has_negation
 
 Image = pytest.importorskip("PIL.Image")
 

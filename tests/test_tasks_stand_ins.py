@@ -10,14 +10,13 @@ import torch
 from group_training import cnn, mlp, tensor_of, trained
 from offramp.metrics.group_members import Groups
 from offramp.tasks.difficulty import check_difficulty
+from offramp.tasks.group_nli import has_negation
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.negation import has_negation
-from offramp.tasks.stand_ins import BLUE, GREEN, digits_on_colour, mnist_on_colour
+from offramp.tasks.stand_ins import BLUE, GREEN, digits_on_colour, mnist_on_colour, toy_gaussian
 from offramp.tasks.stand_ins_nli import ADDITIONS, NOUNS, VERBS, template_nli
 from offramp.tasks.stand_ins_spuco import PLACES, coloured_mnist, spuco_mnist
 from offramp.tasks.stand_ins_toxicity import INDIRECT, INSULTS, PRAISE, TARGETED, WORDS, template_toxicity
-from offramp.tasks.stand_ins_toy import toy_gaussian
 
 
 def digit_images(count=600, seed=0):

@@ -71,8 +71,8 @@ class EarlyExitClassifier(nn.Module):
     Attributes:
         trained_on: How its data was read and divided, as `offramp.classifiers.divided` records it, kept and saved with
             the model; empty: unknown.
-        training_rows: Its training rows as `offramp.tasks.row_hashes` knows them, [N], kept and saved likewise; None:
-            unknown.
+        training_rows: Its training rows as `offramp.tasks.labelled.row_hashes` knows them, [N], kept and saved
+            likewise; None: unknown.
 
     Raises:
         ValueError: The exits, the classes or the labels are not possible.

@@ -55,16 +55,13 @@ def _trained(run: Run, use: str, train: int, select: int) -> Iterator[tuple[str,
 
 
 def _of_given(teacher: str) -> dict[str, int | None]:
-    """Labels that the run of a classifier used, but for its report.
+    """Labels that the run of a classifier used, but for its report, by split; {"train": None} where nothing is known.
 
     Labels of a split that served for several things are the same ones, so the most that one thing used is counted; what
     is known to have been used outweighs what is unknown.
 
-    Args:
-        teacher: As in a `Run`; what a network begins as is a folder too.
-
     Returns:
-        Counts by split; {"train": None} where nothing is known.
+        Of a teacher as in a `Run`; what a network begins as is a folder too.
     """
     kind, _, path = teacher.partition(":")
     folder = Path(path).expanduser()

@@ -75,9 +75,6 @@ def found_by_group(
 def suggested(data: GroupedSet) -> Tensor | None:
     """The class that the shortcut suggests for each test row: the most frequent one among training rows that look so.
 
-    Args:
-        data: A set.
-
     Returns:
         [N], -1 where the attribute is unknown; None if there is not one attribute with a value for each class.
     """
@@ -96,14 +93,7 @@ def suggested(data: GroupedSet) -> Tensor | None:
 
 
 def keep_weights(folder: Path, weights: Tensor, groups: Groups | None, epoch: int) -> None:
-    """Keep the weights of the training rows, the last ones alone; not if their groups are unknown.
-
-    Args:
-        folder: Of the run.
-        weights: [N].
-        groups: Of the rows.
-        epoch: After which they were set.
-    """
+    """Keep the weights [N] of the training rows, set after an epoch; not if their groups are unknown."""
     if groups is None:
         return
     tensors = {"weights": weights.float(), "members": groups.members}

@@ -204,15 +204,7 @@ def _short(teacher: str) -> str:
 
 
 def study_from(values: Mapping[str, Any], base: Study) -> Study:
-    """A study with the values of a file in it; "methods", "schema" and "sources" are not looked at.
-
-    Args:
-        values: Nested, as in the files of `offramp/data/distill`.
-        base: What they are put into.
-
-    Returns:
-        The study.
-    """
+    """A study with the nested values of a file of `offramp/data/distill` put into this one."""
     own = {key: value for key, value in values.items() if key not in ("schema", "methods", "sources")}
     made: Study = updated(base, own, "the file")
     return made
@@ -284,14 +276,7 @@ def _merged(general: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str,
 
 
 def bundled(name: str) -> dict[str, Any]:
-    """The settings that come with the library for a set.
-
-    Args:
-        name: One of `BUNDLED`.
-
-    Returns:
-        JSON values, for `study_from` and `runs`.
-    """
+    """The settings that come with the library for a set in `BUNDLED`, JSON values for `study_from` and `runs`."""
     from importlib.resources import files
 
     found: dict[str, Any] = json.loads((files("offramp") / "data" / "distill" / f"{name}.json").read_text("utf-8"))

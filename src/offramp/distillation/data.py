@@ -100,18 +100,15 @@ def _loaded(path: str, task: str | None, options: str, seed: int) -> GroupedSet:
 def _stand_in(name: str, place: str, seed: int, options: dict[str, Any]) -> GroupedSet:
     from offramp.tasks import stand_ins, stand_ins_nli, stand_ins_spuco, stand_ins_toxicity
 
-    if name == "digits-on-colour":
-        return stand_ins.digits_on_colour(seed=seed, **options)
-    if name == "template-nli":
-        return stand_ins_nli.template_nli(seed=seed, **options)
-    if name == "template-toxicity":
-        return stand_ins_toxicity.template_toxicity(seed=seed, **options)
+    makers: dict[str, Callable[..., GroupedSet]] = {
+        "digits-on-colour": stand_ins.digits_on_colour, "template-nli": stand_ins_nli.template_nli,
+        "template-toxicity": stand_ins_toxicity.template_toxicity, "mnist-on-colour": stand_ins.mnist_on_colour,
+        "spuco-mnist": stand_ins_spuco.spuco_mnist, "coloured-mnist": stand_ins_spuco.coloured_mnist,
+    }  # fmt: skip
+    if "mnist" not in name:
+        return makers[name](seed=seed, **options)
     if not place:
         raise ValueError(f"{name} is made of MNIST's or Fashion-MNIST's files; give stand-in:{name}:FOLDER")
-    makers: dict[str, Callable[..., GroupedSet]] = {
-        "mnist-on-colour": stand_ins.mnist_on_colour, "spuco-mnist": stand_ins_spuco.spuco_mnist,
-        "coloured-mnist": stand_ins_spuco.coloured_mnist,
-    }  # fmt: skip
     return makers[name](*_digits(place), seed=seed, **options)
 
 
@@ -127,37 +124,25 @@ def _digits(folder: str) -> tuple[Any, Any]:
 
 def _published(task: str, path: str, seed: int, options: dict[str, Any]) -> GroupedSet:
     from offramp.tasks.group_files import GroupLayout, load_grouped
-    from offramp.tasks.group_image_sets import load_celeba, load_waterbirds
+    from offramp.tasks.group_images import load_celeba, load_waterbirds
     from offramp.tasks.group_nli import load_multinli, load_snli
     from offramp.tasks.group_toxicity import load_civilcomments
 
-    if not Path(path).expanduser().exists():
-        raise FileNotFoundError(f"{path} is missing; nothing is downloaded, name a local folder or file")
     place = Path(path).expanduser()
-    if task == "waterbirds":
-        return load_waterbirds(place, **options)
-    if task == "celeba":
-        return load_celeba(place, **options)
-    if task == "multinli":
-        return load_multinli(place, seed=seed, **options)
-    if task == "snli":
-        return load_snli(place, seed=seed, **options)
-    if task == "civilcomments":
-        return load_civilcomments(place, **options)
-    return load_grouped(place, GroupLayout(**options) if options else None)
+    if not place.exists():
+        raise FileNotFoundError(f"{path} is missing; nothing is downloaded, name a local folder or file")
+    if task == "groups":
+        return load_grouped(place, GroupLayout(**options) if options else None)
+    if task in ("multinli", "snli"):
+        return (load_multinli if task == "multinli" else load_snli)(place, seed=seed, **options)
+    loaders: dict[str, Callable[..., GroupedSet]] = {
+        "waterbirds": load_waterbirds, "celeba": load_celeba, "civilcomments": load_civilcomments
+    }  # fmt: skip
+    return loaders[task](place, **options)
 
 
 def divided(val: Grouped, share: float, seed: int) -> tuple[Grouped, Grouped]:
-    """Validation rows to select epochs by, and those to tune weights on; two renderings of one thing stay together.
-
-    Args:
-        val: The validation split.
-        share: Of the second.
-        seed: Of the division.
-
-    Returns:
-        The two.
-    """
+    """Validation rows to select by, and this share to tune weights on; two renderings of a thing stay together."""
     clusters = val.rows.clusters or (tuple(map(str, val.pairs.tolist())) if val.pairs is not None else ())
     rows = Labelled(val.rows.ids, val.rows.inputs, val.rows.labels, val.rows.classes, val.rows.groups, clusters)
     place = {id: at for at, id in enumerate(rows.ids)}
@@ -180,17 +165,7 @@ def minority_of(grouped: Grouped) -> Tensor | None:
 
 
 def group_counts(grouped: Grouped) -> Tensor:
-    """Rows of each group, for methods that train by them.
-
-    Args:
-        grouped: The training split.
-
-    Returns:
-        [G], int64.
-
-    Raises:
-        ValueError: Groups are unknown or overlap, or a row is in none, or a group is empty.
-    """
+    """Rows of each group [G], for methods that train by them; a ValueError unless each row is in one of them."""
     if grouped.groups is None or grouped.rows.groups is None:
         raise ValueError(
             f"{grouped.rows.source or 'the training split'} has no groups, or rows in several or none; this method "

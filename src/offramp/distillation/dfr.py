@@ -40,19 +40,7 @@ class LastLayer:
 def refitted(
     features: Tensor, labels: Tensor, groups: Tensor, classes: int, *, seed: int = 0, draws: int = DRAWS
 ) -> LastLayer:  # fmt: skip
-    """Fit a last layer on rows outside training.
-
-    Args:
-        features: [N, D].
-        labels: [N].
-        groups: Of the rows, [N]; rows with -1 are left out.
-        classes: C.
-        seed: Of halves and subsets.
-        draws: Subsets.
-
-    Returns:
-        The layer.
-    """
+    """A last layer for features [N, D], labels [N] and groups [N] of rows outside training; -1: left out."""
     random = torch.Generator().manual_seed(seed)
     known = groups >= 0
     x, y, g = features[known].double(), labels[known], groups[known]
@@ -86,15 +74,8 @@ def balanced(groups: Tensor, random: torch.Generator) -> Tensor:
 def l1_logistic(x: Tensor, labels: Tensor, classes: int, strength: float, steps: int = STEPS) -> tuple[Tensor, Tensor]:
     """Minimise strength Σ_i ce_i + ‖W‖₁, the bias not penalised, by accelerated proximal gradient steps.
 
-    Args:
-        x: Standardised features, [N, D], float64.
-        labels: [N].
-        classes: C.
-        strength: C of scikit-learn.
-        steps: Of the solver.
-
     Returns:
-        Weight [C, D] and bias [C].
+        Weight [C, D] and bias [C] for standardised features [N, D], float64; the strength is C of scikit-learn.
     """
     full = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     target = F.one_hot(labels, classes).to(x.dtype)

@@ -19,17 +19,7 @@ DECAY = 1e-4
 def fit_early_exits(
     student: EarlyExitClassifier, rows: Rows, precision: str | None = None, steps: int = 40
 ) -> None:  # fmt: skip
-    """Fit the linear layers of all exits but the last, by plain cross-entropy on features of the training rows.
-
-    Args:
-        student: Its blocks and its last exit stay as they are.
-        rows: Training rows.
-        precision: "bf16": the student computes in bfloat16; None: as it is.
-        steps: Of LBFGS.
-
-    Raises:
-        ValueError: See `require_linear`.
-    """
+    """Fit the linear layers of all exits but the last, by plain cross-entropy on features of the training rows."""
     require_linear(student)
     heads: list[Any] = list(student.heads)[:-1]
     if not heads:
@@ -46,15 +36,12 @@ def fit_early_exits(
 
 
 def require_linear(student: EarlyExitClassifier) -> None:
-    """Check that exits before the last can be fitted when training is over.
+    """Raise a ValueError if an exit before the last has more to learn than a linear layer and a norm.
 
     A copy of the network's final norm is no obstacle: the linear layer reads what the copy gives, as it is.
 
-    Args:
-        student: With its exits.
-
     Raises:
-        ValueError: An exit has more than a linear layer and a norm.
+        ValueError: See above.
     """
     heads: list[Any] = list(student.heads)[:-1]
     for number, head in enumerate(heads, 1):

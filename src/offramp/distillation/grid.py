@@ -15,6 +15,7 @@ from typing import Any
 from offramp.classifiers.saving import WEIGHTS
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
+from offramp.distillation.engines import in_processes, on_ray
 from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import read_result
@@ -190,13 +191,9 @@ def _outcomes(
     waiting: list[dict[str, Any]], root: Path, processes: int, engine: str, threads: int, device: str
 ) -> Generator[dict[str, Any]]:
     if engine == "ray":
-        from offramp.distillation.ray_engine import outcomes
-
-        yield from outcomes(execute, waiting, root, threads, device)
+        yield from on_ray(execute, waiting, root, threads, device)
     elif processes == 1:
         for values in waiting:
             yield execute(values, str(root), threads, device)
     else:
-        from offramp.distillation.worker_processes import outcomes as in_processes
-
         yield from in_processes(execute, waiting, root, processes, threads, device)

@@ -33,13 +33,9 @@ class History:
         self.rows = _rows(self.file) if self.file.is_file() else []
 
     def add(self, epoch: int, val: Judged, more: Mapping[str, Any], model: nn.Module) -> None:
-        """Record an epoch; one that is repeated after an interruption replaces what was recorded of it and later.
+        """Record an epoch, counted from 1: its validation, and JSON values besides.
 
-        Args:
-            epoch: Counted from 1.
-            val: On validation rows.
-            more: JSON values.
-            model: As it is.
+        One that is repeated after an interruption replaces what was recorded of it and later.
         """
         self.rows = [row for row in self.rows if row["epoch"] < epoch]
         self.rows.append({"epoch": epoch, "val": asdict(val), **more})

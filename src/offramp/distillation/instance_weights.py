@@ -124,15 +124,7 @@ def mapped(u: Tensor, config: InstanceWeights) -> Tensor:
 
 
 def weights_of(evidence: Evidence, config: InstanceWeights) -> Tensor:
-    """Weights of the training rows, before control and normalisation.
-
-    Args:
-        evidence: Of the readout.
-        config: Signal, gate and map.
-
-    Returns:
-        [N], float64; 1 where the gate does not hold.
-    """
+    """Weights of the training rows, before control and normalisation, [N], float64; 1 where the gate does not hold."""
     if config.by_sets and evidence.all_empty:
         return torch.ones(len(evidence.reading.labels), dtype=torch.float64)
     u, answers = signal(config.signal, evidence)
@@ -154,17 +146,7 @@ def gate_of(right: Tensor, config: InstanceWeights, open_: Tensor | None = None)
 
 
 def gated(u: Tensor, right: Tensor, config: InstanceWeights, open_: Tensor | None = None) -> Tensor:
-    """Weights where the gate holds, else 1.
-
-    Args:
-        u: The signal, [N].
-        right: Whether the answer is the label, [N], bool.
-        config: Gate and map.
-        open_: Where the gate holds, [N], bool; for "excluded" and "uncertain".
-
-    Returns:
-        [N].
-    """
+    """Weights [N] of a signal [N] where the gate holds (for "excluded" and "uncertain", where `open_` says), else 1."""
     return torch.where(gate_of(right, config, open_), mapped(u, config), 1.0)
 
 
@@ -201,15 +183,7 @@ def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tens
 
 
 def require_early(student: EarlyExitClassifier, config: InstanceWeights) -> None:
-    """Refuse weights by a readout that would read after the student's last block.
-
-    Args:
-        student: Whose blocks count.
-        config: What weights; those of the control "oracle" have no readout.
-
-    Raises:
-        ValueError: It would.
-    """
+    """Raise a ValueError if the weights' readout would read after the student's last block; "oracle" has none."""
     depth, blocks = config.readout.depth, student.backbone.num_layers
     if config.control != "oracle" and depth >= blocks:
         raise ValueError(f"the readout reads after block {depth} of {blocks}; that is not early: lower depth")
@@ -262,15 +236,10 @@ def new_weights(
 
 
 def look_at(evidence: Evidence, config: InstanceWeights, batch: int) -> ReadoutDiagnostics:
-    """How good a readout is, and how many rows its gate takes.
-
-    Args:
-        evidence: Of the readout.
-        config: Its gate.
-        batch: Rows of a step of the student.
+    """How good a readout is, by its own answers, and how many rows its gate takes; a step has `batch` of them.
 
     Returns:
-        The diagnostics, by the readout's own answers; of a gate on a signal's (Laplace's mean) by those.
+        The diagnostics; of a gate on a signal's answers (Laplace's mean) by those.
     """
     own, labels = evidence.map.argmax(-1), evidence.reading.labels
     gate = None

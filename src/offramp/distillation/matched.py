@@ -20,10 +20,6 @@ def confounded(methods: Mapping[str, Sequence[Result]], reference: str) -> dict[
 
     Those that differ in nothing else are about T and λ, and those with another loss have neither.
 
-    Args:
-        methods: Results by name.
-        reference: Name of plain distillation.
-
     Returns:
         By name of the method: what plain distillation with its T and λ is called, here or on the command line.
     """

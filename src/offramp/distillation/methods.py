@@ -191,19 +191,7 @@ def method(text: str, settings: Mapping[str, Any] | None = None) -> Method:
 
 
 def updated(value: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """A frozen dataclass with some values replaced, also inside of it.
-
-    Args:
-        value: The dataclass.
-        changes: Nested, by name; an inner dataclass that is None stays None.
-        where: For messages.
-
-    Returns:
-        The new one.
-
-    Raises:
-        ValueError: There is no field of that name, or a value of another type.
-    """
+    """A frozen dataclass with values replaced, also inside of it; a ValueError says where one does not fit."""
     known = {f.name: f for f in fields(value)}
     kinds, made = typing.get_type_hints(type(value)), {}
     for key, change in changes.items():

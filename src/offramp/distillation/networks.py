@@ -177,17 +177,7 @@ def _saved(folder: str, train: Labelled) -> EarlyExitClassifier:
 def rows_for(
     classifier: EarlyExitClassifier, data: Labelled, *, longest: int | None = None, augment: Augmentation | None = None
 ) -> Rows:
-    """Rows as this classifier takes them; prepared once where memory allows and nothing is augmented.
-
-    Args:
-        classifier: With its tokenizer or preprocessing.
-        data: The rows.
-        longest: Most tokens of a text.
-        augment: Random changes of images while training.
-
-    Returns:
-        The rows.
-    """
+    """Rows as this classifier takes them; prepared once where memory allows and nothing is augmented."""
     if isinstance(data.inputs, tuple):
         rows: Rows = TextRows(data, classifier.tokenizer, longest)
         return Prepared(rows) if len(data) * int(rows.lengths.max()) * 24 <= MEMORY else rows

@@ -1,8 +1,4 @@
-"""What a student learns: labels, a teacher's probabilities or features; row by row, then weighted, then averaged.
-
-Hinton et al. (2015), arXiv 1503.02531: L_i = (1 - λ) ce_i + λ T² kl_i with the teacher's and the student's
-probabilities at temperature T. λ = 1 is no cross-entropy at all.
-"""
+"""What a student learns: labels, a teacher's probabilities or features; row by row, then weighted, then averaged."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from torch.nn import functional as F
 from offramp.classifiers.batches import Batch
 from offramp.classifiers.objectives import logits_of
 from offramp.families.backbone import autocast
+from offramp.training.objectives import Teacher, forward_kl, mixed
 
 Targets = Callable[[Batch], Tensor]
 """What a teacher says about a batch, [B, ...], without gradients."""
@@ -24,15 +21,10 @@ Loss = tuple[Tensor, Mapping[str, Tensor]]
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row; T² keeps the gradient's size at every temperature.
-
-    Args:
-        student: Logits, [B, C].
-        teacher: Logits, [B, C].
-        temperature: T.
+    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row of logits [B, C], in nats, see `forward_kl`.
 
     Returns:
-        In nats, [B].
+        [B]; T² keeps the gradient's size at every temperature.
 
     Raises:
         ValueError: Student and teacher have different classes.
@@ -42,15 +34,15 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
             f"the teacher's logits have shape {list(teacher.shape)}, the student's {list(student.shape)}: they have "
             "different classes; distil from a teacher of the same ones"
         )
-    soft, own = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
-    return temperature**2 * (soft.exp() * (soft - own)).sum(-1)
+    return forward_kl(student, Teacher(teacher, temperature))
 
 
 class Distilled(nn.Module):
     """Labels and a teacher's probabilities, each row with a weight that may change between epochs.
 
-    The loss is the mean over the batch of (1 - λ) v_i ce_i + λ u_i T² kl_i, where v and u are the weights or 1. The
-    weights are kept by the row's place in the training split, so no shuffling parts them from their rows.
+    The loss is the mean over the batch, see `offramp.training.objectives.mixed`. The weights are kept by the row's
+    place in the training split, so no shuffling parts them from their rows.
+
 
     Args:
         rows: N, of the training split.
@@ -91,14 +83,9 @@ class Distilled(nn.Module):
 
     def _of(self, logits: Tensor, target: Tensor | None, weights: Tensor, labels: Tensor) -> Loss:
         hard = F.cross_entropy(logits, labels, reduction="none")
-        terms = {"ce": hard.mean()}
-        weighted = weights * hard if self.weight_on != "kd" else hard
-        if target is None:
-            return weighted.mean(), terms
-        soft = divergence(logits, target, self.temperature)
-        terms |= {"kd": soft.mean()}
-        both = weights * soft if self.weight_on != "ce" else soft
-        return ((1 - self.fraction) * weighted + self.fraction * both).mean(), terms
+        soft = hard if target is None else divergence(logits, target, self.temperature)
+        terms = {"ce": hard.mean()} | ({} if target is None else {"kd": soft.mean()})
+        return mixed(soft, hard, weights, self.fraction, self.weight_on).mean(), terms
 
 
 class FeatureMatching(nn.Module):

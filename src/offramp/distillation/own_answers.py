@@ -81,14 +81,9 @@ class OwnAnswers:
     def answered(
         self, lm: LanguageModel, places: Sequence[int], file: Path, by: str, progress: Progress | None = None
     ) -> Windows:
-        """Answers to some of the prompts, from the file as far as they are there.
+        """Answers to the prompts at these places by the student as it is, from the file as far as they are there.
 
-        Args:
-            lm: The student as it is.
-            places: Which prompts.
-            file: Where answers are kept.
-            by: Which student that is: the run and the steps it has done.
-            progress: Called with the answers done and asked for.
+        `by` says which student that is: the run and the steps it has done.
 
         Returns:
             Windows in which only answers count.

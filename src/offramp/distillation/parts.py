@@ -47,12 +47,7 @@ class Parts:
 
 
 def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
-    """The rows of a run.
-
-    Args:
-        run: Whose method says which groups are looked at.
-        data: The set.
-        student: Whose tokenizer or preprocessing prepares them.
+    """The rows of a run, whose method says which groups are looked at, as this student takes them.
 
     Returns:
         The parts.

@@ -62,19 +62,7 @@ def read_entries(
 
 
 def read_prompts(path: Path, key: str = "prompt", *, group: str | None = None) -> list[Entry]:
-    """Prompts without answers: the lines of a text file, or as `read_entries` reads JSON, each as `Entry.text`.
-
-    Args:
-        path: The file.
-        key: Of the prompt.
-        group: Key of the group.
-
-    Returns:
-        The prompts, at least one.
-
-    Raises:
-        ValueError: Not of that layout, or a plain file with a group asked for.
-    """
+    """Prompts without answers: lines of a text file, or as `read_entries` reads JSON; each is an `Entry.text`."""
     if kind(path) in (".json", ".jsonl") or group is not None:
         return read_entries(path, (key,), group=group)
     return [Entry(row.value.strip()) for row in prompt_rows(path) if row.value.strip()]
@@ -92,11 +80,6 @@ def group_numbers(entries: Sequence[Entry], names: Sequence[str]) -> list[int]:
 
 def entry_documents(lm: LanguageModel, entries: Sequence[Entry], names: Sequence[str]) -> list[Document]:
     """Entries as token ids; where there is a prompt, only what follows it counts, and the token that ends an answer.
-
-    Args:
-        lm: The model they are for.
-        entries: Any number.
-        names: Of the groups.
 
     Returns:
         Documents, without such that are shorter than two tokens; equal prompts or texts are never divided.

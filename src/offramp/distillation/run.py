@@ -44,7 +44,7 @@ from offramp.metrics.group_weights import weight_diagnostics
 from offramp.runs.codec import encode
 from offramp.runs.digests import fingerprint, sealed
 from offramp.runs.files import write_json
-from offramp.tasks.row_hashes import row_hashes
+from offramp.tasks.labelled import row_hashes
 
 RESULT = "result.json"
 

@@ -115,11 +115,7 @@ class Evidence:
 
 
 def signal(name: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """A signal, and the answers that belong to it.
-
-    Args:
-        name: One of `SIGNALS`.
-        evidence: Of the training rows.
+    """A signal of `SIGNALS` for the training rows, and the answers that belong to it.
 
     Returns:
         In [0, 1], [N], float64; and the class that is most probable under the signal's own distribution, [N].

@@ -35,14 +35,8 @@ def with_teachers_classifier(
 ) -> EarlyExitClassifier:
     """Replace the student's last exit by a projector and its teacher's classifier.
 
-    Args:
-        student: Changed.
-        teacher: Copied from.
-        shape: Of a row of `features_of`.
-        seed: Of the projector's first values.
-
     Returns:
-        The student.
+        The student, changed, for rows of `features_of` of this shape; the projector begins by the seed.
 
     Raises:
         ValueError: They have different classes, or states of different kinds.

@@ -22,9 +22,8 @@ from offramp.hub.messages import first_line
 from offramp.runs.bounded import parsed
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.tasks.group_sets import GroupedSet
-from offramp.tasks.labelled import Labelled
-from offramp.tasks.labelled_inputs import Inputs
-from offramp.tasks.row_hashes import input_hashes, row_hashes
+from offramp.tasks.labelled import Labelled, row_hashes
+from offramp.tasks.labelled_inputs import Inputs, input_hashes
 
 SCHEMA = "offramp/teacher-logits/1"
 
@@ -33,20 +32,7 @@ SCHEMA = "offramp/teacher-logits/1"
 def logits_of_all(
     classifier: EarlyExitClassifier, rows: Rows, precision: str | None = None, chunk: int = 256
 ) -> Tensor:  # fmt: skip
-    """Logits of all exits for all rows, without augmentation and dropout.
-
-    Args:
-        classifier: The classifier.
-        rows: As it takes them.
-        precision: "bf16": compute in bfloat16; None: as the classifier is.
-        chunk: Rows of one pass.
-
-    Returns:
-        Logits [E, N, C], float32 on the CPU.
-
-    Raises:
-        NotFiniteError: One is NaN or infinite.
-    """
+    """Logits of all exits for all rows, without augmentation and dropout, [E, N, C], float32 on the CPU, all finite."""
     parts = by_length(rows, chunk)
     with evaluating(classifier, precision):
         found = [torch.stack([o.logits.float().cpu() for o in classifier(rows.inputs(places))]) for places in parts]
@@ -67,14 +53,8 @@ def from_table(table: Tensor | States) -> Targets:
 def live(teacher: EarlyExitClassifier, student_rows: Rows, rows: Rows, precision: str | None = None) -> Targets:
     """The teacher's logits for the very images that the student sees, for augmented ones.
 
-    Args:
-        teacher: In evaluation mode from here on.
-        student_rows: As the student takes them.
-        rows: As the teacher takes them, whose means and deviations may be others.
-        precision: "bf16": compute in bfloat16; None: as the teacher is.
-
     Returns:
-        The targets.
+        The targets, by a teacher that is in evaluation mode from here on; means and deviations may differ.
 
     Raises:
         ValueError: One takes grey images and the other coloured ones.
@@ -139,16 +119,10 @@ def save_logits(
     teacher: str,
     inputs: Inputs | None = None,
 ) -> None:
-    """Keep a teacher's logits.
+    """Keep a teacher's logits [N, C] by ids of rows, in a file in the format safetensors.
 
-    Args:
-        path: File in the format safetensors.
-        logits: [N, C].
-        ids: Of the rows.
-        classes: Their names.
-        teacher: Fingerprint of the teacher and its preprocessing, or where the logits come from.
-        inputs: Of the rows, so that rows of the same ids that hold something else are refused; None: it goes by ids
-            alone, as for images in files.
+    `teacher` is the fingerprint of the teacher and its preprocessing, or where the logits come from. Inputs are kept so
+    that rows of the same ids that hold something else are refused; without, as for images in files, ids alone count.
     """
     header = {
         "schema": SCHEMA, "ids": json.dumps(list(ids)), "classes": json.dumps(list(classes)), "teacher": teacher

@@ -1,8 +1,7 @@
 """The loss of a language model that learns from another one, token by token, and its sums by group of prompts.
 
-Per token first, then the weights, then the mean over the step's tokens: L = mean_i (1 - λ) v_i ce_i + λ u_i T² kl_i
-(Hinton et al. 2015, arXiv 1503.02531, with the weights of `offramp.distillation.instance_weights`), where v and u are
-the token's weight or 1. Both models are read out a chunk of tokens at a time, so no tensor is larger than
+Per token first, then the weights, then the mean over the step's tokens, see `offramp.training.objectives.mixed`. Both
+models are read out a chunk of tokens at a time, so no tensor is larger than
 `offramp.training.tally.CHUNK` elements, whatever the batch, the window and the vocabulary are.
 """
 
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.training.objectives import Objective, Teacher, choices, cross_entropy
+from offramp.training.objectives import Objective, Teacher, choices, cross_entropy, mixed
 
 COLUMNS = ("tokens", "kd", "ce", "agreement", "accuracy")
 
@@ -37,12 +36,7 @@ class TokenLoss:
 
     def mixed(self, kd: Tensor, ce: Tensor, weights: Tensor | None) -> Tensor:
         """The sum over n tokens, a scalar: kd, ce, weights [n]."""
-        if weights is not None:
-            kd = weights * kd if self.weight_on != "ce" else kd
-            ce = weights * ce if self.weight_on != "kd" else ce
-        if self.fraction in (0, 1):
-            return (kd if self.fraction else ce).sum()
-        return (1 - self.fraction) * ce.sum() + self.fraction * kd.sum()
+        return mixed(kd, ce, weights, self.fraction, self.weight_on).sum()
 
 
 @dataclass(frozen=True)

@@ -58,17 +58,7 @@ class TokenReadoutConfig:
             raise ValueError(f"learning_rate of the readout is {self.learning_rate}; it must be above 0")
 
     def at(self, split: SplitModel) -> int:
-        """The layer in a student.
-
-        Args:
-            split: The student.
-
-        Returns:
-            d.
-
-        Raises:
-            ValueError: It is not early.
-        """
+        """The layer d in a student; a ValueError if it is not early."""
         layer = max(1, split.num_layers // 6) if self.layer is None else self.layer
         if layer >= split.num_layers:
             raise ValueError(
@@ -105,16 +95,7 @@ class TokenReadout:
 
 @torch.no_grad()
 def early_states(split: SplitModel, windows: Windows, layer: int) -> Tensor:
-    """States after a layer from which counted tokens are predicted, by a pass that stops there.
-
-    Args:
-        split: A decoder-only model, in evaluation mode.
-        windows: N of them, in which M tokens count.
-        layer: d.
-
-    Returns:
-        [M, D].
-    """
+    """States [M, D] after a layer from which the M counted tokens are predicted, by a pass that stops there."""
     state = split.run(split.start(windows.ids[:, :-1].to(split.device)), 0, layer)
     return state.hidden[windows.counted[:, 1:].to(split.device)]
 

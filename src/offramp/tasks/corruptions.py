@@ -57,21 +57,7 @@ CORRUPTIONS: Mapping[str, Callable[[Image, int, np.random.Generator], Image]] = 
 def corrupt(
     images: NDArray[np.uint8], ids: Sequence[str], kind: str, severity: int, seed: int = 0
 ) -> NDArray[np.uint8]:
-    """Corrupted images.
-
-    Args:
-        images: [N, H, W, channels].
-        ids: Of the rows, which the draws go by.
-        kind: One of `CORRUPTIONS`.
-        severity: 1 to 5; 0: as they are.
-        seed: Of the draws.
-
-    Returns:
-        Images of the same shape.
-
-    Raises:
-        ValueError: No such kind or severity.
-    """
+    """Images [N, H, W, channels] corrupted at severity 1 to 5 by draws that go by seed and id; as they are at 0."""
     if kind not in CORRUPTIONS:
         raise ValueError(f"corruption {kind!r} is unknown; choose one of {listed(kind, CORRUPTIONS)}")
     if severity not in (0, *SEVERITIES):
@@ -88,20 +74,7 @@ def corrupt(
 
 
 def corrupted(data: Labelled, kind: str, severity: int, seed: int = 0) -> Labelled:
-    """The same rows, images corrupted and in memory.
-
-    Args:
-        data: Rows with images.
-        kind: One of `CORRUPTIONS`.
-        severity: 1 to 5; 0: as they are.
-        seed: Of the draws.
-
-    Returns:
-        Rows of the same ids, labels and groups.
-
-    Raises:
-        ValueError: No such kind or severity, or the rows are texts.
-    """
+    """The same rows, images corrupted and in memory, see `corrupt`; a ValueError for texts, kinds there are not."""
     if isinstance(data.inputs, tuple):
         raise ValueError(f"{data.source or 'the data'} holds texts; corruptions are for images")
     images = data.inputs[np.arange(len(data))]

@@ -64,17 +64,7 @@ class Difficulty:
 def check_difficulty(
     make: Callable[[int], GroupedSet], train: Train, seeds: Sequence[int] = range(SEEDS), *, images: bool = True
 ) -> Difficulty:  # fmt: skip
-    """Train plainly and as an oracle on a set, and judge both.
-
-    Args:
-        make: The set of a seed.
-        train: Trains and tests.
-        seeds: At least two; five for a verdict.
-        images: Whether the average is judged too.
-
-    Returns:
-        The finding; what is missing is in its `failures`.
-    """
+    """Train plainly and as an oracle on the sets of seeds; `images`: whether the average is judged too."""
     erm, oracle, averages, few = [], [], [], []
     for seed in seeds:
         data = make(seed)

@@ -32,14 +32,10 @@ class Pair:
 def task_documents(
     lm: LanguageModel, task: Task, examples: Sequence[Example], *, longest: int | None = None
 ) -> tuple[list[Pair], int]:
-    """Examples as prompts and answers to train on.
+    """Examples as prompts and answers to train on; sources that are too long lose their end.
 
-    Args:
-        lm: The model they are for.
-        task: How to ask.
-        examples: Any number.
-        longest: Most tokens of prompt and answer together; for an encoder-decoder, of each. None: what the model's
-            context holds. Sources that are too long lose their end.
+    `longest` are the most tokens of prompt and answer together, for an encoder-decoder of each; None: what the model's
+    context holds.
 
     Returns:
         A pair for each example, and how many sources were shortened.
@@ -99,14 +95,8 @@ def shorten(lm: LanguageModel, task: Task, example: Example, limit: int | None) 
 
     The rest of the prompt, question included, stays as it is.
 
-    Args:
-        lm: The model it is for.
-        task: How to ask.
-        example: The same object is returned if it fits.
-        limit: Most tokens of the prompt; None: any number.
-
     Returns:
-        The example.
+        The example, the same object if it fits.
 
     Raises:
         ValueError: It does not fit even with next to no source.

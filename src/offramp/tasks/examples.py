@@ -177,15 +177,12 @@ def _dialogues(task: Task, path: str | Path, target: str | Path | None) -> Found
 
 
 def _merged(examples: list[Example]) -> list[Example]:
-    """Examples of the same id and source as one, with all references.
+    """Examples of the same id and source as one, with all references, where the first of them stood.
 
     DialogSum's test split on the hub has a row for each summary, with the ids test_0_1, test_0_2 and test_0_3.
 
-    Args:
-        examples: In any order.
-
     Returns:
-        One for each id (then test_0) and source, where the first of them stood.
+        One for each id (then test_0) and source.
     """
     same: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
@@ -271,15 +268,10 @@ _READERS = {
 
 
 def split_groups(examples: Sequence[Example], shares: Sequence[float], seed: int) -> list[list[Example]]:
-    """Divide examples at random, never one group into two parts.
-
-    Args:
-        examples: With at least as many groups as parts.
-        shares: Of the examples, one for each part, adding up to 1; kept as well as the groups' sizes allow.
-        seed: Of the division.
+    """Divide examples at random into parts with these shares, which add up to 1, never one group into two parts.
 
     Returns:
-        The parts, none empty, each in the order of `examples`.
+        The parts, none empty, each in the order of `examples`; shares are kept as well as the groups' sizes allow.
 
     Raises:
         ValueError: Shares out of range, or too few groups.
@@ -308,19 +300,7 @@ def split_groups(examples: Sequence[Example], shares: Sequence[float], seed: int
 
 
 def take(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """A random subset, in the order of `examples`; a smaller one is part of a larger one of the same seed.
-
-    Args:
-        examples: Any number.
-        limit: How many at most; None: all.
-        seed: Of the choice.
-
-    Returns:
-        The subset.
-
-    Raises:
-        ValueError: A limit below 1.
-    """
+    """A random subset, in the order of `examples`; a smaller one is part of a larger one of the same seed."""
     if limit is None or limit >= len(examples):
         return list(examples)
     if limit < 1:

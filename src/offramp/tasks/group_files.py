@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from torch import Tensor
 from offramp.metrics.group_members import UNKNOWN, Groups
 from offramp.tasks.group_images import SquareImages, existing_images
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
-from offramp.tasks.group_tables import table_rows
 from offramp.tasks.image_files import look_at, tell
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.labelled_inputs import Inputs
-from offramp.tasks.rows import Row, by_size, json_rows, kind, objects, written
+from offramp.tasks.rows import Row, as_texts, by_size, json_rows, kind, objects, require_texts, table_rows
 
 NOT_KNOWN = ("", "?", "-1", "null", "None")
 """What stands for an attribute that is not known."""
@@ -68,6 +66,12 @@ class GroupLayout:
         """All that must be there."""
         inputs = (self.filename,) if self.text is None else (self.text, self.pair)
         return tuple(c for c in (self.id, *inputs, self.split, self.label, *self.attributes) if c is not None)
+
+    def spelt(self, column: str, value: object) -> object:
+        """What a value of JSON is in a table: an unknown attribute is blank, yes and no are 1 and 0."""
+        if value is None and column in self.attributes:
+            return ""
+        return int(value) if isinstance(value, bool) else value
 
 
 def load_grouped(path: str | Path, layout: GroupLayout | None = None) -> GroupedSet:
@@ -167,7 +171,7 @@ def _rows(path: Path, layout: GroupLayout) -> list[Row]:
             table_rows(path, layout.columns, what="rows with groups, whose columns data.options of --config names")
         )
     elif kind(path) == ".jsonl":
-        rows = [_object(row, layout) for row in objects(json_rows(path), *layout.columns)]
+        rows = [as_texts(row, layout.columns, layout.spelt) for row in objects(json_rows(path), *layout.columns)]
     else:
         raise ValueError(f"{path} ends in {kind(path) or 'nothing'}; give .csv or .jsonl, also with .gz")
     if not rows:
@@ -179,26 +183,8 @@ def _rows(path: Path, layout: GroupLayout) -> list[Row]:
         )
         rows = [row._replace(value={**row.value, **{name: row.value[name].strip() for name in names}}) for row in rows]
     for row in rows:
-        for column in (layout.text, layout.pair):
-            if column is not None and not row.value[column].strip():
-                raise ValueError(f"{row.place} has an empty text in column {column!r}; fill it, or remove the row")
+        require_texts(row, layout.text, layout.pair)
     return rows
-
-
-def _object(row: Row, layout: GroupLayout) -> Row:
-    found = {}
-    for column in layout.columns:
-        value = row.value.get(column)
-        if value is None and column in layout.attributes:
-            value = ""  # not known
-        text = written(int(value) if isinstance(value, bool) else value)
-        if text is None:
-            raise ValueError(
-                f"{row.place} has no text or whole number under {column!r}, but {reprlib.repr(value)}; it has "
-                f"{row.keys:.400}"
-            )
-        found[column] = text
-    return row._replace(value=found)
 
 
 def _values(values: Iterable[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,11 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
-from offramp.tasks.group_tables import choice, table_rows
 from offramp.tasks.labelled import Labelled, split
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, read_labelled_text
-from offramp.tasks.negation import EXTENDED, PUBLISHED, VALUES, has_negation
-from offramp.tasks.rows import Row, json_rows, objects
+from offramp.tasks.rows import Row, json_rows, objects, one_of, table_rows
+from offramp.values import choice
 
 CLASSES = ("contradiction", "entailment", "neutral")
 MULTINLI = ("multinli_1.0_train.jsonl", "multinli_1.0_dev_matched.jsonl", "multinli_1.0_dev_mismatched.jsonl")
@@ -24,9 +23,38 @@ METADATA = "metadata_random.csv"
 SNLI_FILES = ("snli_1.0_train.jsonl", "snli_1.0_dev.jsonl", "snli_1.0_test.jsonl")
 SHARES: Mapping[str, float] = MappingProxyType({"train": 0.5, "val": 0.2, "test": 0.3})
 
+PUBLISHED = "four words"
+EXTENDED = "twelve words"
+RULES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        PUBLISHED: frozenset({"nobody", "no", "never", "nothing"}),
+        EXTENDED: frozenset(
+            {"nobody", "no", "never", "nothing", "not", "nt", "none", "without", "nowhere", "neither", "nor", "cannot"}
+        ),
+    }
+)
+"""Lists by name. Four words: Gururangan et al. (2018, arXiv 1803.02324), as group_DRO uses them for MultiNLI. The
+longer list is ours, for SNLI, where the four are too rare."""
+VALUES = ("no negation", "negation")
+
 _FIELDS = ("gold_label", "sentence1", "sentence2")
 _DISPUTED = "-"
 """Stands for a label that the annotators did not agree on."""
+
+
+_DROP = str.maketrans("", "", string.punctuation)
+
+
+def has_negation(text: str, rule: str = PUBLISHED) -> bool:
+    """Whether a hypothesis has one of the words of a rule, a name in `RULES`; a ValueError for any other.
+
+    As group_DRO looks: punctuation removed, so that "don't" is one word "dont"; lower case; divided at single blanks.
+
+    Returns:
+        Whether it does.
+    """
+    choice("the negation rule", rule, tuple(RULES))
+    return not RULES[rule].isdisjoint(text.translate(_DROP).lower().split(" "))
 
 
 def load_multinli(folder: str | Path, *, rule: str = PUBLISHED, seed: int = 0) -> GroupedSet:
@@ -37,7 +65,7 @@ def load_multinli(folder: str | Path, *, rule: str = PUBLISHED, seed: int = 0) -
 
     Args:
         folder: Holds `MULTINLI`, and metadata_random.csv if the published split is wanted.
-        rule: A name in `offramp.tasks.negation.RULES`.
+        rule: A name in `RULES`.
         seed: Of our own split, without metadata_random.csv.
 
     Returns:
@@ -73,7 +101,7 @@ def load_snli(
     Args:
         path: Folder with the official files, or one file with the header premise, hypothesis, label (0 entailment, 1
             neutral, 2 contradiction), such as `.tsv`, also with `.gz`.
-        rule: A name in `offramp.tasks.negation.RULES`.
+        rule: A name in `RULES`.
         seed: Of the split.
         files: Names in the folder.
 
@@ -130,7 +158,7 @@ def _grouped(rows: Sequence[Row], ids: Sequence[str], rule: str, source: str) ->
 
 def _with_groups(rows: Labelled, rule: str) -> Grouped:
     negation = torch.tensor([int(has_negation(hypothesis, rule)) for _, hypothesis in _pairs(rows)], dtype=torch.long)
-    return Grouped.of(rows, {"negation": negation}, Groups.crossed(rows.labels, CLASSES, negation, VALUES))
+    return Grouped.crossed(rows, "negation", negation, VALUES)
 
 
 def _pairs(rows: Labelled) -> tuple[tuple[str, str], ...]:
@@ -153,8 +181,8 @@ def _published_split(path: Path, rows: Sequence[Row]) -> dict[int, str]:
         if not number.isdecimal() or int(number) >= len(rows):
             raise ValueError(f"{row.place} is about row {number!r}; the three files have rows 0..{len(rows) - 1}")
         at = int(number)
-        label, said = CLASSES[choice(row, "gold_label", labels)], rows[at].value
-        negation = choice(row, "sentence2_has_negation", {"0": False, "1": True})
+        label, said = CLASSES[one_of(row, "gold_label", labels)], rows[at].value
+        negation = one_of(row, "sentence2_has_negation", {"0": False, "1": True})
         if label != said["gold_label"] or negation != has_negation(said["sentence2"]):
             raise ValueError(
                 f"{row.place} says {label}, {VALUES[negation]}, but {rows[at].place} says {said['gold_label']}, "
@@ -162,7 +190,7 @@ def _published_split(path: Path, rows: Sequence[Row]) -> dict[int, str]:
             )
         if at in where:
             raise ValueError(f"{row.place} names row {at} a second time; give the file as published")
-        where[at] = choice(row, "split", {str(i): name for i, name in enumerate(SPLITS)})
+        where[at] = one_of(row, "split", {str(i): name for i, name in enumerate(SPLITS)})
     for at, row in enumerate(rows):
         if at not in where and row.value["gold_label"] != _DISPUTED:
             raise ValueError(f"{path} says nothing of row {at}, {row.place}; give the file as published")

@@ -52,16 +52,19 @@ class Grouped:
 
     @classmethod
     def of(
-        cls,
-        rows: Labelled,
-        attributes: Mapping[str, Tensor],
-        groups: Groups | None,
-        pairs: Tensor | None = None,
+        cls, rows: Labelled, attributes: Mapping[str, Tensor], groups: Groups | None, pairs: Tensor | None = None
     ) -> Grouped:
         """Rows with their groups, also as numbers in `rows` where every row is in exactly one."""
         if groups is not None and bool((groups.members.sum(dim=1) == 1).all()):
             rows = replace(rows, groups=groups.numbers())
         return cls(rows, attributes, groups, pairs)
+
+    @classmethod
+    def crossed(
+        cls, rows: Labelled, name: str, values: Tensor, words: Sequence[str], pairs: Tensor | None = None
+    ) -> Grouped:
+        """Rows with one attribute, values [N]: a group is a class with one of its values, called by these words."""
+        return cls.of(rows, {name: values}, Groups.crossed(rows.labels, rows.classes, values, words), pairs)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,8 +8,8 @@ import torch
 
 from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
-from offramp.tasks.group_tables import choice, share, table_rows
 from offramp.tasks.labelled import Labelled
+from offramp.tasks.rows import one_of, share, table_rows
 
 FILE = "all_data_with_identities.csv"
 CLASSES = ("non-toxic", "toxic")
@@ -41,7 +41,7 @@ def load_civilcomments(folder: str | Path, *, grouping: str = "identities") -> G
     parts: dict[str, tuple[list[str], list[str], list[int], list[list[int]]]] = {s: ([], [], [], []) for s in SPLITS}
     path = Path(folder) / FILE
     for row in table_rows(path, ("comment_text", "split", "toxicity", *names), what="CivilComments"):
-        ids, texts, labels, values = parts[choice(row, "split", {name: name for name in SPLITS})]
+        ids, texts, labels, values = parts[one_of(row, "split", {name: name for name in SPLITS})]
         ids.append(f"row {row.position}")
         texts.append(row.value["comment_text"])
         labels.append(int(share(row, "toxicity") >= 0.5))

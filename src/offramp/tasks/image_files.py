@@ -144,13 +144,7 @@ def _remarks(file: Any) -> list[str]:
 
 
 def tell(where: object, seen: Counter[str], total: int) -> None:
-    """Warn, in one line, of what had to be done with images.
-
-    Args:
-        where: They come from.
-        seen: What, in words, and with how many of them.
-        total: How many there are.
-    """
+    """Warn, in one line, of what had to be done with images: in words, and with how many of them in all."""
     if seen:
         said = ", ".join(f"{count} {words}" for words, count in sorted(seen.items()))
         warnings.warn(f"{where}: of {total} images, {said}", stacklevel=3)
@@ -218,15 +212,11 @@ def read_image_folder(
 def look_at(paths: Sequence[Path], *, same_size: bool = False) -> Counter[str]:
     """Look at the heads of images before anything long begins.
 
-    Args:
-        paths: Files.
-        same_size: Whether they are to have one.
-
     Returns:
         What is to be said of them, for `tell`.
 
     Raises:
-        ValueError: One is no image or too large, or the sizes differ.
+        ValueError: One is no image or too large, or with `same_size` they have several.
     """
     seen: Counter[str] = Counter()
     first: tuple[int, int] | None = None

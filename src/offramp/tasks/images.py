@@ -74,36 +74,21 @@ def _idx(folder: Path, stem: str, dimensions: int) -> tuple[NDArray[np.uint8], P
 
 
 def read_cifar10(folder: str | Path) -> dict[str, Labelled]:
-    """CIFAR-10 in its binary format: data_batch_1.bin to data_batch_5.bin and test_batch.bin.
-
-    Args:
-        folder: cifar-10-batches-bin. Names of classes stand in batches.meta.txt; without it they are numbers.
+    """CIFAR-10 in its binary format: data_batch_1.bin to data_batch_5.bin and test_batch.bin in cifar-10-batches-bin.
 
     Returns:
-        "train" and "test" with images [N, 32, 32, 3]; ids are train/0, train/1, …
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or a label is outside the classes.
+        "train" and "test" with images [N, 32, 32, 3]; ids are train/0, train/1, … Names of classes stand in
+        batches.meta.txt; without it they are numbers. Errors are those of `read_idx`.
     """
     files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
     return _cifar(Path(folder), files, "batches.meta.txt", 10, bytes_before=1, label_at=0)
 
 
 def read_cifar100(folder: str | Path, *, coarse: bool = False) -> dict[str, Labelled]:
-    """CIFAR-100 in its binary format: train.bin and test.bin.
-
-    Args:
-        folder: cifar-100-binary. Names of classes stand in fine_label_names.txt and coarse_label_names.txt; without
-            them they are numbers.
-        coarse: The 20 coarse labels instead of the 100 fine ones.
+    """CIFAR-100 in its binary format, train.bin and test.bin in cifar-100-binary; the fine labels, or the coarse.
 
     Returns:
-        "train" and "test" with images [N, 32, 32, 3]; ids are train/0, train/1, …
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or a label is outside the classes.
+        As `read_cifar10`. Names of classes stand in fine_label_names.txt and coarse_label_names.txt.
     """
     files = {"train": ["train.bin"], "test": ["test.bin"]}
     names = "coarse_label_names.txt" if coarse else "fine_label_names.txt"

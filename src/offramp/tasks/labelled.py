@@ -21,7 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from offramp.tasks.labelled_inputs import Inputs, contents, files_of, firsts
+from offramp.tasks.labelled_inputs import Inputs, contents, files_of, firsts, hashes, input_hashes
 from offramp.tasks.labelled_inputs import chosen as inputs_at
 
 SHARES: Mapping[str, float] = MappingProxyType(
@@ -111,6 +111,20 @@ class Labelled:
         return found.hexdigest()
 
 
+def row_hashes(rows: Labelled, name: str) -> Tensor:
+    """The first 64 bits of SHA-256, [N], int64, by which rows are known again in other runs and divisions.
+
+    Texts go by what they hold; images by their ids within the set of this name, since one thing may be rendered anew
+    for every division.
+
+    Returns:
+        One number per row.
+    """
+    if isinstance(rows.inputs, tuple) and (held := input_hashes(rows.inputs)) is not None:
+        return held
+    return hashes(f"{name} {id}".encode() for id in rows.ids)
+
+
 # ---------------------------------------------------------------- splits
 
 
@@ -190,7 +204,7 @@ def _by_row(
 def _by_cluster(
     clusters: Sequence[str], strata: NDArray[np.int64], shares: NDArray[np.float64], generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Which split each row goes to, whole clusters each.
+    """Which split each row goes to, whole clusters each, [N].
 
     A cluster goes to the split for which Σ over strata of (rows there - rows wanted)² / rows wanted grows least; for
     clusters of one row this is the apportionment of Sainte-Laguë in each stratum.
@@ -232,15 +246,7 @@ def without(data: Labelled, test: Labelled) -> Labelled:
 
 
 def _apart(data: Labelled, test: Labelled, keys: Sequence[Hashable], others: Sequence[Hashable]) -> Labelled:
-    """A test split that shares no row with the data.
-
-    Ids say where a row stands, so they do not tell whether it is the same: inputs do.
-
-    Args:
-        data: All other rows.
-        test: The test split.
-        keys: Of the data's rows, by `contents`.
-        others: Of the test split's.
+    """A test split that shares no row with the data, by their keys of `contents`: ids only say where a row stands.
 
     Returns:
         The test split with ids that the data does not have.

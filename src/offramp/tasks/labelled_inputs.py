@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,13 +62,10 @@ def chosen(inputs: Inputs, rows: Tensor) -> Inputs:
 
 
 def contents(*collections: Inputs) -> list[list[Hashable]]:
-    """Keys of rows: two rows of these collections are equal if and only if their keys are.
+    """Keys of the rows of each collection: two rows are equal if and only if their keys are.
 
     Texts are equal letter by letter, images value by value, and images in files byte by byte of the file: a picture
     that was saved anew is another one. A file is read only if another one is as long.
-
-    Args:
-        collections: Of like rows.
 
     Returns:
         The keys of each collection.
@@ -113,3 +111,25 @@ def firsts(keys: Sequence[Hashable]) -> list[int]:
     """For each row the place of the first one with its key."""
     first: dict[Hashable, int] = {}
     return [first.setdefault(key, row) for row, key in enumerate(keys)]
+
+
+# ---------------------------------------------------------------- known again in other files and runs
+
+
+def input_hashes(inputs: Inputs) -> Tensor | None:
+    """The first 64 bits of the SHA-256 of what rows hold, texts letter by letter, images value by value, [N], int64.
+
+    Returns:
+        None for images in files, which are not read for this.
+    """
+    if isinstance(inputs, tuple):
+        return hashes(repr(text).encode() for text in inputs)
+    if isinstance(inputs, np.ndarray):
+        return hashes(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes() for image in inputs)
+    return None
+
+
+def hashes(values: Iterable[bytes]) -> Tensor:
+    """The first 64 bits of the SHA-256 of each, [N], int64."""
+    found = b"".join(hashlib.sha256(value).digest()[:8] for value in values)
+    return torch.from_numpy(np.frombuffer(found, "<i8").astype(np.int64))

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from offramp.tasks.labelled import Labelled
 from offramp.tasks.rows import (
     Row,
+    as_texts,
     by_size,
     csv_rows,
     json_rows,
     kind,
     objects,
     require_columns,
+    require_texts,
     text_rows,
-    written,
 )  # fmt: skip
 
 Column = str | int
@@ -79,6 +78,10 @@ class TextLayout:
     def header(self) -> bool:
         """Whether the first line names the columns."""
         return isinstance(self.text, str)
+
+    def spelt(self, column: Column, value: object) -> object:
+        """What a value of JSON is in a table: true and false are labels, as JSON has them."""
+        return str(value).lower() if isinstance(value, bool) and column == self.label else value
 
 
 SST2 = TextLayout(text=0, label=1, classes={"0": "negative", "1": "positive"})
@@ -218,13 +221,11 @@ def _rows(path: Path, layout: TextLayout) -> Iterator[Row]:
     elif ending == ".jsonl":
         if not layout.header:
             raise ValueError(f"{path} has keys, no places; name its columns, such as text and label")
-        found = (_object(row, layout) for row in objects(json_rows(path), *layout.columns))
+        found = (as_texts(row, layout.columns, layout.spelt) for row in objects(json_rows(path), *layout.columns))
     else:
         raise ValueError(f"{path} ends in {ending or 'nothing'}; give .tsv, .csv or .jsonl, also with .gz")
     for row in found:
-        for column in (layout.text, layout.pair):
-            if column is not None and not row.value[column].strip():
-                raise ValueError(f"{row.place} has an empty text in column {column!r}; fill it, or remove the row")
+        require_texts(row, layout.text, layout.pair)
         yield row
 
 
@@ -269,14 +270,11 @@ def _named(rows: Iterable[Row], layout: TextLayout, path: Path) -> Iterator[Row]
 
 
 def _is_header(rows: Sequence[Row], layout: TextLayout) -> bool:
-    """Whether the first line of a file that should have no header is one: the label there is what columns are called.
-
-    Args:
-        rows: All lines.
-        layout: Columns by place. Classes that it names are labels and no header.
+    """Whether the first line of a file that should have no header is one: the label is what columns are called.
 
     Returns:
-        Whether the first label is in `LABEL_NAMES`, or a word where all other rows have numbers.
+        Whether the first label is in `LABEL_NAMES`, or a word where all other rows have numbers; classes that the
+        layout names are labels and no header.
     """
     at = layout.label
     if not isinstance(at, int) or at >= len(rows[0].value):
@@ -291,15 +289,3 @@ def _is_header(rows: Sequence[Row], layout: TextLayout) -> bool:
 
 def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"-?\d+(\.\d+)?", text))
-
-
-def _object(row: Row, layout: TextLayout) -> Row:
-    found: dict[Column, Any] = {}
-    for column in layout.columns:
-        value = row.value.get(str(column))
-        truth = isinstance(value, bool) and column == layout.label
-        found[column] = str(value).lower() if truth else written(value)  # as JSON has it
-        if found[column] is None:
-            have = "" if str(column) not in row.value else f", but {reprlib.repr(value)}"
-            raise ValueError(f"{row.place} has no text or whole number under {column!r}{have}; it has {row.keys:.400}")
-    return row._replace(value=found)

@@ -6,14 +6,15 @@ import csv
 import io
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from offramp.runs.bounded import LONGEST_LINE, content, decoded, parsed
 
 HUB = "hub:"
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -41,14 +42,7 @@ def kind(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    r"""The text of a file in UTF-8, gzipped if its name ends in `.gz`, line ends as ``\n``.
-
-    Returns:
-        Its text.
-
-    Raises:
-        ValueError: It is empty, no text in UTF-8, damaged, or larger than is read.
-    """
+    """The text of a file in UTF-8, gzipped if it ends in `.gz`, with line feeds; a ValueError if empty or damaged."""
     text = decoded(content(path), path)
     if not text.strip():
         raise ValueError(f"{path} is empty; give a file with text")
@@ -61,14 +55,7 @@ def text_rows(path: Path) -> list[Row]:
 
 
 def line_rows(text: str, place: object) -> list[Row]:
-    """The lines of a text as `decoded` makes it, empty ones included.
-
-    Returns:
-        The lines.
-
-    Raises:
-        ValueError: One has more than `LONGEST_LINE` characters; the message says that of `place`.
-    """
+    """The lines of a text that stands at a place, empty ones included; a ValueError above `LONGEST_LINE` characters."""
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
@@ -88,17 +75,7 @@ def prompt_rows(path: Path) -> list[Row]:
 
 
 def csv_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file, header included, as lists of text; positions are those of their last lines.
-
-    Args:
-        path: The file, UTF-8, also with `.gz`.
-
-    Returns:
-        The rows, without empty lines.
-
-    Raises:
-        ValueError: Not CSV, or a field has more than `LONGEST_LINE` characters.
-    """
+    """The rows of a CSV file, header included, as lists of text, no empty lines; positions are their last lines."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     usual = csv.field_size_limit(LONGEST_LINE)
     try:
@@ -110,16 +87,7 @@ def csv_rows(path: Path) -> list[Row]:
 
 
 def require_columns(row: Row, columns: Sequence[object], what: str = "") -> None:
-    """Check that a header, a row whose value are names, has each of these columns, and once.
-
-    Args:
-        row: The header.
-        columns: Names that are needed.
-        what: The table is, for messages.
-
-    Raises:
-        ValueError: One is missing, or there twice.
-    """
+    """Raise a ValueError unless a header, a row whose value are names, has each of these columns, and once."""
     for column in columns:
         if (count := row.value.count(column)) == 1:
             continue
@@ -130,6 +98,60 @@ def require_columns(row: Row, columns: Sequence[object], what: str = "") -> None
             f"{row.place} lacks the column {column!r}{f' of {what}' if what else ''}; as a header it names "
             f"{have:.400}: give the columns by these names, or by places where there is no header"
         )
+
+
+def table_rows(path: Path, columns: Sequence[str], *, what: str) -> Iterator[Row]:
+    """The rows of a CSV file with a header.
+
+    Args:
+        path: The file, UTF-8, also with `.gz`.
+        columns: Those that must be there.
+        what: What the file is, for messages, such as "the table of Waterbirds".
+
+    Yields:
+        Rows; each value is a dict from column to text, and each position the row's number, from 0 on.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not CSV, a column is missing or there twice, or a row is shorter or longer than the header.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, {what}; nothing is downloaded, give the folder as published")
+    header, *rows = csv_rows(path)
+    require_columns(header, columns, what)
+    for number, row in enumerate(rows):
+        if len(row.value) != len(header.value):
+            raise ValueError(
+                f"{row.place} has {len(row.value)} columns, but the header has {len(header.value)}; mend the row"
+            )
+        yield Row(row.place, str(number), dict(zip(header.value, row.value, strict=True)))
+
+
+def one_of(row: Row, column: str, allowed: Mapping[str, T]) -> T:
+    """What one of the few values that a column may have stands for; a ValueError for any other."""
+    value = row.value[column].strip()
+    if value not in allowed:
+        raise ValueError(f"{row.place} has {value!r} as {column}; allowed are {', '.join(allowed)}")
+    return allowed[value]
+
+
+def share(row: Row, column: str) -> float:
+    """The number in [0, 1] in a column; a ValueError for anything else."""
+    value = row.value[column].strip()
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError(f"{row.place} has {value!r} as {column}; a number in [0, 1] is needed")
+    return number
+
+
+def require_texts(row: Row, *columns: Any) -> None:
+    """Raise a ValueError that names the first of these columns, None aside, whose text is empty."""
+    for column in columns:
+        if column is not None and not row.value[column].strip():
+            raise ValueError(f"{row.place} has an empty text in column {column!r}; fill it, or remove the row")
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -169,14 +191,7 @@ def by_size(names: Iterable[str]) -> list[str]:
 
 
 def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
-    """The rows, all of which must be JSON objects; the message says which keys they need.
-
-    Yields:
-        The same rows.
-
-    Raises:
-        ValueError: One is something else.
-    """
+    """The same rows, all of which must be JSON objects; the keys that they need are for the message alone."""
     for row in rows:
         if not isinstance(row.value, dict):
             needed = f"an object with {', '.join(map(repr, keys))}" if keys else "an object"
@@ -184,6 +199,27 @@ def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
                 f"{row.place}: {type(row.value).__name__} {reprlib.repr(row.value):.40} stands where {needed} must"
             )
         yield row
+
+
+def as_texts(row: Row, columns: Iterable[Any], spelt: Callable[[Any, Any], Any] = lambda column, value: value) -> Row:
+    """An object as {column: text}, as a table would have it.
+
+    Args:
+        row: With a JSON object.
+        columns: Its keys that are read.
+        spelt: What stands for a value that is no text or number, by column and value (None where there is none).
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: A value is missing, or no text or whole number.
+    """
+    found = {column: written(spelt(column, row.value.get(str(column)))) for column in columns}
+    if wrong := [column for column, text in found.items() if text is None]:
+        have = f", but {reprlib.repr(row.value[str(wrong[0])])}" if str(wrong[0]) in row.value else ""
+        raise ValueError(f"{row.place} has no text or whole number under {wrong[0]!r}{have}; it has {row.keys:.400}")
+    return row._replace(value=found)
 
 
 def hub_rows(name: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Digits on coloured backgrounds: small stand-ins for Waterbirds that need no download.
+"""Digits on coloured backgrounds: small stand-ins for Waterbirds that need no download; and vectors.
 
 A digit below five or not is the label, the colour of its background the attribute; in training they agree in most
 rows. Every validation and test digit is rendered on both backgrounds, so that groups are equal but for the colour and
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
+
+if TYPE_CHECKING:
+    from offramp.tasks.labelled_inputs import Images
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -33,14 +36,10 @@ HIGH = (5, 6, 7, 8, 9)
 def digits_on_colour(
     *, agreement: float = 0.92, seed: int = 0, train: int = 1000, val: int = 300, test: int = 497
 ) -> GroupedSet:  # fmt: skip
-    """The 1797 digits of scikit-learn, 8 x 8 pixels, on green and blue.
+    """The 1797 digits of scikit-learn, 8 x 8 pixels, on green and blue; of validation and test each is rendered twice.
 
-    Args:
-        agreement: Share of the training rows of each class whose background is the class's own colour, in (0, 1).
-        seed: Of the division into splits, the colours and the noise.
-        train: Digits for training.
-        val: Digits for validation, each rendered twice.
-        test: Digits for testing, each rendered twice.
+    In training this share of the rows of each class, in (0, 1), is on the class's own colour. The seed is of the
+    division into splits, the colours and the noise.
 
     Returns:
         Images [8, 8, 3].
@@ -71,25 +70,23 @@ def mnist_on_colour(
     test: int = 2500,
     high: Sequence[int] = HIGH,
 ) -> GroupedSet:
-    """MNIST or Fashion-MNIST, averaged down to 14 x 14 pixels, on green and blue.
+    """MNIST or Fashion-MNIST, averaged down to 14 x 14 pixels, on green and blue, otherwise as `digits_on_colour`.
+
+    How hard a set is depends on the network and how it is trained (`offramp.tasks.difficulty`); Fashion-MNIST needs
+    less agreement than MNIST, about .90.
 
     Args:
         images: [M, 28, 28], 0 to 255.
         digits: [M], 0 to 9.
-        agreement: Share of the training rows of each class whose background is the class's own colour, in (0, 1). How
-            hard a set is depends on the network and how it is trained (`offramp.tasks.difficulty`); Fashion-MNIST needs
-            less than MNIST, about .90.
-        seed: Of the division into splits, the colours and the noise.
+        agreement: As there.
+        seed: As there.
         train: Images for training.
-        val: Images for validation, each rendered twice.
-        test: Images for testing, each rendered twice.
+        val: Images for validation.
+        test: Images for testing.
         high: The digits that make class 1.
 
     Returns:
         Images [14, 14, 3].
-
-    Raises:
-        ValueError: Fewer images are given than asked for, or the agreement leaves a group of training rows empty.
     """
     pooled = images.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)) / 255
     return _on_colour("mnist-on-colour", pooled, digits, agreement, seed, (train, val, test), high)
@@ -104,16 +101,8 @@ def _on_colour(
     sizes: tuple[int, int, int],
     high: Sequence[int],
 ) -> GroupedSet:
-    if not 0 < agreement < 1:
-        raise ValueError(f"{name}: agreement is {agreement}; it must be in (0, 1), such as 0.95")
-    if sum(sizes) > len(images):
-        raise ValueError(
-            f"{name}: {sizes[0]} + {sizes[1]} + {sizes[2]} images are asked for, but there are {len(images)}; ask for "
-            "fewer"
-        )
     draw = np.random.default_rng(seed)
-    order = draw.permutation(len(images))
-    train, val, test = np.split(order[: sum(sizes)], [sizes[0], sizes[0] + sizes[1]])
+    train, val, test = divided(name, len(images), sizes, agreement, draw)
     labels = np.isin(digits, list(high)).astype(np.int64)
     attribute = agreeing(labels[train], agreement, draw)
     splits = {"train": _split("train", train, images, labels, attribute, draw)}
@@ -125,13 +114,25 @@ def _on_colour(
     return made
 
 
+def require_agreement(name: str, agreement: float) -> None:
+    """Raise a ValueError unless a share of rows is in (0, 1)."""
+    if not 0 < agreement < 1:
+        raise ValueError(f"{name}: agreement is {agreement}; it must be in (0, 1), such as 0.95")
+
+
+def divided(
+    name: str, images: int, sizes: tuple[int, int, int], agreement: float, draw: np.random.Generator
+) -> list[Integers]:
+    """Places of the images for training, validation and test; a ValueError if there are too few, or for the share."""
+    require_agreement(name, agreement)
+    if sum(sizes) > images:
+        asked = " + ".join(map(str, sizes))
+        raise ValueError(f"{name}: {asked} images are asked for, but there are {images}; ask for fewer")
+    return np.split(draw.permutation(images)[: sum(sizes)], np.cumsum(sizes)[:2])
+
+
 def agreeing(labels: Integers, agreement: float, draw: np.random.Generator) -> Integers:
     """An attribute of two values that equals the label in a share, not left to chance, of the rows of each class.
-
-    Args:
-        labels: [N], 0 or 1.
-        agreement: The share.
-        draw: Says which rows.
 
     Returns:
         [N], 0 or 1; within a class, agreement x rows, rounded, equal the label.
@@ -155,10 +156,8 @@ def _split(
 ) -> Grouped:
     y, a = torch.from_numpy(labels[rows]), torch.from_numpy(attribute)
     ids = tuple(f"{row}-{COLOURS[value]}" for row, value in zip(rows.tolist(), attribute.tolist(), strict=True))
-    return Grouped.of(
-        Labelled(ids, _rendered(images[rows], attribute, draw), y, CLASSES, source=name), {"background": a},
-        Groups.crossed(y, CLASSES, a, COLOURS), torch.from_numpy(rows) if paired else None,
-    )  # fmt: skip
+    labelled = Labelled(ids, _rendered(images[rows], attribute, draw), y, CLASSES, source=name)
+    return Grouped.crossed(labelled, "background", a, COLOURS, torch.from_numpy(rows) if paired else None)
 
 
 def _rendered(images: Floats, attribute: Integers, draw: np.random.Generator) -> NDArray[np.uint8]:
@@ -172,3 +171,48 @@ def _rendered(images: Floats, attribute: Integers, draw: np.random.Generator) ->
 def as_bytes(pixels: Floats) -> NDArray[np.uint8]:
     """Values around 0 to 1 as 0..255."""
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------- no images
+
+
+def toy_gaussian(
+    *,
+    agreement: float = 0.97,
+    seed: int = 0,
+    train: int = 2000,
+    val: int = 800,
+    test: int = 4000,
+    dimensions: int = 10,
+    core: float = 3.0,
+    spurious: float = 4.0,
+) -> GroupedSet:
+    """Vectors with a coordinate for the label, one for an attribute that is easier to see, and noise on all.
+
+    In training this share of the rows of each class has the attribute of the label; validation and test rows are
+    balanced over the four groups. `core` and `spurious` are the distances between the classes and between the values of
+    the attribute, in standard deviations of the noise.
+
+    Returns:
+        Vectors [dimensions], float32, an array [N, dimensions] where others have images.
+
+    Raises:
+        ValueError: Fewer than two dimensions, or the agreement leaves a group of training rows empty.
+    """
+    if dimensions < 2:
+        raise ValueError(f"toy-gaussian: dimensions is {dimensions}; two are the least, label and attribute")
+    draw = np.random.default_rng(seed)
+    splits = {}
+    for name, rows, share in (("train", train, agreement), ("val", val, 0.5), ("test", test, 0.5)):
+        labels = draw.permutation(np.arange(rows) % 2)
+        attribute = agreeing(labels, share, draw)
+        vectors = draw.normal(0, 1, (rows, dimensions))
+        vectors[:, 0] += core * (labels - 0.5)
+        vectors[:, 1] += spurious * (attribute - 0.5)
+        y, a = torch.from_numpy(labels), torch.from_numpy(attribute)
+        ids = tuple(f"{name}-{row}" for row in range(rows))
+        labelled = Labelled(ids, cast("Images", vectors.astype(np.float32)), y, ("0", "1"), source=name)
+        splits[name] = Grouped.crossed(labelled, "spurious", a, ("0", "1"))
+    made = GroupedSet("toy-gaussian", splits, f"generated, agreement {agreement:g}, seed {seed}")
+    made.require_groups("train")
+    return made

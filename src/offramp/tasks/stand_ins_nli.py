@@ -20,12 +20,10 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from offramp.metrics.group_members import Groups
+from offramp.tasks.group_nli import CLASSES, VALUES, has_negation
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.negation import VALUES, has_negation
 
-CLASSES = ("contradiction", "entailment", "neutral")
 NOUNS = (
     ("poodle", "dog"), ("sparrow", "bird"), ("trout", "fish"), ("pony", "horse"), ("kitten", "cat"),
     ("nurse", "worker"), ("sailor", "man"), ("queen", "woman"), ("toddler", "child"), ("beetle", "insect"),
@@ -57,21 +55,11 @@ RATES: Mapping[str, float] = MappingProxyType({"contradiction": 0.2, "entailment
 
 
 def template_nli(
-    *,
-    rates: Mapping[str, float] = RATES,
-    seed: int = 0,
-    train: int = 20_000,
-    val: int = 5_000,
-    test: int = 10_000,
-) -> GroupedSet:
+    *, rates: Mapping[str, float] = RATES, seed: int = 0, train: int = 20_000, val: int = 5_000, test: int = 10_000
+) -> GroupedSet:  # fmt: skip
     """The set. Labels are balanced in every split, and in validation and test rows negation is too.
 
-    Args:
-        rates: Share of the training rows of each class with negation.
-        seed: Of everything.
-        train: Training rows.
-        val: Validation rows.
-        test: Test rows.
+    In training the rates say which share of the rows of each class has a negation.
 
     Returns:
         Pairs (premise, hypothesis), with the attribute "negation" by the published rule of four words.
@@ -105,7 +93,7 @@ def template_nli(
 def _grouped(name: str, pairs: tuple[tuple[str, str], ...], labels: torch.Tensor) -> Grouped:
     negation = torch.tensor([int(has_negation(hypothesis)) for _, hypothesis in pairs])
     rows = Labelled(tuple(f"{name}-{row}" for row in range(len(pairs))), pairs, labels, CLASSES, source=name)
-    return Grouped.of(rows, {"negation": negation}, Groups.crossed(labels, CLASSES, negation, VALUES))
+    return Grouped.crossed(rows, "negation", negation, VALUES)
 
 
 def _pair(label: str, negated: bool, content: int, draw: np.random.Generator) -> tuple[str, str]:

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from offramp.metrics.group_members import Groups
-from offramp.tasks.group_sets import Grouped, GroupedSet
+from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.stand_ins import Integers, as_bytes
+from offramp.tasks.stand_ins import Integers, as_bytes, divided
 from offramp.values import listed
 
 Render = Callable[[NDArray[np.uint8], Integers, np.random.Generator], NDArray[np.uint8]]
@@ -99,27 +99,14 @@ def coloured_mnist(
     val: int = 12_000,
     test: int = 10_000,
 ) -> GroupedSet:
-    """Ten digits drawn in ten colours, as in the studies of LfF (Nam et al., 2020) and AGRE-KD.
+    """Ten digits drawn in ten colours, as in the studies of LfF (Nam et al., 2020) and AGRE-KD; sizes are rows.
 
     Groups are digit x (its own colour or another); validation and test rows have every colour equally often. Colours
-    are ours: ten of equal distance on the HSV circle.
-
-    Args:
-        images: [M, 28, 28], 0 to 255.
-        digits: [M], 0 to 9.
-        agreement: Share of the training rows of each digit in the digit's own colour; .95, .98, .99 and .995 in the
-            sources.
-        jitter: Standard deviation of the noise on an image's colour.
-        seed: Of everything.
-        train: Training rows.
-        val: Validation rows.
-        test: Test rows.
+    are ours: ten of equal distance on the HSV circle. In training this share of the rows of each digit (.95, .98, .99
+    and .995 in the sources) has the digit's own colour; `jitter` is the standard deviation of the noise on it.
 
     Returns:
         Images [28, 28, 3], with the attributes "colour" and "conflict" (another colour than the digit's own).
-
-    Raises:
-        ValueError: A share out of range, or fewer images than asked for.
     """
     colours = np.array([colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)])
 
@@ -152,24 +139,15 @@ def _coloured(
     sizes: tuple[int, int, int],
     attribute: str,
 ) -> tuple[GroupedSet, np.random.Generator]:
-    if not 0 < agreement < 1:
-        raise ValueError(f"{name}: agreement is {agreement}; it must be in (0, 1), such as 0.95")
-    if sum(sizes) > len(images):
-        raise ValueError(
-            f"{name}: {sizes[0]} + {sizes[1]} + {sizes[2]} images are asked for, but there are {len(images)}; ask for "
-            "fewer"
-        )
     draw = np.random.default_rng(seed)
-    order = draw.permutation(len(images))[: sum(sizes)]
+    parts = divided(name, len(images), sizes, agreement, draw)
     splits = {}
-    for split, part in zip(("train", "val", "test"), np.split(order, np.cumsum(sizes)[:2]), strict=True):
+    for split, part in zip(SPLITS, parts, strict=True):
         y = labels[part].astype(np.int64)
         colour = _colours(y, len(classes), agreement if split == "train" else 1 / len(classes), draw)
         ids = tuple(map(str, part.tolist()))
         rows = Labelled(ids, render(images[part], colour, draw), torch.from_numpy(y), classes, source=split)
-        values = torch.from_numpy(colour)
-        groups = Groups.crossed(rows.labels, classes, values, [f"colour {c}" for c in classes])
-        splits[split] = Grouped.of(rows, {attribute: values}, groups)
+        splits[split] = Grouped.crossed(rows, attribute, torch.from_numpy(colour), [f"colour {c}" for c in classes])
     return GroupedSet(name, splits, source), draw
 
 

@@ -14,7 +14,7 @@ from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.group_toxicity import CLASSES, IDENTITIES
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.stand_ins import Integers
+from offramp.tasks.stand_ins import Integers, require_agreement
 
 TARGETED = ("LGBTQ", "muslim", "black", "female")
 """Identities that agree with the label in training."""
@@ -35,12 +35,7 @@ def template_toxicity(
 ) -> GroupedSet:  # fmt: skip
     """The set. A third of the comments are toxic in every split; in validation and test no identity says which.
 
-    Args:
-        agreement: Share of the training comments with a targeted identity that are toxic, in (0, 1).
-        seed: Of everything.
-        train: Training rows.
-        val: Validation rows.
-        test: Test rows.
+    In training this share of the comments with a targeted identity, in (0, 1), is toxic.
 
     Returns:
         Texts, with the eight identities as attributes and 16 groups that overlap: an identity x a class.
@@ -48,8 +43,7 @@ def template_toxicity(
     Raises:
         ValueError: The agreement is out of range, or a group of training rows is empty.
     """
-    if not 0 < agreement < 1:
-        raise ValueError(f"template-toxicity: agreement is {agreement}; it must be in (0, 1), such as 0.95")
+    require_agreement("template-toxicity", agreement)
     draw = np.random.default_rng(seed)
     splits = {}
     for name, rows in (("train", train), ("val", val), ("test", test)):

@@ -55,39 +55,21 @@ class Task:
     languages: tuple[str, str] = ("English", "German")
 
     def prompt(self, example: Example, *, instruct: bool) -> str:
-        """The text a model is given.
-
-        Args:
-            example: What about.
-            instruct: An instruction, as for a chat; else with T5's prefix.
-
-        Returns:
-            The text, without cue and chat template.
-
-        Raises:
-            ValueError: The task needs a question and the example has none.
-        """
+        """The text a model is given, with an instruction or with T5's prefix, but without cue and chat template."""
         template = self.instruction if instruct else self.prefix
         if example.question is None and "{question}" in template:
             raise ValueError(f"example {example.id} has no question, which {self.name} needs")
         return template.format(source=example.source, question=example.question, languages=self.languages)
 
     def prompts(self, lm: LanguageModel, examples: Sequence[Example]) -> list[Prompt]:
-        """What `lm.generate` and `lm.encode` take, with nothing else to set.
+        """What `lm.generate` and `lm.encode` take, with nothing else to set: one chat or one text for each example.
 
         A decoder-only model with a chat template gets the instruction as a user's message, one without gets it as plain
         text with a cue at the end; T5 and mT5 get the prefix; other encoder-decoders the bare source (and the question
         as T5 does, if there is one).
 
-        Args:
-            lm: The model; its family decides.
-            examples: Any number.
-
         Returns:
-            One chat or one text for each example.
-
-        Raises:
-            ValueError: The model does not take texts, or an example lacks a question that the task needs.
+            The prompts; a ValueError if the model does not take texts, or an example lacks a question.
         """
         return [self._prompt(lm, example) for example in examples]
 
@@ -103,14 +85,7 @@ class Task:
         return example.source if bare else self.prompt(example, instruct=False)
 
     def target(self, example: Example) -> str:
-        """The answer to train on: the first reference.
-
-        Returns:
-            Its text.
-
-        Raises:
-            ValueError: The example has none.
-        """
+        """The answer to train on: the first reference; a ValueError if there is none."""
         if not example.references:
             raise ValueError(f"example {example.id} has no reference to train on")
         return example.references[0]

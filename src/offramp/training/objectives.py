@@ -115,7 +115,7 @@ class Objective(Protocol):
         ...
 
 
-def forward_kl(logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
+def forward_kl(logits: Tensor, teacher: Teacher, labels: Tensor | None = None) -> Tensor:
     """KL(last layer || exit), times the temperature squared (Hinton et al. 2015, section 2); covers all its modes."""
     losses: Tensor = _ForwardKL.apply(_over(logits, teacher.temperature), teacher)  # type: ignore[no-untyped-call]
     return losses * teacher.temperature**2
@@ -136,6 +136,29 @@ def cross_entropy(logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
 def teacher_argmax(logits: Tensor, teacher: Teacher, labels: Tensor) -> Tensor:
     """Cross-entropy to the token the last layer would choose."""
     return cross_entropy(logits, teacher, teacher.best)
+
+
+def mixed(kd: Tensor, ce: Tensor, weights: Tensor | None, fraction: float, weight_on: str) -> Tensor:
+    """(1 - λ) v ce + λ u kd of each row, where v and u are its weight or 1: losses and weights [N] -> [N].
+
+    Hinton et al. (2015), arXiv 1503.02531, with weights of rows; λ = 1 is no cross-entropy at all, λ = 0 no teacher.
+
+    Args:
+        kd: Divergences from the teacher.
+        ce: Cross-entropies to the labels.
+        weights: Of the rows; None: all are 1.
+        fraction: λ.
+        weight_on: "kd", "ce" or "both": which term is weighted.
+
+    Returns:
+        The losses.
+    """
+    if weights is not None:
+        kd = weights * kd if weight_on != "ce" else kd
+        ce = weights * ce if weight_on != "kd" else ce
+    if fraction in (0, 1):
+        return kd if fraction else ce
+    return (1 - fraction) * ce + fraction * kd
 
 
 OBJECTIVES: dict[str, Objective] = {

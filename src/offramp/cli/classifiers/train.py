@@ -108,7 +108,7 @@ def train_classifier(
     from offramp.classifiers.heads import HeadConfig
     from offramp.classifiers.trainer import train_classifier as run
     from offramp.hub.devices import named_device
-    from offramp.tasks.row_hashes import row_hashes
+    from offramp.tasks.labelled import row_hashes
 
     options: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "optimiser": optimiser, "learning_rate": learning_rate,
