@@ -11,7 +11,7 @@ from scipy import stats
 from offramp import ExitPolicy
 from offramp.calibration import THRESHOLDS, Grid, Promise, layer_thresholds, settings_of
 from offramp.calibration.grid import chains_of, paths_of
-from offramp.calibration.validate import exact_interval
+from offramp.metrics.bootstrap import exact_interval
 from offramp.risk import conformal_risk_control
 from offramp.tasks import TASKS, Example
 from scripted_calibration import Script, examples, model

@@ -11,9 +11,10 @@ import torch
 from scipy import stats
 
 from offramp.classifiers.evaluate import Settings, charged, evaluate
-from offramp.classifiers.method import Fitted, Interval, Method, Point, area, curve, interpolate
+from offramp.classifiers.method import Fitted, Method, Point, area, curve, interpolate
 from offramp.classifiers.result import ClassifierEvaluation, summarise
 from offramp.metrics import resampled
+from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade, scores
 from offramp.report.classifier_plots import save_classifiers
 from offramp.report.drawing import percent

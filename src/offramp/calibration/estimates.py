@@ -13,8 +13,8 @@ from offramp.calibration.evidence import packed
 from offramp.calibration.grid import Setting
 from offramp.calibration.promise import Promise
 from offramp.calibration.splits import TEST
-from offramp.evaluation.bootstrap import Bootstrap
 from offramp.evaluation.summary import summarise
+from offramp.metrics.bootstrap import Bootstrap
 
 KEPT = (
     "quality",

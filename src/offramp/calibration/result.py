@@ -16,8 +16,8 @@ from offramp.calibration.spending import MEASURES, is_timed
 from offramp.calibration.splits import TEST
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
-from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.result import COLUMNS, ratio_cell
+from offramp.metrics.bootstrap import Interval
 from offramp.runs.files import write_json
 from offramp.runs.tables import Table, cell
 

@@ -5,10 +5,10 @@ least 1 - failure, *all* settings that pass keep the tolerance at once (fixed-se
 each of k sequences, whose orders the certification prompts have no part in). On that event no choice among them can
 break the promise, however it depends on these prompts. "Never exit" joins them at no price where losses are relative to
 the full model as it is: it loses nothing, so it may be taken where none of them is cheaper. Relative to another number
-format it may lose, so it heads a sequence and has to pass like the others. What may not depend on the certification prompts are the orders and the number
-of sequences; leaving settings out beforehand for their cost on other prompts (the tuning part) only shortens an order.
-Under conformal risk control losses are made monotone along the one sequence, so that whatever is chosen among the
-allowed settings loses at most what the last of them does, whose mean is bounded.
+format it may lose, so it heads a sequence and has to pass like the others. What may not depend on the certification
+prompts are the orders and the number of sequences; leaving settings out beforehand for their cost on other prompts (the
+tuning part) only shortens an order. Under conformal risk control losses are made monotone along the one sequence, so
+that whatever is chosen among the allowed settings loses at most what the last of them does, whose mean is bounded.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from offramp.calibration.promise import CRC, Promise
 from offramp.calibration.search import search
 from offramp.calibration.spending import Spent
-from offramp.risk.intervals import exact_interval as exact_interval
+from offramp.metrics.bootstrap import exact_interval
 from offramp.runs.results import Result
 from offramp.tasks import split_groups
 

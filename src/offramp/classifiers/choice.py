@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.classifiers.method import Interval
 from offramp.metrics import resampled
+from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.classifiers.method import METRICS, SHARES, Floats, Interval, Method, Point, area, interpolate
+from offramp.classifiers.method import METRICS, SHARES, Floats, Method, Point, area, interpolate
 from offramp.metrics import resampled
+from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade, reliability
 from offramp.metrics.resampled import Grades
 from offramp.risk import budgets

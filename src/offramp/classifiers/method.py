@@ -8,28 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.metrics.bootstrap import Interval
+
 Floats = NDArray[np.float64]
 METRICS = ("top1", "top5", "nlpd", "ece", "aurc", "augrc", "brier")
 """In the order of tables; see `offramp.metrics.calibration`. Those of shares of right answers are better if higher."""
 SHARES = (0.25, 0.5, 0.75)
 """Of the full cost, where curves are read off."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % bootstrap interval over test rows; None without resamples."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, values: Floats) -> Interval:
-        """From the estimate and its resamples, [1 + R]."""
-        if len(values) == 1:
-            return cls(float(values[0]))
-        low, high = np.quantile(values[1:], [0.025, 0.975])
-        return cls(float(values[0]), float(low), float(high))
 
 
 @dataclass(frozen=True)

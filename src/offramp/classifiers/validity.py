@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from offramp.classifiers.certify import RowPromise, Trials, certify
+from offramp.metrics.bootstrap import exact_interval
 from offramp.risk.bounds import check_level
-from offramp.risk.intervals import exact_interval
 from offramp.runs.results import Result
 
 

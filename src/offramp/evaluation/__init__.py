@@ -6,8 +6,6 @@ from offramp.evaluation.arms import grid as grid
 from offramp.evaluation.arms import static_arms as static_arms
 from offramp.evaluation.arms import static_sweep as static_sweep
 from offramp.evaluation.arms import sweep_layers as sweep_layers
-from offramp.evaluation.bootstrap import Bootstrap as Bootstrap
-from offramp.evaluation.bootstrap import Interval as Interval
 from offramp.evaluation.evaluate import evaluate as evaluate
 from offramp.evaluation.evaluate import evaluate_perplexity as evaluate_perplexity
 from offramp.evaluation.evaluate import records_of as records_of
@@ -20,3 +18,5 @@ from offramp.evaluation.records import decode_records as decode_records
 from offramp.evaluation.result import Evaluation as Evaluation
 from offramp.evaluation.summary import ArmSummary as ArmSummary
 from offramp.evaluation.summary import summarise as summarise
+from offramp.metrics.bootstrap import Bootstrap as Bootstrap
+from offramp.metrics.bootstrap import Interval as Interval

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from offramp.evaluation.arms import FULL
-from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
 from offramp.evaluation.verdict import GOOD, Finding, findings, sentences
+from offramp.metrics.bootstrap import Interval
 from offramp.risk.control import pareto_front
 from offramp.runs.codec import encode
 from offramp.runs.results import Result

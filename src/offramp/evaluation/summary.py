@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from offramp.evaluation.bootstrap import Bootstrap, Floats, Interval
 from offramp.evaluation.record_file import Record
 from offramp.evaluation.records import PREFILL
+from offramp.metrics.bootstrap import Bootstrap, Floats, Interval
 from offramp.metrics.text import corpus_metric
 
 PERPLEXITY = "perplexity"
@@ -24,7 +24,7 @@ CORPUS = ("bleu", "chrf")
 class ArmSummary:
     """One arm, over all examples, beside the full model over the same ones.
 
-    Ratios are of sums over all examples. Intervals are those of the cluster bootstrap (`offramp.evaluation.bootstrap`).
+    Ratios are of sums over all examples. Intervals are those of the cluster bootstrap (`offramp.metrics.bootstrap`).
 
     Attributes:
         name: Of the arm.

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from offramp.evaluation.bootstrap import Interval
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
+from offramp.metrics.bootstrap import Interval
 
 NEAR = 2.0
 """Points of 100."""

@@ -24,11 +24,11 @@ from offramp.report.drawing import (
 )
 
 if TYPE_CHECKING:
-    from offramp.evaluation.bootstrap import Interval
     from offramp.evaluation.result import Evaluation
     from offramp.evaluation.summary import ArmSummary
     from offramp.lm.bench_results import Bench
     from offramp.lm.probe_result import Probe
+    from offramp.metrics.bootstrap import Interval
 
 
 def save_probe(probe: Probe, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Percentile intervals by resampling groups of examples: the cluster bootstrap.
+"""Intervals: percentiles over resampled groups of examples (the cluster bootstrap), and exact ones of a share.
 
 Examples of one group (questions on one article) are not independent of each other, so whole groups are drawn (Davison
 and Hinkley, 1997, section 3.8). All arms are summarised over the same draws, which makes differences and ratios between
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -21,11 +22,19 @@ Statistic = Callable[[Floats], Floats]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its interval; None where there is nothing to resample (a single group)."""
+    """An estimate and the ends of its interval; None where there is nothing to resample, or nothing was."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: Floats, ends: tuple[float, float] = (0.025, 0.975)) -> Interval:
+        """From the estimate and its resamples, [1 + R]."""
+        if len(values) == 1:
+            return cls(float(values[0]))
+        low, high = np.quantile(values[1:], ends)
+        return cls(float(values[0]), float(low), float(high))
 
 
 class Bootstrap:
@@ -62,10 +71,9 @@ class Bootstrap:
         np.add.at(by_group, self.index, table)  # [N, K] -> [G, K]
         value = float(statistic(table.sum(axis=0, keepdims=True))[0])
         if self.groups == 1:
-            return Interval(value, None, None)
+            return Interval(value)
         tail = (1 - self.level) / 2
-        low, high = np.quantile(statistic(self.weights @ by_group), [tail, 1 - tail])  # [R, G] @ [G, K]
-        return Interval(value, float(low), float(high))
+        return Interval.of(np.r_[value, statistic(self.weights @ by_group)], (tail, 1 - tail))  # [R, G] @ [G, K]
 
     def mean(self, values: Sequence[float]) -> Interval:
         """Mean over the examples."""
@@ -78,3 +86,20 @@ class Bootstrap:
 
 def _quotient(above: Floats, below: Floats) -> Floats:
     return np.divide(above, below, out=np.ones_like(above), where=below != 0)
+
+
+def exact_interval(count: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's (1934) interval of a probability.
+
+    Args:
+        count: Successes.
+        trials: Independent trials.
+        level: Probability with which it holds the true one, at least.
+
+    Returns:
+        Its ends, in [0, 1].
+    """
+    tail = (1 - level) / 2
+    low = float(special.betaincinv(count, trials - count + 1, tail)) if count else 0.0
+    high = float(special.betaincinv(count + 1, trials - count, 1 - tail)) if count < trials else 1.0
+    return low, high
