@@ -280,14 +280,20 @@ def test_agreement_counts_positions_and_prefixes(llama, monkeypatch):
     """Against hand-made outputs: the reference says 0 1 2 3 and 4 5 6 7; ours differs at the second token of one."""
     outputs = iter([[0, 9, 2, 3], [4, 5, 6, 7]])
 
-    def generate(*_, **__):
-        costs = real(random_prompts(llama, 1, length=3), max_new_tokens=4).costs
-        return replace(template, tokens=[next(outputs)], costs=costs)
+    class Answered:
+        def __init__(self, *_, **__):
+            self.stream, self.tokens = real(random_prompts(llama, 1, length=3), max_new_tokens=4), iter(next(outputs))
 
-    real = llama.generate
-    template = real(random_prompts(llama, 1, length=3), max_new_tokens=4)
+        def __iter__(self):
+            return (step._replace(token=torch.tensor([next(self.tokens)])) for step in self.stream)
+
+        @property
+        def costs(self):
+            return self.stream.costs
+
+    real = llama.stream
     references = iter([torch.tensor([[8, 0, 1, 2, 3]]), torch.tensor([[8, 4, 5, 6, 7]])])
-    monkeypatch.setattr(llama, "generate", generate)
+    monkeypatch.setattr(llama, "stream", Answered)
     monkeypatch.setattr(llama.model, "generate", lambda **_: next(references))
     result = run_bench(llama, random_prompts(llama, 2, length=1), {}, max_new_tokens=4, repeats=1, warmup=0)
     arm = result.arm(FULL)

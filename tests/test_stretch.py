@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -33,6 +33,17 @@ POLICIES = {
     "script": ExitPolicy(Scripted(Script((1, 3, 2, LAYERS, 1, LAYERS))), 0.5, 1),
     "script, fixed": ExitPolicy(Scripted(Script((1, 3, 2, LAYERS, 1))), 0.5, 1, vocabulary="fixed", vocabulary_size=9),
 }
+
+
+@dataclass
+class Own:
+    """A measure of somebody's own, which cannot be a key."""
+
+    seen: list
+
+    def __call__(self, reading):
+        self.seen.append(reading.layer)
+        return reading.top.gap
 
 
 @pytest.fixture(params=["llama", "t5", "qwen2", "mistral"])
@@ -161,6 +172,7 @@ def test_a_hook_on_the_embeddings_is_called():
         {"policy": replace(EXITS, skipped="defer")},
         {"policy": replace(EXITS, skipped="verify")},
         {"policy": ExitPolicy("entropy", 0.1, 1)},
+        {"policy": ExitPolicy(Own([]), 0.1, 1)},
         {"policy": replace(EXITS, vocabulary="decaying", vocabulary_size=12)},
         {"do_sample": True, "seed": 0},
         {"repetition_penalty": 1.3},

@@ -16,7 +16,7 @@ from offramp.core.batch import Batch, Step
 from offramp.core.confidence import max_probability, softmax_gap
 from offramp.core.skipped_kv import Propagate
 
-_MEASURES: dict[Any, str] = {max_probability: "max", softmax_gap: "softmax"}
+_MEASURES = ((max_probability, "max"), (softmax_gap, "softmax"))
 _MOST = 8  # tokens of a call: what is generated is shown, and Ctrl-C is heard, behind them
 
 
@@ -129,7 +129,8 @@ def stretch_of(batch: Batch) -> Stretch | None:
         return None
     if measure is not None and hasattr(measure, "script"):
         measure, script = getattr(measure, "measure", None), measure.script
-    if plan.thresholds and measure not in _MEASURES:
+    named = next((name for known, name in _MEASURES if measure is known), None)
+    if plan.thresholds and named is None:
         return None
     if plan.pruning is not None and plan.pruning.kind != "fixed":
         return None
@@ -144,7 +145,7 @@ def stretch_of(batch: Batch) -> Stretch | None:
         batch.context,
         exits=tuple(plan.thresholds),
         last=plan.last,
-        confidence=_MEASURES.get(measure, "max"),
+        confidence=named or "max",
         tokens=None if frequent is None else frequent.tokens,
         keep=keep,
         skip=protected if frequent is None else frequent.places,

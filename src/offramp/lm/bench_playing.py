@@ -6,7 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,33 +93,40 @@ def run(
     """
     seen: list[float] = []
 
-    def known(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
-        """Note when the first token is known; nothing stops."""
+    def note() -> None:
+        """When the first token is known."""
         if not seen:
             _synchronize(lm)
             seen.append(time.perf_counter())
+
+    def known(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
+        """As a criterion of transformers, by which nothing stops."""
+        note()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    options = {**greedy(tokens), "stopping_criteria": transformers.StoppingCriteriaList([known])}
     _synchronize(lm)
     began = time.perf_counter()
-    with endless(lm):
-        output = (
-            lm.model.generate(**inputs, **options)
-            if arm == REFERENCE
-            else lm.generate(dict(inputs), policy=policy, **options)
-        )
+    with endless(lm), lm.decoder.at_work() if arm != REFERENCE else nullcontext():
+        if arm == REFERENCE:
+            criteria = transformers.StoppingCriteriaList([known])
+            output = lm.model.generate(**inputs, **greedy(tokens), stopping_criteria=criteria)
+        else:  # a stream: criteria would be asked in Python after each token
+            stream = lm.stream(dict(inputs), policy=policy, **greedy(tokens))
+            steps = []
+            for step in stream:
+                note()
+                steps.append(step)
     _synchronize(lm)
     ended = time.perf_counter()
     turn.seconds += ended - began
     turn.first.append((seen or [ended])[0] - began)
-    if isinstance(output, Tensor):
+    if arm == REFERENCE:
         turn.tokens += output[:, -tokens:].tolist()
         turn.layers += [[lm.num_layers] * tokens for _ in output]
         return
-    turn.add(output.costs)
-    turn.tokens += output.tokens
-    turn.layers += output.exit_layers
+    turn.add(stream.costs)
+    turn.tokens += torch.stack([step.token for step in steps], dim=1).tolist()
+    turn.layers += torch.stack([step.exit_layer for step in steps], dim=1).tolist()
 
 
 @contextmanager
