@@ -62,7 +62,7 @@ def _named(node: ast.AST, files: dict[str, Path]) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of modules that import one another (Tarjan)."""
+    """Groups of modules that import one another (Tarjan); not `offramp`, which imports what it names late."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -71,7 +71,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
         stack.append(name)
-        for other in sorted(graph[name]):
+        for other in sorted(graph[name] - {PACKAGE}):
             if other not in index:
                 visit(other)
                 low[name] = min(low[name], low[other])

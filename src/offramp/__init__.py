@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offramp.classifiers.classifier import EarlyExitClassifier as EarlyExitClassifier
+    from offramp.classifiers.classify import classify as classify
     from offramp.core.confidence import Contrast as Contrast
     from offramp.core.costs import Costs as Costs
     from offramp.core.decoding import Step as Step
@@ -19,10 +20,17 @@ if TYPE_CHECKING:
     from offramp.core.language_model import Generation as Generation
     from offramp.core.language_model import LanguageModel as LanguageModel
     from offramp.core.policy import ExitPolicy as ExitPolicy
+    from offramp.distillation.language_models import TokenDistillation as TokenDistillation
     from offramp.families import SplitModel as SplitModel
     from offramp.families import UnsupportedModelError as UnsupportedModelError
     from offramp.hub.messages import ModelError as ModelError
     from offramp.hub.models import load as load
+    from offramp.lm.probe import probe as probe
+    from offramp.lm.verbs import calibrate as calibrate
+    from offramp.lm.verbs import distill as distill
+    from offramp.lm.verbs import evaluate as evaluate
+    from offramp.lm.verbs import train as train
+    from offramp.training.config import TrainConfig as TrainConfig
 
 __version__ = "0.1.0"
 
@@ -35,6 +43,15 @@ _HOMES = {
     "EarlyExitClassifier": "classifiers.classifier",
     "ModelError": "hub.messages",
     "UnsupportedModelError": "families",
+    # what is done with them
+    "probe": "lm.probe",
+    "train": "lm.verbs",
+    "TrainConfig": "training.config",
+    "evaluate": "lm.verbs",
+    "calibrate": "lm.verbs",
+    "distill": "lm.verbs",
+    "TokenDistillation": "distillation.language_models",
+    "classify": "classifiers.classify",
     # when to leave
     "ExitPolicy": "core.policy",
     "Contrast": "core.confidence",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -23,11 +23,15 @@ from offramp.core.generation_options import GenerationOptions, checked, most_new
 from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
 from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
+from offramp.core.verb import Verb
 from offramp.families import SplitModel
 from offramp.hub.messages import quiet
 from offramp.hub.pretrained import inside_peft
 from offramp.runs.digests import fingerprint
 from offramp.values import flag
+
+if TYPE_CHECKING:
+    import offramp
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,7 @@ class Generation:
 
 
 class Stream(Iterator[Step]):
-    """Steps as they become certain, and what they cost so far.
-
-    Args:
-        prepared: The generation.
-        steps: Its steps.
-        ledger: Where its costs are written.
-    """
+    """The steps of a prepared generation as they become certain, and what they cost so far: the ledger's bill."""
 
     def __init__(self, prepared: Prepared, steps: Iterator[Step], ledger: Ledger) -> None:
         self._prepared, self._steps, self._ledger = prepared, steps, ledger
@@ -85,6 +83,8 @@ class Stream(Iterator[Step]):
 class LanguageModel:
     """A Hugging Face model with early exits; made by `offramp.load`.
 
+    `probe`, `train`, `evaluate` and `calibrate` are the functions of these names in `offramp`, for this model.
+
     Args:
         model: The untouched Hugging Face model; or a `PeftModel`, whose base model it then is, adapters at work.
         tokenizer: Its tokenizer; None if only token ids will be used.
@@ -97,6 +97,11 @@ class LanguageModel:
         UnsupportedModelError: The architecture is not supported.
         NativeError: "native" or `int8` is asked for, and the kernels cannot run the model, or cannot be had here.
     """
+
+    if TYPE_CHECKING:
+        probe, train, evaluate, calibrate = offramp.probe, offramp.train, offramp.evaluate, offramp.calibrate
+    else:
+        probe, train, evaluate, calibrate = Verb(), Verb(), Verb(), Verb()
 
     def __init__(
         self,

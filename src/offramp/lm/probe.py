@@ -47,6 +47,8 @@ def probe(
     The "final token" of a position is the most probable one of the full model there, before any logits processor. With
     prompts, the positions are those of the tokens that the full model generates, greedily; with texts, all of theirs.
 
+        print(lm.probe(["Why is the sky blue?"], max_new_tokens=8).table())
+
     Args:
         lm: The model.
         prompts: Texts or chats, token ids [B, T], or the inputs a tokenizer or speech processor made; None: the bundled

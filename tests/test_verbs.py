@@ -1,0 +1,176 @@
+"""The public verbs do what the functions behind them do, from files and names, and are methods as well."""
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import offramp
+from classifier_data import save_resnet, write_idx
+from offramp import ExitPolicy, LanguageModel, TokenDistillation, TrainConfig
+from offramp.calibration import Promise
+from offramp.calibration import calibrate as certify
+from offramp.classifiers.answers import answers
+from offramp.core.verb import Verb
+from offramp.distillation.language_models import distil
+from offramp.evaluation import evaluate as compare
+from offramp.hub.exit_files import load_exits
+from offramp.tasks import TASKS, fit, read_examples, take
+from offramp.training.data import prepare, read_texts, text_documents
+from offramp.training.trainer import train as train_exits
+from tiny import tiny, tokenizer
+from training_runs import model
+
+VERBS = ("probe", "train", "evaluate", "calibrate")
+SENTENCES = ["the sky is blue .", "why is the sky w21 w22 .", "w23 w24 w25 w26 is blue"] * 4
+
+
+@pytest.fixture
+def lm():
+    return LanguageModel(tiny("llama"), tokenizer(), name="tiny")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [
+        {"context": f"w{i + 20} sky w{i + 30} is blue", "question": "why ?", "answers": {"text": [f"w{i + 30}"]}}
+        for i in range(30)
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def untimed(result):
+    """Figures of a result, without seconds and folders."""
+    values = json.loads(json.dumps(result.to_dict(), default=str))
+
+    def without(value):
+        if isinstance(value, list):
+            return [without(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        return {key: without(each) for key, each in value.items() if "second" not in key and key not in LEFT_OUT}
+
+    return without(values)
+
+
+LEFT_OUT = ("exits", "model", "name", "about", "seconds", "rates", "parts", "limit", "shortened", "created")
+
+
+def test_importing_the_package_imports_no_room():
+    code = "import sys, offramp; print(*(name for name in sys.modules if name.startswith(('offramp.', 'torch'))))"
+    assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_methods_are_the_functions_with_their_signatures_and_examples(lm, name):
+    function, method = getattr(offramp, name), getattr(lm, name)
+    assert getattr(LanguageModel, name) is function
+    assert isinstance(inspect.getattr_static(lm, name), Verb)
+    parameters = list(inspect.signature(function).parameters.values())
+    assert parameters[0].name == "lm"
+    assert list(inspect.signature(method).parameters.values()) == parameters[1:]
+    assert method.__doc__ == function.__doc__
+    assert f"lm.{name}(" in method.__doc__
+
+
+@pytest.mark.parametrize("name", [*VERBS, "distill", "classify"])
+def test_every_option_has_a_name(name):
+    parameters = inspect.signature(getattr(offramp, name)).parameters.values()
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def test_probe(lm):
+    assert lm.probe(["the sky"], max_new_tokens=3) == offramp.probe(lm, ["the sky"], max_new_tokens=3)
+
+
+def test_train_on_texts_and_files(lm, tmp_path):
+    config = TrainConfig(layers=(2,), steps=3)
+    data = prepare(lm, text_documents(lm, SENTENCES), window=256, share=0.1, seed=0)
+    expected = train_exits(lm, data, config, tmp_path / "deep")
+    found = lm.train(SENTENCES, config=config, out=tmp_path / "texts")
+    assert untimed(found) == untimed(expected)
+    one, other = (load_exits(result.exits).state_dict() for result in (found, expected))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    assert read_texts(file) == SENTENCES
+    assert untimed(offramp.train(lm, str(file), config=config, out=tmp_path / "file")) == untimed(expected)
+
+
+def test_train_on_own_answers(lm, tmp_path):
+    asked = ["the sky", "why is", "w21 w22", "blue ."]
+    result = lm.train(prompts=asked, config=TrainConfig(layers=(2,), steps=1), window=200, out=tmp_path)
+    assert result.steps == 1
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + len(asked)
+
+
+def test_evaluate(lm, questions, tmp_path):
+    task, policy = replace(TASKS["question-answering"], max_new_tokens=3), ExitPolicy(threshold=0.2)
+    policy.save(tmp_path / "policy.json")
+    examples = fit(lm, task, take(read_examples(task, questions), 4, 0), longest=None, room=None)[0]
+    expected = compare(lm, task, examples, {"mine": policy}, tmp_path / "deep", resamples=10)
+    options = {"limit": 4, "resamples": 10, "max_new_tokens": 3}
+    arms = {"mine": tmp_path / "policy.json"}
+    found = lm.evaluate("question-answering", questions, arms, **options, out=tmp_path / "named")
+    assert untimed(found)["arms"] == untimed(expected)["arms"]
+    given = offramp.evaluate(lm, task, examples, {"mine": policy}, resamples=10, out=tmp_path / "given")
+    assert [arm.name for arm in given.arms] == [arm.name for arm in found.arms]
+
+
+def test_calibrate(lm, questions, tmp_path):
+    task = replace(TASKS["question-answering"], max_new_tokens=3)
+    examples = fit(lm, task, read_examples(task, questions), longest=None, room=None)[0]
+    promise = Promise("f1", 0.3, 0.3, "textual")
+    expected = certify(lm, task, examples, ExitPolicy(), promise, tmp_path / "deep")
+    found = lm.calibrate(
+        task, str(questions), tolerance=0.3, failure=0.3, kind="textual", out=tmp_path / "named"
+    )  # fmt: skip
+    assert found.certificate.promise == promise
+    assert found.certificate.tests == expected.certificate.tests
+    assert (tmp_path / "named" / "policy.json").is_file()
+
+
+def test_distill(tmp_path):
+    teacher = LanguageModel(tiny("qwen2"), tokenizer(), name="teacher")
+    config = TokenDistillation(TrainConfig(trainable="all", steps=2))
+    one, other = model(), model()
+    data = prepare(one, text_documents(one, SENTENCES), window=256, share=0.1, seed=0)
+    expected = distil(one, teacher, data, config, tmp_path / "deep")
+    assert untimed(offramp.distill(other, teacher, SENTENCES, config=config, out=tmp_path / "verb")) == untimed(
+        expected
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_classify(tmp_path):
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from offramp.classifiers.loading import load
+    from offramp.cli import app
+
+    arguments = ["train", str(save_resnet(tmp_path / "resnet")), "--task", "image-classification", "--data"]
+    arguments += [str(write_idx(tmp_path / "bars")), "--classes", "lying,standing,spot", "--epochs", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--augment", "none", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    image = tmp_path / "image.png"
+    Image.new("L", (8, 8), 90).save(image)
+    classifier = load(tmp_path / "run" / "model")
+    expected = answers(classifier, [str(image)], thresholds=0.4)
+    assert offramp.classify(tmp_path / "run" / "model", str(image), thresholds=0.4) == expected
+    assert offramp.classify(classifier, [str(image)], thresholds=0.4) == expected
+    with pytest.raises(ValueError, match="a budget needs a posterior"):
+        offramp.classify(classifier, [str(image)], budget=0.5)
+
+
+def test_errors_say_what_is_allowed(lm, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'summarisation'"):
+        lm.evaluate("summarization", tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match="x.json"):
+        lm.train(tmp_path / "x.json", out=tmp_path / "run")
