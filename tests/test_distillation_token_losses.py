@@ -121,7 +121,9 @@ def by_transformers(student, guide, part, weights, fraction, temperature):
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_a_step_is_gradient_descent_on_the_weighted_loss(tmp_path, monkeypatch, micro_batch):
-    monkeypatch.setattr("offramp.training.loop.adamw", lambda params, rate, _: torch.optim.SGD(list(params), lr=rate))
+    monkeypatch.setattr(
+        "offramp.distillation.language_models.adamw", lambda params, rate, _: torch.optim.SGD(list(params), lr=rate)
+    )
     lm, guide, parts = model(), teacher(), data()
     rule = token_weights(start=0, every=5)
     weights = new_token_weights(lm.split, guide.split, parts.train, rule, step=0, seed=0, size=4, loop=ONE)

@@ -40,7 +40,9 @@ WEIGHTS = (1 / 8, 3 / 8, 4 / 8)
 @pytest.fixture
 def plain_steps(monkeypatch):
     """Gradient descent instead of Adam: the change of a weight tells its gradient."""
-    monkeypatch.setattr("offramp.training.loop.adamw", lambda params, rate, _: torch.optim.SGD(list(params), lr=rate))
+    monkeypatch.setattr(
+        "offramp.training.trainer.adamw", lambda params, rate, _: torch.optim.SGD(list(params), lr=rate)
+    )
 
 
 def one_step(**options):

@@ -43,7 +43,9 @@ def test_weights_are_those_of_the_paper(name, e):
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_a_step_learns_from_the_exits_that_are_on(tmp_path, monkeypatch, name, on, micro_batch):
     """At the first step; 0, 1 are the exits after layers 1 and 3, and 2 is the last layer."""
-    monkeypatch.setattr("offramp.training.loop.adamw", lambda params, rate, _: torch.optim.SGD(list(params), lr=rate))
+    monkeypatch.setattr(
+        "offramp.training.trainer.adamw", lambda params, rate, _: torch.optim.SGD(list(params), lr=rate)
+    )
     lm, parts = model(still=True), unequal("llama")
     before, twin = copy.deepcopy(lm.model.state_dict()), copy.deepcopy(lm.model)
     losses, _ = losses_of(twin, parts.train)

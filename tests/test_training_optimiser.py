@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offramp.runs.folder import Clock, RunFolder
+from offramp.runs.folder import RunFolder, TrainState
 from offramp.training.optimiser import adamw
 
 
@@ -49,9 +49,9 @@ def test_a_restored_optimiser_goes_on_with_the_same_bits(tmp_path, layout):
 
     weight, optimiser = new(0)
     steps(weight, optimiser, range(3))
-    RunFolder(tmp_path).save({"weight": weight}, optimiser, Clock(step=3))
+    RunFolder(tmp_path).save({"weight": weight}, optimiser, TrainState(step=3))
     steps(weight, optimiser, range(3, 6))
     again, fresh = new(1)
-    assert RunFolder(tmp_path).restore({"weight": again}, fresh) == Clock(step=3)
+    assert RunFolder(tmp_path).restore({"weight": again}, fresh) == TrainState(step=3)
     steps(again, fresh, range(3, 6))
     assert torch.equal(weight, again)

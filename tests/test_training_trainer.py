@@ -342,7 +342,7 @@ def test_bad_settings(options, message):
 
 def test_schedule():
     cosine = TrainConfig(steps=100, warmup=10)
-    assert cosine.rate(run_folder.Clock(0)) == pytest.approx(1e-4)
-    assert cosine.rate(run_folder.Clock(50)) == pytest.approx(5e-4)
-    assert cosine.rate(run_folder.Clock(99)) < 1e-6
-    assert TrainConfig(tokens=100, schedule="constant", warmup=0).rate(run_folder.Clock(0)) == 1e-3
+    assert cosine.run_schedule.rate(run_folder.TrainState(0)) == pytest.approx(1e-4)
+    assert cosine.run_schedule.rate(run_folder.TrainState(50)) == pytest.approx(5e-4)
+    assert cosine.run_schedule.rate(run_folder.TrainState(99)) < 1e-6
+    assert TrainConfig(tokens=100, schedule="constant", warmup=0).run_schedule.rate(run_folder.TrainState(0)) == 1e-3

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from offramp.training.schedule import FALLS, PRECISIONS, WEIGHTS
+from offramp.training.schedule import FALLS, PRECISIONS, WEIGHTS, Schedule
 from offramp.values import listed
 
 OPTIMISERS = ("sgd", "adamw")
@@ -109,8 +109,10 @@ class ClassifierTrainConfig:
             raise ValueError(f"weights are {self.weights}; give {exits}, one per exit, none negative, not all 0")
         return list(self.weights)
 
-    def rate(self, step: int, total: int) -> float:
-        """Learning rate of a step, counted from 0, of so many."""
+    def run_schedule(self, per_epoch: int) -> Schedule:
+        """What the loop goes by, in epochs of so many steps."""
         assert self.learning_rate is not None
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return self.learning_rate * rise * FALLS[self.schedule](step / total)
+        return Schedule(
+            self.epochs * per_epoch, self.learning_rate, self.schedule, self.warmup, self.clip, self.seed,
+            self.validate_every * per_epoch, self.save_every, self.log_every, per_epoch,
+        )  # fmt: skip

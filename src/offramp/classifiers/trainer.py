@@ -1,16 +1,13 @@
-"""The loop that trains all exits of a classifier jointly, or a student with a loss of its own.
+"""Training all exits of a classifier jointly, or a student with a loss of its own.
 
-The order of the rows, augmentation, dropout and all other draws are functions of (seed, step), so a run that was killed
-and continued ends with the same bits as one that was not, on the same machine with the same number of threads. One
-process trains; for several use the trainer of language models as a pattern.
+Steps and checkpoints are those of `offramp.training.loop`, where everything drawn is a function of (seed, step), the
+order of the rows and augmentation, too. One process trains.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,11 +22,12 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import AfterEpoch, Objective, joint_cross_entropy, judged, logits_of
 from offramp.families.backbone import autocast
 from offramp.runs.digests import fingerprint
-from offramp.runs.folder import Clock, RunFolder, TrainingError, opened
+from offramp.runs.folder import RunFolder, TrainState, opened
 from offramp.runs.machine import describe
 from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 from offramp.tasks.labelled import require_apart
+from offramp.training.loop import Loop, StepResult
 from offramp.training.optimiser import adamw
 
 SCHEMA = "offramp/train-classifier/1"
@@ -133,10 +131,10 @@ def train_classifier(
         "settings": dict(settings or {}),
     }  # fmt: skip
     with opened(folder) as run:
-        trainer = _Trainer(model, train, validation, config, run, objective, after_epoch, sampling)
-        run.check(record, about={**(about or {}), **describe(trainer.device)})
+        work = _Exits(model, train, validation, config, run, objective, after_epoch, sampling)
+        run.check(record, about={**(about or {}), **describe(work.device)})
         try:
-            clock = trainer.go(progress)
+            clock = work.loop.go(work, progress)
         finally:
             model.eval()
         saves = getattr(model, "save", None)
@@ -188,8 +186,10 @@ def _check_labels(labels: Sequence[str] | None, classes: Sequence[str]) -> None:
         )
 
 
-class _Trainer:
-    """The loop; everything it needs to go on stands in the run folder."""
+class _Exits:
+    """The losses of all exits, or those of an objective, whose state the loop keeps, too."""
+
+    unit = "rows"
 
     def __init__(
         self,
@@ -202,82 +202,48 @@ class _Trainer:
         after_epoch: AfterEpoch | None,
         sampling: Tensor | None,
     ) -> None:
-        self.model, self.train, self.validation, self.config, self.run = model, train, validation, config, run
+        self.model, self.train, self.validation, self.config = model, train, validation, config
         self.objective, self.after_epoch, self.sampling = objective, after_epoch, sampling
-        self.device = next(model.parameters()).device
         self.modules = {"model": model, **({"objective": objective} if isinstance(objective, nn.Module) else {})}
-        self.kept = {f"{part}.{name}": t for part, module in self.modules.items() for name, t in _state(module)}
-        self.learns = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimiser = _optimiser(self.learns, config)
-        self.batches, self.epoch = list[Tensor](), -1
-        self.per_epoch = len(order(train, config.batch_size, config.seed, 0, sampling))
-        self.total = config.epochs * self.per_epoch
+        kept = {f"{part}.{name}": t for part, module in self.modules.items() for name, t in _state(module)}
+        learns = {name: t for name, t in kept.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+        self.batches, self.epoch, self.ended = self._order(0), 0, 0
+        self.per_epoch, self.device = len(self.batches), next(model.parameters()).device
+        schedule = config.run_schedule(self.per_epoch)
+        self.loop = Loop(learns, _optimiser(list(learns.values()), config), schedule, run, self.device, kept=kept)
 
-    def go(self, progress: Callable[..., None] | None) -> Clock:
-        """Train to the end."""
-        config = self.config
-        clock = self.run.restore(self.kept, self.optimiser)
-        if clock is None:
-            clock = Clock()
-            self._validate(clock)
-            self.run.save(self.kept, self.optimiser, clock)
-        what = ""
-        while clock.step < self.total:
-            if progress is not None:
-                progress(clock.step, self.total, what)
-            clock, loss = self._step(clock)
-            what = f"loss {loss:.3f}"
-            ended = clock.step % self.per_epoch == 0
-            if ended:
-                self._end_epoch(clock)
-            if ended or clock.step % config.save_every == 0:  # behind its metrics, which a continued run keeps
-                self.run.save(self.kept, self.optimiser, clock)
-        if progress is not None:
-            progress(self.total, self.total, what)
-        return clock
+    def begin(self, clock: TrainState) -> None:
+        """Nothing depends on how far the run is."""
 
-    def _end_epoch(self, clock: Clock) -> None:
-        done = clock.step // self.per_epoch
-        if done % self.config.validate_every == 0 or done == self.config.epochs:
-            self._validate(clock)
-        if self.after_epoch is not None:
-            with self._drawing(self.total + done):
-                self.after_epoch(done - 1, self.model)
+    def settle(self, clock: TrainState) -> None:
+        """Behind every epoch, let its caller change the objective."""
+        self.ended, within = divmod(clock.step, self.per_epoch)
+        if self.after_epoch is not None and clock.step and not within:
+            self.model.eval()
+            with self.loop.drawing(self.loop.schedule.total + self.ended):
+                self.after_epoch(self.ended - 1, self.model)
 
     # ------------------------------------------------------------ a step
 
-    def _step(self, clock: Clock) -> tuple[Clock, float]:
-        config, began = self.config, time.perf_counter()
-        rate = config.rate(clock.step, self.total)
-        epoch, at = divmod(clock.step, self.per_epoch)
+    def learn(self, step: int) -> StepResult:
+        """Losses of a step, and their gradients."""
+        epoch, at = divmod(step, self.per_epoch)
         if epoch != self.epoch:
-            self.batches = order(self.train, config.batch_size, config.seed, epoch, self.sampling)
-            self.epoch = epoch
+            self.batches, self.epoch = self._order(epoch), epoch
         for module in self.modules.values():
             module.train()
-        self.optimiser.zero_grad()
-        with self._drawing(clock.step) as generator:
-            part = self._batch(self.train, self.batches[at], generator, epoch)
-            with autocast(self.device, self.config.precision):
-                outputs = self.model(part.inputs)
-            loss, terms = self._loss(outputs, part)
-            loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
-        norm = float(nn.utils.clip_grad_norm_(self.learns, config.clip or math.inf))
-        losses, accuracy = (judged(outputs, part.labels) / len(part.ids)).tolist()
-        self._check(clock.step + 1, losses, [value, *terms.values()], norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
-        seconds = time.perf_counter() - began
-        after = Clock(clock.step + 1, clock.tokens + len(part.ids), clock.seconds + seconds)
-        if after.step % config.log_every == 0 or after.step % self.per_epoch == 0:
-            self.run.log({
-                "kind": "step", "step": after.step, "epoch": epoch, "rows": after.tokens, "objective": value,
-                "terms": terms, "loss": losses, "accuracy": accuracy, "learning_rate": rate, "gradient_norm": norm,
-                "rows_per_second": len(part.ids) / seconds,
-            })  # fmt: skip
-        return after, value
+        part = self._batch(self.train, self.batches[at], torch.Generator().manual_seed(torch.initial_seed()), epoch)
+        with autocast(self.device, self.config.precision):
+            outputs = self.model(part.inputs)
+        loss, terms = self._loss(outputs, part)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value, count = float(loss.detach()), len(part.ids)
+        losses, accuracy = (judged(outputs, part.labels) / count).tolist()
+        row = {"epoch": epoch, "objective": value, "terms": terms, "loss": losses, "accuracy": accuracy}
+        return StepResult(value, count, row, _strange(losses, [value, *terms.values()]))
+
+    def _order(self, epoch: int) -> list[Tensor]:
+        return order(self.train, self.config.batch_size, self.config.seed, epoch, self.sampling)
 
     def _loss(self, outputs: Any, part: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss, and its terms by name."""
@@ -298,25 +264,11 @@ class _Trainer:
         groups = None if made.groups is None else made.groups.to(self.device)
         return Batch(made.rows, made.ids, made.labels.to(self.device), moved, groups, epoch)
 
-    @contextlib.contextmanager
-    def _drawing(self, number: int) -> Any:
-        """Within, all draws are a function of the seed and this number; the outer ones go on as if nothing was."""
-        seed = hash((self.config.seed, number)) & 0x7FFFFFFF
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield torch.Generator().manual_seed(seed)
-
     # ------------------------------------------------------------ judging
 
-    def _check(self, step: int, losses: Sequence[float], objective: Sequence[float] = (), norm: float = 0.0) -> None:
-        strange = [f"exit {place}" for place, value in enumerate(losses, 1) if not math.isfinite(value)]
-        strange += ["the objective"] * (not all(map(math.isfinite, objective)))
-        strange += ["the gradient"] * (not math.isfinite(norm))
-        if strange:
-            raise TrainingError(f"training met NaN or infinity at step {step} in {strange[0]}; {self.run.advice()}")
-
     @torch.no_grad()
-    def _validate(self, clock: Clock) -> None:
+    def judge(self) -> StepResult:
+        """Losses and accuracy over all validation rows, without dropout."""
         self.model.eval()
         sums, rows = [], self.validation
         for places in by_length(rows, self.config.batch_size):
@@ -328,12 +280,16 @@ class _Trainer:
                     f"the classifier has {classes} classes and the data {len(rows.data.classes)}; build it for as many"
                 )
             sums.append(judged(outputs, part.labels))
-        losses, accuracy = (torch.stack(sums).sum(0) / len(rows.data)).tolist()
-        self._check(clock.step, losses)
-        self.run.log({
-            "kind": "validation", "step": clock.step, "epoch": clock.step // self.per_epoch, "rows": len(rows.data),
-            "loss": losses, "accuracy": accuracy,
-        })  # fmt: skip
+        count = len(rows.data)
+        losses, accuracy = (torch.stack(sums).sum(0) / count).tolist()
+        row = {"epoch": self.ended, "rows": count, "loss": losses, "accuracy": accuracy}  # rows: those judged
+        return StepResult(sum(losses), count, row, _strange(losses))
+
+
+def _strange(losses: Sequence[float], objective: Sequence[float] = ()) -> str | None:
+    """Which loss is not finite."""
+    strange = [f"exit {place}" for place, value in enumerate(losses, 1) if not math.isfinite(value)]
+    return next(iter([*strange, *(["the objective"] * (not all(map(math.isfinite, objective))))]), None)
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -25,13 +25,14 @@ from offramp.families.finite import name_of, require_finite
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.runs.digests import fingerprint
-from offramp.runs.folder import Clock, opened
+from offramp.runs.folder import TrainState, opened
 from offramp.runs.machine import describe
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Windows, batch
 from offramp.training.layer_dropout import dropping
-from offramp.training.loop import Done, Loop
+from offramp.training.loop import Loop, StepResult
 from offramp.training.objectives import OBJECTIVES, SOFTENED
+from offramp.training.optimiser import adamw
 from offramp.training.passes import states_of
 from offramp.training.tally import chunk_rows
 from offramp.training.trainable import save_model, trainable
@@ -135,7 +136,9 @@ def distil(
             parameters = {name: p for name, p in learns.parameters.items() if name.startswith("model.")}
             weights = torch.empty(0)
             kept = {} if config.weights is None else {"token_weights": weights}
-            loop = Loop(parameters, config.training, run, workers, student.split.device, columns=groups, kept=kept)
+            schedule, device = config.training.run_schedule, student.split.device
+            optimizer = adamw(parameters.values(), schedule.learning_rate, config.training.weight_decay)
+            loop = Loop(parameters, optimizer, schedule, run, device, workers, columns=groups, kept=kept)
             work = _Tokens(student, teacher, source, config, groups, weights, loop)
             if report_to is not None:
                 workers.init_trackers("offramp", config={})
@@ -249,6 +252,8 @@ class _Texts:
 class _Tokens:
     """The losses of a student's tokens, and their weights, which the loop keeps."""
 
+    unit = "tokens"
+
     def __init__(
         self,
         student: LanguageModel,
@@ -265,7 +270,7 @@ class _Tokens:
 
     # ------------------------------------------------------------ what is learnt from
 
-    def begin(self, clock: Clock) -> None:
+    def begin(self, clock: TrainState) -> None:
         """Find the windows where the run stands, and the weights they have."""
         self.held_out = self.texts.held_out()
         self._learn_from(self.texts.at(clock.step))
@@ -282,10 +287,10 @@ class _Tokens:
         known = self.weights.shape == windows.ids.shape
         self.train = replace(windows, weights=self.weights if known else None)
 
-    def settle(self, clock: Clock) -> None:
+    def settle(self, clock: TrainState) -> None:
         """Answer anew and weight anew, where it is time; only at the end nothing needs to be new."""
         config, step = self.config, clock.step
-        if config.training.done(clock) >= config.training.total:
+        if self.loop.schedule.ended(clock):
             return
         renewed = self.texts.renewed(step)
         if renewed:
@@ -301,7 +306,7 @@ class _Tokens:
         self._learn_from(self.train)
         self._log_weights(clock)
 
-    def _log_weights(self, clock: Clock) -> None:
+    def _log_weights(self, clock: TrainState) -> None:
         of_tokens = self.train.of_tokens
         groups = Groups.by_number(self._groups_of(self.train), self.groups) if self.groups else None
         found = weight_diagnostics(of_tokens(self.weights), groups)
@@ -315,14 +320,14 @@ class _Tokens:
 
     # ------------------------------------------------------------ a step
 
-    def learn(self, step: int) -> Done:
+    def learn(self, step: int) -> StepResult:
         """Losses of a step, and their gradients."""
         training = self.config.training
         windows = batch(self.train, step, training.batch_size, training.seed, training.positions)
         return self._done(self._sums(windows, training.micro_batch, windows.positions))
 
     @torch.no_grad()
-    def judge(self) -> Done:
+    def judge(self) -> StepResult:
         """Losses of all held-out tokens, unweighted, without dropout."""
         training = self.config.training
         with evaluating(self.student.model):
@@ -331,13 +336,13 @@ class _Tokens:
         lists = {f"group_{name}": sums.by_group(name) for name in ("kd", "ce", "agreement", "accuracy")}
         tokens = sums.values[:-1, 0].long().tolist()
         shortened = self.train.shortened + self.held_out.shortened
-        row = {**done.row, **(lists | {"group_tokens": tokens} if self.groups else {})}
+        row = {"positions": done.count, **done.row, **(lists | {"group_tokens": tokens} if self.groups else {})}
         return replace(done, row=row | ({"shortened": shortened} if shortened else {}))
 
     def _sums(self, windows: Windows, size: int | None, count: int | None) -> TokenSums:
         sums = TokenSums.nothing(len(self.groups), self.student.split.device)
-        for part in self.loop.mine(windows, size):
-            sums = sums + self._of(part, count)
+        for places in self.loop.mine(len(windows), size):
+            sums = sums + self._of(windows[places], count)
         flat = self.loop.summed(torch.cat([sums.values.flatten(), sums.loss[None]]))
         return TokenSums(flat[:-1].view_as(sums.values), flat[-1])
 
@@ -366,8 +371,8 @@ class _Tokens:
             hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
         return sums
 
-    def _done(self, sums: TokenSums) -> Done:
+    def _done(self, sums: TokenSums) -> StepResult:
         loss = float(sums.loss) / max(sums.tokens, 1)
         row = {"objective": loss, **{name: sums.mean(name) for name in ("kd", "ce", "agreement", "accuracy")}}
         strange = None if math.isfinite(loss) else "the loss, by the student or by the teacher's head"
-        return Done(loss, sums.tokens, row, strange)
+        return StepResult(loss, sums.tokens, row, strange)

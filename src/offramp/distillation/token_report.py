@@ -9,7 +9,7 @@ from typing import Any
 
 from offramp.metrics.group_weights import TOO_FEW
 from offramp.metrics.selection import LabelBudget
-from offramp.runs.folder import Clock
+from offramp.runs.folder import TrainState
 from offramp.runs.results import Result
 from offramp.runs.tables import Table, cell
 
@@ -105,7 +105,9 @@ class TokenDistillResult(Result):
         return f"{self.by_group()}\n{apart}\n\n{self.steps} steps on {self.tokens} tokens, {rate:.0f} per second"
 
 
-def summary(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: Clock, model: Path) -> TokenDistillResult:
+def summary(
+    rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: TrainState, model: Path
+) -> TokenDistillResult:
     """The result, from the lines of metrics.jsonl.
 
     Args:

@@ -40,7 +40,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Clock:
+class TrainState:
     """How far a run is: steps and trained positions so far, and the seconds they took."""
 
     step: int = 0
@@ -126,7 +126,7 @@ class RunFolder:
 
     # ------------------------------------------------------------ checkpoint
 
-    def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, clock: TrainState) -> None:
         """Replace the checkpoint.
 
         Raises:
@@ -139,7 +139,7 @@ class RunFolder:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         write_tensors(self.checkpoint, tensors, {"clock": json.dumps(asdict(clock))})
 
-    def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Clock | None:
+    def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Continue from the checkpoint.
 
         Returns:
@@ -154,7 +154,7 @@ class RunFolder:
         header, tensors = read_tensors(self.checkpoint, ANEW)
         learns = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         try:
-            clock = Clock(**parsed(header["clock"], "its clock"))
+            clock = TrainState(**parsed(header["clock"], "its clock"))
             weights, states = _divided(tensors)
             _require_whole(weights, states, parameters, learns)
         except (LookupError, TypeError, ValueError) as error:

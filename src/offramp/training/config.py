@@ -6,11 +6,10 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from offramp.runs.folder import Clock
 from offramp.training import consistency
 from offramp.training.curriculum import CURRICULA
 from offramp.training.objectives import OBJECTIVES, SOFTENED
-from offramp.training.schedule import FALLS, PRECISIONS, SCHEDULES, WEIGHTS
+from offramp.training.schedule import PRECISIONS, SCHEDULES, WEIGHTS, Schedule
 from offramp.values import listed
 
 TRAINABLE = ("exits", "drafter", "lora", "all")
@@ -178,20 +177,13 @@ class TrainConfig:
         """Whether classifiers are trained, and nothing else."""
         return self.objective in consistency.OBJECTIVES
 
-    def done(self, clock: Clock) -> int:
-        """Steps or tokens done, whichever `total` counts."""
-        return clock.tokens if self.steps is None else clock.step
-
     @property
-    def total(self) -> int:
-        """Steps or tokens to do."""
+    def run_schedule(self) -> Schedule:
+        """What the loop goes by."""
         total = self.tokens if self.steps is None else self.steps
         assert total is not None
-        return total
-
-    def rate(self, clock: Clock) -> float:
-        """Learning rate of the step that comes next."""
         assert self.learning_rate is not None
-        rise = min(1.0, (clock.step + 1) / self.warmup) if self.warmup else 1.0
-        done = min(1.0, self.done(clock) / self.total)
-        return self.learning_rate * rise * FALLS[self.schedule](done)
+        return Schedule(
+            total, self.learning_rate, self.schedule, self.warmup, self.clip, self.seed, self.validate_every,
+            self.save_every, by_tokens=self.steps is None,
+        )  # fmt: skip

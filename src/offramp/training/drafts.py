@@ -8,6 +8,7 @@ distribution, on the exits' frequent tokens alone: the readout of all V would co
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,19 +19,19 @@ from offramp.core.policy import DRAFTER
 from offramp.families.backbone import autocast
 from offramp.training.data import Data, Windows, batch
 from offramp.training.kept_states import KeptStates, states_at_all
-from offramp.training.loop import Done, Loop
+from offramp.training.loop import Loop, StepResult
 from offramp.training.tally import chunk_rows
 from offramp.training.unrolled import Unrolled
 
 if TYPE_CHECKING:
     from offramp.core.exits import Exits
     from offramp.families import SplitModel
-    from offramp.runs.folder import Clock
+    from offramp.runs.folder import TrainState
     from offramp.training.config import TrainConfig
 
 
 class Drafts:
-    """The losses of drafts in a row; a `Work` of the training loop.
+    """The losses of drafts in a row; a `TrainTask` of the training loop.
 
     Args:
         split: The model, with the exits attached.
@@ -40,6 +41,8 @@ class Drafts:
         loop: Of the run.
     """
 
+    unit = "tokens"
+
     def __init__(self, split: SplitModel, exits: Exits, data: Data, config: TrainConfig, loop: Loop) -> None:
         self.split, self.exits, self.data, self.config, self.loop = split, exits, data, config, loop
         assert exits.frequent is not None
@@ -48,30 +51,31 @@ class Drafts:
         last = (split.num_layers,)
         self.kept = KeptStates.of(split, data.train, last, config, loop.run.path, loop.workers, whole=last)
 
-    def begin(self, clock: Clock) -> None:
+    def begin(self, clock: TrainState) -> None:
         """Nothing depends on how far the run is."""
 
     settle = begin
 
-    def learn(self, step: int) -> Done:
+    def learn(self, step: int) -> StepResult:
         """Losses of a step, and their gradients."""
         config = self.config
         windows = batch(self.data.train, step, config.batch_size, config.seed, config.positions)
         return self._done(windows, learns=True)
 
     @torch.no_grad()
-    def judge(self) -> Done:
+    def judge(self) -> StepResult:
         """The same over all held-out windows."""
-        return self._done(self.data.held_out, learns=False)
+        done = self._done(self.data.held_out, learns=False)
+        return replace(done, row={"positions": done.count, **done.row})
 
-    def _done(self, windows: Windows, *, learns: bool) -> Done:
+    def _done(self, windows: Windows, *, learns: bool) -> StepResult:
         """Sums over all windows, of which each process takes its share, as means."""
         config, count, depth = self.config, windows.positions, self.config.unroll
         size = config.micro_batch or (None if learns else config.batch_size)
         sums = torch.zeros(4 * depth, dtype=torch.float64, device=self.split.device)
-        for part in self.loop.mine(windows, size):
+        for places in self.loop.mine(len(windows), size):
             with autocast(self.split.device, config.precision):
-                loss, found = self._passes(part, count)
+                loss, found = self._passes(windows[places], count)
             if learns:
                 loss.backward()  # type: ignore[no-untyped-call]
             sums += found
@@ -81,7 +85,7 @@ class Drafts:
             for name, values in (("loss", losses), ("agreement", agreed), ("in_a_row", chains))
         }
         total = sum(row["loss"]) / depth
-        return Done(total, count, row, None if total == total and total < float("inf") else "the drafter")
+        return StepResult(total, count, row, None if total == total and total < float("inf") else "the drafter")
 
     def _passes(self, windows: Windows, count: int) -> tuple[Tensor, Tensor]:
         """The loss of some windows, divided by the `count` of the whole step, and sums of all passes.

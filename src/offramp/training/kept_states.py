@@ -73,7 +73,7 @@ class KeptStates:
             None where it would not help or not be right: the model learns too, prompts stop early, no window is seen
             twice, there are several processes, the encoder's output is wanted as well, or the disk is too full.
         """
-        seen = config.steps or config.total * steps_per_epoch(windows, config.batch_size) // windows.positions
+        seen = config.steps or (config.tokens or 0) * steps_per_epoch(windows, config.batch_size) // windows.positions
         again = seen > steps_per_epoch(windows, config.batch_size)
         alone = workers.num_processes == 1 and not (split.is_encoder_decoder and split.branches)
         if config.backbone or config.prompt_layer is not None or not again or not alone:

@@ -1,9 +1,12 @@
-"""Learning rates over the way of a run, and weights over exits."""
+"""What a run does when: learning rate, end, judgements and checkpoints; and weights over exits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offramp.runs.folder import TrainState
 
 FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -33,3 +36,66 @@ WEIGHTS: dict[str, Callable[[Sequence[int]], list[float]]] = {
 """Weights over the readouts that are trained, which sum to 1: equal, proportional to the layer (CALM, Schuster et al.
 2022, section 3.2, and FREE), or LayerSkip's, normalised over these alone. Where the backbone is trained, the last layer
 is one of them; else the deepest exit has its place in LayerSkip's formula."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the steps of a run do besides learning.
+
+    Attributes:
+        total: Steps to do; with `by_tokens` trained positions, and the run ends at the first step that reaches them.
+        learning_rate: After the warm-up.
+        fall: One of `FALLS`.
+        warmup: Steps over which the learning rate rises.
+        clip: Largest norm of the gradient; None: any.
+        seed: Of all draws.
+        validate_every: Steps between judgements; None: only before and after.
+        save_every: Steps between checkpoints; there is one at the end of every epoch, too.
+        log_every: Steps between lines of metrics; likewise.
+        epoch: Steps of an epoch; None: the run has none, or needs nothing at their ends.
+        by_tokens: Whether `total` counts positions.
+    """
+
+    total: int
+    learning_rate: float
+    fall: str
+    warmup: int
+    clip: float | None
+    seed: int
+    validate_every: int | None
+    save_every: int
+    log_every: int = 1
+    epoch: int | None = None
+    by_tokens: bool = False
+
+    def done(self, clock: TrainState) -> int:
+        """Steps or positions done, whichever `total` counts."""
+        return clock.tokens if self.by_tokens else clock.step
+
+    def share(self, clock: TrainState) -> float:
+        """How much of the way is done, in [0, 1]."""
+        return min(1.0, self.done(clock) / self.total)
+
+    def ended(self, clock: TrainState) -> bool:
+        """Whether nothing is left to do."""
+        return self.done(clock) >= self.total
+
+    def rate(self, clock: TrainState) -> float:
+        """Learning rate of the step that comes next."""
+        rise = min(1.0, (clock.step + 1) / self.warmup) if self.warmup else 1.0
+        return self.learning_rate * rise * FALLS[self.fall](self.share(clock))
+
+    def validates(self, clock: TrainState) -> bool:
+        """Whether there is a judgement after a step."""
+        return self.ended(clock) or (self.validate_every is not None and clock.step % self.validate_every == 0)
+
+    def saves(self, clock: TrainState) -> bool:
+        """Whether there is a checkpoint after a step."""
+        return self.ended(clock) or self._at(clock, self.save_every)
+
+    def logs(self, clock: TrainState) -> bool:
+        """Whether a step is written down."""
+        return self._at(clock, self.log_every)
+
+    def _at(self, clock: TrainState, every: int) -> bool:
+        return clock.step % every == 0 or (self.epoch is not None and clock.step % self.epoch == 0)

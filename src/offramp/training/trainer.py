@@ -25,7 +25,7 @@ from offramp.families import SplitModel
 from offramp.families.backbone import autocast, rounded
 from offramp.families.finite import NotFiniteError, broken_at
 from offramp.runs.digests import fingerprint
-from offramp.runs.folder import Clock, opened
+from offramp.runs.folder import TrainState, opened
 from offramp.runs.machine import describe
 from offramp.runs.results import Result
 from offramp.training import consistency
@@ -37,8 +37,9 @@ from offramp.training.drafts import Drafts
 from offramp.training.frequent import DRAFTED, Listing, checked, listed
 from offramp.training.kept_states import KeptStates, forget
 from offramp.training.layer_dropout import dropping
-from offramp.training.loop import Done, Loop, Work
+from offramp.training.loop import Loop, StepResult, TrainTask
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
+from offramp.training.optimiser import adamw
 from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
 from offramp.training.schedule import WEIGHTS
 from offramp.training.tally import Tally, chunk_rows, tally
@@ -157,10 +158,12 @@ def train(
         with trainable(lm, config) as learns, rounded(lm.model, config.precision):
             record = _record(lm, learns.exits, data, config)
             columns = range(1, config.unroll + 1) if config.drafter else learns.exits.layers
-            loop = Loop(learns.parameters, config, run, workers, lm.split.device, columns=columns)
+            schedule = config.run_schedule
+            optimizer = adamw(learns.parameters.values(), schedule.learning_rate, config.weight_decay)
+            loop = Loop(learns.parameters, optimizer, schedule, run, lm.split.device, workers, columns=columns)
             if config.drafter:
                 learns.exits.frequent = listed(lm, learns.exits, data, coverage, DRAFTED)[0].frequent
-                work: Work = Drafts(lm.split, learns.exits, data, config, loop)
+                work: TrainTask = Drafts(lm.split, learns.exits, data, config, loop)
             else:
                 work = _Exits(lm.split, learns, data, config, loop)
             changed = run.check(record, about={**(about or {}), **describe(lm.split.device)})
@@ -230,6 +233,8 @@ def _flat(record: Mapping[str, Any]) -> dict[str, str]:
 class _Exits:
     """The losses of exits and, where the backbone is trained, of the last layer."""
 
+    unit = "tokens"
+
     def __init__(self, split: SplitModel, learns: Trainable, data: Data, config: TrainConfig, loop: Loop) -> None:
         self.split, self.exits, self.data, self.config, self.loop = split, learns.exits, data, config, loop
         layers = (*self.exits.layers, split.num_layers) if config.backbone else self.exits.layers
@@ -246,13 +251,13 @@ class _Exits:
 
     # ------------------------------------------------------------ a step
 
-    def begin(self, clock: Clock) -> None:
+    def begin(self, clock: TrainState) -> None:
         """How far the run is, for a curriculum."""
-        self.share = min(1.0, self.config.done(clock) / self.config.total)
+        self.share = self.loop.schedule.share(clock)
 
     settle = begin
 
-    def learn(self, step: int) -> Done:
+    def learn(self, step: int) -> StepResult:
         """Losses of a step, and their gradients."""
         config = self.config
         windows = batch(self.data.train, step, config.batch_size, config.seed, config.positions)
@@ -263,7 +268,7 @@ class _Exits:
             result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count, weights))
         return self._done(result, windows, weights)
 
-    def _done(self, result: Tally, windows: Windows, weights: Sequence[float | None]) -> Done:
+    def _done(self, result: Tally, windows: Windows, weights: Sequence[float | None]) -> StepResult:
         strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
         where = f"the exit after layer {strange[0]}" if strange else None
         if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
@@ -275,7 +280,7 @@ class _Exits:
             for name, values in lists.items()
         }
         row["full_loss"] = result.last_loss
-        return Done(loss, result.positions, row, where)
+        return StepResult(loss, result.positions, row, where)
 
     def _broken(self, windows: Windows) -> NotFiniteError | None:
         """What is wrong with the model itself, if it is that; an encoder-decoder is not gone through."""
@@ -343,7 +348,8 @@ class _Exits:
         """The sum of `work` over all windows, of which each process takes its share, `size` at a time."""
         width, device = (2 if self.config.classifiers else 1) * len(self.exits.layers) + 1, self.split.device
         nothing = Tally(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
-        own = functools.reduce(operator.add, map(work, self.loop.mine(windows, size)), nothing)
+        mine = (windows[places] for places in self.loop.mine(len(windows), size))
+        own = functools.reduce(operator.add, map(work, mine), nothing)
         sums = torch.cat([own.losses, own.agreed.double(), own.losses.new_tensor([own.positions])])
         sums = self.loop.summed(sums)
         return Tally(sums[:width], sums[width : 2 * width], int(sums[-1]))
@@ -351,7 +357,7 @@ class _Exits:
     # ------------------------------------------------------------ judging
 
     @torch.no_grad()
-    def judge(self) -> Done:
+    def judge(self) -> StepResult:
         """Losses and agreement over all held-out windows, without dropout."""
 
         def look(part: Windows) -> Tally:
@@ -366,4 +372,4 @@ class _Exits:
             self.split.model.train(training)
         result = balanced(result)[0] if self.config.classifiers else result
         done = self._done(result, self.data.held_out, self.weights)
-        return replace(done, row={**done.row, "full_accuracy": result.last_accuracy})
+        return replace(done, row={"positions": done.count, **done.row, "full_accuracy": result.last_accuracy})

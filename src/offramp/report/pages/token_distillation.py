@@ -11,7 +11,7 @@ from offramp.distillation.token_report import labels_used, readouts_table, summa
 from offramp.report import token_plots
 from offramp.report.pages.blocks import Page, Section, Text, draw, facts, repeat
 from offramp.report.pages.training import how_far, measured
-from offramp.runs.folder import Clock
+from offramp.runs.folder import TrainState
 
 SAID = ("objective", "temperature", "trainable", "lora_rank", "learning_rate", "batch_size", "seed")
 """Options of training named at the beginning; the others stand at the end."""
@@ -24,7 +24,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     steps, judged, readouts = ([row for row in rows if row["kind"] == kind] for kind in kinds)
     options, groups, about = config["config"], config["groups"], dict(config.get("about", {}))
     student, teacher = config["student"]["name"], config["teacher"]["name"]
-    result = summary(rows, groups, Clock(), folder / "model")
+    result = summary(rows, groups, TrainState(), folder / "model")
     sections = [
         Section(
             "Every group",
