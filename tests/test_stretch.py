@@ -166,20 +166,19 @@ def test_a_hook_on_the_embeddings_is_called():
     assert len(seen) == 18  # of both engines
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"policy": replace(EXITS, skipped="defer")},
-        {"policy": replace(EXITS, skipped="verify")},
-        {"policy": ExitPolicy("entropy", 0.1, 1)},
-        {"policy": ExitPolicy(Own([]), 0.1, 1)},
-        {"policy": replace(EXITS, vocabulary="decaying", vocabulary_size=12)},
-        {"do_sample": True, "seed": 0},
-        {"repetition_penalty": 1.3},
-        {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]},
-    ],
-    ids=str,
-)
+STEP_BY_STEP = {
+    "defer": {"policy": replace(EXITS, skipped="defer")},
+    "verify": {"policy": replace(EXITS, skipped="verify")},
+    "another measure": {"policy": ExitPolicy("entropy", 0.1, 1)},
+    "one's own": {"policy": ExitPolicy(Own([]), 0.1, 1)},
+    "sizes that change": {"policy": replace(EXITS, vocabulary="decaying", vocabulary_size=12)},
+    "draws": {"do_sample": True, "seed": 0},
+    "processors": {"repetition_penalty": 1.3},
+    "stops": {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]},
+}
+
+
+@pytest.mark.parametrize("options", STEP_BY_STEP.values(), ids=STEP_BY_STEP)
 def test_what_needs_python_between_tokens_is_done_step_by_step(monkeypatch, options):
     monkeypatch.setattr(Stretch, "steps", lambda self: pytest.fail("in one call"))
     assert len(language_model("llama").generate(inputs_for("llama", 1), max_new_tokens=5, **options).tokens[0]) == 5
