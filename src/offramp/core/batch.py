@@ -343,13 +343,7 @@ class Batch:
 
     def step(self, tokens: list[int], layers: list[int], confidences: list[float], rows: list[int]) -> Step:
         """The record of one position, whose tokens count in `rows`."""
-        device, counted = self.buffer.device, set(rows)
-        costs = self.ledger.costs
-        costs.tokens += len(rows)
-        costs.exit_layers += sum(layers[row] for row in rows)
-        if self.prefill:
-            costs.prompt_flops, costs.prompt_tokens = costs.flops, len(rows)
-        spent, self.billed = costs.flops - self.billed, costs.flops
+        device, counted, spent = self.buffer.device, set(rows), self.count([layers[row] for row in rows])
         every = len(rows) == len(tokens)
         tokens = tokens if every else [t if row in counted else self.sampler.pad for row, t in enumerate(tokens)]
         layers = layers if every else [layer if row in counted else 0 for row, layer in enumerate(layers)]
@@ -358,6 +352,16 @@ class Batch:
             torch.tensor(tokens, device=device), torch.tensor(layers, device=device),
             torch.tensor(confidences, dtype=torch.float32, device=device), active, self.prefill, spent,
         )  # fmt: skip
+
+    def count(self, layers: list[int]) -> int:
+        """Write down tokens that left after these layers; FLOPs since the last ones."""
+        costs = self.ledger.costs
+        costs.tokens += len(layers)
+        costs.exit_layers += sum(layers)
+        if self.prefill:
+            costs.prompt_flops, costs.prompt_tokens = costs.flops, len(layers)
+        spent, self.billed = costs.flops - self.billed, costs.flops
+        return spent
 
     def settle(self, read: Read) -> Step:
         """The step of a read of rows that all stand at the same position, and whose tokens stand."""

@@ -60,7 +60,7 @@ class Stretch:
         return -math.inf if self.script.answer(0, position, layer) > tau else math.inf
 
     def _steps(self, made: Any) -> Iterator[Step]:
-        batch, costs = self.batch, self.batch.ledger.costs
+        batch = self.batch
         batch.prefill = False
         if self.script is not None:
             begin = batch.lengths[0] - batch.prompt
@@ -78,12 +78,8 @@ class Stretch:
                 raise batch.not_sound()
             length = batch.lengths[0]
             batch.lengths[0] = length + 1
-            batch.buffer[0, length] = tokens[i]
-            costs.tokens += 1
-            costs.exit_layers += made.layers[i]
-            spent, batch.billed = costs.flops - batch.billed, costs.flops
-            if batch.sampler.is_end(token) or length + 1 - batch.prompt >= batch.limit:
-                batch.end([0])
+            ended, spent = batch.append([0], [token], length), batch.count([made.layers[i]])
+            batch.end(ended)
             at = slice(i, i + 1)
             yield Step(tokens[at], layers[at], confidences[at], active, False, spent)
 

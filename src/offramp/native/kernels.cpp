@@ -1425,6 +1425,13 @@ void offramp_readout(const Readout* call) {
             judge(r, m, reading.logits + m * r.count, reading.found + m * reading.chunks());
 }
 
+// How sure a readout of one state is: 0: 1 always; 1: the largest probability; 2: its lead.
+static float confidence_of(int64_t kind, const Readout& read) {
+    if (kind == 0) return 1.0f;
+    const float best = std::exp(read.best[0] - *read.normaliser);
+    return kind == 1 ? best : best - std::exp(read.best[1] - *read.normaliser);
+}
+
 // Draft token after token until one is not sure enough, ends the text, or is the last that is allowed.
 void offramp_draft(const Model* model, Drafting* drafting) {
     Drafting& d = *drafting;
@@ -1450,8 +1457,7 @@ void offramp_draft(const Model* model, Drafting* drafting) {
         offramp_run(model, &d.call);
         d.test.hidden = d.call.hidden + (count - 1) * width;
         offramp_readout(&d.test);
-        const float best = std::exp(d.test.best[0] - *d.test.normaliser);
-        const float c = d.confidence == 0 ? 1.0f : d.confidence == 1 ? best : best - std::exp(d.test.best[1] - *d.test.normaliser);
+        const float c = confidence_of(d.confidence, d.test);
         const int64_t at = d.made++, token = d.drafts[at] = d.test.tokens[0];
         d.confidences[at] = c, d.normalisers[at] = *d.test.normaliser;
         if (!(c > d.threshold)) return;
@@ -1554,8 +1560,7 @@ void offramp_stretch(const Model* model, Stretch* stretch) {
             offramp_readout(read);
             book(exit.test.ids ? 3 : 2);
             if (e + 1 == s.exits) break;
-            const float best = std::exp(read->best[0] - *read->normaliser);
-            confidence = s.confidence == 1 ? best : best - std::exp(read->best[1] - *read->normaliser);
+            confidence = confidence_of(s.confidence, *read);
             if (confidence > s.thresholds[at * (s.exits - 1) + tests++]) {
                 std::memcpy(s.frozen + s.frozen_count * width, s.call.hidden, width * sizeof(float));
                 s.frozen_layer[s.frozen_count] = depth;

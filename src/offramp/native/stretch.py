@@ -78,7 +78,8 @@ class Stretch:
         self.confidence = CONFIDENCES[confidence]
         frozen = [(depth, slot) for depth, some in left for slot in some.slots.tolist()]
         count, width = len(frozen), model.shape.width
-        self.hidden = torch.empty(1, width)
+        self.hidden, self.normaliser = torch.empty(1, width), torch.empty(1)
+        self.best, self.tokens = torch.empty(1, 2), torch.empty(1, 2, dtype=torch.long)
         self.frozen = torch.empty(count + room, width)
         self.notes = torch.empty(3, count + room, dtype=torch.long)  # layers, slots, positions
         if frozen:
@@ -115,9 +116,6 @@ class Stretch:
         return cls(model, context, **options)
 
     def _readout(self, layer: int, ids: Tensor | None) -> lib.Readout:
-        if not hasattr(self, "best"):
-            self.best, self.tokens = torch.empty(1, 2), torch.empty(1, 2, dtype=torch.long)
-            self.normaliser = torch.empty(1)
         call: lib.Readout = self.model.readout_of(self.hidden, self.model.final, layer, ids)
         call.best, call.tokens, call.normaliser = map(address, (self.best, self.tokens, self.normaliser))
         return call
