@@ -66,10 +66,11 @@ test-newest:  ## Run the contract with the newest releases, also such that pypro
 	@.venv-newest/bin/python tests/versions.py
 	.venv-newest/bin/python -m pytest -n 2 -q $(CONTRACT)
 
-lint: .venv/ready  ## Check style and types, change nothing
+lint: .venv/ready  ## Check style, types and layers, change nothing
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # The lock of what is tested, and that of the lower bounds: for every Python from 3.11 on. PyTorch is left out with the
 # GPU libraries, which it asks for by exact versions itself.

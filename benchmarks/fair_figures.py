@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from offramp.distillation.report import by_method, worst
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed
+from offramp.report.grids import by_method, worst
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, "black", "purple")
 """Of groups; where there are more groups, the best, the mean and the worst are drawn."""

@@ -29,7 +29,10 @@ from fair_figures import exits_figure, worst_figure
 import offramp
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import bundled, study_from
-from offramp.distillation.report import (
+from offramp.distillation.results import Result, results_in
+from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, holm, paired, spread
+from offramp.report.drawing import require_matplotlib, save_figures
+from offramp.report.grids import (
     by_method,
     detection_table,
     exits_of_methods,
@@ -39,9 +42,6 @@ from offramp.distillation.report import (
     rules_table,
     worst,
 )
-from offramp.distillation.results import Result, results_in
-from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, holm, paired, spread
-from offramp.report.drawing import require_matplotlib, save_figures
 from offramp.runs.tables import markdown
 from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
 

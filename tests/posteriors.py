@@ -4,7 +4,7 @@ import torch
 
 from offramp import Exits, LanguageModel
 from offramp.core.vocabulary import Pruning
-from offramp.lm.exit_posterior import Posterior
+from offramp.hub.exit_posterior import Posterior
 from offramp.runs.digests import fingerprint
 from offramp.uncertainty import candidates
 from offramp.uncertainty.candidates import LaplaceConfig, standard_draws

@@ -11,8 +11,8 @@ import transformers as hf
 from offramp import ModelError
 from offramp import load as load_language_model
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.loading import load
+from offramp.families.heads import HeadConfig
 from offramp.hub.catalogue import PACKAGED, Packaged
 from offramp.runs.tensor_files import claimed_header, write_tensors
 from sealing import rewrite

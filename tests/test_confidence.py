@@ -24,7 +24,7 @@ from offramp.core.exits import Consistency
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.families.best import best_of
-from offramp.lm.exit_posterior import Laplace, NestedSets
+from offramp.hub.exit_posterior import Laplace, NestedSets
 from offramp.uncertainty import candidates, token_sets
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=40, database=None)

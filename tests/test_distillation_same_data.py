@@ -15,9 +15,9 @@ from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import ClassifierTrainConfig
 from offramp.distillation.data import load_set
 from offramp.distillation.grid import digests
-from offramp.distillation.report import tables
 from offramp.distillation.results import results_in
 from offramp.distillation.teacher import load_logits, require_unseen, save_logits
+from offramp.report.grids import tables
 from offramp.report.pages.distillation import grid_page, run_page
 from offramp.runs.tensor_files import write_tensors
 from offramp.tasks.labelled import row_hashes

@@ -14,7 +14,7 @@ from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.evaluation import document_arms
 from offramp.evaluation.perplexity import Passage, perplexity_records
 from offramp.hub.exit_files import load_exits
-from offramp.lm.exit_posterior import METHODS, SETS, NestedSets, RunningSet
+from offramp.hub.exit_posterior import METHODS, SETS, NestedSets, RunningSet
 from offramp.runs.digests import fingerprint
 from posteriors import CANDIDATES, LAYERS, with_posterior
 from sealing import rewrite

@@ -23,7 +23,7 @@ from offramp.calibration.token_cache import SPLITS, cache_tokens, split_document
 from offramp.calibration.token_rows import factors_of, views_of
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import load_exits
-from offramp.lm.exit_posterior import METHODS, Posterior
+from offramp.hub.exit_posterior import METHODS, Posterior
 from offramp.runs.digests import fingerprint
 from offramp.training.data import Document
 from offramp.uncertainty.candidates import shortlist

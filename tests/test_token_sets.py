@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp.lm.exit_posterior import RunningSet
+from offramp.hub.exit_posterior import RunningSet
 from offramp.uncertainty import token_sets as ts
 from offramp.uncertainty.candidates import shortlist
 

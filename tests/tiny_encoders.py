@@ -6,8 +6,8 @@ import torch
 import transformers as hf
 
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+from offramp.families.heads import HeadConfig
 
 VOCABULARY = 97
 LAYERS = 4

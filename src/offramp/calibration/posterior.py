@@ -20,7 +20,7 @@ from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import save_exits
-from offramp.lm.exit_posterior import METHODS, Posterior
+from offramp.hub.exit_posterior import METHODS, Posterior
 from offramp.runs.asked import locked
 from offramp.runs.digests import fingerprint
 from offramp.runs.files import write_json

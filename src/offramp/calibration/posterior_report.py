@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.calibration.token_rows import ExitView, TokenViews
-from offramp.lm.exit_posterior import SETS, Posterior
+from offramp.hub.exit_posterior import SETS, Posterior
 from offramp.metrics.calibration import Reliability
 from offramp.metrics.sets import binomial
 from offramp.runs.results import Result

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from offramp.classifiers.confidence import measure_of
 from offramp.classifiers.flops import exit_costs
-from offramp.classifiers.heads import ExitHead, ExitOutput, HeadConfig
 from offramp.families.backbone import Backbone, Inputs, evaluating
 from offramp.families.finite import not_finite
+from offramp.families.heads import ExitHead, ExitOutput, HeadConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.heads import HeadConfig
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.saving import (
     AGAIN,
@@ -26,6 +25,7 @@ from offramp.classifiers.saving import (
 )  # fmt: skip
 from offramp.classifiers.sources import PREPROCESSING
 from offramp.families.backbone import Backbone
+from offramp.families.heads import HeadConfig
 from offramp.hub.devices import named_device, named_dtype
 from offramp.hub.messages import ModelError, first_line, quiet
 from offramp.hub.pretrained import config_of, model_shaped, tokenizer_of

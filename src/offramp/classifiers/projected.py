@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.classifiers.heads import ExitHead, ExitOutput, PooledBody
 from offramp.classifiers.msdnet import ConvBody
 from offramp.classifiers.small_cnn import PlacesBody
 from offramp.families.backbone import Activations, Backbone
+from offramp.families.heads import ExitHead, ExitOutput, PooledBody
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ProjectedHead(nn.Module):
 
     Args:
         backbone: What it reads the last block of.
-        pooling: How states become a vector, see `offramp.classifiers.heads`.
+        pooling: How states become a vector, see `offramp.families.heads`.
         classes: C.
         config: Its shape.
     """

@@ -88,8 +88,8 @@ def distill(
     """
     from offramp.distillation.config import runs
     from offramp.distillation.grid import run_grid
-    from offramp.distillation.report import FEW, summary, tables, write_groups
     from offramp.hub.devices import named_device
+    from offramp.report.grids import FEW, summary, tables, write_groups
     from offramp.runs.files import write_text
 
     values = settings_from(config, data)

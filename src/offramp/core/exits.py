@@ -5,7 +5,7 @@ nothing: W = 0 and b = 0. Before it an exit may have a branch: transformer block
 their own (Kangaroo's adapter, Liu et al. 2024, arXiv 2404.18911, is one block), begun as copies of the model's last
 ones that add nothing to the state yet. The model itself is untouched, so its full output stays what it is, bit for bit.
 Beside lens and branch there may be a consistency classifier, which says from the readout input alone whether to leave
-there, and for all exits a posterior that was fitted on text (`offramp.lm.exit_posterior`), a list of frequent tokens,
+there, and for all exits a posterior that was fitted on text (`offramp.hub.exit_posterior`), a list of frequent tokens,
 the only ones that `ExitPolicy(vocabulary="frequent")` scores, and a drafter (`offramp.core.drafter`). Weights are kept
 in float32 (in files, branches and drafter in bfloat16), with the name and the fingerprint of those they were made for.
 """
@@ -135,7 +135,7 @@ class Exits(nn.Module):
         self.branches = nn.ModuleDict()  # one `Branch` per layer, if `blocks`
         self.drafter: Drafter | None = None
         self.classifiers: nn.ModuleDict | None = self._untrained(device) if classifier else None
-        self.posterior: Any = None  # an `offramp.lm.exit_posterior.Posterior`, if one was fitted
+        self.posterior: Any = None  # an `offramp.hub.exit_posterior.Posterior`, if one was fitted
         self.frequent: Tensor | None
         self.register_buffer("frequent", None)  # so that it moves with them and their fingerprint covers it
 

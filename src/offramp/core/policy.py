@@ -43,7 +43,7 @@ class ExitPolicy:
     Attributes:
         confidence: "softmax" (gap of the two largest probabilities), "max", "entropy", "state", "classifier" (of the
             model's trained exits, which must have some; test only after their layers), "contrastive", "jsd", "laplace",
-            "conformal", "avcs" (these three of the exits' posterior, see `offramp.lm.exit_posterior`; test only where
+            "conformal", "avcs" (these three of the exits' posterior, see `offramp.hub.exit_posterior`; test only where
             it was fitted), "static" (always leaves after `min_layer`; under "verify", every token is drafted there), or
             a callable (see `offramp.core.confidence.Confidence`).
         threshold: Leave when the confidence is strictly above it: one number, or one per exit layer. At or above the

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.heads import PooledBody
 from offramp.distillation.states import CHUNK, States
 from offramp.families.backbone import Activations
+from offramp.families.heads import PooledBody
 from offramp.training.optimiser import adamw
 
 

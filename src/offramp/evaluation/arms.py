@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.core.plan import resolve
 from offramp.core.policy import DRAFTS, ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, rule_of
-from offramp.lm.exit_posterior import SETS
+from offramp.hub.exit_posterior import SETS
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

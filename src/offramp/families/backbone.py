@@ -74,7 +74,7 @@ class Backbone(nn.Module):
 
         Args:
             layer: The exit layer, 1..L.
-            pooling: How states become one feature vector, see `offramp.classifiers.heads`; None: what is
+            pooling: How states become one feature vector, see `offramp.families.heads`; None: what is
                 usual for the network.
         """
         raise NotImplementedError

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 from offramp.families.backbone import Activations, Backbone
+from offramp.families.heads import PooledBody
 from offramp.families.refusal import UnsupportedModelError
 
 _MASKS: dict[str, Callable[..., Any]] = {
@@ -148,8 +149,6 @@ class SplitEncoder(Backbone):
 
     def body(self, layer: int, pooling: str | None) -> tuple[nn.Module, int]:
         """Pooling, behind a copy of the final norm where the network has one; it is trained with the exit."""
-        from offramp.classifiers.heads import PooledBody
-
         norm = copy.deepcopy(self._norm[0]) if self._norm else None
         width = self.config.hidden_sizes[layer - 1] if self.name == "resnet" else self.config.hidden_size
         return PooledBody(pooling or self.family.pooling, norm), int(width)

@@ -14,8 +14,8 @@ from offramp.core.adapters import Branch
 from offramp.core.drafter import Drafter
 from offramp.core.exits import Exits, listed_once
 from offramp.families import SplitModel
+from offramp.hub.exit_posterior import Posterior
 from offramp.hub.messages import ModelError, first_line
-from offramp.lm.exit_posterior import Posterior
 from offramp.runs import artefact
 from offramp.runs.digests import fingerprint
 from offramp.runs.tensor_files import not_finite_in

@@ -105,8 +105,8 @@ def train_classifier(
     from offramp.classifiers.architectures import build, rows_of, usual
     from offramp.classifiers.config import ClassifierTrainConfig
     from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
-    from offramp.classifiers.heads import HeadConfig
     from offramp.classifiers.trainer import train_classifier as run
+    from offramp.families.heads import HeadConfig
     from offramp.hub.devices import named_device
     from offramp.tasks.labelled import row_hashes
 

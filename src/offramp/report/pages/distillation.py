@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from offramp.distillation.by_group import kept_weights
-from offramp.distillation.report import by_method, tables_of, teachers_of
 from offramp.distillation.results import (
     Result,
     budget_of,
@@ -26,6 +25,7 @@ from offramp.distillation.results import (
     weights_of,
 )
 from offramp.report import group_plots
+from offramp.report.grids import by_method, tables_of, teachers_of
 from offramp.report.groups import (
     budgets_table,
     changes_table,
