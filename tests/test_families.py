@@ -305,10 +305,10 @@ def test_skipped_layers_hold_what_the_next_token_needs(name):
     token = torch.tensor([[5], [6], [7]])
     way.begin([split.start(token, context=state.context)], [0, 1, 2])
     way.advance(1)
-    frozen = way.hidden.clone()
+    frozen = way.read.clone()
     way.leave([0, 2], [1])
     way.advance(2)
-    frozen[1] = way.hidden[0]
+    frozen[1] = way.read[0]
     way.leave([0], [])
     assert [layer.length for layer in state.context.cache.layers] == [slots + 1, slots + 1, slots, slots]
     way.begin([split.start(token, context=state.context)], [0, 1, 2])
@@ -326,7 +326,7 @@ def test_skipped_layers_hold_what_the_next_token_needs(name):
         ran = run_block(split, layer, hidden, exits.frame, other.context)
         exits = type(exits)(exits.context, exits.frame, ran, layer + 1)
     last = split.run(split.start(token, context=other.context), 0, LAYERS)
-    torch.testing.assert_close(way.state.hidden, last.hidden, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(way.states[0][1].hidden, last.hidden, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [None, "fixed", "adaptive"])

@@ -16,7 +16,7 @@ as `readout`. The threshold is a heuristic **without any guarantee** and depends
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,10 @@ class AdaptiveThreshold:
         for confidence, same in zip(confidences, agreed, strict=True):
             if not math.isnan(confidence):
                 (self.agree if same else self.disagree).add(confidence)
+
+    def learn(self, shallow: Sequence[tuple[float, int]], deep: Sequence[int]) -> None:
+        """Learn from a row's (confidence, token) at the exit and the tokens of the last layer."""
+        self.add([c for c, _ in shallow], [token == d for (_, token), d in zip(shallow, deep, strict=True)])
 
     def refit(self) -> float:
         """Fit on all pairs so far; called where a new sequence, or batch of them, begins.

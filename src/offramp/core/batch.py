@@ -15,7 +15,7 @@ from offramp.core.costs import Ledger
 from offramp.core.plan import Plan
 from offramp.core.readout import Exit, Reader, measure_of
 from offramp.core.sampling import Sampler
-from offramp.core.skipped_kv import Defer, Propagate, freeze_prompt
+from offramp.core.skipped_kv import Defer, Propagate, Way, freeze_prompt
 from offramp.core.vocabulary import Frequent
 from offramp.families import SplitModel
 from offramp.families.best import Best
@@ -49,15 +49,15 @@ class Step(NamedTuple):
 class Read:
     """What one position of each row was read as.
 
-    Where tokens are simply the best ones, `token` and `sound` are all that is kept of the logits. Where processors or
-    draws need scores, these stand in `scores`, and tokens come of them in `Batch.choose`.
+    Where processors or draws need scores, tokens come of them in `Batch.choose`; else only the best are kept.
 
     Attributes:
         layers: Exit layer by row, 0 for none, [B].
         confidences: Confidence of the last test by row, [B].
         token: The token by row, [B].
         sound: Whether it was chosen by a number, by row, [B].
-        scores: Of all tokens, [B, V]; None until a row is read.
+        logprob: The token's log-probability where it is simply the best one, by row, [B]; else NaN.
+        scores: Of all tokens, [B, V]; None: they are not wanted, or no row was read yet.
         states: Readout inputs, [B, D], of rows that left with some tokens excluded; None if there are none.
         processed: Scores after the processors, [B, V].
     """
@@ -66,22 +66,14 @@ class Read:
     confidences: list[float]
     token: list[int]
     sound: list[bool]
+    logprob: list[float]
     scores: Tensor | None = None
     states: Tensor | None = None
     processed: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Batch:
-    """The state of one batch between steps.
-
-    Args:
-        model: The model.
-        ids: Prompt, or decoder start tokens, [B, T].
-        plan: Where to look, and when to leave.
-        sampler: How scores become tokens.
-        max_new_tokens: Most tokens generated per row.
-        ledger: Where the work is written down.
-        adaptive: What an adaptive policy has learnt.
+    """The state of one batch between steps; arguments as for `offramp.core.decoding.batch_of`, the policy resolved.
 
     Raises:
         ValueError: The plan does not fit the model.
@@ -97,7 +89,8 @@ class Batch:
         ledger: Ledger,
         adaptive: AdaptiveThreshold | None,
     ) -> None:
-        self.model, self.plan, self.sampler, self.ledger, self.adaptive = model, plan, sampler, ledger, adaptive
+        self.model, self.plan, self.ledger, self.adaptive = model, plan, ledger, adaptive
+        self.samplers, self.pad, self.together = [sampler] * len(ids), sampler.pad, True  # one sampler sees all rows
         self.measure = measure_of(model, plan)
         if plan.policy.prompt_layer is not None and model.is_encoder_decoder:
             raise ValueError(
@@ -107,15 +100,16 @@ class Batch:
         restricts = self.measure is not None and begun(self.measure).restricts
         plain = plan.policy.decode_from == "logits" and not restricts
         self.best_only = plain and sampler.processors is None and not sampler.sample
-        self.limit, self.prompt = max_new_tokens, ids.shape[1]
+        self.prompts, self.limits = [ids.shape[1]] * len(ids), [max_new_tokens] * len(ids)
         self.buffer = torch.cat([ids, ids.new_full((len(ids), max_new_tokens), sampler.pad)], dim=1)
         self.lengths = [ids.shape[1]] * len(ids)  # tokens known by row, drafts included
         self.rows = list(range(len(ids)))  # that are not finished
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # the same
         used = [layer for layer in model.branches if layer in plan.thresholds or layer == plan.last]
-        self.way: Propagate | Defer = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger, used)
+        self.way: Way = (Propagate if plan.policy.skipped == "propagate" else Defer)(model, ledger, used)
         self.protected = torch.tensor(sorted(set(sampler.eos)), dtype=torch.long, device=ids.device)
         self.frequent = self._frequent()
+        self.taus: dict[int, float] = {}  # of rows with a threshold of their own
         self.shallow: dict[int, list[tuple[float, int]]] = {row: [] for row in self.rows}  # (c, token), not compared
         self.prefill = False
         self.billed = 0
@@ -134,17 +128,18 @@ class Batch:
 
     def first(self, **inputs: Any) -> Read:
         """The prompt's pass, or the start token's step; `inputs` are those of `SplitModel.start`."""
-        state = self.model.start(self.buffer[:, : self.prompt], **inputs)
+        prompt = self.prompts[0]
+        state = self.model.start(self.buffer[:, :prompt], **inputs)
         self.context = state.context
-        self.prefill = not self.model.is_encoder_decoder or self.prompt > 1
+        self.prefill = not self.model.is_encoder_decoder or prompt > 1
         self.way.begin([state], self.rows, prompt=self.prefill)
         if not self.prefill:
             self.ledger.costs.prompt_flops = self.ledger.costs.flops  # the encoder's
             return self._with_tests()
-        read = self._unread()
+        read = self.unread()
         if self.plan.policy.prompt_layer is not None:
             freeze_prompt(self.way, self.plan.policy.prompt_layer, self.plan.last)
-        self._read_last(read)
+        self.read_last(read)
         return read
 
     def read(self, rows: list[int] | None = None) -> Read:
@@ -152,34 +147,44 @@ class Batch:
         self.prefill, rows = False, self.rows if rows is None else rows
         pairs = self._entering(rows)
         self.way.begin([state for _, state in pairs], [row for group, _ in pairs for row in group])
-        return self._with_tests() if rows else self._unread()
+        return self._with_tests() if rows else self.unread()
 
     def _entering(self, rows: list[int]) -> list[tuple[list[int], State]]:
         """Their last known tokens before the first block, those at the same position together."""
-        return [(some, self._start(some, length - 1, length)) for length, some in self._by_length(rows).items()]
+        return [(some, self.start(some, length - 1, length)) for length, some in self.by_length(rows).items()]
 
-    def _start(self, rows: list[int], begin: int, end: int) -> State:
+    def start(self, rows: list[int], begin: int, end: int) -> State:
+        """Some of the known tokens of rows before the first block."""
         chosen = as_rows(rows, self.buffer.device)
         return self.model.start(self.buffer[chosen, begin:end], context=self.context, rows=chosen, slot=begin)
 
-    def _by_length(self, rows: list[int]) -> dict[int, list[int]]:
+    def by_length(self, rows: list[int]) -> dict[int, list[int]]:
         """Rows that stand at the same position, by how many of their tokens are known."""
-        found: dict[int, list[int]] = {}
-        for row in rows:
-            found.setdefault(self.lengths[row], []).append(row)
-        return found
+        lengths = dict.fromkeys(self.lengths[row] for row in rows)
+        return {length: [row for row in rows if self.lengths[row] == length] for length in lengths}
 
-    def _unread(self) -> Read:
+    def unread(self) -> Read:
+        """What a step begins with."""
         batch = len(self.buffer)
-        return Read([0] * batch, [math.nan] * batch, [self.sampler.pad] * batch, [True] * batch)
+        return Read([0] * batch, [math.nan] * batch, [self.pad] * batch, [True] * batch, [math.nan] * batch)
+
+    def made(self, row: int) -> int:
+        """How many tokens of a row are known behind its prompt."""
+        return self.lengths[row] - self.prompts[row]
+
+    def threshold(self, layer: int, row: int) -> float:
+        """What the confidence of a row's next token has to lie above to leave after `layer`."""
+        if row in self.taus:
+            return self.taus[row]
+        return self.plan.threshold(layer, self.made(row), self.limits[row])
 
     def _position(self, rows: list[int]) -> int | Tensor:
         """Positions of rows' next tokens, counted from the first generated one: one for all if they are the same."""
-        places = [self.lengths[row] - self.prompt for row in rows]
+        places = [self.made(row) for row in rows]
         return places[0] if len(set(places)) == 1 else torch.tensor(places, device=self.buffer.device)
 
     def _with_tests(self) -> Read:
-        plan, way, read = self.plan, self.way, self._unread()
+        plan, way, read = self.plan, self.way, self.unread()
         if not plan.thresholds:
             self._finish(read, None)
             return read
@@ -187,7 +192,6 @@ class Batch:
             self.model, plan, self.measure, self.ledger, self.protected, way.rows, self._position(way.rows),
             scores=not self.best_only, frequent=self.frequent,
         )  # fmt: skip
-        exits = tuple(plan.thresholds)
         for layer in plan.stops:
             way.advance(layer)
             if layer in plan.candidates:
@@ -210,25 +214,25 @@ class Batch:
                 reader.select(kept)
                 confidences = [confidences[i] for i in kept]
                 exit = exit.selected(kept)
-            later = next((e for e in exits if e > layer), None)
+            later = next((e for e in plan.thresholds if e > layer), None)
             reader.after(exit, confidences, later)
         self._finish(read, reader)
         return read
 
     def _leaving(self, layer: int, exit: Exit, confidences: list[float]) -> list[int]:
         """Which of the rows still in leave after `layer`."""
-        rows, plan = self.way.rows, self.plan
-        taus = [plan.threshold(layer, self.lengths[row] - self.prompt, self.limit) for row in rows]
-        gone = [i for i, (c, tau) in enumerate(zip(confidences, taus, strict=True)) if c > tau]
-        return [] if plan.policy.batch == "all" and len(gone) < len(confidences) else gone
+        gone = [
+            i for i, (row, c) in enumerate(zip(self.way.rows, confidences, strict=True))
+            if c > self.threshold(layer, row)
+        ]  # fmt: skip
+        return [] if self.plan.policy.batch == "all" and len(gone) < len(confidences) else gone
 
     def _take(self, read: Read, rows: list[int], layer: int, exit: Exit, index: list[int]) -> None:
         """Enter what rows that leave at an exit are read as."""
         for row in rows:
             read.layers[row] = layer
         if self.best_only:
-            self._take_best(read, rows, exit.best(index))
-            return
+            return self._take_best(read, rows, exit.best(index))
         self._take_scores(read, rows, exit.emission(index))
         if exit.restricted:
             if read.states is None:
@@ -236,20 +240,19 @@ class Batch:
             read.states[rows] = exit.input[index]
 
     def _take_best(self, read: Read, rows: list[int], best: Best) -> None:
-        tokens, normalisers = best.tokens.tolist(), best.normaliser.tolist()
-        for row, (token, _), normaliser in zip(rows, tokens, normalisers, strict=True):
+        lists = best.tokens.tolist(), best.values.tolist(), best.normaliser.tolist()
+        for row, (token, _), (value, _), normaliser in zip(rows, *lists, strict=True):
             read.token[row], read.sound[row] = token, math.isfinite(normaliser)
+            read.logprob[row] = value - normaliser
 
     def _take_scores(self, read: Read, rows: list[int], scores: Tensor) -> None:
         if rows == list(range(len(self.buffer))):
             read.scores = scores
-        else:
-            if read.scores is None:
-                read.scores = scores.new_zeros(len(self.buffer), scores.shape[1])
-            read.scores[rows] = scores
+            return
+        read.scores = scores.new_zeros(len(self.buffer), scores.shape[1]) if read.scores is None else read.scores
+        read.scores[rows] = scores
 
     def _finish(self, read: Read, reader: Reader | None) -> None:
-        """Take the rows still in to the last layer and read them out there."""
         way, plan = self.way, self.plan
         if reader is not None and plan.policy.decode_from == "contrastive" and plan.policy.contrast.full:
             way.advance(plan.last)
@@ -257,9 +260,10 @@ class Batch:
             exit = reader.at(plan.last, way.read)
             self._take(read, way.rows, plan.last, exit, list(range(len(way.rows))))
         else:
-            self._read_last(read)
+            self.read_last(read)
 
-    def _read_last(self, read: Read) -> None:
+    def read_last(self, read: Read) -> None:
+        """Take the rows still in to the last layer, and read them out there."""
         way, last, rows = self.way, self.plan.last, self.way.rows
         way.advance(last)
         for row in rows:
@@ -284,17 +288,11 @@ class Batch:
                 logits = self.model.readout(hidden, last).float()
                 choices = logits.argmax(-1) if n > 1 else torch.empty(0)
                 self._take_scores(read, rows, logits[n - 1 :: n])
-        if n > 1:
-            self._learn(rows, choices.view(len(rows), n).tolist())
+        if n > 1 and self.adaptive is not None:
+            for row, deep in zip(rows, choices.view(len(rows), n).tolist(), strict=True):
+                self.adaptive.learn(self.shallow[row], deep)
         for row in rows:
             self.shallow[row].clear()
-
-    def _learn(self, rows: list[int], choices: list[list[int]]) -> None:
-        """Tell the adaptive threshold at which confidence the exit's choices were the last layer's, [len(rows), n]."""
-        assert self.adaptive is not None
-        for row, deep in zip(rows, choices, strict=True):
-            pairs = self.shallow[row]
-            self.adaptive.add([c for c, _ in pairs], [token == d for (_, token), d in zip(pairs, deep, strict=True)])
 
     # ------------------------------------------------------------ choosing tokens
 
@@ -302,30 +300,35 @@ class Batch:
         """The tokens of rows whose first `length` tokens are known; None: of all rows.
 
         Where the processors left no kept token (they forbade all, or demand one that was pruned), the full vocabulary
-        is read at the same exit. Processors always see the whole batch: some go by the number of a row.
+        is read at the same exit. Processors of all rows see the whole batch: some go by the number of a row.
         """
         if read.scores is None:  # they are the best ones, or none was drafted
             return
-        ids = self.buffer[:, :length]
-        processed = self.sampler.process(ids, read.scores)
-        if read.states is not None and self.sampler.processors is not None:
-            empty = (processed.amax(-1) == -torch.inf) & self.active
+        some = rows or list(range(len(self.buffer)))
+        for part in [some] if self.together else [[row] for row in some]:
+            self._choose(read, length, part, self.samplers[part[0]], slice(None) if self.together else part)
+
+    def _choose(self, read: Read, length: int, rows: list[int], sampler: Sampler, seen: Any) -> None:
+        assert read.scores is not None
+        ids, scores = self.buffer[seen, :length], read.scores[seen]
+        processed = sampler.process(ids, scores)
+        if read.states is not None and sampler.processors is not None:
+            empty = (processed.amax(-1) == -torch.inf) & self.active[seen]
             if bool(empty.any()):
                 with self.ledger.time("readout"):
-                    full = self.model.project(read.states).float()
+                    full = self.model.project(read.states[seen]).float()
                 self.ledger.readout(len(full))
-                processed = self.sampler.process(ids, torch.where(empty[:, None], full, read.scores))
-        some = rows or list(range(len(self.buffer)))
-        every = rows is None or len(some) == len(self.buffer)
-        if every:
+                processed = sampler.process(ids, torch.where(empty[:, None], full, scores))
+        if len(processed) == len(self.buffer) == len(rows):
             read.processed = processed
         else:
             read.processed = torch.zeros_like(read.scores) if not len(read.processed) else read.processed
-            read.processed[some] = processed[some]
-            processed = processed[some]
-        picked = self.sampler.pick(processed)
-        sound = self.sampler.sound(read.scores if every else read.scores[some], picked)
-        for row, token, right in zip(some, picked.tolist(), sound.tolist(), strict=True):
+            processed = processed if len(processed) == len(rows) else processed[rows]
+            scores = scores if len(scores) == len(rows) else scores[rows]
+            read.processed[rows] = processed
+        picked = sampler.pick(processed)
+        sound = sampler.sound(scores, picked)
+        for row, token, right in zip(rows, picked.tolist(), sound.tolist(), strict=True):
             read.token[row], read.sound[row] = token, right
 
     def broken(self) -> NotFiniteError | None:
@@ -344,9 +347,9 @@ class Batch:
     def step(self, tokens: list[int], layers: list[int], confidences: list[float], rows: list[int]) -> Step:
         """The record of one position, whose tokens count in `rows`."""
         device, counted, spent = self.buffer.device, set(rows), self.count([layers[row] for row in rows])
-        every = len(rows) == len(tokens)
-        tokens = tokens if every else [t if row in counted else self.sampler.pad for row, t in enumerate(tokens)]
-        layers = layers if every else [layer if row in counted else 0 for row, layer in enumerate(layers)]
+        if len(rows) < len(tokens):
+            tokens = [t if row in counted else self.pad for row, t in enumerate(tokens)]
+            layers = [layer if row in counted else 0 for row, layer in enumerate(layers)]
         active = torch.tensor([row in counted for row in range(len(tokens))], device=device)
         return Step(
             torch.tensor(tokens, device=device), torch.tensor(layers, device=device),
@@ -381,13 +384,11 @@ class Batch:
             self.buffer[rows[0], length] = tokens[rows[0]]
         else:
             self.buffer[rows, length] = torch.tensor([tokens[row] for row in rows], device=self.buffer.device)
-        ended = [row for row in rows if self.sampler.is_end(tokens[row])]
-        if self.sampler.stopping is not None:
-            stops = self.sampler.stopping(self.buffer[:, : length + 1]).tolist()
-            ended += [row for row in rows if stops[row] and row not in ended]
-        if length + 1 - self.prompt >= self.limit:
-            return list(rows)
-        return ended
+        ended = {row for row in rows if self.samplers[row].is_end(tokens[row])}
+        if self.together and (stopping := self.samplers[0].stopping) is not None:
+            stops = stopping(self.buffer[:, : length + 1]).tolist()
+            ended |= {row for row in rows if stops[row]}
+        return [row for row in rows if row in ended or length + 1 - self.prompts[row] >= self.limits[row]]
 
     def end(self, rows: list[int]) -> None:
         """These rows are finished."""
@@ -395,6 +396,5 @@ class Batch:
             return
         self.rows = [row for row in self.rows if row not in rows]
         self.active[rows] = False
-        if isinstance(self.way, Defer):
-            for row in rows:
-                self.way.forget(row)
+        for row in rows if isinstance(self.way, Defer) or not self.together else ():
+            self.way.forget(row)

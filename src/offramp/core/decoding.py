@@ -61,19 +61,8 @@ def decode(
         ValueError: The policy does not fit the model.
         NotFiniteError: The model computes NaN or infinity for a token, or for one it was to be drawn from.
     """
-    plan = resolve(policy or ExitPolicy(threshold=None), model.num_layers, model.shape.vocabulary, model.exit_layers)
-    adaptive = (adaptive or AdaptiveThreshold.of(plan.policy)) if plan.policy.adaptive else None
-    if adaptive is not None:
-        plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
-    ledger = ledger or Ledger(model.shape, ids.device)
-    ledger.costs.engine = model.engine
-    verifying = plan.policy.skipped == "verify" and bool(plan.thresholds)
-    kind: type[Batch] = VerifyingBatch if verifying else Batch
-    if DRAFTER in plan.thresholds:
-        from offramp.core.drafting import DraftingBatch  # only models with a drafter have a use for it
-
-        kind = DraftingBatch
-    batch = kind(model, ids, plan, sampler or Sampler(), max_new_tokens, ledger, adaptive)
+    batch = batch_of(model, ids, policy, sampler or Sampler(), max_new_tokens, ledger, adaptive)
+    verifying = isinstance(batch, VerifyingBatch)
     read = batch.first(mask=mask, positions=positions, memory=memory, memory_mask=memory_mask)
     while True:
         try:
@@ -89,6 +78,30 @@ def decode(
             yield from stretch.steps()
             return
         read = batch.read()
+
+
+def batch_of(
+    model: SplitModel,
+    ids: Tensor,
+    policy: ExitPolicy | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    ledger: Ledger | None = None,
+    adaptive: AdaptiveThreshold | None = None,
+) -> Batch:
+    """The batch that a policy is for; arguments as for `decode`."""
+    plan = resolve(policy or ExitPolicy(threshold=None), model.num_layers, model.shape.vocabulary, model.exit_layers)
+    adaptive = (adaptive or AdaptiveThreshold.of(plan.policy)) if plan.policy.adaptive else None
+    if adaptive is not None:
+        plan = replace(plan, thresholds=dict.fromkeys(plan.thresholds, adaptive.refit()))
+    ledger = ledger or Ledger(model.shape, ids.device)
+    ledger.costs.engine = model.engine
+    kind: type[Batch] = VerifyingBatch if plan.policy.skipped == "verify" and plan.thresholds else Batch
+    if DRAFTER in plan.thresholds:
+        from offramp.core.drafting import DraftingBatch  # only models with a drafter have a use for it
+
+        kind = DraftingBatch
+    return kind(model, ids, plan, sampler, max_new_tokens, ledger, adaptive)
 
 
 def _stretch_of(batch: Batch) -> Any:

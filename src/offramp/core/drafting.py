@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.core.batch import Read, Step
+from offramp.core.batch import Read
 from offramp.core.policy import DRAFTER
 from offramp.core.readout import Exit
 from offramp.core.verifying import Draft, VerifyingBatch
@@ -50,13 +49,22 @@ class DraftingBatch(VerifyingBatch):
     def first(self, **inputs: Any) -> Read:
         """As in `Batch`."""
         read = super().first(**inputs)
+        self.learn()
+        return read
+
+    def learn(self) -> None:
+        """Note what the full model's readout reads of a prompt, or of another piece of it."""
         for rows, state in self.way.states:
             known = self._known(state.hidden)
             if (padding := state.context.padding) is not None:
                 known = known * padding[state.frame.rows, : state.frame.queries, None]
             for row, one in zip(rows, known, strict=True):
-                self.before[row] = torch.cat([torch.zeros_like(one[:1]), one])
-        return read
+                self.before[row] = torch.cat([self.before.get(row, torch.zeros_like(one[:1])), one])
+
+    def restart(self, row: int) -> None:
+        """As in `VerifyingBatch`."""
+        super().restart(row)
+        self.before.pop(row, None)
 
     def read(self, rows: list[int] | None = None) -> Read:
         """As in `Batch`; alone, a row makes all its drafts, and what is left is to check them."""
@@ -65,15 +73,15 @@ class DraftingBatch(VerifyingBatch):
         self.prefill, (row,) = False, self.rows
         begin = self.lengths[row] - 1
         self._draft_alone(row)
-        self.way.begin([self._start([row], begin, begin + len(self.drafts[row]))], [row])
-        return self._unread()
+        self.way.begin([self.start([row], begin, begin + len(self.drafts[row]))], [row])
+        return self.unread()
 
-    def verified(self, read: Read) -> Iterator[Step]:
+    def check(self, read: Read) -> None:
         """As in `VerifyingBatch`."""
-        if self.prefill or not self._alone:
-            yield from super().verified(read)
-            return
-        yield from self._deep()
+        if self._alone:
+            self._deep()
+        else:
+            super().check(read)
 
     @property
     def _alone(self) -> bool:
@@ -84,7 +92,7 @@ class DraftingBatch(VerifyingBatch):
     def _draft_alone(self, row: int) -> None:
         """Append drafts to a row, and the token that goes deep behind them unless the last one would end it."""
         plan, drafts = self.plan, self.drafts[row]
-        if self.pace is None and plan.policy.decay is None and self._in_one_call(row):
+        if self.paces[row] is None and plan.policy.decay is None and self._in_one_call(row):
             return
         left: list[tuple[int, float, int]] = []
         confidence = math.nan
@@ -92,10 +100,10 @@ class DraftingBatch(VerifyingBatch):
             best = self._next_draft(row)
             confidence, token = _OF_BEST[str(plan.policy.confidence)](best), int(best.tokens[0, 0])
             tests = [] if plan.policy.confidence == "static" else [(DRAFTER, confidence, token)]
-            if self.pace is not None:
-                leaves = self.pace.leaves(DRAFTER, confidence, [(d.layer, d.confidence) for d in drafts])
+            if self.paces[row] is not None:
+                leaves = self._paced(row, DRAFTER, confidence)
             else:
-                leaves = confidence > plan.threshold(DRAFTER, self.lengths[row] - self.prompt, self.limit)
+                leaves = confidence > self.threshold(DRAFTER, row)
             if not leaves:
                 left = tests
                 break
@@ -119,7 +127,7 @@ class DraftingBatch(VerifyingBatch):
 
     def _go_deep(self, row: int, confidence: float, tests: list[tuple[int, float, int]]) -> None:
         """Note the token that is not drafted."""
-        self.drafts[row].append(Draft(self.sampler.pad, self.plan.num_layers, confidence, tests=tests))
+        self.drafts[row].append(Draft(self.pad, self.plan.num_layers, confidence, tests=tests))
         self.lengths[row] += 1
 
     def _in_one_call(self, row: int) -> bool:
@@ -127,12 +135,12 @@ class DraftingBatch(VerifyingBatch):
         model: Any = self.model
         policy, frequent, length, count = self.plan.policy, self.frequent, self.lengths[row], len(self.before[row])
         known = self.buffer[row, length - count : length].tolist()
-        most = min(policy.draft_length, self.limit - (length - self.prompt))
+        most = min(policy.draft_length, self.limits[row] - self.made(row))
         with self.ledger.time("blocks"):
             made = model.draft(
                 self.context, row, known, length - count, self.before[row], most=most, confidence=policy.confidence,
-                threshold=self.plan.thresholds[DRAFTER], rows=None if frequent is None else frequent.rows,
-                ends=self.sampler.eos,
+                threshold=self.threshold(DRAFTER, row), rows=None if frequent is None else frequent.rows,
+                ends=self.samplers[row].eos,
             )  # fmt: skip
         if made is None:
             return False
@@ -167,7 +175,7 @@ class DraftingBatch(VerifyingBatch):
         """What the drafter says behind a row's last token."""
         model: Any = self.model
         count, length = len(self.before[row]), self.lengths[row]
-        (ran,) = self.way.branched([self._mixed([row], self._start([row], length - count, length))])
+        (ran,) = self.way.branched([self._mixed([row], self.start([row], length - count, length))])
         self._bill_readout()
         hidden = ran.read[:, -1]
         if self.frequent is None:
@@ -181,7 +189,7 @@ class DraftingBatch(VerifyingBatch):
         groups: dict[tuple[int, int], list[int]] = {}
         for row in rows:
             groups.setdefault((self.lengths[row], len(self.before[row])), []).append(row)
-        states = [self._start(some, length - count, length) for (length, count), some in groups.items()]
+        states = [self.start(some, length - count, length) for (length, count), some in groups.items()]
         pairs = list(zip(groups.values(), states, strict=True))
         made = self.way.branched([self._mixed(*pair) for pair in pairs]) if pairs else []
         return [(some, _last(state, now)) for (some, state), now in zip(pairs, made, strict=True)]

@@ -22,8 +22,8 @@ from offramp.families.cache import as_rows
 from offramp.families.state import Frame, Skipped, State
 
 
-class Propagate:
-    """Rows leave one by one; each layer owes them keys and values from their frozen states.
+class Way:
+    """Rows on their way through the blocks; those that stand at the same position, with as much behind, as one state.
 
     Args:
         model: The model.
@@ -33,48 +33,95 @@ class Propagate:
 
     def __init__(self, model: SplitModel, ledger: Ledger, branches: Collection[int] = ()) -> None:
         self.model, self.ledger, self.branches = model, ledger, branches
+        self.rows: list[int] = []
+        self.states: list[tuple[list[int], State]] = []  # of the rows still in, and which rows each has
+        self.prompt = False
+
+    def begin(self, states: list[State], rows: list[int], *, prompt: bool = False) -> None:
+        """Start a token step; `rows` are those of the states, one after another."""
+        self.rows, self.prompt, self.states, first = rows, prompt, [], 0
+        for state in states:
+            self.states.append((rows[first : first + len(state.hidden)], state))
+            first += len(state.hidden)
+
+    @property
+    def read(self) -> Tensor:
+        """What is read out of the rows still in, at the last position, [A, D]."""
+        if len(self.states) == 1 and self.states[0][0] == self.rows:
+            return self.states[0][1].read[:, -1]
+        found = {row: state.read[i, -1] for rows, state in self.states for i, row in enumerate(rows)}
+        return torch.stack([found[row] for row in self.rows])
+
+    def advance(self, depth: int) -> None:
+        """Run the rows still in up to `depth`."""
+        raise NotImplementedError
+
+    def leave(self, gone: list[int], kept: list[int]) -> None:
+        """The rows at index `gone` of those still in leave; go on with those at index `kept`."""
+        left, staying = {self.rows[i] for i in gone}, []
+        self._left(left)
+        for rows, state in self.states:
+            if still := [index for index, row in enumerate(rows) if row not in left]:
+                these = [rows[index] for index in still]
+                whole = len(still) == len(rows)
+                part = state if whole else state.select(still, as_rows(these, state.hidden.device))
+                staying.append((these, part))
+        self.states, self.rows = staying, [self.rows[i] for i in kept]
+
+    def _left(self, rows: set[int]) -> None:
+        """Keep what later tokens need of rows that leave here."""
+        raise NotImplementedError
+
+    def forget(self, row: int) -> None:
+        """A row is finished, or what waits of it was wrong."""
+        raise NotImplementedError
+
+
+class Propagate(Way):
+    """Rows leave one by one; each layer owes them keys and values from their frozen states. Arguments as for `Way`."""
+
+    def __init__(self, model: SplitModel, ledger: Ledger, branches: Collection[int] = ()) -> None:
+        super().__init__(model, ledger, branches)
         self.left: list[tuple[int, Skipped]] = []  # (depth, tokens), in the order they left
         self.done = [0] * len(model.blocks)  # how many of `left` each block has dealt with
-        self.rows: list[int] = []
         self._last: tuple[tuple[int, ...], Skipped] | None = None  # the last merged set of tokens
         self._seen = 0
 
     def begin(self, states: list[State], rows: list[int], *, prompt: bool = False) -> None:
-        """Start a token step of some rows, which all stand at the same position."""
-        (self.state,) = states
+        """As in `Way`."""
+        super().begin(states, rows, prompt=prompt)
         self._seen = len(self.left)  # tokens that leave in this step are not needed in this step
-        self.rows, self.prompt = rows, prompt
-
-    @property
-    def hidden(self) -> Tensor:
-        """States of the rows still in, at the last position, [A, D]."""
-        return self.state.hidden[:, -1]
-
-    @property
-    def read(self) -> Tensor:
-        """What is read out of them here, [A, D]."""
-        return self.state.read[:, -1]
 
     def advance(self, depth: int) -> None:
-        """Run the rows still in up to `depth`."""
-        while self.state.depth < depth:
-            stop = min([depth, *(layer for layer in self.branches if layer > self.state.depth)])
-            self._catch_up(range(self.state.depth, stop))
-            (self.state,) = _run(self, [self.state], stop)
+        """As in `Way`."""
+        while self.states and (at := self.states[0][1].depth) < depth:
+            stop = min([depth, *(layer for layer in self.branches if layer > at)])
+            self._catch_up(range(at, stop))
+            ran = _run(self, [state for _, state in self.states], stop)
             if stop in self.branches:
                 self._catch_up(self.model.branches[stop], stop)
-                (self.state,) = _branched(self, [self.state])
+                ran = _branched(self, ran)
+            self.states = [(rows, state) for (rows, _), state in zip(self.states, ran, strict=True)]
 
-    def leave(self, gone: list[int], kept: list[int]) -> None:
-        """Freeze the rows at index `gone` of those still in; go on with those at index `kept`."""
-        state, device = self.state, self.state.hidden.device
-        rows = torch.tensor([self.rows[i] for i in gone], device=device)
-        hidden = self.hidden if len(gone) == len(self.rows) else self.hidden[gone]
-        slots = torch.full_like(rows, state.frame.start + state.frame.queries - 1)
-        self.left.append((state.depth, Skipped(hidden, rows, slots, state.frame.start + state.frame.queries)))
-        self.rows = [self.rows[i] for i in kept]
-        if kept:
-            self.state = state.select(kept, as_rows(self.rows, device))
+    def _left(self, rows: set[int]) -> None:
+        for some, state in self.states:
+            if gone := [i for i, row in enumerate(some) if row in rows]:
+                hidden = state.hidden[:, -1] if len(gone) == len(some) else state.hidden[gone, -1]
+                at, stop = [some[i] for i in gone], state.frame.start + state.frame.queries
+                places = torch.tensor([at, [stop - 1] * len(at)], device=hidden.device)
+                self.left.append((state.depth, Skipped(hidden, places[0], places[1], stop)))
+
+    def forget(self, row: int) -> None:
+        """As in `Way`: nothing is owed to it any more."""
+        kept = [index for index, (_, tokens) in enumerate(self.left) if bool((tokens.rows != row).any())]
+        self.done = [sum(index < done for index in kept) for done in self.done]
+        self.left = [(self.left[i][0], _without(row, self.left[i][1])) for i in kept]
+        self._last = None
+
+    def settle(self) -> None:
+        """Forget the tokens that all blocks have dealt with: only a batch that never ends has a need of it."""
+        if paid := min(self.done):
+            self.left, self.done, self._last = self.left[paid:], [done - paid for done in self.done], None
 
     def _catch_up(self, layers: range, branch: int | None = None) -> None:
         """Fill the keys and values of tokens that skipped these layers, or the blocks of the exit after `branch`."""
@@ -92,42 +139,21 @@ class Propagate:
         with self.ledger.time("fill"):
             if self._last is None or self._last[0] != due:
                 self._last = (due, _merged([self.left[i][1] for i in due]))
-            self.model.fill(self.state.context, layers[0], layers[-1] + 1, self._last[1])
+            self.model.fill(self.states[0][1].context, layers[0], layers[-1] + 1, self._last[1])
         self.ledger.fill(layers, len(self._last[1].rows))
 
 
-class Defer:
+class Defer(Way):
     """Positions wait where their row left; a row's next token that goes deeper takes them along.
 
     A row's depth never grows along its positions, so what a layer lacks is always a suffix of its sequence. Rows that
-    stand at the same position, with the same positions waiting, run as one state.
-
-    Args:
-        model: The model.
-        ledger: Where the work is written down.
-        branches: Layers with exits whose own blocks are to run, on every position that comes by.
+    stand at the same position, with the same positions waiting, run as one state. Branches run on every position that
+    comes by. Arguments as for `Way`.
     """
 
     def __init__(self, model: SplitModel, ledger: Ledger, branches: Collection[int] = ()) -> None:
-        self.model, self.ledger, self.branches = model, ledger, branches
+        super().__init__(model, ledger, branches)
         self.waiting: dict[int, list[State]] = {}  # by row, each of one row; by position, the last is the shallowest
-        self.rows: list[int] = []
-        self.states: list[tuple[list[int], State]] = []  # of the rows still in, and which rows each has
-
-    def begin(self, states: list[State], rows: list[int], *, prompt: bool = False) -> None:
-        """Start a token step; `rows` are those of the states, one after another."""
-        self.rows, self.prompt, self.states, first = rows, prompt, [], 0
-        for state in states:
-            self.states.append((rows[first : first + len(state.hidden)], state))
-            first += len(state.hidden)
-
-    @property
-    def read(self) -> Tensor:
-        """What is read out of the rows still in, at the last position, [A, D]."""
-        if len(self.states) == 1 and self.states[0][0] == self.rows:
-            return self.states[0][1].read[:, -1]
-        found = {row: state.read[i, -1] for rows, state in self.states for i, row in enumerate(rows)}
-        return torch.stack([found[row] for row in self.rows])
 
     def advance(self, depth: int) -> None:
         """Run the rows still in up to `depth`, taking along whatever of theirs waits on the way."""
@@ -164,18 +190,9 @@ class Defer:
         chain = self.waiting.get(row)
         return bool(chain) and chain[-1].depth == state.depth  # type: ignore[index]
 
-    def leave(self, gone: list[int], kept: list[int]) -> None:
-        """The rows at index `gone` of those still in wait where they are; go on with those at index `kept`."""
-        left = {self.rows[i] for i in gone}
-        staying = []
-        for rows, state in self.states:
-            self.wait(rows, state, left)
-            if still := [index for index, row in enumerate(rows) if row not in left]:
-                these = [rows[index] for index in still]
-                whole = len(still) == len(rows)
-                part = state if whole else state.select(still, as_rows(these, state.hidden.device))
-                staying.append((these, part))
-        self.states, self.rows = staying, [self.rows[i] for i in kept]
+    def _left(self, rows: set[int]) -> None:
+        for some, state in self.states:
+            self.wait(some, state, rows)
 
     def wait(self, rows: list[int], state: State, some: Collection[int] | None = None) -> None:
         """Let rows of a state, or only some of them, wait where they are."""
@@ -191,11 +208,11 @@ class Defer:
         self.rows = [*self.rows, *rows]
 
     def forget(self, row: int) -> None:
-        """A row is finished, or what waits of it was wrong."""
+        """As in `Way`."""
         self.waiting.pop(row, None)
 
 
-def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
+def freeze_prompt(way: Way, depth: int, last: int) -> None:
     """Take a prompt up to `depth`; from there on only its last position goes.
 
     The other positions stay frozen, and deeper layers get keys and values projected from their states: one product per
@@ -207,7 +224,7 @@ def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
         last: The deepest layer any token needs; what lies behind it gets no keys and values.
     """
     way.advance(depth)
-    ((rows, state),) = [(way.rows, way.state)] if isinstance(way, Propagate) else way.states
+    ((rows, state),) = way.states
     if state.frame.queries == 1 or depth == last:
         return
     frozen, state = parted(state, state.frame.queries - 1)
@@ -215,23 +232,21 @@ def freeze_prompt(way: Propagate | Defer, depth: int, last: int) -> None:
         with way.ledger.time("fill"):
             way.model.fill(state.context, skips.start, skips.stop, frozen)
         way.ledger.fill(skips, len(frozen.rows))
-    if isinstance(way, Propagate):
-        way.state = state
-    else:
-        way.states = [(rows, state)]
+    way.states = [(rows, state)]
 
 
 def parted(state: State, count: int) -> tuple[Skipped, State]:
     """The first `count` positions of every row as tokens that skip what follows, and the state of the others."""
     (batch, queries, _), start, device = state.hidden.shape, state.frame.start, state.hidden.device
     stop = start + count
-    rows = torch.arange(batch, device=device).repeat_interleave(count)
+    every = torch.arange(len(state.context.positions), device=device)
+    rows = every[state.frame.rows].repeat_interleave(count)
     slots = torch.arange(start, stop, device=device).repeat(batch)
     frozen = Skipped(state.hidden[:, :count].flatten(0, 1), rows, slots, stop)
     return frozen, replace(state, hidden=state.hidden[:, count:], frame=Frame(state.frame.rows, stop, queries - count))
 
 
-def _run(way: Propagate | Defer, states: list[State], depth: int) -> list[State]:
+def _run(way: Way, states: list[State], depth: int) -> list[State]:
     """Run states of equal depth up to `depth` and write it down."""
     lo = states[0].depth
     if depth == lo:
@@ -239,13 +254,13 @@ def _run(way: Propagate | Defer, states: list[State], depth: int) -> list[State]
     return _billed(way, states, range(lo, depth), lambda: way.model.run_each(states, lo, depth))
 
 
-def _branched(way: Propagate | Defer, states: list[State]) -> list[State]:
+def _branched(way: Way, states: list[State]) -> list[State]:
     """Run an exit's own blocks on states that have just come to its layer, and write it down."""
     return _billed(way, states, way.model.branches[states[0].depth], lambda: way.model.branched(states))
 
 
 def _billed(
-    way: Propagate | Defer, states: list[State], blocks: range, run: Callable[[], list[State]]
+    way: Way, states: list[State], blocks: range, run: Callable[[], list[State]]
 ) -> list[State]:  # fmt: skip
     """Run some blocks on states and write it down."""
     context = states[0].context
@@ -261,6 +276,13 @@ def _billed(
     for layer in context.crossed[crossed:]:
         way.ledger.cross(layer, len(context.positions), memory)
     return ran
+
+
+def _without(row: int, tokens: Skipped) -> Skipped:
+    """The tokens of the other rows."""
+    if not bool((others := tokens.rows != row).all()):
+        return Skipped(tokens.hidden[others], tokens.rows[others], tokens.slots[others], tokens.stop)
+    return tokens
 
 
 def _merged(tokens: list[Skipped]) -> Skipped:

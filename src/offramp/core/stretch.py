@@ -36,13 +36,13 @@ class Stretch:
         """One step per token, until the row is finished."""
         batch, count = self.batch, 1
         while batch.rows:
-            made = self._run(min(count, batch.limit - (batch.lengths[0] - batch.prompt)))
+            made = self._run(min(count, batch.limits[0] - batch.made(0)))
             yield from self._steps(made)
             count = min(2 * count, _MOST)
 
     def _run(self, count: int) -> Any:
         batch, length = self.batch, self.batch.lengths[0]
-        begin = length - batch.prompt
+        begin = batch.made(0)
         above = [[self._threshold(layer, begin + i) for layer in self.exits] for i in range(count)]
         with batch.ledger.time("blocks"):
             made = self.engine.run(int(batch.buffer[0, length - 1]), length - 1, above)
@@ -54,7 +54,7 @@ class Stretch:
         return made
 
     def _threshold(self, layer: int, position: int) -> float:
-        tau = self.batch.plan.threshold(layer, position, self.batch.limit)
+        tau = self.batch.plan.threshold(layer, position, self.batch.limits[0])
         if self.script is None:
             return tau
         return -math.inf if self.script.answer(0, position, layer) > tau else math.inf
@@ -63,7 +63,7 @@ class Stretch:
         batch = self.batch
         batch.prefill = False
         if self.script is not None:
-            begin = batch.lengths[0] - batch.prompt
+            begin = batch.made(0)
             made = made._replace(confidences=[
                 self.script.answer(0, begin + i, self.exits[tests - 1]) if tests else math.nan
                 for i, tests in enumerate(made.tests)
@@ -121,7 +121,7 @@ def stretch_of(batch: Batch) -> Stretch | None:
     script = None
     if not (batch.best_only and len(batch.buffer) == 1 and isinstance(way, Propagate)):
         return None
-    if batch.sampler.stopping is not None or batch.adaptive is not None or way.branches or plan.candidates:
+    if batch.samplers[0].stopping is not None or batch.adaptive is not None or way.branches or plan.candidates:
         return None
     if measure is not None and hasattr(measure, "script"):
         measure, script = getattr(measure, "measure", None), measure.script
@@ -148,7 +148,7 @@ def stretch_of(batch: Batch) -> Stretch | None:
         always=protected if frequent is None else frequent.tokens[frequent.places],
         left=way.left,
         filled=way.done[: model.num_layers],
-        room=batch.limit - (batch.lengths[0] - batch.prompt),
-        ends=batch.sampler.eos,
+        room=batch.limits[0] - batch.made(0),
+        ends=batch.samplers[0].eos,
     )
     return None if engine is None else Stretch(batch, engine, script)

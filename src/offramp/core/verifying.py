@@ -1,13 +1,15 @@
 """Drafts and their check: tokens that left early stand once the full model has confirmed them.
 
-Each row drafts on its own, waits with its drafts where they left, and goes deep when a token does not leave, behind as
-many drafts as are allowed, or when one would end it; so rows of a batch stand at different positions. What is emitted
+Each row drafts on its own, waits with its drafts where they left, and is due when a token does not leave, behind as
+many drafts as are allowed, or when one would end it; so rows of a batch stand at different positions. Once all rows are
+due they go deep together: the deep layers' weights are then read once for all of them. What is emitted
 is what the full model's scores would have given (speculative decoding, Leviathan et al. 2022, arXiv 2211.17192, with
 the model's own shallow layers as the draft model), unless the policy accepts its second choice, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from torch import Tensor
 from offramp.core.batch import Batch, Read, Step
 from offramp.core.pace import Pace
 from offramp.core.readout import Exit
+from offramp.core.sampling import Sampler
 from offramp.core.skipped_kv import Defer
 from offramp.families.best import Best, best_of
 
@@ -33,6 +36,7 @@ class Draft:
         confidence: Of the last test.
         processed: The processed scores it was drawn from, [V]; None where tokens are the best ones.
         tests: What its tests said: layer, confidence and best token of each.
+        logprob: Of a token that stands, by the full model; NaN where scores were processed (`processed` has them then).
     """
 
     token: int
@@ -40,6 +44,7 @@ class Draft:
     confidence: float
     processed: Tensor | None = None
     tests: list[tuple[int, float, int]] = field(default_factory=list)
+    logprob: float = math.nan
 
 
 class VerifyingBatch(Batch):
@@ -49,21 +54,40 @@ class VerifyingBatch(Batch):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.sampler.require_repeatable()
-        if self.plan.policy.accept < 1 and self.sampler.sample:
+        self.require(self.samplers[0])
+        every = range(len(self.buffer))
+        self.due: set[int] = set()
+        self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
+        self.certain: dict[int, deque[Draft]] = {row: deque() for row in every}
+        self.paces = [self._pace() for _ in every]
+        self.tests: dict[int, list[tuple[int, float, int]]] = {row: [] for row in every}
+
+    def require(self, sampler: Sampler) -> None:
+        """Raise a ValueError if what a sampler does cannot be checked."""
+        sampler.require_repeatable()
+        if self.plan.policy.accept < 1 and sampler.sample:
             raise ValueError(
                 f"accept is {self.plan.policy.accept}, for best tokens, but tokens are drawn; leave out one of them"
             )
-        every = range(len(self.buffer))
-        self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
-        self.certain: dict[int, deque[Draft]] = {row: deque() for row in every}
+
+    def restart(self, row: int) -> None:
+        """A row begins anew."""
+        self.drafts[row], self.tests[row], self.paces[row] = [], [], self._pace()
+        self.certain[row].clear()
+        self.due.discard(row)
+
+    def _pace(self) -> Pace | None:
         frequent = None if self.frequent is None else len(self.frequent.tokens)
-        self.pace = Pace.of(self.plan, self.model.shape, frequent)
-        self.tests: dict[int, list[tuple[int, float, int]]] = {row: [] for row in every}
+        return Pace.of(self.plan, self.model.shape, frequent)
+
+    @property
+    def drafting(self) -> list[int]:
+        """Rows that are not due yet."""
+        return [row for row in self.rows if row not in self.due]
 
     def read(self, rows: list[int] | None = None) -> Read:
         """As in `Batch`; a row with as many drafts as are allowed waits with its next token for the deep pass."""
-        rows = self.rows if rows is None else rows
+        rows = self.drafting if rows is None else rows
         drafting = [row for row in rows if len(self.drafts[row]) < self.plan.policy.draft_length]
         full = [row for row in rows if row not in drafting]
         for some, state in Batch._entering(self, full):
@@ -77,50 +101,65 @@ class VerifyingBatch(Batch):
         """The steps that a read makes certain: none while its tokens are only drafted, several after a deep pass."""
         if self.prefill:
             yield self.settle(read)
-            return
-        deep = {row for row in self.rows if read.layers[row] == self.plan.num_layers}
-        self._draft(read, deep)
-        due = [row for row in self.rows if row in deep or self._ends(row)]
-        if not due:
-            return
-        self.way.recall([row for row in due if row not in self.way.rows])
-        yield from self._deep()
+        else:
+            self.check(read)
+            yield from self._complete()
 
-    def _deep(self) -> Iterator[Step]:
-        """The deep pass of the rows that are in, and the steps that it makes certain."""
+    def check(self, read: Read) -> None:
+        """Note what was drafted; once all rows are due, take them deep, and note which of their tokens stand."""
+        rows = self.drafting
+        deep = {row for row in rows if read.layers[row] == self.plan.num_layers}
+        self._draft(read, rows, deep)
+        self.due |= {row for row in rows if row in deep or self._ends(row)}
+        if self.drafting:
+            for some, state in self.way.states:
+                self.way.wait(some, state)
+            return
+        self.way.recall([row for row in self.rows if row not in self.way.rows])
+        self._deep()
+
+    def _deep(self) -> None:
+        """The deep pass of the rows that are in."""
+        self.due.clear()
         self.way.advance(self.plan.num_layers)
         for rows, state in self.way.states:
             self._check(rows, state.hidden)
-        yield from self._complete()
 
     def _leaving(self, layer: int, exit: Exit, confidences: list[float]) -> list[int]:
         rows = self.way.rows
-        if self.pace is None:
+        if self.paces[0] is None:
             return super()._leaving(layer, exit, confidences)
         if exit.judged:
             for row, c, token in zip(rows, confidences, exit.top.tokens[:, 0].tolist(), strict=True):
                 self.tests[row].append((layer, c, token))
-        pending = {row: [(d.layer, d.confidence) for d in self.drafts[row]] for row in rows}
         return [
             i for i, (row, c) in enumerate(zip(rows, confidences, strict=True))
-            if self.pace.leaves(layer, c, pending[row])
+            if self._paced(row, layer, c)
         ]  # fmt: skip
 
-    def _read_last(self, read: Read) -> None:
+    def _paced(self, row: int, layer: int, confidence: float) -> bool:
+        """Whether a row's pace lets its next token be drafted after `layer`."""
+        pace = self.paces[row]
+        assert pace is not None
+        if self.taus.get(row) == math.inf:
+            return False
+        return pace.leaves(layer, confidence, [(d.layer, d.confidence) for d in self.drafts[row]])
+
+    def read_last(self, read: Read) -> None:
         """The rows still in are read together with their drafts, in `_check`; only the prompt's last position now."""
         if self.prefill:
-            super()._read_last(read)
+            super().read_last(read)
         for row in self.way.rows:
             read.layers[row] = self.plan.num_layers
 
-    def _draft(self, read: Read, deep: set[int]) -> None:
-        """Note the tokens of a read as drafts, at the ends of their rows."""
-        for length, rows in self._by_length([row for row in self.rows if row not in deep]).items():
-            self.choose(read, length, rows)
+    def _draft(self, read: Read, rows: list[int], deep: set[int]) -> None:
+        """Note the tokens of a read as drafts, at the ends of the rows that were read."""
+        for length, some in self.by_length([row for row in rows if row not in deep]).items():
+            self.choose(read, length, some)
         tokens = read.token
-        if not all(read.sound[row] for row in self.rows if row not in deep):
+        if not all(read.sound[row] for row in rows if row not in deep):
             raise self.not_sound()
-        for row in self.rows:
+        for row in rows:
             processed = read.processed[row] if len(read.processed) and row not in deep else None
             tests, self.tests[row] = self.tests[row], []
             self.drafts[row].append(Draft(tokens[row], read.layers[row], read.confidences[row], processed, tests))
@@ -130,7 +169,7 @@ class VerifyingBatch(Batch):
 
     def _ends(self, row: int) -> bool:
         """Whether a row's last draft would be its last token."""
-        return self.sampler.is_end(self.drafts[row][-1].token) or self.lengths[row] - self.prompt >= self.limit
+        return self.samplers[row].is_end(self.drafts[row][-1].token) or self.made(row) >= self.limits[row]
 
     def _check(self, rows: list[int], hidden: Tensor) -> None:
         """Compare rows' drafts with the full model, whose states after the last layer are `hidden`, [len(rows), n, D].
@@ -145,6 +184,7 @@ class VerifyingBatch(Batch):
                 best = self.model.best(flat)
                 logits: Tensor | None = None
                 found, sound = self._acceptable(best), best.sound.view(len(rows), -1).tolist()
+                logprobs = (best.values - best.normaliser[:, None]).tolist()
             else:
                 logits = self.model.readout(flat).float().view(*hidden.shape[:2], -1)
                 found = sound = []
@@ -154,16 +194,18 @@ class VerifyingBatch(Batch):
             length = self.lengths[row]
             for place, draft in enumerate(drafts):
                 if logits is None:
-                    choices, right = found[index * len(drafts) + place], sound[index][place]
-                    token, agreed = self._settled(draft, choices)
+                    at = index * len(drafts) + place
+                    token, agreed = self._settled(draft, found[at])
+                    right, stands = sound[index][place], Draft(token, draft.layer, draft.confidence)
+                    stands.logprob = logprobs[at][found[at].index(token)]
                 else:
-                    token, agreed, right = self._judged(row, draft, logits[index, place])
+                    stands, agreed, right = self._judged(row, draft, logits[index, place])
                 if not right:
                     raise self.not_sound()
-                if self._is_certain(row, draft, token, agreed):
+                if self._is_certain(row, draft, stands, agreed):
                     break
-            if self.pace is not None:
-                self.pace.checked([draft.layer for draft in drafts], self.lengths[row] - length)
+            if (pace := self.paces[row]) is not None:
+                pace.checked([draft.layer for draft in drafts], self.lengths[row] - length)
 
     def _acceptable(self, best: Best) -> list[list[int]]:
         """The tokens that a draft may be at each of N positions, the full model's choice first."""
@@ -179,28 +221,34 @@ class VerifyingBatch(Batch):
             return choices[0], True
         return (draft.token, True) if draft.token in choices else (choices[0], False)
 
-    def _judged(self, row: int, draft: Draft, scores: Tensor) -> tuple[int, bool, bool]:
-        """The token to emit for a draft, whether it is the drafted one, and whether a number chose it."""
-        whole = scores.new_zeros(len(self.buffer), len(scores))
-        whole[row] = scores
-        target = self.sampler.process(self.buffer[:, : self.lengths[row]], whole)[row : row + 1]
+    def _judged(self, row: int, draft: Draft, scores: Tensor) -> tuple[Draft, bool, bool]:
+        """What stands for a draft, with processed scores, whether it is the draft, and whether a number chose it."""
+        sampler, target = self.samplers[row], scores[None]
+        if self.together:  # its processors go by the number of a row, maybe
+            target = scores.new_zeros(len(self.buffer), len(scores))
+            target[row] = scores
+        ids = self.buffer[:, : self.lengths[row]]
+        target = sampler.process(ids if self.together else ids[row : row + 1], target)
+        target = target[row : row + 1] if self.together else target
         drafted = torch.tensor([draft.layer < self.plan.num_layers], device=scores.device)
         processed = torch.empty(0) if draft.processed is None else draft.processed[None]
         token = torch.tensor([draft.token], device=scores.device)
         if self.plan.policy.accept < 1:
             (choices,) = self._acceptable(best_of(target))
-            chosen, stands = self._settled(draft, choices)
-            return chosen, stands, bool(best_of(scores[None]).sound)
-        token, agreed = self.sampler.accept_drafts(token, processed, target, drafted)
-        return int(token), bool(agreed), bool(self.sampler.sound(scores[None], token))
+            chosen, agreed = self._settled(draft, choices)
+            right = bool(best_of(scores[None]).sound)
+        else:
+            token, same = sampler.accept_drafts(token, processed, target, drafted)
+            chosen, agreed, right = int(token), bool(same), bool(sampler.sound(scores[None], token))
+        return Draft(chosen, draft.layer, draft.confidence, target[0]), agreed, right
 
-    def _is_certain(self, row: int, draft: Draft, token: int, agreed: bool) -> bool:
-        """Note a token that stands; whether later drafts do not count: this one was wrong, or ends the row."""
-        layer = draft.layer if agreed else self.plan.num_layers
-        self.certain[row].append(Draft(token, layer, draft.confidence))
-        if self.pace is not None:
-            self._observe(self.pace, draft, token, agreed)
-        tokens = [token if other == row else 0 for other in range(len(self.buffer))]
+    def _is_certain(self, row: int, draft: Draft, stands: Draft, agreed: bool) -> bool:
+        """Note what stands; whether later drafts do not count: this one was wrong, or ends the row."""
+        stands.layer = draft.layer if agreed else self.plan.num_layers
+        self.certain[row].append(stands)
+        if (pace := self.paces[row]) is not None:
+            self._observe(pace, draft, stands.token, agreed)
+        tokens = [stands.token if other == row else 0 for other in range(len(self.buffer))]
         ended = bool(self.append([row], tokens, self.lengths[row]))
         self.lengths[row] += 1
         if ended:
@@ -217,6 +265,6 @@ class VerifyingBatch(Batch):
         """Steps of the positions that are certain in all rows."""
         while any(self.certain.values()) and all(self.certain[row] for row in self.rows):
             rows = [row for row, queue in self.certain.items() if queue]
-            blank = Draft(self.sampler.pad, 0, float("nan"))
+            blank = Draft(self.pad, 0, math.nan)
             found = [self.certain[row].popleft() if row in rows else blank for row in self.certain]
             yield self.step([d.token for d in found], [d.layer for d in found], [d.confidence for d in found], rows)

@@ -111,6 +111,12 @@ class SplitModel(Network):
         hidden = self.family.embed(self.decoder, ids, context.positions[rows, start : start + queries])
         return State(context, Frame(rows, start, queries), hidden, 0)
 
+    def room(self, batch: int) -> Context:
+        """A context for rows that come and go, each from slot 0 on; decoder-only models."""
+        context = self._new_context(batch, None, None)
+        context.positions = torch.arange(1, device=self.device).expand(batch, 1)
+        return context
+
     def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
         cache = Cache(layers=[LayerCache(batch, window) for window in self.windows])
         past: Cache = cache
