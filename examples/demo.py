@@ -15,8 +15,8 @@ from offramp.calibration import Calibration, Grid, Promise, calibrate
 from offramp.cli.progress import progress
 from offramp.core.policy import DRAFTS
 from offramp.lm.bench import run_bench
-from offramp.lm.bench_results import FULL, REFERENCE, Bench
-from offramp.lm.bench_tables import bench_table
+from offramp.lm.bench_arms import FULL, REFERENCE
+from offramp.lm.bench_results import Bench
 from offramp.report.html import report
 from offramp.tasks import TASKS, Example
 
@@ -63,7 +63,7 @@ def main() -> None:
         bench = run_bench(
             lm, TIMED, arms, max_new_tokens=48, repeats=3, chat=True, folder=FOLDER / "bench", progress=update
         )  # fmt: skip
-    print(bench_table(bench))
+    print(bench.table())
     same = sum(text(lm, prompt, DRAFTS) == text(lm, prompt, None) for prompt in TIMED)
     print(f"\n{sentence(bench, certified, same)}")
 

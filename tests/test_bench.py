@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from offramp import ExitPolicy, LanguageModel
 from offramp.lm import bench_summary
 from offramp.lm.bench import default_arms, run_batch_sizes, run_bench
-from offramp.lm.bench_results import FULL, REFERENCE, Spread
+from offramp.lm.bench_arms import FULL, REFERENCE, Spread
+from offramp.lm.bench_results import sizes_table
 from offramp.lm.bench_rounds import Turn
-from offramp.lm.bench_tables import bench_table, sizes_table
 from offramp.lm.scripted import (
     Script,
     Scripted,
@@ -238,13 +238,13 @@ def test_what_a_generated_token_costs_leaves_the_prompt_out(bench):
         arm = result.arm(name)
         assert arm.token_flops_ratio != pytest.approx(arm.flops_ratio, abs=1e-6)
         assert arm.token_seconds.median > 0
-    assert "FLOPs/token ×" in bench_table(result)
+    assert "FLOPs/token ×" in result.table()
 
 
 def test_rounds_of_an_earlier_version_say_nothing_of_tokens(bench):
     _, result, _ = bench
     old = [replace(arm, token_flops_ratio=None, token_seconds=None) for arm in result.arms]
-    assert "–" in bench_table(replace(result, arms=old))
+    assert "–" in replace(result, arms=old).table()
     counts = {"flops": 9, "bytes": 9, "tests": 0}
     assert bench_summary._token_flops(counts, counts, 3) is None
     assert bench_summary._per_later_token(Turn(seconds=3.0, tokens=[[1, 2]])) is None
@@ -273,7 +273,7 @@ def test_a_mismatch_with_transformers_is_noted_not_raised(bench):
     (note,) = replace(result, arms=arms).notes
     assert "25.0%" in note
     assert "bug" in note
-    assert note in bench_table(replace(result, arms=arms))
+    assert note in replace(result, arms=arms).table()
 
 
 def test_agreement_counts_positions_and_prefixes(llama, monkeypatch):
@@ -476,7 +476,7 @@ def test_infinite_thresholds_are_written_as_text(llama):
 
 def test_the_table_mentions_every_arm_and_is_aligned(bench):
     arms, result, _ = bench
-    table = bench_table(result)
+    table = result.table()
     for arm in arms:
         assert re.search(rf"^\| {re.escape(arm)} +\|", table, re.MULTILINE), arm
     for block in table.split("\n\n")[:3]:

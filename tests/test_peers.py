@@ -19,9 +19,8 @@ import tiny
 from offramp import ExitPolicy, LanguageModel
 from offramp.cli import app
 from offramp.lm.bench import run_bench
+from offramp.lm.bench_arms import FULL, REFERENCE
 from offramp.lm.bench_playing import endless
-from offramp.lm.bench_results import FULL, REFERENCE
-from offramp.lm.bench_tables import bench_table
 from offramp.lm.scripted import random_prompts
 from offramp.peers import Answer, Peer, PeerError, answer, packages, started, starting
 from offramp.peers.packages import Package
@@ -315,7 +314,7 @@ def test_peers_take_turns_and_have_rows(llama, ticks):
     assert values["fastest_llama_cpp"] == "llama.cpp f16"
     assert values["peers"][0]["over_llama_cpp"]["median"] == 1
     assert values["arms"][1]["over_llama_cpp"]["median"] == pytest.approx(sorted(1 / s for s in full.seconds)[1])
-    table = bench_table(result)
+    table = result.table()
     assert "× llama.cpp f16" in table
     assert "weak is left out" in table
     assert "llama.cpp f16: fake 1.0" in table

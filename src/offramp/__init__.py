@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from offramp.core.costs import Costs as Costs
     from offramp.core.decoding import Step as Step
     from offramp.core.exits import Exits as Exits
-    from offramp.core.language_model import Generation as Generation
+    from offramp.core.generation import Generation as Generation
     from offramp.core.language_model import LanguageModel as LanguageModel
     from offramp.core.policy import ExitPolicy as ExitPolicy
     from offramp.distillation.language_models import TokenDistillation as TokenDistillation
@@ -38,7 +38,7 @@ _HOMES = {
     # models
     "load": "hub.models",
     "LanguageModel": "core.language_model",
-    "Generation": "core.language_model",
+    "Generation": "core.generation",
     "Exits": "core.exits",
     "EarlyExitClassifier": "classifiers.classifier",
     "ModelError": "hub.messages",

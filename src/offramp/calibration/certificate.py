@@ -25,6 +25,7 @@ from offramp.runs.bounded import read_object
 from offramp.runs.digests import fingerprint
 from offramp.runs.digests import of as digest
 from offramp.runs.files import write_json
+from offramp.runs.tables import as_html
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -47,6 +48,15 @@ OF_EARLIER = "it is of an earlier version, which did not keep the losses that a 
 @dataclass(frozen=True)
 class Certificate(Account):
     """What is known about a policy; see `Account` for the fields."""
+
+    def __repr__(self) -> str:
+        p = self.promise
+        sure = "" if p.bound == CRC else f", failure {p.failure:g}"
+        promised = f"{p.kind} loss of {p.metric} at most {p.tolerance:g}{sure}"
+        return f"Certificate({promised}, by {self.n} {p.unit}s: {finding(self)})"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.words())
 
     # ------------------------------------------------------------ files
 

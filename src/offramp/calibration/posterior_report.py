@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -104,6 +104,13 @@ class PosteriorReport(Result):
     outside: float
     tokens: int
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"PosteriorReport({len(self.honesty)} exits, {len(self.sets)} kinds of sets, {self.tokens} test tokens)"
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per exit, as `Honesty` has them."""
+        return self.honesty
 
     def table(self) -> str:
         """Tables in Markdown, with what follows from them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from offramp.core.policy import ExitPolicy
 from offramp.evaluation.result import COLUMNS, ratio_cell
 from offramp.metrics.bootstrap import Interval
 from offramp.runs.files import write_json
+from offramp.runs.results import Shown
 from offramp.runs.tables import Table, cell
 
 SCHEMA = "offramp/calibrate/1"
@@ -26,7 +27,7 @@ CONFIG, RESULT, POLICY = "config.json", "result.json", "policy.json"
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Shown):
     """A policy, why it may be used, and what else was tried.
 
     Attributes:
@@ -43,6 +44,22 @@ class Calibration:
     outcome: Outcome
     validation: Validation | None = None
     seconds: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self.settings)} settings, {len(self.outcome.tests)} tested: {self.certificate!r})"
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per setting of the grid; what was found of those that were looked at, and missing values of others."""
+        own = ("name", "knob", "setting", "chain", "losses")  # said of all settings, or packed
+        found = {
+            test.setting: {name: value for name, value in seen.items() if name not in own}
+            for test, seen in zip(self.outcome.tests, self.certificate.tests, strict=True)
+        }
+        return (
+            {"setting": s.name, "knob": s.knob, "chain": s.chain, "chosen": number == self.outcome.selected}
+            | found.get(number, {})
+            for number, s in enumerate(self.settings)
+        )
 
     @property
     def policy(self) -> ExitPolicy:

@@ -69,6 +69,15 @@ class Validation(Result):
     chosen: dict[int, int]
     cost: str = "FLOPs"
 
+    def __repr__(self) -> str:
+        return (
+            f"Validation({self.repeats} calibrations by {self.drawn} {self.promise.unit}s from a pool of {self.pool})"
+        )
+
+    def table(self) -> str:
+        """`words`: there are two counts only."""
+        return self.words()
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the exact intervals of both counts."""
         intervals = {

@@ -52,6 +52,12 @@ class Answer:
     set: list[str] | None = None
     tokens_cut: int = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"Answer({self.given!r}: {self.label!r} with probability {self.probability:.3f}, exit {self.exit} after "
+            f"layer {self.layer}, {self.share:.3f} of the plain full network's FLOPs)"
+        )
+
 
 def answers(
     classifier: EarlyExitClassifier,

@@ -7,7 +7,7 @@ Each step reads a split of its own: factors "train" (or "tune"), temperatures an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from offramp.metrics.sets import SetSummary, summarise
 from offramp.risk import classifier_losses
 from offramp.runs.codec import encode
 from offramp.runs.files import write_json, write_text
+from offramp.runs.results import Shown
 from offramp.runs.tables import Table
 from offramp.uncertainty import nested_conformal
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
@@ -117,7 +118,7 @@ def fit_posterior(
 
 
 @dataclass(frozen=True)
-class ClassifierCalibration:
+class ClassifierCalibration(Shown):
     """What was fitted, and how good it is.
 
     Attributes:
@@ -146,6 +147,16 @@ class ClassifierCalibration:
     conditions: dict[str, Any]
     effect: Effect | None = None
     choice: Choice | None = None
+
+    def __repr__(self) -> str:
+        posterior = self.calibrated.posterior
+        promised = "" if self.certificate is None else f", {self.certificate!r}"
+        return f"ClassifierCalibration({posterior.config.method}, {len(posterior.exits)} exits{promised})"
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per exit: its setting, cost, and metrics before and after, as "before.nlpd"."""
+        exits = self.to_dict()["exits"]
+        return ({"exit": number, **values} for number, values in enumerate(exits, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

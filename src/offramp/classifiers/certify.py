@@ -9,7 +9,7 @@ matrix of one per setting and row, such as "the set misses the class".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -206,6 +206,21 @@ class RowCertificate(Result):
     exit_shares: tuple[float, ...]
     clipped: bool
     needed: int | None
+
+    def __repr__(self) -> str:
+        p = self.promise
+        found = f"rows leave above {self.threshold:g}" if self.index else "rows never leave early"
+        return (
+            f"RowCertificate({p.loss} loss at most {p.tolerance:g}, {self.n} rows, certified={self.certified}: {found})"
+        )
+
+    def table(self) -> str:
+        """`words`: what is certified is a sentence."""
+        return self.words()
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per setting that was looked at."""
+        return self.tests
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinity is None, and conformal risk control has no failure probability."""

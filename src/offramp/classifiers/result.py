@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,20 @@ class ClassifierEvaluation(Result):
             )
         if self.fitted and len(self.fitted) != len(names):
             raise ValueError(f"there are fits of {len(self.fitted)} networks for {len(names)} seeds; give one of each")
+
+    def __repr__(self) -> str:
+        networks = f"{len(self.seeds)} network{'s' if len(self.seeds) > 1 else ''}"
+        return (
+            f"ClassifierEvaluation({len(self.methods(self.tests[0]))} methods on {', '.join(self.tests)}, {networks})"
+        )
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per method, test set and network (`seed`, from 0), with its metrics averaged over the budgets."""
+        return (
+            {"test": m.test, "method": m.name, "seed": seed, **m.mean}
+            for seed, methods in enumerate(self.seeds)
+            for m in methods
+        )
 
     @property
     def tests(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,17 @@ class ClassifierTrainResult(Result):
     seconds: float
     truncated: int = 0
     model: Path | None = None
+
+    def __repr__(self) -> str:
+        changes = zip(self.accuracy_before, self.accuracy, strict=True)
+        said = ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in changes)
+        return f"ClassifierTrainResult(accuracy by exit {said} on {self.validation_rows} validation rows)"
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per exit: exit, accuracy_before, accuracy, loss_before, loss."""
+        columns = ("accuracy_before", "accuracy", "loss_before", "loss")
+        rows = enumerate(zip(*(getattr(self, name) for name in columns), strict=True), 1)
+        return ({"exit": exit_, **dict(zip(columns, row, strict=True))} for exit_, row in rows)
 
     def table(self) -> str:
         """A small table."""

@@ -43,6 +43,9 @@ class Validity(Result):
     loss: float
     saving: float
 
+    def __repr__(self) -> str:
+        return f"Validity({self.repeats} calibrations by {self.certifying} rows from a pool of {self.rows})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with exact intervals of both counts."""
         intervals = {

@@ -13,7 +13,9 @@ from offramp.cli import options as o
 
 if TYPE_CHECKING:
     from offramp import ExitPolicy, LanguageModel
-    from offramp.lm.bench_results import Arms, Bench
+    from offramp.core.engine import Engines
+    from offramp.lm.bench_arms import Arms
+    from offramp.lm.bench_results import Bench
 
 
 def bench(
@@ -142,11 +144,10 @@ def bench(
 
 
 def _report(result: Bench, out: Path | None, json: Path | None) -> None:
-    from offramp.lm.bench_tables import bench_table
     from offramp.report.plots import save_bench
 
     if str(json) != "-":
-        o.say(bench_table(result))
+        o.say(result.table())
     if out is not None:
         for path in save_bench(result, out):
             o.note(f"wrote {path}")
@@ -154,7 +155,7 @@ def _report(result: Bench, out: Path | None, json: Path | None) -> None:
 
 
 def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> None:
-    from offramp.lm.bench_tables import sizes_table
+    from offramp.lm.bench_results import sizes_table
     from offramp.report.plots import save_bench
 
     if str(json) != "-":
@@ -169,7 +170,7 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
     o.write_result({"schema": "offramp/bench-sizes/1", "benches": values}, json)
 
 
-def _random(shape: str, dtype: str, engine: str, device: str | None, seed: int) -> LanguageModel:
+def _random(shape: str, dtype: str, engine: Engines, device: str | None, seed: int) -> LanguageModel:
     """A model with random weights."""
     from offramp.hub.devices import named_device, named_dtype
     from offramp.lm.scripted import random_model

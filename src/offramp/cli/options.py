@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from offramp.cli.progress import progress as progress  # for commands, which have all of this module as `o`
+from offramp.core.engine import Engines
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -30,7 +31,7 @@ Dtype = Annotated[
     ),
 ]
 Engine = Annotated[
-    str,
+    Engines,
     typer.Option(
         help="What generates: torch; native, kernels of our own on the CPU, compiled on first use; or auto, native "
         "where it can run."

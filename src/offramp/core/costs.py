@@ -63,6 +63,12 @@ class Costs:
     seconds: float = 0.0
     engine: str = "torch"
 
+    def __repr__(self) -> str:
+        return (
+            f"Costs({self.tokens} tokens, {self.flops:.4g} FLOPs, {self.bytes:.4g} bytes, {self.seconds:.3g} s, "
+            f"{self.tests} tests, mean exit layer {self.mean_exit_layer:.1f}, {self.engine})"
+        )
+
     @property
     def flops(self) -> int:
         """FLOPs of all parts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from offramp.values import choice
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from offramp.core.exits import Exits
     from offramp.native.model import NativeModel
 
-ENGINES = ("auto", "native", "torch")
+Engines = Literal["auto", "native", "torch"]
 """auto: native on a CPU where it can run the model and be compiled, else torch, with the reason in the log."""
 
 
@@ -24,7 +24,7 @@ class Engine:
     Args:
         model: The model.
         name: What the log calls it.
-        asked: One of `ENGINES`.
+        asked: One of `Engines`.
         int8: Matrices in eight bits per weight, which only the kernels read.
 
     Raises:
@@ -33,7 +33,7 @@ class Engine:
     """
 
     def __init__(self, model: PreTrainedModel, name: str, asked: str = "auto", *, int8: bool = False) -> None:
-        choice("engine", asked, ENGINES)
+        choice("engine", asked, get_args(Engines))
         self.int8 = int8
         self._model, self._name = model, name
         self._native: NativeModel | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -17,8 +16,9 @@ from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.costs import Costs, Ledger
 from offramp.core.custom_generate import Prepared, prepare
 from offramp.core.decoding import Step
-from offramp.core.engine import Engine
+from offramp.core.engine import Engine, Engines
 from offramp.core.exits import Exits
+from offramp.core.generation import Generation
 from offramp.core.generation_options import GenerationOptions, checked, most_new_tokens
 from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
@@ -32,30 +32,6 @@ from offramp.values import flag
 
 if TYPE_CHECKING:
     import offramp
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `LanguageModel.generate` returns.
-
-    Attributes:
-        sequences: Prompt and continuation, LongTensor [B, T]; left-padded prompts, rows padded behind their end. For an
-            encoder-decoder, the decoder's sequence.
-        texts: The continuations, special tokens left out.
-        exit_layers: One list per row, one layer in 1..L per generated token.
-        confidences: Likewise, the confidence of the last test of each token; NaN where none was made.
-        tokens: Likewise, the token ids.
-        costs: FLOPs, bytes and seconds by part, over the whole batch.
-        num_layers: L.
-    """
-
-    sequences: Tensor
-    texts: list[str]
-    exit_layers: list[list[int]]
-    confidences: list[list[float]]
-    tokens: list[list[int]]
-    costs: Costs
-    num_layers: int
 
 
 class Stream(Iterator[Step]):
@@ -109,7 +85,7 @@ class LanguageModel:
         tokenizer: Any = None,
         name: str | None = None,
         *,
-        engine: str = "auto",
+        engine: Engines = "auto",
         int8: bool = False,
     ) -> None:
         model = inside_peft(model)
@@ -118,6 +94,14 @@ class LanguageModel:
         self._engine = Engine(model, self.name, engine, int8=int8)
         self._exits: Exits | None = None
         self._adaptive: dict[ExitPolicy, AdaptiveThreshold] = {}
+
+    def __repr__(self) -> str:
+        dtype = "int8" if self.int8 else str(self.model.dtype).removeprefix("torch.")
+        layers = self._split.exit_layers if self._exits is not None else ()
+        exits = f"exits after {', '.join(map(str, layers))}" if layers else "no trained exits"
+        if self._exits is not None and self._exits.drafter is not None:
+            exits = f"{exits}, a drafter" if layers else "a drafter"
+        return f"LanguageModel({self.name!r}, {self.num_layers} layers, {dtype}, {self._split.device}, {exits})"
 
     @property
     def decoder(self) -> SplitModel:
@@ -390,7 +374,8 @@ class LanguageModel:
                     tokens[row].append(token)
                     layers[row].append(layer)
                     confidences[row].append(confidence)
-        return Generation(sequences, self.decode(tokens), layers, confidences, tokens, costs, self.num_layers)
+        texts = self.decode(tokens)
+        return Generation(sequences, texts, layers, confidences, tokens, costs, self.num_layers, self.tokenizer)
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
         """Texts of token ids, special tokens left out; empty without a tokenizer."""

@@ -11,13 +11,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from offramp.core.confidence import NAMES, RANGES, Confidence, Contrast
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.values import choice, flag, nearest, number, plain, whole
 
-SKIPPED = ("propagate", "defer", "verify")
+Skipped = Literal["propagate", "defer", "verify"]
 DRAFTER = 0
 """The layer that a drafter is said to stand after (`offramp.core.drafter`): before the first block."""
 _DRAFTS = ("softmax", "max", "entropy", "static")
@@ -99,27 +99,27 @@ class ExitPolicy:
     min_layer: int | None = None
     vocabulary: str | None = None
     vocabulary_size: int | None = None
-    skipped: str = "propagate"
+    skipped: Skipped = "propagate"
     exit_layers: tuple[int, ...] | None = None
-    decode_from: str = "logits"
+    decode_from: Literal["logits", "contrastive"] = "logits"
     contrast: Contrast = field(default_factory=Contrast)
     vocabulary_floor: int | None = None
     vocabulary_start: int | None = None
     vocabulary_shrink: float = 0.9
     vocabulary_recursive: bool = False
-    decay: str | None = None
+    decay: Literal["multiplicative", "additive"] | None = None
     decay_rate: float = 4.0
     draft_length: int = 8
-    draft: str = "fixed"
+    draft: Literal["fixed", "adaptive"] = "fixed"
     accept: float = 1.0
-    batch: str = "rows"
+    batch: Literal["rows", "all"] = "rows"
     adaptive: bool = False
     prompt_layer: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.confidence):
             choice("confidence", self.confidence, (*NAMES, "static"))
-        choice("skipped", self.skipped, SKIPPED)
+        choice("skipped", self.skipped, get_args(Skipped))
         choice("decode_from", self.decode_from, ("logits", "contrastive"))
         choice("decay", self.decay, (None, "multiplicative", "additive"))
         choice("batch", self.batch, ("rows", "all"))
@@ -146,6 +146,12 @@ class ExitPolicy:
         if (self.skipped == "verify" or self.adaptive) and self.contrast.full:
             way = "adaptive" if self.adaptive else "skipped='verify'"
             raise ValueError(f"{way} checks tokens against the full model's own logits; leave contrast full away")
+
+    def __repr__(self) -> str:
+        """What differs from the defaults: the expression that makes an equal policy, if its measure has a name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {name: given[name] for name in given if given[name] != getattr(_PLAIN, name)}
+        return f"ExitPolicy({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
 
     @property
     def drafter(self) -> bool:
@@ -375,6 +381,7 @@ class ExitPolicy:
         return home.CustomGenerate(self, exits)
 
 
+_PLAIN = ExitPolicy()
 DRAFTS = ExitPolicy("static", min_layer=DRAFTER, vocabulary=FREQUENT, skipped="verify", draft_length=2)
 """Two drafts in a row by a drafter, checked by the full model, whose text it is: with SmolLM2, more paid only for a
 drafter that agreed at 60 % of the positions, and thresholds for neither."""

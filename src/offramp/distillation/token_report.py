@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,17 @@ class TokenDistillResult(Result):
     seconds: float
     model: Path
     shortened: int = 0
+
+    def __repr__(self) -> str:
+        all_ = self.overall
+        return (
+            f"TokenDistillResult(agreement with the teacher {all_.agreement_before:.3f} -> {all_.agreement:.3f} on "
+            f"{all_.tokens} held-out tokens, {len(self.groups)} groups, {self.steps} steps, {str(self.model)!r})"
+        )
+
+    def _rows(self) -> Iterable[Any]:
+        """A row for all held-out tokens and one per group, as `TokenNumbers` has them."""
+        return [self.overall, *self.groups]
 
     @property
     def worst(self) -> TokenNumbers | None:

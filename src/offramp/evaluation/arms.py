@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from offramp.core.plan import resolve
 from offramp.core.policy import DRAFTS, ExitPolicy
@@ -203,8 +203,8 @@ def grid(
         name = ", ".join(str(part) for part in parts if part)
         arms[name] = ExitPolicy(
             confidence, threshold=threshold, vocabulary=kind,
-            vocabulary_size=vocabulary_size if rule_of(kind) else None, skipped=skipped, prompt_layer=prompt_layer,
-            **tested_from(lm, layer),
+            vocabulary_size=vocabulary_size if rule_of(kind) else None, skipped=cast(Any, skipped),
+            prompt_layer=prompt_layer, **tested_from(lm, layer),
         )  # fmt: skip
         resolve(arms[name], lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     return arms

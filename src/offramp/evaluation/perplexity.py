@@ -26,9 +26,10 @@ from offramp.core.costs import Ledger
 from offramp.core.decoding import decode
 from offramp.core.plan import resolve
 from offramp.core.sampling import Sampler
+from offramp.core.token_text import pieces
 from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
-from offramp.evaluation.records import compared, learner_of, pieces, prefill_parts, settle, shares, sure
+from offramp.evaluation.records import compared, learner_of, prefill_parts, settle, shares, sure
 from offramp.evaluation.rounds import take_turns
 from offramp.families.finite import broken_at, not_finite
 from offramp.training.data import read_texts
@@ -179,7 +180,7 @@ class PassageArm:
                     passage.id, passage.group, self.name, self.lm.decode([said])[0], said, layers[row],
                     {"probability": math.exp(-nats / count), "accuracy": right}, agreement=1.0, same=True,
                     **bills[row], sums={"nats": nats, "outside": int(forced.outside[row])},
-                    pieces=pieces(self.lm, said), confidences=confidences[row],
+                    pieces=pieces(self.lm.tokenizer, said), confidences=confidences[row],
                 )
             )  # fmt: skip
         return records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from offramp.core.costs import Costs
 from offramp.core.generation_options import greedy
 from offramp.core.plan import resolve
+from offramp.core.token_text import pieces
 from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.rounds import take_turns
@@ -153,7 +153,7 @@ class TaskArm:
         return [
             Record(
                 example.id, example.group, self.name, texts[row], tokens[row], layers[row], scores={}, agreement=1.0,
-                same=True, **bills[row], pieces=pieces(self.lm, tokens[row]), confidences=confidences[row],
+                same=True, **bills[row], pieces=pieces(self.lm.tokenizer, tokens[row]), confidences=confidences[row],
             )
             for row, example in enumerate(batch)
         ]  # fmt: skip
@@ -235,16 +235,6 @@ def settle(lm: LanguageModel) -> None:
 def sure(step: Step) -> list[float | None]:
     """The confidences of a step, as `Record.confidences` has them."""
     return [round(value, 4) if math.isfinite(value) else None for value in step.confidence.tolist()]
-
-
-def pieces(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
-    """What each token of `ids` adds to the text, half a character with its other half; nothing without a tokenizer."""
-    if lm.tokenizer is None:
-        return []
-    texts = lm.decode([list(ids[:end]) for end in range(1, len(ids) + 1)])
-    ends = [len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in texts[:-1]] + [len(text) for text in texts[-1:]]
-    ends = list(itertools.accumulate(reversed(ends), min))[::-1]  # what a later token took back, it says itself
-    return [texts[-1][start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def prefill_parts(costs: Costs) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -43,6 +43,17 @@ class Evaluation(Result):
     metric: str
     num_layers: int
     arms: list[ArmSummary]
+
+    def __repr__(self) -> str:
+        said = self.conditions
+        return (
+            f"Evaluation({said.get('model')} at {said.get('task')}, {said.get('examples')} examples, {self.metric} of "
+            f"{len(self.arms)} arms: {', '.join(arm.name for arm in self.arms)})"
+        )
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per arm, as `ArmSummary` has them; `offramp.evaluation.records_of` has what each arm answered."""
+        return self.arms
 
     def arm(self, name: str) -> ArmSummary:
         """The summary of that name."""

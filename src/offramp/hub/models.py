@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Never, get_args
 
-from offramp.core.engine import ENGINES
+from offramp.core.engine import Engines
 from offramp.hub.catalogue import PACKAGED
 from offramp.hub.devices import DTYPES, named_device, named_dtype
 from offramp.hub.exit_files import load_exits, require_made_for
@@ -52,11 +52,11 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     subfolder: str = "",
     local_files_only: bool = False,
-    attn_implementation: str | None = None,
+    attn_implementation: Literal["sdpa", "eager"] | None = None,
     quantization_config: Any = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
-    engine: str = "auto",
-    **others: Any,
+    engine: Engines = "auto",
+    **others: Never,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
 
@@ -99,7 +99,7 @@ def load(
             damaged or were made for another model.
     """
     _refuse(others)
-    choice("engine", engine, ENGINES)
+    choice("engine", engine, get_args(Engines))
     if (int8 := dtype == "int8") and engine == "torch":
         raise ValueError(
             f"dtype 'int8' is not available on torch; choose one of {', '.join(DTYPES)}, or give engine='native'"
@@ -161,7 +161,7 @@ def _one_device(device: Any, device_map: Any) -> Any:
     return None if places[0] == "auto" else places[0]
 
 
-def _refuse(others: dict[str, Any]) -> None:
+def _refuse(others: Mapping[str, object]) -> None:
     """Say what to do instead of options that `load` does not have."""
     for name, value in others.items():
         if name == "trust_remote_code" and value is False:  # which is what happens

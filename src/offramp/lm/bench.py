@@ -27,8 +27,9 @@ from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, require_frequent
 from offramp.evaluation.arms import drafting_arms
+from offramp.lm.bench_arms import FULL, REFERENCE, Arms
 from offramp.lm.bench_playing import Batches, Players, exact_tokens
-from offramp.lm.bench_results import FULL, REFERENCE, Arms, Bench, script_of
+from offramp.lm.bench_results import Bench, script_of
 from offramp.lm.bench_rounds import header_of, read_rounds, write_round
 from offramp.lm.bench_summary import summary
 from offramp.peers import Peer, PeerError

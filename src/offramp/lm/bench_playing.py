@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
-from offramp.lm.bench_results import REFERENCE, Arms
+from offramp.lm.bench_arms import REFERENCE, Arms
 from offramp.lm.bench_rounds import Round, Turn
 from offramp.peers import Peer, PeerError
 

@@ -2,155 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
+from offramp.lm.bench_arms import FULL, REFERENCE, ArmResult, PeerResult, Saving, Spread, Timing
 from offramp.runs.codec import encode
-
-REFERENCE = "transformers generate"
-"""The arm all ratios refer to: the model's own `generate`."""
-FULL = "full depth (offramp)"
-"""The arm that shows what our loop costs: all layers, no test."""
-CONFIDENCE_PARTS = ("readout", "pruned_readout", "select", "confidence")
-"""Parts of a generation that reading out and judging belong to, the readout of the emitted token included."""
-Arms = Mapping[str, ExitPolicy | None]
-"""Policies by the name of their row; None: the full model."""
+from offramp.runs.results import Shown
+from offramp.runs.tables import cell, markdown
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of one number per round."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Of at least one value; quartiles interpolate between the values."""
-        values = list(values)
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What is measured of anything that generates. Texts are of the first round (greedy rounds repeat each other).
-
-    Attributes:
-        name: Its name.
-        seconds: Wall-clock time of each round, all prompts.
-        tokens_per_second: Over whole generations, prompt and encoder included.
-        ratio: Tokens per second over those of `REFERENCE` in the same round.
-        first_token: Seconds until the first token of a batch is known; None: rounds of an earlier version.
-        token_seconds: Seconds per token after the first over those of `FULL` in the same round; None: likewise, or
-            there is no second token.
-        agreement: Share of positions with the reference's token. After a first difference the two continue different
-            texts, so this is a lower bound of how often the arm would have followed the full model.
-        identical: Share of prompts with the very same output.
-        common_prefix: Mean number of tokens before the first difference.
-        exact_agreement: As `agreement`, with what the full model generates in float32. Without peers, and in float32,
-            that is the reference.
-        exact_prefix: As `common_prefix`, likewise.
-    """
-
-    name: str
-    seconds: tuple[float, ...]
-    tokens_per_second: Spread
-    ratio: Spread
-    first_token: Spread | None
-    token_seconds: Spread | None
-    agreement: float
-    identical: float
-    common_prefix: float
-    exact_agreement: float
-    exact_prefix: float
-
-
-@dataclass(frozen=True)
-class PeerResult(Timing):
-    """What another engine did.
-
-    Attributes:
-        versions: Of the engine and what it rests on.
-    """
-
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class ArmResult(Timing):
-    """What one arm did. Counts are of the first round.
-
-    Attributes:
-        policy: Its policy; None: the full model.
-        mean_exit_layer: Mean layer after which the tokens left.
-        exit_layers: That layer of every token, per prompt.
-        tests: Confidence tests per token.
-        flops: FLOPs per token, prompt and encoder included.
-        bytes: Bytes read per token, likewise.
-        flops_ratio: FLOPs over those of the full model.
-        token_flops_ratio: The same per generated token, without encoder and prompt; None: rounds of an earlier version,
-            or there is no such token.
-        bytes_ratio: Bytes over those of the full model.
-        draft_flops: "FLOPs" per token as the source document counts them (see `Costs`).
-        confidence_flops: FLOPs per token of `CONFIDENCE_PARTS`.
-        confidence_seconds: Seconds of `CONFIDENCE_PARTS` in each round; empty for the reference.
-        shares: Share of the time by part, and "other" (preparation, processors, bookkeeping); empty for the reference,
-            whose inside is not timed and whose counts are those of `FULL`, which makes the same products.
-    """
-
-    policy: ExitPolicy | None
-    mean_exit_layer: float
-    exit_layers: list[list[int]]
-    tests: float
-    flops: float
-    bytes: float
-    flops_ratio: float
-    token_flops_ratio: float | None
-    bytes_ratio: float
-    draft_flops: float
-    confidence_flops: float
-    confidence_seconds: tuple[float, ...]
-    shares: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What pruning made of the confidence part of an arm (readout, selection and the measure itself).
-
-    All are unpruned over pruned, per token: above 1 is a saving. Arms whose tokens left at different layers made
-    different numbers of tests; only under a script are these equal.
-
-    Attributes:
-        pruned: Name of the arm that prunes.
-        unpruned: Name of the arm that is the same in all else.
-        tests: Tests made.
-        seconds: Measured seconds, in the same round.
-        flops: FLOPs, first (full) readout included.
-        draft_flops: "FLOPs" by the source document's count, first readout left out.
-        whole: Measured seconds of the whole generation, in the same round.
-    """
-
-    pruned: str
-    unpruned: str
-    tests: float
-    seconds: Spread
-    flops: float
-    draft_flops: float
-    whole: Spread
-
-
-@dataclass(frozen=True)
-class Bench:
+class Bench(Shown):
     """The outcome of `run_bench`.
 
     Attributes:
@@ -168,6 +33,17 @@ class Bench:
     peers: list[PeerResult] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     bandwidth: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        rounds = len(self.arms[0].seconds)
+        return f"Bench({len(self.arms)} arms and {len(self.peers)} peers in {rounds} rounds, × {REFERENCE})"
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per arm, then per peer, with "seconds_ratio": see there."""
+        values = self.to_dict()
+        ratios = [encode(self.seconds_ratio(each)) for each in [*self.arms, *self.peers]]
+        rows = [*values["arms"], *values["peers"]]
+        return [{**row, "seconds_ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)]
 
     def arm(self, name: str) -> ArmResult:
         """The result of that name."""
@@ -263,6 +139,15 @@ class Bench:
         """Whether `exact_agreement` is with the model in float32, and not just with the reference."""
         return bool(self.peers or self.left_out) or self.conditions["dtype"].startswith("float32")
 
+    def table(self) -> str:
+        """All that a bench has something for, conditions and notes below."""
+        blocks = [_speed_table(self), _time_table(self.arms)]
+        if self.peers or self.bandwidth:
+            blocks.insert(0, _peer_table(self))
+        if self.savings:
+            blocks.append(_saving_table(self.savings))
+        return "\n\n".join([*blocks, self.footing])
+
 
 def script_of(policy: ExitPolicy) -> Any:
     """The `offramp.lm.scripted.Script` of a policy whose exits are prescribed; None for others."""
@@ -309,3 +194,80 @@ def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
         draft_flops=over("draft_flops"),
         whole=Spread.of(a / b for a, b in zip(unpruned.seconds, pruned.seconds, strict=True)),
     )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _speed_table(bench: Bench) -> str:
+    head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|seconds ×|seconds/token ×|FLOPs ×"
+    return markdown([*head.split("|"), "FLOPs/token ×", "bytes ×"], [
+        [
+            arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
+            f"{arm.agreement:.0%}", f"{arm.identical:.0%}", f"{arm.common_prefix:.1f}", f"{arm.tests:.1f}",
+            f"{bench.seconds_ratio(arm).median:.2f}", _times(arm.token_seconds),
+            f"{arm.flops_ratio:.2f}", _times(arm.token_flops_ratio), f"{arm.bytes_ratio:.2f}",
+        ]
+        for arm in bench.arms
+    ])  # fmt: skip
+
+
+def _times(ratio: Spread | float | None) -> str:
+    return cell(ratio.median if isinstance(ratio, Spread) else ratio, ".2f")
+
+
+def sizes_table(benches: Sequence[Bench]) -> str:
+    """Every arm at every batch size: beside `generate` and full depth at that size, and beside the first size."""
+    head = (
+        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|FLOPs ×|bytes ×|step ×|of the plain read"
+    )
+    known = {arm.name: arm for arm in benches[0].arms}
+    rows = []
+    for bench in benches:
+        for arm in bench.arms:
+            share, alone = bench.of_the_probe(arm), known.get(arm.name)
+            rows.append([
+                str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
+                f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
+                f"{arm.bytes_ratio:.2f}", cell(bench.over(alone, arm).median if alone else None, ".2f"),
+                cell(share.median if share else None, ".0%"),
+            ])  # fmt: skip
+    return "\n\n".join([markdown(head.split("|"), rows), benches[0].footing])
+
+
+def _peer_table(bench: Bench) -> str:
+    """Own arms and peers, fastest first, in what can be said of both."""
+    fastest = bench.fastest_llama_cpp
+    head = ["arm", "tokens/s", "× generate (quartiles)"]
+    head += [f"× {fastest.name} (quartiles)"] if fastest else []
+    same = "same as float32" if bench.is_compared_with_float32 else "same"
+    head += ["first token ms", "seconds/token ×", same, "prefix"] + (["of the plain read"] if bench.bandwidth else [])
+    rows = []
+    for arm in sorted([*bench.arms, *bench.peers], key=lambda arm: -arm.tokens_per_second.median):
+        first = cell(1000 * arm.first_token.median if arm.first_token else None, ".0f")
+        row = [arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio)]
+        row += [str(bench.over(arm, fastest))] if fastest else []
+        row += [first, _times(arm.token_seconds)]
+        row += [f"{arm.exact_agreement:.0%}", f"{arm.exact_prefix:.1f}"]
+        if bench.bandwidth:
+            share = bench.of_the_probe(arm) if isinstance(arm, ArmResult) else None
+            row.append(cell(share.median if share else None, ".0%"))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _time_table(arms: list[ArmResult]) -> str:
+    parts = [p for p in (*PARTS, "other") if any(arm.shares.get(p, 0) > 0 for arm in arms)]
+    rows = [[arm.name, *(f"{arm.shares[part]:.0%}" for part in parts)] for arm in arms if arm.shares]
+    return markdown(["share of time", *(part.replace("_", " ") for part in parts)], rows)
+
+
+def _saving_table(savings: list[Saving]) -> str:
+    head = ["pruning saves (×)", "over", "tests", "confidence seconds", "its FLOPs", "source's count", "all seconds"]
+    return markdown(head, [
+        [
+            s.pruned, s.unpruned, f"{s.tests:.2f}", str(s.seconds), f"{s.flops:.1f}", f"{s.draft_flops:.1f}",
+            str(s.whole),
+        ]
+        for s in savings
+    ])  # fmt: skip

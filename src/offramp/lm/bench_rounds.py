@@ -13,7 +13,8 @@ from torch import Tensor
 
 from offramp.core.costs import PARTS, Costs
 from offramp.core.language_model import LanguageModel
-from offramp.lm.bench_results import CONFIDENCE_PARTS, Arms, policy_values
+from offramp.lm.bench_arms import CONFIDENCE_PARTS, Arms
+from offramp.lm.bench_results import policy_values
 from offramp.peers import Answer
 from offramp.runs.codec import decode
 from offramp.runs.digests import fingerprint

@@ -8,7 +8,8 @@ from typing import Any
 
 from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
-from offramp.lm.bench_results import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, Bench, PeerResult, Spread
+from offramp.lm.bench_arms import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, PeerResult, Spread
+from offramp.lm.bench_results import Bench
 from offramp.lm.bench_rounds import Round, Turn
 
 Texts = list[list[int]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from offramp.runs.results import Result
 from offramp.runs.tables import markdown
@@ -110,6 +112,17 @@ class Probe(Result):
     flops: dict[str, float]
     suitable: bool
     verdict: str
+
+    def __repr__(self) -> str:
+        found = "saves" if self.suitable else "is not shown to save"
+        return (
+            f"Probe({self.model!r}, {self.num_layers} layers, {self.tokens} positions of {self.examples} "
+            f"{self.source_noun}: leaving where layers have settled {found} FLOPs)"
+        )
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per layer, as `LayerReport` has them."""
+        return self.layers
 
     @property
     def source_noun(self) -> str:

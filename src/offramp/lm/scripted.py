@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from offramp.core.confidence import Confidence, Contrast, Contrastive, Reading, begun, softmax_gap
+from offramp.core.engine import Engines
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS
 from offramp.hub.pretrained import model_shaped
-from offramp.lm.bench_results import FULL, REFERENCE
+from offramp.lm.bench_arms import FULL, REFERENCE
 from offramp.values import choice, number
 
 T5: dict[str, Any] = {"vocab_size": 32128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
@@ -166,7 +167,7 @@ def scripted_arms(
 
 
 def random_model(
-    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: str = "auto", int8: bool = False,
+    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: Engines = "auto", int8: bool = False,
     seed: int = 0,
 ) -> LanguageModel:  # fmt: skip
     """A model of a checkpoint's shape with random weights.

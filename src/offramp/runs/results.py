@@ -10,11 +10,24 @@ from typing import Any, ClassVar, Self
 
 from offramp.runs.codec import decode, encode
 from offramp.runs.files import write_json, write_text
+from offramp.runs.frames import Rows
+from offramp.runs.tables import as_html
 
 RESULTS, TABLE = "results.json", "table.md"
 
 
-class Result:
+class Shown(Rows):
+    """What has tables: a terminal prints them, and a notebook shows them as HTML."""
+
+    def table(self) -> str:
+        """Tables for a terminal, and what follows from them."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
+
+
+class Result(Shown):
     """A frozen dataclass that is a result.
 
     Attributes:
@@ -48,10 +61,6 @@ class Result:
         kind: Any = cls
         own = {field.name for field in dataclasses.fields(kind)}
         return decode(cls, {name: value for name, value in values.items() if name in own})
-
-    def table(self) -> str:
-        """Tables for a terminal, and what follows from them."""
-        raise NotImplementedError
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write both files into a folder, made if missing, over those of an earlier result; `offramp.report` draws."""

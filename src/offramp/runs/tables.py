@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import textwrap
 from collections.abc import Sequence
@@ -32,6 +33,20 @@ class Table:
         """As Markdown, without the title; nothing but the notes if it has no rows."""
         return "\n\n".join([*([markdown(self.head, self.rows)] if self.rows else []), *self.notes])
 
+    def __html__(self) -> str:
+        """As HTML without the title, everything escaped: what pages and notebooks show."""
+        marks = self.marks or [""] * len(self.rows)
+        lines = [_html_row(row, mark) for row, mark in zip(self.rows, marks, strict=True)]
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.head)
+        lines = ["<tbody>", *lines, "</tbody>"]
+        lines = [f"<thead><tr>{head}</tr></thead>", *lines] if "".join(self.head) else lines
+        kind = "" if "".join(self.head) else ' class="facts"'
+        table = [f'<div class="scroll"><table{kind}>', *lines, "</table></div>"] if self.rows else []
+        said = [f"<p>{html.escape(note)}</p>" for note in self.notes]
+        return "\n".join([*table, *(['<div class="text">', *said, "</div>"] if said else [])])
+
+    _repr_html_ = __html__
+
 
 def cell(value: float | None, form: str = ".3f") -> str:
     """A number, or a dash where there is none."""
@@ -42,6 +57,28 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join([_line(head, widths), _rule(widths), *(_line(row, widths) for row in rows)])
+
+
+def as_html(text: str) -> str:
+    """A text with tables of `markdown` in it as HTML: tables, headings and paragraphs; what is aligned stays so.
+
+    Args:
+        text: What a terminal would show.
+
+    Returns:
+        Elements without styles of their own, so that they look like what stands around them, dark or light.
+    """
+    found = []
+    for is_table, lines in itertools.groupby(text.split("\n"), key=lambda line: line.startswith("| ")):
+        block = list(lines)
+        if is_table and (read := _read(block)):
+            found.append(Table(*read).__html__())
+            continue
+        for part in "\n".join(block).strip("\n").split("\n\n"):
+            shown = html.escape(part.removeprefix("## "))
+            tag = "h4" if part.startswith("## ") else "pre" if "\n" in part or "   " in part else "p"
+            found += [f"<{tag}>{shown}</{tag}>"] if part.strip() else []
+    return "\n".join(found)
 
 
 def fitted(text: str, width: int | None) -> str:
@@ -64,11 +101,10 @@ def fitted(text: str, width: int | None) -> str:
 
 def _fitted(lines: list[str], width: int) -> list[str]:
     """The lines of a table that is perhaps too wide."""
-    head, rule, *rows = [line[2:-2].split(" | ") for line in lines]
-    odd = any(len(row) != len(head) for row in (rule, *rows)) or any(cell.strip("-:") for cell in rule)
-    if odd or max(map(len, lines)) <= width:
+    read = _read(lines)
+    if read is None or max(map(len, lines)) <= width:
         return lines
-    columns = [[cell.strip() for cell in column] for column in zip(head, *rows, strict=True)]
+    columns = list(zip(read[0], *read[1], strict=True))
     widths = [max(map(len, [*_words(column[0]), *column[1:]])) for column in columns]
     if _breadth(widths) > width:  # folded heads are not enough: fold names, too
         names = columns[0]
@@ -86,6 +122,14 @@ def _fitted(lines: list[str], width: int) -> list[str]:
     return "\n\n".join("\n".join(table) for table in tables).split("\n")
 
 
+def _read(lines: Sequence[str]) -> tuple[list[str], list[list[str]]] | None:
+    """The head and the rows of a table of `markdown`; None of other lines, or where a cell has a bar in it."""
+    head, *rest = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in lines]
+    if not rest or any(len(row) != len(head) for row in rest) or any(cell.strip("-:") for cell in rest[0]):
+        return None
+    return head, rest[1:]
+
+
 def _folded(columns: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
     """The lines of a table whose cells have as many lines as they need."""
     made: list[str] = []
@@ -97,6 +141,11 @@ def _folded(columns: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str
         folded = itertools.zip_longest(*(cell or [""] for cell in cells), fillvalue="")
         made += [_line(line, widths) for line in folded] + ([] if made else [_rule(widths)])
     return made
+
+
+def _html_row(row: Sequence[str], mark: str) -> str:
+    name, *cells = [html.escape(cell) for cell in row]
+    return f'<tr class="{mark}"><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _words(cell: str) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,22 @@ class TrainResult(Result):
     what: str = "agreement"
     frequent: Listing | None = None
     in_a_row: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        places = "drafts in a row" if self.in_a_row else "exits after"
+        changes = zip(self.layers, self.agreement_before, self.agreement_after, strict=True)
+        said = ", ".join(f"{layer} ({before:.3f} -> {after:.3f})" for layer, before, after in list(changes)[-4:])
+        said = f"…, {said}" if len(self.layers) > 4 else said
+        return (
+            f"TrainResult({places} {said}; {self.what} at {self.positions} held-out positions, {self.steps} steps, "
+            f"{str(self.exits)!r})"
+        )
+
+    def _rows(self) -> Iterable[Any]:
+        """A row per exit: layer, agreement_before and _after, loss_before and _after."""
+        columns = ("agreement_before", "agreement_after", "loss_before", "loss_after")
+        values = zip(self.layers, *(getattr(self, name) for name in columns), strict=True)
+        return (dict(zip(("layer", *columns), row, strict=True)) for row in values)
 
     def table(self) -> str:
         """A small table."""
