@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from offramp import ExitPolicy
-from offramp.calibration import Grid, Promise, Spent, calibrate, decoded, load, search, validate
+from offramp.calibration import Grid, Promise, Spent, calibrate, decoded, load, validate
 from offramp.calibration.splits import divide, sizes
 from offramp.evaluation.record_file import read_records
 from offramp.report import drawing
-from offramp.risk import hoeffding_bentkus, pareto_front
+from offramp.risk import hoeffding_bentkus, pareto_front, search
 from offramp.tasks import Example, split_groups
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model
 

@@ -18,7 +18,6 @@ from offramp.calibration import (
     calibrate,
     decoded,
     load,
-    search,
     settings_of,
 )
 from offramp.calibration import (
@@ -30,6 +29,7 @@ from offramp.calibration.spending import cost
 from offramp.core.exits import Exits
 from offramp.report import drawing
 from offramp.report.pages import calibration as page
+from offramp.risk import search
 from offramp.runs.digests import of as digest
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model
 

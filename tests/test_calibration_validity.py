@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from offramp.calibration import Outcome, Promise, decoded, search
+from offramp.calibration import Promise, decoded
 from offramp.calibration import calibrate as pipeline
 from offramp.calibration.result import Calibration
+from offramp.risk import Outcome, search
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, betas, coins, examples, model, ups_and_downs
 
 TOLERANCE, FAILURE, RUNS, N = 0.2, 0.2, 30, 100

@@ -6,12 +6,14 @@ with a probability below 1e-4; seeds are fixed. CRC promises a mean: it is compa
 
 import json
 import math
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from offramp.calibration import Promise
 from offramp.classifiers.certify import (
     RowPromise,
     Trials,
@@ -21,7 +23,7 @@ from offramp.classifiers.certify import (
     try_thresholds,
 )
 from offramp.classifiers.validity import validate
-from offramp.risk import binomial, hoeffding_bentkus, wsr
+from offramp.risk import binomial, hoeffding_bentkus, search, wsr
 from offramp.risk.budgets import leave
 from offramp.risk.classifier_losses import brier_gap, consistency, exits_under, losses_under, performance_gap
 
@@ -186,6 +188,29 @@ def test_gains_count_for_betting_only():
     clipping = certify(trials, RowPromise("gap", 0.08, bound="hoeffding-bentkus"))
     assert clipping.index == 0
     assert clipping.clipped
+
+
+@pytest.mark.parametrize("bound", ["wsr", "hoeffding-bentkus", "binomial", "crc"])
+def test_rows_and_prompts_are_certified_alike(bound):
+    """The same losses, once of rows and once of prompts whose answers are more than `margin` worse."""
+    coins = np.random.default_rng(4).random((12, 150)) < np.linspace(0, 0.3, 12)[:, None]
+    of_rows = certify(
+        Trials((INF, *range(11)), torch.tensor(coins).double(), torch.zeros(12, 150).long(), torch.ones(1)),
+        RowPromise("consistency", 0.2, 0.1, bound), seed=3,
+    )  # fmt: skip
+    promise = Promise("f1", 0.2, 0.1, "tail", 0.0, bound)
+
+    def losses(setting):
+        early, full = (
+            [Namespace(id="", scores={"f1": 1.0 - x}) for x in lost] for lost in (coins[setting], 0 * coins[0])
+        )
+        return promise.units(promise.losses(early, full), [""] * 150, seed=3)
+
+    outcome = search([range(12)], losses, lambda setting: -setting, promise)
+    assert 0 < outcome.selected == of_rows.index < 11
+    assert [(t.loss, t.p_value, t.passed) for t in outcome.tests] == [
+        (t["loss"], t["p_value"], t["passed"]) for t in of_rows.tests
+    ]
 
 
 def test_groups_share_the_failure():

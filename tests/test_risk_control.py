@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -10,16 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.risk import (
-    binomial,
-    chains,
-    conformal_risk_control,
-    fixed_sequence,
-    hoeffding_bentkus,
-    pareto_front,
-    pareto_testing,
-    split,
-)
+from offramp.risk import Promised, conformal_risk_control, fixed_sequence, pareto_front, search
 
 
 class Asked:
@@ -56,7 +47,6 @@ def test_the_last_that_passed_before_the_first_that_failed(p_values, index, seen
     assert result.passed == tuple(range(0 if index is None else index + 1))
     assert asked.asked == list(range(seen))  # and not one more
     assert result.p_values == tuple(p_values[:seen])
-    assert "0.95" in result.guarantee
 
 
 def test_p_values_may_come_from_a_function():
@@ -90,53 +80,78 @@ def test_what_is_no_p_value_is_refused(bad):
 def test_a_failure_is_strictly_between_0_and_1(failure):
     with pytest.raises(ValueError, match=f"failure is {failure}"):
         fixed_sequence([0.0], failure)
-    with pytest.raises(ValueError, match=f"failure is {failure}"):
-        chains([[0.0]], lambda c, i: 0, failure)
-    with pytest.raises(ValueError, match=f"failure is {failure}"):
-        pareto_testing(lambda s, p: ([], 0.0), 1, 2, bound=binomial, tolerance=0.1, failure=failure, seed=0)
 
 
 # ---------------------------------------------------------------- several
 
 
+@dataclass(frozen=True)
+class Scripted(Promised):
+    """A promise whose losses are p-values already."""
+
+    failure: float
+    tolerance: float = 0.5
+    bound: str = "scripted"
+
+    def bound_at(self, level):
+        return lambda losses, tolerance: float(losses[0])
+
+
+def searched(chains, costs, failure, **options):
+    """The outcome, and the p-values and costs that were asked for, of settings numbered chain by chain."""
+    p_values, priced = [p for chain in chains for p in chain], [c for chain in costs for c in chain]
+    numbers, asked, looked = iter(range(len(p_values))), [], []
+    sequences = [[next(numbers) for _ in chain] for chain in chains]
+
+    def losses(setting):
+        asked.append(setting)
+        return np.array([p_values[setting]])
+
+    def cost(setting):
+        looked.append(setting)
+        return priced[setting]
+
+    return search(sequences, losses, cost, Scripted(failure), **options), asked, looked
+
+
 def test_each_chain_gets_its_share_and_the_cheapest_wins():
-    asked = [Asked(0.01, 0.02, 0.03), Asked(0.03, 0.0), Asked(0.001, 0.025, 0.2)]
-    costs = [[9, 8, 1], [1, 1], [9, 7, 1]]  # those of failed ones are lowest, and not looked at
-    looked = []
-
-    def cost(chain, index):
-        looked.append((chain, index))
-        return costs[chain][index]
-
-    result = chains(asked, cost, 0.06)  # 0.02 each
-    assert [c.index for c in result.chains] == [1, None, 0]
-    assert [c.failure for c in result.chains] == pytest.approx([0.02] * 3)
-    assert [a.asked for a in asked] == [[0, 1, 2], [0], [0, 1]]
-    assert looked == [(0, 0), (0, 1), (2, 0)]
-    assert (result.chain, result.index, result.cost) == (0, 1, 8)
+    outcome, asked, looked = searched(
+        [[0.01, 0.02, 0.03], [0.03, 0.0], [0.001, 0.025, 0.2]],
+        [[9, 8, 1], [1, 1], [9, 7, 1]],  # those of failed ones are lowest, and not looked at
+        0.06,
+    )
+    assert outcome.level == pytest.approx(0.02)
+    assert asked == [0, 1, 2, 3, 5, 6]
+    assert looked == [0, 1, 5]
+    assert outcome.selected == 1
+    assert [(test.setting, test.chain, test.passed) for test in outcome.tests] == [
+        (0, 0, True), (1, 0, True), (2, 0, False), (3, 1, False), (5, 2, True), (6, 2, False)
+    ]  # fmt: skip
 
 
 def test_an_earlier_setting_of_a_chain_may_be_the_cheapest():
-    result = chains([[0.0, 0.0]], lambda chain, index: [3, 4][index], 0.1)
-    assert (result.chain, result.index, result.cost) == (0, 0, 3)
+    assert searched([[0.0, 0.0]], [[3, 4]], 0.1)[0].selected == 0
+    assert searched([[0.0, 0.0]], [[3, 4]], 0.1, below=3)[0].selected is None
 
 
 def test_equal_costs_go_to_the_earlier_chain_and_the_safer_setting():
-    result = chains([[0.9], [0.0, 0.0], [0.0]], lambda chain, index: 1, 0.1)
-    assert (result.chain, result.index) == (1, 0)
+    assert searched([[0.9], [0.0, 0.0], [0.0]], [[1], [1, 1], [1]], 0.1)[0].selected == 1
 
 
 def test_chains_without_a_certificate():
-    result = chains([[0.06], [0.2]], lambda chain, index: 1 / 0, 0.1)
-    assert (result.chain, result.index, result.cost) == (None, None, None)
-    assert [c.p_values for c in result.chains] == [(0.06,), (0.2,)]
+    outcome, _, looked = searched([[0.06], [0.2]], [[1], [1]], 0.1)
+    assert outcome.selected is None
+    assert looked == []
+    assert [test.p_value for test in outcome.tests] == [0.06, 0.2]
 
 
-def test_chains_refuse():
-    with pytest.raises(ValueError, match="at least one chain"):
-        chains([], lambda chain, index: 0, 0.1)
-    with pytest.raises(ValueError, match="the cost of setting 0 of chain 1 is nan"):
-        chains([[0.0], [0.0]], lambda chain, index: [0, math.nan][chain], 0.1)
+def test_a_search_refuses():
+    with pytest.raises(ValueError, match="at least one is needed"):
+        searched([], [], 0.1)
+    with pytest.raises(ValueError, match="the cost of setting 1 is nan"):
+        searched([[0.0], [0.0]], [[0], [math.nan]], 0.1)
+    with pytest.raises(ValueError, match="no failure probability to divide"):
+        search([[0], [1]], lambda s: np.zeros(9), lambda s: 0, Scripted(0.1, bound="crc"))
 
 
 # ---------------------------------------------------------------- Pareto
@@ -167,59 +182,6 @@ def test_front_refuses():
         pareto_front([0.1], [math.nan])
 
 
-def test_split_is_a_seeded_partition():
-    first, second = split(10, seed=3)
-    assert sorted([*first, *second]) == list(range(10))
-    assert len(first) == 5
-    assert [a.tolist() for a in split(10, seed=3)] == [first.tolist(), second.tolist()]
-    assert split(10, seed=4)[0].tolist() != first.tolist()
-    assert [len(part) for part in split(10, 0, share=0.2)] == [2, 8]
-    assert [len(part) for part in split(2, 0, share=0.01)] == [1, 1]
-    with pytest.raises(ValueError, match="prompts is 1; at least 2"):
-        split(1, 0)
-    with pytest.raises(ValueError, match="share is 1"):
-        split(10, 0, share=1)
-
-
-def test_pareto_testing_looks_at_the_front_only_and_stops():
-    # By setting: loss of every prompt, cost. 2 is beaten by 1; 4 fails; 5 is cheaper still and is not asked for.
-    table = [(0.0, 9.0), (0.01, 6.0), (0.02, 7.0), (0.03, 5.0), (0.3, 2.0), (0.5, 1.0)]
-    asked = []
-
-    def measure(setting, prompts):
-        asked.append((setting, tuple(prompts.tolist())))
-        return np.full(len(prompts), table[setting][0]), table[setting][1]
-
-    result = pareto_testing(measure, 6, 400, bound=hoeffding_bentkus, tolerance=0.1, failure=0.05, seed=7)
-    first, second = (tuple(part.tolist()) for part in split(400, 7))
-    assert asked == [*((s, first) for s in range(6)), *((s, second) for s in (0, 1, 3, 4))]
-    assert result.front == (0, 1, 3, 4, 5)
-    assert result.certified.index == 2
-    assert result.passed == (0, 1, 3)
-    assert result.setting == 3
-    assert (result.first, result.second, result.seed) == (first, second, 7)
-
-
-def test_pareto_testing_without_a_certificate():
-    result = pareto_testing(
-        lambda setting, prompts: (torch.ones(len(prompts)), float(setting)),
-        3, 20, bound=binomial, tolerance=0.1, failure=0.05, seed=0,
-    )  # fmt: skip
-    assert result.setting is None
-    assert result.passed == ()
-    assert result.certified.p_values == (1.0,)
-
-
-def test_pareto_testing_refuses():
-    options = {"bound": binomial, "tolerance": 0.1, "failure": 0.1, "seed": 0}
-    with pytest.raises(ValueError, match="settings is 0"):
-        pareto_testing(lambda s, p: ([], 0.0), 0, 10, **options)
-    with pytest.raises(ValueError, match=r"losses of setting 1\[0\] is nan"):
-        pareto_testing(lambda s, p: ([0.0, math.nan][s] * np.ones(len(p)), 0.0), 2, 10, **options)
-    with pytest.raises(ValueError, match="tolerance is 2"):
-        pareto_testing(lambda s, p: ([], 0.0), 1, 10, **options | {"tolerance": 2})
-
-
 # ---------------------------------------------------------------- on average
 
 
@@ -230,16 +192,15 @@ def test_conformal_risk_control_by_hand():
     losses[2, 1] = 1.0  # the first prompt's 0.5 stays: 1.5
     losses[3, 2] = 0.1
     result = conformal_risk_control(losses, 0.25)
-    assert result.risks == pytest.approx([0.1, 0.15, 0.25, 0.26])
+    assert result.p_values == pytest.approx([0.1, 0.15, 0.25, 0.26])
     assert result.index == 2
     assert result.passed == (0, 1, 2)
-    assert "average" in result.guarantee
 
 
 def test_a_loss_that_falls_again_does_not_help():
     losses = [[0.0] * 9, [1.0] * 9, [0.0] * 9]
     assert conformal_risk_control(torch.tensor(losses), 0.2).index == 0
-    assert conformal_risk_control(losses, 0.2).risks == pytest.approx([0.1, 1.0, 1.0])
+    assert conformal_risk_control(losses, 0.2).p_values == pytest.approx([0.1, 1.0])  # and no further one
 
 
 def test_too_few_prompts_allow_nothing_and_too_many_tolerances_all():
@@ -250,11 +211,11 @@ def test_too_few_prompts_allow_nothing_and_too_many_tolerances_all():
 
 def test_conformal_risk_control_refuses():
     for losses, message in [
-        ([[0.0, 1.2]], r"losses\[0, 1\] is 1.2"),
-        ([[0.0, math.nan]], r"losses\[0, 1\] is nan"),
-        ([[-0.5]], r"losses\[0, 0\] is -0.5"),
-        ([0.0, 0.1], r"losses has shape \[2\]; it must have 2 dimensions"),
-        (np.zeros((0, 5)), "losses is empty"),
+        ([[0.0, 1.2]], r"losses of setting 0\[1\] is 1.2"),
+        ([[0.0] * 20, [0.0, math.nan]], r"losses of setting 1\[1\] is nan"),
+        ([[-0.5]], r"losses of setting 0\[0\] is -0.5"),
+        ([0.0, 0.1], r"losses of setting 0 has shape \[\]; it must have 1 dimension"),
+        (np.zeros((5, 0)), "losses of setting 0 is empty"),
     ]:
         with pytest.raises(ValueError, match=message):
             conformal_risk_control(losses, 0.1)
@@ -263,13 +224,10 @@ def test_conformal_risk_control_refuses():
 
 
 def test_results_are_json():
-    measured = pareto_testing(
-        lambda s, p: (np.zeros(len(p)), 1.0), 2, 99, bound=binomial, tolerance=0.1, failure=0.1, seed=1
-    )
     for result in (
         fixed_sequence([0.0, 1.0], 0.1),
-        chains([[0.0], [1.0]], lambda c, i: np.float64(3), 0.1),
         conformal_risk_control(np.zeros((3, 9)), 0.1),
-        measured,
+        searched([[0.0], [1.0]], [[np.float64(3)], [1]], 0.1)[0],
     ):
-        assert json.loads(json.dumps(asdict(result), allow_nan=False))
+        read = json.loads(json.dumps(asdict(result), allow_nan=False))
+        assert read.keys() == asdict(result).keys()

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from offramp.classifiers.certify import RowPromise
 from offramp.risk import (
     binomial,
-    chains,
     conformal_risk_control,
     fixed_sequence,
     hoeffding,
     hoeffding_bentkus,
     hoeffding_signed,
-    pareto_testing,
+    pareto_front,
+    search,
     wsr,
 )
 
@@ -109,6 +110,10 @@ def test_betting_is_valid_whatever_it_aims_at():
 # ---------------------------------------------------------------- choosing among several
 
 
+CHAINS = [[2 * chain, 2 * chain + 1] for chain in range(5)]
+COINS = RowPromise("coins", TOLERANCE, FAILURE, "binomial")
+
+
 def test_chains_keep_the_promise_together():
     # Five chains; in each, the second setting is at the boundary, and cheaper.
     runs, groups = 1000, 5
@@ -117,19 +122,22 @@ def test_chains_keep_the_promise_together():
     drawn = rng.random((runs, groups, 2, N)) < np.array(means)[:, :, None]
     wrong = chosen = alone = 0
     for losses in drawn:
-        p_values = [[binomial(setting, TOLERANCE) for setting in chain] for chain in losses]
-        result = chains(p_values, lambda chain, index: -index, FAILURE)
-        chosen += result.chain is not None
-        wrong += result.chain is not None and means[result.chain][result.index] >= TOLERANCE
+        flat = losses.reshape(-1, N).astype(float)
+        selected = search(CHAINS, flat.__getitem__, lambda setting: -(setting % 2), COINS).selected
+        chosen += selected is not None
+        wrong += selected is not None and means[selected // 2][selected % 2] >= TOLERANCE
         alone += any(
-            means[c][i] >= TOLERANCE for c in range(groups) for i in fixed_sequence(p_values[c], FAILURE).passed
+            means[c][i] >= TOLERANCE
+            for c, chain in enumerate(losses)
+            for i in fixed_sequence([binomial(setting, TOLERANCE) for setting in chain], FAILURE).passed
         )
     assert wrong <= most(runs)
     assert alone > most(runs)  # without dividing `failure` it would not hold
     assert chosen > 0.9 * runs
 
 
-def test_pareto_testing_keeps_the_promise():
+def test_an_order_found_on_other_prompts_keeps_the_promise():
+    """Laufer-Goldshtein et al. (2023), "Efficiently Controlling Multiple Risks with Pareto Testing"."""
     # A grid of 12: four good, eight at the boundary and cheaper; part 1 is small enough to be fooled often.
     runs, n = 1000, 400
     rng = np.random.default_rng(24)
@@ -138,12 +146,14 @@ def test_pareto_testing_keeps_the_promise():
     wrong = chosen = fooled = 0
     for run in range(runs):
         losses = (rng.random((12, n)) < means[:, None]).astype(float)
-        result = pareto_testing(
-            lambda setting, prompts, losses=losses: (losses[setting, prompts], costs[setting]),
-            12, n, bound=binomial, tolerance=TOLERANCE, failure=FAILURE, seed=run,
-        )  # fmt: skip
-        chosen += result.setting is not None
-        wrong += any(means[setting] >= TOLERANCE for setting in result.passed)
+        order = np.random.default_rng(run).permutation(n)
+        first, second = order[: n // 2], order[n // 2 :]
+        front = pareto_front(losses[:, first].mean(axis=1), costs)
+        outcome = search(
+            [front], lambda setting, second=second, losses=losses: losses[setting, second], costs.__getitem__, COINS
+        )
+        chosen += outcome.selected is not None
+        wrong += any(means[test.setting] >= TOLERANCE for test in outcome.tests if test.passed)
         # On the same prompts, in the order they suggest, without parting them: choosing the best-looking.
         fooled += min(binomial(losses[setting], TOLERANCE) for setting in range(4, 12)) <= FAILURE
     assert wrong <= most(runs)

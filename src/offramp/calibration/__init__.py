@@ -21,9 +21,6 @@ from offramp.calibration.posterior_report import PosteriorReport as PosteriorRep
 from offramp.calibration.promise import KINDS as KINDS
 from offramp.calibration.promise import Promise as Promise
 from offramp.calibration.result import Calibration as Calibration
-from offramp.calibration.search import Outcome as Outcome
-from offramp.calibration.search import Test as Test
-from offramp.calibration.search import search as search
 from offramp.calibration.spending import MEASURES as MEASURES
 from offramp.calibration.spending import Spent as Spent
 from offramp.calibration.validate import Validation as Validation

@@ -35,17 +35,16 @@ from offramp.calibration.evidence import changes
 from offramp.calibration.evidence import packed as packed_losses
 from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, paths_of, settings_of
 from offramp.calibration.plain import static_layers_of
-from offramp.calibration.promise import CRC, Promise
+from offramp.calibration.promise import Promise
 from offramp.calibration.result import CONFIG, Calibration
 from offramp.calibration.room import Room, room_of
-from offramp.calibration.search import Outcome, search
 from offramp.calibration.spending import MEASURES, NO_LESS, PER_TOKEN, Spent, is_timed, spent
 from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
 from offramp.report.calibration_plots import save_calibration
-from offramp.risk import pareto_front
+from offramp.risk import CRC, Outcome, pareto_front, search
 from offramp.runs.asked import as_json
 from offramp.runs.files import write_json
 from offramp.values import listed
@@ -98,7 +97,7 @@ def calibrate(
         folder: Run folder; answers in it are used again.
         grid: What is tried; None: `THRESHOLDS`.
         minimise: Which cost, over the full model's on the same prompts: a key of `offramp.calibration.MEASURES`. FLOPs
-            are those of the certification part, see `offramp.calibration.search` for why that may be. Seconds are those
+            are those of the certification part, see `offramp.risk.search` for why that may be. Seconds are those
             of the tuning part, on which then all settings take turns.
         must_pay: Take no policy that does not cost less than the full model.
         order: "path": one sequence through the grid, by boldness. "chains": one sequence of thresholds per combination

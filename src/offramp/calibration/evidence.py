@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from offramp.calibration.grid import NEVER, Grid
 from offramp.calibration.room import Room
-from offramp.calibration.search import Test, search
 from offramp.calibration.spending import NO_LESS, PER_TOKEN
 from offramp.core.policy import ExitPolicy
+from offramp.risk import Test, search
 
 if TYPE_CHECKING:
     from offramp.calibration.account import Account

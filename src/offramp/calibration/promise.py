@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.evaluation.record_file import Record
 from offramp.metrics.text import METRICS
-from offramp.risk import (
-    BOUNDS,
-    Bound,
-    risk_consistency,
-    samples_needed,
-    samples_needed_like,
-    tail,
-    textual_consistency,
-    wsr,
-)
-from offramp.risk.bounds import check_level
+from offramp.risk import CRC, Promised, risk_consistency, tail, textual_consistency
 from offramp.values import listed
 
-CRC = "crc"
 KINDS = {"risk": "hoeffding-bentkus", "textual": "hoeffding-bentkus", "signed": "wsr", "tail": "binomial"}
 """Kinds of losses, and the bound that suits each."""
 NAMES = ("hoeffding", "hoeffding-bentkus", "binomial", "wsr", CRC)
 """Bounds by name; "crc" is conformal risk control, which bounds the mean and promises no failure probability."""
 UNITS = ("prompt", "group")
-_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
-class Promise:
+class Promise(Promised):
     """The statement that a policy is to be certified for: P(E[loss of a new prompt] <= tolerance) >= 1 - failure.
 
     Attributes:
@@ -60,8 +46,7 @@ class Promise:
     unit: str = "prompt"
 
     def __post_init__(self) -> None:
-        check_level("tolerance", self.tolerance)
-        check_level("failure", self.failure)
+        self.check_levels()
         for name, value, allowed in (
             ("metric", self.metric, METRICS), ("kind", self.kind, KINDS), ("unit", self.unit, UNITS),
         ):  # fmt: skip
@@ -87,6 +72,11 @@ class Promise:
                 "the binomial bound is for losses that are 0 or 1: kind 'tail' or metric exact_match, prompt by prompt;"
                 " use hoeffding-bentkus or wsr"
             )
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether losses are in [-1, 1]."""
+        return self.kind == "signed"
 
     # ------------------------------------------------------------ losses
 
@@ -144,60 +134,3 @@ class Promise:
         index = self.unit_of(groups)
         losses = np.bincount(index, losses) / np.bincount(index)
         return losses[np.random.default_rng(seed).permutation(len(losses))]
-
-    # ------------------------------------------------------------ tests
-
-    def bound_at(self, level: float) -> Bound:
-        """The p-value, for a test at `level`. Conformal risk control has none; Hoeffding-Bentkus stands for it."""
-        if self.bound == "wsr":
-            return partial(wsr, failure=level)
-        if self.kind == "signed":
-            return BOUNDS["hoeffding-signed"]
-        return BOUNDS["hoeffding-bentkus" if self.bound == CRC else str(self.bound)]
-
-    def needed(self, level: float, mean: float = 0.0) -> int | None:
-        """How many draws certify a setting whose mean loss turns out to be `mean`; None if no number does.
-
-        Args:
-            level: Of the test.
-            mean: Mean loss; 0: the fewest that can certify anything.
-
-        Returns:
-            The number.
-        """
-        if self.bound != CRC:
-            return samples_needed(self.bound_at(level), self.tolerance, level, mean)
-        if mean >= self.tolerance:
-            return None
-        return math.ceil((1 - self.tolerance) / (self.tolerance - mean) - 1e-9)  # (n · mean + 1) / (n + 1) <= tolerance
-
-    def needed_like(self, level: float, losses: NDArray[np.float64], seed: int) -> int | None:
-        """About how many draws certify a setting whose losses stay like the ones observed; None if no number does.
-
-        Args:
-            level: Of the test.
-            losses: Of the draws there are. Betting (`wsr`) looks at all of them, see
-                `offramp.risk.samples_needed_like`; other bounds at their mean only.
-            seed: Of the shuffles of the former.
-
-        Returns:
-            The number.
-        """
-        if self.bound == "wsr":
-            return samples_needed_like(self.bound_at(level), losses, self.tolerance, level, seed=seed)
-        return self.needed(level, float(losses.mean()))
-
-    def upper_limit(self, losses: NDArray[np.float64]) -> float:
-        """What the mean loss of new prompts is below with probability 1 - failure, by these losses and the same bound.
-
-        Args:
-            losses: Of draws that had no part in choosing the policy.
-
-        Returns:
-            The smallest tolerance they would certify, found by bisection; 1 if none.
-        """
-        bound, low, high = self.bound_at(self.failure), 0.0, 1.0
-        for _ in range(_BISECTIONS):  # p-values fall as the tolerance grows
-            middle = (low + high) / 2
-            low, high = (low, middle) if bound(losses, middle) <= self.failure else (middle, high)
-        return high

@@ -10,14 +10,13 @@ from typing import Any
 
 from offramp.calibration.certificate import Certificate
 from offramp.calibration.grid import Setting
-from offramp.calibration.promise import CRC
-from offramp.calibration.search import Outcome
 from offramp.calibration.spending import MEASURES, is_timed
 from offramp.calibration.splits import TEST
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.result import COLUMNS, ratio_cell
 from offramp.metrics.bootstrap import Interval
+from offramp.risk import CRC, Outcome
 from offramp.runs.files import write_json
 from offramp.runs.results import Shown
 from offramp.runs.tables import Table, cell

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from offramp.calibration.promise import CRC
 from offramp.calibration.room import Room
 from offramp.calibration.spending import MEASURES, is_timed
+from offramp.risk import CRC
 
 if TYPE_CHECKING:
     from offramp.calibration.account import Account

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.calibration.promise import CRC, Promise
-from offramp.calibration.search import search
+from offramp.calibration.promise import Promise
 from offramp.calibration.spending import Spent
 from offramp.metrics.bootstrap import exact_interval
+from offramp.risk import CRC
+from offramp.risk.validity import judged, recalibrated
 from offramp.runs.results import Result
 from offramp.tasks import split_groups
 
@@ -145,12 +147,12 @@ def validate(
         losses: Of each setting, [S][N]. Settings in no sequence are not looked at.
         spent: What each setting cost, of N examples.
         full: Of the full model.
-        sequences: As for `offramp.calibration.search`.
+        sequences: As for `offramp.risk.search`.
         promise: What each calibration is to certify.
         share: Of the examples that certify, in (0, 1); as many units are drawn with replacement as this share of them.
         repeats: Calibrations of each sort.
         seed: Of the draws and the splits.
-        below: As for `offramp.calibration.search`.
+        below: As for `offramp.risk.search`.
         cost: What was spent, in words.
 
     Returns:
@@ -164,7 +166,7 @@ def validate(
     pool = _Pool(examples, losses, spent, full, sequences, promise, below)
     return Validation(
         promise=promise, repeats=repeats, pool=len(examples), cost=cost, **pool.draws(share, repeats, seed),
-        **pool.splits(share, repeats, seed),
+        **pool.splits(share, range(seed, seed + repeats)),
     )  # fmt: skip
 
 
@@ -182,67 +184,54 @@ class _Pool:
 
     def draws(self, share: float, repeats: int, seed: int) -> dict[str, Any]:
         """Units drawn independently from the pool, which then is the population."""
-        promise, index = self.promise, self.promise.unit_of([example.group for example in self.examples])
+        index = self.promise.unit_of([example.group for example in self.examples])
         settings = sorted({setting for sequence in self.sequences for setting in sequence})
         size = np.bincount(index)
         losses = {s: np.bincount(index, self.losses[s]) / size for s in settings}
         whole, spent = _by_unit(self.full, index), {s: _by_unit(self.spent[s], index) for s in settings}
         drawn, generator = max(1, round(share * len(size))), np.random.default_rng(seed)
-        means = []
-        for _ in range(repeats):
-            part = generator.integers(len(size), size=drawn)  # also the order that betting goes by
-            selected = search(
-                self.sequences,
-                lambda s, part=part: losses[s][part],  # type: ignore[misc]
-                lambda s, part=part: spent[s].over(whole, part),  # type: ignore[misc]
-                promise,
-                below=self.below,
-            ).selected
-            means.append(None if selected is None else float(losses[selected].mean()))
+        selected = recalibrated(
+            (generator.integers(len(size), size=drawn) for _ in range(repeats)),  # also the order that betting goes by
+            self.sequences, lambda s, part: losses[s][part], lambda s, part: spent[s].over(whole, part), self.promise,
+            below=self.below,
+        )  # fmt: skip
+        kept = judged(selected, [0.0 if s is None else float(losses[s].mean()) for s in selected], self.promise)
         return {
-            "drawn": drawn,
-            "exceeded_population": sum(mean is not None and mean > promise.tolerance for mean in means),
-            "uncertified_drawn": means.count(None),
-            "loss_population": float(np.mean([mean or 0.0 for mean in means])),
-        }
+            "drawn": drawn, "exceeded_population": kept.above, "uncertified_drawn": kept.nothing,
+            "loss_population": kept.loss,
+        }  # fmt: skip
 
-    def splits(self, share: float, repeats: int, seed: int) -> dict[str, Any]:
+    def splits(self, share: float, seeds: Sequence[int]) -> dict[str, Any]:
         """Parts of the pool that certify, judged by the rest."""
-        promise = self.promise
         place = {example.id: index for index, example in enumerate(self.examples)}
-        groups = np.array([example.group for example in self.examples])
-        above = uncertified = certifying = 0
-        held_out, ratios, chosen = [], [], dict[int, int]()
-        for repeat in range(seed, seed + repeats):
-            part, rest = (
+        divided = [
+            [
                 np.array([place[example.id] for example in some])
-                for some in split_groups(self.examples, [share, 1 - share], repeat)
-            )
-            selected = search(
-                self.sequences,
-                lambda s, part=part, repeat=repeat: promise.units(self.losses[s][part], groups[part].tolist(), repeat),  # type: ignore[misc]
-                lambda s, part=part: self.spent[s].over(self.full, part),  # type: ignore[misc]
-                promise,
-                below=self.below,
-            ).selected
-            certifying += len(part)
-            if selected is None:
-                uncertified += 1
-                held_out.append(0.0)
-                ratios.append(1.0)
-                continue
-            chosen[selected] = chosen.get(selected, 0) + 1
-            held_out.append(float(promise.units(self.losses[selected][rest], groups[rest].tolist(), 0).mean()))
-            ratios.append(self.spent[selected].over(self.full, rest))
-            above += held_out[-1] > promise.tolerance
+                for some in split_groups(self.examples, [share, 1 - share], seed)
+            ]
+            for seed in seeds
+        ]
+        selected = recalibrated(
+            [(part, seed) for (part, _), seed in zip(divided, seeds, strict=True)], self.sequences,
+            lambda s, part: self._units(s, *part), lambda s, part: self.spent[s].over(self.full, part[0]), self.promise,
+            below=self.below,
+        )  # fmt: skip
+        rests = [(s, rest) for s, (_, rest) in zip(selected, divided, strict=True)]
+        kept = judged(
+            selected, [0.0 if s is None else float(self._units(s, rest, 0).mean()) for s, rest in rests], self.promise
+        )
         return {
-            "certifying": certifying / repeats,
-            "exceeded_held_out": above,
-            "uncertified": uncertified,
-            "loss": float(np.mean(held_out)),
-            "flops_ratio": float(np.mean(ratios)),
-            "chosen": dict(sorted(chosen.items())),
-        }
+            "certifying": sum(len(part) for part, _ in divided) / len(seeds),
+            "exceeded_held_out": kept.above, "uncertified": kept.nothing, "loss": kept.loss,
+            "flops_ratio": float(
+                np.mean([1.0 if s is None else self.spent[s].over(self.full, rest) for s, rest in rests])
+            ),
+            "chosen": dict(sorted(Counter(s for s in selected if s is not None).items())),
+        }  # fmt: skip
+
+    def _units(self, setting: int, part: NDArray[np.intp], seed: int) -> Floats:
+        groups = [self.examples[place].group for place in part]
+        return self.promise.units(self.losses[setting][part], groups, seed)
 
 
 def _by_unit(spent: Spent, index: NDArray[np.intp]) -> Spent:

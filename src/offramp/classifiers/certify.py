@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, wsr
+from offramp.risk import CRC, Promised, search
 from offramp.risk.classifier_losses import exits_under, losses_under
-from offramp.risk.control import conformal_risk_control, fixed_sequence
 from offramp.risk.losses import checked
 from offramp.runs.results import Result
 from offramp.values import listed
 
-CRC = "crc"
 NAMES = ("wsr", "hoeffding-bentkus", "binomial", CRC)
-"""Bounds by name; "crc" is conformal risk control, which bounds the mean and promises no failure probability."""
+"""Bounds by name."""
 SCHEMA = "offramp/classifier-certificate/2"
 
 # ---------------------------------------------------------------- what is promised
 
 
 @dataclass(frozen=True)
-class RowPromise:
+class RowPromise(Promised):
     """What is to hold for new rows.
 
     Attributes:
@@ -55,23 +52,25 @@ class RowPromise:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        check_level("tolerance", self.tolerance)
-        check_level("failure", self.failure)
+        self.check_levels()
         if self.bound not in NAMES:
             raise ValueError(f"bound is {self.bound!r}; allowed are {listed(self.bound, NAMES)}")
 
-    @property
-    def p_value(self) -> Bound:
-        """The bound at the level of this promise."""
-        return partial(wsr, failure=self.failure) if self.bound == "wsr" else BOUNDS[self.bound]
+    def losses(self, trials: Trials) -> tuple[NDArray[np.float64], bool]:
+        """What the bound is given, and whether losses below 0 were clipped for it.
 
-    def needed(self, mean: float) -> int | None:
-        """How many rows certify a setting whose mean loss turns out to be `mean`; None if no number does."""
-        if self.bound != CRC:
-            return samples_needed(self.p_value, self.tolerance, self.failure, mean)
-        if mean >= self.tolerance:
-            return None
-        return math.ceil((1 - self.tolerance) / (self.tolerance - mean) - 1e-9)  # (n · mean + 1) / (n + 1) <= tolerance
+        Args:
+            trials: Settings on rows.
+
+        Returns:
+            Losses, [Λ, N].
+
+        Raises:
+            ValueError: A loss is NaN, or above 1.
+        """
+        losses = checked(trials.losses, -math.inf, 1, ndim=2)
+        clipped = self.bound != "wsr" and bool((losses < 0).any())
+        return (np.maximum(losses, 0) if clipped else losses), clipped
 
 
 # ---------------------------------------------------------------- what is known about settings
@@ -189,8 +188,8 @@ class RowCertificate(Result):
         saving: 1 - cost over that of the plain full network, on the calibration rows; below 0 where it costs more.
         exit_shares: Share of the calibration rows that leave at each exit, [E].
         clipped: Whether negative losses were clipped at 0, for a bound that knows none.
-        needed: If no early leaving is certified, how many rows would certify the safest, with its mean loss; None: no
-            number would.
+        needed: If no early leaving is certified, about how many rows would certify the safest, with losses like these
+            (`RowPromise.needed_like`); None: no number would, or none within reason.
     """
 
     schema = SCHEMA
@@ -274,9 +273,8 @@ def costs_words(cost: float) -> str:
 def certify(trials: Trials, promise: RowPromise, *, seed: int = 0) -> RowCertificate:
     """The boldest threshold for which the promise holds.
 
-    Angelopoulos et al. (2021), "Learn then Test": settings are tested from safe to bold, up to the first that fails;
-    the last that passed is taken, never one behind a gap. Or Angelopoulos et al. (2024), "Conformal Risk Control", on
-    losses made monotone from the safe side.
+    One sequence of `offramp.risk.search`, of thresholds from safe to bold: the last that passed is taken, which is the
+    cheapest of them, never one behind a gap.
 
     Args:
         trials: Settings on the calibration rows; chosen, like the probabilities, without a look at these rows.
@@ -289,28 +287,22 @@ def certify(trials: Trials, promise: RowPromise, *, seed: int = 0) -> RowCertifi
     Raises:
         ValueError: A loss is outside of what the bound knows.
     """
-    order = torch.as_tensor(np.random.default_rng(seed).permutation(trials.losses.shape[1]))
-    losses = checked(trials.losses[:, order], -math.inf, 1, ndim=2)
-    clipped = promise.bound != "wsr" and bool((losses < 0).any())
-    losses = np.maximum(losses, 0) if clipped else losses
-    if promise.bound == CRC:
-        controlled = conformal_risk_control(losses, promise.tolerance)
-        passed, values = controlled.passed, controlled.risks[: len(controlled.passed) + 1]
-    else:
-        sequence = fixed_sequence((promise.p_value(row, promise.tolerance) for row in losses), promise.failure)
-        passed, values = sequence.passed, sequence.p_values
-    index = passed[-1] if passed else 0
+    losses, clipped = promise.losses(trials)
+    losses = losses[:, np.random.default_rng(seed).permutation(losses.shape[1])]
+    outcome = search([range(len(losses))], losses.__getitem__, lambda setting: -setting, promise)
+    index = outcome.selected or 0
     tests = tuple(
         {
-            "threshold": _json(trials.thresholds[s]), "loss": float(losses[s].mean()), "p_value": value,
-            "cost": trials.cost(s), "passed": s in passed,
+            "threshold": _json(trials.thresholds[test.setting]), "loss": test.loss, "p_value": test.p_value,
+            "cost": trials.cost(test.setting), "passed": test.passed,
         }
-        for s, value in enumerate(values)
+        for test in outcome.tests
     )  # fmt: skip
-    safest = min(1, len(losses) - 1)
+    safest = losses[min(1, len(losses) - 1)]
     return RowCertificate(
-        promise, bool(passed), trials.thresholds[index], index, len(order), seed, tests, 1 - trials.cost(index),
-        tuple(trials.shares(index)), clipped, None if index else promise.needed(float(losses[safest].mean())),
+        promise, outcome.selected is not None, trials.thresholds[index], index, losses.shape[1], seed, tests,
+        1 - trials.cost(index), tuple(trials.shares(index)), clipped,
+        None if index else promise.needed_like(promise.failure, safest, seed),
     )  # fmt: skip
 
 

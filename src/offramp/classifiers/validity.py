@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from offramp.classifiers.certify import RowPromise, Trials, certify
+from offramp.classifiers.certify import RowPromise, Trials
 from offramp.metrics.bootstrap import exact_interval
 from offramp.risk.bounds import check_level
+from offramp.risk.validity import judged, recalibrated
 from offramp.runs.results import Result
 
 
@@ -84,19 +85,18 @@ def validate(
     if (rows := trials.losses.shape[1]) < 2:
         raise ValueError(f"there are {rows} rows; at least 2 are needed, to calibrate and to judge by")
     certifying = min(max(round(share * rows), 1), rows - 1)
-    above_pool = above_held_out = never = 0
-    losses, savings = [], []
-    for repeat in range(repeats):
-        part = np.random.default_rng(seed + repeat).integers(0, rows, certifying)
-        rest = np.setdiff1d(np.arange(rows), part)
-        index = certify(trials.take(part), promise, seed=seed + repeat).index
-        held_out = trials.take(rest)
-        losses.append(float(held_out.losses[index].double().mean()))
-        savings.append(1 - held_out.cost(index))
-        never += index == 0
-        above_pool += bool(pool[index] > promise.tolerance)
-        above_held_out += losses[-1] > promise.tolerance
+    losses, _ = promise.losses(trials)
+    draws = [(seed + r, np.random.default_rng(seed + r).integers(0, rows, certifying)) for r in range(repeats)]
+    selected = recalibrated(
+        (part[np.random.default_rng(order).permutation(certifying)] for order, part in draws), [range(len(losses))],
+        lambda setting, part: losses[setting, part], lambda setting, part: -setting, promise,
+    )  # fmt: skip
+    found = [setting or 0 for setting in selected]
+    rests = (trials.take(np.setdiff1d(np.arange(rows), part)) for _, part in draws)
+    seen = [(float(rest.losses[s].double().mean()), 1 - rest.cost(s)) for s, rest in zip(found, rests, strict=True)]
+    held_out, savings = zip(*seen, strict=True)
+    in_pool, elsewhere = judged(selected, pool[found].tolist(), promise), judged(selected, held_out, promise)
     return Validity(
-        promise, repeats, rows, certifying, above_pool, above_held_out, never,
-        float(np.mean(losses)), float(np.mean(savings)),
+        promise, repeats, rows, certifying, in_pool.above, elsewhere.above, found.count(0), elsewhere.loss,
+        float(np.mean(savings)),
     )  # fmt: skip

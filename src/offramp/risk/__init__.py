@@ -21,44 +21,36 @@ from offramp.risk.bounds import (
     wsr,
 )
 
-# choosing a setting
-from offramp.risk.control import (
-    Certified,
-    Chains,
-    MeanControlled,
-    ParetoTested,
-    chains,
-    conformal_risk_control,
-    fixed_sequence,
-    pareto_front,
-    pareto_testing,
-    split,
-)
+# which settings of a sequence pass
+from offramp.risk.control import Certified, conformal_risk_control, fixed_sequence, pareto_front
 
 # what is lost on a prompt
 from offramp.risk.losses import best_reference, risk_consistency, tail, textual_consistency
 
+# what is promised, and which setting of several sequences is chosen
+from offramp.risk.promise import CRC, Promised
+from offramp.risk.search import Outcome, Test, search
+
 __all__ = [
     "BOUNDS",
+    "CRC",
     "Bound",
     "Certified",
-    "Chains",
-    "MeanControlled",
-    "ParetoTested",
+    "Outcome",
+    "Promised",
+    "Test",
     "best_reference",
     "binomial",
-    "chains",
     "conformal_risk_control",
     "fixed_sequence",
     "hoeffding",
     "hoeffding_bentkus",
     "hoeffding_signed",
     "pareto_front",
-    "pareto_testing",
     "risk_consistency",
     "samples_needed",
     "samples_needed_like",
-    "split",
+    "search",
     "tail",
     "textual_consistency",
     "wsr",

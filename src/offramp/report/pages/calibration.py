@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from offramp.calibration.certificate import BEFORE, SCHEMA, Certificate
-from offramp.calibration.promise import CRC
 from offramp.calibration.result import tests_table
 from offramp.calibration.spending import MEASURES
 from offramp.calibration.splits import TEST
 from offramp.calibration.validate import READING
 from offramp.evaluation.result import COLUMNS
 from offramp.report.pages.blocks import Block, Page, Section, Text, facts, repeat, svg
+from offramp.risk import CRC
 from offramp.runs.tables import Table
 
 PICTURE = "calibrate.svg"

@@ -1,0 +1,124 @@
+"""Going through settings in a fixed order, asking for losses only as long as the promise holds; the cheapest is taken.
+
+Why the cheapest may be taken by costs that were measured on the certification draws themselves: with probability at
+least 1 - failure, *all* settings that pass keep the tolerance at once (fixed-sequence testing at level failure / k in
+each of k sequences, whose orders the certification draws have no part in). On that event no choice among them can
+break the promise, however it depends on these draws. "Never exit" joins them at no price where losses are relative to
+the full model as it is: it loses nothing, so it may be taken where none of them is cheaper. Relative to another number
+format, or to another last exit, it may lose, so it heads a sequence and has to pass like the others. What may not
+depend on the certification draws are the orders and the number of sequences; leaving settings out beforehand for their
+cost on other draws (the tuning part) only shortens an order. Under conformal risk control losses are made monotone
+along the one sequence, so that whatever is chosen among the allowed settings loses at most what the last of them does,
+whose mean is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.risk.control import conformal_risk_control, fixed_sequence
+from offramp.risk.promise import CRC, Promised
+
+
+@dataclass(frozen=True)
+class Test:
+    """One setting that was looked at.
+
+    Attributes:
+        setting: Which, counted from 0.
+        chain: In which sequence.
+        loss: Mean of its losses.
+        p_value: Of "the mean loss of new draws is above the tolerance"; under conformal risk control, what is
+            compared with the tolerance: (n · mean + 1) / (n + 1), of losses made monotone along the sequence.
+        passed: Whether the setting is certified.
+    """
+
+    __test__ = False  # not one of pytest's
+
+    setting: int
+    chain: int
+    loss: float
+    p_value: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is certified.
+
+    Attributes:
+        selected: The cheapest certified setting, never one that failed; None: nothing is certified, or none of it is
+            cheap enough: never exit.
+        tests: The settings that were looked at, in their order.
+        level: At which each sequence was tested: `failure`, divided among the sequences.
+    """
+
+    selected: int | None
+    tests: tuple[Test, ...]
+    level: float
+
+
+def search(
+    sequences: Sequence[Sequence[int]],
+    losses: Callable[[int], NDArray[np.float64]],
+    cost: Callable[[int], float],
+    promise: Promised,
+    *,
+    below: float = math.inf,
+) -> Outcome:
+    """Certify settings.
+
+    Angelopoulos et al. (2021), "Learn then Test", fixed-sequence testing, from several starts without passing on the
+    share of a sequence that went through. Or Angelopoulos et al. (2024), "Conformal Risk Control".
+
+    Args:
+        sequences: Settings from safe to bold, in orders that the losses have no part in; several share `failure`.
+        losses: Of a setting, one per independent draw. Asked for up to the first failure of each sequence.
+        cost: Of a setting, asked only of certified ones; may have been measured on the same draws. Between equals, the
+            earlier sequence and the safer setting is taken.
+        promise: What is to hold.
+        below: What the cost of the chosen setting must be below.
+
+    Returns:
+        The cheapest certified setting, and all that were looked at.
+
+    Raises:
+        ValueError: No sequence, several ones for conformal risk control, or a loss or cost outside its range.
+    """
+    if not sequences:
+        raise ValueError("sequences is empty; at least one is needed")
+    if promise.bound == CRC and len(sequences) > 1:
+        raise ValueError("conformal risk control has no failure probability to divide among chains; use path or pareto")
+    level, tests = promise.failure / len(sequences), list[Test]()
+    bound = promise.bound_at(level)
+
+    def asked(sequence: Sequence[int], means: list[float]) -> Iterator[NDArray[np.float64]]:
+        for setting in sequence:
+            values = losses(setting)
+            means.append(float(values.mean()))
+            yield values
+
+    for chain, sequence in enumerate(sequences):
+        means: list[float] = []
+        given = asked(sequence, means)
+        if promise.bound == CRC:
+            found = conformal_risk_control(given, promise.tolerance)
+        else:
+            found = fixed_sequence((bound(values, promise.tolerance) for values in given), level)
+        tests += [
+            Test(setting, chain, mean, p, at in found.passed)
+            for at, (setting, mean, p) in enumerate(zip(sequence, means, found.p_values, strict=False))
+        ]
+    return Outcome(_cheapest((test.setting for test in tests if test.passed), cost, below), tuple(tests), level)
+
+
+def _cheapest(settings: Iterable[int], cost: Callable[[int], float], below: float) -> int | None:
+    costs = {setting: float(cost(setting)) for setting in settings}
+    if strange := [setting for setting, value in costs.items() if math.isnan(value)]:
+        raise ValueError(f"the cost of setting {strange[0]} is nan; it must be a number")
+    return min((setting for setting, value in costs.items() if value < below), key=costs.__getitem__, default=None)
