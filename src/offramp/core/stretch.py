@@ -15,6 +15,7 @@ import torch
 from offramp.core.batch import Batch, Step
 from offramp.core.confidence import max_probability, softmax_gap
 from offramp.core.skipped_kv import Propagate
+from offramp.core.vocabulary import kept_sizes
 
 _MEASURES = ((max_probability, "max"), (softmax_gap, "softmax"))
 _MOST = 8  # tokens of a call: what is generated is shown, and Ctrl-C is heard, behind them
@@ -133,10 +134,9 @@ def stretch_of(batch: Batch) -> Stretch | None:
     if batch.context.memory is not None and not set(range(plan.last)) <= set(batch.context.crossed):
         return None  # blocks that are visited for the first time see to the encoder's output
     frequent, protected, keep = batch.frequent, batch.protected, None
+    skip, scored = (protected, plan.vocabulary) if frequent is None else (frequent.places, len(frequent.tokens))
     if plan.pruning is not None:
-        skipped = len(protected) if frequent is None else len(frequent.places)
-        scored = plan.vocabulary if frequent is None else len(frequent.tokens)
-        keep = min(plan.pruning.first_size(), scored - skipped)
+        (keep,) = kept_sizes([plan.pruning.first_size()], scored, skip)
     engine = model.stretch(
         batch.context,
         exits=tuple(plan.thresholds),
@@ -144,7 +144,7 @@ def stretch_of(batch: Batch) -> Stretch | None:
         confidence=named or "max",
         tokens=None if frequent is None else frequent.tokens,
         keep=keep,
-        skip=protected if frequent is None else frequent.places,
+        skip=skip,
         always=protected if frequent is None else frequent.tokens[frequent.places],
         left=way.left,
         filled=way.done[: model.num_layers],

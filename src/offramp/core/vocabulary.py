@@ -104,6 +104,11 @@ class Pruning:
         return found
 
 
+def kept_sizes(sizes: Sequence[int], scored: int, protected: Tensor) -> list[int]:
+    """How many ranked ids rows keep: what the rule says, or all that are scored and not protected."""
+    return [min(size, scored - len(protected)) for size in sizes]
+
+
 class Kept:
     """The kept tokens of A rows within one token step, best first, and the head's rows for them.
 
@@ -142,8 +147,7 @@ class Kept:
         Returns:
             These, found by `rank`, which an engine may have a faster one of (see `SplitModel.rank`).
         """
-        others = logits.shape[1] - len(protected)
-        sizes = [min(size, others) for size in sizes]
+        sizes = kept_sizes(sizes, logits.shape[1], protected)
         return cls(rank(logits, max(sizes), protected), sizes, protected)
 
     def gather(self, model: SplitModel) -> HeadRows:
@@ -262,7 +266,7 @@ class Frequent:
 
     def shrunk(self, logits: Tensor, sizes: list[int]) -> Kept:
         """The `sizes[a]` best unprotected ids of each row in the order of logits [A, K]; copies their head rows."""
-        sizes = [min(size, len(self.tokens) - len(self.places)) for size in sizes]
+        sizes = kept_sizes(sizes, len(self.tokens), self.places)
         order = ranked(logits, max(sizes), self.places)  # [A, K']
         columns = torch.cat([order, self.places.expand(len(order), -1)], dim=1)
         return Kept(self.tokens[order], sizes, self.tokens[self.places], self.rows.columns(columns))

@@ -18,5 +18,3 @@ from offramp.evaluation.records import decode_records as decode_records
 from offramp.evaluation.result import Evaluation as Evaluation
 from offramp.evaluation.summary import ArmSummary as ArmSummary
 from offramp.evaluation.summary import summarise as summarise
-from offramp.metrics.bootstrap import Bootstrap as Bootstrap
-from offramp.metrics.bootstrap import Interval as Interval
