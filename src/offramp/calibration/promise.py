@@ -108,14 +108,7 @@ class Promise(Promised):
         return 0.0 if text == other else 1 - METRICS[self.metric](text, [other])
 
     def unit_of(self, groups: Sequence[str]) -> NDArray[np.intp]:
-        """The unit of each example, counted from 0: every prompt is one, or every group.
-
-        Args:
-            groups: Of each example.
-
-        Returns:
-            [N].
-        """
+        """The unit of each of N examples, counted from 0, [N]: every prompt is one, or every group."""
         if self.unit == "prompt":
             return np.arange(len(groups))
         return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]

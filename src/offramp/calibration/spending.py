@@ -61,15 +61,7 @@ def is_timed(measure: str) -> bool:
 
 
 def spent(records: Sequence[Record], measure: str) -> Spent:
-    """What records of a setting say of a measure.
-
-    Args:
-        records: Of one setting.
-        measure: One of `MEASURES`.
-
-    Returns:
-        Amounts and counts.
-    """
+    """Amounts and counts that records of one setting have of a measure, one of `MEASURES`."""
     counts = np.ones(len(records))
     if measure == "flops":
         return Spent(np.array([float(r.flops) for r in records]), counts)

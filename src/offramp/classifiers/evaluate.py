@@ -66,15 +66,7 @@ class Settings:
 
 
 def charged(costs: Tensor, posterior: Posterior) -> Tensor:
-    """FLOPs of a row up to and including each exit, with what the method adds at all exits so far.
-
-    Args:
-        costs: Without it, [E].
-        posterior: The method.
-
-    Returns:
-        [E], float64.
-    """
+    """FLOPs of a row up to and including each exit, float64 [E], with what the method adds at all exits so far."""
     added = [float(posterior.overhead(exit).counted) for exit in range(len(costs))]
     return costs.double().cpu() + torch.tensor(added, dtype=torch.float64).cumsum(0)
 

@@ -176,14 +176,7 @@ def epochs_of(result: Result) -> list[Epoch]:
 
 
 def truncated_in(results: Sequence[Result]) -> tuple[str, ...]:
-    """What to say of texts that were cut; nothing where none was, or nobody knows, as in runs of older versions.
-
-    Args:
-        results: Of runs.
-
-    Returns:
-        One sentence, or none.
-    """
+    """One sentence on texts that were cut; none where none was, or nobody knows, as in runs of older versions."""
     known = [result["truncated"] for result in results if "truncated" in result]
     most = {split: max(counts[split] for counts in known) for split in known[0]} if known else {}
     if not any(most.values()):

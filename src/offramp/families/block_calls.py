@@ -18,18 +18,7 @@ _builders_cache_name = cache(cache_name)  # only ever asked of transformers' own
 
 
 def run_block(split: Network, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
-    """States after a block; its keys and values go into the context's cache.
-
-    Args:
-        split: The model.
-        index: The block, counted from 0.
-        hidden: States before it, [A, n, D].
-        frame: Whose they are.
-        context: That of the batch.
-
-    Returns:
-        States, [A, n, D].
-    """
+    """States [A, n, D] after block `index`, counted from 0; its keys and values go into the context's cache."""
     layer_cache: Any = context.cache.layers[index]
     layer_cache.rows, layer_cache.length = frame.rows, frame.start
     kind = split.types[index]

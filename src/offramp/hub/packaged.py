@@ -6,7 +6,6 @@ and loaded from there like any local folder.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from offramp.hub.catalogue import PACKAGED, Packaged
 from offramp.hub.messages import ModelError, first_line, quiet, say
+from offramp.runs.digests import of_file
 
 _MIB = 1 << 20
 
@@ -84,7 +84,7 @@ def _is_complete(folder: Path) -> bool:
     """Whether every file has the checksum that `SOURCE.json` lists for it."""
     try:
         sums: dict[str, str] = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))["sha256"]
-        return bool(sums) and all(_sha256(folder / file) == wanted for file, wanted in sums.items())
+        return bool(sums) and all(of_file(folder / file) == wanted for file, wanted in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -119,7 +119,7 @@ def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
             f"{free} MiB free at {folder.parent}, but converting {packaged.title} takes {packaged.converted_mib} MiB; "
             "make room, or set OFFRAMP_CACHE to a folder with more"
         )
-    if (digest := _sha256(weights)) != packaged.sha256:
+    if (digest := of_file(weights)) != packaged.sha256:
         raise ModelError(
             f"{weights} has SHA-256 {digest}, not {packaged.sha256}: a damaged file or another version; "
             f"run: {packaged.install} --force-reinstall"
@@ -182,7 +182,7 @@ def _write_source(packaged: Packaged, out: Path) -> None:
         "package": f"{packaged.distribution}=={packaged.version}",
         "weights_sha256": packaged.sha256,
         "transformers": transformers.__version__,
-        "sha256": {path.name: _sha256(path) for path in sorted(out.iterdir())},
+        "sha256": {path.name: of_file(path) for path in sorted(out.iterdir())},
     }
     (out / "SOURCE.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -196,8 +196,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
+from offramp.evaluation.records import settle
 from offramp.lm.bench_arms import REFERENCE, Arms
 from offramp.lm.bench_rounds import Round, Turn
 from offramp.peers import Peer, PeerError
@@ -81,22 +82,13 @@ class Players:
 def run(
     lm: LanguageModel, arm: str, policy: ExitPolicy | None, inputs: Mapping[str, Tensor], tokens: int, turn: Turn
 ) -> None:
-    """One timed generation.
-
-    Args:
-        lm: The model.
-        arm: `REFERENCE` is the model's own `generate`.
-        policy: The policy.
-        inputs: The batch.
-        tokens: Tokens generated per row; none ends it.
-        turn: Where it is added.
-    """
+    """One timed generation by an arm (`REFERENCE`: the model's own `generate`), `tokens` per row, added to the turn."""
     seen: list[float] = []
 
     def note() -> None:
         """When the first token is known."""
         if not seen:
-            _synchronize(lm)
+            settle(lm)
             seen.append(time.perf_counter())
 
     def known(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
@@ -104,7 +96,7 @@ def run(
         note()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    _synchronize(lm)
+    settle(lm)
     began = time.perf_counter()
     with endless(lm), lm.decoder.at_work() if arm != REFERENCE else nullcontext():
         if arm == REFERENCE:
@@ -116,7 +108,7 @@ def run(
             for step in stream:
                 note()
                 steps.append(step)
-    _synchronize(lm)
+    settle(lm)
     ended = time.perf_counter()
     turn.seconds += ended - began
     turn.first.append((seen or [ended])[0] - began)
@@ -151,8 +143,3 @@ def exact_tokens(lm: LanguageModel, batches: Batches, tokens: int) -> list[list[
     model.generation_config.eos_token_id = None
     made = [model.generate(**inputs, **greedy(tokens)) for inputs in batches]
     return [row for output in made for row in output[:, -tokens:].tolist()]
-
-
-def _synchronize(lm: LanguageModel) -> None:
-    if lm.split.device.type == "cuda":
-        torch.cuda.synchronize()

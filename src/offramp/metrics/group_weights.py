@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.metrics.calibration import auroc
 from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import mean_of
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 TOO_FEW = 0.005
@@ -86,7 +87,7 @@ def weight_diagnostics(
     if minority is not None:
         minority = minority.bool()
         share = float(minority.double().mean())
-        precision, recall = _mean(minority[touched]), _mean(touched[minority])
+        precision, recall = mean_of(minority[touched]), mean_of(touched[minority])
         area = auroc(w.numpy(), minority.double().numpy())
     return WeightDiagnostics(
         float(touched.double().mean()),
@@ -123,7 +124,3 @@ def minority_rows(labels: Tensor, attribute: Tensor) -> Tensor:
     values = (counts.sum(0) > 0).sum()
     minority = (counts < expected - 1e-9) & (counts < counts.sum(1, keepdim=True) / values)
     return known & minority[labels, attribute.clamp(min=0)]
-
-
-def _mean(hits: Tensor) -> float | None:
-    return float(hits.double().mean()) if len(hits) else None

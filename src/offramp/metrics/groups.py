@@ -156,8 +156,8 @@ def group_report(
             GroupNumbers(
                 name, n, binomial(right, n, level=level, method="wilson"), float(grades.nlpd.mean()),
                 reliability(grades).error if n >= SMALLEST_ECE else None,
-                _mean(said[true == 1] == 1) if two else None, _mean(said[true == 0] == 1) if two else None,
-                None if known is None else _mean((said == known[1])[known[0]]), n < smallest,
+                mean_of(said[true == 1] == 1) if two else None, mean_of(said[true == 0] == 1) if two else None,
+                None if known is None else mean_of((said == known[1])[known[0]]), n < smallest,
             )
         )  # fmt: skip
     adjusted = None if train_counts is None or groups.overlap else adjusted_average(numbers, train_counts)
@@ -211,5 +211,6 @@ def flip_rate(answers: Tensor, pairs: Tensor, level: float = 0.95) -> tuple[Shar
     return binomial(flips, n, level=level, method="wilson"), n
 
 
-def _mean(hits: Tensor) -> float | None:
+def mean_of(hits: Tensor) -> float | None:
+    """Of N values; None if there are none."""
     return float(hits.double().mean()) if len(hits) else None

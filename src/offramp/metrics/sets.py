@@ -132,17 +132,7 @@ def nestedness(size: Tensor, shared: Tensor, empty: Tensor, shared_empty: Tensor
 
 
 def binomial(count: int, trials: int, *, level: float = 0.95, method: Method = "exact") -> Share:
-    """A share with its interval.
-
-    Args:
-        count: How often it happened.
-        trials: Of how many.
-        level: Of the interval, in (0, 1).
-        method: "exact" or "wilson".
-
-    Returns:
-        count / trials and the ends.
-    """
+    """A share, count / trials, with its interval at a level in (0, 1), by the method "exact" or "wilson"."""
     from scipy.stats import binomtest
 
     ends = binomtest(count, trials).proportion_ci(confidence_level=level, method=method)

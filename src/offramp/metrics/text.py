@@ -251,15 +251,7 @@ def corpus_scores(
 
 
 def corpus_metric(name: str, references: Sequence[Sequence[str]]) -> Any:
-    """What `sacrebleu` computes a corpus score with.
-
-    Args:
-        name: "bleu" or "chrf".
-        references: Of all samples, which decide how BLEU divides them.
-
-    Returns:
-        An object of `sacrebleu.BLEU` or `sacrebleu.CHRF`.
-    """
+    """What `sacrebleu` scores a corpus with, "bleu" or "chrf"; all references decide how BLEU divides them."""
     package = _require("sacrebleu")
     if name == "chrf":
         return package.CHRF()

@@ -141,16 +141,7 @@ def tables(results: Sequence[Result], rule: str, most: int | None = None) -> str
 
 
 def tables_of(methods: Methods, rule: str, most: int | None = None) -> list[Table]:
-    """The tables of the methods with one teacher; those that have nothing to say are left out.
-
-    Args:
-        methods: Results by name.
-        rule: By which epochs are chosen.
-        most: As for `tables`.
-
-    Returns:
-        The tables, in the order of reading.
-    """
+    """The tables of the methods with one teacher, in the order of reading, but those that have nothing to say."""
     found = [
         methods_table(methods, rule), matched_table(methods, rule), groups_of_methods(methods, rule),
         changes_of_methods(methods),
@@ -229,15 +220,7 @@ def changes_of_methods(methods: Methods) -> Table:
 
 
 def exits_of_methods(methods: Methods, most: int | None = None) -> Table:
-    """Every exit by group, mean over seeds: accuracy, confidence, who leaves there, and what a group costs.
-
-    Args:
-        methods: Results by name.
-        most: How many methods to show; None: all.
-
-    Returns:
-        A row for each group of each method.
-    """
+    """A row per group of `most` methods, mean over seeds: accuracy, confidence, leavers and cost of each exit."""
     shown = list(methods)[:most]
     found = {name: mean_exits(methods[name]) for name in shown}
     rows = [[name if g == 0 else "", *row] for name, exits in found.items() for g, row in enumerate(exits_rows(exits))]
@@ -329,12 +312,7 @@ def _difference(result: Paired) -> dict[str, Any]:
 
 
 def write_groups(results: Sequence[Result], path: Path) -> None:
-    """Write a CSV file: a row for each group of each run, at the epoch that its study's rule chose.
-
-    Args:
-        results: Of a grid.
-        path: The file; one that is there is replaced.
-    """
+    """Write or replace a CSV file: a row per group of each run, at the epoch that its study's rule chose."""
     head = ["method", "teacher", "seed", "group", "n", "accuracy", "low", "high", "nll", "ece", "tpr", "fpr"]
     head += ["change_from_teacher", "exit_accuracy", "mean_exit", "mean_flops"]
     rows = []

@@ -101,15 +101,7 @@ def exits_under(thresholds: Sequence[float], confidences: Tensor) -> Tensor:
 
 
 def losses_under(losses: Tensor, exits: Tensor) -> Tensor:
-    """The losses of rows where they leave.
-
-    Args:
-        losses: Of each exit, [E, N].
-        exits: Places of exits under each threshold, [Λ, N].
-
-    Returns:
-        [Λ, N].
-    """
+    """The losses of rows where they leave, [Λ, N], from those at each exit [E, N] and places of exits [Λ, N]."""
     return losses.gather(0, exits)
 
 

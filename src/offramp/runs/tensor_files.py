@@ -49,13 +49,7 @@ class Part:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """Write tensors by name, atomically.
-
-    Args:
-        path: The file; an older one is replaced.
-        tensors: On any device.
-        header: Texts to keep with them; "digest" is added.
-    """
+    """Write tensors by name, atomically, over an older file, with texts for its header, where "digest" is added."""
     write_parts(path, {n: Part(t.dtype, tuple(t.shape), [_bytes(t)]) for n, t in tensors.items()}, header or {})
 
 
