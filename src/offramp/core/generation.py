@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from offramp.core.batch import Step
 from offramp.core.costs import Costs
 from offramp.core.token_text import pieces, tinted
 from offramp.runs.frames import Rows
@@ -69,3 +70,18 @@ class Generation(Rows):
             for row, each in enumerate(lists)
             for position, values in enumerate(zip(*each, strict=True))
         )
+
+
+def by_row(steps: Iterable[Step], rows: int) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+    """Tokens, exit layers and confidences, one list per row; positions behind a row's end have no part in them."""
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    layers: list[list[int]] = [[] for _ in range(rows)]
+    confidences: list[list[float]] = [[] for _ in range(rows)]
+    for step in steps:
+        columns = (step.active.tolist(), step.token.tolist(), step.exit_layer.tolist(), step.confidence.tolist())
+        for row, (active, token, layer, confidence) in enumerate(zip(*columns, strict=True)):
+            if active:
+                tokens[row].append(token)
+                layers[row].append(layer)
+                confidences[row].append(confidence)
+    return tokens, layers, confidences

@@ -18,7 +18,7 @@ from offramp.core.custom_generate import Prepared, prepare
 from offramp.core.decoding import Step
 from offramp.core.engine import Engine, Engines
 from offramp.core.exits import Exits
-from offramp.core.generation import Generation
+from offramp.core.generation import Generation, by_row
 from offramp.core.generation_options import GenerationOptions, checked, most_new_tokens
 from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
@@ -364,16 +364,7 @@ class LanguageModel:
 
     def _collect(self, ids: Tensor, steps: list[Step], costs: Costs) -> Generation:
         sequences = torch.cat([ids, *(step.token[:, None] for step in steps)], dim=1)
-        tokens: list[list[int]] = [[] for _ in ids]
-        layers: list[list[int]] = [[] for _ in ids]
-        confidences: list[list[float]] = [[] for _ in ids]
-        for step in steps:
-            lists = (step.active.tolist(), step.token.tolist(), step.exit_layer.tolist(), step.confidence.tolist())
-            for row, (active, token, layer, confidence) in enumerate(zip(*lists, strict=True)):
-                if active:
-                    tokens[row].append(token)
-                    layers[row].append(layer)
-                    confidences[row].append(confidence)
+        tokens, layers, confidences = by_row(steps, len(ids))
         texts = self.decode(tokens)
         return Generation(sequences, texts, layers, confidences, tokens, costs, self.num_layers, self.tokenizer)
 

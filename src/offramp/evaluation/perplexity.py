@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from offramp.core.costs import Ledger
-from offramp.core.decoding import decode
+from offramp.core.decoding import Step, decode
+from offramp.core.generation import by_row
 from offramp.core.plan import resolve
 from offramp.core.sampling import Sampler
 from offramp.core.token_text import pieces
@@ -252,25 +253,19 @@ def _score(
         eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
     )
     ledger = Ledger(lm.split.shape, device)
-    layers: list[list[int]] = [[] for _ in batch]
-    confidences: list[list[float | None]] = [[] for _ in batch]
-    first: dict[str, int] = {}
-    begun = 0.0
+    seen, first, begun = list[Step](), dict[str, int](), 0.0
     steps = decode(
         lm.decoder, padded[:, :1], policy, max_new_tokens=longest, sampler=sampler, ledger=ledger, adaptive=learner
     )
     for step in steps:
         first = prefill_parts(ledger.costs) if step.prefill else first
-        columns = zip(step.active.tolist(), step.exit_layer.tolist(), sure(step), strict=True)
-        for row, (active, layer, confidence) in enumerate(columns):
-            if active:
-                layers[row].append(layer)
-                confidences[row].append(confidence)
         begun = time.perf_counter() - began if step.prefill else begun
+        seen.append(step)
     settle(lm)
     seconds = (begun, time.perf_counter() - began)
     costs, shape = ledger.settle(), lm.split.shape
     readout = costs.parts["readout"]
     readout.flops -= forced.rereads * len(batch) * shape.readout_flops()
     readout.bytes -= forced.rereads * shape.readout_weights() * shape.element_size
-    return forced, layers, confidences, shares(costs, first, seconds, len(batch))
+    _, layers, confidences = by_row(seen, len(batch))
+    return forced, layers, sure(confidences), shares(costs, first, seconds, len(batch))

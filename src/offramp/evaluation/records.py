@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offramp.core.costs import Costs
+from offramp.core.decoding import Step
+from offramp.core.generation import by_row
 from offramp.core.generation_options import greedy
 from offramp.core.plan import resolve
 from offramp.core.token_text import pieces
@@ -22,7 +24,6 @@ from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
 if TYPE_CHECKING:
     from offramp.core.adaptive_threshold import AdaptiveThreshold
-    from offramp.core.decoding import Step
     from offramp.core.language_model import LanguageModel
     from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
@@ -205,25 +206,15 @@ def _generate(
     stream = lm.stream(prompts, policy=policy, **greedy(options))
     settle(lm)
     begun = time.perf_counter() - began  # with the encoder's pass
-    tokens: list[list[int]] = []
-    layers: list[list[int]] = []
-    confidences: list[list[float | None]] = []
-    first: dict[str, int] = {}
+    steps, first = list[Step](), dict[str, int]()
     for step in stream:
-        if not tokens:
-            tokens, layers = [[] for _ in step.token], [[] for _ in step.token]
-            confidences = [[] for _ in step.token]
-            first = prefill_parts(stream.costs) if step.prefill else {}
-        columns = zip(step.active.tolist(), step.token.tolist(), step.exit_layer.tolist(), sure(step), strict=True)
-        for row, (active, token, layer, confidence) in enumerate(columns):
-            if active:
-                tokens[row].append(token)
-                layers[row].append(layer)
-                confidences[row].append(confidence)
+        first = prefill_parts(stream.costs) if step.prefill else first
         begun = time.perf_counter() - began if step.prefill else begun
+        steps.append(step)
     settle(lm)
-    seconds = (begun, time.perf_counter() - began)
-    return tokens, layers, confidences, shares(stream.costs, first, seconds, len(tokens))
+    seconds, rows = (begun, time.perf_counter() - began), len(steps[0].token)
+    tokens, layers, confidences = by_row(steps, rows)
+    return tokens, layers, sure(confidences), shares(stream.costs, first, seconds, rows)
 
 
 def settle(lm: LanguageModel) -> None:
@@ -232,9 +223,9 @@ def settle(lm: LanguageModel) -> None:
         torch.cuda.synchronize()
 
 
-def sure(step: Step) -> list[float | None]:
-    """The confidences of a step, as `Record.confidences` has them."""
-    return [round(value, 4) if math.isfinite(value) else None for value in step.confidence.tolist()]
+def sure(confidences: list[list[float]]) -> list[list[float | None]]:
+    """Confidences of rows, as `Record.confidences` has them."""
+    return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in confidences]
 
 
 def prefill_parts(costs: Costs) -> dict[str, int]:
