@@ -14,7 +14,7 @@ CONTRACT := $(addprefix tests/test_,families.py custom_generate.py cache.py deco
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize test-oldest test-newest lint lock docs format clean
+.PHONY: help demo test sanitize test-oldest test-newest lint lock docs site format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ lock:  ## Write the locks anew: the newest and the oldest releases within the ra
 
 docs: .venv/ready  ## Write the page on the commands anew
 	$(BIN)/python -m typer offramp.cli utils docs --name offramp > docs/cli.md
+
+site: .venv/ready  ## Build the documentation's site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: .venv/ready  ## Format the code and mend what can be mended
 	$(BIN)/python -m ruff format .
