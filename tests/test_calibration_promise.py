@@ -11,7 +11,6 @@ from scipy import stats
 from offramp import ExitPolicy
 from offramp.calibration import THRESHOLDS, Grid, Promise, layer_thresholds, settings_of
 from offramp.calibration.grid import chains_of, paths_of
-from offramp.metrics.bootstrap import exact_interval
 from offramp.risk import conformal_risk_control
 from offramp.tasks import TASKS, Example
 from scripted_calibration import Script, examples, model
@@ -102,13 +101,6 @@ def test_the_upper_limit_of_coins_is_the_exact_one():
     expected = stats.binomtest(4, 80).proportion_ci(0.9, "exact").high  # two-sided 90 %: one-sided 95 %
     assert Promise("f1", kind="tail", margin=0.0).upper_limit(losses) == pytest.approx(expected, abs=1e-9)
     assert Promise("f1").upper_limit(np.ones(5)) == 1.0
-
-
-@given(st.integers(1, 300), st.data())
-def test_exact_intervals_are_those_of_scipy(trials, data):
-    count = data.draw(st.integers(0, trials))
-    expected = stats.binomtest(count, trials).proportion_ci(0.95, "exact")
-    np.testing.assert_allclose(exact_interval(count, trials), expected, atol=1e-9)
 
 
 # ---------------------------------------------------------------- the grid

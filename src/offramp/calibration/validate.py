@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration.promise import Promise
 from offramp.calibration.spending import Spent
-from offramp.metrics.bootstrap import exact_interval
+from offramp.metrics.sets import binomial
 from offramp.risk import CRC
 from offramp.risk.validity import judged, recalibrated
 from offramp.runs.results import Result
@@ -83,7 +83,7 @@ class Validation(Result):
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the exact intervals of both counts."""
         intervals = {
-            f"{name}_interval": exact_interval(getattr(self, name), self.repeats)
+            f"{name}_interval": binomial(getattr(self, name), self.repeats).ends
             for name in ("exceeded_population", "exceeded_held_out")
         }
         return {**super().to_dict(), **intervals}
@@ -112,7 +112,7 @@ class Validation(Result):
         )
 
     def _share(self, count: int) -> str:
-        low, high = exact_interval(count, self.repeats)
+        low, high = binomial(count, self.repeats).ends
         return f"{count} of {self.repeats} ({count / self.repeats:.1%}, exact 95 % interval {low:.1%} to {high:.1%})"
 
 

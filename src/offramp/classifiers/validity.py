@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offramp.classifiers.certify import RowPromise, Trials
-from offramp.metrics.bootstrap import exact_interval
+from offramp.metrics.sets import binomial
 from offramp.risk.bounds import check_level
 from offramp.risk.validity import judged, recalibrated
 from offramp.runs.results import Result
@@ -50,7 +50,7 @@ class Validity(Result):
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with exact intervals of both counts."""
         intervals = {
-            f"{name}_interval": exact_interval(getattr(self, name), self.repeats)
+            f"{name}_interval": binomial(getattr(self, name), self.repeats).ends
             for name in ("above_pool", "above_held_out")
         }
         return {**super().to_dict(), **intervals}

@@ -26,6 +26,11 @@ class Share:
     low: float
     high: float
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high."""
+        return self.low, self.high
+
 
 @dataclass(frozen=True)
 class ExitSets:
