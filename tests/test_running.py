@@ -12,6 +12,7 @@ from offramp.core.running import Asked, RunningBatch
 from offramp.core.sampling import Sampler
 from offramp.families import SplitModel
 from offramp.native.model import NativeModel
+from test_drafter import drafting
 from tiny import LAYERS, tiny
 
 POLICIES = {
@@ -75,11 +76,33 @@ def served(batch, asked, seed=0):
 def test_each_row_gets_what_it_gets_alone(policy, name, engine):
     split = split_of(name, engine)
     asked = requests(9, split.shape.vocabulary)
-    batch = RunningBatch(split, POLICIES[policy], rows=3, longest=48, chunk=7, eos=(EOS,))
+    batch = RunningBatch(split, POLICIES[policy], rows=3, longest=48, chunk=7, eos=(EOS,), draft_rows=3)
     made = served(batch, asked)
     assert made == [alone(split, POLICIES[policy], one) for one in asked]
     assert batch.ledger.costs.tokens == sum(map(len, made))
     assert batch.ledger.costs.exit_layers == sum(layer for tokens in made for _, layer in tokens)
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+@pytest.mark.parametrize("accept", [1.0, 0.3])
+@pytest.mark.parametrize("draft_rows", [0, 1, 2, 4])
+def test_rows_with_a_drafter_get_what_they_get_alone(draft_rows, accept, engine):
+    """Whether they draft depends on how many are active; what they write does not."""
+    split = split_of("llama", engine)
+    split.exits = drafting(split, frequent=list(range(4, 60)))
+    policy = offramp.ExitPolicy(
+        confidence="max", threshold=0.0, min_layer=0, vocabulary="frequent", skipped="verify", draft_length=3,
+        accept=accept,
+    )  # fmt: skip
+    asked = requests(9, split.shape.vocabulary)
+    batch = RunningBatch(split, policy, rows=4, longest=48, chunk=7, eos=(EOS,), draft_rows=draft_rows)
+    made = served(batch, asked)
+    expected = [alone(split, policy, one) for one in asked]
+    assert [[token for token, _ in row] for row in made] == [[token for token, _ in row] for row in expected]
+    if draft_rows == 4 or accept < 1:
+        assert made == expected
+    if draft_rows == 0 and accept == 1:
+        assert {layer for row in made for _, layer in row} == {LAYERS}
 
 
 @pytest.mark.parametrize("policy", ["full", "max", "verify"])
@@ -90,7 +113,8 @@ def test_rows_draw_with_generators_of_their_own(policy):
         for seed, one in enumerate(requests(6, split.shape.vocabulary))
     ]
     batch = RunningBatch(split, POLICIES[policy], rows=4, longest=48, eos=(EOS,))
-    expected = [alone(split, POLICIES[policy], one, seed) for seed, one in enumerate(asked)]
+    drafts = policy == "verify"  # whether one drafts depends on the others, so what is drawn must not
+    expected = [alone(split, None if drafts else POLICIES[policy], one, seed) for seed, one in enumerate(asked)]
     assert served(batch, asked) == expected
 
 
@@ -99,7 +123,7 @@ def test_a_row_may_go_at_full_depth_beside_others_that_leave(policy):
     split = split_of("llama", "native")
     one, other = requests(2, split.shape.vocabulary, seed=5)
     full = Asked(one.ids, 12, sampler(), threshold=None)
-    batch = RunningBatch(split, POLICIES[policy], rows=2, longest=48, eos=(EOS,))
+    batch = RunningBatch(split, POLICIES[policy], rows=2, longest=48, eos=(EOS,), draft_rows=2)
     made = served(batch, [full, other])
     assert made[0] == alone(split, None, full)
     assert {layer for _, layer in made[0]} == {LAYERS}

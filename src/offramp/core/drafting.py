@@ -45,6 +45,7 @@ class DraftingBatch(VerifyingBatch):
                 "min_layer is 0, but there are no drafters for encoder-decoders; draft after one of their layers"
             )
         self.before: dict[int, Tensor] = {}
+        self.unvisited: set[int] = set()  # rows whose tokens now go deep without the drafter
 
     def first(self, **inputs: Any) -> Read:
         """As in `Batch`."""
@@ -65,10 +66,13 @@ class DraftingBatch(VerifyingBatch):
         """As in `VerifyingBatch`."""
         super().restart(row)
         self.before.pop(row, None)
+        self.unvisited.discard(row)
 
     def read(self, rows: list[int] | None = None) -> Read:
         """As in `Batch`; alone, a row makes all its drafts, and what is left is to check them."""
         if not self._alone:
+            rows = self.drafting if rows is None else rows
+            self.unvisited |= {row for row in rows if not self.most[row] and not self.drafts[row]}
             return super().read(rows)
         self.prefill, (row,) = False, self.rows
         begin = self.lengths[row] - 1
@@ -87,7 +91,7 @@ class DraftingBatch(VerifyingBatch):
     def _alone(self) -> bool:
         named = self.plan.policy.confidence in _OF_BEST
         alone = len(self.rows) == 1 and not any(self.way.waiting.values())
-        return named and alone and self.best_only and self.model.fused
+        return named and alone and self.best_only and self.model.fused and self.most[self.rows[0]] > 0
 
     def _draft_alone(self, row: int) -> None:
         """Append drafts to a row, and the token that goes deep behind them unless the last one would end it."""
@@ -96,7 +100,7 @@ class DraftingBatch(VerifyingBatch):
             return
         left: list[tuple[int, float, int]] = []
         confidence = math.nan
-        while len(drafts) < plan.policy.draft_length:
+        while len(drafts) < self.most[row]:
             best = self._next_draft(row)
             confidence, token = _OF_BEST[str(plan.policy.confidence)](best), int(best.tokens[0, 0])
             tests = [] if plan.policy.confidence == "static" else [(DRAFTER, confidence, token)]
@@ -135,7 +139,7 @@ class DraftingBatch(VerifyingBatch):
         model: Any = self.model
         policy, frequent, length, count = self.plan.policy, self.frequent, self.lengths[row], len(self.before[row])
         known = self.buffer[row, length - count : length].tolist()
-        most = min(policy.draft_length, self.limits[row] - self.made(row))
+        most = min(self.most[row], self.limits[row] - self.made(row))
         with self.ledger.time("blocks"):
             made = model.draft(
                 self.context, row, known, length - count, self.before[row], most=most, confidence=policy.confidence,
@@ -213,13 +217,15 @@ class DraftingBatch(VerifyingBatch):
             self.before |= dict(zip(rows, inputs[:, None], strict=True))
 
     def _will_be_full(self, row: int) -> bool:
-        return len(self.drafts[row]) + 1 >= self.plan.policy.draft_length
+        return len(self.drafts[row]) + 1 >= self.most[row]
 
     def _check(self, rows: list[int], hidden: Tensor) -> None:
         first = {row: self.lengths[row] - len(self.drafts[row]) for row in rows}
         super()._check(rows, hidden)
         for row, states in zip(rows, self._known(hidden), strict=True):
-            self.before[row] = states[: self.lengths[row] - first[row]]
+            known = states[: self.lengths[row] - first[row]]
+            self.before[row] = torch.cat([self.before[row], known]) if row in self.unvisited else known
+            self.unvisited.discard(row)
 
 
 def _last(state: State, branched: State) -> State:

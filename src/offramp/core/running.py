@@ -89,6 +89,9 @@ class RunningBatch:
         longest: Most tokens of a prompt and its answer together.
         chunk: Tokens of waiting prompts that are read in a step; a prompt under `prompt_layer` is read as a whole.
         eos: Tokens that pruning never drops: those that end rows.
+        draft_rows: Under "verify" rows draft while at most so many are active: with more, a pass has enough to do, and
+            what is thrown away costs time. No text depends on it: with `accept` below 1, where one would, rows always
+            draft, and rows that are drawn never do (their tokens are the full model's by the same draws).
 
     Attributes:
         free: Rows that nobody has.
@@ -108,6 +111,7 @@ class RunningBatch:
         longest: int,
         chunk: int = 256,
         eos: tuple[int, ...] = (),
+        draft_rows: int = 1,
     ) -> None:
         if model.is_encoder_decoder:
             raise ValueError("encoder-decoders cannot run as a batch that rows join; use generate")
@@ -118,7 +122,7 @@ class RunningBatch:
             raise ValueError(f"rows is {rows}, longest {longest}, chunk {chunk}; give at least 1, 2 and 1")
         if model.max_positions is not None and longest > model.max_positions:
             raise ValueError(f"longest is {longest}, but the model's context holds {model.max_positions}")
-        self.model, self.longest, self.chunk = model, longest, chunk
+        self.model, self.longest, self.chunk, self.draft_rows = model, longest, chunk, draft_rows
         self.ledger = Ledger(model.shape, model.device)
         ids = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
         self._batch: Batch = batch_of(model, ids, policy, Sampler(eos=eos), longest, self.ledger)
@@ -263,6 +267,10 @@ class RunningBatch:
         batch = self._batch
         self._set_plain(batch.rows)
         if isinstance(batch, VerifyingBatch):
+            policy = batch.plan.policy
+            time = policy.accept < 1 or len(batch.rows) <= self.draft_rows
+            for row in batch.rows:
+                batch.most[row] = policy.draft_length if time and not self._asked[row].sampler.sample else 0
             batch.check(batch.read())
             return self._standing(batch)
         if isinstance(batch.way, Propagate):

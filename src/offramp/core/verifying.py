@@ -48,7 +48,12 @@ class Draft:
 
 
 class VerifyingBatch(Batch):
-    """A batch whose tokens are drafted, and checked by the full model; arguments as for `Batch`."""
+    """A batch whose tokens are drafted, and checked by the full model; arguments as for `Batch`.
+
+    Attributes:
+        due: Rows that wait for the others to go deep.
+        most: Drafts before a row goes deep, by row; 0: it goes deep with every token.
+    """
 
     way: Defer
 
@@ -57,6 +62,7 @@ class VerifyingBatch(Batch):
         self.require(self.samplers[0])
         every = range(len(self.buffer))
         self.due: set[int] = set()
+        self.most = [self.plan.policy.draft_length for _ in every]
         self.drafts: dict[int, list[Draft]] = {row: [] for row in every}
         self.certain: dict[int, deque[Draft]] = {row: deque() for row in every}
         self.paces = [self._pace() for _ in every]
@@ -88,7 +94,7 @@ class VerifyingBatch(Batch):
     def read(self, rows: list[int] | None = None) -> Read:
         """As in `Batch`; a row with as many drafts as are allowed waits with its next token for the deep pass."""
         rows = self.drafting if rows is None else rows
-        drafting = [row for row in rows if len(self.drafts[row]) < self.plan.policy.draft_length]
+        drafting = [row for row in rows if len(self.drafts[row]) < self.most[row]]
         full = [row for row in rows if row not in drafting]
         for some, state in Batch._entering(self, full):
             self.way.wait(some, state)
