@@ -109,7 +109,7 @@ class Stub:
             message, self.refuses = self.refuses, None
             return JSONResponse({"error": {"message": message}}, 429, {"Retry-After": "2"})
         own = body.get("offramp", {})
-        level = None if own.get("policy") == "full" or not self.about["policy"] else own.get("threshold", 0.75)
+        level = None if own.get("policy") == "full" or not self.about["policy"] else own.get("threshold", 0.8)
         return StreamingResponse(self.chunks(level), media_type="text/event-stream")
 
     @contextlib.contextmanager
@@ -192,7 +192,7 @@ def test_tokens_have_the_colour_of_their_layer_and_the_full_answer_is_beside(tab
         assert dark == (scheme == "dark")
         assert all(url.startswith((address, "data:")) for url in tab.requested)
         assert tab.complaints == []
-    assert [body.get("offramp") for body in stub.asked] == [{"threshold": 0.8}, {"policy": "full"}]
+    assert [body.get("offramp") for body in stub.asked] == [None, {"policy": "full"}]
     assert stub.asked[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
 
@@ -213,8 +213,12 @@ def test_the_slider_asks_again_and_what_differs_is_marked(tab):
         said = " ".join(texts(tab, ".beside"))
         assert "× its FLOPs per token" in said
         assert "not measured" in said
-        assert [row[:4] for row in texts(tab, ".tries tr")[1:]] == ["0.00", "0.80"]
+        assert [row[:4] for row in texts(tab, ".tries tr")[1:]] == ["the ", "0.00"]
         assert "Not for this answer: the request does not go by the certified policy" in "".join(texts(tab, "#promise"))
+        tab.get("document.getElementById('own').click()")
+        finished(tab)
+        assert "offramp" not in stub.asked[-1]  # the policy's own again, which the certificate is about
+        assert "Not for this answer" not in "".join(texts(tab, "#promise"))
         assert tab.complaints == []
 
 
@@ -297,7 +301,7 @@ def test_without_a_policy_or_a_chat_template_the_full_model_goes_on_with_a_text(
         asked(tab, "The sky")
         finished(tab, panes=1)
         assert texts(tab, ".full .tokens span") == tokens_of(FULL)
-        assert stub.asked == [{"model": "stub", "stream": True, "max_tokens": 128, "prompt": "The sky"}]
+        assert stub.asked == [{"model": "stub", "stream": True, "prompt": "The sky"}]
 
 
 def test_the_page_is_one_small_file_that_makes_no_markup_of_texts():
