@@ -35,6 +35,17 @@ def test_a_file_gets_a_line_now_and_then(clock, capsys):
     ]
 
 
+def test_another_phase_has_its_own_name(clock, capsys):
+    with progress("training", answers="answering") as update:
+        for second, what in ((30, "answers"), (61, "loss 1.2")):
+            clock.now = 100.0 + second
+            update(second, 80, what)
+    assert capsys.readouterr().err.splitlines() == [
+        "answering: 30 of 80 after 30 s (answers)",
+        "training: 61 of 80 after 61 s (loss 1.2)",
+    ]
+
+
 def test_what_is_done_soon_leaves_no_line(clock, capsys):
     with progress("probing") as update:
         clock.now += 9

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import offramp as package
 from offramp import cli
-from offramp.cli.options import DRAFTING, prompts_from
+from offramp.cli.options import DRAFTING
+from offramp.lm.given import prompts_of
 from offramp.runs.digests import fingerprint
 from tiny import tiny, tokenizer
 
@@ -217,8 +218,8 @@ def test_layouts_of_prompts(tmp_path, name):
         rows = [json.dumps({"id": 3, "prompt": prompt}) for prompt in prompts]
         text = "\n".join(rows) if "jsonl" in name else f"[{','.join(rows)}]"
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    assert prompts_from(path) == prompts
-    assert prompts_from(path, 1) == prompts[:1]
+    assert prompts_of(path) == prompts
+    assert prompts_of(path, 1) == prompts[:1]
 
 
 @pytest.mark.parametrize("count", [0, -5])
@@ -242,7 +243,7 @@ def test_at_least_one_is_taken(folder, tmp_path, squad, count):
 def test_wrong_layouts_of_prompts(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        prompts_from(tmp_path / name)
+        prompts_of(tmp_path / name)
 
 
 def test_own_answers_to_long_prompts_are_counted(folder, tmp_path):
@@ -263,7 +264,7 @@ def test_own_answers_to_long_prompts_are_counted(folder, tmp_path):
     ]
     run = offramp(*arguments, "--layers", 2, "--out", tmp_path / "run")
     assert run.exit_code == 0, words(run)
-    assert "cut 1 of 3 documents to --window 16: prompts lose their beginning, answers their end" in run.stderr
+    assert "cut 1 of 3 documents to 16 tokens: prompts lose their beginning, answers their end" in run.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["shortened"] == 1
 
 

@@ -326,8 +326,7 @@ def test_behind_nan_a_run_goes_on_with_another_rate_and_says_so(tmp_path):
     [
         ({"objective": "kl"}, "choose one of forward-kl, reverse-kl, labels, teacher-argmax"),
         ({"weights": "x"}, "choose one of uniform, layer"),
-        ({"tokens": 5}, "give steps or tokens"),
-        ({"steps": None}, "give steps or tokens"),
+        ({"tokens": 5}, "give one of `steps` and `tokens`"),
         ({"steps": 0}, "at least 1"),
         ({"learning_rate": math.nan}, "above 0 and finite"),
         ({"clip": 0.0}, "above 0"),

@@ -12,20 +12,24 @@ import torch
 import offramp
 from classifier_data import save_resnet, write_idx
 from offramp import ExitPolicy, LanguageModel, TokenDistillation, TrainConfig
-from offramp.calibration import Promise
+from offramp.calibration import PosteriorConfig, Promise
 from offramp.calibration import calibrate as certify
+from offramp.calibration import fit_posterior as fit_to
 from offramp.classifiers.answers import answers
 from offramp.core.verb import Verb
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate as compare
+from offramp.evaluation import evaluate_perplexity, read_passages
 from offramp.hub.exit_files import load_exits
 from offramp.tasks import TASKS, fit, read_examples, take
+from offramp.training.answers import AnswerConfig
 from offramp.training.data import prepare, read_texts, text_documents
 from offramp.training.trainer import train as train_exits
+from offramp.values import ArgumentError
 from tiny import tiny, tokenizer
 from training_runs import model
 
-VERBS = ("probe", "train", "evaluate", "calibrate")
+VERBS = ("probe", "train", "evaluate", "calibrate")  # as methods
 SENTENCES = ["the sky is blue .", "why is the sky w21 w22 .", "w23 w24 w25 w26 is blue"] * 4
 
 
@@ -79,7 +83,7 @@ def test_methods_are_the_functions_with_their_signatures_and_examples(lm, name):
     assert f"lm.{name}(" in method.__doc__
 
 
-@pytest.mark.parametrize("name", [*VERBS, "distill", "classify"])
+@pytest.mark.parametrize("name", [*VERBS, "fit_posterior", "distill", "classify"])
 def test_every_option_has_a_name(name):
     parameters = inspect.signature(getattr(offramp, name)).parameters.values()
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
@@ -110,6 +114,33 @@ def test_train_on_own_answers(lm, tmp_path):
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + len(asked)
 
 
+def test_train_settles_what_only_the_data_say(lm, tmp_path, caplog):
+    """Epochs, the number format and where exits go; what is found out is logged."""
+    caplog.set_level("INFO", "offramp")
+    config = TrainConfig(rank=1, batch_size=4)
+    lm.train([*SENTENCES, "w20"], config=config, epochs=2, fastest=True, place=1, place_tokens=2, out=tmp_path)
+    asked = json.loads((tmp_path / "config.json").read_text())
+    assert asked["config"]["steps"] == 2 * 2  # two windows in three are alike, and one document in three is held out
+    assert asked["config"]["layers"] == asked["about"]["placement"]["layers"]
+    assert any(said.startswith("computing in ") for said in caplog.messages)
+    assert "left out 1 of 13 texts, which are shorter than two tokens" in caplog.messages
+
+
+def test_train_on_a_task_and_on_several_files(lm, questions, tmp_path):
+    config = TrainConfig(layers=(2,), steps=1)
+    other = tmp_path / "other.jsonl"
+    other.write_text(questions.read_text().replace("sky", "blue"))
+    trained = {"task": "question-answering", "data": [questions, other], "config": config}
+    lm.train(**trained, limit=40, out=tmp_path / "references")
+    assert json.loads((tmp_path / "references" / "config.json").read_text())["data"]["documents"] == 40
+    lm.train(**trained, limit=4, own_answers=True, answering=AnswerConfig(2), out=tmp_path / "own")
+    assert len((tmp_path / "own" / "answers.jsonl").read_text().splitlines()) == 1 + 4
+    for name, text in {"a.txt": "the sky is blue .", "b.txt": "why is w21 w22 the sky ."}.items():
+        (tmp_path / name).write_text(text)
+    lm.train([tmp_path / "a.txt", tmp_path / "b.txt", "w21 w22 w23"], config=config, out=tmp_path / "texts")
+    assert json.loads((tmp_path / "texts" / "config.json").read_text())["data"]["documents"] == 3
+
+
 def test_evaluate(lm, questions, tmp_path):
     task, policy = replace(TASKS["question-answering"], max_new_tokens=3), ExitPolicy(threshold=0.2)
     policy.save(tmp_path / "policy.json")
@@ -121,6 +152,35 @@ def test_evaluate(lm, questions, tmp_path):
     assert untimed(found)["arms"] == untimed(expected)["arms"]
     given = offramp.evaluate(lm, task, examples, {"mine": policy}, resamples=10, out=tmp_path / "given")
     assert [arm.name for arm in given.arms] == [arm.name for arm in found.arms]
+
+
+def test_evaluate_by_perplexity(lm, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the sky is blue . why is w21 " * 6)
+    passages = read_passages(lm, [text], window=9)
+    policies = {"mine": ExitPolicy(threshold=0.2)}
+    expected = evaluate_perplexity(lm, passages, policies, tmp_path / "deep", resamples=10)
+    found = lm.evaluate("perplexity", text, policies, window=9, resamples=10, out=tmp_path / "verb")
+    assert untimed(found)["arms"] == untimed(expected)["arms"]
+
+
+def test_a_certificate_that_does_not_apply_is_said(lm, questions, tmp_path, caplog):
+    task = replace(TASKS["question-answering"], max_new_tokens=3)
+    lm.calibrate(task, questions, tolerance=0.5, failure=0.5, kind="textual", must_pay=False, out=tmp_path / "c")
+    arms = {"certified": tmp_path / "c" / "policy.json"}
+    asked = {"limit": 2, "resamples": 10, "max_new_tokens": 2, "out": tmp_path / "e"}
+    lm.evaluate(task, questions, arms, **asked)
+    assert [said for said in caplog.messages if "does not apply: setting max new tokens was 3" in said]
+
+
+def test_fit_posterior(lm, tmp_path):
+    texts = [f"the sky is w{20 + i} w{30 + i} blue . why is w{i + 40}" for i in range(12)]
+    config = PosteriorConfig(("laplace",), candidates=4, layers=(2,))
+    found = offramp.fit_posterior(lm, texts, config=config, out=tmp_path / "verb")
+    expected = fit_to(lm, text_documents(lm, texts), tmp_path / "deep", config, window=256)
+    assert untimed(found)["exits"] == untimed(expected)["exits"]
+    assert load_exits(tmp_path / "verb" / "exits").posterior is not None
+    assert lm.exits.layers == (2,)
 
 
 def test_calibrate(lm, questions, tmp_path):
@@ -146,6 +206,19 @@ def test_distill(tmp_path):
         expected
     )
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_distill_on_own_answers_by_group(tmp_path):
+    teacher, student = LanguageModel(tiny("qwen2"), tokenizer(), name="teacher"), model()
+    rows = [{"prompt": f"w{i + 20} the sky", "kind": "even" if i % 2 else "odd"} for i in range(12)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TokenDistillation(TrainConfig(trainable="all", steps=1), fraction=1.0)
+    asked = {"prompts": prompts, "group_column": "kind", "answering": AnswerConfig(2), "held_out": 0.4}
+    result = offramp.distill(student, teacher, config=config, **asked, out=tmp_path / "run")
+    assert list(result.groups) == ["even", "odd"]
+    with pytest.raises(ArgumentError, match="give `texts`, or `prompts`"):
+        offramp.distill(student, teacher, out=tmp_path / "other")
 
 
 def test_classify(tmp_path):
@@ -174,3 +247,19 @@ def test_errors_say_what_is_allowed(lm, tmp_path):
         lm.evaluate("summarization", tmp_path / "x.json")
     with pytest.raises(FileNotFoundError, match="x.json"):
         lm.train(tmp_path / "x.json", out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"place": 2, "config": TrainConfig(layers=(1,))}, "`place` chooses layers; it does not go with `layers`"),
+        ({"place_tokens": 2}, "`place_tokens` is for `place`"),
+        ({"own_answers": True}, "need `task`, which says what the examples are"),
+        ({"task": "question-answering"}, "`task` question-answering needs `data`, a file of examples"),
+    ],
+    ids=["place and layers", "no place", "no task", "no data"],
+)
+def test_arguments_that_do_not_go_together(lm, tmp_path, arguments, message):
+    """The command line writes their names as options, see test_training_cli.py."""
+    with pytest.raises(ArgumentError, match=message):
+        lm.train(SENTENCES, **arguments, out=tmp_path / "run")

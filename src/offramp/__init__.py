@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from offramp.families import UnsupportedModelError as UnsupportedModelError
     from offramp.hub.messages import ModelError as ModelError
     from offramp.hub.models import load as load
+    from offramp.lm.calibrate import calibrate as calibrate
+    from offramp.lm.distill import distill as distill
+    from offramp.lm.evaluate import evaluate as evaluate
+    from offramp.lm.fit_posterior import fit_posterior as fit_posterior
     from offramp.lm.probe import probe as probe
-    from offramp.lm.verbs import calibrate as calibrate
-    from offramp.lm.verbs import distill as distill
-    from offramp.lm.verbs import evaluate as evaluate
-    from offramp.lm.verbs import train as train
+    from offramp.lm.train import train as train
     from offramp.training.config import TrainConfig as TrainConfig
 
 __version__ = "0.1.0"
@@ -45,11 +46,12 @@ _HOMES = {
     "UnsupportedModelError": "families",
     # what is done with them
     "probe": "lm.probe",
-    "train": "lm.verbs",
+    "train": "lm.train",
     "TrainConfig": "training.config",
-    "evaluate": "lm.verbs",
-    "calibrate": "lm.verbs",
-    "distill": "lm.verbs",
+    "evaluate": "lm.evaluate",
+    "calibrate": "lm.calibrate",
+    "fit_posterior": "lm.fit_posterior",
+    "distill": "lm.distill",
     "TokenDistillation": "distillation.language_models",
     "classify": "classifiers.classify",
     # when to leave

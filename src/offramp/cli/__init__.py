@@ -6,16 +6,18 @@ Results go to standard output, everything about them (progress, notes, errors) t
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 
 from offramp.cli.bench import bench
-from offramp.cli.by_task import ByTask
+from offramp.cli.by_task import ByTask, Command
 from offramp.cli.calibrate import calibrate
 from offramp.cli.classifiers.calibrate import calibrate_classifier
 from offramp.cli.classifiers.classify import classify
@@ -40,20 +42,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(probe)
-app.command()(train)
-app.command()(evaluate)
-app.command()(calibrate)
-app.command()(generate)
-app.command()(bench)
-app.command()(distill)
-app.command()(distill_language_model)
-app.command()(report)
-# the first three are also what train, calibrate and evaluate do with --task ...-classification
-app.command()(train_classifier)
-app.command()(calibrate_classifier)
-app.command()(evaluate_classifier)
-app.command()(classify)
+# the three for classifiers are also what train, calibrate and evaluate do with --task ...-classification
+for command in (
+    probe, train, evaluate, calibrate, generate, bench, distill, distill_language_model, report,
+    train_classifier, calibrate_classifier, evaluate_classifier, classify,
+):  # fmt: skip
+    app.command(cls=Command)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,14 +58,36 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Notes(logging.Handler):
+    """Writes what verbs log on the way as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    log, notes = logging.getLogger("offramp"), _Notes()
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Early-exit models: what is easy leaves the network early."""
+    ctx.with_resource(_logged())
 
 
 def _noted(usual: Callable[..., None]) -> Callable[..., None]:

@@ -100,6 +100,7 @@ def bench(
     """
     import offramp
     from offramp.lm.bench import run_batch_sizes, run_bench
+    from offramp.lm.given import prompts_of
     from offramp.lm.scripted import random_prompts
     from offramp.peers import started
 
@@ -111,7 +112,7 @@ def bench(
     )  # fmt: skip
     count = max(limit, *(sizes or [limit]))
     texts: Any = (
-        o.prompts_from(prompts, count) if random is None else random_prompts(lm, count, length=prompt_length, seed=seed)
+        prompts_of(prompts, count) if random is None else random_prompts(lm, count, length=prompt_length, seed=seed)
     )
     chat = random is None and lm.has_chat_template
     mean = lm.num_layers * 0.75 if mean_layer is None and random is not None else mean_layer

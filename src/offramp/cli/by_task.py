@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from typer.core import TyperGroup
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from offramp.values import ArgumentError
 
 EARLIER = {
     "--count": "--limit", "--thresholds": "--threshold", "--min-layers": "--min-layer",
@@ -16,6 +20,9 @@ EARLIER = {
     "--prompt-field": "--prompt-column", "--group-field": "--group-column", "--engine": "--backend",
 }  # fmt: skip
 """Options by what they were called, which still works where the name is not taken; no help speaks of it."""
+
+OPTIONS = {"texts": "--text"}
+"""What arguments of verbs are called here, where it is not the same."""
 
 OF_CLASSIFIERS = ("train", "calibrate", "evaluate")
 LANGUAGE_MODELLING = "language-modelling"
@@ -29,6 +36,18 @@ class ByTask(TyperGroup):
         typed, routed = _routed(args)
         _, command, rest = super().resolve_command(ctx, routed)
         return typed, command, _renamed(command, rest)
+
+
+class Command(TyperCommand):
+    """A command that calls a verb: arguments which that refuses are options here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; an `ArgumentError` is wrong usage."""
+        try:
+            return super().invoke(ctx)
+        except ArgumentError as error:
+            words = re.sub(r"`(\w+)`", lambda name: OPTIONS.get(name[1], f"--{name[1].replace('_', '-')}"), str(error))
+            raise typer.BadParameter(words, ctx=ctx) from error
 
 
 def _renamed(command: Any, arguments: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -192,15 +192,12 @@ def calibrate(
         )  # fmt: skip
         return
     import offramp
-    from offramp.calibration import GAINS, Grid, Promise
-    from offramp.calibration import calibrate as run
+    from offramp.calibration import GAINS, Grid
     from offramp.calibration.statement import warning
-    from offramp.core.policy import ExitPolicy
     from offramp.hub.devices import process_device
-    from offramp.tasks import read_examples, take
+    from offramp.lm.given import run_folder
 
     asked = o.task_named(task, languages)
-    promise = Promise(metric or asked.metrics[0], tolerance, failure, kind, margin, bound, unit)
     starts = o.numbers(min_layer, "--min-layer", int)
     first = None if starts is None or confidence != "static" else max(starts)  # a static policy cannot do without
     kinds, ways = _several(vocabulary), _several(skipped)
@@ -215,21 +212,19 @@ def calibrate(
         GAINS if gains == "default" else o.numbers(gains, "--gains", float),
         o.numbers(accept, "--accept", float),
     )  # fmt: skip
-    examples = take(read_examples(asked, data, target), limit, seed)
+    choices: dict[str, Any] = {"kind": kind, "bound": bound, "unit": unit, "minimise": minimise, "order": order}
     state, place = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=place, exits=exits, engine=engine)
     reference = None
     if reference_dtype not in (None, dtype):
         reference = offramp.load(model, dtype=reference_dtype, device=place, engine=engine)
-    examples, cut = o.fitting(lm, asked, examples, longest, max_new_tokens)
-    folder = out or Path("runs") / f"calibrate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
+    folder = out or run_folder("calibrate", lm, task)
     with o.progress("calibrating") as progress:
-        result = run(
-            lm, asked, examples, base or ExitPolicy(), promise, folder, grid=grid, minimise=minimise,
-            must_pay=not even_if_it_does_not_pay, order=order, tuning=tuning_share, test=test_share, seed=seed,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=validate, progress=progress,
-            reference=reference,
-            about={"name": data, "limit": limit, "shortened": cut, "command": o.command_line()},
+        result = offramp.calibrate(
+            lm, asked, data, base, target=target, tolerance=tolerance, failure=failure, metric=metric, margin=margin,
+            grid=grid, must_pay=not even_if_it_does_not_pay, tuning=tuning_share, test=test_share, repeats=validate,
+            reference=reference, limit=limit, longest=longest, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            seed=seed, about={"command": o.command_line()}, out=folder, progress=progress, **choices,
         )  # fmt: skip
     if not state.is_main_process:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +12,8 @@ import typer
 from offramp.cli import options as o
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel
     from offramp.distillation.language_models import TokenDistillation
-    from offramp.distillation.own_answers import OwnAnswers
     from offramp.training.config import TrainConfig
-    from offramp.training.data import Data
 
 
 def distill_language_model(
@@ -116,42 +114,34 @@ def distill_language_model(
     offramp distill …` divides each step among processes.
     """
     import offramp
-    from offramp.distillation.language_models import distil
     from offramp.hub.devices import process_device
+    from offramp.lm.given import run_folder
+    from offramp.training.answers import AnswerConfig
     from offramp.training.config import TrainConfig
 
-    _check(text, prompts, steps, tokens)
+    training = partial(
+        TrainConfig, trainable=trainable, lora_rank=lora_rank, objective=objective, learning_rate=learning_rate,
+        weight_decay=weight_decay, steps=steps, tokens=tokens, batch_size=batch_size, micro_batch=micro_batch,
+        warmup=warmup, schedule=schedule, precision=precision, validate_every=validate_every, save_every=save_every,
+        seed=seed,
+    )  # fmt: skip
+    target = target or ("text" if prompts is None else "teacher")
+    config = _settings(
+        method, training, own=prompts is not None,
+        readout={"layer": layer, "kind": readout, "fit": fit}, weights={"target": target, "every": weigh_every},
+    )  # fmt: skip
     state, place = process_device(device)
     lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
     guide = offramp.load(teacher, dtype=dtype, device=place)
-    data: Data | OwnAnswers
-    if prompts is None:
-        data, groups = _fixed(
-            lm, text or [], text_column or ["text"], prompt_column, group_column, limit, window, held_out, seed
-        )
-    else:
-        answers = {"max_new_tokens": max_new_tokens, "temperature": answer_temperature, "seed": seed}
-        answers["chat"] = lm.has_chat_template if chat is None else chat
-        data, groups = _own(
-            prompts, prompt_column or "prompt", group_column, limit, answers,
-            every=answer_every, window=window or lm.split.max_positions or 1024, share=held_out, seed=seed,
+    folder = out or run_folder("distill", lm)
+    with o.progress("distilling", answers="answering") as progress:
+        result = offramp.distill(
+            lm, guide, text or None, columns=text_column or ["text"], prompts=prompts, prompt_column=prompt_column,
+            group_column=group_column, limit=limit, config=config, window=window, held_out=held_out,
+            answering=AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=seed), answer_every=answer_every,
+            report_to=report_to, about={"command": o.command_line()}, out=folder,
+            progress=progress if state.is_main_process else None,
         )  # fmt: skip
-    training: dict[str, Any] = {
-        "trainable": trainable, "lora_rank": lora_rank, "objective": objective, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "steps": 500 if steps is None and tokens is None else steps, "tokens": tokens,
-        "batch_size": batch_size, "micro_batch": micro_batch, "warmup": warmup, "schedule": schedule,
-        "precision": precision, "validate_every": validate_every, "save_every": save_every, "seed": seed,
-    }  # fmt: skip
-    target = target or ("text" if prompts is None else "teacher")
-    config = _settings(
-        method, lambda temperature: TrainConfig(temperature=temperature, **training), own=prompts is not None,
-        readout={"layer": layer, "kind": readout, "fit": fit}, weights={"target": target, "every": weigh_every},
-    )  # fmt: skip
-    folder = out or Path("runs") / f"distill-{Path(student).name}"
-    with o.progress("distilling") as progress:
-        bar = progress if state.is_main_process else None
-        about = {"command": o.command_line()}
-        result = distil(lm, guide, data, config, folder, groups=groups, progress=bar, report_to=report_to, about=about)
     if not state.is_main_process:
         return
     if str(json) != "-":
@@ -162,17 +152,9 @@ def distill_language_model(
     o.write_result({**result.to_dict(), **named}, json)
 
 
-def _check(text: list[Path] | None, prompts: Path | None, steps: int | None, tokens: int | None) -> None:
-    """Options that do not go together."""
-    if (prompts is None) == (not text):
-        raise typer.BadParameter("give --text, or --prompts for the student's own answers; one of them is needed")
-    if steps is not None and tokens is not None:
-        raise typer.BadParameter("give one of --steps and --tokens")
-
-
 def _settings(
     method: str,
-    training: Callable[[float], TrainConfig],
+    training: Callable[..., TrainConfig],
     *,
     own: bool,
     readout: dict[str, Any],
@@ -198,44 +180,6 @@ def _settings(
         )
     fraction = 1.0 if own and "fraction" not in method else found.fraction
     if found.weights is None:
-        return TokenDistillation(training(found.temperature), fraction)
+        return TokenDistillation(training(temperature=found.temperature), fraction)
     watched = TokenWeights(found.weights, TokenReadoutConfig(**readout), **weights)
-    return TokenDistillation(training(found.temperature), fraction, watched)
-
-
-def _fixed(
-    lm: LanguageModel,
-    files: list[Path],
-    fields: list[str],
-    prompt: str | None,
-    group: str | None,
-    count: int | None,
-    window: int | None,
-    share: float,
-    seed: int,
-) -> tuple[Data, tuple[str, ...]]:
-    from offramp.distillation.prompt_groups import entry_documents, group_names, read_entries
-    from offramp.training.data import prepare
-
-    found = [entry for file in files for entry in read_entries(file, fields, prompt=prompt, group=group)]
-    entries = o.first(found, count)
-    groups = group_names(entries)
-    documents = entry_documents(lm, entries, groups)
-    if dropped := len(entries) - len(documents):
-        o.note(f"left out {dropped} of {len(entries)} texts, which are shorter than two tokens")
-    parts = prepare(lm, documents, window=window or min(256, lm.split.max_positions or 256), share=share, seed=seed)
-    o.note(f"{len(documents)} documents: {parts.train.positions} tokens to learn, {parts.held_out.positions} held out")
-    return parts, groups
-
-
-def _own(
-    file: Path, key: str, group: str | None, count: int | None, answers: dict[str, Any], **options: Any
-) -> tuple[OwnAnswers, tuple[str, ...]]:
-    from offramp.distillation.own_answers import OwnAnswers
-    from offramp.distillation.prompt_groups import group_names, group_numbers, read_prompts
-    from offramp.training.answers import AnswerConfig
-
-    entries = o.first(read_prompts(file, key, group=group), count)
-    groups = group_names(entries)
-    texts = [entry.text for entry in entries]
-    return OwnAnswers(texts, group_numbers(entries, groups), AnswerConfig(**answers), **options), groups
+    return TokenDistillation(training(temperature=found.temperature), fraction, watched)

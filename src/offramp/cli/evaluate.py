@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.certified import certified_task, check_certificate, check_drift
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
     from offramp.core.policy import ExitPolicy
     from offramp.evaluation import Evaluation
-    from offramp.tasks import Task
 
+PERPLEXITY = "perplexity"
 SWEEP = {"confidence": "softmax,jsd", "threshold": "0.5,0.7,0.9", "vocabulary": "none,fixed"}
 
 
@@ -107,13 +106,11 @@ def evaluate(
     examples among processes.
     """
     import offramp
-    from offramp.evaluation import records_of, static_sweep
+    from offramp.evaluation import static_sweep
     from offramp.hub.devices import process_device
+    from offramp.lm.given import run_folder
 
-    _refuse_unused(
-        task, {"--target": target, "--languages": languages, "--max-new-tokens": max_new_tokens, "--longest": longest},
-        {"--window": window},
-    )  # fmt: skip
+    what = _asked(task, languages)
     state, place = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=place, exits=exits, engine=engine)
     chosen = _arms(
@@ -121,24 +118,17 @@ def evaluate(
         min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,
         prompt_layer=prompt_layer,
     )  # fmt: skip
-    folder = out or Path("runs") / f"evaluate-{Path(model).name}-{task}{'' if exits is None else '-exits'}"
-    shared: dict[str, Any] = {
-        "static_layers": o.numbers(static, "--static", int) or (static_sweep(lm, chosen) if sweep else None),
-        "batch_size": batch_size,
-        "resamples": resamples, "seed": seed,
-        "about": {"data": ", ".join(data), "limit": limit, "seed": seed, "command": o.command_line()},
-    }  # fmt: skip
+    layers = o.numbers(static, "--static", int) or (static_sweep(lm, chosen) if sweep else None)
+    folder = out or run_folder("evaluate", lm, task)
     with o.progress("evaluating") as progress:
-        shared["progress"] = progress
-        if task == "perplexity":
-            result = _perplexity(lm, data, chosen, policy or [], folder, window, limit, shared)
-        else:
-            what = o.task_named(task, languages)
-            result = _task(lm, what, data, target, chosen, policy or [], folder, limit, longest, max_new_tokens, shared)
+        result = offramp.evaluate(
+            lm, what, data, {**chosen, **{file.stem: file for file in policy or []}}, target=target,
+            static_layers=layers, limit=limit, longest=longest, max_new_tokens=max_new_tokens, window=window,
+            batch_size=batch_size, resamples=resamples, seed=seed, about={"command": o.command_line()}, out=folder,
+            progress=progress,
+        )  # fmt: skip
     if not state.is_main_process:
         return
-    for file in (policy or []) if task != "perplexity" else []:
-        check_drift(file, [record.exit_layers for record in records_of(folder, file.stem)])
     if str(json) != "-":
         o.say(result.table())
     o.note(f"wrote {folder}: records, results.json, table.md and pictures")
@@ -146,11 +136,20 @@ def evaluate(
     o.write_result(result.to_dict(), json)
 
 
+def _asked(task: str, languages: str | None) -> Any:
+    """What the verb is asked; perplexity is of a text, in whatever language."""
+    if task != PERPLEXITY:
+        return o.task_named(task, languages)
+    if languages is not None:
+        raise typer.BadParameter(f"--languages with --task {task}: only for examples and answers; leave it out")
+    return task
+
+
 def _promises(
     result: Evaluation, model: str, task: str, data: list[str], exits: str | None, dtype: str
 ) -> dict[str, list[str | None]]:  # fmt: skip
     """The command that makes a promise of the first recommended policy."""
-    good = result.recommended() if task != "perplexity" else []
+    good = result.recommended() if task != PERPLEXITY else []
     if not good:
         return {}
     policy = result.arm(good[0]).policy or {}
@@ -160,53 +159,6 @@ def _promises(
     given["--skipped"] = None if policy["skipped"] == "propagate" else policy["skipped"]
     words += [str(word) for option, value in given.items() if value is not None for word in (option, value)]
     return {f"find a threshold with a promise for {good[0]}, on examples that it was not chosen by, with": words}
-
-
-def _refuse_unused(task: str, of_answers: dict[str, Any], of_texts: dict[str, Any]) -> None:
-    """Rather than leave options of another kind of task aside."""
-    options, kind = (of_answers, "examples and answers") if task == "perplexity" else (of_texts, "perplexity")
-    if given := [name for name, value in options.items() if value is not None]:
-        raise typer.BadParameter(f"{', '.join(given)} with --task {task}: only for {kind}; leave it out")
-
-
-def _task(
-    lm: LanguageModel, task: Task, data: list[str], target: Path | None, arms: dict[str, ExitPolicy], files: list[Path],
-    folder: Path, limit: int | None, longest: int | None, max_new_tokens: int | None, shared: dict[str, Any],
-) -> Evaluation:  # fmt: skip
-    from offramp.evaluation import evaluate as run
-    from offramp.tasks import read_examples, take
-
-    if len(data) > 1:
-        raise typer.BadParameter(f"--data is given {len(data)} times; {task.name} reads one")
-    examples = take(read_examples(task, data[0], target), limit, shared["seed"])
-    examples, cut = o.fitting(lm, task, examples, longest, max_new_tokens)
-    shared["about"]["shortened"] = cut
-    settings = {"max_new_tokens": task.max_new_tokens if max_new_tokens is None else max_new_tokens}
-    for file in files:
-        policy = arms[file.stem]
-        check_certificate(file, lm, policy, task=task, settings=settings, batch_size=shared["batch_size"])
-    return run(lm, task, examples, arms, folder, max_new_tokens=max_new_tokens, **shared)
-
-
-def _perplexity(
-    lm: LanguageModel, data: list[str], arms: dict[str, ExitPolicy], files: list[Path], folder: Path,
-    window: int | None, limit: int | None, shared: dict[str, Any],
-) -> Evaluation:  # fmt: skip
-    import random
-
-    from offramp.evaluation import evaluate_perplexity, read_passages
-
-    window = 256 if window is None else window
-    passages = read_passages(lm, [Path(file) for file in data], window=window)
-    if limit is not None and limit < len(passages):
-        chosen = random.Random(shared["seed"]).sample(range(len(passages)), limit)
-        passages = [passages[index] for index in sorted(chosen)]
-    shared["about"]["window"] = window
-    for file in files:
-        check_certificate(file, lm, arms[file.stem])
-        if (certified := certified_task(file)) is not None:
-            o.note(f"certificate does not apply: it is about {certified}, not about the perplexity of a text")
-    return evaluate_perplexity(lm, passages, arms, folder, **shared)
 
 
 def _arms(

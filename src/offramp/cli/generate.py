@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.certified import certified_task, check_certificate, check_drift
 
 if TYPE_CHECKING:
     from offramp.core.decoding import Step
@@ -62,6 +61,7 @@ def generate(
     --exits and without --min-layer, tokens are tested after the layers that have a trained exit.
     """
     import offramp
+    from offramp.calibration.in_use import certified_task, check_certificate, check_drift
     from offramp.core.generation_options import in_effect
 
     rule = o.policy_from(

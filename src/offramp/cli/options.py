@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,9 +18,7 @@ from offramp.core.engine import Engines
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
     from offramp.core.policy import ExitPolicy
-    from offramp.tasks import Example, Task
-
-T = TypeVar("T")
+    from offramp.tasks import Task
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder or hub id.")]
 Dtype = Annotated[
@@ -217,29 +215,6 @@ def task_named(name: str, languages: str | None = None) -> Task:
     return replace(TASKS[name], languages=(source.strip(), target.strip()))
 
 
-def examples_from(task: Task, files: list[str] | None, target: Path | None = None) -> list[Example]:
-    """The examples of all files."""
-    from offramp.tasks import read_examples
-
-    if not files:
-        raise typer.BadParameter(f"--task {task.name} needs --data, a file of examples")
-    if target is not None and len(files) > 1:
-        raise typer.BadParameter(f"--target belongs to one --data, but {len(files)} are given")
-    return [example for file in files for example in read_examples(task, file, target)]
-
-
-def fitting(
-    lm: LanguageModel, task: Task, examples: list[Example], longest: int | None, room: int | None
-) -> tuple[list[Example], int]:
-    """Examples whose prompts fit, and how many were cut for it, which is also said."""
-    from offramp.tasks import fit
-
-    examples, cut = fit(lm, task, examples, longest=longest, room=room)
-    if cut:
-        note(f"cut the end of {cut} of {len(examples)} examples, whose prompts are too long")
-    return examples, cut
-
-
 def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
     """Numbers with commas between them; None of None."""
     if text is None:
@@ -259,14 +234,6 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
         return None
     base = ExitPolicy.load(file).to_dict() if file is not None else {}
     return ExitPolicy.from_dict({**base, **given})
-
-
-def prompts_from(file: Path | None, count: int | None = None) -> list[str]:
-    """Prompts of a file, lines or JSON objects with "prompt", or the bundled ones; the first `count`."""
-    from offramp.distillation.prompt_groups import read_prompts
-    from offramp.hub.prompts import bundled_prompts
-
-    return first(bundled_prompts() if file is None else [entry.text for entry in read_prompts(file)], count)
 
 
 def standard_input(what: str) -> str:
@@ -289,13 +256,6 @@ def standard_input(what: str) -> str:
     if not text.strip():
         raise ValueError(f"standard input is empty; give {what} there, or as an argument")
     return text.removesuffix("\n")
-
-
-def first(rows: list[T], count: int | None) -> list[T]:
-    """The first so many, of which there must be one at least; None: all."""
-    if count is not None and count < 1:
-        raise ValueError(f"the first {count} are asked for; take at least one, or leave the number out for all")
-    return rows[:count]
 
 
 def write_result(values: dict[str, Any], path: Path | None) -> None:

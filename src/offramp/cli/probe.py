@@ -31,22 +31,22 @@ def probe(
 ) -> None:
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
-    from offramp.lm.probe import probe as look
+    from offramp.lm.given import prompts_of, run_folder
     from offramp.report import plots
     from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
     texts = None if text is None else [read_text(path) for path in text]
-    given = o.prompts_from(prompts, limit) if texts is None and (prompts or limit is not None) else None
+    given = prompts_of(prompts, limit) if texts is None and (prompts or limit is not None) else None
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:
-        result = look(
-            lm, given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
+        result = lm.probe(
+            given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
         )
     if str(json) != "-":
         o.say(result.table())
-    folder = out or Path("runs") / f"probe-{Path(model).name}{'' if exits is None else '-exits'}"
+    folder = out or run_folder("probe", lm)
     for path in [*result.save(folder), *plots.save_probe(result, folder)]:
         o.note(f"wrote {path}")
     o.next_steps({"look at it with": ["report", str(folder)]})

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.training_data import documents_of
 
 
 def train(
@@ -195,60 +193,34 @@ def train(
     `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
     import offramp
-    from offramp.hub.devices import agreed, process_device
-    from offramp.runs.codec import encode
+    from offramp.hub.devices import process_device
+    from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
     from offramp.training.config import TrainConfig
-    from offramp.training.data import prepare, steps_per_epoch
-    from offramp.training.placement import placed
-    from offramp.training.precision import fast_precision
-    from offramp.training.trainer import train as run
 
     _check(exits, objective, trainable, epochs, steps, tokens)
-    _check_place(place, place_tokens, layers, objective, trainable)
-    folder = out or Path("runs") / f"train-{Path(model).name}"
-    state, chosen = process_device(device)
-    lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
-    answering = AnswerConfig(
-        max_new_tokens=max_new_tokens, temperature=answer_temperature, per_prompt=answers, prompts_too=with_prompts,
-        chat=lm.has_chat_template if chat is None else chat, seed=seed,
-    )  # fmt: skip
-    window = window or min(512 if task else 256, lm.split.max_positions or 512)
-    documents = documents_of(
-        lm, texts=(text or [], text_column or ["text"]), task=task, data=data, target=target, languages=languages,
-        own_answers=own_answers, prompts=prompts, count=limit, answering=answering, window=window, folder=folder,
-    )  # fmt: skip
-    parts = prepare(lm, documents, window=window, share=held_out, seed=seed)
-    if cut := parts.settings.get("shortened"):
-        where = "prompts lose their beginning, answers their end"
-        o.note(f"cut {cut} of {len(documents)} documents to --window {window}: {where}")
-    size = f"{parts.train.positions} positions to train on, {parts.held_out.positions} held out"
-    o.note(f"{len(documents)} documents: {size}")
-    if epochs is not None:
-        steps = epochs * steps_per_epoch(parts.train, batch_size)
-    about: dict[str, Any] = {"command": o.command_line()}
-    if precision == "auto":
-        found = agreed(fast_precision(lm.split.device, lm.model.dtype, folder, trainable))
-        precision = found.value
-        about["precision"] = f"{found.name}: {found.why}"
-        o.note(f"computing in {about['precision']}")
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, blocks=blocks,
         unroll=unroll, prompt_weight=prompt_weight,
         lora_rank=lora_rank, objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
         layer_dropout=layer_dropout, curriculum=curriculum, prompt_layer=prompt_layer,
-        learning_rate=learning_rate, weight_decay=weight_decay,
-        steps=500 if steps is None and tokens is None else steps, tokens=tokens, batch_size=batch_size,
-        micro_batch=micro_batch, positions=positions, precision=precision, warmup=warmup, schedule=schedule, clip=clip,
-        seed=seed, validate_every=validate_every, save_every=save_every,
+        learning_rate=learning_rate, weight_decay=weight_decay, steps=steps, tokens=tokens, batch_size=batch_size,
+        micro_batch=micro_batch, positions=positions, precision=None if precision == "auto" else precision,
+        warmup=warmup, schedule=schedule, clip=clip, seed=seed, validate_every=validate_every, save_every=save_every,
     )  # fmt: skip
-    if place is not None:
-        best = agreed(placed(lm.split, parts, config, place, kept=place_tokens, folder=folder))
-        config, about["placement"] = replace(config, layers=best.layers), encode(best)
-        o.note(best.table())
-    with o.progress("training") as progress:
-        bar = progress if state.is_main_process else None
-        result = run(lm, parts, config, folder, progress=bar, report_to=report_to, about=about, coverage=coverage)
+    answering = AnswerConfig(max_new_tokens, answer_temperature, answers, with_prompts, chat, seed)
+    state, chosen = process_device(device)
+    lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
+    folder = out or run_folder("train", lm)
+    with o.progress("training", answers="answering") as progress:
+        result = offramp.train(
+            lm, text or None, columns=text_column or ["text"], prompts=prompts,
+            task=None if task is None else o.task_named(task, languages), data=data or None, target=target,
+            own_answers=own_answers, limit=limit, config=config, answering=answering, window=window, held_out=held_out,
+            epochs=epochs, fastest=precision == "auto", place=place, place_tokens=place_tokens, coverage=coverage,
+            report_to=report_to, about={"command": o.command_line()}, out=folder,
+            progress=progress if state.is_main_process else None,
+        )  # fmt: skip
     if not state.is_main_process:
         return
     if str(json) != "-":
@@ -277,16 +249,3 @@ def _check(exits: str | None, objective: str, trainable: str, *ends: int | None)
         )
     if sum(end is not None for end in ends) > 1:
         raise typer.BadParameter("give one of --epochs, --steps and --tokens")
-
-
-def _check_place(
-    place: int | None, tokens: int | None, layers: str | None, objective: str, trainable: str
-) -> None:  # fmt: skip
-    """Options that --place does not go with."""
-    if place is None and tokens is not None:
-        raise typer.BadParameter("--place-tokens is for --place, which measures where exits pay")
-    if place is not None and trainable == "drafter":
-        raise typer.BadParameter("--place chooses layers of exits; a drafter stands before the first one, leave it out")
-    if place is not None and (layers is not None or objective.startswith("consistency")):
-        other = "--layers, which names" if layers is not None else f"--objective {objective}, whose exits have"
-        raise typer.BadParameter(f"--place chooses layers; it does not go with {other} them")

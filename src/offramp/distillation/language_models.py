@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def _training() -> TrainConfig:
-    return TrainConfig(trainable="all", steps=500)
+    return TrainConfig(trainable="all")
 
 
 @dataclass(frozen=True)

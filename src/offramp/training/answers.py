@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ class AnswerConfig:
         temperature: Sample at this temperature; None: greedily.
         per_prompt: Answers to each prompt; more than one needs a temperature.
         prompts_too: Train on the prompts' own tokens as well.
-        chat: Put prompts into the model's chat template.
+        chat: Put prompts into the model's chat template; None: if it has one.
         seed: Of the samples.
         batch_size: Prompts answered together.
 
@@ -40,7 +40,7 @@ class AnswerConfig:
     temperature: float | None = None
     per_prompt: int = 1
     prompts_too: bool = False
-    chat: bool = False
+    chat: bool | None = False
     seed: int = 0
     batch_size: int = 8
 
@@ -51,6 +51,10 @@ class AnswerConfig:
             raise ValueError(f"the answers' temperature is {self.temperature}; give one above 0, or None for greedy")
         if self.per_prompt > 1 and self.temperature is None:
             raise ValueError(f"{self.per_prompt} greedy answers to a prompt would be the same; give a temperature")
+
+    def of(self, lm: LanguageModel) -> AnswerConfig:
+        """The same with `chat` settled for a model."""
+        return replace(self, chat=lm.has_chat_template) if self.chat is None else self
 
 
 def answer_documents(
@@ -86,6 +90,7 @@ def answer_documents(
     """
     if not prompts:
         raise ValueError("there are no prompts; give at least two")
+    config = config.of(lm)
     jobs = [prompt for prompt in prompts for _ in range(config.per_prompt)]
     digest = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
     header = {"model": fingerprint(lm.model) if by is None else by, "prompts": digest, **asdict(config)}
@@ -120,7 +125,7 @@ def _name(prompt: Prompt) -> str:
 
 
 def _answer(lm: LanguageModel, prompts: list[Prompt], config: AnswerConfig, seed: int) -> list[dict[str, Any]]:
-    inputs = lm.encode(prompts, chat=config.chat)
+    inputs = lm.encode(prompts, chat=bool(config.chat))
     options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "do_sample": config.temperature is not None}
     if config.temperature is not None:
         options |= {"temperature": config.temperature, "seed": seed}

@@ -10,7 +10,7 @@ from offramp.training import consistency
 from offramp.training.curriculum import CURRICULA
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.schedule import PRECISIONS, SCHEDULES, WEIGHTS, Schedule
-from offramp.values import listed
+from offramp.values import ArgumentError, listed
 
 TRAINABLE = ("exits", "drafter", "lora", "all")
 
@@ -48,7 +48,7 @@ class TrainConfig:
             which makes training cheaper too.
         learning_rate: After the warm-up; None: 1e-3 for exits and drafter, 2e-4 for LoRA, 1e-4 for all.
         weight_decay: Of AdamW; for a lens, towards the untrained readout.
-        steps: How many; or else
+        steps: How many; None: 500, or else
         tokens: stop at the first step that reaches so many trained positions.
         batch_size: Windows per step, over all processes.
         micro_batch: Windows that go through the model at once; a step adds up their gradients. None: all. The result
@@ -104,8 +104,10 @@ class TrainConfig:
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; choose one of {listed(value, allowed)}")
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give steps or tokens, one of them, to say when training ends")
+        if self.steps is not None and self.tokens is not None:
+            raise ArgumentError("give one of `steps` and `tokens`, to say when training ends")
+        if self.steps is None and self.tokens is None:
+            object.__setattr__(self, "steps", 500)
         self._check_numbers()
         self._check_blocks()
         self._check_backbone()

@@ -1,0 +1,109 @@
+"""What verbs are given, as files or as objects: tasks, examples, texts, prompts; and where their runs are written."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from offramp.distillation.prompt_groups import read_prompts
+from offramp.hub.prompts import bundled_prompts
+from offramp.tasks import TASKS, Example, Task, fit, read_examples, take
+from offramp.training.data import read_texts
+from offramp.values import ArgumentError, choice
+
+if TYPE_CHECKING:
+    from offramp.core.language_model import LanguageModel, Prompt
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+File = str | os.PathLike[str]
+TaskName = Literal["question-answering", "summarisation", "translation", "prompts"]
+Texts = File | Sequence[str | os.PathLike[str]]
+"""A file, as `offramp.training.data.read_texts` reads it, or texts; a `Path` among them is a file."""
+Prompts = File | Sequence["Prompt"]
+"""A file, as `offramp.distillation.prompt_groups.read_prompts` reads it, "bundled", or texts and chats."""
+Data = File | Sequence[File | Example]
+"""A file of examples in one of the layouts of `offramp.tasks.read_examples`, several, or examples."""
+
+BUNDLED = "bundled"
+TRAINING = ("train", "distill", "posterior")
+"""Verbs whose results are exits or models, whichever they began with."""
+
+
+def run_folder(verb: str, lm: LanguageModel, *task: str) -> Path:
+    """Where a run is written by default, runs/VERB-MODEL-TASK[-exits]: of a model's address, the end is its name."""
+    exits = ("exits",) if lm.exits is not None and verb not in TRAINING else ()
+    return Path("runs") / "-".join((verb, Path(lm.name).name, *task, *exits))
+
+
+def task_of(task: str | Task) -> Task:
+    """The task, also by its name; a ValueError where there is none of that name."""
+    if isinstance(task, Task):
+        return task
+    choice("task", task, tuple(TASKS))
+    return TASKS[task]
+
+
+def texts_of(given: Texts, columns: Sequence[str] = ("text",)) -> list[str]:
+    """The texts; of JSON objects in files the columns, joined."""
+    found: list[str] = []
+    for each in [Path(given)] if isinstance(given, str | os.PathLike) else given:
+        found += read_texts(Path(each), columns) if isinstance(each, os.PathLike) else [each]
+    return found
+
+
+def prompts_of(given: Prompts | None, limit: int | None = None) -> list[Prompt]:
+    """The prompts, the first so many; None: the bundled ones."""
+    found: list[Prompt] = []
+    if given is None or given == BUNDLED:
+        found += bundled_prompts()
+    elif isinstance(given, str | os.PathLike):
+        found += [entry.text for entry in read_prompts(Path(given))]
+    else:
+        found += given
+    return first(found, limit)
+
+
+def examples_of(task: Task, data: Data | None, target: File | None = None) -> list[Example]:
+    """The examples, of all files; an `ArgumentError` where there are none, or two files of which one has a target."""
+    given = [data] if isinstance(data, str | os.PathLike) else list(data or ())
+    if not given:
+        raise ArgumentError(f"`task` {task.name} needs `data`, a file of examples")
+    if target is not None and len(given) > 1:
+        raise ArgumentError(f"`target` belongs to one `data`, but {len(given)} are given")
+    found, second = list[Example](), None if target is None else Path(target)
+    for each in given:
+        found += [each] if isinstance(each, Example) else read_examples(task, os.fspath(each), second)
+    return found
+
+
+def fitting(
+    lm: LanguageModel, task: Task, data: Data, target: File | None, limit: int | None, seed: int, longest: int | None,
+    max_new_tokens: int | None,
+) -> tuple[list[Example], int]:  # fmt: skip
+    """Examples to be answered, chosen at random, whose prompts fit; and how many were cut for it."""
+    files = [] if isinstance(data, str | os.PathLike) else [each for each in data if not isinstance(each, Example)]
+    if len(files) > 1:
+        raise ArgumentError(f"`data` is given {len(files)} times; {task.name} reads one")
+    found = take(examples_of(task, data, target), limit, seed)
+    examples, cut = fit(lm, task, found, longest=longest, room=max_new_tokens)
+    if cut:
+        log.info("cut the end of %d of %d examples, whose prompts are too long", cut, len(examples))
+    return examples, cut
+
+
+def named(data: File | Sequence[object]) -> str:
+    """What data are called in the record of a run: their files, if they are of any."""
+    given = [data] if isinstance(data, str | os.PathLike) else data
+    files = [os.fspath(each) for each in given if isinstance(each, str | os.PathLike)]
+    return ", ".join(files) if files and len(files) == len(given) else "examples"
+
+
+def first(rows: list[T], limit: int | None) -> list[T]:
+    """The first so many, of which there must be one at least; None: all."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"the first {limit} are asked for; take at least one, or leave the number out for all")
+    return rows[:limit]
