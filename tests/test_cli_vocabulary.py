@@ -1,5 +1,7 @@
 """One vocabulary of options over all commands: one name for one thing, earlier names, and misspelt ones."""
 
+import dataclasses
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -7,6 +9,8 @@ from typer.testing import CliRunner
 from offramp import __version__
 from offramp.cli import app
 from offramp.cli.by_task import EARLIER
+from offramp.cli.from_fields import field_docs
+from offramp.training.config import TrainConfig
 
 GROUP = typer.main.get_command(app)
 COMMANDS = GROUP.commands
@@ -50,6 +54,19 @@ def test_short_help(arguments):
     result = run(*arguments)
     assert result.exit_code == 0
     assert result.output.startswith("Usage:")
+
+
+def test_options_of_a_config_are_its_fields():
+    """By name, default and docs; `train` has two in words of its own, since they are given otherwise."""
+    docs, fields = field_docs(TrainConfig), {field.name: field for field in dataclasses.fields(TrainConfig)}
+    assert set(docs) == set(fields)
+    made = {parameter.name: parameter for parameter in COMMANDS["train"].params if parameter.name in fields}
+    assert set(made) == set(fields)
+    for name in set(fields) - {"layers", "precision"}:
+        assert (made[name].default, made[name].help) == (fields[name].default, docs[name])
+    assert docs["rank"] == "Rank of each exit's matrix; default: full; 0: none, which lora and all default to."
+    assert docs["curriculum"].endswith("half of the training (lora or all). Default: all exits at every step.")
+    assert not any(sign in text for text in docs.values() for sign in '"`')
 
 
 def test_version():

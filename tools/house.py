@@ -2,6 +2,7 @@
 
     python tools/house.py            # the table
     python tools/house.py circles    # each circle with the imports that close it
+    python tools/house.py twice      # options by command that are handed on as they are to a dataclass's field
 
 Imports count wherever they stand: at the top, inside functions, and for type checking only.
 """
@@ -103,6 +104,26 @@ def closure(graph: dict[str, set[str]], name: str) -> set[str]:
     return found
 
 
+def twice(files: dict[str, Path]) -> dict[str, list[str]]:
+    """Options by command that a dataclass has as well: a command's parameters `x` in a call such as `Config(x=x)`."""
+    found: dict[str, list[str]] = {}
+    for name, path in files.items():
+        if not name.startswith(f"{PACKAGE}.cli."):
+            continue
+        for command in (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)):
+            if command.name.startswith("_"):
+                continue
+            own = {each.arg for each in (*command.args.args, *command.args.kwonlyargs)}
+            for call in (node for node in ast.walk(command) if isinstance(node, ast.Call)):
+                kinds = [each.id for each in (call.func, *call.args) if isinstance(each, ast.Name)]
+                if any(kind[0].isupper() for kind in kinds):
+                    found.setdefault(command.name, []).extend(
+                        each.arg for each in call.keywords
+                        if each.arg in own and isinstance(each.value, ast.Name) and each.value.id == each.arg
+                    )  # fmt: skip
+    return {command: names for command, names in found.items() if names}
+
+
 def main() -> None:
     """Print what was asked for."""
     files = modules()
@@ -113,6 +134,10 @@ def main() -> None:
             print(f"{len(ring)}:")
             for name in sorted(ring):
                 print(f"  {name} -> {', '.join(sorted(graph[name] & ring))}")
+        return
+    if sys.argv[1:] == ["twice"]:
+        for command, names in twice(files).items():
+            print(f"{command}: {', '.join(names)}")
         return
     texts = {name: path.read_text() for name, path in files.items()}
     at_root = [path for path in files.values() if path.parent == SOURCE / PACKAGE]
@@ -126,6 +151,7 @@ def main() -> None:
         ("modules at the root", len(at_root)),
         ("import circles", len(rings)),
         ("modules in circles", sum(map(len, rings))),
+        ("options declared twice", sum(map(len, twice(files).values()))),
         *(
             (f"closure of {name}: files / lines", f"{len(found)} / {sum(texts[m].count(chr(10)) for m in found)}")
             for name in ("offramp.core.decoding", "offramp.classifiers.classifier")

@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.from_fields import options_of
+from offramp.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from offramp.distillation.language_models import TokenDistillation
-    from offramp.training.config import TrainConfig
 
 
+FIELDS = (
+    "lora_rank", "steps", "tokens", "batch_size", "micro_batch", "learning_rate", "weight_decay", "warmup", "schedule",
+    "validate_every", "save_every", "seed",
+)  # fmt: skip
+
+
+@options_of(TrainConfig, FIELDS, before="precision")
 def distill_language_model(
     student: Annotated[
         str, typer.Argument(metavar="STUDENT", help="What is trained: packaged name (smollm2), local folder or hub id.")
@@ -83,22 +91,8 @@ def distill_language_model(
     trainable: Annotated[
         str, typer.Option(help="all: every weight. lora: low-rank adapters, merged in the end.")
     ] = "all",
-    lora_rank: o.LoraRank = 16,
-    steps: o.Steps = None,
-    tokens: Annotated[int | None, typer.Option(help="Train on this many tokens instead of --steps.")] = None,
-    batch_size: o.BatchSize = 4,
-    micro_batch: o.MicroBatch = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of AdamW, after the warm-up; default: 1e-4 all, 2e-4 lora.")
-    ] = None,
-    weight_decay: o.WeightDecay = 0.0,
-    warmup: o.Warmup = 10,
-    schedule: o.Schedule = "cosine",
     precision: o.Precision = None,
     held_out: o.HeldOut = 0.1,
-    validate_every: o.ValidateEvery = None,
-    save_every: o.SaveEvery = 50,
-    seed: o.TrainingSeed = 0,
     report_to: o.ReportTo = None,
     dtype: o.Dtype = "float32",
     device: o.Device = None,
@@ -106,6 +100,7 @@ def distill_language_model(
         Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/distill-STUDENT.")
     ] = None,
     json: o.JsonPath = None,
+    **fields: Any,
 ) -> None:
     """Distil a language model from one with the same tokenizer: also offramp distill --task language-modelling.
 
@@ -117,14 +112,8 @@ def distill_language_model(
     from offramp.hub.devices import process_device
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
-    from offramp.training.config import TrainConfig
 
-    training = partial(
-        TrainConfig, trainable=trainable, lora_rank=lora_rank, objective=objective, learning_rate=learning_rate,
-        weight_decay=weight_decay, steps=steps, tokens=tokens, batch_size=batch_size, micro_batch=micro_batch,
-        warmup=warmup, schedule=schedule, precision=precision, validate_every=validate_every, save_every=save_every,
-        seed=seed,
-    )  # fmt: skip
+    training = partial(TrainConfig, trainable=trainable, objective=objective, precision=precision, **fields)
     target = target or ("text" if prompts is None else "teacher")
     config = _settings(
         method, training, own=prompts is not None,
@@ -134,13 +123,13 @@ def distill_language_model(
     lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
     guide = offramp.load(teacher, dtype=dtype, device=place)
     folder = out or run_folder("distill", lm)
+    answering = AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=fields["seed"])
     with o.progress("distilling", answers="answering") as progress:
         result = offramp.distill(
             lm, guide, text or None, columns=text_column or ["text"], prompts=prompts, prompt_column=prompt_column,
             group_column=group_column, limit=limit, config=config, window=window, held_out=held_out,
-            answering=AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=seed), answer_every=answer_every,
-            report_to=report_to, about={"command": o.command_line()}, out=folder,
-            progress=progress if state.is_main_process else None,
+            answering=answering, answer_every=answer_every, report_to=report_to, about={"command": o.command_line()},
+            out=folder, progress=progress if state.is_main_process else None,
         )  # fmt: skip
     if not state.is_main_process:
         return

@@ -164,15 +164,6 @@ OwnAnswerTokens = Annotated[int, typer.Option(help="Longest own answer, in token
 AnswerTemperature = Annotated[
     float | None, typer.Option(help="Sample own answers at this temperature; default: greedy.")
 ]
-LoraRank = Annotated[int, typer.Option(help="Rank of LoRA's products.")]
-Steps = Annotated[int | None, typer.Option(help="Updates; default: 500.")]
-BatchSize = Annotated[int, typer.Option(help="Windows per step, over all processes.")]
-MicroBatch = Annotated[
-    int | None, typer.Option(help="Windows at once; their gradients are added up to a step's. Default: all.")
-]
-WeightDecay = Annotated[float, typer.Option(help="Of AdamW.")]
-Warmup = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
-Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, linear or constant.")]
 
 
 def number_format(name: str | None) -> str | None:
@@ -188,9 +179,6 @@ Precision = Annotated[
     ),
 ]
 HeldOut = Annotated[float, typer.Option(help="Share of the documents to judge by, never trained on.")]
-ValidateEvery = Annotated[int | None, typer.Option(help="Steps between judgements; default: before and after.")]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
-TrainingSeed = Annotated[int, typer.Option(help="Of the data's order and division, of first values and of samples.")]
 ReportTo = Annotated[
     str | None, typer.Option(help="Tracker to log to as well: tensorboard, wandb, … (what accelerate knows).")
 ]

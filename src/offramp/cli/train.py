@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.from_fields import options_of
+from offramp.training.config import TrainConfig
 
 
+@options_of(TrainConfig, but=("layers", "precision"), before="epochs")
 def train(
     model: o.Model,
     task: Annotated[
@@ -58,15 +62,6 @@ def train(
             "512; longer sources are shortened and counted)."
         ),
     ] = None,
-    trainable: Annotated[
-        str,
-        typer.Option(
-            help="exits: a small adapter per exit, the model stays the same bit for bit. drafter: --exits, or none, "
-            "get a drafter, which proposes tokens from before the first block for generate --skipped verify to check. "
-            "lora: low-rank adapters in all blocks, merged in the end. all: every weight. With these two the model "
-            "itself learns the text as well."
-        ),
-    ] = "exits",
     layers: Annotated[
         str | None, typer.Option(help="Exits after these layers, for example 15,20,25; default: chosen by the depth.")
     ] = None,
@@ -81,28 +76,6 @@ def train(
         int | None,
         typer.Option(help="Tokens that a test will score (--vocabulary), for the price of one; default: all."),
     ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Rank of each exit's matrix; default: full; 0: none, which lora and all default to."),
-    ] = None,
-    blocks: Annotated[
-        int,
-        typer.Option(help="Transformer blocks of its own that each exit gets before its matrix, or the drafter (1)."),
-    ] = 0,
-    unroll: Annotated[int, typer.Option(help="Drafts in a row that a drafter learns to make.")] = 3,
-    prompt_weight: Annotated[
-        float, typer.Option(help="Of a prompt's position in what a drafter learns; an answer's weighs 1.")
-    ] = 0.2,
-    lora_rank: o.LoraRank = 16,
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="What an exit learns. forward-kl: the last layer's whole distribution; reverse-kl: its main mode; "
-            "teacher-argmax: the last layer's choice; labels: the next word of the text (CALM, FREE). consistency: "
-            "exits stay as they are (--exits), a classifier learns where their choice is the last layer's, for "
-            "--confidence classifier; consistency-settled: and that of every deeper exit."
-        ),
-    ] = "forward-kl",
     exits: Annotated[
         str | None,
         typer.Option(
@@ -111,30 +84,6 @@ def train(
             help="Exits that get classifiers (--objective consistency) or a drafter (--trainable drafter).",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Softens both distributions of a divergence.")] = 1.0,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="Of the losses of exits and, with lora and all, the last layer: uniform; layer: proportional to it; "
-            "layerskip."
-        ),
-    ] = "uniform",
-    hidden_loss: Annotated[
-        float, typer.Option(help="Weight of FREE's term between hidden states (one exit; lora or all).")
-    ] = 0.0,
-    layer_dropout: Annotated[
-        float, typer.Option(help="LayerSkip's dropout of blocks: the last block's rate (lora or all).")
-    ] = 0.0,
-    curriculum: Annotated[
-        str | None,
-        typer.Option(
-            help="LayerSkip's: rotational: one exit at a step, in turn; gradual: from the deepest to the first, over "
-            "half of the training (lora or all). Default: all exits at every step."
-        ),
-    ] = None,
-    prompt_layer: Annotated[
-        int | None, typer.Option(help="Train for prompts that stop after this layer (generate --prompt-layer).")
-    ] = None,
     coverage: Annotated[
         float | None,
         typer.Option(
@@ -142,23 +91,7 @@ def train(
             "frequent); default: 0.995, for a drafter 0.95, or the list that --exits have."
         ),
     ] = None,
-    steps: o.Steps = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data instead of --steps.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Train on this many positions instead of --steps.")] = None,
-    batch_size: o.BatchSize = 4,
-    micro_batch: o.MicroBatch = None,
-    positions: Annotated[
-        int | None,
-        typer.Option(help="Most positions per window that are read out, drawn anew each step; default: all."),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Of AdamW, after the warm-up; default: 1e-3 exits and drafter, 2e-4 lora, 1e-4 all."),
-    ] = None,
-    weight_decay: o.WeightDecay = 0.0,
-    warmup: o.Warmup = 10,
-    schedule: o.Schedule = "cosine",
-    clip: Annotated[float, typer.Option(help="Largest norm of a gradient.")] = 1.0,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -168,9 +101,6 @@ def train(
         ),
     ] = "auto",
     held_out: o.HeldOut = 0.1,
-    validate_every: o.ValidateEvery = None,
-    save_every: o.SaveEvery = 50,
-    seed: o.TrainingSeed = 0,
     report_to: o.ReportTo = None,
     push_to_hub: Annotated[
         str | None,
@@ -185,6 +115,7 @@ def train(
         Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/train-MODEL.")
     ] = None,
     json: o.JsonPath = None,
+    **fields: Any,
 ) -> None:
     """Train early exits: readouts after some layers learn to say what the last layer will say.
 
@@ -196,19 +127,12 @@ def train(
     from offramp.hub.devices import process_device
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
-    from offramp.training.config import TrainConfig
 
-    _check(exits, objective, trainable, epochs, steps, tokens)
     config = TrainConfig(
-        layers=o.numbers(layers, "--layers", int), trainable=trainable, rank=rank, blocks=blocks,
-        unroll=unroll, prompt_weight=prompt_weight,
-        lora_rank=lora_rank, objective=objective, temperature=temperature, weights=weights, hidden_loss=hidden_loss,
-        layer_dropout=layer_dropout, curriculum=curriculum, prompt_layer=prompt_layer,
-        learning_rate=learning_rate, weight_decay=weight_decay, steps=steps, tokens=tokens, batch_size=batch_size,
-        micro_batch=micro_batch, positions=positions, precision=None if precision == "auto" else precision,
-        warmup=warmup, schedule=schedule, clip=clip, seed=seed, validate_every=validate_every, save_every=save_every,
-    )  # fmt: skip
-    answering = AnswerConfig(max_new_tokens, answer_temperature, answers, with_prompts, chat, seed)
+        layers=o.numbers(layers, "--layers", int), precision=None if precision == "auto" else precision, **fields
+    )
+    _check(exits, config, epochs, fields)
+    answering = AnswerConfig(max_new_tokens, answer_temperature, answers, with_prompts, chat, config.seed)
     state, chosen = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
     folder = out or run_folder("train", lm)
@@ -226,7 +150,7 @@ def train(
     if str(json) != "-":
         o.say(result.table())
     trained = str(result.model or model)
-    use = o.DRAFTING if trainable == "drafter" else "--threshold 0.9"
+    use = o.DRAFTING if config.drafter else "--threshold 0.9"
     o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} {use}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     if push_to_hub is not None:
@@ -241,11 +165,11 @@ def train(
     o.write_result({**result.to_dict(), "name": model, "dtype": o.dtype_of(lm)}, json)
 
 
-def _check(exits: str | None, objective: str, trainable: str, *ends: int | None) -> None:
+def _check(exits: str | None, config: TrainConfig, epochs: int | None, fields: Mapping[str, Any]) -> None:
     """Options that do not go together."""
-    if exits is not None and not (objective.startswith("consistency") or trainable == "drafter"):
+    if exits is not None and not (config.classifiers or config.drafter):
         raise typer.BadParameter(
             "--exits is for --objective consistency and --trainable drafter; else new exits are trained"
         )
-    if sum(end is not None for end in ends) > 1:
+    if epochs is not None and (fields["steps"] is not None or fields["tokens"] is not None):
         raise typer.BadParameter("give one of --epochs, --steps and --tokens")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from offramp.calibration import Promise
 from offramp.calibration.calibrate import calibrate as certify
-from offramp.calibration.promise import Promise
 from offramp.core.policy import ExitPolicy
 from offramp.lm.given import Data, File, TaskName, fitting, named, run_folder, task_of
 from offramp.tasks import Task

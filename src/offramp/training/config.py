@@ -6,9 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from offramp.training import consistency
 from offramp.training.curriculum import CURRICULA
-from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.schedule import PRECISIONS, SCHEDULES, WEIGHTS, Schedule
 from offramp.values import ArgumentError, listed
 
@@ -22,44 +20,45 @@ class TrainConfig:
     Where only the exits are trained, they have separate parameters and Adam divides by the size of a gradient, so
     `weights` between them only matter in the norm that `clip` bounds.
 
+    `offramp train` has an option for each field, and its help from here (`offramp.cli.from_fields`).
+
     Attributes:
         layers: Exits; None: a default for the depth.
-        trainable: "exits": a lens per exit (a matrix and a bias), the model stays as it is, bit for bit. "lora":
-            low-rank adapters (`peft`) on all linear layers of the blocks, merged into the model in the end. "all":
-            every weight of the model. With "lora" and "all" the last layer learns the text as well. Or "drafter": the
-            exits that are attached, if any, get one (see `offramp.core.drafter`), which alone learns.
-        rank: Of each lens's matrix; None: full; 0: no lens. Leave at None for 0 with "lora" and "all".
-        blocks: Transformer blocks of its own that each exit gets before its lens (see `offramp.core.exits`), or that
-            the drafter has (0 stands for 1 there).
-        unroll: Drafts in a row that a drafter learns to make (see `offramp.training.drafts`).
-        prompt_weight: Of a position of a prompt in what a drafter learns of first drafts; one of an answer weighs 1.
-        lora_rank: Of LoRA's products; their scale is 2.
-        objective: One of `OBJECTIVES`: what exits learn; the last layer always learns the text ("labels"). Or
-            "consistency" or "consistency-settled" (see `offramp.training.consistency`): the exits that are attached
-            stay as they are, and a classifier for each learns where it is right.
-        temperature: Softens both sides of a divergence.
-        weights: One of `WEIGHTS`.
-        hidden_loss: Weight of FREE's dynamic layer-wise term between hidden states, see
-            `offramp.training.objectives.layerwise_loss`; needs one exit and a backbone that is trained.
-        layer_dropout: Largest rate at which blocks are skipped per row, rising with depth (LayerSkip, equation 1).
-        curriculum: Which exits are trained when, with a backbone that is trained: one of
-            `offramp.training.curriculum.CURRICULA`, "rotational" or "gradual"; None: all at every step.
-        prompt_layer: Train for `ExitPolicy(prompt_layer=...)`: what stands before an answer stops after this layer,
-            which makes training cheaper too.
-        learning_rate: After the warm-up; None: 1e-3 for exits and drafter, 2e-4 for LoRA, 1e-4 for all.
+        trainable: "exits": a small adapter (lens) per exit, the model stays the same bit for bit. "drafter": exits that
+            there are, or none, get a drafter, which proposes tokens from before the first block for the full model to
+            check, and alone learns. "lora": low-rank adapters in all blocks, merged in the end. "all": every weight.
+            With these two the model itself learns the text as well.
+        rank: Rank of each exit's matrix; None: full; 0: none, which lora and all default to.
+        blocks: Transformer blocks of its own that each exit gets before its matrix, or the drafter (0 is 1 there).
+        unroll: Drafts in a row that a drafter learns to make.
+        prompt_weight: Of a prompt's position in what a drafter learns; an answer's weighs 1.
+        lora_rank: Rank of LoRA's products; their scale is 2.
+        objective: What an exit learns. "forward-kl": the last layer's whole distribution; "reverse-kl": its main mode;
+            "teacher-argmax": the last layer's choice; "labels": the next word of the text (CALM, FREE). "consistency":
+            exits that there are stay as they are, a classifier learns where their choice is the last layer's, for the
+            confidence "classifier"; "consistency-settled": and that of every deeper exit.
+        temperature: Softens both distributions of a divergence.
+        weights: Of the losses of exits and, with lora and all, the last layer: "uniform"; "layer": proportional to it;
+            "layerskip".
+        hidden_loss: Weight of FREE's term between hidden states (one exit; lora or all).
+        layer_dropout: LayerSkip's dropout of blocks: the last block's rate (lora or all).
+        curriculum: LayerSkip's: "rotational": one exit at a step, in turn; "gradual": from the deepest to the first,
+            over half of the training (lora or all). None: all exits at every step.
+        prompt_layer: Train for prompts that stop after this layer, as a policy's prompt layer says.
+        learning_rate: Of AdamW, after the warm-up; None: 1e-3 exits and drafter, 2e-4 lora, 1e-4 all.
         weight_decay: Of AdamW; for a lens, towards the untrained readout.
-        steps: How many; None: 500, or else
-        tokens: stop at the first step that reaches so many trained positions.
+        steps: Updates; None: 500, unless tokens are given.
+        tokens: Train on this many positions, up to the end of a step, instead of so many steps.
         batch_size: Windows per step, over all processes.
-        micro_batch: Windows that go through the model at once; a step adds up their gradients. None: all. The result
-            is the same, except for what is chosen by the windows at hand: deep layers in `hidden_loss`.
-        positions: Most positions per window whose readouts are trained, drawn anew each time; None: all.
+        micro_batch: Windows at once; their gradients are added up to a step's, which changes nothing but what is chosen
+            by the windows at hand (deep layers in the hidden loss). None: all.
+        positions: Most positions per window that are read out, drawn anew each step; None: all.
         precision: "bf16": compute in bfloat16 under autocast, weights stay as they are; None: as loaded.
         warmup: Steps over which the learning rate rises.
-        schedule: "cosine" or "linear" (falling to 0 at the end), or "constant".
-        clip: Largest norm of the gradient; None: any.
-        seed: Of the order of the data, first values, dropout.
-        validate_every: Steps between judgements on the held-out windows; None: only before and after.
+        schedule: Of the learning rate: "cosine" or "linear" (falling to 0 at the end), or "constant".
+        clip: Largest norm of a gradient.
+        seed: Of the data's order and division, of first values and of samples.
+        validate_every: Steps between judgements; None: before and after.
         save_every: Steps between checkpoints.
 
     Raises:
@@ -96,6 +95,9 @@ class TrainConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
+        from offramp.training import consistency
+        from offramp.training.objectives import OBJECTIVES
+
         choices: dict[str, Collection[str | None]] = {
             "objective": (*OBJECTIVES, *consistency.OBJECTIVES), "weights": WEIGHTS, "schedule": SCHEDULES,
             "trainable": TRAINABLE, "precision": PRECISIONS,
@@ -113,6 +115,8 @@ class TrainConfig:
         self._check_backbone()
 
     def _check_numbers(self) -> None:
+        from offramp.training.objectives import SOFTENED
+
         least_one = ("steps", "tokens", "batch_size", "micro_batch", "positions", "validate_every", "save_every")
         for name in (*least_one, "lora_rank", "prompt_layer", "unroll"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -177,6 +181,8 @@ class TrainConfig:
     @property
     def classifiers(self) -> bool:
         """Whether classifiers are trained, and nothing else."""
+        from offramp.training import consistency
+
         return self.objective in consistency.OBJECTIVES
 
     @property
