@@ -238,7 +238,7 @@ def test_classify(tmp_path):
     expected = answers(classifier, [str(image)], thresholds=0.4)
     assert offramp.classify(tmp_path / "run" / "model", str(image), thresholds=0.4) == expected
     assert offramp.classify(classifier, [str(image)], thresholds=0.4) == expected
-    with pytest.raises(ValueError, match="a budget needs a posterior"):
+    with pytest.raises(ValueError, match="`budget` needs `posterior`"):
         offramp.classify(classifier, [str(image)], budget=0.5)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from offramp.classifiers.answers import Answer, Thresholds, answers
-from offramp.classifiers.calibrated import load_calibrated
+from offramp.classifiers.calibrated import Calibrated, load_calibrated
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.loading import load
+from offramp.classifiers.rule import rule_of
 from offramp.runs.digests import fingerprint
 
 
@@ -17,7 +18,7 @@ def classify(
     classifier: EarlyExitClassifier | str | os.PathLike[str],
     inputs: str | Sequence[str],
     *,
-    posterior: str | os.PathLike[str] | None = None,
+    posterior: Calibrated | str | os.PathLike[str] | None = None,
     budget: float | None = None,
     thresholds: Thresholds = None,
     confidence: Literal["max", "gap", "entropy"] = "max",
@@ -34,7 +35,7 @@ def classify(
     Args:
         classifier: One that `offramp train` wrote, or its folder.
         inputs: Files of images, or texts; pairs of texts with a tab between them.
-        posterior: Folder that `offramp calibrate` wrote, for honest probabilities; None: softmax.
+        posterior: Folder that `offramp calibrate` wrote, or what it holds, for honest probabilities; None: softmax.
         budget: Share of the full network's FLOPs to spend on average; needs a posterior, whose rows say by what
             thresholds.
         thresholds: One for all exits, or one each; None: the posterior's certified one if it has one, else no input
@@ -47,23 +48,18 @@ def classify(
         The answers, in the order of the inputs.
 
     Raises:
-        ValueError: Options that do not go together, nothing to classify, or an input that cannot be read.
+        ArgumentError: Arguments that do not go together, a ValueError.
+        ValueError: Nothing to classify, or an input that cannot be read.
         FileNotFoundError: An image is missing.
         ModelError: The folder holds no classifier, or a damaged one.
         NotFiniteError: The classifier computes NaN or infinity.
     """
-    if budget is not None and (posterior is None or thresholds is not None or confidence != "max"):
-        raise ValueError("a budget needs a posterior, confidence 'max' and no thresholds: it finds them by itself")
     if not isinstance(classifier, EarlyExitClassifier):
         classifier = load(classifier, device=device)
-    calibrated = None if posterior is None else load_calibrated(posterior, fingerprint(classifier))
-    if calibrated is not None and budget is not None:
-        thresholds = calibrated.budget(budget).thresholds.tolist()
-    elif calibrated is not None and thresholds is None and calibrated.certified is not None:
-        if confidence != "max":
-            raise ValueError(f"the posterior's threshold is certified for 'max', not {confidence!r}; give thresholds")
-        thresholds = calibrated.certified
+    if posterior is not None and not isinstance(posterior, Calibrated):
+        posterior = load_calibrated(posterior, fingerprint(classifier))
     return answers(
-        classifier, [inputs] if isinstance(inputs, str) else inputs, calibrated=calibrated, thresholds=thresholds,
-        confidence=confidence, batch_size=batch_size,
+        classifier, [inputs] if isinstance(inputs, str) else inputs, calibrated=posterior,
+        thresholds=rule_of(posterior, budget, thresholds, confidence).thresholds, confidence=confidence,
+        batch_size=batch_size,
     )  # fmt: skip

@@ -21,7 +21,7 @@ EARLIER = {
 }  # fmt: skip
 """Options by what they were called, which still works where the name is not taken; no help speaks of it."""
 
-OPTIONS = {"texts": "--text"}
+OPTIONS = {"texts": "--text", "thresholds": "--threshold"}
 """What arguments of verbs are called here, where it is not the same."""
 
 OF_CLASSIFIERS = ("train", "calibrate", "evaluate")

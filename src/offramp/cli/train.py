@@ -128,10 +128,10 @@ def train(
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 
+    _check(exits, fields, epochs, fields["steps"], fields["tokens"])
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), precision=None if precision == "auto" else precision, **fields
     )
-    _check(exits, config, epochs, fields)
     answering = AnswerConfig(max_new_tokens, answer_temperature, answers, with_prompts, chat, config.seed)
     state, chosen = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
@@ -165,11 +165,11 @@ def train(
     o.write_result({**result.to_dict(), "name": model, "dtype": o.dtype_of(lm)}, json)
 
 
-def _check(exits: str | None, config: TrainConfig, epochs: int | None, fields: Mapping[str, Any]) -> None:
+def _check(exits: str | None, fields: Mapping[str, Any], *ends: int | None) -> None:
     """Options that do not go together."""
-    if exits is not None and not (config.classifiers or config.drafter):
+    if exits is not None and not (fields["objective"].startswith("consistency") or fields["trainable"] == "drafter"):
         raise typer.BadParameter(
             "--exits is for --objective consistency and --trainable drafter; else new exits are trained"
         )
-    if epochs is not None and (fields["steps"] is not None or fields["tokens"] is not None):
+    if sum(end is not None for end in ends) > 1:
         raise typer.BadParameter("give one of --epochs, --steps and --tokens")

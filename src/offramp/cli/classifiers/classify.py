@@ -13,7 +13,6 @@ from offramp.cli.classifiers import options as c
 
 if TYPE_CHECKING:
     from offramp.classifiers.answers import Answer
-    from offramp.classifiers.calibrated import Calibrated
 
 SCHEMA = "offramp/classify/2"
 SHOWN = 60
@@ -56,89 +55,38 @@ def classify(
     Without --budget and --threshold the certified threshold is used, if --posterior holds one; else no input leaves
     early.
     """
-    from offramp.classifiers.answers import answers
+    import offramp
     from offramp.classifiers.calibrated import load_calibrated
     from offramp.classifiers.loading import load
+    from offramp.classifiers.rule import rule_of
     from offramp.runs.digests import fingerprint
 
-    _check(budget, threshold, posterior, confidence)
+    asked = o.numbers(threshold, "--threshold", float)
     classifier = load(model, device=device)
     calibrated = None if posterior is None else load_calibrated(posterior, fingerprint(classifier))
-    thresholds, rule = _rule(calibrated, budget, o.numbers(threshold, "--threshold", float), confidence)
+    rule = rule_of(calibrated, budget, asked[0] if asked and len(asked) == 1 else asked, confidence)
     given = inputs or [line for line in o.standard_input("the inputs, one per line,").split("\n") if line.strip()]
+    compared: Any = confidence
     with c.noted():
-        found = answers(
-            classifier,
-            given,
-            calibrated=calibrated,
-            thresholds=thresholds,
-            confidence=confidence,
+        found = offramp.classify(
+            classifier, given, posterior=calibrated, thresholds=rule.thresholds, confidence=compared,
             batch_size=batch_size,
-        )
+        )  # fmt: skip
     if str(json) != "-":
         width = max(len(answer.label) for answer in found)
         for answer in found:
             typer.echo(_line(answer, width, len(classifier.layers)))
     mean = sum(answer.share for answer in found) / len(found)
-    o.note(f"{rule['words']}; {len(found)} inputs, on average {mean:.3f} of the plain full network's FLOPs")
+    o.note(f"{rule.words}; {len(found)} inputs, on average {mean:.3f} of the plain full network's FLOPs")
     if cut := [str(place) for place, answer in enumerate(found, 1) if answer.tokens_cut]:
         shown = ", ".join(cut[:CUT_SHOWN]) + (", …" if len(cut) > CUT_SHOWN else "")
         o.note(f"{len(cut)} of {len(found)} texts were too long and were classified without their end: input {shown}")
     values = {
         "schema": SCHEMA, "model": c.title(model), "posterior": None if posterior is None else str(posterior),
-        "rule": rule, "mean_share": mean, "texts_cut": len(cut), "answers": [asdict(answer) for answer in found],
+        "rule": rule.to_dict(), "mean_share": mean, "texts_cut": len(cut),
+        "answers": [asdict(answer) for answer in found],
     }  # fmt: skip
     o.write_result(values, json)
-
-
-def _check(budget: float | None, threshold: str | None, posterior: Path | None, confidence: str) -> None:
-    """Options that do not go together."""
-    if budget is not None and threshold is not None:
-        raise typer.BadParameter("give one of --budget and --threshold")
-    if budget is not None and posterior is None:
-        raise typer.BadParameter("--budget needs --posterior: thresholds come from the rows of offramp calibrate")
-    if budget is not None and confidence != "max":
-        raise typer.BadParameter("--budget has thresholds for --confidence max only")
-
-
-def _rule(
-    calibrated: Calibrated | None, budget: float | None, threshold: tuple[float, ...] | None, confidence: str
-) -> tuple[Any, dict[str, Any]]:
-    """Thresholds, and where they come from."""
-    if budget is not None and calibrated is not None:
-        found = calibrated.budget(budget)
-        full = calibrated.full_cost
-        met = (
-            f"{found.target:.4g} FLOPs per row (on the threshold split {found.realised:.4g})"
-            if full is None
-            else f"{found.target / full:.3f} of the plain full network's FLOPs (on the threshold split "
-            f"{found.realised / full:.3f})"
-        )
-        limits = found.thresholds.tolist()
-        said = [value if abs(value) != float("inf") else None for value in limits]
-        return limits, {"words": f"a budget of {met}", "budget": budget, "q": _finite(found.q), "thresholds": said}
-    if threshold is not None:
-        limit = threshold[0] if len(threshold) == 1 else threshold
-        return limit, {"words": f"leaving above {limit}", "thresholds": list(threshold)}
-    if calibrated is not None and calibrated.certified is not None:
-        if confidence != "max":
-            raise typer.BadParameter(
-                f"the threshold in --posterior is certified for --confidence max, not for {confidence}; give a "
-                "--threshold for it, or leave out --confidence"
-            )
-        certified, certificate = calibrated.certified, calibrated.certificate or {}
-        against = certificate["promise"].get("reference") or "the last exit with the posterior"  # as it once was
-        words = (
-            f"the certified threshold, {certified:.6g} (its promise is against {against})"
-            if certificate["index"]
-            else "full depth, for no early leaving is certified"
-        )
-        return certified, {"words": words, "thresholds": [_finite(certified)]}
-    return None, {"words": "full depth, for want of --budget or --threshold", "thresholds": []}
-
-
-def _finite(value: float) -> float | None:
-    return None if value == float("inf") else value
 
 
 def _line(answer: Answer, width: int, exits: int) -> str:
