@@ -10,9 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from offramp.evaluation import Bootstrap, Evaluation, summarise
-from offramp.evaluation.arms import FULL
-from offramp.evaluation.record_file import Record, read_records
+from offramp.evaluation import FULL, Bootstrap, Evaluation, Record, read_records, summarise
 from offramp.runs.results import RESULTS
 from offramp.runs.tables import markdown
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from baseline import records_of
 from figures import Rule, by_layer, named, together
 
-from offramp.evaluation import Bootstrap, Evaluation, Interval, summarise
-from offramp.evaluation.record_file import Record
+from offramp.evaluation import Bootstrap, Evaluation, Interval, Record, summarise
 from offramp.runs.tables import markdown
 
 PAIRS: tuple[tuple[Rule, Rule], ...] = (

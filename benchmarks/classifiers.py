@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import offramp
+from offramp import EarlyExitClassifier
 from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows, in_order
 from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresholds
-from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.evaluate import charged, evaluate
 from offramp.classifiers.loading import load
@@ -47,13 +47,20 @@ from offramp.tasks.corruptions import CORRUPTIONS, corrupted
 from offramp.tasks.images import FASHION, read_idx
 from offramp.tasks.labelled import Labelled, split
 from offramp.tasks.labelled_text import SNLI, SST2, read_labelled_text
-from offramp.uncertainty import avcs_classification, nested_conformal, per_exit
-from offramp.uncertainty.avcs_classification import AVCSClassificationConfig
+from offramp.uncertainty import (
+    AVCSClassificationConfig,
+    ExitOutputs,
+    NestedConformalConfig,
+    PerExitConfig,
+    Posterior,
+    PosteriorConfig,
+    avcs_classification,
+    load_posterior,
+    nested_conformal,
+    per_exit,
+)
 from offramp.uncertainty.conformal_scores import class_scores, label_scores
-from offramp.uncertainty.nested_conformal import NestedConformalConfig
-from offramp.uncertainty.outputs import ExitOutputs
-from offramp.uncertainty.per_exit import PerExitConfig
-from offramp.uncertainty.posterior import METHODS, Posterior, PosteriorConfig, load_posterior
+from offramp.uncertainty.posterior import METHODS
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGES = ROOT / "runs" / "results", ROOT / "docs" / "results"

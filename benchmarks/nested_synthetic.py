@@ -10,21 +10,26 @@ from torch import Tensor, nn
 
 from offramp.metrics.sets import SetSummary, summarise
 from offramp.uncertainty import (
+    AVCSRegressionConfig,
+    ExitOutputs,
+    Intervals,
+    NestedConformalConfig,
+    PerExitConfig,
+    ProductConfig,
+    SetExitConfig,
     avcs_classification,
     avcs_regression,
     bayesian_regression,
+    caching_anytime,
     nested_conformal,
     per_exit,
+    product_anytime,
     set_exits,
+    violations,
 )
-from offramp.uncertainty.avcs_regression import AVCSRegressionConfig, Validity
+from offramp.uncertainty.avcs_regression import Validity
 from offramp.uncertainty.conformal_scores import class_scores, label_scores, residuals
-from offramp.uncertainty.monotone import ProductConfig, caching_anytime, product_anytime, violations
-from offramp.uncertainty.nested_conformal import NestedConformalConfig
-from offramp.uncertainty.outputs import ExitOutputs
-from offramp.uncertainty.per_exit import PerExitConfig
-from offramp.uncertainty.set_exits import SetExitConfig
-from offramp.uncertainty.sets import Intervals, Sets
+from offramp.uncertainty.sets import Sets
 
 ALPHA, DEPTH, WIDTH = 0.05, 15, 20
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
