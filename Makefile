@@ -14,7 +14,7 @@ CONTRACT := $(addprefix tests/test_,families.py custom_generate.py cache.py deco
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize test-oldest test-newest lint lock docs site format clean
+.PHONY: help demo test sanitize test-oldest test-newest lint lock docs site notebooks format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ lock:  ## Write the locks anew: the newest and the oldest releases within the ra
 	$(COMPILE) --extra contract --resolution lowest-direct | grep -Ev '^(torch|triton|(cuda|nvidia)-[a-z0-9-]+)==' >.venv-lock/oldest.txt
 	@mv .venv-lock/tested.txt .venv-lock/oldest.txt locks/
 	@echo "now: make test test-oldest, then commit locks/"
+
+notebooks: .venv/ready  ## Execute the notebooks of examples/ and save them with what they give
+	$(BIN)/python tools/notebooks.py
 
 docs: .venv/ready  ## Write the page on the commands anew
 	$(BIN)/python -m typer offramp.cli utils docs --name offramp > docs/cli.md

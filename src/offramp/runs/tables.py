@@ -33,6 +33,8 @@ class Table:
         """As Markdown, without the title; nothing but the notes if it has no rows."""
         return "\n\n".join([*([markdown(self.head, self.rows)] if self.rows else []), *self.notes])
 
+    __repr__ = __str__  # in a notebook it is the HTML's alternative
+
     def __html__(self) -> str:
         """As HTML without the title, everything escaped: what pages and notebooks show."""
         marks = self.marks or [""] * len(self.rows)
