@@ -31,6 +31,9 @@ from offramp.risk.losses import best_reference, risk_consistency, tail, textual_
 from offramp.risk.promise import CRC, Promised
 from offramp.risk.search import Outcome, Test, search
 
+# whether a promise is kept in use
+from offramp.risk.sequence import lower_limit, wealth
+
 __all__ = [
     "BOUNDS",
     "CRC",
@@ -46,6 +49,7 @@ __all__ = [
     "hoeffding",
     "hoeffding_bentkus",
     "hoeffding_signed",
+    "lower_limit",
     "pareto_front",
     "risk_consistency",
     "samples_needed",
@@ -53,5 +57,6 @@ __all__ = [
     "search",
     "tail",
     "textual_consistency",
+    "wealth",
     "wsr",
 ]

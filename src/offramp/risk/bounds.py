@@ -187,14 +187,17 @@ def wsr(losses: Losses, tolerance: float, *, failure: float = 0.05) -> float:
     check_level("tolerance", tolerance)
     check_level("failure", failure)
     x = checked(losses, -math.inf, 1)
-    n = len(x)
-    after = np.arange(2, n + 2)  # i + 1
-    mean = (0.5 + np.cumsum(x)) / after
-    variance = (0.25 + np.cumsum((x - mean) ** 2)) / after
-    before = np.concatenate(([0.25], variance[:-1]))  # a bet may not see its own loss
-    bet = np.minimum(1.0, np.sqrt(2 * math.log(1 / failure) / (n * before)))
+    bet = np.minimum(1.0, np.sqrt(2 * math.log(1 / failure) / (len(x) * spread_before(x))))
     wealth = np.cumsum(np.log1p(-bet * (x - tolerance)))
     return float(np.exp(-max(0.0, wealth.max())))
+
+
+def spread_before(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Variance of the losses before each one, σ²_{i-1} of `wsr`: what a bet on it may know, [N]."""
+    after = np.arange(2, len(x) + 2)  # i + 1
+    mean = (0.5 + np.cumsum(x)) / after
+    variance = (0.25 + np.cumsum((x - mean) ** 2)) / after
+    return np.concatenate(([0.25], variance[:-1]))
 
 
 BOUNDS: dict[str, Bound] = {
