@@ -170,9 +170,11 @@ class Certificate(Account):
             reasons += _differences("policy", as_json(certified), as_json(policy.to_dict()))
         if task is not None:
             reasons += _differences("task", have["task"], now["task"])
-        if settings is not None:
-            reasons += _differences("setting", have["settings"], now["settings"])
-        return reasons
+        return reasons if settings is None else reasons + self.other_settings(settings)
+
+    def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
+        """Of `mismatches`, those of the settings, which a server looks at for every request."""
+        return _differences("setting", self.conditions["settings"], as_json(dict(settings)))
 
     def drift(self, *, false_alarm: float = 0.01, seed: int = 0) -> Drift | None:
         """What watches live answers for tokens that leave elsewhere than they did; one per stream of answers.

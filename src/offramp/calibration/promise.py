@@ -96,15 +96,15 @@ class Promise(Promised):
         if [record.id for record in early] != [record.id for record in full]:
             raise ValueError("the records are of different examples; compare the same ones")
         if self.kind == "textual":
-            return textual_consistency([self._distance(a.text, b.text) for a, b in zip(early, full, strict=True)])
+            return textual_consistency([self.distance(a.text, b.text) for a, b in zip(early, full, strict=True)])
         mine, theirs = ([1 - record.scores[self.metric] for record in records] for records in (early, full))
         if self.kind == "tail":
             assert self.margin is not None
             return tail(mine, theirs, self.margin)
         return risk_consistency(mine, theirs, signed=self.kind == "signed")
 
-    def _distance(self, text: str, other: str) -> float:
-        """1 - metric; equal texts are at distance 0 even where the metric finds nothing to compare."""
+    def distance(self, text: str, other: str) -> float:
+        """1 - metric of two texts, in [0, 1]; equal ones are at 0 even where the metric finds nothing to compare."""
         return 0.0 if text == other else 1 - METRICS[self.metric](text, [other])
 
     def unit_of(self, groups: Sequence[str]) -> NDArray[np.intp]:

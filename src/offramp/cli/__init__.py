@@ -30,6 +30,7 @@ from offramp.cli.generate import generate
 from offramp.cli.options import note
 from offramp.cli.probe import probe
 from offramp.cli.report import report
+from offramp.cli.serve import serve
 from offramp.cli.train import train
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 # the three for classifiers are also what train, calibrate and evaluate do with --task ...-classification
 for command in (
-    probe, train, evaluate, calibrate, generate, bench, distill, distill_language_model, report,
+    probe, train, evaluate, calibrate, generate, bench, serve, distill, distill_language_model, report,
     train_classifier, calibrate_classifier, evaluate_classifier, classify,
 ):  # fmt: skip
     app.command(cls=Command)(command)

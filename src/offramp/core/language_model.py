@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -23,6 +23,7 @@ from offramp.core.generation_options import GenerationOptions, checked, most_new
 from offramp.core.policy import ExitPolicy
 from offramp.core.prompt_inputs import Prompt as Prompt
 from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
+from offramp.core.sampling import Sampler
 from offramp.core.verb import Verb
 from offramp.families import SplitModel
 from offramp.hub.messages import quiet
@@ -243,6 +244,21 @@ class LanguageModel:
         policy = ExitPolicy.of(policy)
         prepared, ledger = self._prepare(prompts, chat, options)
         return Stream(prepared, prepared.steps(policy, ledger, self._learnt(policy)), ledger)
+
+    def sampler(self, ids: Sequence[int], **options: Unpack[GenerationOptions]) -> Sampler:
+        """How `generate` would choose the tokens behind a prompt, for a row of a `RunningBatch`.
+
+        Args:
+            ids: The prompt's tokens.
+            **options: As for `generate`; stop strings are left to the caller.
+
+        Returns:
+            The sampler, with a generator of its own if a seed is given.
+
+        Raises:
+            ValueError: As for `generate`.
+        """
+        return self._prepare([list(ids)], False, options)[0].sampler
 
     def adaptive_threshold(self, policy: ExitPolicy) -> AdaptiveThreshold:
         """What an adaptive policy has learnt on this model so far; each policy learns for itself.
