@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection
 from inspect import Parameter
-from typing import Annotated, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -32,7 +32,7 @@ def options_of(
     made = [
         Parameter(
             field.name, Parameter.POSITIONAL_OR_KEYWORD, default=field.default,
-            annotation=Annotated[hints[field.name], typer.Option(help=told[field.name])],
+            annotation=Annotated[hints[field.name], typer.Option(*_names(field), help=told[field.name])],
         )
         for field in dataclasses.fields(kind) if field.name in (only or hints) and field.name not in but
     ]  # fmt: skip
@@ -46,6 +46,11 @@ def options_of(
         return command
 
     return decorate
+
+
+def _names(field: dataclasses.Field[Any]) -> list[str]:
+    """What is off by default is a flag without an opposite; all else is called as the field."""
+    return [f"--{field.name.replace('_', '-')}"] if field.default is False else []
 
 
 def field_docs(kind: type) -> dict[str, str]:

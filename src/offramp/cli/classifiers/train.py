@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.cli import options as o
 from offramp.cli.classifiers import options as c
+from offramp.cli.from_fields import options_of
 
 if TYPE_CHECKING:
     from offramp.classifiers.batches import Augmentation
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 AUGMENTATIONS = {"crop-flip": (4, True), "crop": (4, False), "flip": (0, True), "none": None}
 
 
+FIELDS = ("momentum", "nesterov", "label_smoothing", "validate_every", "save_every")
+
+
+@options_of(ClassifierTrainConfig, FIELDS, before="clip")
 def train_classifier(
     architecture: Annotated[
         str,
@@ -66,8 +72,6 @@ def train_classifier(
     batch_size: Annotated[int | None, typer.Option(help="Rows per step; default: 64, of an encoder 32.")] = None,
     optimiser: Annotated[str | None, typer.Option(help="sgd, or adamw, an encoder's default.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 0.1 for sgd, 5e-5 for adamw.")] = None,
-    momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
-    nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov's momentum.")] = False,
     weight_decay: Annotated[float | None, typer.Option(help="Default: 1e-4, of an encoder 0.01.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="step, cosine, linear (an encoder's default) or constant.")
@@ -78,7 +82,6 @@ def train_classifier(
     weights: Annotated[
         str, typer.Option(help="Of the exits' losses: uniform, layer, or numbers with commas.")
     ] = "uniform",
-    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
     clip: Annotated[
         float | None, typer.Option(help="Largest norm of the gradient; default: any, of an encoder 1.")
     ] = None,
@@ -87,14 +90,13 @@ def train_classifier(
     ] = "crop-flip",
     precision: o.Precision = None,
     seed: Annotated[int, typer.Option(help="Of the division, of first weights, and of all draws.")] = 0,
-    validate_every: Annotated[int, typer.Option(help="Epochs between judgements on the tune split.")] = 1,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     device: o.Device = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/train-ARCHITECTURE-DATA."),
     ] = None,
     json: o.JsonPath = None,
+    **fields: Any,
 ) -> None:
     """Train a classifier with early exits on images or texts, all exits jointly.
 
@@ -103,7 +105,6 @@ def train_classifier(
     the same options, an interrupted run goes on from its last checkpoint.
     """
     from offramp.classifiers.architectures import build, rows_of, usual
-    from offramp.classifiers.config import ClassifierTrainConfig
     from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
     from offramp.classifiers.trainer import train_classifier as run
     from offramp.families.heads import HeadConfig
@@ -116,9 +117,8 @@ def train_classifier(
     }  # fmt: skip
     config = ClassifierTrainConfig(
         **{**usual(architecture), **{name: value for name, value in options.items() if value is not None}},
-        momentum=momentum, nesterov=nesterov, label_smoothing=label_smoothing, precision=precision, seed=seed,
+        precision=precision, seed=seed, **fields,
         weights=weights if weights.isalpha() else o.numbers(weights, "--weights", float) or weights,
-        validate_every=validate_every, save_every=save_every,
     )  # fmt: skip
     reading = DataConfig(
         task, layout, text=_column(text_column), label=_column(label_column), pair=_column(pair_column),
