@@ -271,8 +271,8 @@ def test_a_grid_has_one_page_with_tables_and_pictures(grid, tmp_path):
         "Teacher erm: what distillation cost each group", "Teacher erm: exits by group",
     ]  # fmt: skip
     assert "1 runs (kd--erm--seed1)" in text
-    assert text.count("data:image/svg+xml") == 1 + 3 + 1  # groups; exits of three methods; weights of dedier
-    assert "http" not in re.sub(r"data:image[^\"]*", "", text)
+    assert text.count("<svg") == 1 + 3 + 1  # groups; exits of three methods; weights of dedier
+    assert "http" not in text
     assert len(results_in(tmp_path / "grid")[0]) == len(results) - 1
 
 
@@ -288,13 +288,13 @@ def test_a_run_has_a_page_too_old_or_new(grid, tmp_path):
         "Weights after each epoch", "What each rule would have chosen", "Where group labels were used",
     ]  # fmt: skip
     assert titles(new)[:7] == wanted
-    assert new.count("data:image/svg+xml") == 3
+    assert new.count("<svg") == 3
     (folder / "result.json").write_text(json.dumps(sealed(older([named(results, "dedier")])[0])))
     (folder / "weights.safetensors").unlink()
     assert report(folder, "--out", tmp_path / "old.html")[0] == 0
     old = (tmp_path / "old.html").read_text()
     assert titles(old)[:5] == [wanted[0], *wanted[2:3], *wanted[4:7]]
-    assert old.count("data:image/svg+xml") == 2
+    assert old.count("<svg") == 2
 
 
 def test_runs_that_are_not_finished_say_so(grid, tmp_path):

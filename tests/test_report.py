@@ -1,16 +1,15 @@
 """The HTML report: nothing beside it is needed, whatever data says is escaped, and figures are those of the runs."""
 
-import base64
 import json
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
+import browser
 import evaluation_runs
 import scripted_calibration
 import training_runs
@@ -22,6 +21,7 @@ from offramp.lm.probe import probe
 from offramp.lm.probe_result import Probe
 from offramp.report import training_plots
 from offramp.report.html import report
+from offramp.report.inline import inline
 from offramp.report.pages import evaluation
 from offramp.report.pages.blocks import Picture
 from offramp.runs.files import write_json
@@ -31,7 +31,7 @@ from offramp.runs.lines import read_lines, write_lines
 pytest.importorskip("matplotlib")
 KINDS = ("evaluation", "training", "probe", "calibration")
 SECTIONS = {
-    "evaluation": ["Quality and cost", "Pareto front", "Where tokens leave", "Costs by part", "Examples"],
+    "evaluation": ["In short", "Examples", "Pareto front", "Where tokens leave", "Costs by part", "Quality and cost"],
     "training": ["What each exit reached", "Training curves"],
     "probe": ["Is it worth it?", "Confidence and accuracy by layer"],
     "calibration": ["The certificate", "What was tested", "What the policy loses and saves", "Repeated calibrations"],
@@ -134,7 +134,7 @@ def whole(runs):
 
 @pytest.fixture
 def _undrawn(monkeypatch):
-    monkeypatch.setattr(evaluation, "draw", lambda figure, says: Picture("data:image/svg+xml;base64,", says))
+    monkeypatch.setattr(evaluation, "draw", lambda figure, says: Picture("<svg></svg>", says))
 
 
 def one(runs, kind, tmp_path, **options):
@@ -155,31 +155,77 @@ def test_each_kind_alone(runs, kind, tmp_path):
 def test_all_together_with_contents_that_lead_somewhere(whole):
     ids = [attributes["id"] for _, attributes in whole.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+    ids = [id for id in ids if id.startswith("run-")]
     assert sum(re.fullmatch(r"run-\d", id) is not None for id in ids) == len(KINDS)
     assert {f"#{id}" for id in ids} == {link["href"] for link in whole.of("a")}
 
 
 def test_nothing_beside_the_file_is_needed(whole):
-    assert all(picture["src"].startswith("data:image/svg+xml;base64,") for picture in whole.of("img"))
+    assert not whole.of("img")
     assert all(link["href"].startswith("#") for link in whole.of("a"))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in whole.tags}
     source = whole.path.read_text(encoding="utf-8")
     assert "http" not in source
-    assert "url(" not in source
+    ids = {attributes["id"] for _, attributes in whole.tags if "id" in attributes}
+    assert set(re.findall(r"url\((.*?)\)", source)) <= {f"#{id}" for id in ids}
     assert "@import" not in source
 
 
-def test_pictures_are_drawn_and_described(whole):
-    pictures = whole.of("img")
-    assert len(pictures) == 2 + 2 + 3
-    for picture in pictures:
-        ElementTree.fromstring(base64.b64decode(picture["src"].partition(",")[2]))
-        assert len(picture["alt"]) > 10
+def test_pictures_are_drawn_in_the_colours_of_the_page_and_described(whole):
+    pictures = [figure for figure in whole.of("figure")]
+    assert len(pictures) == len(whole.of("svg")) == 1 + 2 + 3
+    assert all(len(picture["aria-label"]) > 10 for picture in pictures)
+    styles = " ".join(attributes.get("style", "") for tag, attributes in whole.tags if tag in ("path", "text", "use"))
+    assert "var(--blue)" in styles
+    assert not [word for word in ("#0072b2", "#666666", "DejaVu") if word in styles]
+    assert "full model = 1" in whole.texts["text"]  # letters, not paths
 
 
 def test_it_is_made_for_phones_and_dark_rooms(whole):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in whole.of("meta")
-    assert "prefers-color-scheme: dark" in "".join(whole.texts["style"])
+    assert "light-dark(" in "".join(whole.texts["style"])
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="there is no chromium")
+def test_in_a_browser(whole):
+    with browser.browsing() as tab:
+        seen = set()
+        for width, scheme in ((1300, "light"), (400, "dark")):
+            tab.look(width, scheme=scheme)
+            tab.open(whole.path.as_uri())
+            assert not tab.overflows()
+            seen.add(tab.get("getComputedStyle(document.querySelector('svg path[style*=\"--blue\"]')).stroke"))
+            plain, tinted = (
+                tab.get(f"getComputedStyle(document.querySelector('.tokens:not(.legend) .depth{which}')).background")
+                for which in (".full", ":not(.full)")
+            )
+            assert "rgba(0, 0, 0, 0)" in plain
+            assert "oklch" in tinted
+        assert len(seen) == 2
+        assert tab.complaints == []
+        assert all(url.startswith("file:") for url in tab.requested)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '<script>alert(1)</script>',
+        '<foreignObject><p>x</p></foreignObject>',
+        '<path onclick="alert(1)" d="M0 0"/>',
+        '<path style="fill: url(https://example.org/x)" d="M0 0"/>',
+        '<path clip-path="url(&quot;https://example.org/x&quot;)" d="M0 0"/>',
+        '<path style="position: fixed; fill: #0072b2" d="M0 0"/>',
+        '<use xlink:href="https://example.org/x#a"/>',
+        '<image xlink:href="https://example.org/x.png"/>',
+        '<a xlink:href="javascript:alert(1)"><path d="M0 0"/></a>',
+        '<style>* { color: red }</style>',
+    ],
+)  # fmt: skip
+def test_a_picture_of_a_file_only_draws(bad):
+    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    found = inline(f"{head}{bad}<text>a &lt; b</text></svg>".encode())
+    assert not [w for w in ("script", "alert", "example.org", "foreign", "onclick", "position", "red") if w in found]
+    assert "a &lt; b" in found
 
 
 def test_the_same_runs_give_the_same_bytes(whole, runs):
@@ -214,7 +260,7 @@ def test_text_of_data_is_escaped(runs, tmp_path):
     assert bad in "".join(page.texts["span"])  # as a token
     assert {tag for tag, _ in page.tags}.isdisjoint({"script"})
     assert not any("onerror" in attributes for _, attributes in page.tags)
-    assert all(picture["src"].startswith("data:") for picture in page.of("img"))
+    assert not page.of("img")
     assert "<b>evaluation" in page.text
 
 
@@ -230,10 +276,12 @@ def test_every_arm_is_in_every_table_and_bar(runs, tmp_path):
         quality, cost = found[arm["name"]]
         assert quality[0].startswith(f"{100 * arm['quality']['f1']['value']:.1f} (")
         assert cost[1].startswith(f"{arm['flops_ratio']['value']:.3f} (")
-    bars = dict(re.findall(r'class="name">(.*?)</span> <span class="total">(.*?)<', page.path.read_text()))
-    assert bars == {arm["name"]: f"{arm['flops_ratio']['value']:.3f}" for arm in results["arms"]}
-    widths = re.findall(r'<div class="bar">(.*?)</div>', page.path.read_text())
-    totals = [sum(map(float, re.findall(r"width:([\d.]+)%", bar))) for bar in widths]
+    bars = re.findall(r'class="name">(.*?)</span> <span class="total">(.*?)<', page.path.read_text())
+    assert bars[0] == ("softmax", f"mean {results['arms'][2]['exit_layer']['value']:.1f}")  # where its tokens left
+    assert dict(bars[1:]) == {arm["name"]: f"{arm['flops_ratio']['value']:.3f}" for arm in results["arms"]}
+    widths = re.findall(r'<div class="stack">(.*?)</div>', page.path.read_text())
+    left, *totals = [sum(map(float, re.findall(r"width:([\d.]+)%", bar))) for bar in widths]
+    assert left == pytest.approx(100, abs=0.01)
     most = max(arm["flops_ratio"]["value"] for arm in results["arms"])
     assert totals == pytest.approx([100 * arm["flops_ratio"]["value"] / most for arm in results["arms"]], abs=0.01)
     marks = [row.get("class", "").split() for row in page.of("tr")]
@@ -249,15 +297,48 @@ def test_tokens_have_the_colour_and_the_words_of_their_layer(runs, tmp_path):
     files = [runs / "evaluation" / "records" / f"{name.replace(' ', '-')}.jsonl" for name in names]
     records = [read_records(path)[1] for path in files]
     assert [name for name, _ in answers] == names * 5
+    places = set()
     for (_, answer), record in zip(answers, [arm[i] for i in range(5) for arm in records], strict=True):
-        spans = re.findall(r'<span class="l(\d+)" title="layer (\d+) of 4(?:, confidence (.*?))?">(.*?)</span>', answer)
-        assert [int(layer) for layer, *_ in spans] == [int(said) for _, said, *_ in spans] == record.exit_layers
+        spans = re.findall(
+            r'<span class="depth( full)?" style="--at:(.*?)" title="layer (\d+) of 4(?:, confidence (.*?))?">'
+            r"(.*?)</span>",
+            answer,
+        )
+        assert [int(layer) for _, _, layer, *_ in spans] == record.exit_layers
+        assert [bool(full) for full, *_ in spans] == [layer == 4 for layer in record.exit_layers]
         assert "".join(text for *_, text in spans).replace("·", "") == record.text
         said = [f"{value:.2f}" if value is not None else "" for value in record.confidences]
         assert [confidence for *_, confidence, _ in spans] == said
-    styles = dict(re.findall(r"#run-1 \.l(\d+) { background: (#\w{6}); }", source))
-    assert {layer for record in sum(records, []) for layer in record.exit_layers} == set(map(int, styles))
-    assert len(set(styles.values())) == len(styles)
+        places |= {(int(layer), float(at)) for _, at, layer, *_ in spans}
+    layers = sorted({layer for record in sum(records, []) for layer in record.exit_layers})
+    assert sorted(places) == [(n, pytest.approx((n - layers[0]) / (4 - layers[0]), abs=1e-3)) for n in layers]
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_an_evaluation_opens_with_a_verdict_and_shows_what_was_asked(runs, tmp_path):
+    page = one(runs, "evaluation", tmp_path, examples=5)
+    result = json.loads((runs / "evaluation" / "results.json").read_text())
+    softmax = result["arms"][2]
+    assert (
+        "No policy here is shown to be near the full model's answers for less; nearest to it is softmax." in page.text
+    )
+    tiles = re.findall(r"<div><span>(.*?)</span><b>(.*?)</b><span>(.*?)</span></div>", page.path.read_text())
+    assert [name for name, *_ in tiles] == ["f1 of softmax", "FLOPs per generated token", "seconds per generated token"]
+    assert tiles[0][1] == f"{100 * softmax['difference']['f1']['value']:+.1f}"
+    assert tiles[1][1] == f"{softmax['flops_per_token_ratio']['value']:.3f}"
+    assert all("the full model" in says for *_, says in tiles)
+    for example in examples():
+        assert {example.question, example.source} <= {text.strip() for text in page.texts["p"]}
+    assert page.text.index("nearest to it") < page.text.index("the sky is") < page.text.index("the full model's whole")
+
+
+def test_a_lossless_policy_is_among_the_examples(tmp_path, monkeypatch):
+    some = {f"softmax {t}": ExitPolicy(threshold=t, min_layer=1) for t in (0.1, 0.2, 0.3, 0.4)}
+    some["checked"] = ExitPolicy(threshold=0.2, min_layer=1, skipped="verify")
+    monkeypatch.setattr(evaluation_runs, "POLICIES", some)
+    evaluation_runs.run(tmp_path / "evaluation", 2)
+    page = one(tmp_path, "evaluation", tmp_path)
+    assert "the full model's very answer; lossless: every token is checked by the full model" in page.text
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -269,14 +350,6 @@ def test_examples_are_drawn_by_seed(runs, tmp_path):
     assert len({tuple(drawn(examples=2, seed=seed)) for seed in range(6)}) > 1
     assert drawn(examples=99) == [example.id for example in examples()]
     assert drawn(examples=0) == []
-
-
-@pytest.mark.parametrize("depth", [2, 5, 30, 80])
-def test_no_two_layers_share_a_colour(depth):
-    colours = evaluation._colours(range(1, depth + 1), depth)
-    assert set(colours) == set(range(1, depth + 1))
-    assert len(set(colours.values())) == depth
-    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours.values())
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -409,7 +482,7 @@ def test_what_a_calibration_writes_has_a_page(tmp_path, monkeypatch, bound):
     page = one(tmp_path, "calibration", tmp_path)
     assert result.certificate.certified
     assert result.certificate.words() in page.text
-    assert len(page.of("img")) == 1
+    assert len(page.of("svg")) == 1
     verdicts = [found[0][-1] for name, found in rows(page.path).items() if name.startswith("softmax")]
     assert verdicts == ["passed", "chosen", "failed"]
     assert ("guarantee on the mean" in page.text) == (bound == "crc")

@@ -1,6 +1,7 @@
 """Run all arms, in turns, on the same examples and compare: a folder of records, from which a stopped one goes on.
 
 config.json               what all arms have in common; an evaluation of something else is refused here
+examples.jsonl            what was asked, one line per example
 records/ARM.jsonl         one line per example; while several processes are at it, ARM.RANK-of-PROCESSES.jsonl
 results.json, table.md    the summary, and pictures of it
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ from offramp.metrics.bootstrap import Bootstrap
 from offramp.metrics.text import reads
 from offramp.report import plots
 from offramp.runs.asked import as_json, read_asked, require_same, write_asked
+from offramp.runs.lines import write_lines
 from offramp.runs.machine import describe
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
-CONFIG, RECORDS = "config.json", "records"
+CONFIG, EXAMPLES, RECORDS = "config.json", "examples.jsonl", "records"
 AGAIN = "give another folder"
 
 
@@ -149,7 +152,7 @@ def _evaluate(
             progress=progress if state.is_main_process else None,
         )  # fmt: skip
 
-    with _opened(folder, common, about=conditions, state=state):
+    with _opened(folder, common, examples, about=conditions, state=state):
         records = shared(state, stems, examples, common["batch_size"], run)
         summaries = [
             summarise(
@@ -214,8 +217,10 @@ def _unread(task: Task, examples: Sequence[Example]) -> dict[str, dict[str, int]
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any], state: Any) -> Iterator[None]:
-    """The run folder, for this evaluation alone; its configuration is written, or compared.
+def _opened(
+    folder: Path, common: Mapping[str, Any], examples: Sequence[Any], *, about: Mapping[str, Any], state: Any
+) -> Iterator[None]:  # fmt: skip
+    """The run folder, for this evaluation alone; its configuration is written, or compared, and what is asked kept.
 
     Yields:
         Nothing.
@@ -231,5 +236,7 @@ def _opened(folder: Path, common: Mapping[str, Any], *, about: Mapping[str, Any]
                 require_same(read_asked(path, AGAIN, "about")[0], asked, folder, "another evaluation: {}")
             else:
                 write_asked(path, asked, about=dict(about))
+            if not (kept := folder / EXAMPLES).exists():
+                write_lines(kept, map(asdict, examples))
         state.wait_for_everyone()
         yield

@@ -127,8 +127,8 @@ class Evaluation(Result):
         ]  # fmt: skip
         rows = [
             [
-                arm.name, _quality(arm.quality[self.metric], self.metric),
-                "" if arm.name == FULL else _quality(arm.difference[self.metric], self.metric, "+"),
+                arm.name, quality_cell(arm.quality[self.metric], self.metric),
+                "" if arm.name == FULL else quality_cell(arm.difference[self.metric], self.metric, "+"),
                 *(_point(arm.quality[name].value, name) for name in others), f"{arm.agreement.value:.0%}",
                 f"{arm.identical.value:.0%}", f"{arm.length.value:.1f}", *([f"{arm.outside:.1%}"] if pruned else []),
             ]
@@ -195,7 +195,8 @@ def _point(value: float, name: str, sign: str = "") -> str:
     return f"{value * scale:{sign}.{2 if name == PERPLEXITY else 1}f}"
 
 
-def _quality(interval: Interval, name: str, sign: str = "") -> str:
+def quality_cell(interval: Interval, name: str, sign: str = "") -> str:
+    """A score with its interval; `sign` is "+" for differences."""
     value = _point(interval.value, name, sign)
     if interval.low is None or interval.high is None:
         return value

@@ -34,6 +34,7 @@ REASONS: Mapping[str, str] = {
     "slow": "Fewer FLOPs, but no fewer seconds (× the full model's)",
 }
 """Headings of the sentences, by finding, in their order."""
+NOTHING = "No policy here is shown to be near the full model's answers for less"
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,22 @@ def sentences(evaluation: Judged, found: Sequence[Finding]) -> list[str]:
     """Findings by reason, without full stops; the first says so if nothing can be recommended."""
     if not found:
         return []
-    near = f"{NEAR:g} {'per cent above' if evaluation.metric == PERPLEXITY else 'points below'}"
     lines = []
-    for reason, heading in REASONS.items():
+    for reason in REASONS:
         some = [f"{each.arm} ({each.words})" for each in found if each.reason == reason]
         more = f"; and {len(some) - SHOWN} more" if len(some) > SHOWN else ""
         if some:
-            title = heading.format(near=near, metric=evaluation.metric).replace("below the full", _far(evaluation))
-            lines.append(f"{title}: {'; '.join(some[:SHOWN])}{more}")
+            lines.append(f"{heading(evaluation, reason)}: {'; '.join(some[:SHOWN])}{more}")
     if not any(each.reason == GOOD for each in found):
-        lines.insert(0, "No policy here is shown to be near the full model's answers for less")
+        lines.insert(0, NOTHING)
     return lines
+
+
+def heading(evaluation: Judged, reason: str) -> str:
+    """A heading of `REASONS` about this evaluation's metric."""
+    near = f"{NEAR:g} {'per cent above' if evaluation.metric == PERPLEXITY else 'points below'}"
+    said = REASONS[reason].format(near=near, metric=evaluation.metric)
+    return said.replace("below the full", _far(evaluation))
 
 
 def _far(evaluation: Judged) -> str:

@@ -19,6 +19,7 @@ from offramp.runs.files import replace_file
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
 """Of many lines, in turn."""
+GRID = "#e4e4e4"
 STYLE = {
     "svg.hashsalt": "offramp",
     "font.size": 10,
@@ -27,7 +28,7 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "grid.color": "#e4e4e4",
+    "grid.color": GRID,
     "legend.frameon": False,
 }
 

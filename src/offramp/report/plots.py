@@ -183,6 +183,8 @@ COST_LABELS = {
     "seconds_ratio": "seconds (full model = 1), of arms that took turns",
 }
 """Panels, by the ratio of `ArmSummary` along x."""
+MOST_NAMED = 8
+"""Policies that are named beside their points; of more only those on the Pareto front."""
 
 
 def pareto_figure(evaluation: Evaluation) -> Any:
@@ -251,7 +253,20 @@ def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
         [getattr(arm, cost).value for arm in front], [arm.quality[evaluation.metric].value for arm in front],
         where="post", color=ORANGE, linewidth=1, linestyle="--", label="Pareto front", zorder=1,
     )  # fmt: skip
-    axes.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    full = evaluation.arms[0].quality[evaluation.metric].value
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.axhline(full, color=GREY, linewidth=1)
+    axes.annotate("full model = 1", (1, 0.01), xycoords=("data", "axes fraction"), xytext=(-3, 0), ha="right",
+                  textcoords="offset points", rotation=90, fontsize=8, color=GREY)  # fmt: skip
+    policies = [arm for arm in arms if not arm.is_static]
+    named = front + (policies if len(policies) <= MOST_NAMED else [])
+    some = {arm.name: arm for arm in named if arm.policy is not None}.values()
+    for place, arm in enumerate(sorted(some, key=lambda arm: arm.quality[evaluation.metric].value)):
+        x, y = getattr(arm, cost).value, arm.quality[evaluation.metric].value
+        shift, side = (6, "left") if x < 1 else (-6, "right")
+        axes.annotate(
+            arm.name, (x, y), xytext=(shift, (-12, 6)[place % 2]), ha=side, textcoords="offset points", fontsize=8
+        )
 
 
 def _whiskers(intervals: list[Interval]) -> list[list[float]]:
@@ -261,8 +276,8 @@ def _whiskers(intervals: list[Interval]) -> list[list[float]]:
 
 
 def histogram_figure(evaluation: Evaluation) -> Any:
-    """Where tokens left: share of the tokens by layer, a row per arm."""
-    arms, depth = evaluation.arms, evaluation.num_layers
+    """Where tokens left: share of the tokens by layer, a row per policy; static exits would only say their layer."""
+    arms, depth = [arm for arm in evaluation.arms if not arm.is_static] or evaluation.arms, evaluation.num_layers
     figure = headed(f"Where tokens leave the {depth} layers", 9, 1.6 + 0.36 * len(arms))
     axes = figure.add_subplot()
     first = depth + 1 - max(len(arm.histogram) for arm in arms)  # 0 where a drafter drafted

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from offramp.report.drawing import styled
+from offramp.report.drawing import require_matplotlib, styled
+from offramp.report.inline import inline
 from offramp.runs.tables import Table
 
 
@@ -23,11 +23,21 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a page opens with: a sentence, and what it rests on, as tiles (name, figure, in words)."""
+
+    kind: ClassVar[str] = "verdict"
+    sentence: str
+    tiles: Sequence[tuple[str, str, str]] = ()
+    mark: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, and what it shows in words."""
+    """A picture as the markup of an SVG (see `offramp.report.inline`), and what it shows in words."""
 
     kind: ClassVar[str] = "picture"
-    source: str
+    markup: str
     says: str
 
 
@@ -52,7 +62,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Stacked bars and their legend, (name, colour) each."""
+    """Stacked bars and their legend, (name, style) each: a background, or a place on the scale of depth."""
 
     kind: ClassVar[str] = "bars"
     legend: Sequence[tuple[str, str]]
@@ -69,15 +79,31 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """An example: its title, what was asked as (name, text) each, and the answers."""
+
+    title: str
+    prompt: Sequence[tuple[str, str]]
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True)
 class Answers:
-    """Answers to some examples, coloured by exit layer; `legend` has the layers that occur, with names."""
+    """Answers to some examples, coloured by exit layer.
+
+    Attributes:
+        legend: The layers that occur, with names.
+        places: Where each stands on the scale of depth, from 0 (the first exit) to 1 (the full model).
+        examples: In the order of reading.
+    """
 
     kind: ClassVar[str] = "answers"
-    legend: Sequence[tuple[int, str]]
-    examples: Sequence[tuple[str, Sequence[Answer]]]
+    legend: Mapping[int, str]
+    places: Mapping[int, float]
+    examples: Sequence[Asked]
 
 
-Block = Text | Table | Picture | Code | Bars | Answers
+Block = Verdict | Text | Table | Picture | Code | Bars | Answers
 
 
 @dataclass(frozen=True)
@@ -96,29 +122,28 @@ class Page:
         title: Of what it is.
         place: The folder or file it was read from.
         sections: In the order of reading.
-        colours: Of the exit layers, for `Answers`.
     """
 
     title: str
     place: str
     sections: Sequence[Section]
-    colours: Mapping[int, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- making them
 
 
 def draw(figure: Callable[[], Any], says: str) -> Picture:
-    """A figure of `offramp.report` as a picture, the same bytes for the same figure; `says` is what it shows."""
+    """A figure of `offramp.report` as a picture, the same markup for the same figure; `says` is what it shows."""
     buffer = io.BytesIO()
     with styled():
-        figure().savefig(buffer, format="svg", metadata={"Date": None})
+        require_matplotlib().rcParams["svg.fonttype"] = "none"  # letters stay letters, in the page's own type
+        figure().savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return svg(buffer.getvalue(), says)
 
 
 def svg(content: bytes, says: str) -> Picture:
-    """A picture of the bytes of an SVG file. As the source of an image it runs no scripts and loads nothing."""
-    return Picture("data:image/svg+xml;base64," + base64.b64encode(content).decode(), says)
+    """A picture of the bytes of an SVG file."""
+    return Picture(inline(content), says)
 
 
 def facts(values: Mapping[str, Any]) -> Table:
@@ -135,10 +160,13 @@ def _said(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
-def repeat(command: str | None, about: Mapping[str, Any], config: Any = None) -> Section:
-    """How to repeat a run: its command line, conditions and versions, and all settings as JSON, folded away."""
-    how: Block = Code(command) if command else Text(("The command line was not recorded.",))
-    blocks: list[Block] = [how, facts(about)]
+def repeat(command: str | None, about: Mapping[str, Any], config: Any = None, *, python: str = "") -> Section:
+    """How to repeat a run: its command line, or what to call, conditions and versions, and all settings as JSON."""
+    blocks: list[Block] = [Code(command)] if command else []
+    if not command:
+        what = "these lines do the same" if python else "the conditions and settings below are all that it went by"
+        blocks += [Text((f"It was started from Python; {what}.",)), *([Code(python)] if python else [])]
+    blocks.append(facts(about))
     if config is not None:
         blocks.append(Code(json.dumps(config, indent=2, ensure_ascii=False), "All settings, as JSON"))
     return Section("How to repeat it", blocks)

@@ -1,74 +1,109 @@
-"""The page of an evaluation: tables, Pareto front, exits, costs by part, and answers coloured by exit layer."""
+"""The page of an evaluation: a verdict, answers coloured by exit layer, pictures, costs by part, and all figures."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from offramp.evaluation.arms import FULL
+from offramp.evaluation.evaluate import EXAMPLES
 from offramp.evaluation.record_file import Record, read_records
 from offramp.evaluation.records import PREFILL
-from offramp.evaluation.result import Evaluation
+from offramp.evaluation.result import Evaluation, quality_cell, ratio_cell
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-from offramp.report import drawing, plots
-from offramp.report.pages.blocks import Answer, Answers, Bar, Bars, Block, Page, Section, Text, draw, repeat
+from offramp.evaluation.verdict import GOOD, NOTHING, REASONS, heading
+from offramp.report import plots
+from offramp.report.pages.blocks import (
+    Answer,
+    Answers,
+    Asked,
+    Bar,
+    Bars,
+    Block,
+    Page,
+    Section,
+    Text,
+    Verdict,
+    draw,
+    repeat,
+)
+from offramp.runs.lines import read_lines
 
 SHOWN = 3
 """Policies whose answers are shown beside the full model's."""
 PARTS = {
-    PREFILL: ("prompt", "#7f8c9b"),
-    "encoder": ("encoder", "#b39ddb"),
-    "blocks": ("blocks", drawing.BLUE),
-    "fill": ("keys and values of skipped layers", "#56B4E9"),
-    "readout": ("readouts of all tokens", drawing.ORANGE),
-    "pruned_readout": ("pruned readouts", "#E69F00"),
-    "select": ("choosing the kept tokens", "#F0E442"),
-    "confidence": ("classifiers", drawing.GREEN),
-}
-"""Names and colours of the parts of the costs."""
-EARLY, MIDDLE, LATE, LAST = (140, 197, 240), (246, 239, 176), (247, 166, 96), "#cfcfcf"
-"""From the first exit to the last one, and the full model; light, for dark letters, and no red beside green."""
+    PREFILL: ("prompt", "faint"), "encoder": ("encoder", "pink"), "blocks": ("blocks", "blue"),
+    "fill": ("keys and values of skipped layers", "sky"), "readout": ("readouts of all tokens", "orange"),
+    "pruned_readout": ("pruned readouts", "amber"), "select": ("choosing the kept tokens", "plum"),
+    "confidence": ("classifiers", "green"),
+}  # fmt: skip
+"""Names of the parts of the costs, and their colours in `colours.css`."""
 
 
 def page(folder: Path, values: dict[str, Any], *, examples: int, seed: int) -> Page:
     """The page of a finished evaluation, from its results.json, with some examples drawn by the seed."""
     result = Evaluation.from_dict(values)
     conditions = result.conditions
-    answers, colours = _answers(result, folder / "records", examples, seed)
     about = {name: value for name, value in conditions.items() if name != "command"}
+    policies = {arm.name: arm.policy for arm in result.arms}
     return Page(
         f"Evaluation: {conditions['model']}, {conditions['task']}",
         str(folder),
         [
-            Section("Quality and cost", _tables(result)),
+            Section("In short", _short(result)),
+            Section("Examples, token by token", _answers(result, folder, examples, seed)),
             Section("Pareto front", _front(result)),
-            Section("Where tokens leave", [_exits(result)]),
+            Section("Where tokens leave", _exits(result)),
             Section("Costs by part", _costs(result)),
-            Section("Examples, token by token", answers),
-            repeat(conditions.get("command"), about, {arm.name: arm.policy for arm in result.arms}),
+            Section("Quality and cost", _tables(result)),
+            repeat(conditions.get("command"), about, policies, python=_python(result, folder)),
         ],
-        colours,
     )
+
+
+# ---------------------------------------------------------------- in short
+
+
+def _short(result: Evaluation) -> list[Block]:
+    """The verdict, and what the policy that it names, or the nearest to one it could name, scores and costs."""
+    order = [GOOD, *reversed([reason for reason in REASONS if reason != GOOD])]  # the least that is against it first
+    found = sorted(result.findings(), key=lambda each: order.index(each.reason))
+    if not found:
+        return [Verdict("Only the full model and static exits were compared.")]
+    first, good = result.arm(found[0].arm), found[0].reason == GOOD
+    why = heading(result, found[0].reason)
+    sentence = f"{first.name}: {why[0].lower()}{why[1:]}." if good else f"{NOTHING}; nearest to it is {first.name}."
+    whole = quality_cell(replace(result.arms[0].quality[result.metric], low=None, high=None), result.metric)
+    points = "" if result.metric == PERPLEXITY else "points "
+    tiles = [
+        (f"{result.metric} of {first.name}", quality_cell(first.difference[result.metric], result.metric, "+"),
+         f"{points}beside the full model's {whole}"),
+        ("FLOPs per generated token", ratio_cell(first.flops_per_token_ratio), "× the full model's"),
+        ("seconds per generated token", ratio_cell(first.seconds_per_token_ratio),
+         "× the full model's" if first.seconds_per_token_ratio else "they do not compare: the two did not take turns"),
+    ]  # fmt: skip
+    says = tuple(f"{line}." for line in result.verdict() if line != NOTHING)
+    return [Verdict(sentence, tiles, "good" if good else ""), Text(says)]
 
 
 def _tables(result: Evaluation) -> list[Block]:
     front = set(result.front())
     marks = [" ".join(filter(None, [_mark(arm), "front" * (arm.name in front)])) for arm in result.arms]
-    says = tuple(f"{line}." for line in result.verdict())
+    note = f"{result.reading()}. The full model's row is bold, those of static exits are grey."
     return [
-        *([Text(says, "good" if result.recommended() else "")] if says else []),
-        replace(result.quality_table(), marks=marks),
-        replace(result.cost_table(), marks=marks),
-        Text((f"{result.reading()}. The full model's row is bold, those of static exits are grey.",)),
-    ]
+        replace(result.quality_table(), marks=marks), replace(result.cost_table(), marks=marks), Text((note,)),
+    ]  # fmt: skip
 
 
 def _mark(arm: ArmSummary) -> str:
     return "full" if arm.policy is None else "static" if arm.is_static else ""
+
+
+# ---------------------------------------------------------------- pictures
 
 
 def _front(result: Evaluation) -> list[Block]:
@@ -85,8 +120,39 @@ def _front(result: Evaluation) -> list[Block]:
     return [picture, Text(tuple(says))]
 
 
-def _exits(result: Evaluation) -> Block:
-    return draw(partial(plots.histogram_figure, result), "Share of the tokens that left after each layer, by arm")
+def _exits(result: Evaluation) -> list[Block]:
+    """Static exits only say their own layer."""
+    arms = [arm for arm in result.arms if not arm.is_static]
+    first = result.num_layers + 1 - max(len(arm.histogram) for arm in result.arms)  # 0 where a drafter drafted
+    counts = {arm.name: dict(enumerate(arm.histogram, result.num_layers + 1 - len(arm.histogram))) for arm in arms}
+    layers = [
+        layer for layer in range(first, result.num_layers + 1) if any(count.get(layer) for count in counts.values())
+    ]
+    places = _places(layers, result.num_layers)
+    bars = [
+        Bar(arm.name, f"mean {arm.exit_layer.value:.1f}", [
+            (index, 100 * counts[arm.name][layer] / sum(arm.histogram),
+             f"layer {layer}: {counts[arm.name][layer] / sum(arm.histogram):.1%}")
+            for index, layer in enumerate(layers) if counts[arm.name].get(layer)
+        ])
+        for arm in arms
+    ]  # fmt: skip
+    legend = [(_name(layer, result.num_layers), _style(places[layer])) for layer in layers]
+    note = f"Shares of the tokens by the layer they left after, of {result.num_layers}; static exits left out."
+    return [Text((note,)), Bars(legend, bars)] if bars else [Text(("No policy was compared.",))]
+
+
+def _style(place: float) -> str:
+    return "background:var(--plain)" if place == 1 else f"--at:{place:.3f}"
+
+
+def _places(layers: list[int], depth: int) -> dict[int, float]:
+    """On the scale of depth, from the first layer that occurs on; as the server's page has it."""
+    return {layer: (layer - layers[0]) / max(depth - layers[0], 1) if layer < depth else 1.0 for layer in layers}
+
+
+def _name(layer: int, depth: int) -> str:
+    return "full depth" if layer == depth else str(layer)
 
 
 def _costs(result: Evaluation) -> list[Block]:
@@ -106,44 +172,62 @@ def _costs(result: Evaluation) -> list[Block]:
         for arm in result.arms
     ]
     note = "FLOPs by part, as shares of the full model's whole; every matrix product counts."
-    return [Text((note,)), Bars([PARTS[part] for part in used], bars)]
+    legend = [(name, f"background:var(--{colour})") for name, colour in map(PARTS.__getitem__, used)]
+    return [Text((note,)), Bars(legend, bars)]
 
 
 # ---------------------------------------------------------------- examples
 
 
-def _answers(result: Evaluation, folder: Path, count: int, seed: int) -> tuple[list[Block], dict[int, str]]:
-    """A few answers, and the colours of the layers in them."""
-    records = {found[0].arm: found for path in sorted(folder.glob("*.jsonl")) if (found := read_records(path)[1])}
+def _answers(result: Evaluation, folder: Path, count: int, seed: int) -> list[Block]:
+    """A few answers beside what was asked."""
+    paths = sorted((folder / "records").glob("*.jsonl"))
+    records = {found[0].arm: found for path in paths if (found := read_records(path)[1])}
     chosen = [name for name in _chosen(result) if name in records]
     if FULL not in chosen or len(chosen) < 2:
-        return [Text(("The records of the answers are not there.",))], {}
+        return [Text(("The records of the answers are not there.",))]
     if not any(record.pieces for name in chosen for record in records[name]):
         why = "made without a tokenizer, or by a version that did not keep the texts of single tokens"
-        return [Text((f"The records hold no texts of tokens: they were {why}.",))], {}
+        return [Text((f"The records hold no texts of tokens: they were {why}.",))]
     by_id = {name: {record.id: record for record in records[name]} for name in chosen}
     ids = [record.id for record in records[FULL] if all(record.id in arm for arm in by_id.values())]
     picked = sorted(random.Random(seed).sample(range(len(ids)), min(count, len(ids))))
     shown = {ids[place]: [by_id[name][ids[place]] for name in chosen] for place in picked}
     layers = sorted({layer for found in shown.values() for record in found for layer in record.exit_layers})
-    legend = [(layer, "full model" if layer == result.num_layers else str(layer)) for layer in layers]
     kind = "a text, word by word: what each would have said next" if result.metric == PERPLEXITY else "answers"
     note = (
-        f"{len(shown)} examples drawn with seed {seed}; {kind}. Each token has the colour of the layer after which it "
-        "left; pointing at it shows the layer and the confidence. A dot stands for a token without text of its own."
+        f"{len(shown)} examples drawn with seed {seed}; {kind}. The stronger a token's colour, the earlier it left; "
+        "what went to full depth is plain. Pointing at it shows the layer and the confidence. A dot stands for a token "
+        "without text of its own."
     )
+    kept = folder / EXAMPLES
+    asked = {line["id"]: line for line in read_lines(kept, "examples")} if kept.is_file() else {}
     examples = [
-        (f"Example {id}", [_answer(record, result) for record in found]) for id, found in shown.items()
-    ]  # fmt: skip
-    return [Text((note,)), Answers(legend, examples)], _colours(layers, result.num_layers)
+        Asked(f"Example {id}", _prompt(asked.get(id, {})), [_answer(record, result) for record in found])
+        for id, found in shown.items()
+    ]
+    legend = {layer: _name(layer, result.num_layers) for layer in layers}
+    return [Text((note,)), Answers(legend, _places(layers, result.num_layers) if layers else {}, examples)]
+
+
+def _prompt(example: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was asked, and a right answer; nothing of a passage, which is its own prompt, nor of an earlier version."""
+    named = {"asked": example.get("question"), "text": example.get("source")}
+    named |= {"reference": next(iter(example.get("references") or ()), None)}
+    return [(name, text) for name, text in named.items() if text]
 
 
 def _chosen(result: Evaluation) -> list[str]:
-    """The full model and a few others: recommended policies, those ahead or on the front, the rest."""
-    first = [*result.recommended(), *result.ahead(), *result.front()]
+    """The full model and a few others: one that is lossless, recommended policies, those ahead or on the front."""
+    lossless = [arm.name for arm in result.arms if _lossless(arm)][:1]
+    first = [*lossless, *result.recommended(), *result.ahead(), *result.front()]
     wanted = dict.fromkeys([*first, *(arm.name for arm in result.arms)])
     others = sorted((name for name in wanted if name != FULL), key=lambda name: result.arm(name).is_static)
     return [FULL, *others[:SHOWN]]
+
+
+def _lossless(arm: ArmSummary) -> bool:
+    return arm.policy is not None and arm.policy.get("skipped") == "verify" and arm.policy.get("accept", 1.0) >= 1
 
 
 def _answer(record: Record, result: Evaluation) -> Answer:
@@ -152,11 +236,10 @@ def _answer(record: Record, result: Evaluation) -> Answer:
     mean = sum(record.exit_layers) / max(len(record.exit_layers), 1)
     says = f"{scores}; {len(record.tokens)} tokens, mean exit layer {mean:.1f} of {depth}"
     if record.arm != FULL:
-        says += (
-            "; the full model's very answer"
-            if record.same
-            else f"; its token at {record.agreement:.0%} of the positions"
-        )
+        share = f"; its token at {record.agreement:.0%} of the positions"
+        says += "; the full model's very answer" if record.same else share
+    if _lossless(result.arm(record.arm)):
+        says += "; lossless: every token is checked by the full model"
     sure = record.confidences or [None] * len(record.exit_layers)
     tokens = [
         (piece or "·", layer, f"layer {layer} of {depth}" + ("" if value is None else f", confidence {value:.2f}"))
@@ -165,14 +248,25 @@ def _answer(record: Record, result: Evaluation) -> Answer:
     return Answer(record.arm, says, tokens)
 
 
-def _colours(layers: Sequence[int], depth: int) -> dict[int, str]:
-    early = [layer for layer in layers if layer < depth]
-    return {layer: _between(layer, early[0], early[-1]) for layer in early} | {depth: LAST}
-
-
-def _between(layer: int, first: int, last: int) -> str:
-    place = 2 * (layer - first) / max(last - first, 1)
-    low, high = (EARLY, MIDDLE) if place < 1 else (MIDDLE, LATE)
-    return "#" + "".join(
-        f"{round(a + (b - a) * (place % 1 if place < 2 else 1)):02x}" for a, b in zip(low, high, strict=True)
-    )
+def _python(result: Evaluation, folder: Path) -> str:
+    """What to call where no command line was recorded."""
+    conditions = result.conditions
+    if conditions["task"] == PERPLEXITY:
+        return ""
+    options = {name: conditions[name] for name in ("max_new_tokens", "batch_size") if name in conditions}
+    return "\n".join([
+        "import json",
+        "from pathlib import Path",
+        "",
+        "import offramp",
+        "from offramp.runs.lines import read_lines",
+        "from offramp.tasks import Example",
+        "",
+        f"folder = Path({json.dumps(str(folder))})",
+        'arms = json.loads((folder / "results.json").read_text())["arms"]',
+        f'examples = [Example(**line) for line in read_lines(folder / "{EXAMPLES}", "examples")]',
+        'policies = {a["name"]: offramp.ExitPolicy.from_dict(a["policy"]) for a in arms if a["policy"]}',
+        f"lm = offramp.load({json.dumps(conditions['model'])}, dtype={json.dumps(conditions['dtype'])})",
+        f"lm.evaluate({json.dumps(conditions['task'])}, examples, policies, "
+        + ", ".join(f"{name}={value!r}" for name, value in options.items()) + ', out="again")',
+    ])  # fmt: skip
