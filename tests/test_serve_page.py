@@ -14,15 +14,15 @@ from browser import PROGRAM, browsing
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse  # noqa: E402
+from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 import offramp  # noqa: E402
+from offramp.serve.page import page  # noqa: E402
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium")
 
 SOURCE = Path(offramp.__file__).parent
-RULES = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 DEPTH, EXITS = 30, [20, 22, 24, 26, 28]
 FULL = (
     "The sky looks blue because air scatters the short waves of sunlight far more than the long ones .\n\n"
@@ -93,9 +93,7 @@ class Stub:
         return None
 
     async def page(self, _):
-        html = (SOURCE / "serve" / "page.html").read_text()
-        html = html.replace("/* colours.css */", (SOURCE / "report" / "colours.css").read_text())
-        return HTMLResponse(html, headers={"Content-Security-Policy": RULES})
+        return page("stub")
 
     async def told(self, request):
         return self.refused(request) or JSONResponse(self.about)

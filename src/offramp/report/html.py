@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from offramp.report.pages import Page
 
 TEMPLATE = "report.html.j2"
+COLOURS = Path(__file__).with_name("colours.css")
+"""The colours and the scale of depth of all pages; the template includes it."""
 
 
 def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
+from offramp.report.html import COLOURS
+
 _FILE = Path(__file__).with_name("page.html")
 
 
@@ -23,8 +25,8 @@ def page(model: str) -> Response:
 
 @cache
 def _read() -> tuple[str, str]:
-    """The file, and the policy that allows its own scripts and styles by their digests."""
-    html = _FILE.read_text(encoding="utf-8")
+    """The file in the colours of all pages, and the policy that allows its own scripts and styles by their digests."""
+    html = _FILE.read_text(encoding="utf-8").replace("/* colours.css */", COLOURS.read_text(encoding="utf-8"))
     scripts, styles = (" ".join(_digests(html, tag)) or "'none'" for tag in ("script", "style"))
     return html, (
         f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "
