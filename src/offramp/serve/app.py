@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def application(serving: Serving) -> Guard:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(serving.engine.close)
+        await run_in_threadpool(paths.close)
 
     routes = [
         Route("/", paths.page),
@@ -63,6 +64,12 @@ class _Paths:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self._large = asyncio.Semaphore()
+        self._thread = ThreadPoolExecutor(1, "offramp-prepare")  # tokenizers and `generate` are not for several
+
+    def close(self) -> None:
+        """Wait for the server's threads to end."""
+        self._thread.shutdown(cancel_futures=True)
+        self._serving.engine.close()
 
     # ------------------------------------------------------------ small answers
 
@@ -139,7 +146,7 @@ class _Paths:
         alone = self._large if len(body) > _LARGE else nullcontext()
         with self._serving.engine.expected(wanted.n * len(wanted.prompts)):
             async with alone:
-                ready = await run_in_threadpool(self._serving.prepare, wanted)
+                ready = await asyncio.get_running_loop().run_in_executor(self._thread, self._serving.prepare, wanted)
         exchange = Exchange(self._serving, wanted, ready, began)
         self._serving.engine.submit(exchange.answers)
         return exchange.stream() if wanted.stream else await exchange.whole(request)

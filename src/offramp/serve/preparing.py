@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ class Ready:
 
 
 class Preparing:
-    """Prepares requests, one at a time: tokenizers and `transformers`' `generate` are not for several threads.
+    """Prepares requests. Not for several threads at once: tokenizers and `transformers`' `generate` are not.
 
     Args:
         lm: The model.
@@ -46,7 +45,6 @@ class Preparing:
     def __init__(self, lm: LanguageModel, policy: ExitPolicy | None, *, name: str, longest: int, usual: int) -> None:
         self._lm, self._policy, self._name = lm, policy, name
         self._longest, self._usual = longest, usual
-        self._one = threading.Lock()
 
     def __call__(self, wanted: Wanted) -> Ready:
         """Prepare a request.
@@ -63,11 +61,10 @@ class Preparing:
                 code="model_not_found",
             )  # fmt: skip
         self._check_threshold(wanted)
-        with self._one:
-            try:
-                return self._prepare(wanted)
-            except ValueError as error:
-                raise ApiError(400, " ".join(str(error).split()), code="invalid_value") from None
+        try:
+            return self._prepare(wanted)
+        except ValueError as error:
+            raise ApiError(400, " ".join(str(error).split()), code="invalid_value") from None
 
     def _check_threshold(self, wanted: Wanted) -> None:
         """Refuse a threshold of the request's own where none is tested."""
