@@ -260,8 +260,8 @@ def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
                   textcoords="offset points", rotation=90, fontsize=8, color=GREY)  # fmt: skip
     policies = [arm for arm in arms if not arm.is_static]
     named = front + (policies if len(policies) <= MOST_NAMED else [])
-    some = {arm.name: arm for arm in named if arm.policy is not None}.values()
-    for place, arm in enumerate(sorted(some, key=lambda arm: arm.quality[evaluation.metric].value)):
+    labelled = {arm.name: arm for arm in named if arm.policy is not None}.values()
+    for place, arm in enumerate(sorted(labelled, key=lambda arm: arm.quality[evaluation.metric].value)):
         x, y = getattr(arm, cost).value, arm.quality[evaluation.metric].value
         shift, side = (6, "left") if x < 1 else (-6, "right")
         axes.annotate(
