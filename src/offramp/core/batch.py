@@ -47,9 +47,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Read:
-    """What one position of each row was read as.
-
-    Where processors or draws need scores, tokens come of them in `Batch.choose`; else only the best are kept.
+    """What one position of each row was read as; where scores are wanted, tokens come of them in `Batch.choose`.
 
     Attributes:
         layers: Exit layer by row, 0 for none, [B].
@@ -124,8 +122,6 @@ class Batch:
             self.ledger.gather(1, len(found.tokens))
         return found
 
-    # ------------------------------------------------------------ reading one position
-
     def first(self, **inputs: Any) -> Read:
         """The prompt's pass, or the start token's step; `inputs` are those of `SplitModel.start`."""
         prompt = self.prompts[0]
@@ -151,7 +147,12 @@ class Batch:
 
     def _entering(self, rows: list[int]) -> list[tuple[list[int], State]]:
         """Their last known tokens before the first block, those at the same position together."""
-        return [(some, self.start(some, length - 1, length)) for length, some in self.by_length(rows).items()]
+        groups = self.by_length(rows)
+        if self.model.fused and 1 < len(groups) == len(rows) and self.context.padding is None:
+            slots = [length - 1 for length in groups]
+            states = self.model.start_each(self.buffer[rows, slots][:, None], self.context, rows, slots)
+            return [([row], state) for row, state in zip(rows, states, strict=True)]
+        return [(some, self.start(some, length - 1, length)) for length, some in groups.items()]
 
     def start(self, rows: list[int], begin: int, end: int) -> State:
         """Some of the known tokens of rows before the first block."""
@@ -293,8 +294,6 @@ class Batch:
                 self.adaptive.learn(self.shallow[row], deep)
         for row in rows:
             self.shallow[row].clear()
-
-    # ------------------------------------------------------------ choosing tokens
 
     def choose(self, read: Read, length: int, rows: list[int] | None = None) -> None:
         """The tokens of rows whose first `length` tokens are known; None: of all rows.

@@ -109,7 +109,7 @@ class RunningBatch:
         *,
         rows: int,
         longest: int,
-        chunk: int = 256,
+        chunk: int = 64,
         eos: tuple[int, ...] = (),
         draft_rows: int = 1,
     ) -> None:

@@ -108,8 +108,30 @@ class SplitModel(Network):
             start = context.slots if slot is None else slot
             context.reach(start + queries)
         rows = slice(0, batch) if rows is None else rows
-        hidden = self.family.embed(self.decoder, ids, context.positions[rows, start : start + queries])
+        hidden = self._embedded(ids, context.positions[rows, start : start + queries])
         return State(context, Frame(rows, start, queries), hidden, 0)
+
+    def start_each(self, ids: Tensor, context: Context, rows: list[int], slots: list[int]) -> list[State]:
+        """One token of each of some rows, which stand at slots of their own: as `start` for each, embedded together.
+
+        Args:
+            ids: Token ids, [A, 1].
+            context: Of the batch, without padding.
+            rows: Which rows of it.
+            slots: Where these tokens stand.
+
+        Returns:
+            A state of one row for each.
+        """
+        context.reach(max(slots) + 1)
+        row, slot = torch.tensor([rows, slots], device=ids.device)
+        hidden = self._embedded(ids, context.positions[row, slot][:, None])
+        frames = [Frame(slice(row, row + 1), slot, 1) for row, slot in zip(rows, slots, strict=True)]
+        return [State(context, frame, hidden[i : i + 1], 0) for i, frame in enumerate(frames)]
+
+    def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first block, [A, n, D]."""
+        return self.family.embed(self.decoder, ids, positions)
 
     def room(self, batch: int) -> Context:
         """A context for rows that come and go, each from slot 0 on; decoder-only models."""

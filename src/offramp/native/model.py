@@ -164,10 +164,8 @@ class NativeModel(SplitModel):
 
     # ------------------------------------------------------------ start, run, fill
 
-    def start(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> State:
-        """As `SplitModel.start`, in float32."""
-        state = super().start(ids, mask, **options)
-        return replace(state, hidden=state.hidden.float())
+    def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return super()._embedded(ids, positions).float()
 
     def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
         context = Context(self._new_cache(batch), None, torch.empty(0), None, memory, memory_mask)
