@@ -26,6 +26,7 @@ from offramp.cli.classifiers.train import train_classifier
 from offramp.cli.distill import distill
 from offramp.cli.distill_language_model import distill_language_model
 from offramp.cli.evaluate import evaluate
+from offramp.cli.evaluate_harness import evaluate_harness
 from offramp.cli.generate import generate
 from offramp.cli.options import note
 from offramp.cli.probe import probe
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 # the three for classifiers are also what train, calibrate and evaluate do with --task ...-classification
 for command in (
-    probe, train, evaluate, calibrate, generate, bench, serve, distill, distill_language_model, report,
+    probe, train, evaluate, evaluate_harness, calibrate, generate, bench, serve, distill, distill_language_model, report,
     train_classifier, calibrate_classifier, evaluate_classifier, classify,
 ):  # fmt: skip
     app.command(cls=Command)(command)

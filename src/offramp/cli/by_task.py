@@ -1,7 +1,8 @@
 """Commands with a second form for other tasks, so that each has options, and help, of its own.
 
-`offramp train … --task image-classification` is `offramp train-classifier … --task image-classification`, and
-`offramp distill … --task language-modelling` is `offramp distill-language-model …`.
+`offramp train … --task image-classification` is `offramp train-classifier … --task image-classification`,
+`offramp distill … --task language-modelling` is `offramp distill-language-model …`, and `offramp evaluate … --harness
+TASKS` is `offramp evaluate-harness … --harness TASKS`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def _routed(arguments: list[str]) -> tuple[str, list[str]]:
         return f"{name} --task {task}", [f"{name}-classifier", *rest]
     if name == "distill" and task == LANGUAGE_MODELLING:
         return f"{name} --task {task}", ["distill-language-model", *without]
+    if name == "evaluate" and any(argument.partition("=")[0] == "--harness" for argument in rest):
+        return name, ["evaluate-harness", *rest]
     return name, arguments
 
 

@@ -102,6 +102,7 @@ def evaluate(
     """Quality and cost of exit policies on a task, beside the full model and static exits, with intervals.
 
     Started again with the same options, an interrupted evaluation goes on; other policies may be added to its folder.
+    `--harness TASK` instead of --task and --data takes tasks of lm-evaluation-harness (`evaluate-harness --help`).
     `accelerate launch -m offramp evaluate …` (on CPUs `torchrun --nproc-per-node N -m offramp evaluate …`) divides the
     examples among processes.
     """

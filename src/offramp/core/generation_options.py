@@ -16,7 +16,7 @@ DEFAULT_NEW_TOKENS = 64
 """Most new tokens where neither the caller nor the model's generation config says how many."""
 
 _LENGTHS = ("max_new_tokens", "max_length")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 _NOT_HERE = {
@@ -139,7 +139,7 @@ def checked(options: Mapping[str, Any], own: GenerationConfig) -> dict[str, Any]
         raise ValueError(
             f"max_new_tokens is {given['max_new_tokens']} and max_length is {given['max_length']}; give one of them"
         )
-    sampling = [name for name in _SAMPLING if name in given]
+    sampling = [name for name in SAMPLING if name in given]
     if given.get("do_sample", bool(sampling)) != bool(sampling) and sampling:
         raise ValueError(f"{sampling[0]} is {given[sampling[0]]}, but do_sample is False; leave one of them out")
     if sampling:
@@ -159,7 +159,7 @@ def _check_values(given: dict[str, Any]) -> None:
         if name in given:
             why = "ask for at least one token" if name in _LENGTHS else ""
             given[name] = whole(name, given[name], least, 2**63 - 1, why=why)
-    for name in _SAMPLING:
+    for name in SAMPLING:
         if name in given:
             given[name] = number(name, given[name])
     config = given.get("generation_config")
@@ -171,9 +171,7 @@ def _check_values(given: dict[str, Any]) -> None:
 
 def greedy(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of who judges answers: the best token unless they ask for samples, whatever the model's config says."""
-    return (
-        {**options} if any(name in options for name in (*_SAMPLING, "do_sample")) else {**options, "do_sample": False}
-    )
+    return {**options} if any(name in options for name in (*SAMPLING, "do_sample")) else {**options, "do_sample": False}
 
 
 def in_effect(given: Mapping[str, Any], own: GenerationConfig) -> dict[str, Any]:
