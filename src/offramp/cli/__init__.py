@@ -46,8 +46,8 @@ app = typer.Typer(
 )
 # the three for classifiers are also what train, calibrate and evaluate do with --task ...-classification
 for command in (
-    probe, train, evaluate, evaluate_harness, calibrate, generate, bench, serve, distill, distill_language_model, report,
-    train_classifier, calibrate_classifier, evaluate_classifier, classify,
+    probe, train, evaluate, evaluate_harness, calibrate, generate, bench, serve, distill, distill_language_model,
+    report, train_classifier, calibrate_classifier, evaluate_classifier, classify,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 
