@@ -1,6 +1,7 @@
 """Documentation cannot drift: README code runs, its commands exist, and the command page is the generated one."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from offramp import cli
 from offramp.families import FAMILIES
@@ -54,6 +56,28 @@ def test_readme_commands_exist():
         assert Path(program).name == "offramp"
         name, command, arguments = group.resolve_command(click.Context(group), arguments)
         command.make_context(name, arguments)  # raises on an option it does not have
+
+
+def test_the_command_for_layerskip_checkpoints_writes_the_full_models_text(tmp_path):
+    from tiny import LAYERS, tiny, tokenizer
+
+    [block] = blocks("console", (ROOT / "docs" / "layerskip.md").read_text(encoding="utf-8"))
+    program, *words = shlex.split(block.replace("\\\n", " "))
+    assert program == "offramp"
+    tiny("llama").save_pretrained(tmp_path / "model")  # such a checkpoint is an ordinary Llama
+    tokenizer(chat=False).save_pretrained(tmp_path / "model")
+    words[words.index("facebook/layerskip-llama3.2-1B")] = str(tmp_path / "model")
+    words[words.index("--min-layer") + 1] = "2"  # of 4 layers
+    words[words.index("Once upon a time")] = "why is the sky"
+    found = {}
+    for name, given in (("drafted", words), ("full", words[:3])):
+        made = CliRunner().invoke(cli.app, [*given, "--max-new-tokens", "12", "--json", str(tmp_path / name)])
+        assert made.exit_code == 0, f"{made.output} {made.exception}"
+        found[name] = json.loads((tmp_path / name).read_text())
+    [drafted], [full] = (found[name]["generations"] for name in ("drafted", "full"))
+    assert drafted["text"] == full["text"]
+    assert {token["exit_layer"] for token in full["tokens"]} == {LAYERS}
+    assert {token["exit_layer"] for token in drafted["tokens"]} <= {2, LAYERS}
 
 
 def test_command_page_is_current():
