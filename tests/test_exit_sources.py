@@ -1,10 +1,12 @@
 """Exits by folder, by "bundled" and by hub id, with a stand-in for the hub."""
 
+import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import offramp
@@ -12,6 +14,7 @@ from offramp import Exits, LanguageModel, ModelError, cli
 from offramp.hub import exit_sources
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.exit_sources import exits_folder, push
+from offramp.hub.model_card import model_card
 from test_exits import same
 from tiny import inputs_for, tiny, tokenizer
 
@@ -38,6 +41,9 @@ class Hub:
         self._check("upload", repo_id)
         for name in allow_patterns or [path.name for path in Path(folder_path).iterdir()]:
             shutil.copy(Path(folder_path) / name, self.place / repo_id)
+
+    def file_exists(self, repository, name):
+        return (self.place / repository / name).exists()
 
     def snapshot_download(self, repository, *, allow_patterns):
         self._check("download", repository)
@@ -72,12 +78,35 @@ def test_there_and_back(hub, saved):
     (exits / "notes.txt").write_text("mine")
     assert push(exits, OWNER, private=True) == f"https://hub/{OWNER}"
     assert hub.calls == [("create", OWNER, True), ("upload", OWNER)]
-    assert {path.name for path in (hub.place / OWNER).iterdir()} == {"exits.json", "exits.safetensors"}
+    assert {path.name for path in (hub.place / OWNER).iterdir()} == {"exits.json", "exits.safetensors", "README.md"}
     lm, other = offramp.load(model, exits=OWNER), offramp.load(model, exits=exits)
     assert hub.calls[-1] == ("download", OWNER)
     policy = offramp.ExitPolicy(threshold=0.1)
     same(*(each.generate(inputs_for("llama"), policy=policy, max_new_tokens=5) for each in (lm, other)))
     push(exits, OWNER)  # once more, into what is there
+
+
+def test_the_card_says_what_the_exits_are_and_is_the_users_once_it_is_there(hub, saved):
+    push(saved[1], OWNER, figures="| arm | rougeL |", license="apache-2.0")
+    card = hub.place / OWNER / "README.md"
+    _, metadata, text = card.read_text().split("---\n", 2)
+    found = yaml.safe_load(metadata)
+    assert found["library_name"] == "offramp"
+    assert "early-exit" in found["tags"]
+    assert found["license"] == "apache-2.0"
+    assert "base_model" not in found  # the model is a folder, which the hub does not know
+    assert "| arm | rougeL |" in text
+    [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert f'exits="{OWNER}"' in code
+    compile(code, "card", "exec")
+    card.write_text("mine")
+    push(saved[1], OWNER)
+    assert card.read_text() == "mine"
+    exits = load_exits(saved[1])
+    exits.model = "someone/base"
+    assert 'base_model: "someone/base"' in model_card(exits, OWNER)
+    assert "The terms of someone/base hold" in model_card(exits, OWNER)
+    assert "Nothing is claimed here" in model_card(exits, OWNER)
 
 
 @pytest.mark.parametrize("damage", ["nothing", "half"])
@@ -161,9 +190,12 @@ def test_the_command_pushes_what_it_trained(hub, saved, tmp_path, trainable):
     assert exits.layers == (2,)
     assert exits.settings["config"]["trainable"] == trainable
     assert exits_folder(OWNER, "tiny") == pushed
+    card = (pushed / "README.md").read_text()
+    assert f"| trainable | {trainable} |" in card
+    assert ("were trained together" in card) == (trainable != "exits")
     if trainable == "exits":
         assert f"pushed the exits to https://hub/{OWNER}" in run.stderr
-        assert {path.name for path in pushed.iterdir()} == {"exits.json", "exits.safetensors"}
+        assert {path.name for path in pushed.iterdir()} == {"exits.json", "exits.safetensors", "README.md"}
         assert offramp.load(saved[0], exits=OWNER).exits.layers == (2,)
         return
     assert f"offramp generate {OWNER} --exits {OWNER}" in run.stderr

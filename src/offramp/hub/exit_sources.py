@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offramp.hub.exit_files import CONFIG, WEIGHTS, load_exits, save_exits
 from offramp.hub.messages import ModelError, first_line
+from offramp.hub.model_card import CARD, model_card
 
 BUNDLED = "bundled"
 """Name of the exits that come with offramp, for a packaged model."""
@@ -56,8 +57,12 @@ def push(
     *,
     private: bool | None = None,
     model: str | os.PathLike[str] | None = None,
+    figures: str | None = None,
+    license: str | None = None,
 ) -> str:
-    """Put a folder of exits on the hub, for `offramp.load(name, exits=repository)`.
+    """Put a folder of exits on the hub, with a model card, for `offramp.load(name, exits=repository)`.
+
+    A card that is there already is left alone: it may say more by now.
 
     Args:
         folder: What `save_exits` wrote.
@@ -65,6 +70,8 @@ def push(
         private: Whether a new repository is; None: the owner's default.
         model: Folder of the model they are for, if it was trained with them: it goes to the same repository, for
             `offramp.load(repository, exits=repository)`, and the exits there name the repository as their model.
+        figures: What was measured, for the card, as Markdown: such as the `table()` of an evaluation.
+        license: For the card, by the hub's identifier, such as "apache-2.0"; None: none is stated.
 
     Returns:
         Its address.
@@ -82,7 +89,12 @@ def push(
             hub.upload_folder(repo_id=repository, folder_path=Path(model))
         with tempfile.TemporaryDirectory() as place:
             save_exits(exits, place, model=None if model is None else repository)
-            hub.upload_folder(repo_id=repository, folder_path=Path(place), allow_patterns=[CONFIG, WEIGHTS])
+            files = [CONFIG, WEIGHTS]
+            if not hub.file_exists(repository, CARD):
+                card = model_card(exits, repository, with_model=model is not None, figures=figures, license=license)
+                (Path(place) / CARD).write_text(card, encoding="utf-8")
+                files.append(CARD)
+            hub.upload_folder(repo_id=repository, folder_path=Path(place), allow_patterns=files)
     except Exception as error:
         what = "exits" if model is None else f"model (kept in {model}) and its exits"
         raise ModelError(
