@@ -9,6 +9,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 from offramp import ExitPolicy  # noqa: E402
+from offramp.serve.certified import Standing  # noqa: E402
 from serving import EOS, Limits, ScriptedBatch, Serving, connected, model, posted, raw, served, spelt, until  # noqa: E402
 
 LM = model()
@@ -59,6 +60,12 @@ def test_completions(running):
     assert told["policy"] == POLICY.to_dict()
     assert not told["certificate"]["holds_for_this_request"]
     assert "No certificate is on file" in told["certificate"]["statement"]
+
+
+@pytest.mark.parametrize(("accept", "words"), [(1.0, "answers are the full model's own"), (0.5, "nothing is promised")])
+def test_only_drafts_that_are_checked_strictly_need_no_certificate(accept, words):
+    policy = ExitPolicy(confidence="max", threshold=0.5, min_layer=1, skipped="verify", accept=accept)
+    assert words in Standing(LM, policy, None).statement
 
 
 def test_chat(running):

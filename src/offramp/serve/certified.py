@@ -16,6 +16,10 @@ NONE_ON_FILE = (
     "No certificate is on file for this policy: nothing is promised about answers that leave early. "
     "offramp calibrate makes one."
 )
+CHECKED = (
+    "The full model checks every draft, so answers are the full model's own. No certificate is on file, and none is "
+    "needed for that; nothing is promised about time."
+)
 FULL = "No exit is tested: every token is the full model's, and nothing is lost by leaving early."
 """What is said where there is no policy."""
 
@@ -39,7 +43,8 @@ class Standing:
         self.against_all = [] if certificate is None else certificate.mismatches(lm, policy=policy)
         if certificate is not None and not certificate.certified:
             self.against_all.append("nothing was certified")
-        self.statement = FULL if policy is None else NONE_ON_FILE
+        checked = policy is not None and policy.skipped == "verify" and policy.accept == 1
+        self.statement = FULL if policy is None else CHECKED if checked else NONE_ON_FILE
         if certificate is not None:
             self.statement = certificate.words()
 
