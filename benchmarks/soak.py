@@ -72,6 +72,8 @@ def server(arguments):
                 return
         raise SystemExit("the server did not start")
     finally:
+        if (ended := process.poll()) is not None:
+            sys.stderr.write(f"the server ended by itself, with status {ended}\n")
         process.terminate()
         rest = process.communicate(timeout=60)[1]
         sys.stderr.write(rest)
