@@ -12,12 +12,12 @@ from pathlib import Path
 import offramp
 from offramp import ExitPolicy
 from offramp.calibration import Calibration, Grid, Promise, calibrate
-from offramp.cli.progress import progress
 from offramp.core.policy import DRAFTS
 from offramp.lm.bench import run_bench
 from offramp.lm.bench_arms import FULL, REFERENCE
 from offramp.lm.bench_results import Bench
 from offramp.report.html import report
+from offramp.runs.progress import progress
 from offramp.tasks import TASKS, Example
 
 FOLDER = Path("runs/demo")

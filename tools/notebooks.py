@@ -31,6 +31,7 @@ METADATA = {
 def executed(path: Path) -> nbformat.NotebookNode:
     """A notebook with new outputs; an error of a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
+    os.environ["TQDM_DISABLE"] = "1"  # bars end with times
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.progress import progress as progress  # for commands, which have all of this module as `o`
 from offramp.core.engine import Engines
+from offramp.runs.progress import progress as progress  # for commands, which have all of this module as `o`
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

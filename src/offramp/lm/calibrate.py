@@ -10,6 +10,7 @@ from offramp.calibration import Promise
 from offramp.calibration.calibrate import calibrate as certify
 from offramp.core.policy import ExitPolicy
 from offramp.lm.given import Data, File, TaskName, fitting, named, run_folder, task_of
+from offramp.runs.progress import shown
 from offramp.tasks import Task
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def calibrate(
         about: What else the certificate should say of the data, as JSON values.
         out: Run folder; None: runs/calibrate-NAME-TASK.
         progress: Called with the answers done, asked for at most, and what comes next.
+            None: a bar in a terminal or a notebook, unless TQDM_DISABLE is set.
 
     Returns:
         The policy and its certificate, also written to the folder.
@@ -96,6 +98,7 @@ def calibrate(
         ValueError: There is no such task, the file cannot be read, a value is not allowed, there are too few examples
             for the promise, or the folder holds answers made otherwise.
     """
+    progress = shown(progress, "calibrating")
     what = task_of(task)
     promise = Promise(metric or what.metrics[0], tolerance, failure, kind, margin, bound, unit)
     base = ExitPolicy() if policy is None else policy if isinstance(policy, ExitPolicy) else ExitPolicy.load(policy)

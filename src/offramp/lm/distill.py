@@ -19,6 +19,7 @@ from offramp.distillation.prompt_groups import (
     read_prompts,
 )
 from offramp.lm.given import BUNDLED, File, Prompts, Texts, first, prompts_of, run_folder
+from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig
 from offramp.training.data import Data, prepare
 from offramp.values import ArgumentError
@@ -81,6 +82,7 @@ def distill(
         about: What else the run's config.json should say, as JSON values.
         out: Run folder; None: runs/distill-NAME.
         progress: Called with the steps (or tokens) done and to do, and the loss.
+            None: a bar in a terminal or a notebook, unless TQDM_DISABLE is set.
 
     Returns:
         What was reached, by group, and where the student is.
@@ -93,6 +95,7 @@ def distill(
         FileNotFoundError: There is no such file of texts.
         TrainingError: The loss is not finite.
     """
+    progress = shown(progress, "distilling", answers="answering")
     if (texts is None) == (prompts is None):
         raise ArgumentError("give `texts`, or `prompts` for the student's own answers; one of them is needed")
     data: Data | OwnAnswers

@@ -17,6 +17,7 @@ from offramp.evaluation.perplexity import read_passages
 from offramp.evaluation.processes import state_of
 from offramp.evaluation.summary import PERPLEXITY
 from offramp.lm.given import Data, File, TaskName, fitting, named, run_folder, task_of
+from offramp.runs.progress import shown
 from offramp.tasks import Example, Task
 from offramp.values import ArgumentError
 
@@ -75,6 +76,7 @@ def evaluate(
         about: What else the record should say, as JSON values.
         out: Run folder; None: runs/evaluate-NAME-TASK.
         progress: Called with the answers done and asked for, over all arms.
+            None: a bar in a terminal or a notebook, unless TQDM_DISABLE is set.
 
     Returns:
         Quality and cost of each policy, also written to the folder.
@@ -84,6 +86,7 @@ def evaluate(
         ValueError: There is no such task, the file cannot be read, a policy does not fit the model, or the folder holds
             an evaluation of something else.
     """
+    progress = shown(progress, "evaluating")
     policies = {name: p if isinstance(p, ExitPolicy) else ExitPolicy.load(p) for name, p in (arms or {}).items()}
     files = {name: p for name, p in (arms or {}).items() if not isinstance(p, ExitPolicy)}
     about = {"data": named(data), "limit": limit, "seed": seed, **(about or {})}

@@ -11,6 +11,7 @@ from offramp.calibration.posterior import fit_posterior as fit
 from offramp.core.exits import Exits
 from offramp.lm.documents import documents_of
 from offramp.lm.given import Data, File, Prompts, TaskName, Texts, named, run_folder, task_of
+from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def fit_posterior(
         about: What else the record should say, as JSON values.
         out: Run folder; None: runs/posterior-NAME-TASK, with "text" for a task where there is none.
         progress: Called with what is done and asked for, and what it is.
+            None: a bar in a terminal or a notebook, unless TQDM_DISABLE is set.
 
     Returns:
         How good it is, by exit; the exits are in the folder's exits/.
@@ -68,6 +70,7 @@ def fit_posterior(
         ArgumentError: Arguments that do not go together, a ValueError.
         ValueError: Too few documents, layers that are no exits, or a folder of something else.
     """
+    progress = shown(progress, "fitting", answers="answering")
     config = config or PosteriorConfig()
     what = None if task is None else task_of(task)
     if lm.exits is None:

@@ -22,6 +22,7 @@ from offramp.hub.prompts import bundled_prompts
 from offramp.lm.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
 from offramp.lm.probe_result import COVERAGE, TOLERANCE, Depths, LayerReport, Probe
 from offramp.lm.probe_verdict import verdict
+from offramp.runs.progress import shown
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel, Prompt
@@ -58,6 +59,7 @@ def probe(
         texts: Plain texts to look at instead of generating, in windows of 512 tokens; decoder-only models.
         min_layer: First layer that exits are thought to be tested after; None: half the depth, as in `ExitPolicy`.
         progress: Called with the prompts (or windows) done and their number.
+            None: a bar in a terminal or a notebook, unless TQDM_DISABLE is set.
 
     Returns:
         The probe.
@@ -66,6 +68,7 @@ def probe(
         ValueError: No or empty prompts, both prompts and texts, texts for an encoder-decoder, `min_layer` out of range,
             or a model with a single layer.
     """
+    progress = shown(progress, "probing")
     depth = lm.num_layers
     if depth < 2:
         raise ValueError(f"a model of {depth} layer has no earlier layer to exit from")

@@ -12,6 +12,7 @@ from offramp.hub.devices import agreed
 from offramp.lm.documents import documents_of
 from offramp.lm.given import Data, File, Prompts, TaskName, Texts, run_folder
 from offramp.runs.codec import encode
+from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig
 from offramp.training.config import TrainConfig
 from offramp.training.data import prepare, steps_per_epoch
@@ -91,6 +92,7 @@ def train(
         about: What else the run's config.json should say, as JSON values.
         out: Run folder; None: runs/train-NAME.
         progress: Called with the steps (or tokens) done and to do, and the loss.
+            None: a bar in a terminal or a notebook, unless TQDM_DISABLE is set.
 
     Returns:
         What was reached, and where the exits are.
@@ -102,6 +104,7 @@ def train(
         FileNotFoundError: There is no such file of texts.
         TrainingError: The loss is not finite.
     """
+    progress = shown(progress, "training", answers="answering")
     config = config or TrainConfig()
     _check_place(config, place, place_tokens)
     answering = answering or AnswerConfig(chat=None, seed=config.seed)

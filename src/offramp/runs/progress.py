@@ -1,15 +1,49 @@
-"""How far a long command is, on standard error: a bar in a terminal, a line now and then in a file."""
+"""How far a long run is, on standard error: a bar in a terminal or a notebook, a line now and then in a file."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 FIRST, EVERY = 10.0, 30.0
 """Seconds until the first line, and between lines. What is done sooner leaves none."""
+
+
+def shown(given: Callable[..., None] | None, label: str, **phases: str) -> Callable[..., None] | None:
+    """What a function reports to that was called without `progress`: a bar, where there is somebody to see it.
+
+    Args:
+        given: What it was called with, which is taken if it is not None.
+        label: As for `progress`, as are `phases`.
+        phases: See there.
+
+    Returns:
+        A callback, (done, total[, what is next]); None where standard error is a file.
+    """
+    if given is not None or not _is_watched():
+        return given
+    open_bar = contextlib.ExitStack()
+    update: Callable[..., None] | None = None
+
+    def report(done: int, total: int, what: str = "") -> None:
+        nonlocal update
+        if update is None:
+            update = open_bar.enter_context(_bar(label, phases))
+        update(done, total, what)
+        if done >= total:
+            open_bar.close()
+            update = None
+
+    return report
+
+
+def _is_watched() -> bool:
+    """Whether standard error is a terminal or the output of a notebook's cell."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
 
 
 def progress(label: str, **phases: str) -> contextlib.AbstractContextManager[Any]:

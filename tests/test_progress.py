@@ -2,11 +2,13 @@
 
 import io
 import sys
+from functools import partial
 
 import pytest
+import tqdm.auto
 
-from offramp.cli import progress as module
-from offramp.cli.progress import progress
+from offramp.runs import progress as module
+from offramp.runs.progress import progress
 
 
 class Clock:
@@ -65,3 +67,29 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "probing:  15%" in terminal.getvalue()
     assert "3/20" in terminal.getvalue()
     assert "row 4" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_without_progress_there_is_a_bar_where_it_is_seen(monkeypatch, watched):
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(module, "_is_watched", lambda: watched)
+    update = module.shown(None, "working", answers="answering")
+    assert (update is not None) == watched
+    if update is not None:
+        for what in ("answers", "steps"):
+            for done in range(4):
+                update(done, 3, what)
+    assert ("answering" in written.getvalue(), "working" in written.getvalue()) == (watched, watched)
+    assert module.shown(print, "working") is print
+
+
+def test_a_bar_can_be_turned_off(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(module, "_is_watched", lambda: True)
+    monkeypatch.setattr(tqdm.auto, "tqdm", partial(tqdm.auto.tqdm, disable=True))  # as TQDM_DISABLE=1 does
+    update = module.shown(None, "working")
+    for done in range(4):
+        update(done, 3, "answers")
+    assert written.getvalue() == ""
