@@ -160,7 +160,7 @@ def test_a_report_needs_nothing_beside_it(images, calibrated):
     folders = (out, calibrated[0], runs[0])
     offramp("report", *folders, "--out", place / "report.html")
     text = (place / "report.html").read_text()
-    assert text.count("data:image/svg+xml;base64,") == 2
+    assert text.count("<svg") == 2
     for said in (
         "On clean: mean over the budgets",
         "The certificate",
