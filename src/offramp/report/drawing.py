@@ -42,7 +42,7 @@ def require_matplotlib() -> Any:
     """The module matplotlib.
 
     Returns:
-        The package, `figure`, `patheffects` and `ticker` loaded.
+        The package, `figure` and `ticker` loaded.
 
     Raises:
         ModuleNotFoundError: It is not installed; the message says how to.
@@ -50,7 +50,6 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
         import matplotlib.figure  # noqa: F401 - submodules of what is returned
-        import matplotlib.patheffects  # noqa: F401
         import matplotlib.ticker  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib; install it with: pip install 'offramp[report]'") from error

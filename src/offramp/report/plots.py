@@ -261,14 +261,13 @@ def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
     policies = [arm for arm in arms if not arm.is_static]
     named = front + (policies if len(policies) <= MOST_NAMED else [])
     labelled = {arm.name: arm for arm in named if arm.policy is not None}.values()
-    halo = [require_matplotlib().patheffects.withStroke(linewidth=2.5, foreground="white")]
     for shift, side in ((6, "left"), (-6, "right")):  # of points below 1, and of those from 1 on
         beside = [arm for arm in labelled if (getattr(arm, cost).value < 1) == (side == "left")]
         beside.sort(key=lambda arm: arm.quality[evaluation.metric].value, reverse=evaluation.metric == "perplexity")
         for place, arm in enumerate(beside):  # from the lowest point up
             axes.annotate(  # of two neighbours the lower one's name below, the upper one's above
                 arm.name, (getattr(arm, cost).value, arm.quality[evaluation.metric].value), ha=side, fontsize=8,
-                xytext=(shift, (-12, 6)[place % 2]), textcoords="offset points", path_effects=halo, zorder=5,
+                xytext=(shift, (-12, 6)[place % 2]), textcoords="offset points", zorder=5,
             )  # fmt: skip
 
 
