@@ -10,7 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from offramp.evaluation import FULL, Bootstrap, Evaluation, Record, read_records, summarise
+from offramp.evaluation import FULL, Evaluation, Record, read_records, summarise
+from offramp.metrics.bootstrap import Bootstrap
 from offramp.runs.results import RESULTS
 from offramp.runs.tables import markdown
 

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.evaluation import FULL, ArmSummary, Evaluation, Interval
+from offramp.evaluation import FULL, ArmSummary, Evaluation
+from offramp.metrics.bootstrap import Interval
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, save_figures
 from offramp.runs.tables import markdown
 

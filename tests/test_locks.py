@@ -12,11 +12,16 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-NESTED = re.fullmatch(r"offramp\[(.*)\]", EXTRAS["dev"][0])[1].split(",")
-ASKED = [
-    Requirement(line)
-    for line in [*PROJECT["dependencies"], *EXTRAS["dev"][1:], *(line for extra in NESTED for line in EXTRAS[extra])]
-]
+LOCKED = {"tested": "dev", "oldest": "contract"}
+
+
+def needs(extra):
+    """What an extra needs, those that it names and the library itself included."""
+    found = [Requirement(line) for line in PROJECT["dependencies"]]
+    for requirement in map(Requirement, EXTRAS[extra]):
+        own = requirement.name == "offramp"
+        found += [part for name in sorted(requirement.extras) for part in needs(name)] if own else [requirement]
+    return found
 
 
 def lock(name):
@@ -33,7 +38,7 @@ def lock(name):
 @pytest.mark.parametrize("name", ["tested", "oldest"])
 def test_a_lock_holds_all_that_is_asked_for(name):
     locked = lock(name)
-    for requirement in ASKED:
+    for requirement in needs(LOCKED[name]):
         if requirement.name == "torch":
             continue
         versions = locked[canonicalize_name(requirement.name)]
@@ -49,7 +54,7 @@ def test_torch_is_the_makefiles_to_choose(name):
     default = Requirement(
         re.search(r"^TORCH \?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
     )
-    asked = next(requirement for requirement in ASKED if requirement.name == "torch")
+    asked = next(requirement for requirement in needs("dev") if requirement.name == "torch")
     (pin,) = default.specifier
     assert pin.version in asked.specifier
     assert Version(f"{pin.version}+cpu") in default.specifier  # builds for other devices are the same release
@@ -57,7 +62,7 @@ def test_torch_is_the_makefiles_to_choose(name):
 
 def test_the_oldest_are_the_lower_bounds():
     locked = lock("oldest")
-    for requirement in ASKED:
+    for requirement in needs("contract"):
         if requirement.name in ("torch", "ray"):
             continue
         lower = min(Version(each.version) for each in requirement.specifier if each.operator == ">=")
@@ -67,6 +72,6 @@ def test_the_oldest_are_the_lower_bounds():
 
 def test_transformers_is_bounded_by_what_is_tested():
     """The next release may change what `families/` uses; it is admitted once the contract has passed with it."""
-    asked = next(requirement for requirement in ASKED if requirement.name == "transformers")
+    asked = next(requirement for requirement in needs("dev") if requirement.name == "transformers")
     (version,) = lock("tested")["transformers"]
     assert f"{version.major}.{version.minor + 1}" not in asked.specifier
