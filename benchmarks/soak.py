@@ -85,9 +85,9 @@ def memory(process):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def client(address):
+def client(address, retries=0):
     """Asks a server."""
-    return openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
+    return openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=retries, timeout=300)
 
 
 # ---------------------------------------------------------------- timing
@@ -113,7 +113,7 @@ async def timed(address, questions, clients, seconds):
                         tokens += chunk.usage.completion_tokens
 
     began = time.perf_counter()
-    async with client(address) as ask:
+    async with client(address, retries=2) as ask:  # llama.cpp's closes a connection now and then
         await asyncio.gather(*(one(ask, random.Random(index)) for index in range(clients)))
     took = time.perf_counter() - began
     return {
