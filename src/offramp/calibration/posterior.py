@@ -18,6 +18,7 @@ from offramp.calibration.token_rows import TokenViews, factors_of, views_of
 from offramp.core.exits import Exits
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
+from offramp.core.sampling import ends_of
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import save_exits
 from offramp.hub.exit_posterior import METHODS, Posterior
@@ -128,7 +129,8 @@ def fit_posterior(
                 continue
             views[name] = views_of(
                 lm.split, tokens[name], layers, candidates=config.candidates, pruning=pruning,
-                protected=_ends(lm), to_text=config.to_text, progress=_named(progress, f"reading out to {name}"),
+                protected=list(ends_of(lm.model.generation_config)),
+                to_text=config.to_text, progress=_named(progress, f"reading out to {name}"),
             )  # fmt: skip
         laplace, sets = None, _sets(config, views)
         if "laplace" in config.methods:
@@ -154,11 +156,6 @@ def fit_posterior(
 def _sizes(pruning: Pruning | None, layers: Sequence[int]) -> dict[str, int | None]:
     sizes = dict.fromkeys(layers) if pruning is None else pruning.sizes(layers)
     return {str(layer): size for layer, size in sizes.items()}
-
-
-def _ends(lm: LanguageModel) -> list[int]:
-    eos = lm.model.generation_config.eos_token_id
-    return [] if eos is None else list(eos) if isinstance(eos, list) else [int(eos)]
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

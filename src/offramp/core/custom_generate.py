@@ -19,7 +19,7 @@ from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.costs import Costs, Ledger
 from offramp.core.decoding import Step, decode
 from offramp.core.policy import ExitPolicy
-from offramp.core.sampling import Sampler
+from offramp.core.sampling import Sampler, ends_of
 from offramp.families import SplitModel
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def prepare(
     """
     _refuse(generation_config)
     _refuse_inputs(kwargs)
-    eos = generation_config.eos_token_id
-    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    ends = ends_of(generation_config)
     pad = generation_config.pad_token_id
     pad = pad if isinstance(pad, int) and pad >= 0 else ends[0] if ends else 0
     sampler = Sampler(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 
 class NoProbabilitiesError(ValueError):
@@ -18,6 +19,12 @@ _STATEFUL = (
     "DiaEOSDelayPatternLogitsProcessor", "WhisperNoSpeechDetection",
 )  # fmt: skip
 """Processors of transformers that remember earlier calls, or run a model of their own."""
+
+
+def ends_of(config: GenerationConfig) -> tuple[int, ...]:
+    """The tokens that end a text by a model's generation config; none if nothing does."""
+    eos = config.eos_token_id
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
 @dataclass

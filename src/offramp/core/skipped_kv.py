@@ -9,6 +9,7 @@ positions due. In both, the rows of a batch leave one by one; in `Defer` they ma
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import groupby
@@ -22,7 +23,7 @@ from offramp.families.cache import as_rows
 from offramp.families.state import Frame, Skipped, State
 
 
-class Way:
+class Way(ABC):
     """Rows on their way through the blocks; those that stand at the same position, with as much behind, as one state.
 
     Args:
@@ -52,9 +53,9 @@ class Way:
         found = {row: state.read[i, -1] for rows, state in self.states for i, row in enumerate(rows)}
         return torch.stack([found[row] for row in self.rows])
 
+    @abstractmethod
     def advance(self, depth: int) -> None:
         """Run the rows still in up to `depth`."""
-        raise NotImplementedError
 
     def leave(self, gone: list[int], kept: list[int]) -> None:
         """The rows at index `gone` of those still in leave; go on with those at index `kept`."""
@@ -68,13 +69,13 @@ class Way:
                 staying.append((these, part))
         self.states, self.rows = staying, [self.rows[i] for i in kept]
 
+    @abstractmethod
     def _left(self, rows: set[int]) -> None:
         """Keep what later tokens need of rows that leave here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self, row: int) -> None:
         """A row is finished, or what waits of it was wrong."""
-        raise NotImplementedError
 
 
 class Propagate(Way):

@@ -24,7 +24,7 @@ from offramp.core.decoding import Step, decode
 from offramp.core.generation import by_row
 from offramp.core.plan import resolve
 from offramp.core.prompt_inputs import padded
-from offramp.core.sampling import Sampler
+from offramp.core.sampling import Sampler, ends_of
 from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.records import prefill_parts, settle, shares, sure
 
@@ -98,11 +98,10 @@ def force(
     targets = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
     ends = torch.tensor([ids.shape[1] + len(text) for text in texts], device=device)
     noted = _Noting(targets, ids.shape[1])
-    eos = lm.model.generation_config.eos_token_id
     sampler = _Unending(
         processors=noted,
         stopping=lambda ids: ends <= ids.shape[1],
-        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        eos=ends_of(lm.model.generation_config),
     )
     ledger = Ledger(lm.split.shape, device)
     seen, first, begun = list[Step](), dict[str, int](), 0.0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from offramp.core.plan import resolve
 from offramp.core.running import RunningBatch
+from offramp.core.sampling import ends_of
 from offramp.serve.certified import Standing
 from offramp.serve.drift import Watch
 from offramp.serve.engine import Engine
@@ -97,9 +98,8 @@ class Serving:
         self.began = int(time.time())
 
     def _batch(self) -> RunningBatch:
-        eos = self.lm.model.generation_config.eos_token_id
-        ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
-        return RunningBatch(self.lm.decoder, self.policy, rows=self.limits.rows, longest=self.limits.longest, eos=ends)
+        limits, ends = self.limits, ends_of(self.lm.model.generation_config)
+        return RunningBatch(self.lm.decoder, self.policy, rows=limits.rows, longest=limits.longest, eos=ends)
 
     @property
     def exit_layers(self) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.exits import Exits
+from offramp.core.sampling import ends_of
 from offramp.training.data import Data, Document, Windows
 from offramp.values import number
 
@@ -102,8 +103,7 @@ def listed(
     if coverage is None and exits.frequent is None:
         coverage = default
     if coverage is not None:
-        given = lm.model.generation_config.eos_token_id
-        ends = [] if given is None else [given] if isinstance(given, int) else given
+        ends = ends_of(lm.model.generation_config)
         exits = exits.with_frequent(frequent_tokens(data.train, coverage, ends=ends))
     assert exits.frequent is not None
     shares = (share_covered(exits.frequent, part) for part in (data.train, data.held_out))
