@@ -101,8 +101,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         if isinstance(pretrained, str):
-            if str(device).startswith("cuda") and not torch.cuda.is_available():
-                device = None  # lm-eval's command line says "cuda:0" where nobody said anything; its models do likewise
+            if device == "cuda:0":  # lm-eval's command line says so where nobody said anything
+                device = None  # that GPU where there is one; its own models do likewise
             pretrained = load(pretrained, dtype=dtype, device=device, exits=exits, engine=engine, revision=revision)
         if pretrained.tokenizer is None:
             raise ValueError("the model was loaded without a tokenizer, which the tasks' texts need")
