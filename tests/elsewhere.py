@@ -53,6 +53,22 @@ class Elsewhere(torch.Tensor):
         """As above."""
         super().__setitem__(_listless(index), value)
 
+    def new_tensor(self, data, **options):
+        """Made by torch.tensor, see below."""
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
+
+    def untyped_storage(self):
+        """Where its numbers are, by which tensors that share it are told when a model is saved."""
+        return self.inner.untyped_storage()
+
+    def storage(self):
+        """As above."""
+        return self.inner.storage()
+
+    def data_ptr(self):
+        """As above."""
+        return self.inner.data_ptr()
+
     def tolist(self):
         """Its numbers."""
         return self.inner.tolist()

@@ -197,10 +197,14 @@ class Exits(nn.Module):
             return None if self.drafter is None else self.drafter.lens
         return self.lenses[str(layer)] if str(layer) in self.lenses else None  # type: ignore[return-value]
 
-    def with_classifiers(self) -> Exits:
-        """A copy with untrained classifiers, by which every state has the confidence 1/2; it replaces any there are."""
+    def with_classifiers(self, device: torch.device | None = None) -> Exits:
+        """A copy with untrained classifiers, by which every state has the confidence 1/2; it replaces any there are.
+
+        Args:
+            device: Theirs; None: that of the exits' parameters, the CPU where they have none.
+        """
         made = copy.deepcopy(self)
-        made.classifiers = made._untrained(next((p.device for p in self.parameters()), None))
+        made.classifiers = made._untrained(device or next((p.device for p in self.parameters()), None))
         return made
 
     def only(self, layers: Sequence[int]) -> Exits:

@@ -101,7 +101,7 @@ def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
             f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
             "each of these, leave layers away"
         )
-    exits = exits.with_classifiers()
+    exits = exits.with_classifiers(lm.split.device)
     for name, parameter in exits.named_parameters():
         parameter.requires_grad_(name.startswith("classifiers."))
     return exits
