@@ -292,6 +292,11 @@ def test_bad_input_is_named_with_what_is_allowed(lm, prompts, options, message):
         ({"seed": "a"}, "seed is 'a'; it must be a whole number"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": "x"}, "temperature is 'x'; it must be a number"),
+        ({"temperature": 0.0}, r"temperature is 0.0; .*\(0, inf\]"),
+        ({"top_p": 7}, r"top_p is 7; .*\[0, 1\]"),
+        ({"top_k": -1}, r"top_k is -1; .*\[0, inf\]"),
+        ({"typical_p": 1.5}, "typical_p is 1.5"),
+        ({"eta_cutoff": 2}, "eta_cutoff is 2"),
         ({"chat": "yes"}, "chat is 'yes'; allowed are True and False"),
     ],
 )

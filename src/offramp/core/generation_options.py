@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,8 +17,14 @@ DEFAULT_NEW_TOKENS = 64
 """Most new tokens where neither the caller nor the model's generation config says how many."""
 
 _LENGTHS = ("max_new_tokens", "max_length")
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
+_RANGES = {
+    "temperature": (0.0, math.inf, True), "top_k": (0.0, math.inf, False), "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, False), "typical_p": (0.0, 1.0, True), "epsilon_cutoff": (0.0, 1.0, False),
+    "eta_cutoff": (0.0, 1.0, False),
+}  # fmt: skip
+"""Of options of sampling: lowest, highest, and whether the lowest is refused; `transformers` leaves some numbers beyond
+unused without a word."""
+SAMPLING = tuple(_RANGES)
 
 _NOT_HERE = {
     **dict.fromkeys(
@@ -159,9 +166,9 @@ def _check_values(given: dict[str, Any]) -> None:
         if name in given:
             why = "ask for at least one token" if name in _LENGTHS else ""
             given[name] = whole(name, given[name], least, 2**63 - 1, why=why)
-    for name in SAMPLING:
+    for name, (low, high, above) in _RANGES.items():
         if name in given:
-            given[name] = number(name, given[name])
+            given[name] = number(name, given[name], low, high, above=above)
     config = given.get("generation_config")
     if config is not None and not hasattr(config, "max_length"):
         raise ValueError(f"generation_config is a {type(config).__name__}; give a transformers.GenerationConfig")
