@@ -155,7 +155,10 @@ def test_wrong_usage_is_status_2(arguments):
         (["generate", "FOLDER", "the", "--min-layer", "9"], "layers 1..3"),
         (["generate", "FOLDER", "the", "--confidence", "hunch"], "'softmax'"),
         (["generate", "FOLDER", " "], "empty"),
-        (["generate", "FOLDER", "the", "--policy", "no-such-file.json"], "no-such-file.json"),
+        (["generate", "FOLDER", "the", "--policy", "no-such.json"], "no-such.json does not exist; check the path"),
+        (["train", "FOLDER", "--text", "no-such.txt"], "no-such.txt does not exist; check the path"),
+        (["evaluate", "FOLDER", "--task", "summarisation", "--data", "no-such.json"], "no-such.json does not exist;"),
+        (["train", "FOLDER", "--text", __file__, "--out", __file__], f"{__file__} is there and is no folder; name"),
     ],
 )
 def test_failures_are_one_line_and_status_1(folder, arguments, message, monkeypatch, capsys):

@@ -92,6 +92,16 @@ def _options(
     ctx.with_resource(_logged())
 
 
+_PATHS: dict[type[OSError], str] = {
+    FileNotFoundError: "does not exist; check the path",
+    FileExistsError: "is there and is no folder; name another path, or move it away",
+    NotADirectoryError: "leads through a file that is no folder; name another path",
+    IsADirectoryError: "is a folder; name a file",
+    PermissionError: "may not be opened by this user; change its permissions, or name another path",
+}
+"""What to say of a path that the system refuses."""
+
+
 def _noted(usual: Callable[..., None]) -> Callable[..., None]:
     """Writes warnings for users as notes, and others as usual."""
 
@@ -102,6 +112,16 @@ def _noted(usual: Callable[..., None]) -> Callable[..., None]:
             usual(message, category, *place, **more)
 
     return show
+
+
+def _said(error: Exception) -> str:
+    """An error in words; what the system says of a path has its number in front and no advice."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    for kind, words in _PATHS.items():
+        if isinstance(error, kind):
+            return f"{error.filename} {words}"
+    return f"{error.filename}: {error.strerror}"
 
 
 def main() -> None:
@@ -119,6 +139,6 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         else:
-            text = " ".join(str(error).split()) or type(error).__name__
+            text = " ".join(_said(error).split()) or type(error).__name__
             sys.stderr.write(f"offramp: error: {text} (--debug shows where)\n")
         sys.exit(1)
