@@ -59,6 +59,16 @@ def test_a_run_passes_its_data_through_the_model_once(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("states*"))
 
 
+@pytest.mark.parametrize("trainable", ["exits", "drafter"])
+def test_a_run_that_is_refused_leaves_nothing_in_the_others_folder(tmp_path, trainable):
+    options = {"trainable": trainable, "layers": (1, 3) if trainable == "exits" else None}
+    train(model(), data(), config(steps=20, **options), tmp_path)
+    there = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="steps was 20 and is now 30"):
+        train(model(), data(), config(steps=30, **options), tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == there
+
+
 def test_where_nothing_is_kept(tmp_path):
     lm = model()
 

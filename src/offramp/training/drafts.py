@@ -48,13 +48,15 @@ class Drafts:
         assert exits.frequent is not None
         self.listed = exits.frequent.to(split.device)
         self.rows = split.gather(self.listed)
-        last = (split.num_layers,)
-        self.kept = KeptStates.of(split, data.train, last, config, loop.run.path, loop.workers, whole=last)
+        self.kept: KeptStates | None = None
 
     def begin(self, clock: TrainState) -> None:
-        """Nothing depends on how far the run is."""
+        """Make the place for states, which a run that was refused before must not leave behind."""
+        split, loop, last = self.split, self.loop, (self.split.num_layers,)
+        self.kept = KeptStates.of(split, self.data.train, last, self.config, loop.run.path, loop.workers, whole=last)
 
-    settle = begin
+    def settle(self, clock: TrainState) -> None:
+        """Nothing depends on how far the run is."""
 
     def learn(self, step: int) -> StepResult:
         """Losses of a step, and their gradients."""

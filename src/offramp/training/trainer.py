@@ -262,16 +262,19 @@ class _Exits:
             )
         check_prompt_layer(split, config.prompt_layer)
         self.share = 0.0
-        read = (*self.exits.layers, split.num_layers)
-        self.kept = KeptStates.of(split, data.train, read, config, loop.run.path, loop.workers)
+        self.kept: KeptStates | None = None
 
     # ------------------------------------------------------------ a step
 
     def begin(self, clock: TrainState) -> None:
+        """Make the place for states, which a run that was refused before must not leave behind."""
+        split, loop, read = self.split, self.loop, (*self.exits.layers, self.split.num_layers)
+        self.kept = KeptStates.of(split, self.data.train, read, self.config, loop.run.path, loop.workers)
+        self.settle(clock)
+
+    def settle(self, clock: TrainState) -> None:
         """How far the run is, for a curriculum."""
         self.share = self.loop.schedule.share(clock)
-
-    settle = begin
 
     def learn(self, step: int) -> StepResult:
         """Losses of a step, and their gradients."""
