@@ -162,6 +162,8 @@ def test_evaluate_by_perplexity(lm, tmp_path):
     expected = evaluate_perplexity(lm, passages, policies, tmp_path / "deep", resamples=10)
     found = lm.evaluate("perplexity", text, policies, window=9, resamples=10, out=tmp_path / "verb")
     assert untimed(found)["arms"] == untimed(expected)["arms"]
+    lm.evaluate("perplexity", text, static_layers=(), resamples=10, out=tmp_path / "default")
+    assert '"window": 255' in (tmp_path / "default" / "config.json").read_text()  # the context's 256, less one
 
 
 def test_a_certificate_that_does_not_apply_is_said(lm, questions, tmp_path, caplog):

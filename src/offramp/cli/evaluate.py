@@ -86,7 +86,8 @@ def evaluate(
     exits: o.Exits = None,
     max_new_tokens: o.AnswerTokens = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens of a passage of text, for perplexity; default: 256.")
+        int | None,
+        typer.Option(help="Tokens of a passage of text, for perplexity; default: 256, or what the context holds."),
     ] = None,
     longest: o.Longest = None,
     batch_size: o.AnsweredTogether = 1,

@@ -69,7 +69,7 @@ def evaluate(
         limit: Use only this many examples, chosen at random by the seed.
         longest: Cut examples so that prompt and answer have at most this many tokens; None: the model's context.
         max_new_tokens: Longest answer; None: the task's.
-        window: Most predicted tokens of a passage of text, for "perplexity"; None: 256.
+        window: Most predicted tokens of a passage of text, for "perplexity"; None: 256, or what the context holds.
         batch_size: Examples answered together.
         resamples: Of the bootstrap behind the intervals.
         seed: Of the choice and of the bootstrap.
@@ -93,7 +93,8 @@ def evaluate(
     if task == PERPLEXITY:
         given = {"target": target, "max_new_tokens": max_new_tokens, "longest": longest}
         _refuse(task, given, "examples and answers")
-        window = 256 if window is None else window
+        most = lm.split.max_positions
+        window = min(256, 256 if most is None else most - 1) if window is None else window
         passages = _passages(lm, data, window, limit, seed)
         for name, file in files.items():
             check_certificate(file, lm, policies[name])
