@@ -490,6 +490,11 @@ def test_a_path_that_leads_nowhere(folder, tmp_path):
             offramp.load(folder, exits=path)
 
 
+def test_the_folder_above_is_told_what_lies_in_it(folder, saved):
+    with pytest.raises(ModelError, match=rf"holds no exits: .*; did you mean {saved}\?$"):
+        offramp.load(folder, exits=saved.parent)
+
+
 def test_numbers_that_are_not_finite(saved):
     exits = load_exits(saved)
     with torch.no_grad():

@@ -144,9 +144,9 @@ def description(folder: str | os.PathLike[str], kind: Kind = STATE) -> dict[str,
     place = Path(folder).expanduser()
     recover_folder(place)
     if not (place / kind.description).is_file():
-        raise ValueError(
-            f"{place} holds no {kind.what.removeprefix('a ')}: there is no {kind.description}; {kind.saved}"
-        )
+        inside = sorted(place.glob(f"*/{kind.description}"))  # as in the folder of a training run
+        advice = f"did you mean {inside[0].parent}?" if inside else kind.saved
+        raise ValueError(f"{place} holds no {kind.what.removeprefix('a ')}: there is no {kind.description}; {advice}")
     return read_object(place / kind.description, kind.again)
 
 
