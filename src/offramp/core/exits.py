@@ -202,6 +202,9 @@ class Exits(nn.Module):
 
         Args:
             device: Theirs; None: that of the exits' parameters, the CPU where they have none.
+
+        Returns:
+            The copy.
         """
         made = copy.deepcopy(self)
         made.classifiers = made._untrained(device or next((p.device for p in self.parameters()), None))
