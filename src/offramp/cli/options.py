@@ -31,8 +31,8 @@ Dtype = Annotated[
 Engine = Annotated[
     Engines,
     typer.Option(
-        help="What generates: torch; native, kernels of our own on the CPU, compiled on first use; or auto, native "
-        "where it can run."
+        help="What generates: torch; native, kernels of our own on the CPU, compiled on first use; cuda, captured "
+        "graphs on a CUDA GPU; or auto, the one for the device where it can run."
     ),
 ]
 Device = Annotated[

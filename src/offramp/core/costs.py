@@ -49,7 +49,7 @@ class Costs:
         prompt_tokens: Of all, tokens read off the prompt's own pass, one per row; encoder-decoders with a single start
             token have none.
         seconds: Wall-clock time of the whole generation.
-        engine: What generated, "torch" or "native"; FLOPs and bytes are those of the model whatever it is.
+        engine: What generated, "torch", "native" or "cuda"; FLOPs and bytes are those of the model whatever it is.
     """
 
     parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})

@@ -1,4 +1,4 @@
-"""What generates: the model's own blocks on torch, or kernels of our own where they can run the model."""
+"""What generates: the model's own blocks on torch, kernels of our own on a CPU, or segments on a CUDA device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offramp.core.exits import Exits
-    from offramp.native.model import NativeModel
+    from offramp.families import SplitModel
 
-Engines = Literal["auto", "native", "torch"]
-"""auto: native on a CPU where it can run the model and be compiled, else torch, with the reason in the log."""
+Engines = Literal["auto", "native", "cuda", "torch"]
+"""auto: native on a CPU, cuda on a CUDA GPU, where they can run the model, else torch, with the reason in the log."""
+
+_OWN = {"cpu": "native", "cuda": "cuda"}
+"""Which engine of our own runs on a kind of device."""
 
 
 class Engine:
-    """Finds out whether the kernels generate, when that is first asked for, and keeps them up to date.
+    """Finds out what generates instead of torch, when that is first asked for, and keeps it up to date.
 
     Args:
         model: The model.
@@ -28,57 +31,78 @@ class Engine:
         int8: Matrices in eight bits per weight, which only the kernels read.
 
     Raises:
-        ValueError: There is no such engine.
+        ValueError: There is no such engine, or no int8 with it.
         NativeError: The kernels are asked for, by name or by `int8`, and cannot run the model, or cannot be had here.
+        CudaError: The CUDA engine is asked for, and cannot run the model, or the model is not on a CUDA device.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, asked: str = "auto", *, int8: bool = False) -> None:
         choice("engine", asked, get_args(Engines))
+        if int8 and asked == "cuda":
+            raise ValueError("int8 is not available with engine='cuda'; give dtype='bfloat16', or engine='native'")
         self.int8 = int8
         self._model, self._name = model, name
-        self._native: NativeModel | None = None
+        self._made: SplitModel | None = None
         self._exits: Exits | None = None
-        self._must, self._may = asked == "native" or int8, asked != "torch"
-        if self._must:
-            self.native()  # what they cannot run is said here
+        self._asked = "native" if int8 else asked
+        self._refused: set[str] = set()
+        if self._asked in _OWN.values():
+            self.own()  # what they cannot run is said here
 
-    def native(self) -> NativeModel | None:
-        """The kernels, told of the model anew if it has changed.
+    def own(self) -> SplitModel | None:
+        """The kernels, or segments, told of the model anew if it has changed.
 
-        With "auto", a model that they refuse once is left to torch from then on; on a GPU they are not asked.
+        With "auto", a model that one of them refuses is left to torch from then on, where that one would generate.
 
         Returns:
             They; None where torch generates.
 
         Raises:
-            NativeError: They must generate, and the model has become one that they cannot run.
+            NativeError: The kernels must generate, and the model has become one that they cannot run.
+            CudaError: Segments must generate, likewise.
         """
-        if not self._may or (not self._must and self._model.device.type != "cpu"):
+        kind = _OWN.get(self._model.device.type) if self._asked == "auto" else self._asked
+        if kind in (None, "torch") or kind in self._refused:
             return None
-        if self._native is None or not self._native.is_current:
+        if self._made is None or self._made.engine != kind or not self._made.is_current:
+            from offramp.cuda.model import CudaError
             from offramp.native.build import NativeError
-            from offramp.native.model import NativeModel
 
-            self._native = None
+            refusals, self._made = (CudaError, NativeError), None
             try:
-                self._native = NativeModel(self._model, int8=self.int8)
-            except NativeError as reason:
-                if self._must:
+                self._made = self._native() if kind == "native" else self._cuda()
+            except refusals as reason:
+                if self._asked == kind:
                     raise
-                self._may = False
-                _explain(f"{self._name} generates on torch, not with the native engine: {reason}")
+                self._refused.add(str(kind))
+                _explain(f"{self._name} generates on torch, not with the {kind} engine: {reason}")
                 return None
-            self._native.exits = self._exits
-        return self._native
+            self._made.exits = self._exits
+        return self._made
+
+    def _native(self) -> SplitModel:
+        from offramp.native.model import NativeModel
+
+        return NativeModel(self._model, int8=self.int8)
+
+    def _cuda(self) -> SplitModel:
+        from offramp.cuda.model import CudaError, CudaModel
+
+        if self._model.device.type != "cuda":
+            raise CudaError(
+                f"engine is 'cuda', but the model is on {self._model.device}; load it with device='cuda' on a machine "
+                "with a CUDA GPU, or use engine='auto'"
+            )
+        return CudaModel(self._model)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_native": None}  # pointers cannot be copied; they are made again
+        return {**vars(self), "_made": None}  # pointers and graphs cannot be copied; they are made again
 
     def attach(self, exits: Exits | None) -> None:
         """Read out through trained exits from now on; None: without any."""
         self._exits = exits
-        if self._native is not None:
-            self._native.exits = exits
+        if self._made is not None:
+            self._made.exits = exits
 
 
 @cache

@@ -66,13 +66,15 @@ class LanguageModel:
         model: The untouched Hugging Face model; or a `PeftModel`, whose base model it then is, adapters at work.
         tokenizer: Its tokenizer; None if only token ids will be used.
         name: What reports call it; None: its class.
-        engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`); or "auto": native
-            where it can be, decided when something is first generated.
+        engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`); "cuda", captured
+            segments on a CUDA device (see `offramp.cuda`); or "auto": the one for the device where it can be, decided
+            when something is first generated.
         int8: Matrices in eight bits per weight, with the native engine.
 
     Raises:
         UnsupportedModelError: The architecture is not supported.
         NativeError: "native" or `int8` is asked for, and the kernels cannot run the model, or cannot be had here.
+        CudaError: "cuda" is asked for, and cannot run the model, or the model is not on a CUDA device.
     """
 
     if TYPE_CHECKING:
@@ -106,13 +108,13 @@ class LanguageModel:
 
     @property
     def decoder(self) -> SplitModel:
-        """What generates: `split` itself, or a `NativeModel`, made anew if the model has changed."""
-        native = self._engine.native()
-        return self.split if native is None else native
+        """What generates: `split` itself, a `NativeModel` or a `CudaModel`, made anew if the model has changed."""
+        own = self._engine.own()
+        return self.split if own is None else own
 
     @property
     def engine(self) -> str:
-        """What generates: "torch" or "native"."""
+        """What generates: "torch", "native" or "cuda"."""
         return self.decoder.engine
 
     @property
@@ -124,7 +126,7 @@ class LanguageModel:
     def number_format(self) -> str:
         """Of the weights, and the engine if it is not torch, whose results differ by rounding: for records."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return dtype if self.engine == "torch" else f"{'int8' if self.int8 else dtype}, native"
+        return dtype if self.engine == "torch" else f"{'int8' if self.int8 else dtype}, {self.engine}"
 
     @property
     def split(self) -> SplitModel:

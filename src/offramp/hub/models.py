@@ -85,8 +85,8 @@ def load(
             installed. Pruned vocabularies need a head that is not quantised.
         device_map: Another way to say `device`: one device, or "auto" for None. Models are never spread or offloaded.
         engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`), which are compiled
-            on first use; or "auto": native on a CPU where they can run the model and be compiled, else torch, with
-            the reason in the log.
+            on first use; "cuda", captured segments on a CUDA device (see `offramp.cuda`); or "auto": native on a CPU,
+            cuda on a CUDA device, where they can run the model, else torch, with the reason in the log.
         others: Refused, with what to give instead.
 
     Returns:
@@ -95,6 +95,7 @@ def load(
     Raises:
         ValueError: The dtype, the device or another option is not one of those available.
         NativeError: The native engine, or int8, is asked for and cannot run the model, or cannot be compiled here.
+        CudaError: The CUDA engine is asked for and cannot run the model, or the model is not on a CUDA device.
         ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
             damaged or were made for another model.
     """

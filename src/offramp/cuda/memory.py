@@ -1,0 +1,162 @@
+"""Keys and values at fixed addresses, which graphs may remember, and the buffers that tell a segment where rows stand.
+
+Inside a segment nothing may depend on a number that only the device knows: where keys go and what queries see is then
+read from buffers. Outside, a layer is a `LayerCache` like any other, so that prompts and fills write to the same place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from offramp.families.cache import LayerCache
+from offramp.families.state import Context
+
+_LEAST = 128  # slots; beyond them the capacity doubles, and all graphs are captured anew
+
+
+class SlotLayer(LayerCache):
+    """One layer of a `Memory`: buffers [B, H, capacity, D_head].
+
+    Args:
+        memory: That it belongs to.
+        window: As for `LayerCache`.
+    """
+
+    def __init__(self, memory: Memory, window: int | None) -> None:
+        super().__init__(memory.batch, window)
+        self._memory = weakref.proxy(memory)
+
+    def update(self, keys: Tensor, values: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """As `LayerCache.update`; in a segment, put [B, H, 1, D_head] where rows stand; return whole buffers."""
+        if not self._memory.in_segment:
+            return super().update(keys, values, *others, **named)
+        assert self._keys is not None
+        assert self._values is not None
+        places = self._memory.rows, self._memory.slots
+        self._keys[places[0], :, places[1]] = keys[:, :, 0]
+        self._values[places[0], :, places[1]] = values[:, :, 0]
+        return self._keys, self._values
+
+    def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        self._memory.reserve(slots)
+        if self._keys is None or self._values is None:
+            shape = (self.batch, like.shape[1], self._memory.capacity, like.shape[-1])
+            with torch.inference_mode(False):  # they outlive the generation, whichever mode it is in
+                options: Any = {"dtype": like.dtype, "device": like.device}
+                self._keys, self._values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        return self._keys, self._values
+
+    @property
+    def exists(self) -> bool:
+        """Whether something was written here, so that the buffers' shape is known."""
+        return self._keys is not None
+
+    def grow(self, capacity: int) -> None:
+        """Move to longer buffers."""
+        if self._keys is None or self._values is None:
+            return
+        with torch.inference_mode(False):
+            shape = (*self._keys.shape[:2], capacity, self._keys.shape[-1])
+            keys, values = self._keys.new_zeros(shape), self._values.new_zeros(shape)
+        keys[:, :, : self._keys.shape[2]] = self._keys
+        values[:, :, : self._values.shape[2]] = self._values
+        self._keys, self._values = keys, values
+
+    def clear(self) -> None:
+        """Forget what was written: a NaN would get past any mask."""
+        self.length, self.rows = 0, slice(0, self.batch)
+        if self._keys is not None and self._values is not None:
+            self._keys.zero_()
+            self._values.zero_()
+
+
+class Memory:
+    """Keys and values of one batch at a time, and where its rows stand; used again when that batch is forgotten.
+
+    The last slot is nobody's: rows that a segment does not concern write there, so that what was filled in for them
+    stays, and no other query sees it.
+
+    Args:
+        batch: B.
+        windows: Of each layer; None: it sees everything.
+        width: D of the states.
+        dtype: Of the states.
+        device: Where all of it lies.
+
+    Attributes:
+        rows: 0..B-1, [B].
+        slots: Where each row's token stands, [B]; the last slot for rows that a segment does not concern.
+        positions: Its position, [B, 1].
+        hidden: The states that enter a segment, [B, 1, D].
+        valid: Slots that are no padding, bool [B, capacity].
+        segments: What was captured, by first and last layer; void when the capacity grows.
+        pool: What they share on CUDA; a new one where all of them are new.
+        captured: How many segments were made ready, and `launched`, how often one ran.
+    """
+
+    def __init__(
+        self, batch: int, windows: Sequence[int | None], width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.batch, self.capacity = batch, _LEAST
+        self.layers = [SlotLayer(self, window) for window in windows]
+        self.cache = Cache(layers=self.layers)
+        with torch.inference_mode(False):
+            self.rows = torch.arange(batch, device=device)
+            self.slots = torch.zeros(batch, dtype=torch.long, device=device)
+            self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            self.hidden = torch.zeros(batch, 1, width, dtype=dtype, device=device)
+            self.valid = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
+        self.segments: dict[tuple[int, int], Any] = {}
+        self.pool: Any = None
+        self.in_segment = False
+        self.captured = self.launched = 0
+        self._padded = False
+        self._owner: weakref.ref[Context] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the batch it was lent to is gone."""
+        return self._owner is None or self._owner() is None
+
+    def lend(self, context: Context) -> None:
+        """Hold this batch's keys and values from now on."""
+        self._owner, self._padded = weakref.ref(context), False
+        self.valid.fill_(True)
+        for layer in self.layers:
+            layer.clear()
+
+    def reserve(self, slots: int) -> None:
+        """Have room for so many slots, and the one that is nobody's."""
+        if slots < self.capacity:
+            return
+        while self.capacity <= slots:
+            self.capacity *= 2
+        self.segments.clear()
+        self.pool = None
+        for layer in self.layers:
+            layer.grow(self.capacity)
+        with torch.inference_mode(False):
+            self.valid = self.valid.new_ones(self.batch, self.capacity)
+        self._padded = False
+
+    def pad(self, padding: Tensor | None) -> None:
+        """Learn which slots are padding, [B, T], once: later ones are not."""
+        if padding is None or self._padded:
+            return
+        self._padded = True
+        self.valid[:, : padding.shape[1]] = padding[:, : self.capacity]
+
+    def mask(self, window: int | None) -> Tensor:
+        """What is added to scores, [B, 1, 1, capacity]: 0 for what rows' queries see, else the least number."""
+        slots, at = torch.arange(self.capacity, device=self.slots.device), self.slots[:, None]
+        seen = (slots <= at) & self.valid
+        if window is not None:
+            seen = seen & (slots > at - window)
+        least = torch.finfo(self.hidden.dtype).min
+        return torch.zeros_like(seen, dtype=self.hidden.dtype).masked_fill(~seen, least)[:, None, None]

@@ -1,0 +1,171 @@
+"""A model whose tokens go from exit to exit in single launches; to the decode loop it is a `SplitModel` like any other.
+
+Blocks are the model's own, called as everywhere else; only what they are given differs: keys and values at fixed places
+(`Memory`), masks and positions made from buffers. A segment concerns all rows of a batch; those that left, or stand
+elsewhere, are masked. Prompts, passes over several tokens, exits' own blocks and readouts run as in `SplitModel`.
+
+Off CUDA segments run uncaptured, which shows that their tokens are right, not that they are fast.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offramp.cuda.memory import Memory
+from offramp.cuda.segment import Segment
+from offramp.families import SplitModel
+from offramp.families.block_calls import run_block
+from offramp.families.state import Context, Frame, State
+
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""Whose segments were tested, by `config.model_type`."""
+_KINDS = ("full_attention", "sliding_attention")
+_ATTENTION = ("eager", "sdpa")
+
+
+class CudaError(RuntimeError):
+    """The CUDA engine cannot run a model, for a reason the user can act on; the message is one line."""
+
+
+class CudaModel(SplitModel):
+    """A Hugging Face model that decodes in segments.
+
+    Args:
+        model: Of a family in `FAMILIES`, wherever it is; only on CUDA are segments captured.
+
+    Raises:
+        UnsupportedModelError: No engine supports it.
+        CudaError: This engine does not support it.
+    """
+
+    engine = "cuda"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        if self.name not in FAMILIES:
+            raise CudaError(f"models of type {self.name!r} are not among {', '.join(FAMILIES)}; use engine='torch'")
+        if other := sorted(set(self.types) - set(_KINDS)):
+            raise CudaError(
+                f"it has layers of kind {', '.join(other)}, not only {', '.join(_KINDS)}; use engine='torch'"
+            )
+        if (attention := self.config._attn_implementation) not in _ATTENTION:
+            raise CudaError(
+                f"attn_implementation is {attention!r}; load the model with one of {', '.join(_ATTENTION)}, "
+                "or use engine='torch'"
+            )
+        if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
+            raise CudaError("its rotary frequencies change with the length of the text; use engine='torch'")
+        places = {str(tensor.device) for tensor in model.parameters()}
+        if len(places) > 1:
+            raise CudaError(
+                f"its weights lie on {', '.join(sorted(places))}; put them on one device, or use engine='torch'"
+            )
+        if self._hooked:
+            raise CudaError(
+                "it has hooks or a forward of somebody's own, which a graph would not call; use engine='torch'"
+            )
+        self.memories: list[Memory] = []
+        self._addresses = self._where()
+
+    def _where(self) -> tuple[int, ...]:
+        return tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    @property
+    def _hooked(self) -> bool:
+        parts = (part for block in self.blocks for part in block.modules())
+        return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether weights are where graphs look for them, and nobody wants to be called between blocks."""
+        return super().is_current and self._where() == self._addresses and not self._hooked
+
+    # ------------------------------------------------------------ memory
+
+    def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
+        self.memories = [m for m in self.memories if not m.is_free or self._fits(m, batch)]
+        found = next((m for m in self.memories if m.is_free), None)
+        if found is None:
+            found = Memory(batch, self.windows, self.shape.width, self.model.dtype, self.device)
+            self.memories.append(found)
+        context = Context(found.cache, found.cache, torch.empty(0), None, memory, memory_mask)
+        found.lend(context)
+        return context
+
+    def _fits(self, memory: Memory, batch: int) -> bool:
+        return memory.batch == batch and [layer.window for layer in memory.layers] == self.windows
+
+    def memory_of(self, context: Context) -> Memory:
+        """That of a batch."""
+        return next(memory for memory in self.memories if memory.cache is context.cache)
+
+    # ------------------------------------------------------------ run
+
+    def run(self, state: State, lo: int, hi: int) -> State:
+        """As `SplitModel.run`; one token per row goes in one launch."""
+        return self.run_each([state], lo, hi)[0]
+
+    def run_each(self, states: list[State], lo: int, hi: int) -> list[State]:
+        """As `SplitModel.run_each`; states of one token each go together, wherever they stand."""
+        memory = self.memory_of(states[0].context)
+        ready = all(layer.exists for layer in memory.layers[lo:hi])
+        if lo == hi or not ready or any(s.depth != lo or s.frame.queries != 1 for s in states) or hi > self.num_layers:
+            return [super(CudaModel, self).run(state, lo, hi) for state in states]
+        self._place(memory, states)
+        out = self._segment(memory, lo, hi).launch()
+        memory.launched += 1
+        return [State(s.context, s.frame, out[s.frame.rows].clone(), hi) for s in states]
+
+    def _place(self, memory: Memory, states: list[State]) -> None:
+        """Put states, and where they stand, into the buffers."""
+        context = states[0].context
+        memory.reserve(max(context.slots, *(state.frame.start + 1 for state in states)))
+        memory.pad(context.padding)
+        memory.slots.fill_(memory.capacity - 1)
+        for state in states:
+            rows, start = state.frame.rows, state.frame.start
+            memory.hidden[rows] = state.hidden
+            memory.positions[rows] = context.positions[rows, start : start + 1]
+            memory.slots[rows] = start
+
+    def _segment(self, memory: Memory, lo: int, hi: int) -> Segment:
+        """What was captured for these layers, or is now."""
+        if (lo, hi) not in memory.segments:
+            if memory.pool is None and self.device.type == "cuda":
+                memory.pool = torch.cuda.graph_pool_handle()
+            # of a context only the cache is read: the frame brings all that depends on the rest
+            bare = Context(memory.cache, memory.cache, memory.positions, None)
+            memory.segments[lo, hi] = Segment(partial(self._through, memory, bare, lo, hi), self.device, memory.pool)
+            memory.captured += 1
+        return memory.segments[lo, hi]  # type: ignore[no-any-return]
+
+    def _through(self, memory: Memory, context: Context, lo: int, hi: int) -> Tensor:
+        """All rows' states [B, 1, D] after layers `lo` to `hi`; nothing here waits for the device."""
+        frame, hidden = Frame(slice(0, memory.batch), 0, 1), memory.hidden
+        frame.memo["positions", ""] = memory.positions
+        for kind, window in zip(self.types[lo:hi], self.windows[lo:hi], strict=True):
+            if ("mask", kind) not in frame.memo:
+                frame.memo["mask", kind] = memory.mask(window)
+        memory.in_segment = True
+        try:
+            for index in range(lo, hi):
+                hidden = run_block(self, index, hidden, frame, context)
+        finally:
+            memory.in_segment = False
+        return hidden

@@ -1,0 +1,198 @@
+"""The CUDA engine gives torch's tokens and layers, and its segments wait for nothing; on a CPU none is captured."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from offramp import ExitPolicy, LanguageModel
+from offramp.core.decoding import decode
+from offramp.cuda.model import FAMILIES, CudaError, CudaModel
+from offramp.families import SplitModel
+from tiny import VOCABULARY, inputs_for, tiny
+
+NAMES = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "llama",
+    "llama-3",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+POLICIES = {
+    "full": None,
+    "static": ExitPolicy(confidence="static", min_layer=2),
+    "propagate": ExitPolicy(confidence="max", threshold=0.35, skipped="propagate"),
+    "defer": ExitPolicy(confidence="max", threshold=0.35, skipped="defer"),
+    "verify": ExitPolicy(confidence="max", threshold=0.35, skipped="verify"),
+}
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def device(request):
+    return torch.device(request.param)
+
+
+def placed(name, device):
+    return tiny(name) if device.type == "cpu" else copy.deepcopy(tiny(name)).to(device)
+
+
+@torch.no_grad()
+def decoded(split, inputs, policy, new=12):
+    ids, mask = inputs["input_ids"].to(split.device), inputs["attention_mask"].to(split.device)
+    steps = list(decode(split, ids, policy, max_new_tokens=new, mask=mask))
+    return [[step.token.tolist(), step.exit_layer.tolist()] for step in steps]
+
+
+def test_the_names_are_all_that_it_says_it_runs():
+    assert {tiny(name).config.model_type for name in NAMES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_and_layers_are_those_of_torch(name, policy, device):
+    model, split = CudaModel(placed(name, device)), SplitModel(placed(name, device))
+    for batch, padded in ((1, False), (4, False), (4, True)):
+        inputs = inputs_for(name, batch, padded=padded)
+        assert decoded(model, inputs, POLICIES[policy]) == decoded(split, inputs, POLICIES[policy])
+    assert sum(memory.launched for memory in model.memories) > 0
+
+
+@pytest.mark.parametrize("policy", ["full", "propagate", "defer"])
+def test_capacity_grows_and_what_was_captured_is_captured_anew(policy, device):
+    model, split, inputs = (
+        CudaModel(placed("llama", device)),
+        SplitModel(placed("llama", device)),
+        inputs_for("llama", 2),
+    )
+    assert decoded(model, inputs, POLICIES[policy], new=140) == decoded(split, inputs, POLICIES[policy], new=140)
+    (memory,) = model.memories
+    assert memory.capacity == 256
+    assert model.memories[0].valid.shape[1] == 256
+
+
+def test_a_second_generation_uses_the_memory_and_the_segments_of_the_first(device):
+    model, inputs = CudaModel(placed("qwen3", device)), inputs_for("qwen3", 4, padded=True)
+    first = decoded(model, inputs, None)
+    (memory,) = model.memories
+    captured = memory.captured
+    assert decoded(model, inputs, None) == first
+    assert model.memories == [memory]
+    assert memory.captured == captured == 1
+    assert memory.launched == 2 * 11  # one launch a token, but for the prompt's
+
+
+def test_two_batches_at_once_do_not_share_memory(device):
+    model, inputs = CudaModel(placed("llama", device)), inputs_for("llama", 2)
+    ids = inputs["input_ids"].to(device)
+    with torch.no_grad():
+        alone = [step.token.tolist() for step in decode(model, ids, None, max_new_tokens=8)]
+        both = [decode(model, ids, None, max_new_tokens=8) for _ in range(2)]
+        pairs = [(a.token.tolist(), b.token.tolist()) for a, b in zip(*both, strict=True)]
+    assert pairs == [(token, token) for token in alone]
+    assert len(model.memories) == 2
+
+
+def test_what_a_broken_generation_left_does_not_reach_the_next(device):
+    model, inputs = CudaModel(placed("llama", device)), inputs_for("llama", 2)
+    first = decoded(model, inputs, None)
+    for layer in model.memories[0].layers:
+        layer._keys.fill_(torch.nan)
+        layer._values.fill_(torch.nan)
+    assert decoded(model, inputs, None) == first
+
+
+class Waits(AssertionError):
+    pass
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what would wait for the device, or read the host's memory, in a capture."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh", "_unique2", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        chosen = args[1] if func.overloadpacket.__name__ in ("index", "index_put", "index_put_") else ()
+        if func.overloadpacket.__name__ in self.names or any(i is not None and i.dtype == torch.bool for i in chosen):
+            raise Waits(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_segment_waits_for_nothing(name, device, monkeypatch):
+    model, inputs, through, passed = (
+        CudaModel(placed(name, device)),
+        inputs_for(name, 4, padded=True),
+        CudaModel._through,
+        [],
+    )
+
+    def watched(*args):
+        with NothingWaits():
+            passed.append(1)
+            return through(*args)
+
+    monkeypatch.setattr(CudaModel, "_through", watched)
+    decoded(model, inputs, POLICIES["propagate"])
+    assert passed
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: bool(x.any()), lambda x: x[x > 0]]
+)
+def test_what_waits_would_be_found(asks):
+    with pytest.raises(Waits), NothingWaits():
+        asks(torch.ones(3))
+
+
+def test_rows_that_a_segment_does_not_concern_keep_their_keys_and_values(device):
+    model = CudaModel(placed("llama", device))
+    ids = torch.randint(3, VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        state = model.start(ids)
+        model.run(state, 0, model.num_layers)
+        memory = model.memory_of(state.context)
+        before = [(layer._keys.clone(), layer._values.clone()) for layer in memory.layers]
+        rows = torch.tensor([0, 2], device=device)
+        after = model.run(model.start(ids[rows, :1], context=state.context, rows=rows), 0, model.num_layers)
+    assert after.hidden.shape == (2, 1, 32)
+    for layer, (keys, values) in zip(memory.layers, before, strict=True):
+        assert torch.equal(layer._keys[1, :, :-1], keys[1, :, :-1])
+        assert torch.equal(layer._values[1, :, :-1], values[1, :, :-1])
+        assert not torch.equal(layer._keys[0, :, 5], keys[0, :, 5])
+
+
+def test_what_it_cannot_run_is_said(device):
+    for name in ("t5", "mixtral", "gpt2"):
+        with pytest.raises(CudaError, match="are not among gemma, .*use engine='torch'"):
+            CudaModel(placed(name, device))
+    hooked = copy.deepcopy(placed("llama", device))
+    hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(CudaError, match="hooks"):
+        CudaModel(hooked)
+
+
+def test_it_knows_when_weights_have_moved(device):
+    model = copy.deepcopy(placed("llama", device))
+    made = CudaModel(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert made.is_current
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(model.model.layers[0].mlp.up_proj.weight.clone())
+    assert not made.is_current
+
+
+def test_asked_for_without_a_gpu():
+    with pytest.raises(CudaError, match=r"engine is 'cuda', but the model is on cpu; load it with device='cuda' on a"):
+        LanguageModel(tiny("llama"), engine="cuda")
+    with pytest.raises(ValueError, match="int8 is not available with engine='cuda'"):
+        LanguageModel(tiny("llama"), engine="cuda", int8=True)
