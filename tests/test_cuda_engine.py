@@ -1,6 +1,7 @@
 """The CUDA engine gives torch's tokens and layers, and its segments wait for nothing; on a CPU none is captured."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.decoding import decode
+from offramp.core.running import RunningBatch
 from offramp.cuda.model import FAMILIES, CudaError, CudaModel
 from offramp.families import SplitModel
+from test_running import EOS, requests, served
 from tiny import VOCABULARY, inputs_for, tiny
 
 NAMES = (
@@ -29,10 +32,17 @@ NAMES = (
 POLICIES = {
     "full": None,
     "static": ExitPolicy(confidence="static", min_layer=2),
-    "propagate": ExitPolicy(confidence="max", threshold=0.35, skipped="propagate"),
-    "defer": ExitPolicy(confidence="max", threshold=0.35, skipped="defer"),
-    "verify": ExitPolicy(confidence="max", threshold=0.35, skipped="verify"),
+    "propagate": ExitPolicy(confidence="max", threshold=0.25, min_layer=1, skipped="propagate"),
+    "defer": ExitPolicy(confidence="max", threshold=0.25, min_layer=1, skipped="defer"),
+    "verify": ExitPolicy(confidence="max", threshold=0.25, min_layer=1, skipped="verify"),
 }
+
+
+def policy_of(name, kind):
+    """One under which rows leave after different layers; soft-capped logits make no high probabilities."""
+    policy = POLICIES[kind]
+    capped = name in ("gemma2", "gemma3") and policy is not None and policy.confidence == "max"
+    return replace(policy, threshold=0.12) if capped else policy
 
 
 @pytest.fixture(
@@ -63,7 +73,32 @@ def test_tokens_and_layers_are_those_of_torch(name, policy, device):
     model, split = CudaModel(placed(name, device)), SplitModel(placed(name, device))
     for batch, padded in ((1, False), (4, False), (4, True)):
         inputs = inputs_for(name, batch, padded=padded)
-        assert decoded(model, inputs, POLICIES[policy]) == decoded(split, inputs, POLICIES[policy])
+        assert decoded(model, inputs, policy_of(name, policy)) == decoded(split, inputs, policy_of(name, policy))
+    assert sum(memory.launched for memory in model.memories) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_batch_leave_after_different_layers(name, device):
+    steps = decoded(CudaModel(placed(name, device)), inputs_for(name, 4), policy_of(name, "propagate"))
+    assert any(len(set(layers)) > 1 for _, layers in steps[1:])
+
+
+def alone(split, policy, asked):
+    ids = torch.tensor([list(asked.ids)], device=split.device)
+    steps = decode(split, ids, policy, max_new_tokens=asked.max_new_tokens, sampler=asked.sampler)
+    return [(int(step.token[0]), int(step.exit_layer[0])) for step in steps]
+
+
+@pytest.mark.parametrize("policy", ["full", "propagate", "defer", "verify"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_rows_that_join_and_leave_get_the_tokens_that_torch_gives_them_alone(name, policy, device):
+    model, split, asked = CudaModel(placed(name, device)), SplitModel(placed(name, device)), requests(8, VOCABULARY)
+    batch = RunningBatch(model, policy_of(name, policy), rows=3, longest=40, chunk=6, eos=(EOS,))
+    with torch.no_grad():
+        made, expected = served(batch, asked), [alone(split, policy_of(name, policy), one) for one in asked]
+    if policy == "verify":  # which layer drafted depends on how many rows there are, the text does not
+        made, expected = ([[token for token, _ in row] for row in rows] for rows in (made, expected))
+    assert made == expected
     assert sum(memory.launched for memory in model.memories) > 0
 
 
