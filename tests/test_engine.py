@@ -8,6 +8,7 @@ import torch
 import offramp
 from offramp import ExitPolicy, LanguageModel
 from offramp.core import engine
+from offramp.cuda.model import CudaError
 from offramp.native import build
 from offramp.native.build import NativeError
 from tiny import greedy, inputs_for, tiny
@@ -66,22 +67,22 @@ def test_without_a_compiler(caplog, monkeypatch, tmp_path):
     assert "no C++ compiler was found; install one" in said(caplog)[0]
 
 
-def test_on_a_gpu_segments_generate_and_nothing_is_said(caplog, monkeypatch):
+def test_on_a_gpu_torch_generates_unless_segments_are_asked_for(caplog, monkeypatch):
     model = copy.deepcopy(tiny("llama"))
     lm = LanguageModel(model)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(engine.logging, "getLogger", None)
-    assert (lm.engine, lm.number_format) == ("cuda", "float32, cuda")
+    assert (lm.engine, lm.number_format) == ("torch", "float32, cuda")
+    assert LanguageModel(model, engine="cuda").engine == "cuda"
     monkeypatch.undo()
     assert (lm.engine, said(caplog)) == ("native", [])  # it has come back
 
 
-def test_what_segments_refuse_on_a_gpu_is_said_once(caplog, monkeypatch):
+def test_what_segments_cannot_run_is_refused(monkeypatch):
     model = copy.deepcopy(tiny("mixtral"))
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert [LanguageModel(model, name="my model").engine for _ in range(2)] == ["torch"] * 2
-    (line,) = said(caplog)
-    assert line.startswith("my model generates on torch, not with the cuda engine: models of type 'mixtral' are not")
+    with pytest.raises(CudaError, match="models of type 'mixtral' are not among gemma"):
+        LanguageModel(model, engine="cuda")
 
 
 def test_a_hook_leads_back_to_torch(caplog):

@@ -32,7 +32,7 @@ Engine = Annotated[
     Engines,
     typer.Option(
         help="What generates: torch; native, kernels of our own on the CPU, compiled on first use; cuda, captured "
-        "graphs on a CUDA GPU; or auto, the one for the device where it can run."
+        "graphs on a CUDA GPU; or auto, native on a CPU where it can run, else torch."
     ),
 ]
 Device = Annotated[

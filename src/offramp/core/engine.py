@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from offramp.families import SplitModel
 
 Engines = Literal["auto", "native", "cuda", "torch"]
-"""auto: native on a CPU, cuda on a CUDA GPU, where they can run the model, else torch, with the reason in the log."""
+"""auto: native on a CPU where it can run the model, else torch, with the reason in the log; cuda is taken by name."""
 
-_OWN = {"cpu": "native", "cuda": "cuda"}
-"""Which engine of our own runs on a kind of device."""
+_AUTO = {"cpu": "native"}
+"""What "auto" tries first on a kind of device; on CUDA not ours, as long as it has never run on a GPU."""
 
 
 class Engine:
@@ -46,7 +46,7 @@ class Engine:
         self._exits: Exits | None = None
         self._asked = "native" if int8 else asked
         self._refused: set[str] = set()
-        if self._asked in _OWN.values():
+        if self._asked in ("native", "cuda"):
             self.own()  # what they cannot run is said here
 
     def own(self) -> SplitModel | None:
@@ -61,7 +61,7 @@ class Engine:
             NativeError: The kernels must generate, and the model has become one that they cannot run.
             CudaError: Segments must generate, likewise.
         """
-        kind = _OWN.get(self._model.device.type) if self._asked == "auto" else self._asked
+        kind = _AUTO.get(self._model.device.type) if self._asked == "auto" else self._asked
         if kind in (None, "torch") or kind in self._refused:
             return None
         if self._made is None or self._made.engine != kind or not self._made.is_current:

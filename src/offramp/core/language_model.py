@@ -67,8 +67,8 @@ class LanguageModel:
         tokenizer: Its tokenizer; None if only token ids will be used.
         name: What reports call it; None: its class.
         engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`); "cuda", captured
-            segments on a CUDA device (see `offramp.cuda`); or "auto": the one for the device where it can be, decided
-            when something is first generated.
+            segments on a CUDA device (see `offramp.cuda`); or "auto": native on a CPU where it can be, else
+            torch, decided when something is first generated.
         int8: Matrices in eight bits per weight, with the native engine.
 
     Raises:

@@ -85,8 +85,8 @@ def load(
             installed. Pruned vocabularies need a head that is not quantised.
         device_map: Another way to say `device`: one device, or "auto" for None. Models are never spread or offloaded.
         engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`), which are compiled
-            on first use; "cuda", captured segments on a CUDA device (see `offramp.cuda`); or "auto": native on a CPU,
-            cuda on a CUDA device, where they can run the model, else torch, with the reason in the log.
+            on first use; "cuda", captured segments on a CUDA device (see `offramp.cuda`); or "auto": native on a CPU
+            where it can run the model, else torch, with the reason in the log.
         others: Refused, with what to give instead.
 
     Returns:
