@@ -71,7 +71,6 @@ def test_on_a_gpu_torch_generates_unless_segments_are_asked_for(caplog, monkeypa
     model = copy.deepcopy(tiny("llama"))
     lm = LanguageModel(model)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr(engine.logging, "getLogger", None)
     assert (lm.engine, lm.number_format) == ("torch", "float32, cuda")
     assert LanguageModel(model, engine="cuda").engine == "cuda"
     monkeypatch.undo()
