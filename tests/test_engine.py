@@ -71,7 +71,7 @@ def test_on_a_gpu_torch_generates_unless_segments_are_asked_for(caplog, monkeypa
     model = copy.deepcopy(tiny("llama"))
     lm = LanguageModel(model)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert (lm.engine, lm.number_format) == ("torch", "float32, cuda")
+    assert (lm.engine, lm.number_format) == ("torch", "float32")
     assert LanguageModel(model, engine="cuda").engine == "cuda"
     monkeypatch.undo()
     assert (lm.engine, said(caplog)) == ("native", [])  # it has come back
