@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from difficulty import AVERAGE, GAIN, WORST
 from fair_figures import exits_figure, worst_figure
 
 import offramp
@@ -43,7 +44,6 @@ from offramp.report.grids import (
     worst,
 )
 from offramp.runs.tables import markdown
-from offramp.tasks.difficulty import AVERAGE, GAIN, WORST
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "fair-distillation.md"
 STUDIES = ("digits-on-colour", "mnist-on-colour", "spuco-mnist", "template-nli", "snli-negation")

@@ -5,10 +5,6 @@ import torch
 from torch import nn
 
 
-def mlp(classes=2):
-    return nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.Linear(32, classes))
-
-
 def cnn(classes=2, width=8):
     """Two convolutions and two linear layers."""
     return nn.Sequential(

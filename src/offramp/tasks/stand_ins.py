@@ -1,4 +1,4 @@
-"""Digits on coloured backgrounds: small stand-ins for Waterbirds that need no download; and vectors.
+"""Digits on coloured backgrounds: small stand-ins for Waterbirds that need no download.
 
 A digit below five or not is the label, the colour of its background the attribute; in training they agree in most
 rows. Every validation and test digit is rendered on both backgrounds, so that groups are equal but for the colour and
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from numpy.typing import NDArray
 
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
-
-if TYPE_CHECKING:
-    from offramp.tasks.labelled_inputs import Images
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -72,7 +68,7 @@ def mnist_on_colour(
 ) -> GroupedSet:
     """MNIST or Fashion-MNIST, averaged down to 14 x 14 pixels, on green and blue, otherwise as `digits_on_colour`.
 
-    How hard a set is depends on the network and how it is trained (`offramp.tasks.difficulty`); Fashion-MNIST needs
+    How hard a set is depends on the network and how it is trained (`benchmarks/difficulty.py` measures it); Fashion-MNIST needs
     less agreement than MNIST, about .90.
 
     Args:
@@ -171,48 +167,3 @@ def _rendered(images: Floats, attribute: Integers, draw: np.random.Generator) ->
 def as_bytes(pixels: Floats) -> NDArray[np.uint8]:
     """Values around 0 to 1 as 0..255."""
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-# ---------------------------------------------------------------- no images
-
-
-def toy_gaussian(
-    *,
-    agreement: float = 0.97,
-    seed: int = 0,
-    train: int = 2000,
-    val: int = 800,
-    test: int = 4000,
-    dimensions: int = 10,
-    core: float = 3.0,
-    spurious: float = 4.0,
-) -> GroupedSet:
-    """Vectors with a coordinate for the label, one for an attribute that is easier to see, and noise on all.
-
-    In training this share of the rows of each class has the attribute of the label; validation and test rows are
-    balanced over the four groups. `core` and `spurious` are the distances between the classes and between the values of
-    the attribute, in standard deviations of the noise.
-
-    Returns:
-        Vectors [dimensions], float32, an array [N, dimensions] where others have images.
-
-    Raises:
-        ValueError: Fewer than two dimensions, or the agreement leaves a group of training rows empty.
-    """
-    if dimensions < 2:
-        raise ValueError(f"toy-gaussian: dimensions is {dimensions}; two are the least, label and attribute")
-    draw = np.random.default_rng(seed)
-    splits = {}
-    for name, rows, share in (("train", train, agreement), ("val", val, 0.5), ("test", test, 0.5)):
-        labels = draw.permutation(np.arange(rows) % 2)
-        attribute = agreeing(labels, share, draw)
-        vectors = draw.normal(0, 1, (rows, dimensions))
-        vectors[:, 0] += core * (labels - 0.5)
-        vectors[:, 1] += spurious * (attribute - 0.5)
-        y, a = torch.from_numpy(labels), torch.from_numpy(attribute)
-        ids = tuple(f"{name}-{row}" for row in range(rows))
-        labelled = Labelled(ids, cast("Images", vectors.astype(np.float32)), y, ("0", "1"), source=name)
-        splits[name] = Grouped.crossed(labelled, "spurious", a, ("0", "1"))
-    made = GroupedSet("toy-gaussian", splits, f"generated, agreement {agreement:g}, seed {seed}")
-    made.require_groups("train")
-    return made
