@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
-from offramp.metrics.text import METRICS, corpus_scores, normalise
+from offramp.metrics.text import METRICS, normalise
 
 WORDS = ["cat", "dogs", "running", "run", "Paris", "green", "in", "of", "the", "a", "42", "swimming", "über"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
@@ -100,39 +100,6 @@ def test_a_text_agrees_with_itself(name, text, others):
 @pytest.mark.parametrize("name", METRICS)
 def test_an_empty_prediction_scores_nothing(name):
     assert METRICS[name]("", ["the sky is blue"]) == 0
-
-
-def test_corpus_scores_are_sacrebleus_and_means():
-    predictions = ["the cat is on the mat today", "a dog runs home", "it rains"]
-    references = [["the cat sat on the mat today"], ["a dog ran home", "the dog runs home now"], ["it rains a lot"]]
-    streams = [[row[0] for row in references], [None, references[1][1], None]]
-    scores = corpus_scores(["bleu", "chrf", "f1", "rougeL"], predictions, references)
-    assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
-    assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(predictions, streams).score)
-    assert scores["bleu"] > 1  # of 100
-    assert scores["f1"] == pytest.approx(sum(map(METRICS["f1"], predictions, references)) / 3)
-    assert scores["rougeL"] == pytest.approx(sum(map(METRICS["rougeL"], predictions, references)) / 3)
-
-
-def test_a_second_reference_counts_in_the_corpus():
-    one = corpus_scores(["bleu"], ["w x y z"], [["a b c d"]])["bleu"]
-    two = corpus_scores(["bleu"], ["w x y z"], [["a b c d", "w x y z"]])["bleu"]
-    assert one == 0
-    assert two == pytest.approx(100)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((["rouge"], ["a"], [["a"]]), "no metric 'rouge'; there are exact_match"),
-        ((["f1"], [], []), "0 predictions"),
-        ((["f1"], ["a"], [["a"], ["b"]]), "1 predictions and references for 2"),
-        ((["f1"], ["a", "b"], [["a"], []]), "prediction 2 has no reference"),
-    ],
-)
-def test_what_does_not_fit_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        corpus_scores(*arguments)
 
 
 def test_a_missing_package_is_named(monkeypatch):

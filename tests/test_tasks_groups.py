@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offramp.metrics.group_members import Groups
-from offramp.tasks.group_files import GroupLayout, from_metadata, load_grouped
+from offramp.tasks.group_files import GroupLayout, load_grouped
 from offramp.tasks.group_images import SquareImages, load_celeba, load_waterbirds
 from offramp.tasks.group_nli import (
     EXTENDED,
@@ -463,23 +463,6 @@ def test_numbers_in_json_are_one_label_however_they_are_written(tmp_path):
 def test_several_attributes_without_overlap_are_refused():
     with pytest.raises(ValueError, match="the attributes are a, b; give one, or say that groups overlap"):
         GroupLayout(attributes=("a", "b"))
-
-
-def test_wilds_arrays():
-    metadata = torch.tensor([[0, 5, 0], [1, 5, 0], [0, 5, 1], [1, 5, 1], [1, 5, 1]])  # background, other, y
-    labels = metadata[:, 2]
-    splits = torch.tensor([0, 0, 1, 2, -1])
-    data = from_metadata(
-        "birds", tuple("abcde"), labels, splits, metadata, ("background", "other", "y"), ("background", "y"),
-        values={"background": ("land", "water")},
-    )  # fmt: skip
-    found = {id: g for split in data.splits.values() for id, g in zip(split.rows.ids, split.rows.groups, strict=True)}
-    assert {int(id): int(g) for id, g in found.items()} == {i: int(2 * labels[i] + metadata[i, 0]) for i in range(4)}
-    assert data.train.groups.names == (
-        "background land, y 0", "background water, y 0", "background land, y 1", "background water, y 1"
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="groups are to be made by 'place'; the fields are background, other, y"):
-        from_metadata("birds", tuple("abcde"), labels, splits, metadata, ("background", "other", "y"), ("place",))
 
 
 # ---------------------------------------------------------------- the types

@@ -14,8 +14,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import zip_longest
-from statistics import fmean
 from typing import Any
 
 from offramp.metrics.words import bleu_tokeniser, parted, words
@@ -222,45 +220,9 @@ def reads(name: str, text: str) -> bool:
 # ---------------------------------------------------------------- a corpus
 
 
-def corpus_scores(
-    names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """Scores of all samples together: corpus BLEU and chrF in 0..100, means in [0, 1] of everything else.
-
-    Args:
-        names: Of `METRICS`.
-        predictions: [N], at least one.
-        references: At least one for each prediction; their number may differ.
-
-    Returns:
-        Score by name.
-
-    Raises:
-        ValueError: An unknown name, or numbers that do not fit.
-    """
-    if unknown := [name for name in names if name not in METRICS]:
-        raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"there are {len(predictions)} predictions and references for {len(references)}; "
-            "give at least one, and references for each"
-        )
-    if (bare := next((i for i, texts in enumerate(references) if not texts), None)) is not None:
-        raise ValueError(f"prediction {bare + 1} has no reference; give at least one for each")
-    return {name: _corpus_score(name, predictions, references) for name in names}
-
-
 def corpus_metric(name: str, references: Sequence[Sequence[str]]) -> Any:
     """What `sacrebleu` scores a corpus with, "bleu" or "chrf"; all references decide how BLEU divides them."""
     package = _require("sacrebleu")
     if name == "chrf":
         return package.CHRF()
     return package.BLEU(tokenize=bleu_tokeniser([text for texts in references for text in texts]))
-
-
-def _corpus_score(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    if name in ("bleu", "chrf"):
-        streams = list(zip_longest(*references))  # the first references of all, the second, …; None: that many only
-        score: float = corpus_metric(name, references).corpus_score(list(predictions), streams).score
-        return score
-    return fmean(METRICS[name](*pair) for pair in zip(predictions, references, strict=True))

@@ -1,4 +1,4 @@
-"""Any set with groups from a CSV or JSON Lines file, or from arrays as WILDS keeps them."""
+"""Any set with groups from a CSV or JSON Lines file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from offramp.metrics.group_members import UNKNOWN, Groups
 from offramp.tasks.group_images import SquareImages, existing_images
@@ -105,58 +104,6 @@ def load_grouped(path: str | Path, layout: GroupLayout | None = None) -> Grouped
         if inside:
             found[split] = _split(path, split, inside, layout, classes, values)
     return GroupedSet(path.name.split(".")[0], found, f"split of {path.name}")
-
-
-def from_metadata(
-    name: str,
-    inputs: Inputs,
-    labels: Tensor,
-    splits: Tensor,
-    metadata: Tensor,
-    fields: Sequence[str],
-    by: Sequence[str],
-    *,
-    classes: Sequence[str] | None = None,
-    values: Mapping[str, Sequence[str]] | None = None,
-) -> GroupedSet:
-    """A set from arrays as WILDS keeps them, with the groups of its `CombinatorialGrouper`.
-
-    Args:
-        name: Of the set.
-        inputs: N images, texts or pairs.
-        labels: `y_array`, [N], int64.
-        splits: `split_array`, [N]: 0 train, 1 val, 2 test; other rows are left out.
-        metadata: `metadata_array`, [N, M], int64.
-        fields: `metadata_fields`, the names of the M columns.
-        by: The fields that groups are made of, the fastest first: ("background", "y") for Waterbirds.
-        classes: Names of the classes; None: numbers.
-        values: `metadata_map`: names of the values of fields; numbers for the others.
-
-    Returns:
-        The set; group = by[0] + size of by[0] x (by[1] + …). Its ids are places in the arrays.
-
-    Raises:
-        ValueError: Shapes that do not agree, or a field that is not there.
-    """
-    if metadata.ndim != 2 or metadata.shape != (len(labels), len(fields)):
-        raise ValueError(f"metadata have shape {list(metadata.shape)}; {[len(labels), len(fields)]} is needed")
-    if absent := [field for field in by if field not in fields]:
-        raise ValueError(f"groups are to be made by {absent[0]!r}; the fields are {', '.join(fields)}")
-    columns = {field: metadata[:, fields.index(field)].long() for field in by}
-    named = {f: list((values or {}).get(f) or map(str, range(int(columns[f].max()) + 1))) for f in by}
-    numbers, factor, names = torch.zeros_like(labels), 1, [""]
-    for field in by:
-        numbers = numbers + factor * columns[field]
-        factor *= len(named[field])
-        names = [
-            f"{before}, {field} {value}" if before else f"{field} {value}" for value in named[field] for before in names
-        ]
-    groups = Groups.by_number(numbers, names)
-    known = tuple(classes or map(str, range(int(labels.max()) + 1)))
-    whole = Labelled(tuple(map(str, range(len(labels)))), inputs, labels, known, source=name)
-    everything = Grouped.of(whole, columns, groups)
-    found = {split: everything.take((splits == i).nonzero().flatten()) for i, split in enumerate(SPLITS)}
-    return GroupedSet(name, {split: rows for split, rows in found.items() if len(rows)}, "split of the metadata")
 
 
 # ---------------------------------------------------------------- rows

@@ -68,7 +68,7 @@ def mnist_on_colour(
 ) -> GroupedSet:
     """MNIST or Fashion-MNIST, averaged down to 14 x 14 pixels, on green and blue, otherwise as `digits_on_colour`.
 
-    How hard a set is depends on the network and how it is trained (`benchmarks/difficulty.py` measures it); Fashion-MNIST needs
+    How hard a set is depends on the network and how it is trained (`benchmarks/difficulty.py`); Fashion-MNIST needs
     less agreement than MNIST, about .90.
 
     Args:
