@@ -25,7 +25,7 @@ from offramp.risk.bounds import (
 from offramp.risk.control import Certified, conformal_risk_control, fixed_sequence, pareto_front
 
 # what is lost on a prompt
-from offramp.risk.losses import best_reference, risk_consistency, tail, textual_consistency
+from offramp.risk.losses import risk_consistency, tail, textual_consistency
 
 # what is promised, and which setting of several sequences is chosen
 from offramp.risk.promise import CRC, Promised
@@ -42,7 +42,6 @@ __all__ = [
     "Outcome",
     "Promised",
     "Test",
-    "best_reference",
     "binomial",
     "conformal_risk_control",
     "fixed_sequence",

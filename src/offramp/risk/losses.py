@@ -16,8 +16,6 @@ from torch import Tensor
 
 Losses: TypeAlias = "Tensor | NDArray[Any] | Sequence[float]"
 """One number per prompt, [N]."""
-PerReference: TypeAlias = "Losses | Sequence[Sequence[float]]"
-"""One number per prompt, [N], or one per prompt and reference: [N, R], or rows of different lengths."""
 
 ROUNDING = 1e-6
 """Losses this little outside their range are rounding errors (of float32) and are moved into it."""
@@ -25,7 +23,7 @@ TIE = 1e-9
 """Differences this small are rounding errors: such a loss is not above the margin, such a sum is a whole number."""
 
 
-def checked(values: PerReference, low: float, high: float, name: str = "losses", ndim: int = 1) -> NDArray[np.float64]:
+def checked(values: Losses, low: float, high: float, name: str = "losses", ndim: int = 1) -> NDArray[np.float64]:
     """The values in double precision, after a look at their shape and range.
 
     Args:
@@ -57,30 +55,8 @@ def checked(values: PerReference, low: float, high: float, name: str = "losses",
     return np.clip(array, low, high)
 
 
-def best_reference(values: PerReference, name: str = "losses") -> NDArray[np.float64]:
-    """The loss against the reference that fits best.
-
-    Args:
-        values: [N] (one reference each), [N, R], or N rows of different lengths; each in [0, 1].
-        name: What to call them in an error.
-
-    Returns:
-        The smallest loss of each prompt, [N].
-
-    Raises:
-        ValueError: A prompt has no reference, or a value is NaN or outside [0, 1].
-    """
-    if isinstance(values, Tensor | np.ndarray):
-        if values.ndim == 2:
-            return np.asarray(checked(values, 0, 1, name, ndim=2).min(axis=1))
-    elif len(values) and not np.isscalar(values[0]) and np.ndim(values[0]) == 1:
-        rows = (checked(row, 0, 1, f"{name}[{i}]") for i, row in enumerate(values))  # type: ignore[arg-type]
-        return np.array([row.min() for row in rows])
-    return checked(values, 0, 1, name)
-
-
-def _pair(early: PerReference, full: PerReference) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    left, right = best_reference(early, "early"), best_reference(full, "full")
+def _pair(early: Losses, full: Losses) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    left, right = checked(early, 0, 1, "early"), checked(full, 0, 1, "full")
     if left.shape != right.shape:
         raise ValueError(f"early has {len(left)} prompts, full has {len(right)}; they must be the same prompts")
     return left, right
@@ -103,7 +79,7 @@ def textual_consistency(distance: Losses) -> NDArray[np.float64]:
     return checked(distance, 0, 1, "distance")
 
 
-def risk_consistency(early: PerReference, full: PerReference, *, signed: bool = False) -> NDArray[np.float64]:
+def risk_consistency(early: Losses, full: Losses, *, signed: bool = False) -> NDArray[np.float64]:
     """How much worse than the full model's answer the early one is, against references.
 
     Schuster et al. (2022), "Confident Adaptive Language Modeling", risk consistency. Differs in being clipped at 0 for
@@ -111,7 +87,7 @@ def risk_consistency(early: PerReference, full: PerReference, *, signed: bool = 
     mean instead is covered by no bound.
 
     Args:
-        early: Task loss of the early answers in [0, 1], [N], or per reference: the best one counts.
+        early: Task loss of the early answers in [0, 1], [N].
         full: The same of the full model's answers.
         signed: Do not clip. Only `wsr` and `hoeffding_signed` bound such losses.
 
@@ -119,21 +95,21 @@ def risk_consistency(early: PerReference, full: PerReference, *, signed: bool = 
         The losses, [N], in [0, 1]; with `signed` in [-1, 1].
 
     Raises:
-        ValueError: A value is NaN or outside [0, 1], a prompt has none, or the numbers of prompts differ.
+        ValueError: A value is NaN or outside [0, 1], there are none, or the numbers of prompts differ.
     """
     left, right = _pair(early, full)
     difference = left - right
     return difference if signed else np.maximum(0.0, difference)
 
 
-def tail(early: PerReference, full: PerReference, margin: float) -> NDArray[np.float64]:
+def tail(early: Losses, full: Losses, margin: float) -> NDArray[np.float64]:
     """Whether a prompt loses more than `margin` by leaving early.
 
     Its mean is a probability: "at most `tolerance` of the prompts lose more than `margin`", which says nothing about
     the mean of what is lost. The losses are 0 or 1, so `binomial` is exact.
 
     Args:
-        early: Task loss of the early answers in [0, 1], [N], or per reference: the best one counts.
+        early: Task loss of the early answers in [0, 1], [N].
         full: The same of the full model's answers.
         margin: What a prompt may lose, in [0, 1).
 
@@ -141,7 +117,7 @@ def tail(early: PerReference, full: PerReference, margin: float) -> NDArray[np.f
         0 or 1 for each prompt, [N].
 
     Raises:
-        ValueError: The margin or a value is outside its range, a prompt has none, or the numbers of prompts differ.
+        ValueError: The margin or a value is outside its range, there are none, or the numbers of prompts differ.
     """
     if not 0 <= margin < 1:
         raise ValueError(f"margin is {margin}; allowed are values in [0, 1)")
