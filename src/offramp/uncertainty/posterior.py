@@ -169,37 +169,6 @@ class Posterior:
             result[:, rows] = p
         return result
 
-    def signals(self, exit: int, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        """What an exit alone knows about rows, also in an ensemble. Worked out on the CPU in float64.
-
-        Args:
-            exit: Counted from 0.
-            features: [B, D].
-            logits: [B, C].
-
-        Returns:
-            By name, [B] each: "max_prob", "gap" of the two largest probabilities, "entropy" in nats; the same with
-            "map_" before them, without noise, at the same temperature; with Laplace "distance", s(x), for the exact
-            damping the mean variance of the logits; and with draws "mutual_information" in nats, and "variance" of the
-            probabilities, summed over classes. All on the device of `logits`.
-        """
-        found = self._signals(exit, features.cpu(), logits.cpu())
-        return {name: value.to(logits.device) for name, value in found.items()}
-
-    def _signals(self, exit: int, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        fitted, t = self.exits[exit], self.exits[exit].temperature
-        found = {f"map_{name}": value for name, value in _of(predictive.Plain(logits).probabilities(t)).items()}
-        if (laplace := fitted.laplace) is None:
-            return found | _of(predictive.Plain(logits).probabilities(t))
-        spread = laplace.spread(features, self.config.memory)
-        found["distance"] = spread.mean(-1)
-        if self.config.predictive == "probit":
-            return found | _of(laplace.predict(self.config, features, logits).probabilities(t))
-        mean, entropy, found["variance"] = laplace.noisy(self.config, spread, logits).moments(t)
-        found |= _of(mean)
-        found["mutual_information"] = (found["entropy"] - entropy).clamp(min=0)
-        return found
-
     # ------------------------------------------------------------ cost
 
     def overhead(self, exit: int) -> overhead.Overhead:
@@ -288,12 +257,6 @@ def load_posterior(folder: str | os.PathLike[str], inputs: Mapping[str, str] | N
         )  # fmt: skip
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the posterior in {folder} is damaged ({error!r}); {artefact.STATE.again}") from error
-
-
-def _of(probabilities: Tensor) -> dict[str, Tensor]:
-    top = probabilities.topk(2, dim=-1).values
-    entropy = torch.special.entr(probabilities).sum(-1)
-    return {"max_prob": top[:, 0], "gap": top[:, 0] - top[:, 1], "entropy": entropy}
 
 
 def _check_splits(config: PosteriorConfig, fit: ExitOutputs, tune: ExitOutputs, shared: bool) -> None:
