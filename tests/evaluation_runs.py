@@ -7,6 +7,9 @@ import torch
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.evaluation import evaluate
+from offramp.evaluation.perplexity import PassageArm
+from offramp.evaluation.records import decode_arms
+from offramp.evaluation.rounds import take_turns
 from offramp.tasks import TASKS, Example
 from tiny import tiny, tokenizer
 
@@ -31,6 +34,16 @@ def run(folder, count=5, **options):
     torch.set_num_threads(1)
     options = {"static_layers": (2,), "max_new_tokens": SHORT, "resamples": 100, **options}
     return evaluate(model(), TASK, examples(count), POLICIES, Path(folder), **options)
+
+
+def decode_records(lm, task, asked, arm, policy, path, **options):
+    """The records of a single arm."""
+    return decode_arms(lm, task, asked, {arm: policy}, {arm: path}, **options)[arm]
+
+
+def perplexity_records(lm, passages, arm, policy, path, *, batch_size=1, **options):
+    """Likewise, of passages."""
+    return take_turns([PassageArm(lm, arm, policy)], {arm: path}, passages, batch_size, **options)[arm]
 
 
 if __name__ == "__main__":

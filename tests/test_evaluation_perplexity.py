@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from evaluation_runs import perplexity_records
 from offramp import ExitPolicy, LanguageModel
-from offramp.evaluation import Passage, perplexity_records, read_passages
+from offramp.evaluation import Passage, read_passages
 from tiny import VOCABULARY, tiny, tokenizer, truncated
 
 SOFTMAX = ExitPolicy(threshold=0.2, min_layer=1)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation_runs import SHORT, TASK, examples, model
+from evaluation_runs import SHORT, TASK, decode_records, examples, model
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.token_text import pieces
-from offramp.evaluation import decode_records, read_records
+from offramp.evaluation import read_records
 from offramp.evaluation.records import agreement
 from offramp.metrics.text import f1
 from tiny import greedy, tiny

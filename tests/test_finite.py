@@ -10,12 +10,13 @@ from transformers import LogitsProcessorList
 import evaluation_runs
 import token_distillation
 import training_runs
+from evaluation_runs import perplexity_records
 from offramp import ExitPolicy, LanguageModel
 from offramp.calibration import Grid, Promise, calibrate
 from offramp.calibration.token_cache import cache_tokens
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate
-from offramp.evaluation.perplexity import Passage, perplexity_records
+from offramp.evaluation.perplexity import Passage
 from offramp.families.finite import NotFiniteError, not_finite, require_finite
 from offramp.lm.bench import run_bench
 from offramp.lm.layerwise import read_layers

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import offramp
 import test_brute_force
+from evaluation_runs import perplexity_records
 from offramp import ExitPolicy, Exits, LanguageModel, ModelError, cli
 from offramp.evaluation import document_arms
-from offramp.evaluation.perplexity import Passage, perplexity_records
+from offramp.evaluation.perplexity import Passage
 from offramp.hub.exit_files import load_exits
 from offramp.hub.exit_posterior import METHODS, SETS, NestedSets, RunningSet
 from offramp.runs.digests import fingerprint

@@ -10,11 +10,9 @@ from offramp.evaluation.evaluate import evaluate as evaluate
 from offramp.evaluation.evaluate import evaluate_perplexity as evaluate_perplexity
 from offramp.evaluation.evaluate import records_of as records_of
 from offramp.evaluation.perplexity import Passage as Passage
-from offramp.evaluation.perplexity import perplexity_records as perplexity_records
 from offramp.evaluation.perplexity import read_passages as read_passages
 from offramp.evaluation.record_file import Record as Record
 from offramp.evaluation.record_file import read_records as read_records
-from offramp.evaluation.records import decode_records as decode_records
 from offramp.evaluation.result import Evaluation as Evaluation
 from offramp.evaluation.summary import ArmSummary as ArmSummary
 from offramp.evaluation.summary import summarise as summarise

@@ -11,7 +11,7 @@ pruned vocabulary, and could not have been generated, is counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,8 @@ import torch
 
 from offramp.core.token_text import pieces
 from offramp.evaluation.forced import force, require_scores
-from offramp.evaluation.record_file import Progress, Record, header_of
+from offramp.evaluation.record_file import Record, header_of
 from offramp.evaluation.records import compared, learner_of
-from offramp.evaluation.rounds import take_turns
 from offramp.families.finite import broken_at, not_finite
 from offramp.training.data import read_texts
 
@@ -83,45 +82,14 @@ def read_passages(
     return passages
 
 
-def perplexity_records(
-    lm: LanguageModel,
-    passages: Sequence[Passage],
-    arm: str,
-    policy: ExitPolicy | None,
-    path: Path,
-    *,
-    full: Mapping[str, Record] | None = None,
-    batch_size: int = 1,
-    progress: Progress | None = None,
-) -> list[Record]:
-    """Score passages under one policy; every finished batch is appended to `path`, from which a repeated call goes on.
-
-    Args:
-        lm: The model.
-        passages: With ids of their own.
-        arm: What the records call the policy.
-        policy: The exit policy; None: the full model.
-        path: JSON Lines file of these records and no others.
-        full: Records of the full model by passage id, to compare with; needed unless `policy` is None.
-        batch_size: Passages scored together.
-        progress: Called with the passages done and asked for.
-
-    Returns:
-        One record per passage. `tokens` are those it would have said, each after the text so far; `scores` are
-        "probability", the geometric mean over the text's tokens (the inverse of the passage's perplexity), and
-        "accuracy", how often what it would have said is the text's token; `sums` are "nats", minus the sum of the
-        logarithms, and "outside", the tokens that pruning had excluded.
-
-    Raises:
-        ValueError: As for `decode_records`, or a policy whose tokens cannot be forced.
-    """
-    one = PassageArm(lm, arm, policy)
-    return take_turns([one], {arm: path}, passages, batch_size, full=full, progress=progress)[arm]
-
-
 @dataclass(frozen=True)
 class PassageArm:
     """An `offramp.evaluation.rounds.Arm` that scores passages.
+
+    Of its records, `tokens` are those it would have said, each after the text so far; `scores` are "probability", the
+    geometric mean over the text's tokens (the inverse of the passage's perplexity), and "accuracy", how often what it
+    would have said is the text's token; `sums` are "nats", minus the sum of the logarithms, and "outside", the tokens
+    that pruning had excluded.
 
     Attributes:
         lm: The model, decoder-only.

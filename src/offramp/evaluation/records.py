@@ -32,50 +32,6 @@ PREFILL = "prefill"
 """The part of `Record.parts` that the prompt's own pass takes out of the others."""
 
 
-def decode_records(
-    lm: LanguageModel,
-    task: Task,
-    examples: Sequence[Example],
-    arm: str,
-    policy: ExitPolicy | None,
-    path: Path,
-    *,
-    full: Mapping[str, Record] | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 1,
-    settings: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> list[Record]:
-    """Answer examples under one policy; every finished batch is appended to `path`, from which a repeated call goes on.
-
-    Where an example has no references, the full model's answer is the reference.
-
-    Args:
-        lm: The model.
-        task: How to ask and how to judge.
-        examples: With ids of their own.
-        arm: What the records call the policy.
-        policy: The exit policy; None: the full model.
-        path: JSON Lines file of these records and no others.
-        full: Records of the full model by example id, to compare with; needed unless `policy` is None.
-        max_new_tokens: Longest answer; None: the task's.
-        batch_size: Examples answered together.
-        settings: Further options of `LanguageModel.stream`, as JSON values.
-        progress: Called with the examples done and asked for.
-
-    Returns:
-        One record per example, in their order.
-
-    Raises:
-        ValueError: No or repeated examples, a prompt that does not fit the context, a policy that does not fit the
-            model, no `full` record of an example, or `path` holds other records.
-    """
-    return decode_arms(
-        lm, task, examples, {arm: policy}, {arm: path}, full=full, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, settings=settings, progress=progress,
-    )[arm]  # fmt: skip
-
-
 def decode_arms(
     lm: LanguageModel,
     task: Task,
@@ -90,13 +46,29 @@ def decode_arms(
     progress: Progress | None = None,
     reference: LanguageModel | None = None,
 ) -> dict[str, list[Record]]:
-    """Records of several policies, which take turns (`offramp.evaluation.rounds`), so that their seconds compare.
+    """Answer examples under several policies, which take turns (`offramp.evaluation.rounds`), so that seconds compare.
 
-    What is named as in `decode_records` is as there. Paths go by the names of the arms, and `reference` is the full
-    model where it is the same model in another number format.
+    Where an example has no references, the full model's answer is the reference.
+
+    Args:
+        lm: The model.
+        task: How to ask and how to judge.
+        examples: With ids of their own.
+        arms: Policies by what the records call them; None: the full model.
+        paths: JSON Lines file of each arm, from which a repeated call goes on.
+        full: Records of the full model by example id, to compare with; needed unless it is among the arms.
+        max_new_tokens: Longest answer; None: the task's.
+        batch_size: Examples answered together.
+        settings: Further options of `LanguageModel.stream`, as JSON values.
+        progress: Called with the answers done and asked for.
+        reference: The full model where it is the same model in another number format.
 
     Returns:
-        Records by name.
+        By arm, one record per example, in their order.
+
+    Raises:
+        ValueError: No or repeated examples, a prompt that does not fit the context, a policy that does not fit the
+            model, no `full` record of an example, or a file holds other records.
     """
     options = answer_options(task, max_new_tokens, settings)
     made = [
