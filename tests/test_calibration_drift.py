@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from offramp.calibration import Drift, Promise
-from offramp.calibration.certificate import EARLIER
+from offramp.calibration.certificate import EARLIER, check_drift
 from offramp.calibration.drift import Martingale, packed, unpacked
-from offramp.calibration.in_use import check_drift
 from test_calibration_certificate import certified
 
 DEPTH = 6

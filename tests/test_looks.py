@@ -14,7 +14,7 @@ from offramp import Contrast, ExitPolicy, LanguageModel
 from offramp.core.token_text import tinted
 from offramp.evaluation import records_of
 from offramp.lm.bench import run_bench
-from offramp.runs.frames import frame
+from offramp.runs.results import frame
 from tiny import LAYERS, tiny, tokenizer
 
 POLICY = ExitPolicy(threshold=0.2, min_layer=1)

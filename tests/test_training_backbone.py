@@ -23,9 +23,8 @@ from offramp.runs import tensor_files
 from offramp.runs.digests import fingerprint
 from offramp.runs.folder import TrainingError
 from offramp.training.data import Data, Windows, batch
-from offramp.training.layer_dropout import dropout_rates, dropping
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
-from offramp.training.passes import states_behind_prompts
+from offramp.training.passes import dropout_rates, dropping, states_behind_prompts
 from offramp.training.trainer import train
 from test_brute_force import Row
 from tiny import LAYERS, inputs_for, tiny

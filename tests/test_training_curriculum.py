@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import training_runs
 from offramp.report.training_plots import Curves, curves_figure
 from offramp.runs import folder as run_folder
-from offramp.training.curriculum import CURRICULA, weights_at
+from offramp.training.schedule import CURRICULA, weights_at
 from offramp.training.trainer import train
 from test_training_backbone import losses_of, unequal
 from training_runs import config, data, model

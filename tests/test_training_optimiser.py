@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offramp.runs.folder import RunFolder, TrainState
-from offramp.training.optimiser import adamw
+from offramp.training.loop import adamw
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])

@@ -27,8 +27,7 @@ from offramp.runs.machine import describe
 from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 from offramp.tasks.labelled import require_apart
-from offramp.training.loop import Loop, StepResult
-from offramp.training.optimiser import adamw
+from offramp.training.loop import Loop, StepResult, adamw
 
 SCHEMA = "offramp/train-classifier/1"
 

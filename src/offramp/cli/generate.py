@@ -61,7 +61,7 @@ def generate(
     --exits and without --min-layer, tokens are tested after the layers that have a trained exit.
     """
     import offramp
-    from offramp.calibration.in_use import certified_task, check_certificate, check_drift
+    from offramp.calibration.certificate import certified_task, check_certificate, check_drift
     from offramp.core.generation_options import in_effect
 
     rule = o.policy_from(

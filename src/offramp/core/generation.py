@@ -12,7 +12,7 @@ from torch import Tensor
 from offramp.core.batch import Step
 from offramp.core.costs import Costs
 from offramp.core.token_text import pieces, tinted
-from offramp.runs.frames import Rows
+from offramp.runs.results import Rows
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,9 @@ from offramp.runs.folder import TrainState, opened
 from offramp.runs.machine import describe
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Windows, batch
-from offramp.training.layer_dropout import dropping
-from offramp.training.loop import Loop, StepResult
+from offramp.training.loop import Loop, StepResult, adamw
 from offramp.training.objectives import OBJECTIVES, SOFTENED
-from offramp.training.optimiser import adamw
-from offramp.training.passes import states_of
+from offramp.training.passes import dropping, states_of
 from offramp.training.tally import chunk_rows
 from offramp.training.trainable import save_model, trainable
 

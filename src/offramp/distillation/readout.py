@@ -17,7 +17,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.states import CHUNK, States
 from offramp.families.backbone import Activations
 from offramp.families.heads import PooledBody
-from offramp.training.optimiser import adamw
+from offramp.training.loop import adamw
 
 
 @dataclass(frozen=True)

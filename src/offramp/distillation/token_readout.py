@@ -10,8 +10,8 @@ from torch import Tensor
 from offramp.core.adapters import Lens
 from offramp.families import SplitModel
 from offramp.training.data import Windows
+from offramp.training.loop import adamw
 from offramp.training.objectives import OBJECTIVES, Teacher
-from offramp.training.optimiser import adamw
 from offramp.values import listed
 
 READOUTS = ("head", "lens")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from offramp.calibration.in_use import certified_task, check_certificate, check_drift
+from offramp.calibration.certificate import certified_task, check_certificate, check_drift
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.evaluate import evaluate as compare
 from offramp.evaluation.evaluate import evaluate_perplexity, records_of

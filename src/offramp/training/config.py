@@ -6,8 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from offramp.training.curriculum import CURRICULA
-from offramp.training.schedule import PRECISIONS, SCHEDULES, WEIGHTS, Schedule
+from offramp.training.schedule import CURRICULA, PRECISIONS, SCHEDULES, WEIGHTS, Schedule
 from offramp.values import ArgumentError, listed
 
 TRAINABLE = ("exits", "drafter", "lora", "all")

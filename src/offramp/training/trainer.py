@@ -31,17 +31,14 @@ from offramp.runs.results import Result
 from offramp.training import consistency
 from offramp.training.config import TrainConfig
 from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
-from offramp.training.curriculum import weights_at
 from offramp.training.data import Data, Windows, batch
 from offramp.training.drafts import Drafts
 from offramp.training.frequent import DRAFTED, Listing, checked, listed
 from offramp.training.kept_states import KeptStates, forget
-from offramp.training.layer_dropout import dropping
-from offramp.training.loop import Loop, StepResult, TrainTask
+from offramp.training.loop import Loop, StepResult, TrainTask, adamw
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
-from offramp.training.optimiser import adamw
-from offramp.training.passes import check_prompt_layer, states_behind_prompts, states_of
-from offramp.training.schedule import WEIGHTS
+from offramp.training.passes import check_prompt_layer, dropping, states_behind_prompts, states_of
+from offramp.training.schedule import WEIGHTS, weights_at
 from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
 

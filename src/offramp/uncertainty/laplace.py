@@ -23,8 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from offramp.uncertainty.checks import require_finite
-from offramp.uncertainty.outputs import augmented
+from offramp.uncertainty.outputs import augmented, require_finite
 
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from offramp.runs import artefact, digests
 from offramp.runs.tables import markdown
-from offramp.uncertainty import checks, ensemble, overhead, predictive
+from offramp.uncertainty import ensemble, overhead, predictive
 from offramp.uncertainty.one_exit import METHODS as METHODS
 from offramp.uncertainty.one_exit import ExitPosterior, Settings, fit_exits
-from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
+from offramp.uncertainty.outputs import ExitOutputs, missing_classes, require_disjoint, require_fit
 
 SCHEMA = "offramp/posterior/1"
 
@@ -58,7 +58,7 @@ class PosteriorConfig(Settings):
         if self.is_laplace and self.predictive == "mc":
             draws = predictive.draws(self.n_mc, tune.classes, self.seed)
         exits = fit_exits(self, fit, tune, draws)
-        missing = checks.missing_classes("fit" if self.is_laplace else "tune", read)
+        missing = missing_classes("fit" if self.is_laplace else "tune", read)
         messages = ([missing] if missing else []) + [
             f"exit {e + 1}: {message}" for e, exit in enumerate(exits) for message in exit.messages()
         ]
@@ -264,9 +264,9 @@ def _check_splits(config: PosteriorConfig, fit: ExitOutputs, tune: ExitOutputs, 
         if fit is tune:
             raise ValueError("fit and tune are the same rows; give two splits, or say shared=True")
         require_disjoint(fit=fit, tune=tune)
-    checks.require_fit("tune", tune)
+    require_fit("tune", tune)
     if config.is_laplace and fit is not tune:
-        checks.require_fit("fit", fit)
+        require_fit("fit", fit)
         shapes = [(o.exits, o.classes, [f.shape[1] for f in o.features]) for o in (fit, tune)]
         if shapes[0] != shapes[1]:  # costs may differ: texts of two splits are not equally long
             raise ValueError(
