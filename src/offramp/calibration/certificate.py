@@ -181,15 +181,7 @@ class Certificate(Account):
         return _differences("setting", self.conditions["settings"], as_json(dict(settings)))
 
     def drift(self, *, false_alarm: float = 0.01, seed: int = 0) -> Drift | None:
-        """What watches live answers for tokens that leave elsewhere than they did; one per stream of answers.
-
-        Args:
-            false_alarm: See `Drift`.
-            seed: See `Drift`.
-
-        Returns:
-            A new one; None if there is nothing to compare with.
-        """
+        """A watch for live answers that leave elsewhere (see `Drift`), one per stream; None: nothing to compare."""
         if not self.exits:
             return None
         return Drift(map(unpacked, self.exits), false_alarm=false_alarm, seed=seed)
@@ -206,18 +198,7 @@ class Certificate(Account):
 
 
 def load(path: str | os.PathLike[str]) -> Certificate | None:
-    """Read the certificate of a policy file.
-
-    Args:
-        path: A file that `ExitPolicy.load` reads.
-
-    Returns:
-        The certificate; None if the policy has none.
-
-    Raises:
-        ValueError: The file is no policy, or its certificate is of another version, damaged, or says something else
-            than follows from its losses.
-    """
+    """The certificate of a policy file; None if it has none; a ValueError if it is damaged or does not follow."""
     ExitPolicy.load(path)
     values = read_object(Path(path), WRITE)
     if "certificate" not in values:
@@ -266,14 +247,7 @@ def _differences(what: str, have: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def certified_task(file: File | None) -> str | None:
-    """The task that the promise of a policy file is about.
-
-    Args:
-        file: A policy saved as JSON; None: no file.
-
-    Returns:
-        Its name; None where nothing is promised.
-    """
+    """Name of the task that the promise of a policy file is about; None without a file or a promise."""
     certificate = _certificate(file)
     return None if certificate is None or not certificate.certified else str(certificate.conditions["task"]["name"])
 

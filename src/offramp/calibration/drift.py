@@ -106,14 +106,7 @@ class Drift:
         return [sum(answer) / len(answer), *shares]
 
     def add(self, exit_layers: Sequence[int]) -> bool:
-        """Take note of a live answer.
-
-        Args:
-            exit_layers: Of its tokens, 1..L; an empty answer says nothing.
-
-        Returns:
-            Whether the alarm has rung, now or before.
-        """
+        """Take note of the exit layers, 1..L, of a live answer; whether the alarm has rung, now or before."""
         if exit_layers:
             self.answers += 1
             for index, (bet, score) in enumerate(zip(self._bets, self._scores(exit_layers), strict=True)):

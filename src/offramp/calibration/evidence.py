@@ -40,14 +40,7 @@ def packed(losses: Sequence[float] | Losses) -> str:
 
 
 def unpacked(text: str, most: int) -> Losses:
-    """The inverse of `packed`, for up to `most` losses.
-
-    Returns:
-        The losses, [N].
-
-    Raises:
-        ValueError: It is not such a text, or there are more.
-    """
+    """The inverse of `packed`, [N], for up to `most` losses; a ValueError if there are more or it is no such text."""
     pairs = [(float(value), int(count or 1)) for value, _, count in (run.partition("*") for run in text.split())]
     if any(count < 1 for _, count in pairs) or sum(count for _, count in pairs) > min(most, _MOST):
         raise ValueError(f"there are losses of more than {min(most, _MOST)} draws")
@@ -60,14 +53,7 @@ def changes(policy: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
 
 
 def require_evidence(certificate: Account) -> None:
-    """See that a certificate says nothing but what follows from its losses.
-
-    Args:
-        certificate: As read from a file, of the present version.
-
-    Raises:
-        ValueError: Something does not follow; says what.
-    """
+    """Raise a ValueError if a certificate of the present version says anything that its losses do not."""
     c, p = certificate, certificate.promise
     _require("n", c.n, c.splits["certification"][0 if p.unit == "prompt" else 1])
     room = Room(**c.room or {})

@@ -171,16 +171,7 @@ def _layers(layers: Sequence[int]) -> str:
 def judge(
     posterior: Posterior, views: Mapping[str, TokenViews], progress: Callable[..., None] | None = None
 ) -> PosteriorReport:
-    """Judge a posterior.
-
-    Args:
-        posterior: Fitted.
-        views: Of the splits "tune" (for the temperature alone) and "test".
-        progress: Called with exits done and asked for.
-
-    Returns:
-        Figures on the test tokens.
-    """
+    """Figures on the test tokens of views by split; the temperature alone is that of the split "tune"."""
     test = views["test"]
     honesty = []
     for number, (layer, view) in enumerate(test.exits.items() if "laplace" in posterior.methods else ()):

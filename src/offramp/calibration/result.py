@@ -79,14 +79,7 @@ class Calibration(Shown):
         }
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write policy.json and result.json; `offramp.report.calibration_plots.save_calibration` draws.
-
-        Args:
-            folder: Where to; made if missing. Files of an earlier calibration are replaced.
-
-        Returns:
-            The files.
-        """
+        """Write policy.json and result.json, over those of an earlier calibration; `offramp.report` draws."""
         folder = Path(folder)
         self.certificate.save(folder / POLICY)
         write_json(folder / RESULT, self.to_dict())
@@ -115,14 +108,7 @@ class Calibration(Shown):
 
 
 def tests_table(certificate: Mapping[str, Any]) -> Table:
-    """What was tested, in its order: the head, and a row per setting.
-
-    Args:
-        certificate: As JSON values; those of an earlier version do not say what each setting costs.
-
-    Returns:
-        Both, with losses, costs on the certification part (of seconds, on the tuning part) and verdicts.
-    """
+    """A row per setting that was tested, in its order: losses, costs where they are known, and verdicts."""
     minimise = certificate.get("minimise")
     timed = {"cost": MEASURES[minimise]} if minimise and is_timed(minimise) else {}
     columns = {"flops": "FLOPs", "flops_per_token": "FLOPs/token", **timed}

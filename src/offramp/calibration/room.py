@@ -85,17 +85,7 @@ class Room:
 
 
 def room_of(promise: Promise, full: Sequence[Record], examples: Sequence[Example], seed: int) -> Room:
-    """The room that the full model's answers leave.
-
-    Args:
-        promise: What a loss is.
-        full: Records of the full model.
-        examples: What they answer, in the same order.
-        seed: Of the order of draws.
-
-    Returns:
-        The room.
-    """
+    """The room that the full model's answers to these examples, in their order, leave."""
     texts = [
         example.references if example.references and promise.kind != "textual" else (record.text,)
         for record, example in zip(full, examples, strict=True)

@@ -41,17 +41,7 @@ def divide(examples: Sequence[Example], *, tuning: float, test: float, seed: int
 
 
 def sizes(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[int]]:
-    """Examples and groups of each part.
-
-    Args:
-        parts: By name.
-
-    Returns:
-        [examples, groups] by name.
-
-    Raises:
-        ValueError: A group is in two parts.
-    """
+    """[examples, groups] of each part, by its name; a ValueError if a group is in two parts."""
     groups = {name: {example.group for example in part} for name, part in parts.items()}
     if len(set().union(*groups.values())) < sum(map(len, groups.values())):
         raise ValueError("a group is in two parts; divide examples by group")
@@ -59,16 +49,7 @@ def sizes(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[int]]:
 
 
 def require_enough(promise: Promise, parts: Mapping[str, Sequence[Example]], level: float) -> None:
-    """Before anything is decoded: with no loss at all, would the certification part do?
-
-    Args:
-        promise: What is to hold.
-        parts: By name.
-        level: Of the tests.
-
-    Raises:
-        ValueError: It would not; says how many do.
-    """
+    """Raise a ValueError, which says how many would do, if the certification part is too small with no loss at all."""
     have = {name: examples if promise.unit == "prompt" else groups for name, (examples, groups) in sizes(parts).items()}
     needed, n, total = promise.needed(level), have[CERTIFICATION], sum(have.values())
     if needed is None or n >= needed:

@@ -55,11 +55,6 @@ def baselines(
 ) -> dict[str, ExitPolicy]:
     """What policies are compared with beside the full model: static exits, and their own prompts without any exits.
 
-    Args:
-        lm: The model.
-        arms: The policies; where prompts of one of them stop early, an arm that has nothing else comes with it.
-        static_layers: See `static_arms`.
-
     Returns:
         Policies by name, without those that are among the arms by name.
     """
@@ -86,10 +81,6 @@ def unexited(arms: Mapping[str, ExitPolicy | None], policy: ExitPolicy | None) -
 
 def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int, ...] | None:
     """Layers of the static exits that a sweep is measured against: all that can match one of its policies.
-
-    Args:
-        lm: The model.
-        arms: The policies.
 
     Returns:
         The trained exits; without any, every layer from the first one that a policy tests. None: none tests any.

@@ -56,11 +56,7 @@ class Forced:
 
 
 def require_scores(lm: LanguageModel, policy: ExitPolicy | None) -> None:
-    """See that a policy's exits score texts.
-
-    Raises:
-        ValueError: It does not fit the model, or its tokens are not those of its exits' logits.
-    """
+    """Raise a ValueError unless a policy fits the model, and its tokens are those of its exits' logits."""
     if policy is None:
         return
     resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)

@@ -23,11 +23,7 @@ def state_of(device_type: str) -> Any:
 
 @contextlib.contextmanager
 def locked_by_first(state: Any, folder: Path, busy: str) -> Iterator[None]:
-    """A run folder for these processes alone; the first of them holds the lock (`offramp.runs.asked.locked`).
-
-    Yields:
-        Nothing.
-    """
+    """A run folder for these processes alone; the first of them holds the lock (`offramp.runs.asked.locked`)."""
     with locked(folder, busy) if state.is_main_process else contextlib.nullcontext():
         state.wait_for_everyone()
         yield

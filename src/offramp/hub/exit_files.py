@@ -75,14 +75,7 @@ def _kept_in(name: str, tensor: Tensor) -> torch.dtype:
 
 
 def load_exits(folder: str | os.PathLike[str]) -> Exits:
-    """Read exits that `save_exits` wrote; `offramp.load(name, exits=folder)` also sees to it that they fit.
-
-    Returns:
-        Exits in float32 on the CPU.
-
-    Raises:
-        ModelError: There are none, or a file is missing or damaged.
-    """
+    """Exits that `save_exits` wrote, in float32 on the CPU; a ModelError if there are none or they are damaged."""
     values, tensors = _read(folder)
     file, posterior, count = Path(folder) / WEIGHTS, values.pop("posterior"), values.pop("frequent")
     try:

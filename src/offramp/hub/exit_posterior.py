@@ -171,14 +171,7 @@ class Posterior(nn.Module):
         return replace(policy, min_layer=None, exit_layers=self.layers, **pruning)
 
     def confidence(self, name: str, plan: Plan) -> Confidence:
-        """One of the confidences it serves, for a plan that it was fitted for.
-
-        Returns:
-            The measure.
-
-        Raises:
-            ValueError: It was fitted for others, for other exits or for another pruning.
-        """
+        """One of the confidences it serves; a ValueError if it was fitted for other exits or another pruning."""
         if name not in self.methods:
             raise ValueError(
                 f"confidence {name!r} needs a posterior fitted on text, but theirs has only {', '.join(self.methods)}; "

@@ -54,18 +54,7 @@ def find(
 
 
 def resolve(name: str | os.PathLike[str], subfolder: str = "") -> tuple[str, bool]:
-    """What to hand to transformers for `name`, and whether that is a local folder.
-
-    Args:
-        name: Packaged name, local folder or hub id.
-        subfolder: Folder inside a local folder.
-
-    Returns:
-        A folder and True, or a hub id, which may not exist, and False.
-
-    Raises:
-        ModelError: It is none of them.
-    """
+    """What to hand to transformers: a local folder, and True, or a hub id, which may not exist, and False."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

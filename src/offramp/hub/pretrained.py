@@ -23,14 +23,7 @@ _NEVER: dict[str, Any] = {"trust_remote_code": False}
 
 @contextmanager
 def loading(source: Source) -> Iterator[None]:
-    """Load quietly inside the block, and say in one line what is wrong.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ModelError: The model is damaged or incomplete, needs code of its own, or is neither here nor on the hub.
-    """
+    """Load quietly inside the block; whatever goes wrong becomes a ModelError of one line that says what to do."""
     try:
         with quiet(bars=not source.local):
             yield
@@ -107,14 +100,7 @@ def tokenizer_of(source: Source) -> Any:
 
 
 def inside_peft(model: Any) -> PreTrainedModel:
-    """The model inside a `PeftModel`, whose layers hold the adapters; any other model itself.
-
-    Returns:
-        The model of `transformers`.
-
-    Raises:
-        ValueError: The adapter prepends tokens, which no layer holds.
-    """
+    """The model inside a `PeftModel`, others themselves; a ValueError if tokens are prepended, which no layer holds."""
     if not hasattr(model, "get_base_model"):
         inside: PreTrainedModel = model
         return inside

@@ -131,16 +131,13 @@ def reliability(grades: Grades, bins: int = 15) -> Reliability:
 
 
 def aurc(score: Floats, correct: Floats) -> float:
-    """Area under the risk-coverage curve: mean over k of the error rate among the k surest rows.
+    """Area under the risk-coverage curve: mean over k of the error rate among the k surest rows; smaller is better.
 
-    Geifman et al. (2019), "Bias-Reduced Uncertainty Estimation". Tied rows: the expectation over their orders.
-
-    Args:
-        score: Larger is surer, [N].
-        correct: Whether the answer is right, [N].
+    Geifman et al. (2019), "Bias-Reduced Uncertainty Estimation". Scores [N], larger is surer, and whether answers are
+    right, [N]. Tied rows: the expectation over their orders.
 
     Returns:
-        In [0, 1]; smaller is better.
+        In [0, 1].
     """
     return _areas(score, correct)[0]
 
@@ -149,11 +146,7 @@ def augrc(score: Floats, correct: Floats) -> float:
     """Area under the generalised risk-coverage curve: mean over k of (errors among the k surest rows) / N.
 
     Traub et al. (2024), arXiv 2407.01032: the probability that a row is accepted and wrong, averaged over coverage.
-    Tied rows: the expectation over their orders.
-
-    Args:
-        score: Larger is surer, [N].
-        correct: Whether the answer is right, [N].
+    Arguments and ties as in `aurc`.
 
     Returns:
         In [0, 1]; smaller is better.
@@ -162,15 +155,7 @@ def augrc(score: Floats, correct: Floats) -> float:
 
 
 def auroc(score: Floats, correct: Floats) -> float | None:
-    """Probability that a right row is surer than a wrong one, ties counting half.
-
-    Args:
-        score: Larger is surer, [N].
-        correct: Whether the answer is right, or whatever the score is to tell, [N].
-
-    Returns:
-        In [0, 1]; None if all rows are right, or none.
-    """
+    """Probability that a right row is surer than a wrong one, ties by half, as in `aurc`; None if all are alike."""
     return _number(_areas(score, correct)[2])
 
 

@@ -92,13 +92,8 @@ class Groups:
 
         The evaluation of CivilComments in WILDS (Koh et al., 2021): rows without any of the attributes are in none.
 
-        Args:
-            labels: [N], in 0..C-1.
-            classes: Names of the C classes.
-            attributes: By name, each [N], 1 if it holds.
-
         Returns:
-            A x C groups, named "attribute, class".
+            A x C groups of labels [N] in 0..C-1 and attributes [N] by name, named "attribute, class".
         """
         names = tuple(f"{attribute}, {name}" for attribute in attributes for name in classes)
         members = [(value == 1) & (labels == c) for value in attributes.values() for c in range(len(classes))]
@@ -120,14 +115,7 @@ class Groups:
         return bool((self.members.sum(dim=1) > 1).any())
 
     def numbers(self) -> Tensor:
-        """The group of each row.
-
-        Returns:
-            [N], int64; -1 for a row without a group.
-
-        Raises:
-            ValueError: Groups overlap, so that there is no such number.
-        """
+        """The group of each row, [N], int64; -1 for a row without one; a ValueError if groups overlap."""
         if self.overlap:
             row = int((self.members.sum(dim=1) > 1).nonzero()[0])
             several = " and ".join(repr(self.names[int(g)]) for g in self.members[row].nonzero().flatten())

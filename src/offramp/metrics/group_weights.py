@@ -102,15 +102,11 @@ def weight_diagnostics(
 
 
 def minority_rows(labels: Tensor, attribute: Tensor) -> Tensor:
-    """Rows for which the shortcut from attribute to label fails, as far as counts tell.
+    """Rows for which the shortcut from attribute to label, [N] from 0 on, fails, as far as counts tell.
 
     A class with a value of the attribute is minority if it has fewer rows than it would have if label and attribute
     were independent, and less than an equal share of its class: landbirds on water and waterbirds on land; entailed
-    and neutral hypotheses with negation, but not contradictions without it.
-
-    Args:
-        labels: [N], from 0 on.
-        attribute: [N], from 0 on; -1: unknown, never minority.
+    and neutral hypotheses with negation, but not contradictions without it. Unknown attributes, -1, never are.
 
     Returns:
         [N], bool.

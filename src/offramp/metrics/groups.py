@@ -165,11 +165,7 @@ def group_report(
 
 
 def adjusted_average(numbers: list[GroupNumbers], train_counts: Mapping[str, int]) -> float:
-    """Mean of accuracies weighted by the groups' rows in training, as WILDS adjusts Waterbirds'.
-
-    Args:
-        numbers: Of groups that do not overlap.
-        train_counts: Rows by name of the group.
+    """Mean of accuracies weighted by the groups' rows in training, by name, as WILDS adjusts Waterbirds'.
 
     Returns:
         The average.

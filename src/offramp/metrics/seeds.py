@@ -47,18 +47,7 @@ class SeedSummary:
 
 
 def summarise_seeds(accuracies: ArrayLike, names: Sequence[str]) -> SeedSummary:
-    """Summarise runs.
-
-    Args:
-        accuracies: [S, G].
-        names: Of the groups, G.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: There is no run, or the shape is another one.
-    """
+    """Summarise runs by accuracies [S, G] and names of the groups, G; a ValueError for another shape, or no run."""
     table = np.asarray(accuracies, dtype=np.float64)
     if table.ndim != 2 or not len(table) or table.shape[1] != len(names):
         raise ValueError(
@@ -202,14 +191,7 @@ def together(comparisons: Sequence[Paired]) -> list[Paired]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number (Holm, 1979), in their order.
-
-    Args:
-        p_values: In [0, 1].
-
-    Returns:
-        The k-th smallest times (m - k + 1), at least its predecessor and at most 1.
-    """
+    """P-values corrected for their number (Holm, 1979): the k-th smallest times m - k + 1, ascending, at most 1."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))

@@ -89,18 +89,7 @@ WITH_GROUPS = ("val_group_mean", "val_worst_group")
 
 
 def select(history: Sequence[Epoch], rule: str) -> Epoch:
-    """The epoch that a rule chooses.
-
-    Args:
-        history: Of a run, at least one epoch.
-        rule: A name in `RULES`.
-
-    Returns:
-        The epoch.
-
-    Raises:
-        ValueError: No such rule, no epoch, or groups of validation rows are needed and not known.
-    """
+    """The epoch of a run that a rule of `RULES` chooses; a ValueError if it needs groups that are not known."""
     if rule not in RULES:
         raise ValueError(f"the selection rule is {rule!r}; allowed are {listed(rule, RULES)}")
     if not history:

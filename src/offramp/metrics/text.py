@@ -30,9 +30,6 @@ def normalise(text: str) -> str:
     Punctuation is that of ASCII, as in SQuAD's script, which leaves typographic quotes and dashes; and that of scripts
     other than the Latin one, such as full stops of Chinese.
 
-    Args:
-        text: Any text.
-
     Returns:
         What is compared.
     """
@@ -58,10 +55,6 @@ def f1(prediction: str, references: Sequence[str]) -> float:
     Where normalisation leaves nothing of one text, the score is 1 if nothing is left of the other and 0 if not, as in
     the script for SQuAD 2.0; that for 1.1 says 0 for both.
 
-    Args:
-        prediction: A text.
-        references: At least one.
-
     Returns:
         The score, in [0, 1].
     """
@@ -86,12 +79,8 @@ def _bag_f1(bag: list[str], wanted: list[str]) -> float:
 def rouge(kind: str, prediction: str, references: Sequence[str]) -> float:
     """F-measure of ROUGE (Lin, 2004) on words, those of a-z and 0-9 stemmed, best over references.
 
-    On texts in ASCII it is that of `rouge-score`, which takes all other letters for blanks; here they are letters.
-
-    Args:
-        kind: "rouge1", "rouge2", or "rougeL", which takes a text as one sentence.
-        prediction: A text.
-        references: At least one.
+    On texts in ASCII it is that of `rouge-score`, which takes all other letters for blanks; here they are letters. The
+    kinds are "rouge1", "rouge2", and "rougeL", which takes a text as one sentence.
 
     Returns:
         The score, in [0, 1].
@@ -123,10 +112,6 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
 
     References are taken together, as BLEU does: n-grams may come from any of them. They also decide how words are found
     (`offramp.metrics.words.bleu_tokeniser`).
-
-    Args:
-        prediction: A text.
-        references: At least one.
 
     Returns:
         The score, in [0, 1].
@@ -205,10 +190,6 @@ def reads(name: str, text: str) -> bool:
 
     ROUGE does not read a text of nothing but signs; normalisation leaves nothing of "The!" for F1. An empty reference,
     a question without an answer, need only score 1 itself.
-
-    Args:
-        name: Of `METRICS`.
-        text: A reference.
 
     Returns:
         Whether it does.

@@ -29,9 +29,6 @@ def words(text: str) -> list[str]:
     Of a text in ASCII, these are the runs of a-z and 0-9, as `rouge-score` has them (before stemming). Accents and
     vowel signs stay with their letters; forms of one character, such as full-width digits, are the same (NFKC).
 
-    Args:
-        text: Any text.
-
     Returns:
         The words, none of them empty.
     """

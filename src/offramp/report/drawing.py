@@ -39,14 +39,7 @@ def available() -> bool:
 
 
 def require_matplotlib() -> Any:
-    """The module matplotlib.
-
-    Returns:
-        The package, `figure` and `ticker` loaded.
-
-    Raises:
-        ModuleNotFoundError: It is not installed; the message says how to.
-    """
+    """The module matplotlib, `figure` and `ticker` loaded; a ModuleNotFoundError says how to install it."""
     try:
         import matplotlib
         import matplotlib.figure  # noqa: F401 - submodules of what is returned
@@ -104,11 +97,7 @@ def percent() -> Any:
 
 
 def save_figures(drawings: Mapping[str, Callable[[], Any]], folder: Path) -> list[Path]:
-    """Draw, and write each figure as SVG and PNG under its name, if matplotlib is installed.
-
-    Args:
-        drawings: By name.
-        folder: Where to; made if missing.
+    """Draw, and write each figure as SVG and PNG under its name into a folder, made if missing.
 
     Returns:
         The files; none without matplotlib, since what is drawn is also there as numbers.

@@ -122,16 +122,7 @@ def matched_comparisons(methods: Methods, rule: str, reference: str = REFERENCE)
 
 
 def tables(results: Sequence[Result], rule: str, most: int | None = None) -> str:
-    """All tables as Markdown, a section for each teacher.
-
-    Args:
-        results: Of a grid.
-        rule: By which epochs are chosen.
-        most: Methods in tables with a row for each group of each method; None: all.
-
-    Returns:
-        The text.
-    """
+    """All tables as Markdown, a section for each teacher; of large tables only the first `most` methods."""
     parts = []
     for teacher in teachers_of(results):
         parts.append("## " + (f"Teacher: {teacher}" if teacher else "Without a teacher"))

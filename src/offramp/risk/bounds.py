@@ -32,16 +32,23 @@ class Bound(Protocol):
     """A valid p-value for "the risk is above tolerance"; a plain function or a `functools.partial` of one."""
 
     def __call__(self, losses: Losses, tolerance: float, /) -> float:
-        """The p-value in [0, 1] of losses [N]."""
+        """Test losses.
+
+        Args:
+            losses: One per prompt, [N], in the bound's range.
+            tolerance: Mean loss to be ruled out, in (0, 1).
+
+        Returns:
+            The p-value, in [0, 1].
+
+        Raises:
+            ValueError: A loss is NaN or outside the range, there are none, or the tolerance is outside (0, 1).
+        """
         ...
 
 
 def check_level(name: str, value: float) -> None:
-    """Refuse what is no probability strictly between 0 and 1.
-
-    Raises:
-        ValueError: The value is outside (0, 1).
-    """
+    """Raise a ValueError unless the value is a probability strictly between 0 and 1."""
     if not 0 < value < 1:
         raise ValueError(f"{name} is {value}; allowed are values strictly between 0 and 1, e.g. 0.05")
 
@@ -80,34 +87,12 @@ def _p(of_mean: _OfMean, losses: Losses, tolerance: float, low: float = 0) -> fl
 
 
 def hoeffding(losses: Losses, tolerance: float) -> float:
-    """Hoeffding (1963), exp(-2n·max(0, tolerance - mean)²), for losses in [0, 1]; what CALM uses.
-
-    Args:
-        losses: One per prompt, [N].
-        tolerance: Mean loss to be ruled out, in (0, 1).
-
-    Returns:
-        The p-value, in [0, 1].
-
-    Raises:
-        ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
-    """
+    """Hoeffding (1963), exp(-2n·max(0, tolerance - mean)²), for losses in [0, 1]; what CALM uses."""
     return _p(_hoeffding, losses, tolerance)
 
 
 def hoeffding_signed(losses: Losses, tolerance: float) -> float:
-    """Hoeffding (1963) for losses in [-1, 1]: their range is 2, so exp(-n·max(0, tolerance - mean)²/2).
-
-    Args:
-        losses: One per prompt, [N].
-        tolerance: Mean loss to be ruled out, in (0, 1).
-
-    Returns:
-        The p-value, in [0, 1].
-
-    Raises:
-        ValueError: A loss is NaN or outside [-1, 1], there are none, or the tolerance is outside (0, 1).
-    """
+    """Hoeffding (1963) for losses in [-1, 1]: their range is 2, so exp(-n·max(0, tolerance - mean)²/2)."""
     return _p(_hoeffding_signed, losses, tolerance, low=-1)
 
 
@@ -119,32 +104,14 @@ def hoeffding_bentkus(losses: Losses, tolerance: float) -> float:
     relative entropy of two coins. Differs in rounding n·mean down by 1e-9 before the ceiling: sums of losses are not
     exact in floats.
 
-    Args:
-        losses: One per prompt, [N].
-        tolerance: Mean loss to be ruled out, in (0, 1).
-
     Returns:
         The p-value, in [0, 1].
-
-    Raises:
-        ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
     """
     return _p(_hoeffding_bentkus, losses, tolerance)
 
 
 def binomial(losses: Losses, tolerance: float) -> float:
-    """The exact p-value of losses that are 0 or 1: P(Bin(n, tolerance) <= number of ones).
-
-    Args:
-        losses: One per prompt, [N], each 0 or 1.
-        tolerance: Probability of a 1 to be ruled out, in (0, 1).
-
-    Returns:
-        The p-value, in [0, 1].
-
-    Raises:
-        ValueError: A loss is neither 0 nor 1, there are none, or the tolerance is outside (0, 1).
-    """
+    """The exact p-value of losses that are 0 or 1, none between: P(Bin(n, tolerance) <= number of ones)."""
     values = checked(losses, 0, 1)
     if (between := np.flatnonzero((values != 0) & (values != 1))).size:
         raise ValueError(

@@ -53,18 +53,7 @@ class Budget:
 
 
 def fractions(q: float, exits: int) -> Tensor:
-    """The share of rows that is to leave at each exit: q^e / Σ_j q^j.
-
-    Args:
-        q: At least 0; infinity: all at the last exit.
-        exits: E, at least 1.
-
-    Returns:
-        [E], float64, with sum 1.
-
-    Raises:
-        ValueError: q is negative or NaN, or there is no exit.
-    """
+    """The share of rows that is to leave at each of E exits: q^e / Σ_j q^j, [E]; a ValueError for q below 0."""
     if not q >= 0:
         raise ValueError(f"q is {q}; allowed are numbers from 0 (the first exit) to infinity (the last one)")
     if exits < 1:
@@ -75,18 +64,7 @@ def fractions(q: float, exits: int) -> Tensor:
 
 
 def target_cost(q: float, costs: Tensor) -> float:
-    """Cost of a row on average if each exit is taken by its share, Σ f_e·c_e; grows with q.
-
-    Args:
-        q: Which budget.
-        costs: Of a row that leaves at each exit, [E], ascending.
-
-    Returns:
-        The cost, in the unit of `costs`.
-
-    Raises:
-        ValueError: q is negative or NaN, or the costs are not positive and ascending.
-    """
+    """Cost of a row on average if each exit is taken by its share, Σ f_e·c_e, in the costs' unit; grows with q."""
     costs = _checked_costs(costs)
     return float(fractions(q, len(costs)) @ costs)
 

@@ -34,11 +34,7 @@ class Promised:
         return False
 
     def check_levels(self) -> None:
-        """See that both numbers are probabilities.
-
-        Raises:
-            ValueError: One is outside (0, 1).
-        """
+        """Raise a ValueError unless both numbers are in (0, 1)."""
         check_level("tolerance", self.tolerance)
         check_level("failure", self.failure)
 
@@ -67,16 +63,12 @@ class Promised:
         return math.ceil((1 - self.tolerance) / (self.tolerance - mean) - 1e-9)  # (n · mean + 1) / (n + 1) <= tolerance
 
     def needed_like(self, level: float, losses: NDArray[np.float64], seed: int) -> int | None:
-        """About how many draws certify a setting whose losses stay like the ones observed; None if no number does.
+        """About how many draws certify, at a level, a setting whose losses stay like the ones observed.
 
-        Args:
-            level: Of the test.
-            losses: Of the draws there are. Betting (`wsr`) looks at all of them, see
-                `offramp.risk.samples_needed_like`; other bounds at their mean only.
-            seed: Of the shuffles of the former.
+        Betting (`wsr`) looks at all of them, see `offramp.risk.samples_needed_like`; other bounds at their mean only.
 
         Returns:
-            The number.
+            The number; None if no number does.
         """
         if self.bound == "wsr":
             return samples_needed_like(self.bound_at(level), losses, self.tolerance, level, seed=seed)

@@ -56,15 +56,8 @@ def wealth(losses: Losses, tolerance: float, *, failure: float = 0.05) -> float:
 def lower_limit(losses: Losses, *, failure: float = 0.05) -> float:
     """What the mean loss is above, at all times together, with probability 1 - failure: a lower confidence sequence.
 
-    Args:
-        losses: As for `wealth`.
-        failure: Probability of ever being wrong, in (0, 1).
-
     Returns:
-        The largest tolerance that is ruled out, found by bisection; 0 if none is.
-
-    Raises:
-        ValueError: As for `wealth`.
+        The largest tolerance that `wealth` rules out, found by bisection; 0 if none is. Errors are those of `wealth`.
     """
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):  # wealth falls as the tolerance grows

@@ -59,14 +59,10 @@ State = TypeVar("State")
 
 
 def save(state: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a fitted state: the folder appears complete, or stays what it was.
-
-    Args:
-        state: Of a `fit` of `offramp.uncertainty`: a dataclass that `offramp.runs.codec` can write.
-        folder: A new or empty folder, or one with a state, which is replaced.
+    """Write a state of a `fit` of `offramp.uncertainty`: the folder appears complete, or stays what it was.
 
     Raises:
-        FileExistsError: There is something else of that name.
+        FileExistsError: The folder is neither new nor empty, nor does it hold a state, which would be replaced.
     """
     tensors: dict[str, Tensor] = {}
     write(folder, SCHEMA, {"kind": type(state).__name__, "state": encode(state, tensors, "state")}, tensors)
@@ -133,14 +129,7 @@ def write(
 
 
 def description(folder: str | os.PathLike[str], kind: Kind = STATE) -> dict[str, Any]:
-    """The description as it stands in its file, digest and all.
-
-    Returns:
-        JSON values.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
+    """The description as it stands in its file, digest and all; a ValueError if there is none or it is damaged."""
     place = Path(folder).expanduser()
     recover_folder(place)
     if not (place / kind.description).is_file():
@@ -197,16 +186,7 @@ def read(
 
 
 def require_inputs(what: str, saved: Mapping[str, str], given: Mapping[str, str]) -> None:
-    """Refuse a state that was fitted on other things than those at hand.
-
-    Args:
-        what: The state, for the error.
-        saved: Fingerprint of each input, as kept in the state.
-        given: Those at hand, maybe of some inputs only.
-
-    Raises:
-        ValueError: One differs, or the state knows of no such input.
-    """
+    """Raise a ValueError if a state was fitted on inputs of other fingerprints, by name, than those at hand."""
     for name, value in given.items():
         if (have := saved.get(name, "")) != value:
             raise ValueError(

@@ -78,15 +78,11 @@ def as_json(values: Any) -> Any:
 def locked(folder: Path, busy: str) -> Iterator[None]:
     """A run folder, made if missing, for this process alone.
 
-    Args:
-        folder: The folder.
-        busy: What to say if another process has it, such as "another calibration runs".
-
     Yields:
         Nothing.
 
     Raises:
-        ValueError: Another process has it.
+        ValueError: Another process has it; `busy` says what it does, such as "another calibration runs".
     """
     from filelock import FileLock, Timeout
 

@@ -80,14 +80,7 @@ def read_json(path: Path, advice: str) -> Any:
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:
-    """`read_json` for a file that holds an object.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: It holds something else, too.
-    """
+    """`read_json` for a file that holds an object; a ValueError for any other value, too."""
     values = read_json(path, advice)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds a JSON {type(values).__name__}, not an object; {advice}")
@@ -95,14 +88,7 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
 
 
 def whole(file: BinaryIO, place: object, *, packed: BinaryIO | None = None) -> bytes:
-    """What an open file, called `place` in messages and perhaps unpacked from `packed`, holds, read piece by piece.
-
-    Returns:
-        All of it.
-
-    Raises:
-        ValueError: It is larger than is read.
-    """
+    """All that an open file, perhaps unpacked from `packed`, holds; a ValueError, about `place`, if it is too much."""
     found = bytearray()
     while piece := file.read(_CHUNK):
         found += piece

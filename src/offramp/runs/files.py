@@ -35,14 +35,7 @@ _HERE = -100  # AT_FDCWD: paths are as they are given
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before long work is done for it; nothing is made.
-
-    Args:
-        path: A file that may exist, in a folder that may not.
-
-    Raises:
-        ValueError: It is a folder, or it or the folder it would be in may not be written.
-    """
+    """Raise a ValueError, before long work is done for it, if a file could not be written there; nothing is made."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, such as {path / 'result.json'}")
     if path.exists():
@@ -158,11 +151,7 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Finish what a process began that was killed while it replaced a folder; a living one is waited for.
-
-    Args:
-        path: The folder; nothing is done if it is there, or was never replaced.
-    """
+    """Finish what a process began that was killed while it replaced this folder; a living one is waited for."""
     deadline = time.monotonic() + 2
     while not path.exists() and time.monotonic() < deadline:
         begun = [work for work in path.parent.glob(f".{glob.escape(path.name)}-*") if (work / "old").is_dir()]

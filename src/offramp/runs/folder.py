@@ -109,14 +109,7 @@ class RunFolder:
         append_lines(self.metrics, [row], durable=False)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines of metrics.
-
-        Returns:
-            JSON objects.
-
-        Raises:
-            ValueError: They were changed or are damaged.
-        """
+        """All lines of metrics, as JSON objects; a ValueError if they were changed or are damaged."""
         return read_lines(self.metrics, "metrics", ANEW) if self.metrics.exists() else []
 
     def _rewind(self, step: int) -> None:
@@ -127,11 +120,7 @@ class RunFolder:
     # ------------------------------------------------------------ checkpoint
 
     def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, clock: TrainState) -> None:
-        """Replace the checkpoint.
-
-        Raises:
-            TrainingError: A weight is not finite.
-        """
+        """Replace the checkpoint; a TrainingError if a weight is not finite."""
         tensors = {f"weights.{name}": value for name, value in parameters.items()}
         if (strange := not_finite_in(tensors)) is not None:
             raise TrainingError(f"weights are not finite after step {clock.step} ({strange}); {self.advice()}")

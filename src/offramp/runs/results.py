@@ -46,14 +46,7 @@ class Rows:
         return (self,)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The arms, layers, settings, exits or tokens it is about as a `pandas.DataFrame`, a row each: see `frame`.
-
-        Returns:
-            The frame.
-
-        Raises:
-            ModuleNotFoundError: pandas is not installed.
-        """
+        """The arms, layers, settings, exits or tokens it is about as a `pandas.DataFrame`, a row each: see `frame`."""
         return frame(self._rows())
 
 
@@ -89,14 +82,7 @@ class Result(Shown):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`.
-
-        Returns:
-            The result.
-
-        Raises:
-            ValueError: The schema is another one.
-        """
+        """The inverse of `to_dict`; a ValueError if the schema is another one."""
         if (found := values.get("schema")) not in (cls.schema, *cls.earlier):
             raise ValueError(f"the schema is {found!r}, not {cls.schema!r}: this is no {cls.noun}")
         kind: Any = cls

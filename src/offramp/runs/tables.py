@@ -64,9 +64,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def as_html(text: str) -> str:
     """A text with tables of `markdown` in it as HTML: tables, headings and paragraphs; what is aligned stays so.
 
-    Args:
-        text: What a terminal would show.
-
     Returns:
         Elements without styles of their own, so that they look like what stands around them, dark or light.
     """
@@ -88,12 +85,8 @@ def fitted(text: str, width: int | None) -> str:
 
     Nothing is left out; the first column is repeated. A table that fits, or whose single words do not, stays Markdown.
 
-    Args:
-        text: Anything with tables of `markdown` in it.
-        width: Columns of the terminal. None: it is no terminal, and the text stays what it is.
-
     Returns:
-        The text.
+        The text; what it is where the width is None, and it is no terminal.
     """
     if width is None:
         return text

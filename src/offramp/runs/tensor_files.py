@@ -82,14 +82,7 @@ def write_parts(path: Path, parts: Mapping[str, Part], header: Mapping[str, str]
 
 
 def read_tensors(path: Path, advice: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What `write_tensors` wrote, memory-mapped.
-
-    Returns:
-        The texts of the header without the digest, and the tensors by name.
-
-    Raises:
-        ValueError: It is missing, damaged, or not what was written.
-    """
+    """Texts of the header, and tensors by name, memory-mapped; a ValueError if they are not what was written."""
     from safetensors import SafetensorError, safe_open
 
     header = read_header(path, advice)
@@ -120,14 +113,7 @@ def read_header(path: Path, advice: str) -> dict[str, str]:
 
 
 def claimed_header(path: Path, advice: str) -> dict[str, str]:
-    """The texts of a file's header as they stand there, digest and all, without a look at the rest.
-
-    Returns:
-        The texts by name.
-
-    Raises:
-        ValueError: It is missing, or its header is damaged.
-    """
+    """The texts of a file's header, digest and all, without a look at the rest; a ValueError if it is damaged."""
     return _begin(path, advice)[1]
 
 

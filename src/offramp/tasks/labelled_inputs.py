@@ -117,11 +117,7 @@ def firsts(keys: Sequence[Hashable]) -> list[int]:
 
 
 def input_hashes(inputs: Inputs) -> Tensor | None:
-    """The first 64 bits of the SHA-256 of what rows hold, texts letter by letter, images value by value, [N], int64.
-
-    Returns:
-        None for images in files, which are not read for this.
-    """
+    """First 64 bits of the SHA-256 of what rows hold, [N], int64; None for images in files, which are not read."""
     if isinstance(inputs, tuple):
         return hashes(repr(text).encode() for text in inputs)
     if isinstance(inputs, np.ndarray):

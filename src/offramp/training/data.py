@@ -129,15 +129,8 @@ class Data:
 def read_texts(path: Path, fields: Sequence[str] = ("text",)) -> list[str]:
     """The documents of a file: the objects of a `.json` list or of `.jsonl` lines, or the whole file as one.
 
-    Args:
-        path: The file, UTF-8, gzipped if its name ends in `.gz`.
-        fields: Keys of an object whose texts are joined by line ends.
-
     Returns:
-        Texts, at least one.
-
-    Raises:
-        ValueError: Not of that layout, or without any text.
+        Texts, at least one, of an object those of its fields joined by line ends; a ValueError for another layout.
     """
     if kind(path) not in (".json", ".jsonl"):
         return [read_text(path)]
@@ -193,17 +186,7 @@ def text_documents(lm: LanguageModel, texts: Sequence[str]) -> list[Document]:
 def pair_documents(
     lm: LanguageModel, task: Task, examples: Sequence[Example], *, longest: int | None = None
 ) -> tuple[list[Document], int]:
-    """Examples of a task, whose answers are to be predicted.
-
-    Args:
-        lm: The model they are for.
-        task: How to ask.
-        examples: Any number.
-        longest: See `offramp.tasks.task_documents`.
-
-    Returns:
-        One document per example, and how many sources were shortened.
-    """
+    """A document per example of a task, its answer to be predicted, and how many sources were shortened."""
     pairs, shortened = task_documents(lm, task, examples, longest=longest)
     if not lm.split.is_encoder_decoder:
         made = [Document((*p.source_ids, *p.target_ids), len(p.source_ids), p.group) for p in pairs]
@@ -272,15 +255,10 @@ def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list
 
 
 def cut(documents: Sequence[Document], window: int, bos: int | None = None) -> Windows:
-    """Pieces of documents, a start token in front of each where the document has one.
+    """Pieces of documents, at most a window long, the start token in front of each where the document has one.
 
     An answer stays behind its prompt, in one piece: where both are longer than the window, the prompt loses its
     beginning, down to half the window, and then the answer its end.
-
-    Args:
-        documents: Any number.
-        window: Longest piece.
-        bos: The start token.
 
     Returns:
         The pieces in which anything is to be predicted; a document's first token never is.

@@ -164,11 +164,7 @@ class Loop:
 
     @contextlib.contextmanager
     def drawing(self, number: int) -> Iterator[None]:
-        """Within, all draws are a function of the seed, this number and the process; outer ones go on as if alone.
-
-        Yields:
-            Nothing.
-        """
+        """Within, all draws are a function of the seed, this number and the process; outer ones go on as if alone."""
         key = (self.schedule.seed, number, *(() if self.workers is None else (self.workers.process_index,)))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(hash(key) & 0x7FFFFFFF)

@@ -176,11 +176,7 @@ def layerwise_loss(shallow: Sequence[Tensor], deep: Sequence[Tensor]) -> Tensor:
     """FREE's dynamic layer-wise distillation: each shallow layer imitates the deep layer that is closest to it.
 
     (1/S) Σ_i MSE(h_i, h_m(i)) with m(i) = argmin_j MSE(h_i, h_j) over the deep layers j, chosen per call (Bae et al.
-    2023, arXiv 2310.05424, section 4.3). The deep states are the teacher and get no gradient.
-
-    Args:
-        shallow: States after layers 1..s, S of [N, D].
-        deep: States after layers s+1..L, of [N, D].
+    2023, arXiv 2310.05424, section 4.3). States are [N, D]; the deep ones are the teacher and get no gradient.
 
     Returns:
         The loss, a scalar.

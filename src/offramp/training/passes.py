@@ -13,11 +13,7 @@ from offramp.training.data import Windows
 
 
 def check_prompt_layer(split: SplitModel, stop: int | None) -> None:
-    """Refuse a prompt's last layer that the model cannot have.
-
-    Raises:
-        ValueError: It is not below L, or the model is an encoder-decoder.
-    """
+    """Raise a ValueError unless a prompt's last layer is below L, and the model no encoder-decoder."""
     if stop is not None and split.is_encoder_decoder:
         raise ValueError(f"prompt_layer is {stop}, but an encoder-decoder has no prompt in its decoder; leave it away")
     if stop is not None and stop >= split.num_layers:
@@ -109,10 +105,6 @@ def dropout_rates(num_layers: int, largest: float) -> list[float]:
     LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710), equation 1, without the curriculum over time that it uses for
     training from scratch only.
 
-    Args:
-        num_layers: L.
-        largest: The last block's rate.
-
     Returns:
         L rates, ascending from 0.
     """
@@ -120,13 +112,9 @@ def dropout_rates(num_layers: int, largest: float) -> list[float]:
 
 
 def dropping(split: SplitModel, largest: float) -> Edit | None:
-    """Skips each block for whole rows, at random, while the model is in training mode.
+    """Skips each block for whole rows, at random, while the model is in training mode (rates: `dropout_rates`).
 
     A dropped block is computed all the same: rows of a batch drop different ones.
-
-    Args:
-        split: The model.
-        largest: The last block's rate, see `dropout_rates`.
 
     Returns:
         What `SplitModel.states` applies; None if nothing is dropped.

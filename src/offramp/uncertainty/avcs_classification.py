@@ -196,14 +196,7 @@ def _sets(
 
 
 def _evidence(logits: Tensor, config: AVCSClassificationConfig) -> Tensor:
-    """What a threshold then takes away from.
-
-    Returns:
-        Positive logits, [E, N, C], float64; 0 elsewhere.
-
-    Raises:
-        ValueError: The shape is another one, or logits are not finite.
-    """
+    """Positive logits, [E, N, C], float64, 0 elsewhere, before any threshold; a ValueError if they are not finite."""
     if logits.ndim != 3:
         raise ValueError(f"logits have shape {list(logits.shape)}; exits x rows x classes are needed")
     wrong = ~logits.isfinite().all(dim=-1).all(dim=0)

@@ -139,14 +139,7 @@ class Posterior:
         return p.to(logits.device), carried.to(logits.device)
 
     def batches(self, outputs: ExitOutputs) -> Iterator[tuple[slice, Tensor]]:
-        """Probabilities of all exits, some rows at a time, within the configuration's memory.
-
-        Yields:
-            Which rows, and their probabilities, [E, B, C], float64.
-
-        Raises:
-            ValueError: The rows are of another network.
-        """
+        """Rows, some at a time, with their probabilities, [E, B, C], float64; a ValueError for another network's."""
         if (outputs.exits, outputs.classes) != (len(self.exits), self.classes):
             raise ValueError(
                 f"these rows have {outputs.exits} exits and {outputs.classes} classes; the posterior was fitted with "

@@ -68,14 +68,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
 
 
 def measured(folder: Path, what: str = "training") -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, a judgement among them.
-
-    Returns:
-        The lines.
-
-    Raises:
-        ValueError: Nothing has been measured yet.
-    """
+    """The lines of a run's metrics.jsonl; a ValueError if nothing has been judged yet."""
     rows = RunFolder(folder, writes=False).rows()
     if not any(row["kind"] == "validation" for row in rows):
         raise ValueError(f"the {what} in {folder} has measured nothing yet; start it again to go on")
