@@ -9,53 +9,34 @@ The literature calls both numbers δ and ε, in either order; here they are `tol
 from __future__ import annotations
 
 # p-values
-from offramp.risk.bounds import (
-    BOUNDS,
-    Bound,
-    binomial,
-    hoeffding,
-    hoeffding_bentkus,
-    hoeffding_signed,
-    samples_needed,
-    samples_needed_like,
-    wsr,
-)
+from offramp.risk.bounds import BOUNDS as BOUNDS
+from offramp.risk.bounds import Bound as Bound
+from offramp.risk.bounds import binomial as binomial
+from offramp.risk.bounds import hoeffding as hoeffding
+from offramp.risk.bounds import hoeffding_bentkus as hoeffding_bentkus
+from offramp.risk.bounds import hoeffding_signed as hoeffding_signed
+from offramp.risk.bounds import samples_needed as samples_needed
+from offramp.risk.bounds import samples_needed_like as samples_needed_like
+from offramp.risk.bounds import wsr as wsr
 
 # which settings of a sequence pass
-from offramp.risk.control import Certified, conformal_risk_control, fixed_sequence, pareto_front
+from offramp.risk.control import Certified as Certified
+from offramp.risk.control import conformal_risk_control as conformal_risk_control
+from offramp.risk.control import fixed_sequence as fixed_sequence
+from offramp.risk.control import pareto_front as pareto_front
 
 # what is lost on a prompt
-from offramp.risk.losses import risk_consistency, tail, textual_consistency
+from offramp.risk.losses import risk_consistency as risk_consistency
+from offramp.risk.losses import tail as tail
+from offramp.risk.losses import textual_consistency as textual_consistency
 
 # what is promised, and which setting of several sequences is chosen
-from offramp.risk.promise import CRC, Promised
-from offramp.risk.search import Outcome, Test, search
+from offramp.risk.promise import CRC as CRC
+from offramp.risk.promise import Promised as Promised
+from offramp.risk.search import Outcome as Outcome
+from offramp.risk.search import Test as Test
+from offramp.risk.search import search as search
 
 # whether a promise is kept in use
-from offramp.risk.sequence import lower_limit, wealth
-
-__all__ = [
-    "BOUNDS",
-    "CRC",
-    "Bound",
-    "Certified",
-    "Outcome",
-    "Promised",
-    "Test",
-    "binomial",
-    "conformal_risk_control",
-    "fixed_sequence",
-    "hoeffding",
-    "hoeffding_bentkus",
-    "hoeffding_signed",
-    "lower_limit",
-    "pareto_front",
-    "risk_consistency",
-    "samples_needed",
-    "samples_needed_like",
-    "search",
-    "tail",
-    "textual_consistency",
-    "wealth",
-    "wsr",
-]
+from offramp.risk.sequence import lower_limit as lower_limit
+from offramp.risk.sequence import wealth as wealth

@@ -8,57 +8,36 @@ is a module, whose `fit` and `apply` go by its name, such as `nested_conformal.f
 from __future__ import annotations
 
 # methods
-from offramp.uncertainty import (
-    avcs_classification,
-    avcs_regression,
-    bayesian_regression,
-    nested_conformal,
-    per_exit,
-    set_exits,
-)
+from offramp.uncertainty import avcs_classification as avcs_classification
+from offramp.uncertainty import avcs_regression as avcs_regression
+from offramp.uncertainty import bayesian_regression as bayesian_regression
+from offramp.uncertainty import nested_conformal as nested_conformal
+from offramp.uncertainty import per_exit as per_exit
+from offramp.uncertainty import set_exits as set_exits
 
 # their settings
-from offramp.uncertainty.avcs_classification import AVCSClassificationConfig
-from offramp.uncertainty.avcs_regression import AVCSRegressionConfig
-from offramp.uncertainty.bayesian_regression import BayesianRegressionConfig
+from offramp.uncertainty.avcs_classification import AVCSClassificationConfig as AVCSClassificationConfig
+from offramp.uncertainty.avcs_regression import AVCSRegressionConfig as AVCSRegressionConfig
+from offramp.uncertainty.bayesian_regression import BayesianRegressionConfig as BayesianRegressionConfig
 
 # probabilities that do not fall
-from offramp.uncertainty.monotone import ProductConfig, caching_anytime, product_anytime, violations
-from offramp.uncertainty.nested_conformal import NestedConformalConfig
+from offramp.uncertainty.monotone import ProductConfig as ProductConfig
+from offramp.uncertainty.monotone import caching_anytime as caching_anytime
+from offramp.uncertainty.monotone import product_anytime as product_anytime
+from offramp.uncertainty.monotone import violations as violations
+from offramp.uncertainty.nested_conformal import NestedConformalConfig as NestedConformalConfig
 
 # what all methods read
-from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
-from offramp.uncertainty.per_exit import PerExitConfig
+from offramp.uncertainty.outputs import ExitOutputs as ExitOutputs
+from offramp.uncertainty.outputs import require_disjoint as require_disjoint
+from offramp.uncertainty.per_exit import PerExitConfig as PerExitConfig
 
 # honest probabilities
-from offramp.uncertainty.posterior import Posterior, PosteriorConfig, load_posterior
-from offramp.uncertainty.set_exits import SetExitConfig
+from offramp.uncertainty.posterior import Posterior as Posterior
+from offramp.uncertainty.posterior import PosteriorConfig as PosteriorConfig
+from offramp.uncertainty.posterior import load_posterior as load_posterior
+from offramp.uncertainty.set_exits import SetExitConfig as SetExitConfig
 
 # what they give
-from offramp.uncertainty.sets import ClassSets, Intervals
-
-__all__ = [
-    "AVCSClassificationConfig",
-    "AVCSRegressionConfig",
-    "BayesianRegressionConfig",
-    "ClassSets",
-    "ExitOutputs",
-    "Intervals",
-    "NestedConformalConfig",
-    "PerExitConfig",
-    "Posterior",
-    "PosteriorConfig",
-    "ProductConfig",
-    "SetExitConfig",
-    "avcs_classification",
-    "avcs_regression",
-    "bayesian_regression",
-    "caching_anytime",
-    "load_posterior",
-    "nested_conformal",
-    "per_exit",
-    "product_anytime",
-    "require_disjoint",
-    "set_exits",
-    "violations",
-]
+from offramp.uncertainty.sets import ClassSets as ClassSets
+from offramp.uncertainty.sets import Intervals as Intervals
