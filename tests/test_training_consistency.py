@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import offramp
 from offramp import ExitPolicy, Exits, LanguageModel
 from offramp.hub.exit_files import load_exits
-from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
+from offramp.training.consistency import ClassGradients, balanced, classifier_loss_sums
 from offramp.training.data import Data, Windows
 from offramp.training.trainer import train
 from tiny import LAYERS, VOCABULARY, tiny, tokenizer
@@ -138,7 +138,7 @@ def test_the_gradient_is_that_of_the_balanced_losses(kind):
         parameter.requires_grad_(False)
     own = ClassGradients(exits, weights)
     parts = [
-        tally_classifiers(lm.split, exits, list(states[:, part]), labels[part], rows=4, kind=kind, gradients=own)
+        classifier_loss_sums(lm.split, exits, list(states[:, part]), labels[part], rows=4, kind=kind, gradients=own)
         for part in torch.split(torch.arange(15), 6)  # the shares are those of all 15, whatever each part's are
     ]
     result, shares = balanced(parts[0] + parts[1] + parts[2])

@@ -7,9 +7,9 @@ from torch.utils._pytree import tree_leaves
 
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
+from offramp.training.loss_sums import CHUNK, chunk_rows, loss_sums
 from offramp.training.objectives import OBJECTIVES, Teacher
 from offramp.training.schedule import WEIGHTS
-from offramp.training.tally import CHUNK, chunk_rows, tally
 from tiny import VOCABULARY, tiny
 
 
@@ -85,7 +85,7 @@ def test_chunks_give_the_gradient_of_the_whole(name, rows):
     states, labels = draw(13)
     weights = [0.25, 0.75]
     exits, reference = (Exits.fresh(split, (1, 3)) for _ in range(2))
-    result = tally(
+    result = loss_sums(
         exits, split.readout, states, labels, OBJECTIVES[name], rows=rows, weights=weights,
     )  # fmt: skip
     teacher = split.readout(states[-1]).detach()
@@ -122,7 +122,7 @@ def test_no_tensor_is_larger_than_a_chunk():
     rows = chunk_rows(vocabulary)
     assert rows * vocabulary <= CHUNK < 2 * 600 * vocabulary  # the whole would not fit
     with Largest() as largest:
-        tally(
+        loss_sums(
             exits, lambda x: x @ head.T, states, labels, OBJECTIVES["forward-kl"], rows=rows, weights=[0.5, 0.5],
         )  # fmt: skip
     assert rows * vocabulary <= largest.elements <= CHUNK

@@ -24,8 +24,8 @@ from offramp.runs.files import write_json
 from offramp.runs.lines import REMOVE
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.training.data import Document, Windows, cut
+from offramp.training.loss_sums import chunk_rows
 from offramp.training.passes import states_of
-from offramp.training.tally import chunk_rows
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp.calibration.token_cache import Tokens
 from offramp.core.vocabulary import Kept, Pruning
-from offramp.training.tally import chunk_rows
+from offramp.training.loss_sums import chunk_rows
 from offramp.uncertainty.candidates import Shortlist, TokenRows, place_of, rows_of, shortlist
 from offramp.uncertainty.laplace import Factors
 

@@ -30,9 +30,9 @@ from offramp.runs.machine import describe
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Windows, batch
 from offramp.training.loop import Loop, StepResult, adamw
+from offramp.training.loss_sums import chunk_rows
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.passes import dropping, states_of
-from offramp.training.tally import chunk_rows
 from offramp.training.trainable import save_model, trainable
 
 if TYPE_CHECKING:

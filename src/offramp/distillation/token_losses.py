@@ -2,7 +2,7 @@
 
 Per token first, then the weights, then the mean over the step's tokens, see `offramp.training.objectives.mixed`. Both
 models are read out a chunk of tokens at a time, so no tensor is larger than
-`offramp.training.tally.CHUNK` elements, whatever the batch, the window and the vocabulary are.
+`offramp.training.loss_sums.CHUNK` elements, whatever the batch, the window and the vocabulary are.
 """
 
 from __future__ import annotations

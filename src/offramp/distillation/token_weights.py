@@ -23,9 +23,9 @@ from offramp.families import SplitModel
 from offramp.families.backbone import evaluating
 from offramp.training.data import Windows
 from offramp.training.loop import Loop
+from offramp.training.loss_sums import chunk_rows
 from offramp.training.objectives import choices
 from offramp.training.passes import states_of
-from offramp.training.tally import chunk_rows
 from offramp.uncertainty import candidates
 from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, shortlist
 from offramp.uncertainty.laplace import Factors

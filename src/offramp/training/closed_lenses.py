@@ -18,9 +18,9 @@ from offramp.core.exits import Exits
 from offramp.families import SplitModel
 from offramp.families.backbone import autocast, evaluating
 from offramp.training.data import Windows
+from offramp.training.loss_sums import chunk_rows
 from offramp.training.objectives import choices
 from offramp.training.passes import states_of
-from offramp.training.tally import chunk_rows
 
 RIDGE = 1e-3
 """Share of each component's own second moment that is added to it."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.training.loss_sums import LossSums
 from offramp.training.objectives import choices as chosen
-from offramp.training.tally import Tally
 from offramp.values import listed
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ClassGradients:
                 parameter.grad = (whole * (weight / count)).to(parameter.dtype)
 
 
-def tally_classifiers(
+def classifier_loss_sums(
     split: SplitModel,
     exits: Exits,
     states: Sequence[Tensor],
@@ -120,7 +120,7 @@ def tally_classifiers(
     rows: int,
     kind: str,
     gradients: ClassGradients | None = None,
-) -> Tally:
+) -> LossSums:
     """Losses of all classifiers and how often they are right, apart for both classes (see `balanced`).
 
     Args:
@@ -158,14 +158,14 @@ def tally_classifiers(
         right.append(((verdicts > 0) == targets[index]).sum())
     agreed = torch.stack([*targets.sum(1), *right, (choices[-1] == labels).sum()])
     sums = torch.stack(losses)  # [E, 2]
-    return Tally(torch.cat([sums.T.flatten(), sums.new_zeros(1)]), agreed, len(labels))
+    return LossSums(torch.cat([sums.T.flatten(), sums.new_zeros(1)]), agreed, len(labels))
 
 
-def balanced(parts: Tally) -> tuple[Tally, Tensor]:
+def balanced(parts: LossSums) -> tuple[LossSums, Tensor]:
     """Weigh the classes by their shares in everything that was added up, however it was divided.
 
     Args:
-        parts: A sum of what `tally_classifiers` returns.
+        parts: A sum of what `classifier_loss_sums` returns.
 
     Returns:
         Balanced losses, how often verdicts are right, and for the last layer no loss; and the shares of agreeing
@@ -174,4 +174,4 @@ def balanced(parts: Tally) -> tuple[Tally, Tensor]:
     exits = len(parts.losses) // len(BALANCES)
     shares = parts.agreed[:exits].double() / max(parts.positions, 1)
     losses = (1 - shares) * parts.losses[:exits] + shares * parts.losses[exits : 2 * exits]
-    return Tally(torch.cat([losses, parts.losses[-1:]]), parts.agreed[exits:], parts.positions), shares
+    return LossSums(torch.cat([losses, parts.losses[-1:]]), parts.agreed[exits:], parts.positions), shares

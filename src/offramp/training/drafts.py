@@ -20,7 +20,7 @@ from offramp.families.backbone import autocast
 from offramp.training.data import Data, Windows, batch
 from offramp.training.kept_states import KeptStates, states_at_all
 from offramp.training.loop import Loop, StepResult
-from offramp.training.tally import chunk_rows
+from offramp.training.loss_sums import chunk_rows
 from offramp.training.unrolled import Unrolled
 
 if TYPE_CHECKING:

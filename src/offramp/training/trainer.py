@@ -30,16 +30,16 @@ from offramp.runs.machine import describe
 from offramp.runs.results import Result
 from offramp.training import consistency
 from offramp.training.config import TrainConfig
-from offramp.training.consistency import ClassGradients, balanced, tally_classifiers
+from offramp.training.consistency import ClassGradients, balanced, classifier_loss_sums
 from offramp.training.data import Data, Windows, batch
 from offramp.training.drafts import Drafts
 from offramp.training.frequent import DRAFTED, Listing, checked, listed
 from offramp.training.kept_states import KeptStates, forget
 from offramp.training.loop import Loop, StepResult, TrainTask, adamw
+from offramp.training.loss_sums import LossSums, chunk_rows, loss_sums
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
 from offramp.training.passes import check_prompt_layer, dropping, states_behind_prompts, states_of
 from offramp.training.schedule import WEIGHTS, weights_at
-from offramp.training.tally import Tally, chunk_rows, tally
 from offramp.training.trainable import Trainable, save, trainable
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class _Exits:
             result = self._shared(windows, config.micro_batch, lambda part: self._learn(part, count, weights))
         return self._done(result, windows, weights)
 
-    def _done(self, result: Tally, windows: Windows, weights: Sequence[float | None]) -> StepResult:
+    def _done(self, result: LossSums, windows: Windows, weights: Sequence[float | None]) -> StepResult:
         strange = [layer for layer, loss in zip(self.exits.layers, result.loss, strict=True) if not math.isfinite(loss)]
         where = f"the exit after layer {strange[0]}" if strange else None
         if len(strange) == len(self.exits.layers) > 1 or not math.isfinite(result.last_loss):
@@ -305,12 +305,12 @@ class _Exits:
         with autocast(self.split.device, self.config.precision):
             return broken_at(self.split, windows.ids[:_LOOKED_AT].to(self.split.device))
 
-    def _learn(self, windows: Windows, count: int, weights: Sequence[float | None]) -> Tally:
+    def _learn(self, windows: Windows, count: int, weights: Sequence[float | None]) -> LossSums:
         """Losses of some windows of the step; adds their gradient, divided by the `count` of the whole step."""
         config, depth = self.config, len(self.exits.layers) + 1
         hidden, labels = self._states(windows)
         leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden[:depth]]
-        result = self._tally(leaves, labels, weights=weights, count=count)
+        result = self._loss_sums(leaves, labels, weights=weights, count=count)
         read = [(state, leaf.grad) for state, leaf in zip(hidden, leaves, strict=False) if leaf.grad is not None]
         if read:
             roots = [state for state, _ in read]
@@ -322,11 +322,11 @@ class _Exits:
             torch.autograd.backward(roots, gradients)
         return result
 
-    def _learn_classifiers(self, windows: Windows) -> Tally:
+    def _learn_classifiers(self, windows: Windows) -> LossSums:
         """The same for classifiers and all windows of the step, whose classes are balanced over all of them."""
         gradients = ClassGradients(self.exits, self.weights)
         parts = self._shared(
-            windows, self.config.micro_batch, lambda part: self._tally(*self._states(part), gradients=gradients)
+            windows, self.config.micro_batch, lambda part: self._loss_sums(*self._states(part), gradients=gradients)
         )
         result, shares = balanced(parts)
         gradients.settle(shares, result.positions)
@@ -349,26 +349,26 @@ class _Exits:
                 return states_behind_prompts(split, windows, layers, config.prompt_layer)
             return states_of(split, windows, layers, edit=dropping(split, config.layer_dropout))
 
-    def _tally(self, states: list[Tensor], labels: Tensor, **gradient: Any) -> Tally:
+    def _loss_sums(self, states: list[Tensor], labels: Tensor, **gradient: Any) -> LossSums:
         split, name, rows = self.split, self.config.objective, chunk_rows(self.split.shape.vocabulary)
         with autocast(split.device, self.config.precision):
             if self.config.classifiers:
                 kind = consistency.OBJECTIVES[name]
-                return tally_classifiers(split, self.exits, states, labels, rows=rows, kind=kind, **gradient)
-            return tally(
+                return classifier_loss_sums(split, self.exits, states, labels, rows=rows, kind=kind, **gradient)
+            return loss_sums(
                 self.exits, split.readout, states, labels, OBJECTIVES[name], rows=rows,
                 temperature=self.config.temperature, **gradient,
             )  # fmt: skip
 
-    def _shared(self, windows: Windows, size: int | None, work: Callable[[Windows], Tally]) -> Tally:
+    def _shared(self, windows: Windows, size: int | None, work: Callable[[Windows], LossSums]) -> LossSums:
         """The sum of `work` over all windows, of which each process takes its share, `size` at a time."""
         width, device = (2 if self.config.classifiers else 1) * len(self.exits.layers) + 1, self.split.device
-        nothing = Tally(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
+        nothing = LossSums(torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(width, device=device), 0)
         mine = (windows[places] for places in self.loop.mine(len(windows), size))
         own = functools.reduce(operator.add, map(work, mine), nothing)
         sums = torch.cat([own.losses, own.agreed.double(), own.losses.new_tensor([own.positions])])
         sums = self.loop.summed(sums)
-        return Tally(sums[:width], sums[width : 2 * width], int(sums[-1]))
+        return LossSums(sums[:width], sums[width : 2 * width], int(sums[-1]))
 
     # ------------------------------------------------------------ judging
 
@@ -376,9 +376,9 @@ class _Exits:
     def judge(self) -> StepResult:
         """Losses and agreement over all held-out windows, without dropout."""
 
-        def look(part: Windows) -> Tally:
+        def look(part: Windows) -> LossSums:
             hidden, labels = self._states(part)
-            return self._tally(hidden[: len(self.exits.layers) + 1], labels)
+            return self._loss_sums(hidden[: len(self.exits.layers) + 1], labels)
 
         training = self.split.model.training
         self.split.model.eval()

@@ -37,7 +37,7 @@ class Adapters(Protocol):
 
 
 @dataclass(frozen=True)
-class Tally:
+class LossSums:
     """Sums over N positions, exits first and the last layer behind them.
 
     Attributes:
@@ -50,9 +50,9 @@ class Tally:
     agreed: Tensor
     positions: int
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: LossSums) -> LossSums:
         """Both together."""
-        return Tally(self.losses + other.losses, self.agreed + other.agreed, self.positions + other.positions)
+        return LossSums(self.losses + other.losses, self.agreed + other.agreed, self.positions + other.positions)
 
     @property
     def loss(self) -> list[float]:
@@ -78,7 +78,7 @@ class Tally:
         return [float(value) / max(self.positions, 1) for value in sums]
 
 
-def tally(
+def loss_sums(
     exits: Adapters,
     readout: Callable[[Tensor], Tensor],
     states: Sequence[Tensor],
@@ -89,7 +89,7 @@ def tally(
     temperature: float = 1.0,
     weights: Sequence[float | None] | None = None,
     count: int | None = None,
-) -> Tally:
+) -> LossSums:
     """Losses and agreement of all exits; with `weights`, also adds the gradient of Σ_e w_e · loss_e / `count`.
 
     The gradient reaches every leaf that requires one, states included.
@@ -136,7 +136,7 @@ def tally(
                     (loss * share).backward()  # type: ignore[no-untyped-call]
             losses[index] += loss.detach()
             agreed[index] += (choices(logits.detach()) == teacher.best).sum()
-    return Tally(losses, agreed, len(labels))
+    return LossSums(losses, agreed, len(labels))
 
 
 def chunk_rows(vocabulary: int) -> int:
