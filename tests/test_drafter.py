@@ -333,7 +333,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no drafters for encoder-decoders"):
         train(model("t5"), data("t5"), config(layers=None, trainable="drafter"), tmp_path)
     for name, value in (("rank", 2), ("objective", "labels"), ("weights", "layer")):
-        with pytest.raises(ValueError, match=f"{name} is .* nothing to a drafter"):
+        with pytest.raises(ValueError, match=f"{name} is .* a drafter does not use"):
             config(**{"layers": None, "trainable": "drafter", name: value})
     assert ExitPolicy.from_dict(POLICY.to_dict()) == POLICY
 

@@ -307,7 +307,7 @@ def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
             "--exits is for --objective consistency and --trainable drafter; else",
         ),
         (["--place", 2, "--trainable", "drafter"], "a drafter stands before the first one"),
-        (["--layers", "2", "--trainable", "drafter"], "layers is (2,), which is nothing to a drafter"),
+        (["--layers", "2", "--trainable", "drafter"], "layers is (2,), which a drafter does not use"),
         (["--place", 2, "--layers", "1"], "--place chooses layers; it does not go with --layers, which names them"),
         (["--place", 2, "--objective", "consistency"], "it does not go with --objective consistency, whose exits have"),
         (["--place-tokens", 2], "--place-tokens is for --place"),

@@ -73,7 +73,7 @@ class Decoded:
         """The records of several settings on a part, those that are not there yet made in turns: seconds compare.
 
         Args:
-            part: Of which part.
+            part: A key of `parts`.
             settings: Which; None: the full model, which comes first.
 
         Returns:

@@ -48,7 +48,7 @@ def estimate(
 
     Args:
         decoded: All answers.
-        part: Of which part.
+        part: A key of `decoded.parts`.
         setting: Of which setting; None: the full model.
         promise: What a loss is.
         unseen: The part had no share in choosing the setting, so that an upper limit of the mean loss can be given.

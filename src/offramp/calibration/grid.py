@@ -91,10 +91,10 @@ class Grid:
     def places(self, base: ExitPolicy) -> list[Place]:
         """Combinations of all but thresholds, from safe to bold in each of them."""
         layers: list[int | None] = [*sorted(set(self.min_layers or ()), reverse=True)] or [None]
-        ways: list[str | None] = [*sorted(set(self.skipped or ()), key=SAFE_FIRST.index)] or [None]
+        skipped: list[str | None] = [*sorted(set(self.skipped or ()), key=SAFE_FIRST.index)] or [None]
         return [
-            Place(layer, kind, size, way, spots)
-            for (layer, a), (kind, b), (way, c) in product(_spots(layers), _spots(self._kinds()), _spots(ways))
+            Place(layer, kind, size, strategy, spots)
+            for (layer, a), (kind, b), (strategy, c) in product(_spots(layers), _spots(self._kinds()), _spots(skipped))
             for size, d in _spots(self._sizes(kind or base.vocabulary if self.vocabularies is None else kind))
             for spots in [tuple(spot for spot in (a, b, c, d) if spot is not None)]
         ]
@@ -120,7 +120,7 @@ class Grid:
     def size(self, base: ExitPolicy) -> int:
         """Number of settings."""
         each = sum(len(knobs) or 1 for knobs in self.families(base).values())
-        accepts = (len(self.accepted(place.way or base.skipped)) for place in self.places(base))
+        accepts = (len(self.accepted(place.skipped or base.skipped)) for place in self.places(base))
         return len(self.tests_nothing(base)) + each * sum(accepts)
 
     def accepted(self, skipped: str) -> list[float | None]:
@@ -151,14 +151,14 @@ class Place:
         layer: Minimum layer.
         kind: Of pruning.
         size: Tokens kept.
-        way: Of keys and values of skipped layers.
+        skipped: Of keys and values of skipped layers.
         spots: Relative places along the dimensions that have several values.
     """
 
     layer: int | None
     kind: str | None
     size: int | None
-    way: str | None
+    skipped: str | None
     spots: tuple[float, ...]
 
 
@@ -310,8 +310,8 @@ def _at(lm: LanguageModel, base: ExitPolicy, grid: Grid, place: Place) -> ExitPo
         changes["vocabulary"] = place.kind
         if rule_of(place.kind) is None:
             changes["vocabulary_size"] = None
-    if place.way is not None:
-        changes["skipped"] = place.way
+    if place.skipped is not None:
+        changes["skipped"] = place.skipped
     if layer is not None and base.confidence == "static":
         changes["min_layer"] = layer
     elif layer is not None and base.exit_layers is not None:
@@ -342,6 +342,6 @@ def _name(policy: ExitPolicy, what: str, place: Place, grid: Grid) -> str:
         "" if place.layer is None else f"from {place.layer}",
         "" if grid.vocabularies is None else place.kind or "all tokens",
         "" if place.size is None else f"{place.size} kept",
-        place.way or "",
+        place.skipped or "",
     ]
     return ", ".join([f"{policy.confidence}{what}", *filter(None, parts)])

@@ -1,4 +1,4 @@
-"""How good fitted confidences are on held-out tokens, by exit: honest probabilities, other decisions, true sets."""
+"""How good fitted confidences are on held-out tokens, by exit: calibrated probabilities, other decisions, true sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROWS = 1024  # tokens looked at together
 
 
 @dataclass(frozen=True)
-class Honesty:
+class ProbabilityQuality:
     """Probabilities of one exit by the trained head, with a temperature, and averaged over the posterior.
 
     Attributes:
@@ -99,7 +99,7 @@ class PosteriorReport(Result):
     schema = SCHEMA
 
     settings: dict[str, Any]
-    honesty: tuple[Honesty, ...]
+    honesty: tuple[ProbabilityQuality, ...]
     sets: tuple[SetQuality, ...]
     outside: float
     tokens: int
@@ -109,20 +109,20 @@ class PosteriorReport(Result):
         return f"PosteriorReport({len(self.honesty)} exits, {len(self.sets)} kinds of sets, {self.tokens} test tokens)"
 
     def _rows(self) -> Iterable[Any]:
-        """A row per exit, as `Honesty` has them."""
+        """A row per exit, as `ProbabilityQuality` has them."""
         return self.honesty
 
     def table(self) -> str:
         """Tables in Markdown, with what follows from them."""
-        parts = [self._honesty(), self._verdict()] if self.honesty else []
+        parts = [self._probabilities(), self._verdict()] if self.honesty else []
         parts += [self._sets(), f"{self.outside:.1%} of the true tokens are no candidates."] if self.sets else []
         return "\n\n".join([*parts, *(f"Warning: {warning}." for warning in self.warnings)])
 
-    def _honesty(self) -> str:
-        ways = ("MAP", "MAP + T", "Laplace")
+    def _probabilities(self) -> str:
+        names = ("MAP", "MAP + T", "Laplace")
         head = (
-            "exit", *(f"NLPD {way}" for way in ways), "better than T", *(f"ECE {way}" for way in ways), "rank corr.",
-            "changed",
+            "exit", *(f"NLPD {name}" for name in names), "better than T", *(f"ECE {name}" for name in names),
+            "rank corr.", "changed",
         )  # fmt: skip
         rows = [
             (
@@ -178,7 +178,7 @@ def judge(
         if progress is not None:
             progress(number, len(test.exits), f"judging exit {layer}")
         temperature = temperature_alone(views["tune"].exits[layer].rows)
-        honesty.append(_honesty(posterior, layer, view, temperature, test.windows))
+        honesty.append(_probabilities(posterior, layer, view, temperature, test.windows))
     kinds = [kind for kind in SETS if kind in posterior.methods]
     sets = tuple(quality for kind in kinds for quality in _sets(posterior, kind, test))
     outside = share_outside(test.place, test.ids.shape[1])
@@ -223,10 +223,12 @@ def _warnings(posterior: Posterior, views: Mapping[str, TokenViews]) -> list[str
 # ---------------------------------------------------------------- probabilities
 
 
-def _honesty(posterior: Posterior, layer: int, view: ExitView, temperature: float, windows: Tensor) -> Honesty:
+def _probabilities(
+    posterior: Posterior, layer: int, view: ExitView, temperature: float, windows: Tensor
+) -> ProbabilityQuality:
     state, rows = posterior.laplace(layer), view.rows
-    ways = {"map": (None, 1.0), "temperature": (None, temperature), "laplace": (state, state.temperature)}
-    likely = {name: log_likelihood(rows, [t], s)[0].double() for name, (s, t) in ways.items()}
+    heads = {"map": (None, 1.0), "temperature": (None, temperature), "laplace": (state, state.temperature)}
+    likely = {name: log_likelihood(rows, [t], s)[0].double() for name, (s, t) in heads.items()}
     tops, gaps = _tops(rows, temperature, posterior, layer)
     right = rows.place == rows.short.logits.argmax(-1)
     gain = {name: likely["laplace"] - likely[name] for name in ("map", "temperature")}
@@ -234,7 +236,7 @@ def _honesty(posterior: Posterior, layer: int, view: ExitView, temperature: floa
     count = int(leaving.sum())
     chosen = torch.zeros_like(leaving)
     chosen[gaps["laplace"].argsort(descending=True, stable=True)[:count]] = True
-    return Honesty(
+    return ProbabilityQuality(
         layer,
         {name: -float(values.mean()) for name, values in likely.items()},
         {name: _calibration_error(top, right) for name, top in tops.items()},

@@ -32,7 +32,7 @@ def locked_by_first(state: Any, folder: Path, busy: str) -> Iterator[None]:
 def shared(
     state: Any, stems: Mapping[str, Path], examples: Sequence[Item], batch_size: int, run: Run
 ) -> dict[str, list[Record]]:  # fmt: skip
-    """The records of all examples by all arms, each process having answered every so manieth batch.
+    """The records of all examples by all arms, of which each process answers its own batches, in turn.
 
     The batches are those of a single process, so are the records.
 
@@ -51,16 +51,16 @@ def shared(
     new = {arm: stem for arm, stem in stems.items() if arm not in begun}
     state.wait_for_everyone()  # all have seen what there was before one of them writes
     if next(iter(stems)) in new:  # it may be what the others are compared with
-        _divided(state, new, examples, batch_size, run)
+        _each_its_batches(state, new, examples, batch_size, run)
     # What is there is compared with what was asked for; the first alone goes on where a single process was interrupted.
     records = run(examples, paths=begun) if state.is_main_process and begun else {}
     state.wait_for_everyone()
     if new and next(iter(stems)) not in new:
-        _divided(state, new, examples, batch_size, run)
+        _each_its_batches(state, new, examples, batch_size, run)
     return records if records.keys() == whole.keys() else run(examples, paths=whole)
 
 
-def _divided(
+def _each_its_batches(
     state: Any, stems: Mapping[str, Path], examples: Sequence[Item], batch_size: int, run: Run
 ) -> None:  # fmt: skip
     """Each process its batches in files of its own, which the first then puts together."""

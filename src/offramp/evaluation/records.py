@@ -221,8 +221,8 @@ def shares(
     """
     parts = {name: part.flops - first.get(name, 0) for name, part in costs.parts.items()}
     parts[PREFILL] = sum(first.values())
-    split = {name: _divided(value, rows) for name, value in parts.items()}
-    read = _divided(costs.bytes, rows)
+    split = {name: _equal_shares(value, rows) for name, value in parts.items()}
+    read = _equal_shares(costs.bytes, rows)
     return [
         {
             "flops": sum(values[row] for values in split.values()),
@@ -235,6 +235,6 @@ def shares(
     ]
 
 
-def _divided(whole: int, rows: int) -> list[int]:
+def _equal_shares(whole: int, rows: int) -> list[int]:
     """Equal whole shares, the first ones larger by one where it does not come out even."""
     return [whole // rows + (row < whole % rows) for row in range(rows)]

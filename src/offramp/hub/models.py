@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "load_in_8bit": "give quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)",
     "load_in_4bit": "give quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)",
     "trust_remote_code": "code that comes with a model is never run",
-    "low_cpu_mem_usage": "weights are always loaded without a second copy; leave it away",
+    "low_cpu_mem_usage": "weights are always loaded without a second copy; leave it out",
     "max_memory": "the model must lie on one device: name it by device",
     "offload_folder": "the model must lie on one device: name it by device",
     "tp_plan": "the model must lie on one device: name it by device",

@@ -1,4 +1,4 @@
-"""Pictures of calibrated exits: how honest each exit is, and what is had for which cost."""
+"""Pictures of calibrated exits: how well calibrated each exit is, and quality over cost."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Jazbec et al. (2024), "Fast yet Safe: Early-Exiting with Risk Control", section 3: consistency and performance gap of
 predictions, and the same of Brier scores for whole distributions. What an exit is compared with is the reference: other
-probabilities of the same rows, such as those of the network's own last exit before its exits were made honest, or
+probabilities of the same rows, such as those of the network's own last exit before its exits were calibrated, or
 without any the last exit of those at hand, at which each loss is then 0. Ties between classes go to the lower one.
 """
 

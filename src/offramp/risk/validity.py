@@ -23,7 +23,7 @@ Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
-class Kept:
+class CalibrationCounts:
     """What repeated calibrations came to.
 
     Attributes:
@@ -68,7 +68,7 @@ def recalibrated(
     return [by(part) for part in parts]
 
 
-def judged(selected: Sequence[int | None], losses: Sequence[float], promise: Promised) -> Kept:
+def judged(selected: Sequence[int | None], losses: Sequence[float], promise: Promised) -> CalibrationCounts:
     """Count.
 
     Args:
@@ -80,4 +80,4 @@ def judged(selected: Sequence[int | None], losses: Sequence[float], promise: Pro
         The counts.
     """
     above = sum(loss > promise.tolerance for loss in losses)
-    return Kept(above, selected.count(None), float(np.mean(losses)))
+    return CalibrationCounts(above, selected.count(None), float(np.mean(losses)))

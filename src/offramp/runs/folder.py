@@ -119,14 +119,14 @@ class RunFolder:
 
     # ------------------------------------------------------------ checkpoint
 
-    def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, clock: TrainState) -> None:
+    def save(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Replace the checkpoint; a TrainingError if a weight is not finite."""
         tensors = {f"weights.{name}": value for name, value in parameters.items()}
         if (strange := not_finite_in(tensors)) is not None:
-            raise TrainingError(f"weights are not finite after step {clock.step} ({strange}); {self.advice()}")
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        write_tensors(self.checkpoint, tensors, {"clock": json.dumps(asdict(clock))})
+            raise TrainingError(f"weights are not finite after step {state.step} ({strange}); {self.advice()}")
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        write_tensors(self.checkpoint, tensors, {"clock": json.dumps(asdict(state))})
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Continue from the checkpoint.
@@ -143,8 +143,8 @@ class RunFolder:
         header, tensors = read_tensors(self.checkpoint, ANEW)
         learns = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         try:
-            clock = TrainState(**parsed(header["clock"], "its clock"))
-            weights, states = _divided(tensors)
+            state = TrainState(**parsed(header["clock"], "its clock"))
+            weights, states = _by_kind(tensors)
             _require_whole(weights, states, parameters, learns)
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint} is damaged or of another run: {error}; {ANEW}") from error
@@ -154,10 +154,10 @@ class RunFolder:
                 place.data.copy_(tensor)
             else:  # not a weight: what the model is trained on may grow and shrink
                 place.data = tensor.to(place.device)
-        kept = {at: {key: _laid_out(value, learns[at]) for key, value in state.items()} for at, state in states.items()}
+        kept = {at: {key: _laid_out(value, learns[at]) for key, value in own.items()} for at, own in states.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
-        self._rewind(clock.step)
-        return clock
+        self._rewind(state.step)
+        return state
 
     def advice(self) -> str:
         """What to do when training failed."""
@@ -201,7 +201,7 @@ def _may_change(difference: str) -> bool:
     return difference.partition(" was ")[0] in MAY_CHANGE
 
 
-def _divided(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+def _by_kind(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
     """Weights by name, and states of the optimiser by number and name."""
     weights: dict[str, Tensor] = {}
     states: dict[int, dict[str, Tensor]] = {}

@@ -98,7 +98,7 @@ def _on_colour(
     high: Sequence[int],
 ) -> GroupedSet:
     draw = np.random.default_rng(seed)
-    train, val, test = divided(name, len(images), sizes, agreement, draw)
+    train, val, test = split_places(name, len(images), sizes, agreement, draw)
     labels = np.isin(digits, list(high)).astype(np.int64)
     attribute = agreeing(labels[train], agreement, draw)
     splits = {"train": _split("train", train, images, labels, attribute, draw)}
@@ -116,7 +116,7 @@ def require_agreement(name: str, agreement: float) -> None:
         raise ValueError(f"{name}: agreement is {agreement}; it must be in (0, 1), such as 0.95")
 
 
-def divided(
+def split_places(
     name: str, images: int, sizes: tuple[int, int, int], agreement: float, draw: np.random.Generator
 ) -> list[Integers]:
     """Places of the images for training, validation and test; a ValueError if there are too few, or for the share."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.stand_ins import Integers, as_bytes, divided
+from offramp.tasks.stand_ins import Integers, as_bytes, split_places
 from offramp.values import listed
 
 Render = Callable[[NDArray[np.uint8], Integers, np.random.Generator], NDArray[np.uint8]]
@@ -140,7 +140,7 @@ def _coloured(
     attribute: str,
 ) -> tuple[GroupedSet, np.random.Generator]:
     draw = np.random.default_rng(seed)
-    parts = divided(name, len(images), sizes, agreement, draw)
+    parts = split_places(name, len(images), sizes, agreement, draw)
     splits = {}
     for split, part in zip(SPLITS, parts, strict=True):
         y = labels[part].astype(np.int64)

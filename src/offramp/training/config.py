@@ -139,18 +139,18 @@ class TrainConfig:
             }  # fmt: skip
             for name, value in others.items():
                 if getattr(self, name) != value:
-                    raise ValueError(f"{name} is {getattr(self, name)!r}, which is nothing to a drafter; leave it away")
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, which a drafter does not use; leave it out")
         if self.blocks and (self.backbone or self.classifiers or self.prompt_layer is not None):
             raise ValueError(
                 f"blocks is {self.blocks}, but blocks of the exits' own are trained on a model that stays as it is, "
-                "behind whole prompts; leave trainable at 'exits' and prompt_layer away"
+                "behind whole prompts; leave trainable at 'exits' and prompt_layer out"
             )
 
     def _check_backbone(self) -> None:
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"layer_dropout is {self.layer_dropout}; give a rate in [0, 1)")
         if self.layer_dropout and self.prompt_layer is not None:
-            raise ValueError("layer_dropout and prompt_layer do not go together; leave one away")
+            raise ValueError("layer_dropout and prompt_layer do not go together; leave one out")
         if not 0 <= self.hidden_loss < math.inf:
             raise ValueError(f"hidden_loss is {self.hidden_loss}; give a weight of at least 0")
         if self.backbone:

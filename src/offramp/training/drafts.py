@@ -50,12 +50,12 @@ class Drafts:
         self.rows = split.gather(self.listed)
         self.kept: KeptStates | None = None
 
-    def begin(self, clock: TrainState) -> None:
+    def begin(self, state: TrainState) -> None:
         """Make the place for states, which a run that was refused before must not leave behind."""
         split, loop, last = self.split, self.loop, (self.split.num_layers,)
         self.kept = KeptStates.of(split, self.data.train, last, self.config, loop.run.path, loop.workers, whole=last)
 
-    def settle(self, clock: TrainState) -> None:
+    def settle(self, state: TrainState) -> None:
         """Nothing depends on how far the run is."""
 
     def learn(self, step: int) -> StepResult:

@@ -50,11 +50,11 @@ class TrainTask(Protocol):
 
     unit: str
 
-    def begin(self, clock: TrainState) -> None:
+    def begin(self, state: TrainState) -> None:
         """Called once, where a run begins or is continued, with what was kept already restored."""
         ...
 
-    def settle(self, clock: TrainState) -> None:
+    def settle(self, state: TrainState) -> None:
         """Called once for every step done, 0 included, before what there is then is judged and saved."""
         ...
 
@@ -102,33 +102,33 @@ class Loop:
     def go(self, work: TrainTask, progress: Callable[..., None] | None) -> TrainState:
         """Train to the end."""
         schedule = self.schedule
-        clock = self.run.restore(self.kept, self.optimizer)
+        state = self.run.restore(self.kept, self.optimizer)
         if self.workers is not None:
             self.workers.wait_for_everyone()
-        work.begin(clock or TrainState())
-        if clock is None:
-            clock = TrainState()
-            work.settle(clock)
-            self._validate(work, clock)
-            self._save(clock)
+        work.begin(state or TrainState())
+        if state is None:
+            state = TrainState()
+            work.settle(state)
+            self._validate(work, state)
+            self._save(state)
         what = ""
-        while not schedule.ended(clock):
+        while not schedule.ended(state):
             if progress is not None:
-                progress(schedule.done(clock), schedule.total, what)
-            clock, loss = self._step(work, clock)
-            work.settle(clock)
+                progress(schedule.done(state), schedule.total, what)
+            state, loss = self._step(work, state)
+            work.settle(state)
             what = f"loss {loss:.3f}"
-            if schedule.validates(clock):
-                self._validate(work, clock)
-            if schedule.saves(clock):  # behind its metrics, which a continued run keeps
-                self._save(clock)
+            if schedule.validates(state):
+                self._validate(work, state)
+            if schedule.saves(state):  # behind its metrics, which a continued run keeps
+                self._save(state)
         if progress is not None:
             progress(schedule.total, schedule.total, what)
-        return clock
+        return state
 
-    def _save(self, clock: TrainState) -> None:
+    def _save(self, state: TrainState) -> None:
         if self.writes:
-            self.run.save(self.kept, self.optimizer, clock)
+            self.run.save(self.kept, self.optimizer, state)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a line of metrics, and tell trackers."""
@@ -143,18 +143,18 @@ class Loop:
                 values |= {f"{row['kind']}/{name}_{column}": each for column, each in named if each is not None}
         self.workers.log(values, step=row["step"])
 
-    def _step(self, work: TrainTask, clock: TrainState) -> tuple[TrainState, float]:
-        began, rate = time.perf_counter(), self.schedule.rate(clock)
+    def _step(self, work: TrainTask, state: TrainState) -> tuple[TrainState, float]:
+        began, rate = time.perf_counter(), self.schedule.rate(state)
         self.optimizer.zero_grad()
-        with self.drawing(clock.step):
-            done = work.learn(clock.step)
+        with self.drawing(state.step):
+            done = work.learn(state.step)
         norm = self._reduce_gradients()
-        self._check(clock.step + 1, done, norm)
+        self._check(state.step + 1, done, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         seconds = time.perf_counter() - began
-        after = TrainState(clock.step + 1, clock.tokens + done.count, clock.seconds + seconds)
+        after = TrainState(state.step + 1, state.tokens + done.count, state.seconds + seconds)
         if self.schedule.logs(after):
             self.log({
                 "kind": "step", "step": after.step, work.unit: after.tokens, **done.row, "learning_rate": rate,
@@ -170,10 +170,10 @@ class Loop:
             torch.manual_seed(hash(key) & 0x7FFFFFFF)
             yield
 
-    def _validate(self, work: TrainTask, clock: TrainState) -> None:
+    def _validate(self, work: TrainTask, state: TrainState) -> None:
         done = work.judge()
-        self._check(clock.step, done, 0.0)
-        self.log({"kind": "validation", "step": clock.step, work.unit: clock.tokens, **done.row})
+        self._check(state.step, done, 0.0)
+        self.log({"kind": "validation", "step": state.step, work.unit: state.tokens, **done.row})
 
     def _check(self, step: int, done: StepResult, norm: float) -> None:
         where = done.strange or (None if math.isfinite(norm) else "the gradient")

@@ -15,7 +15,7 @@ from offramp.training.data import Windows
 def check_prompt_layer(split: SplitModel, stop: int | None) -> None:
     """Raise a ValueError unless a prompt's last layer is below L, and the model no encoder-decoder."""
     if stop is not None and split.is_encoder_decoder:
-        raise ValueError(f"prompt_layer is {stop}, but an encoder-decoder has no prompt in its decoder; leave it away")
+        raise ValueError(f"prompt_layer is {stop}, but an encoder-decoder has no prompt in its decoder; leave it out")
     if stop is not None and stop >= split.num_layers:
         raise ValueError(f"prompt_layer is {stop}, but a prompt can stop after layers 1..{split.num_layers - 1}")
 

@@ -76,37 +76,37 @@ class Schedule:
     epoch: int | None = None
     by_tokens: bool = False
 
-    def done(self, clock: TrainState) -> int:
+    def done(self, state: TrainState) -> int:
         """Steps or positions done, whichever `total` counts."""
-        return clock.tokens if self.by_tokens else clock.step
+        return state.tokens if self.by_tokens else state.step
 
-    def share(self, clock: TrainState) -> float:
+    def share(self, state: TrainState) -> float:
         """How much of the way is done, in [0, 1]."""
-        return min(1.0, self.done(clock) / self.total)
+        return min(1.0, self.done(state) / self.total)
 
-    def ended(self, clock: TrainState) -> bool:
+    def ended(self, state: TrainState) -> bool:
         """Whether nothing is left to do."""
-        return self.done(clock) >= self.total
+        return self.done(state) >= self.total
 
-    def rate(self, clock: TrainState) -> float:
+    def rate(self, state: TrainState) -> float:
         """Learning rate of the step that comes next."""
-        rise = min(1.0, (clock.step + 1) / self.warmup) if self.warmup else 1.0
-        return self.learning_rate * rise * FALLS[self.fall](self.share(clock))
+        rise = min(1.0, (state.step + 1) / self.warmup) if self.warmup else 1.0
+        return self.learning_rate * rise * FALLS[self.fall](self.share(state))
 
-    def validates(self, clock: TrainState) -> bool:
+    def validates(self, state: TrainState) -> bool:
         """Whether there is a judgement after a step."""
-        return self.ended(clock) or (self.validate_every is not None and clock.step % self.validate_every == 0)
+        return self.ended(state) or (self.validate_every is not None and state.step % self.validate_every == 0)
 
-    def saves(self, clock: TrainState) -> bool:
+    def saves(self, state: TrainState) -> bool:
         """Whether there is a checkpoint after a step."""
-        return self.ended(clock) or self._at(clock, self.save_every)
+        return self.ended(state) or self._at(state, self.save_every)
 
-    def logs(self, clock: TrainState) -> bool:
+    def logs(self, state: TrainState) -> bool:
         """Whether a step is written down."""
-        return self._at(clock, self.log_every)
+        return self._at(state, self.log_every)
 
-    def _at(self, clock: TrainState, every: int) -> bool:
-        return clock.step % every == 0 or (self.epoch is not None and clock.step % self.epoch == 0)
+    def _at(self, state: TrainState, every: int) -> bool:
+        return state.step % every == 0 or (self.epoch is not None and state.step % self.epoch == 0)
 
 
 # ---------------------------------------------------------------- which exits are trained when

@@ -99,7 +99,7 @@ def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
     if config.layers not in (None, exits.layers):
         raise ValueError(
             f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
-            "each of these, leave layers away"
+            "each of these, leave layers out"
         )
     exits = exits.with_classifiers(lm.split.device)
     for name, parameter in exits.named_parameters():

@@ -182,7 +182,7 @@ def train(
             changed = run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
                 workers.init_trackers("offramp", config=_flat(record))
-            clock = loop.go(work, progress)
+            state = loop.go(work, progress)
             forget(run.path)
             for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
                 tracker.finish()
@@ -202,9 +202,9 @@ def train(
         full_before=before.get("full_loss"),
         full_after=after.get("full_loss"),
         positions=data.held_out.positions,
-        steps=clock.step,
-        tokens=clock.tokens,
-        seconds=clock.seconds,
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
         exits=run.exits,
         model=run.model if config.backbone else None,
         what="accuracy" if config.classifiers else "agreement",
@@ -263,15 +263,15 @@ class _Exits:
 
     # ------------------------------------------------------------ a step
 
-    def begin(self, clock: TrainState) -> None:
+    def begin(self, state: TrainState) -> None:
         """Make the place for states, which a run that was refused before must not leave behind."""
         split, loop, read = self.split, self.loop, (*self.exits.layers, self.split.num_layers)
         self.kept = KeptStates.of(split, self.data.train, read, self.config, loop.run.path, loop.workers)
-        self.settle(clock)
+        self.settle(state)
 
-    def settle(self, clock: TrainState) -> None:
+    def settle(self, state: TrainState) -> None:
         """How far the run is, for a curriculum."""
-        self.share = self.loop.schedule.share(clock)
+        self.share = self.loop.schedule.share(state)
 
     def learn(self, step: int) -> StepResult:
         """Losses of a step, and their gradients."""

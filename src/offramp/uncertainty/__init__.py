@@ -1,4 +1,4 @@
-"""What an exit really knows: probabilities made honest, and sets and intervals that shrink with depth.
+"""What an exit really knows: calibrated probabilities, and sets and intervals that shrink with depth.
 
 Everything here works on features and logits of exits (`ExitOutputs`), knows neither transformers nor files of data, and
 reads config -> state -> fit -> apply. Arithmetic of fits is float64; everything is deterministic given a seed. A method
@@ -32,7 +32,7 @@ from offramp.uncertainty.outputs import ExitOutputs as ExitOutputs
 from offramp.uncertainty.outputs import require_disjoint as require_disjoint
 from offramp.uncertainty.per_exit import PerExitConfig as PerExitConfig
 
-# honest probabilities
+# calibrated probabilities
 from offramp.uncertainty.posterior import Posterior as Posterior
 from offramp.uncertainty.posterior import PosteriorConfig as PosteriorConfig
 from offramp.uncertainty.posterior import load_posterior as load_posterior

@@ -139,7 +139,7 @@ def require_fit(split: str, outputs: ExitOutputs) -> None:
     if outputs.classes < 2 or not bool((outputs.labels != outputs.labels[0]).any()):
         raise ValueError(
             f"all {outputs.rows} rows of the {split} split have the class {int(outputs.labels[0])}; probabilities can "
-            "be made honest only where there are at least two classes"
+            "be calibrated only where there are at least two classes"
         )
     for exit in range(outputs.exits):
         require_finite(f"the features of exit {exit + 1} in the {split} split", outputs.features[exit])

@@ -1,4 +1,4 @@
-"""What honest probabilities cost per row and exit, in FLOPs: as published, and counted.
+"""What calibrated probabilities cost per row and exit, in FLOPs: as published, and counted.
 
 Counted is every addition, subtraction, multiplication, division, root and exponential from the logits to the
 probabilities, one FLOP each (so two per multiply-add); comparisons are free. What is worked out once per exit for all

@@ -1,4 +1,4 @@
-"""Honest probabilities of every exit: temperature, last-layer Laplace, model-internal ensemble, and their combinations.
+"""Calibrated probabilities of every exit: temperature, last-layer Laplace, model-internal ensemble, and combinations.
 
 Meronen et al. (2023), "Fixing Overconfidence in Dynamic Neural Networks" (arXiv 2302.06359). Differs in exact
 expectations over all rows in the factors, draws that are made once, and a continuous temperature. Exits are counted
