@@ -13,8 +13,8 @@ import offramp
 from offramp import ExitPolicy, Exits, LanguageModel, cli
 from offramp.calibration import PosteriorConfig, fit_posterior
 from offramp.calibration.posterior_report import (
-    Honesty,
     PosteriorReport,
+    ProbabilityQuality,
     _rank_correlation,
     _standard_error,
     _warnings,
@@ -422,7 +422,9 @@ def test_a_better_nlpd_is_said_only_where_the_intervals_of_all_exits_say_so():
 
     def honesty(layer, better):
         of_ways = {"map": 0.0, "temperature": better}
-        return Honesty(layer, {"map": 1.0}, {"map": 0.1}, of_ways, {"map": 1.0, "temperature": 1.0}, 1.0, 0.5, 0.5, 0.1)
+        return ProbabilityQuality(
+            layer, {"map": 1.0}, {"map": 0.1}, of_ways, {"map": 1.0, "temperature": 1.0}, 1.0, 0.5, 0.5, 0.1
+        )
 
     def said(*gains):
         found = tuple(honesty(layer, gain) for layer, gain in enumerate(gains, 2))

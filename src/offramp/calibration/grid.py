@@ -91,16 +91,14 @@ class Grid:
     def places(self, base: ExitPolicy) -> list[Place]:
         """Combinations of all but thresholds, from safe to bold in each of them."""
         layers: list[int | None] = [*sorted(set(self.min_layers or ()), reverse=True)] or [None]
+        kinds = sorted(dict.fromkeys(self.vocabularies or (None,)), key=lambda kind: kind is not None)
         skipped: list[str | None] = [*sorted(set(self.skipped or ()), key=SAFE_FIRST.index)] or [None]
         return [
             Place(layer, kind, size, strategy, spots)
-            for (layer, a), (kind, b), (strategy, c) in product(_spots(layers), _spots(self._kinds()), _spots(skipped))
+            for (layer, a), (kind, b), (strategy, c) in product(_spots(layers), _spots(kinds), _spots(skipped))
             for size, d in _spots(self._sizes(kind or base.vocabulary if self.vocabularies is None else kind))
             for spots in [tuple(spot for spot in (a, b, c, d) if spot is not None)]
         ]
-
-    def _kinds(self) -> list[str | None]:
-        return sorted(dict.fromkeys(self.vocabularies or (None,)), key=lambda kind: kind is not None)
 
     def _sizes(self, kind: str | None) -> list[int | None]:
         sizes: list[int | None] = [*sorted(set(self.vocabulary_sizes or ()), reverse=True)] if rule_of(kind) else []

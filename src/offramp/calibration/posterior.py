@@ -19,7 +19,6 @@ from offramp.core.exits import Exits
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.sampling import ends_of
-from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import save_exits
 from offramp.hub.exit_posterior import METHODS, Posterior
 from offramp.runs.asked import locked
@@ -137,13 +136,14 @@ def fit_posterior(
             factors = factors_of(lm.split, tokens["fit"], layers, _named(progress, "fitting factors"))
             laplace = _tuned(config, factors, views["tune"], lm.vocabulary, progress)
         exits = lm.exits.only(layers)
+        sizes = dict.fromkeys(layers) if pruning is None else pruning.sizes(layers)
         settings = {
             "layers": list(layers), "candidates": config.candidates, "seed": config.seed,
             "target": "text" if config.to_text else "full model", "lenses": fingerprint(exits.adapters),
             "pruning": None if pruning is None else {
                 "vocabulary": config.vocabulary, "vocabulary_size": config.vocabulary_size
             },
-            "sizes": _sizes(pruning, layers), "splits": splits, "window": window,
+            "sizes": {str(layer): size for layer, size in sizes.items()}, "splits": splits, "window": window,
             "dtype": str(lm.model.dtype).removeprefix("torch."), "about": dict(about or {}),
             "machine": describe(lm.split.device),
         }  # fmt: skip
@@ -151,11 +151,6 @@ def fit_posterior(
         report = judge(posterior, views, progress)
         _save(lm, exits.with_posterior(posterior), folder, config, report)
     return report
-
-
-def _sizes(pruning: Pruning | None, layers: Sequence[int]) -> dict[str, int | None]:
-    sizes = dict.fromkeys(layers) if pruning is None else pruning.sizes(layers)
-    return {str(layer): size for layer, size in sizes.items()}
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -239,7 +239,10 @@ def _probabilities(
     return ProbabilityQuality(
         layer,
         {name: -float(values.mean()) for name, values in likely.items()},
-        {name: _calibration_error(top, right) for name, top in tops.items()},
+        {
+            name: Reliability.empty(BINS).update(top.double().clamp(0, 1).numpy(), right.double().numpy()).error
+            for name, top in tops.items()
+        },
         {name: float(values.mean()) for name, values in gain.items()},
         {name: _standard_error(values, windows) for name, values in gain.items()},
         temperature,
@@ -269,11 +272,6 @@ def _tops(
         tops["laplace"].append(p.gather(1, best)[:, 0])
         gaps["laplace"].append(candidates.gap(state, part.x, short))
     return {n: torch.cat(v) for n, v in tops.items()}, {n: torch.cat(v) for n, v in gaps.items()}
-
-
-def _calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Of the best candidates' probabilities."""
-    return Reliability.empty(BINS).update(confidence.double().clamp(0, 1).numpy(), right.double().numpy()).error
 
 
 def _standard_error(values: Tensor, windows: Tensor) -> float:

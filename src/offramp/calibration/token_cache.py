@@ -151,7 +151,7 @@ def cache_tokens(
             files.append(folder / name / f"{at // _BATCH:05}.safetensors")
             batch = part[slice(at, at + _BATCH)]
             if not files[-1].exists():
-                _write(files[-1], _read(lm, batch, layers, at))
+                write_tensors(files[-1], _read(lm, batch, layers, at))
             done += len(batch)
         tokens[name] = _joined(files, layers)
     if progress is not None:
@@ -189,10 +189,6 @@ def _read(lm: LanguageModel, windows: Windows, layers: Sequence[int], first: int
         require_finite(inputs, name_of(split), f"after layer {layer} of {split.num_layers}")
     found |= {"chosen": chosen, "written": written, "positions": positions[where], "windows": numbers[where]}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    write_tensors(file, tensors)
 
 
 def _joined(files: Sequence[Path], layers: Sequence[int]) -> Tokens:

@@ -12,7 +12,7 @@ import numpy as np
 
 from offramp.evaluation.record_file import Record
 from offramp.evaluation.records import PREFILL
-from offramp.metrics.bootstrap import Bootstrap, Floats, Interval
+from offramp.metrics.bootstrap import Bootstrap, Floats, Interval, quotient
 from offramp.metrics.text import corpus_metric
 
 PERPLEXITY = "perplexity"
@@ -177,8 +177,7 @@ def _per_token(
         return None
 
     def ratio(sums: Floats) -> Floats:
-        above, below = sums[:, 0] * sums[:, 3], sums[:, 1] * sums[:, 2]
-        return np.divide(above, below, out=np.ones_like(above), where=below != 0)
+        return quotient(sums[:, 0] * sums[:, 3], sums[:, 1] * sums[:, 2])
 
     return bootstrap.estimate(columns, ratio)
 

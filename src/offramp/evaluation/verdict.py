@@ -80,13 +80,10 @@ def sentences(evaluation: Judged, found: Sequence[Finding]) -> list[str]:
 
 def heading(evaluation: Judged, reason: str) -> str:
     """A heading of `REASONS` about this evaluation's metric."""
-    near = f"{NEAR:g} {'per cent above' if evaluation.metric == PERPLEXITY else 'points below'}"
+    above = evaluation.metric == PERPLEXITY
+    near = f"{NEAR:g} {'per cent above' if above else 'points below'}"
     said = REASONS[reason].format(near=near, metric=evaluation.metric)
-    return said.replace("below the full", _far(evaluation))
-
-
-def _far(evaluation: Judged) -> str:
-    return "above the full" if evaluation.metric == PERPLEXITY else "below the full"
+    return said.replace("below the full", "above the full") if above else said
 
 
 def _found(evaluation: Judged, arm: ArmSummary) -> Finding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +186,7 @@ class Posterior(nn.Module):
         if lacking := [layer for layer in plan.thresholds if layer not in self.layers]:
             raise ValueError(
                 f"confidence {method!r} is asked for after layer {lacking[0]}, but it was fitted after layers "
-                f"{_listed(self.layers)} only; name some of these as exit_layers, or fit again"
+                f"{', '.join(map(str, self.layers))} only; name some of these as exit_layers, or fit again"
             )
         first = next(iter(plan.thresholds))
         pruned = self.settings["pruning"] is not None
@@ -283,10 +283,6 @@ class RunningSet:
         """Scores [n, V] of `rows`, with -inf outside a row's set unless that is empty."""
         assert self.running is not None
         return self.running.select(rows).among(scores)
-
-
-def _listed(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers))
 
 
 def _digest(settings: Mapping[str, Any]) -> Tensor:

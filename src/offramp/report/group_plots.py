@@ -47,7 +47,7 @@ def groups_figure(reports: Mapping[str, GroupReport], whiskers: str = "Wilson in
             axes.axvline(report.average, color=colour, linewidth=0.8, linestyle=":")
     if upright:
         axes.set(ylim=(0, 1.02), ylabel="accuracy")
-        axes.set_xticks(range(len(names)), [_two_lines(f"{g.name}\nn = {g.n:,}") for g in first.groups])
+        axes.set_xticks(range(len(names)), [f"{g.name}\nn = {g.n:,}".replace(", ", ",\n", 1) for g in first.groups])
         axes.yaxis.set_major_formatter(percent())
     else:
         axes.set(xlim=(0, 1.02), xlabel="accuracy")
@@ -123,7 +123,3 @@ def _worst(reports: Mapping[str, GroupReport]) -> str:
         f"{model} {report.worst.accuracy:.0%}" for model, report in reports.items() if report.worst is not None
     ]  # fmt: skip
     return f"Worst group: {', '.join(said)}" if said else "All groups are too small to call one the worst"
-
-
-def _two_lines(name: str) -> str:
-    return name.replace(", ", ",\n", 1)

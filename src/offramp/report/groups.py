@@ -200,10 +200,11 @@ def seeds_table(
             cells = paired_cells(against)
             cells[-1] += f", {also[name]}" if also and name in also else ""
         rows.append(
-            [name, f"{s.seeds}", _spread(s.mean_of_minima), f"{s.minimum_of_means:.1%} ({s.minimum_group})", *cells]
+            [name, f"{s.seeds}", spread_cell(s.mean_of_minima), f"{s.minimum_of_means:.1%} ({s.minimum_group})", *cells]
         )
     return Table(head, rows, "Worst group")
 
 
-def _spread(value: Spread) -> str:
+def spread_cell(value: Spread) -> str:
+    """A mean over seeds with its standard deviation, if there are several."""
     return f"{value.mean:.1%}" + (f" ± {value.sd:.1%}" if value.sd == value.sd else "")

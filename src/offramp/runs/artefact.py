@@ -121,7 +121,8 @@ def write(
         write_tensors(temporary / kind.tensors, tensors)
         if others is not None:
             others(temporary)
-        files = {name: _digest_of(temporary, name, kind) for name in _files(temporary)}
+        names = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
+        files = {name: _digest_of(temporary, name, kind) for name in sorted(names)}
         sealed = digests.sealed({"schema": schema, **values, "files": files})
         write_json(temporary / kind.description, {"schema": schema, "digest": sealed.pop("digest"), **sealed})
 
@@ -209,10 +210,6 @@ def _digest_of(folder: Path, name: str, kind: Kind) -> str:
         return digests.of_file(folder / name)
     except OSError as error:
         raise ValueError(f"{folder / name} is missing or damaged ({error.strerror}); {kind.again}") from error
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _may_go(folder: Path, kind: Kind) -> bool:

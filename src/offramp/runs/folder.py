@@ -86,7 +86,7 @@ class RunFolder:
         have, beside = read_asked(self.config, ANEW, "about", "stopped", "changed")
         stopped = beside.pop("stopped", None)
         differing = differences(have, record)
-        if stopped is None or not all(map(_may_change, differing)):
+        if stopped is None or not all(each.partition(" was ")[0] in MAY_CHANGE for each in differing):
             require_same(have, record, self.path)
         changed = [*beside.pop("changed", []), *(f"{each}, after {stopped}" for each in differing)]
         if stopped is not None:  # once for each stop
@@ -194,11 +194,6 @@ def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
         except TrainingError as error:
             run.stopped(str(error).partition(";")[0])
             raise
-
-
-def _may_change(difference: str) -> bool:
-    """Whether a line of `differences` is about one of `MAY_CHANGE`."""
-    return difference.partition(" was ")[0] in MAY_CHANGE
 
 
 def _by_kind(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:

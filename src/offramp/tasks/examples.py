@@ -186,17 +186,14 @@ def _merged(examples: list[Example]) -> list[Example]:
     """
     same: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
-        same.setdefault((_stem(example.id), example.source), []).append(example)
+        stem = re.sub(r"(_\d+)_\d+$", r"\1", example.id)
+        same.setdefault((stem, example.source), []).append(example)
     merged = []
     for (stem, _), (first, *others) in same.items():
         references = dict.fromkeys(text for example in (first, *others) for text in example.references)
         id = stem if any(other.id != first.id for other in others) else first.id
         merged.append(replace(first, id=id, references=tuple(references)))
     return merged
-
-
-def _stem(id: str) -> str:
-    return re.sub(r"(_\d+)_\d+$", r"\1", id)
 
 
 # ---------------------------------------------------------------- translations

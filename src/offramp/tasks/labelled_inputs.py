@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.runs.digests import of_file
+
 
 class Images(Protocol):
     """N images, in memory or read when they are asked for.
@@ -76,7 +78,7 @@ def contents(*collections: Inputs) -> list[list[Hashable]]:
     found: list[list[Hashable]] = []
     for inputs, paths, some in zip(collections, files, sizes, strict=True):
         if paths is not None:
-            alone = [(size, b"" if count[size] == 1 else _digest(path)) for path, size in zip(paths, some, strict=True)]
+            alone = [(size, "" if count[size] == 1 else of_file(path)) for path, size in zip(paths, some, strict=True)]
             found.append([*alone])
         elif isinstance(inputs, tuple):
             found.append([*inputs])
@@ -91,11 +93,6 @@ def files_of(inputs: Inputs) -> tuple[Path, ...] | None:
         whole = files_of(inputs.whole)
         return None if whole is None else tuple(whole[row] for row in inputs.rows.tolist())
     return getattr(inputs, "paths", None)
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _values(images: Images) -> list[tuple[tuple[int, ...], bytes]]:

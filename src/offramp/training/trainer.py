@@ -181,7 +181,9 @@ def train(
                 work = _Exits(lm.split, learns, data, config, loop)
             changed = run.check(record, about={**(about or {}), **describe(lm.split.device)})
             if report_to is not None:
-                workers.init_trackers("offramp", config=_flat(record))
+                parts = ("model", "config", "data")
+                flat = {f"{part}.{name}": str(value) for part in parts for name, value in record[part].items()}
+                workers.init_trackers("offramp", config=flat)
             state = loop.go(work, progress)
             forget(run.path)
             for tracker in workers.trackers:  # `end_training` would also part the processes, which go on
@@ -235,12 +237,6 @@ def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) ->
         "config": {**asdict(config), "layers": exits.layers},
         "data": {**data.settings, "train": data.train.digest(), "held_out": data.held_out.digest()},
     }  # fmt: skip
-
-
-def _flat(record: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        f"{part}.{name}": str(value) for part in ("model", "config", "data") for name, value in record[part].items()
-    }
 
 
 class _Exits:

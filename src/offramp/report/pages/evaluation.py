@@ -137,13 +137,10 @@ def _exits(result: Evaluation) -> list[Block]:
         ])
         for arm in arms
     ]  # fmt: skip
-    legend = [(_name(layer, result.num_layers), _style(places[layer])) for layer in layers]
+    styles = {layer: "background:var(--plain)" if at == 1 else f"--at:{at:.3f}" for layer, at in places.items()}
+    legend = [(_name(layer, result.num_layers), styles[layer]) for layer in layers]
     note = f"Shares of the tokens by the layer they left after, of {result.num_layers}; static exits left out."
     return [Text((note,)), Bars(legend, bars)] if bars else [Text(("No policy was compared.",))]
-
-
-def _style(place: float) -> str:
-    return "background:var(--plain)" if place == 1 else f"--at:{place:.3f}"
 
 
 def _places(layers: list[int], depth: int) -> dict[int, float]:
