@@ -50,9 +50,6 @@ class Martingale:
     def add(self, value: float) -> float:
         """Bet on one more number.
 
-        Args:
-            value: The number.
-
         Returns:
             Its p-value: the share of all numbers so far, itself included, that are above it, and some of its equals.
         """

@@ -75,12 +75,6 @@ def estimate(
 def seconds_held_out(decoded: Decoded, setting: Setting | None, *, seed: int, resamples: int) -> dict[str, Any] | None:
     """Seconds over the full model's on the held-out part, where the two took turns.
 
-    Args:
-        decoded: All answers.
-        setting: Which setting; None: the full model.
-        seed: Of the draws.
-        resamples: Their number.
-
     Returns:
         Intervals as JSON values, or None each; None if nothing is held out, or the setting is the full model.
     """

@@ -74,11 +74,6 @@ def spent(records: Sequence[Record], measure: str) -> Spent:
 def cost(records: Sequence[Record], full: Sequence[Record], measure: str) -> float:
     """What a setting costs, over the full model on the same prompts.
 
-    Args:
-        records: Of the setting.
-        full: Of the full model.
-        measure: One of `MEASURES`.
-
     Returns:
         The ratio, over the prompts at which the two took turns if it is one of seconds.
 

@@ -67,10 +67,6 @@ class Tokens:
 def split_documents(documents: Sequence[Document], seed: int) -> dict[str, list[Document]]:
     """Documents of each split, whole groups each, so that no two splits share a text.
 
-    Args:
-        documents: Of four groups or more.
-        seed: Of the choice.
-
     Returns:
         Documents by split.
 

@@ -58,9 +58,6 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def process_device(device: str | None) -> tuple[Any, torch.device]:
     """Where this process runs: alone as `named_device` says, one of several (`accelerate launch`) on a GPU of its own.
 
-    Args:
-        device: As for `named_device`.
-
     Returns:
         `accelerate`'s state of the processes, and the device.
 

@@ -94,13 +94,7 @@ def _check_folder(folder: Path) -> None:
 def hub_problem(
     repo: str, *, revision: str = "main", token: str | bool | None = None, subfolder: str = ""
 ) -> str | None:
-    """Ask the hub for `repo` once; transformers alone would retry for half a minute before it gives up.
-
-    Args:
-        repo: Hub id.
-        revision: As for `find`.
-        token: As for `find`.
-        subfolder: As for `find`.
+    """Ask the hub for `repo` once; transformers alone would retry for half a minute. Arguments: see `find`.
 
     Returns:
         None if the hub has it, else why the hub cannot be reached.

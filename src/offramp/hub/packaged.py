@@ -30,9 +30,6 @@ def packaged_folder(name: str) -> Path:
     others wait. Checksums are compared at every load (0.2 s for 260 MB), and a copy that is damaged in any way is made
     again.
 
-    Args:
-        name: A key of `PACKAGED`.
-
     Returns:
         A folder that `AutoModelForCausalLM.from_pretrained` takes, with weights in bfloat16 and, in `SOURCE.json`, what
         it was made from.

@@ -69,11 +69,6 @@ def config_of(source: Source) -> PreTrainedConfig:
 def model_of(auto: Any, source: Source, **options: Any) -> tuple[Any, set[str]]:
     """A model in evaluation mode.
 
-    Args:
-        auto: The Auto class that makes it.
-        source: Where it is.
-        options: Of `from_pretrained`.
-
     Returns:
         The model, and the names of weights that it needs and the files lack.
     """

@@ -171,10 +171,6 @@ def _areas(score: Floats, correct: Floats) -> tuple[float, float, float]:
 def scores(grades: Grades, *, bins: int = 15) -> dict[str, float | None]:
     """All metrics of graded rows.
 
-    Args:
-        grades: The rows.
-        bins: Of the calibration error.
-
     Returns:
         "top1", "top5" (None with fewer than six classes), "nlpd", "brier", "ece", "aurc", "augrc", "auroc" (None if all
         rows are right, or none).

@@ -66,11 +66,6 @@ def draws(rows: int, resamples: int, seed: int | np.random.Generator = 0) -> Wei
 def scores(grades: Grades, weights: Weights, bins: int = 15) -> dict[str, Floats]:
     """All metrics of graded rows on each resample.
 
-    Args:
-        grades: The rows.
-        weights: [1 + R, N].
-        bins: Of the calibration error.
-
     Returns:
         "top1", "top5" (not with fewer than six classes), "nlpd", "brier", "ece", "aurc", "augrc" and "auroc" (NaN
         where all rows are right, or none), [1 + R] each.

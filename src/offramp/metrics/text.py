@@ -161,10 +161,6 @@ METRICS: dict[str, Metric] = {
 def tokenisers(names: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
     """What divides texts for the metrics that look at words.
 
-    Args:
-        names: Of `METRICS`.
-        texts: References.
-
     Returns:
         By name of the metric: "rouge-score" and "squad", or "unicode" for texts that these do not read in full; for
         BLEU a tokeniser of `sacrebleu`.

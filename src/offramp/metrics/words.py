@@ -59,9 +59,6 @@ def parted(word: str) -> list[str]:
 def bleu_tokeniser(texts: Iterable[str]) -> str:
     """The tokeniser of `sacrebleu` for the script that most words of some texts are in.
 
-    Args:
-        texts: References.
-
     Returns:
         "zh" for Chinese, "ja-mecab" and "ko-mecab" for Japanese and Korean if what they need is installed (the extras
         `ja` and `ko` of `sacrebleu`), else "char", as for Thai and others without blanks; "13a", the default, for

@@ -100,11 +100,6 @@ def comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict
 def matched_comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict[str, tuple[str, Paired]]:
     """Worst groups of confounded methods against plain distillation with their T and λ, where that has run.
 
-    Args:
-        methods: Results by name.
-        rule: By which epochs are chosen.
-        reference: Plain distillation.
-
     Returns:
         By name: what a method is compared with, and the comparison, corrected for the number of them.
     """

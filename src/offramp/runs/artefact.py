@@ -71,10 +71,6 @@ def save(state: Any, folder: str | os.PathLike[str]) -> None:
 def load(kind: type[State], folder: str | os.PathLike[str]) -> State:
     """Read a fitted state.
 
-    Args:
-        kind: Its class, such as `NestedConformal`.
-        folder: Where `save` wrote it.
-
     Returns:
         The same state.
 

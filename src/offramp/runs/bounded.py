@@ -51,10 +51,6 @@ def content(path: Path) -> bytes:
 def read_json(path: Path, advice: str) -> Any:
     """The value of a file that is one JSON document, not larger and not deeper than sensible.
 
-    Args:
-        path: The file.
-        advice: What to do if it is damaged.
-
     Returns:
         The value.
 

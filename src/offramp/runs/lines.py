@@ -50,11 +50,6 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def read_lines(path: Path, what: str, advice: str = REMOVE) -> Lines:
     """The objects of a file, half a line at its end left out.
 
-    Args:
-        path: The file.
-        what: They are, for messages.
-        advice: What to do if it is damaged.
-
     Returns:
         The objects, without digests. A file of an earlier version, without any, is taken with a warning.
 

@@ -191,11 +191,6 @@ def lens_weights(width: int, rank: int | None) -> int:
 def chosen_before(record: Mapping[str, Any] | None, most: int, kept: int | None) -> Placement | None:
     """The placement that a run began with, so that it goes on; None where it has none of that kind.
 
-    Args:
-        record: Its config.json.
-        most: How many exits are asked for now.
-        kept: Tokens of a test now.
-
     Returns:
         The placement.
     """

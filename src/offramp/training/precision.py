@@ -40,12 +40,6 @@ def fast_precision(
     first small steps away from them are rounded off again where they are multiplied with: after three steps of SmolLM2
     the losses of its exits had fallen by .1 to .3 nats, by .4 to 1.9 in float32 (same data and seed).
 
-    Args:
-        device: Where the model is.
-        dtype: Of its weights.
-        folder: Of the run, which may have been begun.
-        trainable: What learns, as in `TrainConfig`.
-
     Returns:
         The choice.
     """

@@ -181,11 +181,6 @@ def apply_intervals(
 ) -> Intervals:
     """Nested intervals, ∩_{l<=e} [m_l ± r_l·√q_l], of a state fitted on `conformal_scores.residuals`.
 
-    Args:
-        state: The quantiles.
-        prediction: Of E exits for N rows.
-        groups: Of the rows, [N], with cells "group".
-
     Returns:
         The intervals, nested; unbounded where there were too few calibration rows.
 

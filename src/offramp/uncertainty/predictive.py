@@ -86,9 +86,6 @@ class Noisy:
     def samples(self, temperature: float) -> Iterator[tuple[slice, slice, Tensor]]:
         """(z + noise) / T less its maximum over classes, in chunks that the caller may overwrite.
 
-        Args:
-            temperature: T > 0.
-
         Yields:
             Rows, draws, and what belongs to them, [draws, rows, C]; all draws of some rows, then the next rows.
         """
