@@ -108,12 +108,11 @@ def test_cifar100_has_two_labels(tmp_path):
     rows = [cifar_row(labels, image) for labels, image in zip(([19, 99], [0, 5], [7, 42]), images, strict=True)]
     (tmp_path / "train.bin").write_bytes(b"".join(rows[:2]))
     (tmp_path / "test.bin").write_bytes(rows[2])
-    fine, coarse = read_cifar100(tmp_path), read_cifar100(tmp_path, coarse=True)
+    fine = read_cifar100(tmp_path)
     assert (fine["train"].labels.tolist(), fine["test"].labels.tolist()) == ([99, 5], [42])
-    assert (coarse["train"].labels.tolist(), coarse["test"].labels.tolist()) == ([19, 0], [7])
-    assert (len(fine["train"].classes), len(coarse["train"].classes)) == (100, 20)
+    assert len(fine["train"].classes) == 100
     assert np.array_equal(fine["train"].inputs, images[:2])
-    assert np.array_equal(coarse["test"].inputs, images[2:])
+    assert np.array_equal(fine["test"].inputs, images[2:])
 
 
 @pytest.fixture
@@ -138,7 +137,6 @@ def test_a_folder_of_classes(folder):
     assert images[1, 5, 5].tolist() == [0, 0, 0]
     assert data.take([3, 2]).take([1]).inputs[np.array([0])][0, 0, 0].tolist() == [200, 0, 0]
     assert read_image_folder(folder, classes=("dog", "cat")).labels.tolist() == [0, 0, 1, 1]
-    assert read_image_folder(folder, grey=True).inputs[np.array([1])].shape == (1, 20, 30, 1)
 
 
 def test_images_are_brought_to_a_size_as_for_imagenet(folder):

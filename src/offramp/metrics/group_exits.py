@@ -58,7 +58,6 @@ def exits_by_group(
     groups: Groups | None = None,
     *,
     split: str,
-    confidence: Tensor | None = None,
 ) -> ExitsByGroup:
     """Who leaves where, and how well each group is served there.
 
@@ -67,7 +66,6 @@ def exits_by_group(
         chosen: The exit each row leaves at, in 0..E-1, [N], int64.
         groups: Of the rows; None: those of `outputs`, by number.
         split: Its name, for messages.
-        confidence: Of each exit and row, [E, N], if it is not the largest softmax probability.
 
     Returns:
         Accuracy, confidence, exit rates, depth and FLOPs by group.
@@ -84,14 +82,13 @@ def exits_by_group(
         )
     members, counts = groups.members.double(), groups.counts
     right = (outputs.logits.argmax(-1) == outputs.labels).double()  # [E, N]
-    if confidence is None:
-        confidence = outputs.logits.double().softmax(-1).amax(-1)
+    confidence = outputs.logits.double().softmax(-1).amax(-1)
     left = (torch.arange(outputs.exits)[:, None] == chosen).double()  # [E, N]
     leavers = left @ members  # [E, G]
     at_exit = (right * left).sum(0)  # whether a row is right where it leaves, [N]
     cost = outputs.costs.double()[chosen]
     return ExitsByGroup(
-        groups.names, counts, outputs.costs, right @ members / counts, confidence.double() @ members / counts,
+        groups.names, counts, outputs.costs, right @ members / counts, confidence @ members / counts,
         leavers / counts, (right * left) @ members / leavers, at_exit @ members / counts,
         (chosen + 1).double() @ members / counts, cost @ members / counts, (float(at_exit.mean()), float(cost.mean())),
     )  # fmt: skip

@@ -35,7 +35,6 @@ class SeedSummary:
         mean_of_minima: Of the worst group of each run.
         minimum_of_means: The smallest of the groups' means.
         minimum_group: The group of that.
-        worst_counts: In how many runs each group was the worst, the first of several; by name.
     """
 
     seeds: int
@@ -43,7 +42,6 @@ class SeedSummary:
     mean_of_minima: Spread
     minimum_of_means: float
     minimum_group: str
-    worst_counts: dict[str, int]
 
 
 def summarise_seeds(accuracies: ArrayLike, names: Sequence[str]) -> SeedSummary:
@@ -53,12 +51,11 @@ def summarise_seeds(accuracies: ArrayLike, names: Sequence[str]) -> SeedSummary:
         raise ValueError(
             f"accuracies have shape {list(table.shape)}; [runs, {len(names)} groups] is needed, one run or more"
         )
-    means, worst = table.mean(axis=0), table.argmin(axis=1)
+    means = table.mean(axis=0)
     at = int(means.argmin())
     return SeedSummary(
         len(table), {name: spread(column) for name, column in zip(names, table.T, strict=True)},
         spread(table.min(axis=1)), float(means[at]), names[at],
-        {name: int((worst == g).sum()) for g, name in enumerate(names)},
     )  # fmt: skip
 
 

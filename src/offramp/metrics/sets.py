@@ -77,20 +77,16 @@ class SetSummary:
     reached: Share
 
 
-def summarise(
-    sets: Sets, truth: Tensor, *, limit: float = 1.0, level: float = 0.95, method: Method = "exact"
-) -> SetSummary:
+def summarise(sets: Sets, truth: Tensor, *, limit: float = 1.0) -> SetSummary:
     """Judge sets.
 
     Args:
         sets: Of E exits for N rows: those of single exits, or their running intersection.
         truth: True labels or numbers, [N].
         limit: Size of a set that is small enough to leave with.
-        level: Of the binomial intervals, in (0, 1).
-        method: "exact": Clopper and Pearson's (1934); "wilson": Wilson's (1927).
 
     Returns:
-        The figures per exit.
+        The figures per exit; intervals are those of Clopper and Pearson (1934) at 95 %.
 
     Raises:
         ValueError: There are no rows, or not as many true values as rows.
@@ -105,7 +101,7 @@ def summarise(
     ratio = nestedness(size, nested.size, empty, nested.empty)
 
     def share(these: Tensor) -> Share:
-        return binomial(int(these.sum()), len(truth), level=level, method=method)
+        return binomial(int(these.sum()), len(truth))
 
     exits = [
         ExitSets(

@@ -85,26 +85,26 @@ def worst(results: Sequence[Result], rule: str) -> NDArray[np.float64]:
     return found
 
 
-def comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict[str, Paired]:
-    """Worst groups against a reference, seed by seed, of the methods that have the same seeds; {} if it has not two."""
-    if reference not in methods or len(methods[reference]) < 2:
+def comparisons(methods: Methods, rule: str) -> dict[str, Paired]:
+    """Worst groups against `REFERENCE`, seed by seed, of methods with the same seeds; {} if that has not two."""
+    if REFERENCE not in methods or len(methods[REFERENCE]) < 2:
         return {}
-    seeds = [result["seed"] for result in methods[reference]]
+    seeds = [result["seed"] for result in methods[REFERENCE]]
     figures = {
         name: worst(own, rule) for name, own in methods.items()
-        if name != reference and [result["seed"] for result in own] == seeds
+        if name != REFERENCE and [result["seed"] for result in own] == seeds
     }  # fmt: skip
-    return compare(figures, worst(methods[reference], rule), bounds=CHANGES) if figures else {}
+    return compare(figures, worst(methods[REFERENCE], rule), bounds=CHANGES) if figures else {}
 
 
-def matched_comparisons(methods: Methods, rule: str, reference: str = REFERENCE) -> dict[str, tuple[str, Paired]]:
+def matched_comparisons(methods: Methods, rule: str) -> dict[str, tuple[str, Paired]]:
     """Worst groups of confounded methods against plain distillation with their T and λ, where that has run.
 
     Returns:
         By name: what a method is compared with, and the comparison, corrected for the number of them.
     """
     pairs = {
-        name: match for name, match in matched.confounded(methods, reference).items()
+        name: match for name, match in matched.confounded(methods, REFERENCE).items()
         if match in methods and len(methods[match]) > 1
         and [result["seed"] for result in methods[name]] == [result["seed"] for result in methods[match]]
     }  # fmt: skip

@@ -49,7 +49,7 @@ def read_image(
     Args:
         path: Any file that Pillow reads.
         size: See `read_image_folder`.
-        grey: Likewise.
+        grey: One channel instead of red, green and blue.
         seen: What had to be done is counted there, in words for `tell`.
 
     Returns:
@@ -153,9 +153,7 @@ def tell(where: object, seen: Counter[str], total: int) -> None:
 # ---------------------------------------------------------------- folders of classes
 
 
-def read_image_folder(
-    folder: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None, grey: bool = False
-) -> Labelled:
+def read_image_folder(folder: str | Path, *, size: int | None = None, classes: Sequence[str] | None = None) -> Labelled:
     """Images in one folder per class: CLASS/NAME.png, or deeper, CLASS/ANY/NAME.png.
 
     The images are read when they are used, so there may be more of them than memory holds; only their heads are looked
@@ -167,7 +165,6 @@ def read_image_folder(
         size: Of the result, square: the shorter side becomes size · 8/7 (256 for 224, as usual for ImageNet; an image
             of this very size stays), then the centre is cut out. None: as they are, all of one size.
         classes: Their folders, in the order of the labels; None: all that hold an image, by name.
-        grey: One channel instead of red, green and blue.
 
     Returns:
         The rows, by class and name; ids are FOLDER/CLASS/NAME.png.
@@ -206,7 +203,7 @@ def read_image_folder(
         if not id.isascii() and id.encode(errors="ignore").decode() != id:
             raise ValueError(f"{str(path)!r} has a name that is no UTF-8; rename it")
     tell(folder, look_at(paths, same_size=size is None), len(paths))
-    return Labelled(ids, ImageFiles(paths, size, grey), torch.tensor(labels), tuple(found), source=str(folder))
+    return Labelled(ids, ImageFiles(paths, size), torch.tensor(labels), tuple(found), source=str(folder))
 
 
 def look_at(paths: Sequence[Path], *, same_size: bool = False) -> Counter[str]:
@@ -328,14 +325,13 @@ class ImageFiles:
 
     paths: tuple[Path, ...]
     size: int | None = None
-    grey: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         paths = [self.paths[row] for row in rows.tolist()]
-        return stacked(paths, [read_image(path, size=self.size, grey=self.grey) for path in paths])
+        return stacked(paths, [read_image(path, size=self.size) for path in paths])
 
 
 def stacked(paths: Sequence[str | Path], images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -84,15 +84,14 @@ def read_cifar10(folder: str | Path) -> dict[str, Labelled]:
     return _cifar(Path(folder), files, "batches.meta.txt", 10, bytes_before=1, label_at=0)
 
 
-def read_cifar100(folder: str | Path, *, coarse: bool = False) -> dict[str, Labelled]:
-    """CIFAR-100 in its binary format, train.bin and test.bin in cifar-100-binary; the fine labels, or the coarse.
+def read_cifar100(folder: str | Path) -> dict[str, Labelled]:
+    """CIFAR-100 in its binary format, train.bin and test.bin in cifar-100-binary; its fine labels.
 
     Returns:
-        As `read_cifar10`. Names of classes stand in fine_label_names.txt and coarse_label_names.txt.
+        As `read_cifar10`. Names of classes stand in fine_label_names.txt.
     """
     files = {"train": ["train.bin"], "test": ["test.bin"]}
-    names = "coarse_label_names.txt" if coarse else "fine_label_names.txt"
-    return _cifar(Path(folder), files, names, 20 if coarse else 100, bytes_before=2, label_at=0 if coarse else 1)
+    return _cifar(Path(folder), files, "fine_label_names.txt", 100, bytes_before=2, label_at=1)
 
 
 def _cifar(

@@ -77,10 +77,6 @@ class Intervals:
         high = self.high.masked_fill(self.empty, -torch.inf).cummin(dim=0).values
         return Intervals.between(low, high)
 
-    def within(self, low: float, high: float) -> Intervals:
-        """What of the intervals lies in a known range of the target, such as 0 to 5; for measuring sizes only."""
-        return Intervals.between(self.low.clamp(min=low), self.high.clamp(max=high))
-
 
 @dataclass(frozen=True)
 class ClassSets:
