@@ -6,8 +6,7 @@ import pytest
 
 from offramp import ExitPolicy
 from offramp.calibration import Grid, Promise, calibrate, decoded, load, settings_of
-from offramp.calibration.grid import chains_of, paths_of
-from offramp.calibration.plain import plain_policies
+from offramp.calibration.grid import chains_of, paths_of, plain_policies
 from offramp.report import drawing
 from scripted_calibration import BASE, TASK, Script, examples, model
 from test_calibration import REAL, SHORT, questions

@@ -33,8 +33,7 @@ from offramp.calibration.drift import packed
 from offramp.calibration.estimates import estimate, seconds_held_out, units
 from offramp.calibration.evidence import changes
 from offramp.calibration.evidence import packed as packed_losses
-from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, paths_of, settings_of
-from offramp.calibration.plain import static_layers_of
+from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, paths_of, settings_of, static_layers_of
 from offramp.calibration.promise import Promise
 from offramp.calibration.result import CONFIG, Calibration
 from offramp.calibration.room import Room, room_of

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from offramp.calibration.plain import plain_policies
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import require_frequent, rule_of
-from offramp.evaluation.arms import tested_from
+from offramp.evaluation.arms import short_prompt, tested_from
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -29,7 +28,7 @@ NEVER, FULL_DEPTH = ExitPolicy(threshold=None), "full depth"
 """The full model: cost 1 and no loss, certified without a test, unless losses are those against another number format.
 What is left where nothing else is, or pays."""
 PLAIN = "plain"
-"""The family of settings that test nothing (`offramp.calibration.plain`)."""
+"""The family of settings that test nothing: what a policy has to beat."""
 
 LayerThresholds = Callable[[ExitPolicy, Sequence[float], str], Sequence[tuple[float, ...]]]
 """(policy, knobs, rule) -> for each knob one threshold per exit (see `offramp.calibration.layer_thresholds`)."""
@@ -44,7 +43,7 @@ class Grid:
         min_layers: First layers tested; None: that of the policy.
         vocabulary_sizes: Tokens kept by a policy that prunes; None: those of the policy.
         per_layer: A threshold for each exit layer: a family with one parameter, the share of wrong tokens kept in.
-        static_layers: Static exits tried beside the policy; None: `offramp.calibration.plain.static_layers_of`.
+        static_layers: Static exits tried beside the policy; None: `static_layers_of`.
         vocabularies: Kinds of pruning, None among them for all tokens; None: that of the policy.
         skipped: What happens to keys and values of skipped layers; None: that of the policy.
         gains: Prices of thresholds by gain, one for each exit layer, tried beside the `thresholds`; None: none.
@@ -343,3 +342,41 @@ def _name(policy: ExitPolicy, what: str, place: Place, grid: Grid) -> str:
         place.skipped or "",
     ]
     return ", ".join([f"{policy.confidence}{what}", *filter(None, parts)])
+
+
+# ---------------------------------------------------------------- settings that test nothing
+
+# "Never exit" is not among them: it costs what the full model costs and loses nothing, so it needs no certificate.
+STATIC = 4
+"""Static exits tried unless others are named, at most."""
+
+
+def static_layers_of(lm: LanguageModel) -> tuple[int, ...]:
+    """Static exits worth trying: a few of the trained exits, the deepest among them; without any, none."""
+    layers = lm.split.exit_layers
+    step = -(-len(layers) // STATIC) or 1
+    return tuple(sorted(layers[::-1][::step]))
+
+
+def plain_policies(base: ExitPolicy, static_layers: Sequence[int]) -> dict[str, ExitPolicy]:
+    """Settings that test nothing, with the prompt of a policy: from safe to bold.
+
+    Args:
+        base: The policy; if it drafts, tokens are drafted at the static exits, too.
+        static_layers: Layers of the static exits.
+
+    Returns:
+        Policies by name: that of the prompt alone where it stops early, then static exits, the deepest first. A prompt
+        stops where a static exit is, if that is shallower.
+    """
+    stop, policies = base.prompt_layer, dict[str, ExitPolicy]()
+    if stop is not None and base.threshold is not None:
+        policies[f"prompt to {stop}"] = short_prompt(stop)
+    for layer in sorted(set(static_layers), reverse=True):
+        inner = stop is not None and stop < layer
+        policies[f"static {layer}" + (f", prompt to {stop}" if inner else "")] = ExitPolicy(
+            "static", min_layer=layer, prompt_layer=stop if inner else None,
+            skipped=base.skipped if base.skipped == "verify" else "propagate", draft_length=base.draft_length,
+            draft=base.draft, accept=base.accept if base.skipped == "verify" else 1.0,
+        )  # fmt: skip
+    return policies
