@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,9 @@ from offramp.distillation import DataConfig, Network, Study, runs
 from offramp.distillation.config import bundled, study_from
 from offramp.distillation.data import load_set
 from offramp.distillation.grid import ensure
-from offramp.tasks.difficulty import GAIN, SEEDS, WORST, check_difficulty
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from difficulty import GAIN, SEEDS, WORST, check_difficulty  # noqa: E402 - no package: it is found by the line above
 
 pytest.importorskip("sklearn")
 FOLDERS = {"mnist-on-colour": "OFFRAMP_FASHION_MNIST", "spuco-mnist": "OFFRAMP_MNIST"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer, tokenize
 
 from offramp.metrics import words as words_module
-from offramp.metrics.text import METRICS, corpus_scores, normalise, reads, tokenisers
+from offramp.metrics.text import METRICS, corpus_metric, normalise, reads, tokenisers
 from offramp.metrics.words import bleu_tokeniser, parted, words
 
 CHINESE, OTHER_CHINESE = "今天天气很好我们去公园散步", "昨天下雨他在家读书"
@@ -125,8 +125,8 @@ def test_bleu_of_chinese_is_sacrebleus():
     prediction, references = "今天天气不好", [CHINESE, "今天天气好"]
     expected = sacrebleu.sentence_bleu(prediction, references, tokenize="zh").score / 100
     assert METRICS["bleu"](prediction, references) == pytest.approx(expected) != pytest.approx(0)
-    corpus = corpus_scores(["bleu"], [prediction, "ok"], [references, ["OK", "ok"]])["bleu"]
     streams = [[references[0], "OK"], [references[1], "ok"]]
+    corpus = corpus_metric("bleu", [references, ["OK", "ok"]]).corpus_score([prediction, "ok"], streams).score
     assert corpus == pytest.approx(sacrebleu.corpus_bleu([prediction, "ok"], streams, tokenize="zh").score)
 
 

@@ -147,8 +147,8 @@ def test_files_are_compared_by_their_bytes_and_read_if_another_is_as_long(tmp_pa
     for name, content in (("a", b"123"), ("b", b"124"), ("c", b"12345"), ("d", b"123")):
         (tmp_path / name).write_bytes(content)
     files = ImageFiles(tuple(tmp_path / name for name in "abcd"))
-    read, digest = [], labelled_inputs._digest
-    monkeypatch.setattr(labelled_inputs, "_digest", lambda path: read.append(path.name) or digest(path))
+    read, digest = [], labelled_inputs.of_file
+    monkeypatch.setattr(labelled_inputs, "of_file", lambda path: read.append(path.name) or digest(path))
     ((a, b, c, d),) = contents(files)
     assert a == d
     assert len({a, b, c}) == 3
