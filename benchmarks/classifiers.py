@@ -35,7 +35,7 @@ from offramp.classifiers.evaluate import charged, evaluate
 from offramp.classifiers.loading import load
 from offramp.classifiers.outputs import load_outputs
 from offramp.classifiers.result import ClassifierEvaluation
-from offramp.classifiers.trainer import train_classifier
+from offramp.classifiers.trainer import train_exits
 from offramp.classifiers.validity import validate
 from offramp.metrics.sets import summarise
 from offramp.report.classifier_plots import save_classifiers
@@ -176,7 +176,7 @@ def trained(study: Study, splits: dict[str, Labelled], seed: int, folder: Path) 
                 bar.total, bar.n = total, done
                 bar.set_postfix_str(what)
 
-            result = train_classifier(model, train, judged, study.config(seed), folder / "train", progress=progress)
+            result = train_exits(model, train, judged, study.config(seed), folder / "train", progress=progress)
         print(result.table(), flush=True)
         (folder / "done").touch()
     return load(folder / "train" / "model").eval()

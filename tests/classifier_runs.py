@@ -10,7 +10,7 @@ from torch import nn
 from offramp.classifiers.batches import Augmentation, ImagePreprocessing, ImageRows
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.objectives import logits_of
-from offramp.classifiers.trainer import train_classifier
+from offramp.classifiers.trainer import train_exits
 from offramp.tasks.labelled import Labelled
 
 
@@ -86,7 +86,7 @@ def run(folder, *, weighted=False, progress=None, **options):
     torch.manual_seed(1)
     objective = Weighted(60) if weighted else None
     model = net()
-    result = train_classifier(
+    result = train_exits(
         model, rows(), rows(24, seed=1, prefix="v"), ClassifierTrainConfig(**settings), Path(folder),
         objective=objective, after_epoch=objective.after_epoch if objective else None, progress=progress,
     )  # fmt: skip

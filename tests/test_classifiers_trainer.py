@@ -21,7 +21,7 @@ from offramp.classifiers.loading import load
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.objectives import joint_cross_entropy, logits_of
 from offramp.classifiers.outputs import collect
-from offramp.classifiers.trainer import train_classifier
+from offramp.classifiers.trainer import train_exits
 from offramp.runs.folder import TrainingError
 from offramp.runs.lines import read_lines
 from offramp.tasks.labelled import Labelled
@@ -92,7 +92,7 @@ def test_a_step_is_that_of_torch(tmp_path):
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    train_classifier(model, prepared, rows(6, prefix="v"), config, tmp_path)
+    train_exits(model, prepared, rows(6, prefix="v"), config, tmp_path)
     optimiser = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     for rate in (0.1, 0.1, 0.1, 0.01, 0.001):  # below .5 of the way, .6, .8
         optimiser.param_groups[0]["lr"] = rate
@@ -128,7 +128,7 @@ def test_frozen_parameters_stay(tmp_path):
     model = net()
     model.blocks[0].requires_grad_(False)
     before = model.blocks[0][0].weight.clone()
-    train_classifier(model, rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path)
+    train_exits(model, rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path)
     assert torch.equal(model.blocks[0][0].weight, before)
     assert not torch.equal(model.blocks[1][0].weight, net().blocks[1][0].weight)
 
@@ -146,7 +146,7 @@ def test_an_msdnet_learns_is_saved_and_collected(tmp_path, options):
         MSDNet(shape), (1,), labels=train.data.classes, preprocessing=train.preprocessing.settings
     )
     config = ClassifierTrainConfig(epochs=12, batch_size=12, **options)
-    result = train_classifier(classifier, train, judge, config, tmp_path)
+    result = train_exits(classifier, train, judge, config, tmp_path)
     assert min(result.accuracy) > 0.6
     assert result.model is not None
     loaded = load(result.model)
@@ -170,12 +170,12 @@ def test_an_encoder_learns_pairs_of_texts(tmp_path):
     config = ClassifierTrainConfig(
         epochs=4, batch_size=16, optimiser="adamw", learning_rate=3e-3, schedule="linear", clip=1.0
     )
-    result = train_classifier(classifier, pairs("t"), pairs("v"), config, tmp_path)
+    result = train_exits(classifier, pairs("t"), pairs("v"), config, tmp_path)
     assert all(after < before for before, after in zip(result.loss_before, result.loss, strict=True))
     assert result.truncated == 0
     labelled = EarlyExitClassifier(classifier.backbone, (2,), labels=("same", "differ"))
     with pytest.raises(ValueError, match="labels are same, differ and the data's classes differ, same"):
-        train_classifier(labelled, pairs("t"), pairs("v"), config, tmp_path / "other")
+        train_exits(labelled, pairs("t"), pairs("v"), config, tmp_path / "other")
 
 
 # ---------------------------------------------------------------- rows and objectives
@@ -197,7 +197,7 @@ def test_objectives_see_rows_by_their_ids(tmp_path):
 
     ended = []
     config = ClassifierTrainConfig(epochs=3, batch_size=8)
-    train_classifier(
+    train_exits(
         net(), prepared, rows(6, prefix="v"), config, tmp_path, objective=objective,
         after_epoch=lambda epoch, model: ended.append((epoch, len(seen))),
     )  # fmt: skip
@@ -234,7 +234,7 @@ def test_a_weight_of_two_is_a_row_twice(tmp_path):
             block[1] = nn.Identity()  # batch norm would see the row twice
         weights[4] = weight
         config = ClassifierTrainConfig(epochs=3, batch_size=13, learning_rate=0.01)
-        train_classifier(
+        train_exits(
             model, ImageRows(data, preprocessing), rows(6, prefix="v"), config, tmp_path / name, objective=summed
         )
         models.append(model)
@@ -260,7 +260,7 @@ def test_sampling_draws_rows_in_proportion(tmp_path):
     sampling = torch.ones(60)
     sampling[:20], sampling[59] = 4.0, 0.0
     config = ClassifierTrainConfig(epochs=20)
-    train_classifier(net(), rows(), rows(6, prefix="v"), config, tmp_path, objective=objective, sampling=sampling)
+    train_exits(net(), rows(), rows(6, prefix="v"), config, tmp_path, objective=objective, sampling=sampling)
     assert drawn.sum() == 1200
     assert drawn[59] == 0
     assert float(drawn[:20].sum() / drawn.sum()) == pytest.approx(80 / 119, abs=0.05)
@@ -329,7 +329,7 @@ def test_draws_outside_are_left_alone(tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    train_classifier(model, rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path)
+    train_exits(model, rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -353,9 +353,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
     config = ClassifierTrainConfig(epochs=2, batch_size=8, save_every=2)
     with pytest.raises(TrainingError, match=r"NaN or infinity at step 6 in the objective; the last good checkpoint is"):
-        train_classifier(net(), rows(), rows(6, prefix="v"), config, tmp_path, objective=objective)
+        train_exits(net(), rows(), rows(6, prefix="v"), config, tmp_path, objective=objective)
     model, before = net(), len(calls)
-    result = train_classifier(model, rows(), rows(6, prefix="v"), config, tmp_path, objective=objective)
+    result = train_exits(model, rows(), rows(6, prefix="v"), config, tmp_path, objective=objective)
     assert (len(calls) - before, result.steps) == (12, 16)  # from step 4 on
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -365,7 +365,7 @@ def test_a_diverging_run_names_the_exit(tmp_path):
     with torch.no_grad():
         model.heads[1].bias[0] = math.inf
     with pytest.raises(TrainingError, match="step 0 in exit 2; nothing saved"):
-        train_classifier(model, rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path)
+        train_exits(model, rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -392,19 +392,19 @@ def test_weights_for_other_exits_and_other_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"weights are \(1.0, 2.0\); give 3, one per exit"):
         run(tmp_path / "a", weights=(1.0, 2.0))
     with pytest.raises(ValueError, match="the classifier has 4 classes and the data 3"):
-        train_classifier(net(classes=4), rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path / "b")
+        train_exits(net(classes=4), rows(), rows(6, prefix="v"), ClassifierTrainConfig(epochs=1), tmp_path / "b")
 
 
 def test_bad_data_is_refused(tmp_path):
     config = ClassifierTrainConfig(epochs=1)
     with pytest.raises(ValueError, match="splits train and validation share 6 rows"):
-        train_classifier(net(), rows(), rows(6), config, tmp_path)
+        train_exits(net(), rows(), rows(6), config, tmp_path)
     few = rows()
     one = ImageRows(few.data.take(list(range(0, 60, 3))), few.preprocessing)
     with pytest.raises(ValueError, match="rows of one class only"):
-        train_classifier(net(), one, rows(6, prefix="v"), config, tmp_path)
+        train_exits(net(), one, rows(6, prefix="v"), config, tmp_path)
     two = ImageRows(few.data.take([row for row in range(60) if row % 3]), few.preprocessing)
     with pytest.warns(UserWarning, match="no training row is of class lying"):
-        train_classifier(net(), two, rows(6, prefix="v"), config, tmp_path)
+        train_exits(net(), two, rows(6, prefix="v"), config, tmp_path)
     with pytest.raises(ValueError, match="give 60 weights of at least 0"):
-        train_classifier(net(), rows(), rows(6, prefix="v"), config, tmp_path, sampling=-torch.ones(60))
+        train_exits(net(), rows(), rows(6, prefix="v"), config, tmp_path, sampling=-torch.ones(60))

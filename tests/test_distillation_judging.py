@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from distillation_runs import READOUT
 from offramp.classifiers.loading import load
-from offramp.cli.distill import study_of as study_of_command
 from offramp.distillation import DataConfig, Network, Study, judging, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.data import load_set
+from offramp.distillation.distill_grid import study_of as study_of_command
 from offramp.distillation.early_exits import fit_early_exits, require_linear
 from offramp.distillation.grid import ensure
 from offramp.distillation.networks import build, rows_for, word_tokenizer
@@ -207,7 +207,7 @@ def test_exits_with_more_than_a_linear_layer_are_refused_before_training(study, 
     for name in ("bert", "vit", "modernbert", "resnet basic"):
         require_linear(tiny_classifier(name))
     monkeypatch.setattr(run_module, "build", lambda *_: tiny_classifier("bert", hidden=8))
-    monkeypatch.setattr(run_module, "train_classifier", None)
+    monkeypatch.setattr(run_module, "train_exits", None)
     with pytest.raises(ValueError, match="exit 1 has more than"):
         ensure(one(study, "kd", "erm"), tmp_path / "out")
     assert not (tmp_path / "out" / "shared").exists()  # not even its teacher

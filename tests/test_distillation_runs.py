@@ -119,7 +119,7 @@ def test_methods_without_groups_never_see_them(tmp_path, monkeypatch):
         seen[options["settings"]["run"]] = train.data.groups
         raise InterruptedError
 
-    monkeypatch.setattr(run_module, "train_classifier", watched)
+    monkeypatch.setattr(run_module, "train_exits", watched)
     for name, teacher, known in (("erm", None, False), ("jtt", None, False), ("group_dro", None, True)):
         run = replace(one(name, teacher), method=replace(one(name, teacher).method, errors=None))
         with pytest.raises(InterruptedError):

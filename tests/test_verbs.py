@@ -11,7 +11,7 @@ import torch
 
 import offramp
 from classifier_data import save_resnet, write_idx
-from offramp import ExitPolicy, LanguageModel, TokenDistillation, TrainConfig
+from offramp import ClassifierTrainConfig, ExitPolicy, LanguageModel, TokenDistillation, TrainConfig
 from offramp.calibration import PosteriorConfig, Promise
 from offramp.calibration import calibrate as certify
 from offramp.calibration import fit_posterior as fit_to
@@ -83,7 +83,10 @@ def test_methods_are_the_functions_with_their_signatures_and_examples(lm, name):
     assert f"lm.{name}(" in method.__doc__
 
 
-@pytest.mark.parametrize("name", [*VERBS, "fit_posterior", "distill", "classify"])
+OF_CLASSIFIERS = ("train_classifier", "evaluate_classifier", "calibrate_classifier", "classify", "distill_grid")
+
+
+@pytest.mark.parametrize("name", [*VERBS, "fit_posterior", "distill", *OF_CLASSIFIERS])
 def test_every_option_has_a_name(name):
     parameters = inspect.signature(getattr(offramp, name)).parameters.values()
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
@@ -223,25 +226,58 @@ def test_distill_on_own_answers_by_group(tmp_path):
         offramp.distill(student, teacher, out=tmp_path / "other")
 
 
-def test_classify(tmp_path):
+def test_a_classifier_from_files_to_answers(tmp_path, caplog):
     from PIL import Image
-    from typer.testing import CliRunner
 
     from offramp.classifiers.loading import load
-    from offramp.cli import app
 
-    arguments = ["train", str(save_resnet(tmp_path / "resnet")), "--task", "image-classification", "--data"]
-    arguments += [str(write_idx(tmp_path / "bars")), "--classes", "lying,standing,spot", "--epochs", "1"]
-    done = CliRunner().invoke(app, [*arguments, "--augment", "none", "--out", str(tmp_path / "run")])
-    assert done.exit_code == 0, done.output
+    caplog.set_level("INFO", "offramp")
+    data, task = write_idx(tmp_path / "bars"), "image-classification"
+    config = ClassifierTrainConfig(epochs=1, optimiser="adamw")
+    trained = offramp.train_classifier(
+        str(save_resnet(tmp_path / "resnet")), task, data, classes=["lying", "standing", "spot"], augment="none",
+        config=config, out=tmp_path / "run",
+    )  # fmt: skip
+    assert trained.model == tmp_path / "run" / "model"
+    assert any(said.startswith("rows: train ") for said in caplog.messages)
+    found = offramp.evaluate_classifier(
+        trained.model, data, methods=["vanilla", "temperature"], resamples=0, limit=20, out=tmp_path / "evaluated"
+    )
+    assert {"vanilla", "temperature"} <= set(found.methods("clean"))
+    made = offramp.calibrate_classifier(str(trained.model), str(data), posterior="temperature", out=tmp_path / "honest")
+    assert made.conditions["model"] == "run"
+    assert made.conditions["data"] == str(data)
+    for verb in (offramp.evaluate_classifier, offramp.calibrate_classifier):
+        with pytest.raises(ValueError, match="was trained for image-classification, not for text-classification"):
+            verb(trained.model, data, task="text-classification")
+    with pytest.raises(ArgumentError, match="`loss` f1: choose one of consistency"):
+        offramp.calibrate_classifier(trained.model, data, loss="f1")
+    with pytest.raises(ArgumentError, match="`augment` mirror: choose one of crop-flip"):
+        offramp.train_classifier("resnet", task, data, augment="mirror")
+    with pytest.raises(ValueError, match="name at least one"):
+        offramp.evaluate_classifier([], data)
     image = tmp_path / "image.png"
     Image.new("L", (8, 8), 90).save(image)
     classifier = load(tmp_path / "run" / "model")
     expected = answers(classifier, [str(image)], thresholds=0.4)
     assert offramp.classify(tmp_path / "run" / "model", str(image), thresholds=0.4) == expected
     assert offramp.classify(classifier, [str(image)], thresholds=0.4) == expected
+    (answer,) = offramp.classify(classifier, str(image), posterior=tmp_path / "honest", budget=0.9)
+    assert answer.share <= 1.5
     with pytest.raises(ValueError, match="`budget` needs `posterior`"):
         offramp.classify(classifier, [str(image)], budget=0.5)
+
+
+def test_a_grid_of_students(tmp_path):
+    pytest.importorskip("sklearn")
+    asked = {"methods": ["erm", "kd"], "teacher_methods": ["erm"], "seeds": [3], "epochs": 1, "out": tmp_path}
+    grid = offramp.distill_grid("small-cnn:4", "stand-in:digits-on-colour", **asked)
+    assert [row["method"] for row in grid._rows()] == ["erm", "kd"]
+    assert {row["seed"] for row in grid._rows()} == {3}
+    assert grid.table() == (tmp_path / "report.md").read_text()
+    assert set(grid.to_dict()["teachers"]["erm"]) == {"erm", "kd"}
+    with pytest.raises(ArgumentError, match="`student` is missing"):
+        offramp.distill_grid(data="stand-in:digits-on-colour", settings={})
 
 
 def test_errors_say_what_is_allowed(lm, tmp_path):

@@ -11,8 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.classifiers.calibrate_classifier import calibrate_classifier as calibrate_classifier
     from offramp.classifiers.classifier import EarlyExitClassifier as EarlyExitClassifier
     from offramp.classifiers.classify import classify as classify
+    from offramp.classifiers.config import ClassifierTrainConfig as ClassifierTrainConfig
+    from offramp.classifiers.evaluate_classifier import evaluate_classifier as evaluate_classifier
+    from offramp.classifiers.train_classifier import train_classifier as train_classifier
     from offramp.core.confidence import Contrast as Contrast
     from offramp.core.costs import Costs as Costs
     from offramp.core.decoding import Step as Step
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from offramp.core.generation import Generation as Generation
     from offramp.core.language_model import LanguageModel as LanguageModel
     from offramp.core.policy import ExitPolicy as ExitPolicy
+    from offramp.distillation.distill_grid import distill_grid as distill_grid
     from offramp.distillation.language_models import TokenDistillation as TokenDistillation
     from offramp.families import SplitModel as SplitModel
     from offramp.families import UnsupportedModelError as UnsupportedModelError
@@ -52,7 +57,12 @@ _HOMES = {
     "calibrate": "lm.calibrate",
     "fit_posterior": "lm.fit_posterior",
     "distill": "lm.distill",
+    "distill_grid": "distillation.distill_grid",
     "TokenDistillation": "distillation.language_models",
+    "train_classifier": "classifiers.train_classifier",
+    "ClassifierTrainConfig": "classifiers.config",
+    "evaluate_classifier": "classifiers.evaluate_classifier",
+    "calibrate_classifier": "classifiers.calibrate_classifier",
     "classify": "classifiers.classify",
     # when to leave
     "ExitPolicy": "core.policy",

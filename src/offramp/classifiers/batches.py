@@ -215,6 +215,12 @@ class Augmentation:
         return found
 
 
+AUGMENTATIONS = {
+    "crop-flip": Augmentation(), "crop": Augmentation(flip=False), "flip": Augmentation(pad=0), "none": None
+}  # fmt: skip
+"""By name."""
+
+
 @dataclass(frozen=True)
 class ImageRows:
     """Rows of images.

@@ -92,10 +92,8 @@ def compare(
         The evaluation.
 
     Raises:
-        ValueError: There are no networks, or they have other exits, classes or test rows; or texts are to be corrupted.
+        ValueError: They have other exits, classes or test rows; or texts are to be corrupted.
     """
-    if not networks:
-        raise ValueError("there is no network to evaluate; name at least one")
     _require_free(folder)
     steps = len(networks) * (len(config.methods) + 1)
     seeds: list[tuple[Method, ...]] = []

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from offramp.values import listed
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 TASKS = (IMAGES, TEXTS)
+TaskName = Literal["image-classification", "text-classification"]
 IMAGE_LAYOUTS = ("idx", "cifar10", "cifar100", "folder")
 TEXT_LAYOUTS = {"sst2": SST2, "snli": SNLI, "snli-published": SNLI_PUBLISHED}
 COLUMNS = "columns"
@@ -204,13 +205,13 @@ def config_of(saved: Mapping[str, Any]) -> DataConfig:
 
 
 def read_again(
-    saved: Mapping[str, Any], task: str, data: Path, test: Path | None = None
+    saved: Mapping[str, Any], task: str | None, data: Path, test: Path | None = None
 ) -> tuple[DataConfig, dict[str, Labelled]]:
     """The division a model was trained with.
 
     Args:
         saved: Its record, `EarlyExitClassifier.trained_on`.
-        task: What the user thinks it is made for.
+        task: What the user thinks it is made for; None: nobody said.
         data: What it was trained on.
         test: The published test split it was given, if any.
 
@@ -227,7 +228,7 @@ def read_again(
             "offramp train"
         )
     config = config_of(saved)
-    if config.task != task:
+    if task not in (None, config.task):
         raise ValueError(f"the model was trained for {config.task}, not for {task}; give that as task")
     splits = divide(config, data, test)
     for name, rows in splits.items():

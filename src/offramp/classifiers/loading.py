@@ -69,6 +69,17 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device | None = 
     return classifier.to(named_device(device)).eval()
 
 
+def title(model: str | os.PathLike[str]) -> str:
+    """What a classifier in a folder is called: after its run, `runs/train-NAME/model`."""
+    place = Path(model).expanduser().resolve()
+    return (place.parent if place.name == "model" else place).name.removeprefix("train-")
+
+
+def run_folder(verb: str, model: str | os.PathLike[str], *more: str) -> Path:
+    """Where a run on a classifier is written by default, runs/VERB-NAME-MORE."""
+    return Path("runs") / "-".join((verb, title(model), *more))
+
+
 def _require_shapes(folder: Path, values: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Refuse, before any memory is asked for, a description of another network than the weights are of."""
     most = max(1024, len(weights), *(size for tensor in weights.values() for size in tensor.shape))

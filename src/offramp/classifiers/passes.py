@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,12 +47,12 @@ class Passes:
     @classmethod
     def of(
         cls,
-        model: Path,
-        task: str,
-        data: Path,
-        test: Path | None = None,
+        model: str | os.PathLike[str],
+        data: str | os.PathLike[str],
+        test: str | os.PathLike[str] | None = None,
+        task: str | None = None,
         *,
-        folder: Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
         device: str | None = None,
         batch_size: int = 64,
         progress: Callable[..., None] | None = None,
@@ -60,9 +61,9 @@ class Passes:
 
         Args:
             model: Its folder.
-            task: What the user thinks it is made for.
             data: What it was trained on, divided again as it was then.
             test: The published test split it was given, if any.
+            task: What the user thinks it is made for; None: nobody said.
             folder: Where to keep outputs; None: beside the model, with "-outputs" behind its name.
             device: Where to run; None: the first CUDA GPU if there is one, else the CPU.
             batch_size: Rows at once.
@@ -79,8 +80,9 @@ class Passes:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         classifier = load(model, device=device)
-        config, splits = read_again(classifier.trained_on, task, data, test)
-        place = folder or model.parent / f"{model.name}-outputs"
+        config, splits = read_again(classifier.trained_on, task, Path(data), None if test is None else Path(test))
+        beside = Path(model).parent / f"{Path(model).name}-outputs"
+        place = beside if folder is None else Path(folder)
         return cls(classifier, splits, place, config.longest, batch_size, progress)
 
     @cached_property

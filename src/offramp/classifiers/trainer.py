@@ -88,7 +88,7 @@ class ClassifierTrainResult(Result):
         return f"{markdown(['exit', 'accuracy', 'loss (nats)'], rows)}\n{self.validation_rows} validation rows; {did}"
 
 
-def train_classifier(
+def train_exits(
     model: nn.Module,
     train: Rows,
     validation: Rows,

@@ -22,7 +22,10 @@ EARLIER = {
 }  # fmt: skip
 """Options by what they were called, which still works where the name is not taken; no help speaks of it."""
 
-OPTIONS = {"texts": "--text", "thresholds": "--threshold"}
+OPTIONS = {
+    "texts": "--text", "thresholds": "--threshold", "teachers": "--teacher", "settings": "--config",
+    "student": "STUDENT",
+}  # fmt: skip
 """What arguments of verbs are called here, where it is not the same."""
 
 OF_CLASSIFIERS = ("train", "calibrate", "evaluate")

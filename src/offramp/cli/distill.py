@@ -86,89 +86,20 @@ def distill(
     group with its interval, what distillation cost it, exits by group, how well weights find the minority, what other
     selection rules would have chosen, and where group labels were used. `offramp report` shows the same with pictures.
     """
-    from offramp.distillation.config import runs
-    from offramp.distillation.grid import run_grid
-    from offramp.hub.devices import named_device
-    from offramp.report.grids import FEW, summary, tables, write_groups
-    from offramp.runs.files import write_text
+    import offramp
 
-    values = settings_from(config, data)
-    study, given = study_of(values, student, teacher or [], data, task, epochs, select)
-    names = [name.strip() for name in method.split(",") if name.strip()]
-    taught = given or [name.strip() for name in teacher_method.split(",") if name.strip()]
-    asked = runs(study, names, taught, list(range(first_seed, first_seed + seeds)), values.get("methods"))
-    folder = out or Path("runs") / f"distill-{study.data.name}"
+    chosen: Any = {"task": task, "select": select, "backend": backend}
     with o.progress("distilling") as progress:
-        results = run_grid(
-            asked, folder, processes=processes, engine=backend, threads=threads, device=str(named_device(device)),
-            progress=progress,
+        grid = offramp.distill_grid(
+            student, data, **chosen, teachers=teacher or [], teacher_methods=_names(teacher_method),
+            methods=_names(method), settings=config, seeds=range(first_seed, first_seed + seeds), epochs=epochs,
+            processes=processes, threads=threads, device=device, out=out, progress=progress,
         )  # fmt: skip
-    write_text(folder / "report.md", tables(results, study.select))
-    write_groups(results, folder / "groups.csv")
     if str(json) != "-":
-        o.say(tables(results, study.select, FEW))
-    o.note(f"wrote {folder / 'report.md'} and groups.csv; pictures: offramp report {folder}")
-    o.write_result(summary(results, study.select), json)
+        o.say(grid.table())
+    o.note(f"wrote {grid.folder / 'report.md'} and groups.csv; pictures: offramp report {grid.folder}")
+    o.write_result(grid.to_dict(), json)
 
 
-def settings_from(config: str | None, data: str | None) -> dict[str, Any]:
-    """The settings of a file, or of a set that come with the library; those of a stand-in need not be asked for."""
-    from offramp.distillation.config import BUNDLED, bundled
-    from offramp.runs.bounded import read_object
-
-    if config is None:
-        name = (data or "").removeprefix("stand-in:").partition(":")[0]
-        return bundled(name) if name != data and name in BUNDLED else {}
-    if config in BUNDLED:
-        return bundled(config)
-    path = Path(config).expanduser()
-    if not path.is_file():
-        raise typer.BadParameter(f"--config {config}: no such file; those that come along are {', '.join(BUNDLED)}")
-    return read_object(path, "give a JSON file with an object")
-
-
-def study_of(
-    values: dict[str, Any],
-    student: str | None,
-    teacher: list[str],
-    data: str | None,
-    task: str | None,
-    epochs: int | None,
-    select: str | None,
-) -> tuple[Any, list[str]]:
-    """The study of file and options, which go first; and teachers that are given."""
-    from dataclasses import replace
-
-    from offramp.distillation.config import Study, study_from
-    from offramp.distillation.data import DataConfig
-    from offramp.distillation.networks import Network, is_classifier
-    from offramp.metrics.selection import WITH_GROUPS
-
-    given = [
-        t if t.startswith("logits:") else f"folder:{t}" for t in teacher if t.startswith("logits:") or is_classifier(t)
-    ]
-    networks = [t for t in teacher if not t.startswith("logits:") and not is_classifier(t)]
-    if len(networks) > 1 or (networks and given):
-        raise typer.BadParameter("--teacher: give one network to be trained, or teachers that are ready, not both")
-    own = {key: dict(values.get(key, {})) for key in ("data", "student", "teacher")}
-    path, source = data or own["data"].get("path"), student or own["student"].get("source")
-    if path is None:
-        raise typer.BadParameter("--data is missing; give a local folder, or stand-in:digits-on-colour")
-    if source is None:
-        raise typer.BadParameter("STUDENT is missing; give a network such as small-cnn:8")
-    of_teacher = networks[0] if networks else own["teacher"].get("source")
-    kind = task if task is not None or path.startswith("stand-in:") else own["data"].get("task")
-    base = Study(DataConfig(path, kind), Network(source), Network(of_teacher or source))
-    for key, name in (("data", "path"), ("data", "task"), ("student", "source"), ("teacher", "source")):
-        own[key].pop(name, None)
-    study: Study = study_from({**values, **own}, base)
-    if epochs is not None:
-        study = replace(
-            study, training=replace(study.training, epochs=epochs),
-            teacher_training=replace(study.teacher_training, epochs=epochs),
-        )  # fmt: skip
-    if select is not None:
-        study = replace(study, select=select)
-        if select not in WITH_GROUPS and "teacher_select" not in values:
-            study = replace(study, teacher_select=select)  # whoever has no groups for students has none for teachers
-    return study, given
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -27,7 +27,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.loading import load
 from offramp.classifiers.saving import training_rows
-from offramp.classifiers.trainer import train_classifier
+from offramp.classifiers.trainer import train_exits
 from offramp.distillation import dfr, objectives
 from offramp.distillation import teacher as teachers
 from offramp.distillation.by_group import found_by_group, keep_weights
@@ -264,7 +264,7 @@ def _train(
         record(history, epoch + 1, student, parts, more)
 
     settings = {"run": run.digest}
-    train_classifier(
+    train_exits(
         _Unsaved(student), parts.train, parts.select, training, folder / "training", objective=objective,
         after_epoch=after_epoch, sampling=sampling, settings=settings,
     )  # fmt: skip

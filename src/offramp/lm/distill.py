@@ -54,7 +54,7 @@ def distill(
     """Let a language model learn from another one with the same tokens, on texts, or on its own answers to prompts.
 
     Started again in the same folder, an interrupted distillation goes on. Classifiers are distilled by
-    `offramp.distillation.grid`:
+    `offramp.distill_grid`:
 
         result = offramp.distill(offramp.load("small"), offramp.load("large"), "texts.jsonl", out="runs/small")
         print(result.table())

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from offramp.cli import options as o
 from offramp.cli.classifiers import options as c
-
-AUTO = "auto"
-"""Name of the posterior that is chosen."""
 
 
 def calibrate_classifier(
@@ -83,38 +79,21 @@ def calibrate_classifier(
     Each step has rows of its own, see `offramp train --task image-classification --help`. What exits say about a split
     is computed once and kept.
     """
-    from offramp.classifiers.calibrate import LOSSES, CalibrationConfig
-    from offramp.classifiers.calibrate import calibrate as run
-    from offramp.classifiers.certify import RowPromise
-    from offramp.classifiers.choice import CANDIDATES, NONE
-    from offramp.classifiers.passes import Passes
-    from offramp.runs.machine import describe
-    from offramp.uncertainty.posterior import PosteriorConfig
+    import offramp
+    from offramp.classifiers.loading import run_folder
 
-    _check(loss, LOSSES)
-    promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
-    method, candidates = (NONE, CANDIDATES) if posterior == AUTO else (posterior, ())
-    config = CalibrationConfig(
-        PosteriorConfig(method, draws, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed,
-        reference, candidates,
-    )  # fmt: skip
-    folder = out or Path("runs") / f"calibrate-{c.title(model)}-{posterior}"
+    folder = out or run_folder("calibrate", model, posterior)
+    chosen: Any = {
+        "task": task, "posterior": posterior, "grid": grid, "predictive": predictive, "damping": damping,
+        "fit_on": fit_on, "loss": loss, "reference": reference, "bound": bound,
+    }  # fmt: skip
     with c.noted(), o.progress("calibrating") as progress:
-        passes = Passes.of(
-            model, task, data, test_data, folder=cache, device=device, batch_size=batch_size, progress=progress
-        )
-        about = {
-            "model": c.title(model), "data": str(data), "command": o.command_line(),
-            **describe(passes.classifier.device),
-        }  # fmt: skip
-        result = run(passes.outputs, config, folder, network=passes.network, conditions=about)
+        result = offramp.calibrate_classifier(
+            model, data, **chosen, test_data=test_data, draws=draws, tolerance=tolerance, failure=failure, alpha=alpha,
+            bins=bins, seed=seed, batch_size=batch_size, cache=cache, device=device,
+            about={"command": o.command_line()}, out=folder, progress=progress,
+        )  # fmt: skip
     if str(json) != "-":
         o.say(result.table())
     o.note(f"wrote {folder}; use it with: offramp classify {model} INPUT --posterior {folder} --budget 0.5")
     o.write_result(result.to_dict(), json)
-
-
-def _check(loss: str, losses: Collection[str]) -> None:
-    """Options that do not exist."""
-    if loss not in losses:
-        raise typer.BadParameter(f"--loss {loss}: choose one of {', '.join(losses)}")

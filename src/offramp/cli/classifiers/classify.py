@@ -57,7 +57,7 @@ def classify(
     """
     import offramp
     from offramp.classifiers.calibrated import load_calibrated
-    from offramp.classifiers.loading import load
+    from offramp.classifiers.loading import load, title
     from offramp.classifiers.rule import rule_of
     from offramp.runs.digests import fingerprint
 
@@ -82,7 +82,7 @@ def classify(
         shown = ", ".join(cut[:CUT_SHOWN]) + (", …" if len(cut) > CUT_SHOWN else "")
         o.note(f"{len(cut)} of {len(found)} texts were too long and were classified without their end: input {shown}")
     values = {
-        "schema": SCHEMA, "model": c.title(model), "posterior": None if posterior is None else str(posterior),
+        "schema": SCHEMA, "model": title(model), "posterior": None if posterior is None else str(posterior),
         "rule": rule.to_dict(), "mean_share": mean, "texts_cut": len(cut),
         "answers": [asdict(answer) for answer in found],
     }  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,32 +50,20 @@ def evaluate_classifier(
     All exits are computed and chosen afterwards; what is compared is quality and FLOPs. What exits say about a split,
     and fitted posteriors, are kept beside the model: an interrupted evaluation goes on.
     """
-    from offramp.classifiers.compare import ComparisonConfig, compare
-    from offramp.classifiers.evaluate import Settings
-    from offramp.classifiers.passes import Passes
-    from offramp.runs.machine import describe
-    from offramp.uncertainty.posterior import METHODS, PosteriorConfig
+    import offramp
+    from offramp.classifiers.loading import run_folder
 
-    config = ComparisonConfig(
-        METHODS if methods == "all" else _names(methods), PosteriorConfig(n_mc=draws, grid=grid, seed=seed), fit_on,
-        () if corruption is None else _names(corruption), severity, limit, Settings(bins, resamples, seed),
-    )  # fmt: skip
-    folder = out or Path("runs") / f"evaluate-{c.title(models[0])}"
+    folder = out or run_folder("evaluate", models[0])
+    chosen: Any = {
+        "task": task, "methods": None if methods == "all" else _names(methods), "grid": grid, "fit_on": fit_on,
+        "corruptions": () if corruption is None else _names(corruption),
+    }  # fmt: skip
     with c.noted(), o.progress("evaluating") as progress:
-        networks = [
-            Passes.of(
-                model, task, data, test_data, folder=_cache(cache, model, len(models)), device=device,
-                batch_size=batch_size, progress=progress,
-            )
-            for model in models
-        ]  # fmt: skip
-        rows = {name: len(part) for name, part in networks[0].splits.items()}
-        conditions = {
-            "model": c.title(models[0]), "data": str(data), "rows": ", ".join(f"{n} {k}" for n, k in rows.items()),
-            "draws": draws, "grid": grid or "wide", "factors_from": fit_on, "bins": bins, "seed": seed,
-            "command": o.command_line(), **describe(networks[0].classifier.device),
-        }  # fmt: skip
-        result = compare(networks, config, folder, conditions=conditions, progress=progress)
+        result = offramp.evaluate_classifier(
+            models, data, **chosen, test_data=test_data, severity=severity, draws=draws, bins=bins, limit=limit,
+            resamples=resamples, seed=seed, batch_size=batch_size, cache=cache, device=device,
+            about={"command": o.command_line()}, out=folder, progress=progress,
+        )  # fmt: skip
     if str(json) != "-":
         for test in result.tests:
             o.say(f"## {test}, mean over the budgets\n\n{result.mean_table(test)}\n")
@@ -89,10 +76,3 @@ def evaluate_classifier(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
-def _cache(cache: Path | None, model: Path, models: int) -> Path | None:
-    """A folder per model: outputs of two would replace each other."""
-    if cache is None or models == 1:
-        return cache
-    return cache / hashlib.sha256(str(model.expanduser().resolve()).encode()).hexdigest()[:8]

@@ -64,14 +64,3 @@ def noted() -> Iterator[None]:
         finally:
             for text in dict.fromkeys(str(w.message) for w in found if issubclass(w.category, UserWarning)):
                 o.note(f"note: {text}")
-
-
-def title(model: Path) -> str:
-    """What a classifier in a folder is called: after its run, `runs/train-NAME/model`."""
-    place = model.expanduser().resolve()
-    return (place.parent if place.name == "model" else place).name.removeprefix("train-")
-
-
-def stem(data: Path) -> str:
-    """What data is called: its file or folder without endings."""
-    return data.expanduser().resolve().name.split(".")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,12 +11,6 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.cli import options as o
 from offramp.cli.classifiers import options as c
 from offramp.cli.from_fields import options_of
-
-if TYPE_CHECKING:
-    from offramp.classifiers.batches import Augmentation
-
-AUGMENTATIONS = {"crop-flip": (4, True), "crop": (4, False), "flip": (0, True), "none": None}
-
 
 FIELDS = ("momentum", "nesterov", "label_smoothing", "validate_every", "save_every")
 
@@ -104,46 +98,27 @@ def train_classifier(
     calibrate guarantees and test. The model remembers the division, and later commands keep to it. Started again with
     the same options, an interrupted run goes on from its last checkpoint.
     """
-    from offramp.classifiers.architectures import build, rows_of, usual
-    from offramp.classifiers.divided import TEXTS, DataConfig, divide, record
-    from offramp.classifiers.trainer import train_classifier as run
-    from offramp.families.heads import HeadConfig
-    from offramp.hub.devices import named_device
-    from offramp.tasks.labelled import row_hashes
+    import offramp
+    from offramp.classifiers.architectures import usual
+    from offramp.classifiers.train_classifier import run_folder
 
     options: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "optimiser": optimiser, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip,
+        "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip": clip, "precision": precision,
+        "weights": weights if weights.isalpha() else o.numbers(weights, "--weights", float) or weights, "seed": seed,
     }  # fmt: skip
-    config = ClassifierTrainConfig(
-        **{**usual(architecture), **{name: value for name, value in options.items() if value is not None}},
-        precision=precision, seed=seed, **fields,
-        weights=weights if weights.isalpha() else o.numbers(weights, "--weights", float) or weights,
-    )  # fmt: skip
-    reading = DataConfig(
-        task, layout, text=_column(text_column), label=_column(label_column), pair=_column(pair_column),
-        cluster=_column(cluster_column), count=limit, seed=seed, image_size=image_size, longest=longest,
-        classes=() if classes is None else tuple(name.strip() for name in classes.split(",")),
-    )  # fmt: skip
-    augmentation = _augmentation(augment)
-    with c.noted():
-        splits = divide(reading, data, test_data)
-        o.note("rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in splits.items()))
-        model = build(
-            architecture, splits["train"], layers=o.numbers(layers, "--layers", int), seed=seed,
-            head=HeadConfig(pooling, hidden, dropout),
-        ).to(named_device(device))  # fmt: skip
-        model.trained_on = record(reading, splits)
-        if task == TEXTS:  # images of another layout have other ids
-            model.training_rows = row_hashes(splits["train"], "")
-        train_rows = rows_of(model, splits["train"], augmentation=augmentation, longest=longest)
-        judged = rows_of(model, splits["tune"], longest=longest)
-        folder = out or Path("runs") / f"train-{Path(architecture).name}-{c.stem(data)}"
-        with o.progress("training") as progress:
-            result = run(
-                model, train_rows, judged, config, folder, settings={"division": model.trained_on}, progress=progress,
-                about={"command": o.command_line(), "architecture": architecture, "data": str(data)},
-            )  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    config = ClassifierTrainConfig(**{**usual(architecture), **given}, **fields)
+    chosen: Any = {"task": task, "layout": layout, "pooling": pooling, "augment": augment}
+    with c.noted(), o.progress("training") as progress:
+        result = offramp.train_classifier(
+            architecture, data=data, **chosen, test_data=test_data, text_column=_column(text_column),
+            label_column=_column(label_column), pair_column=_column(pair_column),
+            cluster_column=_column(cluster_column), limit=limit, image_size=image_size, longest=longest,
+            classes=() if classes is None else [name.strip() for name in classes.split(",")],
+            layers=o.numbers(layers, "--layers", int), hidden=hidden, dropout=dropout, config=config, device=device,
+            about={"command": o.command_line()}, out=out or run_folder(architecture, data), progress=progress,
+        )  # fmt: skip
     if str(json) != "-":
         o.say(result.table())
     test = "" if test_data is None else f" --test-data {test_data}"
@@ -154,12 +129,3 @@ def train_classifier(
 def _column(given: str | None) -> Any:
     """A name, or a place."""
     return int(given) if given is not None and given.isdecimal() else given
-
-
-def _augmentation(name: str) -> Augmentation | None:
-    from offramp.classifiers.batches import Augmentation
-
-    if name not in AUGMENTATIONS:
-        raise typer.BadParameter(f"--augment {name}: choose one of {', '.join(AUGMENTATIONS)}")
-    chosen = AUGMENTATIONS[name]
-    return None if chosen is None else Augmentation(*chosen)
