@@ -15,6 +15,7 @@ from offramp.classifiers.architectures import rows_of
 from offramp.classifiers.calibrated import Calibrated, Recorded
 from offramp.classifiers.classifier import Classification, EarlyExitClassifier
 from offramp.classifiers.divided import config_of
+from offramp.classifiers.evaluate import charged
 from offramp.tasks.image_files import read_image, stacked, tell
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty import nested_conformal
@@ -88,7 +89,8 @@ def answers(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    rows = rows_of(classifier, _labelled(classifier, given), longest=_longest(classifier))
+    longest = config_of(classifier.trained_on).longest if classifier.trained_on else None
+    rows = rows_of(classifier, _labelled(classifier, given), longest=longest)
     lost = rows.lost
     found: dict[int, Answer] = {}
     for places in torch.split(torch.arange(len(given)), batch_size):
@@ -96,7 +98,7 @@ def answers(
         recorded = None if calibrated is None else Recorded(calibrated.posterior, len(places))
         result = classifier.classify(inputs, recorded, thresholds, confidence)
         network, full = classifier.costs(inputs), float(classifier.costs(inputs, cut=True)[-1])
-        costs = network if calibrated is None else network + _added(calibrated, len(network))
+        costs = network if calibrated is None else charged(network, calibrated.posterior)
         sets = None
         if calibrated is not None and calibrated.sets is not None and recorded is not None:
             members = nested_conformal.apply_classes(calibrated.sets, recorded.seen).members
@@ -124,17 +126,6 @@ def _answer(
         given, label, max(p), float(result.confidence[row]), exit_ + 1, classifier.layers[exit_], flops, flops / full,
         dict(zip(classifier.labels, p, strict=True)), inside, lost,
     )  # fmt: skip
-
-
-def _added(calibrated: Calibrated, exits: int) -> Tensor:
-    """FLOPs of the posterior up to each exit, [E]."""
-    return torch.tensor(
-        [calibrated.posterior.overhead(exit).counted for exit in range(exits)], dtype=torch.float64
-    ).cumsum(0)
-
-
-def _longest(classifier: EarlyExitClassifier) -> int | None:
-    return config_of(classifier.trained_on).longest if classifier.trained_on else None
 
 
 # ---------------------------------------------------------------- inputs

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,32 +21,12 @@ from offramp.metrics.calibration import grade, reliability
 from offramp.metrics.resampled import Grades
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
+from offramp.uncertainty.posterior import Posterior
 
 BASELINE = "temperature"
 """What other methods are compared with: Laplace has to show what it adds to it."""
 STATIC = ("vanilla", "temperature")
 """Methods of which one exit is also taken for all rows, the best affordable one or the last."""
-
-
-class Overhead(Protocol):
-    """FLOPs that a method adds to a row at an exit."""
-
-    @property
-    def counted(self) -> float:
-        """All that is done."""
-        ...
-
-
-class Posterior(Protocol):
-    """A fitted method, such as `offramp.uncertainty.posterior.Posterior`."""
-
-    def probabilities(self, outputs: ExitOutputs, /) -> Tensor:
-        """Of each exit, [E, N, C]."""
-        ...
-
-    def overhead(self, exit: int, /) -> Overhead:
-        """Of one exit, counted from 0."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,8 +46,12 @@ class Settings:
 
 def charged(costs: Tensor, posterior: Posterior) -> Tensor:
     """FLOPs of a row up to and including each exit, float64 [E], with what the method adds at all exits so far."""
-    added = [float(posterior.overhead(exit).counted) for exit in range(len(costs))]
-    return costs.double().cpu() + torch.tensor(added, dtype=torch.float64).cumsum(0)
+    return costs.double().cpu() + _added(posterior, len(costs)).cumsum(0)
+
+
+def _added(posterior: Posterior, exits: int) -> Tensor:
+    """FLOPs that the method adds at each exit, float64 [E]."""
+    return torch.tensor([float(posterior.overhead(exit).counted) for exit in range(exits)], dtype=torch.float64)
 
 
 def evaluate(
@@ -168,10 +151,8 @@ class _Tried:
 
 def _prepare(posterior: Posterior, threshold: ExitOutputs) -> _Prepared:
     costs, p = charged(threshold.costs, posterior), posterior.probabilities(threshold)
-    overhead = torch.tensor(
-        [float(posterior.overhead(exit).counted) for exit in range(len(costs))], dtype=torch.float64
-    )
-    static = (threshold.costs if threshold.cut is None else threshold.cut).double().cpu() + overhead
+    static = (threshold.costs if threshold.cut is None else threshold.cut).double().cpu()
+    static = static + _added(posterior, len(costs))
     accuracy = tuple(float(grade(one, threshold.labels).correct.mean()) for one in p)
     return _Prepared(costs, static, tuple(budgets.fit(p.amax(-1), costs, q) for q in budgets.QS), accuracy)
 
