@@ -13,6 +13,7 @@ from scipy import stats
 from classifier_runs import rows
 from offramp.classifiers.batches import TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.confidence import gap as margin
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.distillation import networks
 from offramp.distillation.instance_weights import (
@@ -27,7 +28,7 @@ from offramp.distillation.instance_weights import (
 from offramp.distillation.methods import METHODS, method
 from offramp.distillation.networks import Network, build
 from offramp.distillation.readout import Reading, ReadoutConfig, states_at, teach
-from offramp.distillation.signals import SIGNALS, Evidence, margin, share_of_rank, signal
+from offramp.distillation.signals import SIGNALS, Evidence, share_of_rank, signal
 from offramp.distillation.states import CHUNK
 from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
 from offramp.tasks.labelled import Labelled

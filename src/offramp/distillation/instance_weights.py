@@ -18,8 +18,9 @@ from torch import Tensor
 
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
-from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, margin, share_of_rank, signal
+from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, share_of_rank, signal
 from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
 from offramp.values import listed
 

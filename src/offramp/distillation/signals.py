@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.readout import Reading
 from offramp.uncertainty import avcs_classification, nested_conformal, predictive
 from offramp.uncertainty.avcs_classification import AVCSClassificationConfig
@@ -154,12 +155,6 @@ def signal(name: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
 def excluded(evidence: Evidence) -> Tensor:
     """Rows whose label is not in their set, [N], bool."""
     return ~_holds(evidence)
-
-
-def margin(probabilities: Tensor) -> Tensor:
-    """The largest probability minus the second, for any number of classes: [N, C] -> [N]."""
-    top = probabilities.topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1]
 
 
 def share_of_rank(values: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.instance_weights import InstanceWeights, finished, gated
 from offramp.distillation.readout import Reading
-from offramp.distillation.signals import Evidence, margin, share_of_rank, signal
+from offramp.distillation.signals import Evidence, share_of_rank, signal
 from offramp.distillation.token_readout import Kept, TokenReadout, TokenReadoutConfig, early_states, taught
 from offramp.families import SplitModel
 from offramp.families.backbone import evaluating
