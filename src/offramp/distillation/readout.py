@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.states import CHUNK, States
-from offramp.families.backbone import Activations
 from offramp.families.heads import PooledBody
 from offramp.training.loop import adamw
 
@@ -100,13 +99,7 @@ class Readout(nn.Module):
 
 def states_at(student: EarlyExitClassifier, rows: Rows, depth: int, precision: str | None = None) -> States:
     """What all rows are after `depth` blocks, without augmentation: maps [N, D, H, W]; of texts means [N, D]."""
-    pool = PooledBody("mean")
-
-    def read(state: Activations) -> Tensor:
-        found: Tensor = state.hidden if state.hidden.ndim == 4 else pool(state)
-        return found.float()
-
-    return States(student, rows, depth, read, precision)
+    return States(student, rows, depth, PooledBody("mean"), precision)
 
 
 def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, seed: int) -> Readout:

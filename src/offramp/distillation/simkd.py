@@ -9,25 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.distillation.networks import require_same_classes
 from offramp.distillation.states import States
-from offramp.families.backbone import Activations
 
 
 def features_of(teacher: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> States:
     """What a student is to match: the teacher's last maps [N, D, H, W], of texts its pooled states [N, D]."""
     head: Any = teacher.heads[-1]
-
-    def read(state: Activations) -> Tensor:
-        found: Tensor = state.hidden if state.hidden.ndim == 4 else head.body(state)
-        return found.float()
-
-    return States(teacher, rows, teacher.backbone.num_layers, read, precision)
+    return States(teacher, rows, teacher.backbone.num_layers, head.body, precision)
 
 
 def with_teachers_classifier(

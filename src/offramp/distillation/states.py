@@ -29,7 +29,7 @@ class States:
         network: Whose blocks they pass, in evaluation mode and without gradients.
         rows: N, looked at without augmentation.
         depth: After how many blocks.
-        read: From activations to what is wanted, [B, ...].
+        pool: From activations that are no maps to vectors [B, D]; maps stay what they are.
         precision: "bf16": compute in bfloat16; None: as the network is.
 
     Attributes:
@@ -42,10 +42,10 @@ class States:
         network: EarlyExitClassifier,
         rows: Rows,
         depth: int,
-        read: Callable[[Activations], Tensor],
+        pool: Callable[[Activations], Tensor],
         precision: str | None = None,
     ) -> None:
-        self.network, self.rows, self.depth, self.read, self.precision = network, rows, depth, read, precision
+        self.network, self.rows, self.depth, self.pool, self.precision = network, rows, depth, pool, precision
         parts = by_length(rows, CHUNK)
         first = self._made(parts[0])
         self.shape = torch.Size((len(rows.data), *first.shape[1:]))
@@ -76,4 +76,5 @@ class States:
         backbone = self.network.backbone
         named = {backbone.main_input: given} if isinstance(given, Tensor) else given
         with evaluating(self.network, self.precision):
-            return self.read(backbone.run(backbone.start(named), 0, self.depth))
+            state = backbone.run(backbone.start(named), 0, self.depth)
+            return (state.hidden if state.hidden.ndim == 4 else self.pool(state)).float()
