@@ -129,7 +129,7 @@ def test_bench_of_saved_policies_under_the_names_of_their_files(folder, tmp_path
     assert ExitPolicy.from_dict(arms["checked"]) == ExitPolicy.load(checked)
     done = offramp(*call, "--policy", checked, "--policy", other)
     assert done.exit_code == 2
-    assert "name them apart" in done.output
+    assert "rename the file" in done.output
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def bench(
     chat = random is None and lm.has_chat_template
     mean = lm.num_layers * 0.75 if mean_layer is None and random is not None else mean_layer
 
-    saved = _saved(policy or [])
+    saved = o.policies_of(policy)
 
     def chosen(rows: int) -> Arms:
         return {**_arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed), **saved}
@@ -206,18 +206,6 @@ def _arms(
     return {name: arms[name] for name in asked}
 
 
-def _saved(files: list[str]) -> dict[str, ExitPolicy]:
-    """Policies by the names of their files."""
-    from offramp import ExitPolicy
-
-    found = {Path(file).stem: ExitPolicy.load(file) for file in files}
-    if len(found) < len(files):
-        raise typer.BadParameter(
-            f"--policy is given as {', '.join(files)}; rows are called by the files, name them apart"
-        )
-    return found
-
-
 def _static(name: str) -> ExitPolicy | None:
     """The policy "static 20", which any layer can have."""
     from offramp import ExitPolicy
@@ -253,7 +241,7 @@ def _check_one(model: str | None, random: str | None, exits: str | None) -> None
     if (model is None) == (random is None):
         raise typer.BadParameter("give a MODEL or --random SHAPE, one of them")
     if random is not None and exits is not None:
-        raise typer.BadParameter("a --random model has no trained exits; leave --exits away")
+        raise typer.BadParameter("a --random model has no trained exits; leave --exits out")
 
 
 def _named_peers(names: str | None, pythons: list[str] | None) -> tuple[list[str], dict[str, str]]:

@@ -168,7 +168,6 @@ def _arms(
     skipped: str | None, prompt_layer: int | None, **given: str | None,
 ) -> dict[str, ExitPolicy]:  # fmt: skip
     """The policies asked for, by name."""
-    from offramp.core.policy import ExitPolicy
     from offramp.core.vocabulary import rule_of
     from offramp.evaluation import document_arms, grid, sweep_layers
 
@@ -177,10 +176,7 @@ def _arms(
     chosen: dict[str, ExitPolicy] = {}
     if arms is not None:
         chosen |= document_arms(lm, prompt_layer=prompt_layer)
-    for file in files:
-        if file.stem in chosen:
-            raise typer.BadParameter(f"--policy {file}: there is another arm {file.stem!r}; rename the file")
-        chosen[file.stem] = ExitPolicy.load(file)
+    chosen |= o.policies_of(files, chosen)
     if sweep:
         layers = ",".join(map(str, sweep_layers(lm)))
         given = {name: value or {**SWEEP, "min_layer": layers}[name] for name, value in given.items()}

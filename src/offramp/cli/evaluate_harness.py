@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from offramp.cli import options as o
-
-if TYPE_CHECKING:
-    from offramp.core.policy import ExitPolicy
 
 
 def evaluate_harness(
@@ -47,7 +44,7 @@ def evaluate_harness(
     import offramp
     from offramp.lm.given import run_folder
 
-    run, chosen = _harness(), _policies(policy or [])
+    run, chosen = _harness(), o.policies_of(policy)
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
     with o.progress("evaluating") as progress:
         result = run(
@@ -69,15 +66,3 @@ def _harness() -> Any:
     except ModuleNotFoundError as error:
         raise ValueError(f"--harness needs {error.name}; install it with: pip install 'offramp[harness]'") from None
     return run
-
-
-def _policies(files: list[Path]) -> dict[str, ExitPolicy]:
-    """Policies by the names of their files."""
-    from offramp.core.policy import ExitPolicy
-
-    chosen: dict[str, ExitPolicy] = {}
-    for file in files:
-        if file.stem in chosen:
-            raise typer.BadParameter(f"--policy {file}: there is another arm {file.stem!r}; rename the file")
-        chosen[file.stem] = ExitPolicy.load(file)
-    return chosen

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,6 +222,18 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
         return None
     base = ExitPolicy.load(file).to_dict() if file is not None else {}
     return ExitPolicy.from_dict({**base, **given})
+
+
+def policies_of(files: Sequence[str | Path] | None, taken: Collection[str] = ()) -> dict[str, ExitPolicy]:
+    """Policies by the names of their files, no two alike, nor one of those that are taken."""
+    from offramp.core.policy import ExitPolicy
+
+    found: dict[str, ExitPolicy] = {}
+    for file in map(Path, files or ()):
+        if file.stem in found or file.stem in taken:
+            raise typer.BadParameter(f"--policy {file}: there is another arm {file.stem!r}; rename the file")
+        found[file.stem] = ExitPolicy.load(file)
+    return found
 
 
 def standard_input(what: str) -> str:
