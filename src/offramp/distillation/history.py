@@ -41,7 +41,7 @@ class History:
         self.rows.append({"epoch": epoch, "val": asdict(val), **more})
         chosen = {found.number for found in choices(self.epochs()).values()}
         if epoch in chosen:
-            self._keep(epoch, model)
+            write_tensors(self.folder / f"{epoch}.safetensors", model.state_dict())
         write_json(self.file, sealed({"epochs": self.rows}))
         self._forget_but(chosen)
 
@@ -65,9 +65,6 @@ class History:
         for path in self.folder.glob("*.safetensors"):
             if path.stem.isdecimal() and int(path.stem) not in epochs:
                 path.unlink()
-
-    def _keep(self, epoch: int, model: nn.Module) -> None:
-        write_tensors(self.folder / f"{epoch}.safetensors", model.state_dict())
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

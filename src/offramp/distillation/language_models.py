@@ -74,7 +74,7 @@ class TokenDistillation:
         of_exits = (training.layers, training.hidden_loss, training.prompt_layer, training.curriculum, training.rank)
         if any(of_exits) or training.weights != "uniform":
             raise ValueError(
-                "layers, rank, weights, hidden_loss, curriculum and prompt_layer are for exits; leave them away, and "
+                "layers, rank, weights, hidden_loss, curriculum and prompt_layer are for exits; leave them out, and "
                 "train exits of the finished student with offramp train"
             )
 
