@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 import offramp
 from offramp import EarlyExitClassifier
 from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows, in_order
-from offramp.classifiers.certify import RowPromise, certify, ladder, try_thresholds
+from offramp.classifiers.certify import RowPromise, certify, threshold_grid, try_thresholds
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.evaluate import charged, evaluate
 from offramp.classifiers.loading import load
@@ -217,7 +217,7 @@ def certificates(found: dict[str, ExitOutputs], posterior: Posterior) -> list[li
     """Thresholds with promises against the network's own last exit, one row each, and how they keep them."""
     p = {name: posterior.probabilities(found[name]) for name in ("threshold", "calibrate", "test")}
     costs = charged(found["test"].costs, posterior)
-    thresholds = ladder(p["threshold"].amax(-1))
+    thresholds = threshold_grid(p["threshold"].amax(-1))
     rows = []
     for loss, tolerance, bound in (
         ("consistency", 0.05, "hoeffding-bentkus"), ("consistency", 0.05, "wsr"), ("performance gap", 0.01, "wsr"),

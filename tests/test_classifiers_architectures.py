@@ -8,7 +8,7 @@ from classifier_data import save_bert, save_resnet, write_texts
 from classifier_runs import images
 from offramp.classifiers.architectures import build, rows_of, usual
 from offramp.classifiers.batches import in_order
-from offramp.classifiers.divided import TEXTS, DataConfig, divide
+from offramp.classifiers.splits import TEXTS, DataConfig, divide
 from offramp.tasks.labelled import Labelled
 
 

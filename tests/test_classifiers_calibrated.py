@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from classifier_data import save_bert, write_idx, write_texts
-from offramp.classifiers import passes as passes_module
+from offramp.classifiers import cached_outputs as passes_module
 from offramp.classifiers.answers import answers
 from offramp.classifiers.architectures import build
+from offramp.classifiers.cached_outputs import CachedOutputs
 from offramp.classifiers.calibrate import CalibrationConfig, calibrate, exit_table
 from offramp.classifiers.calibrated import Calibrated, load_calibrated
 from offramp.classifiers.certify import RowPromise
 from offramp.classifiers.compare import ComparisonConfig, compare
 from offramp.classifiers.compare import fitted as fit_method
-from offramp.classifiers.divided import IMAGES, TEXTS, DataConfig, divide, record
 from offramp.classifiers.evaluate import Settings, charged
 from offramp.classifiers.loading import load
 from offramp.classifiers.outputs import load_description, save_outputs
-from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import ClassifierEvaluation
+from offramp.classifiers.splits import IMAGES, TEXTS, DataConfig, divide, record
 from offramp.metrics.calibration import grade
 from offramp.risk import budgets, classifier_losses
 from offramp.runs import artefact
@@ -66,7 +66,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(images, tmp_path_factory):
     """Everything calibrated for the images."""
-    passes = Passes.of(images[0], images[1], task=IMAGES)
+    passes = CachedOutputs.of(images[0], images[1], task=IMAGES)
     folder = tmp_path_factory.mktemp("calibrated") / "out"
     config = CalibrationConfig(QUICK, promise=RowPromise("gap", 0.3, 0.2), alpha=0.2)
     return passes, folder, calibrate(passes.outputs, config, folder, network=passes.network)
@@ -90,11 +90,11 @@ def counted(monkeypatch):
 def test_a_pass_is_made_once_and_says_what_the_exits_say(texts, tmp_path, monkeypatch):
     made = counted(monkeypatch)
     heard = []
-    passes = Passes.of(
+    passes = CachedOutputs.of(
         texts[0], texts[1], task=TEXTS, folder=tmp_path, batch_size=16, progress=lambda *a: heard.append(a)
     )
     found = passes.outputs("tune")
-    again = Passes.of(texts[0], texts[1], task=TEXTS, folder=tmp_path).outputs("tune")
+    again = CachedOutputs.of(texts[0], texts[1], task=TEXTS, folder=tmp_path).outputs("tune")
     assert made == ["tune.safetensors"]
     count = len(passes.splits["tune"])
     assert heard[0] == (0, count, "tune")
@@ -115,7 +115,7 @@ def test_a_pass_is_made_once_and_says_what_the_exits_say(texts, tmp_path, monkey
 
 def test_a_pass_of_other_weights_or_rows_is_made_anew(texts, tmp_path, monkeypatch):
     made = counted(monkeypatch)
-    passes = Passes.of(texts[0], texts[1], task=TEXTS, folder=tmp_path)
+    passes = CachedOutputs.of(texts[0], texts[1], task=TEXTS, folder=tmp_path)
     passes.outputs("tune")
     passes.on("tune", passes.splits["test"])
     other = replace(passes, classifier=load(texts[0]))
@@ -127,7 +127,7 @@ def test_a_pass_of_other_weights_or_rows_is_made_anew(texts, tmp_path, monkeypat
 
 def test_outputs_that_an_earlier_version_kept_get_the_costs_they_lack(texts, tmp_path, monkeypatch):
     made = counted(monkeypatch)
-    passes = Passes.of(texts[0], texts[1], task=TEXTS, folder=tmp_path)
+    passes = CachedOutputs.of(texts[0], texts[1], task=TEXTS, folder=tmp_path)
     new = passes.outputs("tune")
     description = load_description(tmp_path / "tune.safetensors")
     save_outputs(replace(new, cut=None), tmp_path / "tune.safetensors", description)
@@ -139,11 +139,11 @@ def test_outputs_that_an_earlier_version_kept_get_the_costs_they_lack(texts, tmp
 
 def test_a_run_of_another_task_or_data_has_no_passes(texts, images):
     with pytest.raises(ValueError, match="not for image-classification"):
-        Passes.of(texts[0], texts[1], task=IMAGES)
+        CachedOutputs.of(texts[0], texts[1], task=IMAGES)
     with pytest.raises(FileNotFoundError):
-        Passes.of(images[0], texts[1], task=IMAGES)
+        CachedOutputs.of(images[0], texts[1], task=IMAGES)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        Passes.of(images[0], images[1], task=IMAGES, batch_size=0)
+        CachedOutputs.of(images[0], images[1], task=IMAGES, batch_size=0)
 
 
 # ---------------------------------------------------------------- calibration
@@ -151,7 +151,7 @@ def test_a_run_of_another_task_or_data_has_no_passes(texts, images):
 
 def test_each_step_reads_its_own_split(images, tmp_path):
     """Outputs of the splits that a step must not see are made unreadable."""
-    passes = Passes.of(images[0], images[1], task=IMAGES)
+    passes = CachedOutputs.of(images[0], images[1], task=IMAGES)
     reads = []
 
     def outputs(name):
@@ -187,7 +187,7 @@ def test_metrics_before_and_after_are_those_of_the_threshold_split(fitted):
 
 def test_costs_in_the_table_are_over_those_of_the_same_rows(images, tmp_path):
     """Texts of two splits are not equally long: a posterior's costs are those of the tune split."""
-    passes = Passes.of(images[0], images[1], task=IMAGES)
+    passes = CachedOutputs.of(images[0], images[1], task=IMAGES)
 
     def outputs(name):
         rows = passes.outputs(name)
@@ -249,7 +249,7 @@ def test_the_certificate_is_about_the_calibrate_rows_and_checked_on_the_test_row
 
 
 def test_a_promise_may_be_against_the_posterior(images, tmp_path):
-    passes = Passes.of(images[0], images[1], task=IMAGES)
+    passes = CachedOutputs.of(images[0], images[1], task=IMAGES)
     promise = RowPromise("consistency", 0.6, 0.2, "binomial")
     found = {}
     for reference in ("last-exit", "posterior"):
@@ -266,7 +266,7 @@ def test_a_promise_may_be_against_the_posterior(images, tmp_path):
 
 
 def test_nothing_certified_says_so_of_the_ensemble_too(images, tmp_path):
-    passes = Passes.of(images[0], images[1], task=IMAGES)
+    passes = CachedOutputs.of(images[0], images[1], task=IMAGES)
     config = CalibrationConfig(PosteriorConfig("mie"), promise=RowPromise("consistency", 0.01, 0.01, "binomial"))
     certificate = calibrate(passes.outputs, config, tmp_path / "out", network=passes.network).certificate
     assert not certificate.certified
@@ -379,7 +379,7 @@ def test_a_budget_out_of_reach_says_what_can_be_had(fitted, asked):
 
 
 def test_answers_are_those_of_all_exits_chosen_afterwards(texts, tmp_path):
-    passes = Passes.of(texts[0], texts[1], task=TEXTS, folder=tmp_path)
+    passes = CachedOutputs.of(texts[0], texts[1], task=TEXTS, folder=tmp_path)
     config = CalibrationConfig(replace(QUICK, n_mc=5), alpha=0.3)
     calibrate(passes.outputs, config, tmp_path / "out", network=passes.network)
     calibrated = load_calibrated(tmp_path / "out", passes.network)
@@ -469,7 +469,7 @@ def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
     config = ComparisonConfig(methods, QUICK, corruptions=("noise",), limit=24, settings=Settings(resamples=20))
 
     def run():
-        networks = [Passes.of(path, data, task=IMAGES) for path in (model, other)]
+        networks = [CachedOutputs.of(path, data, task=IMAGES) for path in (model, other)]
         return compare(networks, config, tmp_path / "out", conditions={"model": "tiny"}), networks
 
     found, networks = run()
@@ -520,14 +520,14 @@ def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
 
 
 def test_networks_that_cannot_be_averaged_are_refused(images, texts, tmp_path):
-    passes = Passes.of(images[0], images[1], task=IMAGES)
+    passes = CachedOutputs.of(images[0], images[1], task=IMAGES)
     with pytest.raises(ValueError, match="are the same"):
         compare([passes, passes], ComparisonConfig(), tmp_path, conditions={})
     with pytest.raises(ValueError, match="layers of one network"):
-        compare([passes, Passes.of(texts[0], texts[1], task=TEXTS)], ComparisonConfig(), tmp_path, conditions={})
+        compare([passes, CachedOutputs.of(texts[0], texts[1], task=TEXTS)], ComparisonConfig(), tmp_path, conditions={})
     config = ComparisonConfig(("vanilla",), corruptions=("blur",))
     with pytest.raises(ValueError, match="corruptions are for images"):
-        compare([Passes.of(texts[0], texts[1], task=TEXTS)], config, tmp_path, conditions={})
+        compare([CachedOutputs.of(texts[0], texts[1], task=TEXTS)], config, tmp_path, conditions={})
     for options, words in (
         ({"methods": ("lapalce",)}, "no method 'lapalce'"), ({"methods": ()}, "no method is named"),
         ({"corruptions": ("fog",)}, "no corruption 'fog'"), ({"severity": 6}, "severity is 6"),

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from classifier_data import save_bert, save_resnet, write_idx, write_texts
 from offramp import cli
-from offramp.classifiers.divided import TASKS
 from offramp.classifiers.loading import load
+from offramp.classifiers.splits import TASKS
 from offramp.cli import by_task
 from offramp.report.pages import pages_of
 

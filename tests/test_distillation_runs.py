@@ -20,7 +20,7 @@ from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.distillation import DataConfig, Network, Study, networks, run_grid, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.config import BUNDLED, PUBLISHED, Run, bundled, study_from
-from offramp.distillation.data import divided, load_set, minority_of
+from offramp.distillation.data import load_set, minority_of, split_validation
 from offramp.distillation.dfr import balanced, l1_logistic, refitted
 from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.grid import ensure, execute
@@ -492,7 +492,7 @@ def test_early_exits_are_fitted_and_nothing_else_changes():
 
 def test_renderings_of_one_thing_are_tuned_or_selected_on_together():
     data = load_set(STUDY.data, 0)
-    select, tune = divided(data.val, 0.25, 0)
+    select, tune = split_validation(data.val, 0.25, 0)
     assert not set(select.pairs.tolist()) & set(tune.pairs.tolist())
     assert (len(select), len(tune)) == (92, 28)
     assert int(minority_of(data.train).sum()) == sum(

@@ -27,7 +27,7 @@ from offramp.distillation.instance_weights import (
 )
 from offramp.distillation.methods import METHODS, method
 from offramp.distillation.networks import Network, build
-from offramp.distillation.readout import Reading, ReadoutConfig, states_at, teach
+from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, states_at, teach
 from offramp.distillation.signals import SIGNALS, Evidence, share_of_rank, signal
 from offramp.distillation.states import CHUNK
 from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
@@ -36,7 +36,9 @@ from offramp.tasks.labelled import Labelled
 
 def reading_of(logits, labels, epoch=0, width=5, seed=0, prefix="r"):
     features = torch.randn(len(labels), width, generator=torch.Generator().manual_seed(seed))
-    return Reading(epoch, features, logits, torch.as_tensor(labels), tuple(f"{prefix}{i}" for i in range(len(labels))))
+    return ReadoutOutputs(
+        epoch, features, logits, torch.as_tensor(labels), tuple(f"{prefix}{i}" for i in range(len(labels)))
+    )
 
 
 def evidence_of(count=40, classes=3, seed=0, scale=2.0, **options):
@@ -183,7 +185,7 @@ def test_doubt_makes_margins_smaller():
 def test_sets_of_another_readout_are_refused():
     evidence = evidence_of()
     parts = [getattr(evidence.tune, name) for name in ("features", "logits", "labels", "ids")]
-    old = Evidence(evidence.reading, Reading(7, *parts))
+    old = Evidence(evidence.reading, ReadoutOutputs(7, *parts))
     with pytest.raises(ValueError, match="read after epoch 7, the training rows after epoch 0"):
         signal("set_size", old)
     with pytest.raises(ValueError, match="need rows outside training"):

@@ -19,7 +19,7 @@ from offramp.classifiers.certify import (
     Trials,
     certify,
     certify_groups,
-    ladder,
+    threshold_grid,
     try_thresholds,
 )
 from offramp.classifiers.validity import validate
@@ -224,15 +224,15 @@ def test_groups_share_the_failure():
 
 def test_ladder_descends_to_all_leave():
     confidences = torch.tensor([[0.2, 0.9, 0.9], [0.3, 0.5, 1.0], [0.0, 0.0, 0.0]])
-    steps = ladder(confidences, 6)
+    steps = threshold_grid(confidences, 6)
     assert steps[:4] == pytest.approx((1.0, 0.9, 0.5, 0.3))  # six ranks of six, of which two are equal
     assert len(steps) == 5
     assert steps[4] == np.nextafter(np.float32(0.2), np.float32(0))
     assert all(a > b for a, b in zip(steps, steps[1:], strict=False))
     assert exits_under(steps, confidences)[-1].tolist() == [0, 0, 0]
-    assert len(ladder(torch.rand(3, 1000), 50)) == 50
+    assert len(threshold_grid(torch.rand(3, 1000), 50)) == 50
     with pytest.raises(ValueError, match="at least 2 exits"):
-        ladder(confidences[:1])
+        threshold_grid(confidences[:1])
 
 
 def test_bad_trials_are_refused():

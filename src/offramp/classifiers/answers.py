@@ -14,8 +14,8 @@ from torch import Tensor
 from offramp.classifiers.architectures import rows_of
 from offramp.classifiers.calibrated import Calibrated, Recorded
 from offramp.classifiers.classifier import Classification, EarlyExitClassifier
-from offramp.classifiers.divided import config_of
 from offramp.classifiers.evaluate import charged
+from offramp.classifiers.splits import config_of
 from offramp.tasks.image_files import read_image, stacked, tell
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty import nested_conformal

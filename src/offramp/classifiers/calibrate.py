@@ -1,4 +1,4 @@
-"""Make the exits of one classifier honest: a posterior, and if asked for a certified threshold and conformal sets.
+"""Calibrate the exits of one classifier: a posterior, and if asked for a certified threshold and conformal sets.
 
 Each step reads a split of its own: factors "train" (or "tune"), temperatures and prior variances "tune", thresholds
 "threshold", guarantees "calibrate"; "test" only tells whether they were kept.
@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from offramp.classifiers.calibrated import Calibrated
-from offramp.classifiers.certify import RowCertificate, RowPromise, Trials, certify, costs_words, ladder, try_thresholds
+from offramp.classifiers.certify import (
+    RowCertificate,
+    RowPromise,
+    Trials,
+    certify,
+    costs_words,
+    threshold_grid,
+    try_thresholds,
+)
 from offramp.classifiers.choice import NONE, Choice, Effect, choose, effect, losses
 from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
@@ -278,7 +286,7 @@ def calibrate(
     """Fit everything, and write it into a folder.
 
     Args:
-        outputs: From the name of a split to what all exits say about it, such as `Passes.outputs`; splits that are not
+        outputs: From the name of a split to what all exits say about it, such as `CachedOutputs.outputs`; splits that are not
             needed are not asked for.
         config: What to fit.
         folder: Where to; what an earlier calibration left there is replaced.
@@ -307,13 +315,13 @@ def calibrate(
     if config.alpha is not None:
         sets, summary = _sets(config.alpha, posterior, outputs)
     calibrated = replace(calibrated, certificate=None if certificate is None else certificate.to_dict(), sets=sets)
-    plain, honest = threshold.logits.double().softmax(-1), posterior.probabilities(threshold)
+    plain, fitted = threshold.logits.double().softmax(-1), posterior.probabilities(threshold)
     before, after = (
-        tuple(scores_of(grade(one, threshold.labels), bins=config.bins) for one in p) for p in (plain, honest)
+        tuple(scores_of(grade(one, threshold.labels), bins=config.bins) for one in p) for p in (plain, fitted)
     )
     seen = None
     if config.posterior.method != NONE:
-        seen = effect(losses(plain, threshold.labels), losses(honest, threshold.labels), config.seed)
+        seen = effect(losses(plain, threshold.labels), losses(fitted, threshold.labels), config.seed)
     result = ClassifierCalibration(
         calibrated, before, after, threshold.rows, certificate, kept, summary, config, conditions or {}, seen, choice
     )
@@ -326,7 +334,7 @@ def _certify(
 ) -> tuple[RowCertificate, dict[str, Any]]:
     """The certificate, and what it comes to on the test split."""
     loss = LOSSES[promise.loss][0]
-    thresholds = ladder(calibrated.confidences)
+    thresholds = threshold_grid(calibrated.confidences)
 
     def tried(split: str) -> dict[str, Trials]:
         """Against each reference."""
@@ -356,11 +364,13 @@ def _sets(
 ) -> tuple[NestedConformal, SetSummary]:
     """Conformal sets of the posterior's probabilities, and what they come to on the test split."""
 
-    def honest(split: str) -> ExitOutputs:
+    def calibrated(split: str) -> ExitOutputs:
         rows = outputs(split)
         return replace(rows, logits=posterior.probabilities(rows).clamp(min=torch.finfo(torch.float64).tiny).log())
 
-    state = nested_conformal.fit_classes(honest("calibrate"), NestedConformalConfig(alpha=alpha), tune=honest("tune"))
+    state = nested_conformal.fit_classes(
+        calibrated("calibrate"), NestedConformalConfig(alpha=alpha), tune=calibrated("tune")
+    )
     test = outputs("test")
     found = nested_conformal.apply_classes(state, posterior.probabilities(test))
     return state, summarise(found, test.labels)

@@ -1,4 +1,4 @@
-"""`offramp.calibrate_classifier`: honest probabilities for a trained classifier; a certified threshold, nested sets."""
+"""`offramp.calibrate_classifier`: calibrated probabilities for a classifier; a certified threshold, nested sets."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from offramp.classifiers.cached_outputs import CachedOutputs
 from offramp.classifiers.calibrate import LOSSES, CalibrationConfig, ClassifierCalibration, calibrate
 from offramp.classifiers.certify import RowPromise
 from offramp.classifiers.choice import CANDIDATES, NONE
-from offramp.classifiers.divided import TaskName
 from offramp.classifiers.loading import run_folder, title
-from offramp.classifiers.passes import Passes
+from offramp.classifiers.splits import TaskName
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
 from offramp.uncertainty.posterior import PosteriorConfig
@@ -109,7 +109,7 @@ def calibrate_classifier(
         PosteriorConfig(method, draws, damping, predictive, grid, seed=seed), fit_on, promise, alpha, bins, seed,
         reference, candidates,
     )  # fmt: skip
-    passes = Passes.of(
+    passes = CachedOutputs.of(
         model, data, test_data, task, folder=cache, device=device, batch_size=batch_size, progress=progress
     )
     conditions = {

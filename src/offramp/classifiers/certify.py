@@ -128,7 +128,7 @@ def try_thresholds(
     """What every threshold would do; "never leave early" is put first.
 
     Args:
-        thresholds: Descending, chosen without a look at these rows (see `ladder`).
+        thresholds: Descending, chosen without a look at these rows (see `threshold_grid`).
         confidences: Of each exit and row, [E, N].
         losses: Of each exit and row, [E, N], from `offramp.risk.classifier_losses`.
         costs: FLOPs of a row that leaves at each exit, [E].
@@ -145,7 +145,7 @@ def try_thresholds(
     return Trials(settings, losses_under(losses, exits), exits, costs, full_cost)
 
 
-def ladder(confidences: Tensor, count: int = 50) -> tuple[float, ...]:
+def threshold_grid(confidences: Tensor, count: int = 50) -> tuple[float, ...]:
     """Thresholds at evenly spread ranks of other rows' confidences at the exits before the last.
 
     Args:

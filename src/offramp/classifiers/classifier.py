@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Posterior(Protocol):
-    """Probabilities made honest, exit by exit; see `offramp.uncertainty`."""
+    """Calibrated probabilities, exit by exit; see `offramp.uncertainty`."""
 
     def at(self, exit: int, features: Tensor, logits: Tensor, carried: Any, /) -> tuple[Tensor, Any]:
         """Probabilities [A, C] at an exit (from 0), and what later exits need of this one.
@@ -69,7 +69,7 @@ class EarlyExitClassifier(nn.Module):
             (`image_mean`, `image_std`, `size`, ..), kept and saved with the model.
 
     Attributes:
-        trained_on: How its data was read and divided, as `offramp.classifiers.divided` records it, kept and saved with
+        trained_on: How its data was read and divided, as `offramp.classifiers.splits` records it, kept and saved with
             the model; empty: unknown.
         training_rows: Its training rows as `offramp.tasks.labelled.row_hashes` knows them, [N], kept and saved
             likewise; None: unknown.

@@ -35,7 +35,7 @@ def classify(
     Args:
         classifier: One that `offramp train` wrote, or its folder.
         inputs: Files of images, or texts; pairs of texts with a tab between them.
-        posterior: Folder that `offramp calibrate` wrote, or what it holds, for honest probabilities; None: softmax.
+        posterior: Folder that `offramp calibrate` wrote, or what it holds, for calibrated probabilities; None: softmax.
         budget: Share of the full network's FLOPs to spend on average; needs a posterior, whose rows say by what
             thresholds.
         thresholds: One for all exits, or one each; None: the posterior's certified one if it has one, else no input

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.classifiers.cached_outputs import CachedOutputs
 from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.method import Fitted, Method
-from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import EARLIER, SCHEMA, ClassifierEvaluation
 from offramp.report.classifier_plots import save_classifiers
 from offramp.runs.bounded import read_object
@@ -72,7 +72,7 @@ class ComparisonConfig:
 
 
 def compare(
-    networks: Sequence[Passes],
+    networks: Sequence[CachedOutputs],
     config: ComparisonConfig,
     folder: Path,
     *,
@@ -130,7 +130,7 @@ def _require_free(folder: Path) -> None:
             raise ValueError(f"{folder} holds results of another kind, {values.get('schema')}; name a new folder")
 
 
-def _require_alike(networks: Sequence[Passes]) -> None:
+def _require_alike(networks: Sequence[CachedOutputs]) -> None:
     """Refuse networks that cannot be averaged over."""
     first = networks[0]
     for other in networks[1:]:
@@ -142,7 +142,7 @@ def _require_alike(networks: Sequence[Passes]) -> None:
         raise ValueError("two of the networks are the same; name each once, or train them with other seeds")
 
 
-def _tests(network: Passes, config: ComparisonConfig) -> Iterator[tuple[str, tuple[str, Labelled]]]:
+def _tests(network: CachedOutputs, config: ComparisonConfig) -> Iterator[tuple[str, tuple[str, Labelled]]]:
     """The name of each test set, the name its outputs are kept by, and its rows."""
     test, end = network.splits["test"], ""
     if config.limit is not None and config.limit < len(test):
@@ -154,7 +154,7 @@ def _tests(network: Passes, config: ComparisonConfig) -> Iterator[tuple[str, tup
         yield name, (f"test-{kind}-{config.severity}{end}", corrupted(test, kind, config.severity))
 
 
-def fitted(network: Passes, config: PosteriorConfig, fit_on: str) -> Posterior:
+def fitted(network: CachedOutputs, config: PosteriorConfig, fit_on: str) -> Posterior:
     """A posterior of a network, fitted now or before.
 
     Args:

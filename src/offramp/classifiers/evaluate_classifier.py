@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from offramp.classifiers.cached_outputs import CachedOutputs
 from offramp.classifiers.compare import ComparisonConfig, compare
-from offramp.classifiers.divided import TaskName
 from offramp.classifiers.evaluate import Settings
 from offramp.classifiers.loading import run_folder, title
-from offramp.classifiers.passes import Passes
 from offramp.classifiers.result import ClassifierEvaluation
+from offramp.classifiers.splits import TaskName
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
 from offramp.uncertainty.posterior import METHODS, PosteriorConfig
@@ -96,7 +96,7 @@ def evaluate_classifier(
         tuple(corruptions), severity, limit, Settings(bins, resamples, seed),
     )  # fmt: skip
     networks = [
-        Passes.of(
+        CachedOutputs.of(
             model, data, test_data, task, folder=_cache(cache, model, len(given)), device=device,
             batch_size=batch_size, progress=progress,
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from offramp.classifiers.architectures import build, rows_of, usual
 from offramp.classifiers.batches import AUGMENTATIONS
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.divided import TEXTS, DataConfig, TaskName, divide, record
+from offramp.classifiers.splits import TEXTS, DataConfig, TaskName, divide, record
 from offramp.classifiers.trainer import ClassifierTrainResult, train_exits
 from offramp.families.heads import HeadConfig
 from offramp.hub.devices import named_device
@@ -71,7 +71,7 @@ def train_classifier(
             encoder by packaged name ("minilm"), local folder or hub id.
         task: Whether the rows are images or texts.
         data: The folder of IDX or CIFAR files, or of one folder per class; of texts a .tsv, .csv or .jsonl file. Or the
-            name of a set, see `offramp.classifiers.divided.located`.
+            name of a set, see `offramp.classifiers.splits.located`.
         test_data: A published test split in the same layout; None: that of `data`, or a tenth of it.
         layout: None: of images by the names of the files, of texts "columns".
         text_column: Of texts in columns: a name in the header, or a place from 0 without header.

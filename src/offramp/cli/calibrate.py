@@ -136,7 +136,7 @@ def calibrate(
     ] = None,
     test_share: Annotated[float, typer.Option(help="Of the examples, held out to report by.")] = 0.25,
     limit: Annotated[int | None, typer.Option(help="Use only this many examples, chosen at random.")] = None,
-    seed: Annotated[int, typer.Option(help="Of that choice, of the splits and of the order of draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice, of the splits and of the order of draws.")] = 0,
     validate: Annotated[
         int,
         typer.Option(
@@ -181,7 +181,7 @@ def calibrate(
     calibrate …` (on CPUs `torchrun --nproc-per-node N -m offramp calibrate …`) divides the examples among processes.
 
     With --posterior, fit what the confidences laplace, conformal and avcs need, on the tokens of texts, instead: exits
-    with a posterior are written, with how honest they are on held-out texts.
+    with a posterior are written, with how well calibrated they are on held-out texts.
     """
     if posterior is not None:
         p.fit_posterior(

@@ -38,7 +38,7 @@ def evaluate(
     target: Annotated[Path | None, typer.Option(metavar="FILE", help="Translations of the lines of --data.")] = None,
     languages: o.Languages = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only this many examples, chosen at random.")] = None,
-    seed: Annotated[int, typer.Option(help="Of that choice and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of examples and of the intervals.")] = 0,
     arms: Annotated[
         str | None,
         typer.Option(help="default: the source documents' policies (softmax, its prunings, contrastive, jsd) at 0.9."),

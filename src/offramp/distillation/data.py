@@ -141,7 +141,7 @@ def _published(task: str, path: str, seed: int, options: dict[str, Any]) -> Grou
     return loaders[task](place, **options)
 
 
-def divided(val: Grouped, share: float, seed: int) -> tuple[Grouped, Grouped]:
+def split_validation(val: Grouped, share: float, seed: int) -> tuple[Grouped, Grouped]:
     """Validation rows to select by, and this share to tune weights on; two renderings of a thing stay together."""
     clusters = val.rows.clusters or (tuple(map(str, val.pairs.tolist())) if val.pairs is not None else ())
     rows = Labelled(val.rows.ids, val.rows.inputs, val.rows.labels, val.rows.classes, val.rows.groups, clusters)

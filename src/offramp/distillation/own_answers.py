@@ -36,7 +36,7 @@ class OwnAnswers:
         window: Longest prompt with its answer, in tokens; longer ones are shortened, see `offramp.training.data.cut`.
         share: Of the prompts to hold out. Their answers are those of the student before training, so that what it is
             judged on stays the same.
-        seed: Of that choice.
+        seed: Seed of the choice of those held out.
 
     Raises:
         ValueError: A value out of range.

@@ -9,7 +9,7 @@ import torch
 from offramp.classifiers.batches import Augmentation, Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.distillation.config import Run
-from offramp.distillation.data import divided, group_counts
+from offramp.distillation.data import group_counts, split_validation
 from offramp.distillation.networks import rows_for
 from offramp.metrics.selection import RULES, WITH_GROUPS
 from offramp.tasks.group_sets import Grouped, GroupedSet
@@ -56,7 +56,7 @@ def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
         ValueError: Groups that the method or the selection rule needs are unknown, or one of them has no row.
     """
     study = run.study
-    select, tune = divided(data.val, study.data.tune, run.seed)
+    select, tune = split_validation(data.val, study.data.tune, run.seed)
     select = _selectable(run, data.name, select)
     known = data.train if run.method.needs_groups else data.train.without_groups()
     if run.method.needs_groups:

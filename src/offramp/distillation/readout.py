@@ -50,7 +50,7 @@ class ReadoutConfig:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadoutOutputs:
     """What a readout says about rows.
 
     Attributes:
@@ -139,8 +139,8 @@ def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, s
 
 
 @torch.no_grad()
-def read(readout: Readout, states: States, rows: Rows, epoch: int) -> Reading:
+def read(readout: Readout, states: States, rows: Rows, epoch: int) -> ReadoutOutputs:
     """What it says about rows, on the CPU."""
     found = [readout(states[places]) for places in torch.split(torch.arange(len(states)), CHUNK)]
     features, logits = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
-    return Reading(epoch, features, logits, rows.data.labels, rows.data.ids)
+    return ReadoutOutputs(epoch, features, logits, rows.data.labels, rows.data.ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.classifiers.confidence import gap as margin
-from offramp.distillation.readout import Reading
+from offramp.distillation.readout import ReadoutOutputs
 from offramp.uncertainty import avcs_classification, nested_conformal, predictive
 from offramp.uncertainty.avcs_classification import AVCSClassificationConfig
 from offramp.uncertainty.laplace import Factors, damping
@@ -45,8 +45,8 @@ class Evidence:
         seed: Of the draws.
     """
 
-    reading: Reading
-    tune: Reading | None = None
+    reading: ReadoutOutputs
+    tune: ReadoutOutputs | None = None
     n_mc: int = 50
     prior_variance: float | None = 1.0
     sets: str = "nested"
@@ -104,7 +104,7 @@ class Evidence:
         """Whether no row's set holds a class, so that sets tell no rows apart."""
         return not bool(self.members.any())
 
-    def _tune(self) -> Reading:
+    def _tune(self) -> ReadoutOutputs:
         if self.tune is None:
             raise ValueError("sets and a tuned prior variance need rows outside training; give a share of them (tune)")
         if self.tune.epoch != self.reading.epoch:
@@ -167,5 +167,5 @@ def _holds(evidence: Evidence) -> Tensor:
     return evidence.members.gather(1, evidence.reading.labels[:, None])[:, 0]
 
 
-def _outputs(reading: Reading) -> ExitOutputs:
+def _outputs(reading: ReadoutOutputs) -> ExitOutputs:
     return ExitOutputs([reading.features], reading.logits[None], reading.labels, torch.ones(1), reading.ids)

@@ -101,7 +101,7 @@ def early_states(split: SplitModel, windows: Windows, layer: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
+class LensData:
     """What a lens is taught on.
 
     Attributes:
@@ -115,7 +115,9 @@ class Kept:
     guides: Tensor
 
 
-def taught(split: SplitModel, teacher: SplitModel, kept: Kept, config: TokenReadoutConfig, seed: int) -> TokenReadout:
+def taught(
+    split: SplitModel, teacher: SplitModel, kept: LensData, config: TokenReadoutConfig, seed: int
+) -> TokenReadout:
     """A lens, new and then taught on kept states; gradients go nowhere else.
 
     Args:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.instance_weights import InstanceWeights, finished, gated
-from offramp.distillation.readout import Reading
+from offramp.distillation.readout import ReadoutOutputs
 from offramp.distillation.signals import Evidence, share_of_rank, signal
-from offramp.distillation.token_readout import Kept, TokenReadout, TokenReadoutConfig, early_states, taught
+from offramp.distillation.token_readout import LensData, TokenReadout, TokenReadoutConfig, early_states, taught
 from offramp.families import SplitModel
 from offramp.families.backbone import evaluating
 from offramp.training.data import Windows
@@ -175,7 +175,7 @@ def _readout(
 
 def _keep(
     student: SplitModel, teacher: SplitModel, windows: Windows, config: TokenWeights, seed: int, size: int
-) -> Kept:  # fmt: skip
+) -> LensData:  # fmt: skip
     """States and targets of windows drawn at random, as many as are allowed."""
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     lengths = windows.counted[:, 1:].sum(1)[order].cumsum(0)
@@ -189,7 +189,7 @@ def _keep(
         target, guide = _targets(teacher, part, config.target == "teacher" or taught_by_teacher)
         targets.append(target.to(student.device))
         guides.append(guide)
-    return Kept(torch.cat(states), torch.cat(targets), torch.cat(guides))
+    return LensData(torch.cat(states), torch.cat(targets), torch.cat(guides))
 
 
 def _targets(teacher: SplitModel, windows: Windows, its_choice: bool) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ def _plain(name: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if name == "loss":
         log = logits.double().log_softmax(-1)
         return -log.gather(1, target[:, None])[:, 0], choices(logits)
-    reading = Reading(0, logits, logits, target, ())
+    reading = ReadoutOutputs(0, logits, logits, target, ())
     return signal(name, Evidence(reading))
 
 

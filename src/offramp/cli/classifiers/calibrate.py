@@ -19,7 +19,7 @@ def calibrate_classifier(
     posterior: Annotated[
         str,
         typer.Option(
-            help="What makes probabilities honest: vanilla (nothing), temperature, mie (model-internal ensemble of the "
+            help="What calibrates probabilities: vanilla (nothing), temperature, mie (model-internal ensemble of the "
             "exits), mie+temperature, laplace (last layer, with temperature), mie+laplace; or auto: of the first four "
             "the one that held-out rows of the tune split say helps, which may be none."
         ),
@@ -74,7 +74,7 @@ def calibrate_classifier(
     ] = None,
     json: o.JsonPath = None,
 ) -> None:
-    """Make the exits of a classifier honest, for `offramp classify`; certify a threshold, calibrate sets.
+    """Calibrate the exits of a classifier, for `offramp classify`; certify a threshold, calibrate sets.
 
     Each step has rows of its own, see `offramp train --task image-classification --help`. What exits say about a split
     is computed once and kept.

@@ -15,9 +15,9 @@ from torch import Tensor
 from offramp.classifiers.architectures import rows_of
 from offramp.classifiers.batches import Rows, in_order
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.divided import read_again
 from offramp.classifiers.loading import load
 from offramp.classifiers.outputs import collect, load_description, load_outputs
+from offramp.classifiers.splits import read_again
 from offramp.families.backbone import Inputs
 from offramp.runs.digests import fingerprint
 from offramp.tasks.labelled import Labelled
@@ -25,7 +25,7 @@ from offramp.uncertainty.outputs import ExitOutputs
 
 
 @dataclass(frozen=True)
-class Passes:
+class CachedOutputs:
     """A classifier and the splits of its data.
 
     Attributes:
@@ -56,7 +56,7 @@ class Passes:
         device: str | None = None,
         batch_size: int = 64,
         progress: Callable[..., None] | None = None,
-    ) -> Passes:
+    ) -> CachedOutputs:
         """Of a model that `offramp train` wrote, and the files it was trained with.
 
         Args:

@@ -47,7 +47,7 @@ class DataConfig:
         classes: Names of the classes in their order: as labels are written ("columns", "folder"), or for numbered ones
             ("idx"). Empty: as the files have them.
         count: Rows that are used, drawn at random; a published test split stays whole. None: all.
-        seed: Of that draw and of the division.
+        seed: Seed of that draw and of the division into splits.
         image_size: Side that images of a "folder" are brought to; None: they are all of one size.
         longest: Most tokens of a text; None: what its model takes.
     """

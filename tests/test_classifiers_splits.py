@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from classifier_data import write_idx, write_texts
-from offramp.classifiers import divided
-from offramp.classifiers.divided import IMAGES, SCHEMA, TEXTS, DataConfig, divide, located, read_again, record
+from offramp.classifiers import splits
+from offramp.classifiers.splits import IMAGES, SCHEMA, TEXTS, DataConfig, divide, located, read_again, record
 from offramp.tasks.labelled import SHARES
 
 
@@ -174,7 +174,7 @@ def test_drawing_rows_leaves_the_outer_draws_alone(folder):
 def test_a_name_stands_for_a_set_that_is_installed(folder, tmp_path, monkeypatch):
     name = Path("fashion-mnist")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(divided, "INSTALLED", tmp_path / "installed")
+    monkeypatch.setattr(splits, "INSTALLED", tmp_path / "installed")
     monkeypatch.delenv("OFFRAMP_FASHION_MNIST", raising=False)
     with pytest.raises(
         FileNotFoundError, match="no fashion-mnist here.*sudo apt install dataset-fashion-mnist"
