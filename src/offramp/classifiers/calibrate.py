@@ -286,8 +286,8 @@ def calibrate(
     """Fit everything, and write it into a folder.
 
     Args:
-        outputs: From the name of a split to what all exits say about it, such as `CachedOutputs.outputs`; splits that are not
-            needed are not asked for.
+        outputs: From the name of a split to what all exits say about it, such as `CachedOutputs.outputs`; splits that
+            are not needed are not asked for.
         config: What to fit.
         folder: Where to; what an earlier calibration left there is replaced.
         network: Fingerprint of the classifier.
