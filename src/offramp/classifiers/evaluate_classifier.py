@@ -92,8 +92,9 @@ def evaluate_classifier(
     if not given:
         raise ValueError("there is no network to evaluate; name at least one")
     config = ComparisonConfig(
-        METHODS if methods is None else tuple(methods), PosteriorConfig(n_mc=draws, grid=grid, seed=seed), fit_on,
-        tuple(corruptions), severity, limit, Settings(bins, resamples, seed),
+        METHODS if methods is None else tuple(dict.fromkeys(methods)),
+        PosteriorConfig(n_mc=draws, grid=grid, seed=seed), fit_on, tuple(dict.fromkeys(corruptions)), severity, limit,
+        Settings(bins, resamples, seed),
     )  # fmt: skip
     networks = [
         CachedOutputs.of(

@@ -91,15 +91,11 @@ def distill(
     chosen: Any = {"task": task, "select": select, "backend": backend}
     with o.progress("distilling") as progress:
         grid = offramp.distill_grid(
-            student, data, **chosen, teachers=teacher or [], teacher_methods=_names(teacher_method),
-            methods=_names(method), settings=config, seeds=range(first_seed, first_seed + seeds), epochs=epochs,
+            student, data, **chosen, teachers=teacher or [], teacher_methods=o.names(teacher_method),
+            methods=o.names(method), settings=config, seeds=range(first_seed, first_seed + seeds), epochs=epochs,
             processes=processes, threads=threads, device=device, out=out, progress=progress,
         )  # fmt: skip
     if str(json) != "-":
         o.say(grid.table())
     o.note(f"wrote {grid.folder / 'report.md'} and groups.csv; pictures: offramp report {grid.folder}")
     o.write_result(grid.to_dict(), json)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -48,7 +48,7 @@ def evaluate_harness(
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
     with o.progress("evaluating") as progress:
         result = run(
-            lm, [task.strip() for task in harness.split(",") if task.strip()], chosen,
+            lm, o.names(harness), chosen,
             include=None if include is None else str(include), fewshot=fewshot, limit=limit, batch_size=batch_size,
             chat=chat, resamples=resamples, seed=seed, progress=progress,
         )  # fmt: skip

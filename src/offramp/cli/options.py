@@ -224,6 +224,11 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
     return ExitPolicy.from_dict({**base, **given})
 
 
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def policies_of(files: Sequence[str | Path] | None, taken: Collection[str] = ()) -> dict[str, ExitPolicy]:
     """Policies by the names of their files, no two alike, nor one of those that are taken."""
     from offramp.core.policy import ExitPolicy

@@ -47,7 +47,7 @@ def fit_posterior(
     from offramp.training.answers import AnswerConfig
     from offramp.uncertainty.candidates import LaplaceConfig
 
-    methods = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    methods = tuple(dict.fromkeys(o.names(names)))
     config = PosteriorConfig(
         methods, candidates, alpha, LaplaceConfig(draws, seed, evidence), vocabulary, vocabulary_size, to_text,
         o.numbers(layers, "--layers", int), seed,

@@ -55,8 +55,8 @@ def evaluate_classifier(
 
     folder = out or run_folder("evaluate", models[0])
     chosen: Any = {
-        "task": task, "methods": None if methods == "all" else _names(methods), "grid": grid, "fit_on": fit_on,
-        "corruptions": () if corruption is None else _names(corruption),
+        "task": task, "methods": None if methods == "all" else o.names(methods), "grid": grid, "fit_on": fit_on,
+        "corruptions": () if corruption is None else o.names(corruption),
     }  # fmt: skip
     with c.noted(), o.progress("evaluating") as progress:
         result = offramp.evaluate_classifier(
@@ -72,7 +72,3 @@ def evaluate_classifier(
     o.note(f"wrote {folder}: results.json, records, pictures and, with more tables, table.md")
     o.note(f"read it with: offramp report {folder}")
     o.write_result(result.to_dict(), json)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
