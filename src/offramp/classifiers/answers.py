@@ -30,11 +30,11 @@ class Answer:
     Attributes:
         given: The image's file, or the text.
         label: The answer.
-        probability: Of the answer, at the exit taken.
+        probability: Probability of the answer, at the exit taken.
         confidence: What the exit was taken by.
         exit: The exit taken, from 1.
         layer: After how many blocks it stands.
-        flops: Of this input, with the heads of the exits it came to and what the posterior adds.
+        flops: FLOPs of this input, with the heads of the exits it came to and what the posterior adds.
         share: The same over the FLOPs of the plain full network, the backbone and the last exit's head, in this batch.
         probabilities: By label.
         set: Classes in the conformal set at the exit taken, most probable first; None: no sets were calibrated.

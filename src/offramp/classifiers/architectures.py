@@ -41,7 +41,7 @@ def build(
         data: Training rows: classes, size and colours of images, and what they are normalised by.
         layers: Layers with an exit besides the last; None: all blocks and stages, of an encoder six at most.
         head: How exits are built.
-        seed: Of weights that are drawn.
+        seed: Seed of weights that are drawn.
 
     Returns:
         The classifier, in training mode.
@@ -159,7 +159,7 @@ def rows_of(
     Args:
         classifier: With a tokenizer, or with settings of images.
         data: The rows.
-        augmentation: Of images while training.
+        augmentation: Augmentation of images in training.
         longest: Most tokens of a text.
 
     Returns:

@@ -27,7 +27,7 @@ class Batch:
         labels: [B].
         inputs: For the classifier.
         groups: A number per row, [B]; None: unknown.
-        epoch: Of training, counted from 0.
+        epoch: Epoch of training, counted from 0.
     """
 
     rows: Tensor
@@ -105,7 +105,7 @@ def order(rows: Rows, size: int, seed: int, epoch: int, sampling: Tensor | None 
         rows: N of them.
         size: Rows of a batch; the last may have fewer, but a single one joins the batch before: batch normalisation
             cannot do with one.
-        seed: Of the order.
+        seed: Seed of the order.
         epoch: Counted from 0.
         sampling: How often each row is drawn, in proportion, [N]; N are drawn with replacement, and stay in the order
             drawn: by length, the copies of a rare row would meet in one batch. None: each row once, see
@@ -227,7 +227,7 @@ class ImageRows:
 
     Attributes:
         data: The rows.
-        preprocessing: Of the values.
+        preprocessing: Preprocessing of the values.
         augmentation: Before that, while training.
     """
 
@@ -273,7 +273,7 @@ class TextRows:
 
     Attributes:
         data: The rows.
-        tokenizer: Of the encoder, from transformers.
+        tokenizer: Tokenizer of the encoder, from transformers.
         longest: Most tokens of a row, special ones included; None: what the tokenizer says its model takes. Of a pair
             the longer text loses its end first.
     """

@@ -98,7 +98,7 @@ class CachedOutputs:
         """Of any rows.
 
         Args:
-            name: Of the file they are kept in.
+            name: Name of the file they are kept in.
             data: The rows.
 
         Returns:

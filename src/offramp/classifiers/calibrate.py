@@ -75,8 +75,8 @@ class CalibrationConfig:
         promise: What a threshold is to keep, its loss one of `LOSSES`; None: no certificate.
         reference: What it is to keep it against, one of `REFERENCES`.
         alpha: Probability that conformal sets of some exit miss the right class; None: no sets.
-        bins: Of the calibration error.
-        seed: Of the order of rows in the certificate.
+        bins: Bins of the calibration error.
+        seed: Seed of the order of rows in the certificate.
     """
 
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
@@ -133,11 +133,11 @@ class ClassifierCalibration(Shown):
         calibrated: What later steps use.
         before: Metrics of each exit's softmax on the threshold split, by name.
         after: The same of the posterior.
-        rows: Of the threshold split.
+        rows: Rows of the threshold split.
         certificate: The certified threshold; None: none was asked for.
         kept: On the test split under the certificate: its rows; the mean loss, and by reference; the saving of the
             plain full network's FLOPs, and of those with the heads of all exits; None: no certificate.
-        sets: Of the test split; None: none were asked for.
+        sets: Sets of the test split; None: none were asked for.
         config: What was asked for; of candidates the posterior that was taken.
         conditions: What was held fixed, and versions; JSON values.
         effect: What the posterior does to the NLPD of the threshold split; None: it is none.

@@ -64,24 +64,24 @@ def calibrate_classifier(
         posterior: What makes probabilities: "vanilla" (softmax), "temperature", "mie" (model-internal ensemble of the
             exits), "laplace" (last layer, with temperature), or both; "auto": of the first four the one that held-out
             rows of the tune split say helps, which may be none.
-        draws: Of the logits, with Laplace.
+        draws: Draws of the logits, with Laplace.
         grid: "meronen": the published grid of temperatures and prior variances; None: a wider one.
         predictive: With Laplace: "mc", means over draws, or "probit", without any.
-        damping: Of Laplace: "factored", as published, or "exact".
+        damping: Damping of Laplace: "factored", as published, or "exact".
         fit_on: Rows for Laplace's factors. "train": those of the network, as published; "tune": rows it has not seen,
             which then also tune it.
         tolerance: What the mean loss of new rows is to stay below, in (0, 1); None: nothing is certified.
         failure: Probability with which that may fail, in (0, 1).
-        loss: Of a row that leaves early. "consistency": its class is not the reference's; "gap": it is wrong where the
-            reference is right (less where it is the other way round); "brier": half the difference of Brier scores;
+        loss: Loss of a row that leaves early. "consistency": its class is not the reference's; "gap": it is wrong where
+            the reference is right (less where it is the other way round); "brier": half the difference of Brier scores;
             "brier-consistency": the same against the reference's class, without labels.
         reference: What the promise is against. "last-exit": the network's own last exit as it is, the plain full
             network; "posterior": the last exit with the posterior.
         bound: By which it is certified; None: "binomial" for "consistency", else "wsr".
         alpha: Calibrate nested sets of classes: the right one is in those of all exits with probability 1 - alpha;
             None: no sets.
-        bins: Of the calibration error.
-        seed: Of Laplace's draws and of the order of rows.
+        bins: Bins of the calibration error.
+        seed: Seed of Laplace's draws and of the order of rows.
         batch_size: Rows at once.
         cache: Where outputs of exits are kept for later steps; None: beside the model.
         device: Where to run; None: the first CUDA GPU if there is one, else the CPU.

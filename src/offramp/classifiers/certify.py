@@ -81,11 +81,12 @@ class Trials:
     """Settings tried on rows, from safe to bold; the first is "never leave early".
 
     Attributes:
-        thresholds: Of each setting, [Λ], descending; the first is infinity.
-        losses: Of each setting and row, [Λ, N], at most 1.
+        thresholds: Threshold of each setting, [Λ], descending; the first is infinity.
+        losses: Loss of each setting and row, [Λ, N], at most 1.
         exits: Where each row leaves, [Λ, N], 0..E-1.
         costs: FLOPs of a row that leaves at each exit, [E].
-        full_cost: Of a row in the plain full network, which costs are relative to; None: what the last exit costs.
+        full_cost: FLOPs of a row in the plain full network, which costs are relative to; None: what the last exit
+            costs.
     """
 
     thresholds: tuple[float, ...]
@@ -129,10 +130,10 @@ def try_thresholds(
 
     Args:
         thresholds: Descending, chosen without a look at these rows (see `threshold_grid`).
-        confidences: Of each exit and row, [E, N].
-        losses: Of each exit and row, [E, N], from `offramp.risk.classifier_losses`.
+        confidences: Confidence of each exit and row, [E, N].
+        losses: Loss of each exit and row, [E, N], from `offramp.risk.classifier_losses`.
         costs: FLOPs of a row that leaves at each exit, [E].
-        full_cost: Of a row in the plain full network; None: what the last exit costs.
+        full_cost: FLOPs of a row in the plain full network; None: what the last exit costs.
 
     Returns:
         The settings with losses and exits.
@@ -182,7 +183,7 @@ class RowCertificate(Result):
         threshold: Rows leave at the first exit whose confidence is above; infinity: never early.
         index: Which setting that is; 0: never leave early.
         n: Calibration rows.
-        seed: Of their order, which matters to betting.
+        seed: Seed of their order, which matters to betting.
         tests: Settings that were looked at: threshold (None: infinity), mean loss, p-value (for conformal risk control
             what is compared with the tolerance), cost over the plain full network's, passed.
         saving: 1 - cost over that of the plain full network, on the calibration rows; below 0 where it costs more.
@@ -279,7 +280,7 @@ def certify(trials: Trials, promise: RowPromise, *, seed: int = 0) -> RowCertifi
     Args:
         trials: Settings on the calibration rows; chosen, like the probabilities, without a look at these rows.
         promise: What is to hold.
-        seed: Of the order of rows.
+        seed: Seed of the order of rows.
 
     Returns:
         The threshold and what is known about it.
@@ -313,7 +314,7 @@ def certify_groups(trials: Trials, groups: Tensor, promise: RowPromise, *, seed:
         trials: As for `certify`.
         groups: A number per row, [N].
         promise: What is to hold in each group.
-        seed: Of the order of rows.
+        seed: Seed of the order of rows.
 
     Returns:
         By group; each has its own threshold, and its promise its share of `failure`.

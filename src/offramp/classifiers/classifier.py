@@ -64,7 +64,7 @@ class EarlyExitClassifier(nn.Module):
         num_classes: C; may be left out if there are labels.
         labels: Names of the classes; None: "0", "1", ..
         head: How the exits are built.
-        tokenizer: Of texts, kept and saved with the model.
+        tokenizer: Tokenizer of texts, kept and saved with the model.
         preprocessing: Settings that images are prepared with, under the names of `preprocessor_config.json`
             (`image_mean`, `image_std`, `size`, ..), kept and saved with the model.
 
@@ -208,8 +208,8 @@ class EarlyExitClassifier(nn.Module):
 
         Args:
             inputs: A batch of the length or image size asked for; None: images of the size the backbone is made for.
-            cut: Of networks cut after each exit instead, static exits: without the heads before it. The last of
-                these is the plain full network, which savings and budgets are relative to.
+            cut: Whether to give those of networks cut after each exit, static exits, without the heads before it. The
+                last of these is the plain full network, which savings and budgets are relative to.
 
         Returns:
             [E], float64, ascending.

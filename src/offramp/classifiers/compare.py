@@ -40,13 +40,13 @@ class ComparisonConfig:
     """What is compared.
 
     Attributes:
-        methods: Of `offramp.uncertainty.posterior.METHODS`.
+        methods: Some of `offramp.uncertainty.posterior.METHODS`.
         posterior: How they are fitted; its method has no say.
         fit_on: Which split gives Laplace approximations their factors, see `CalibrationConfig`.
-        corruptions: Of the test images, besides the clean ones.
-        severity: Of the corruptions, 1 to 5.
+        corruptions: Corruptions of the test images, besides the clean ones.
+        severity: Severity of the corruptions, 1 to 5.
         limit: Test rows, drawn at random; None: all.
-        settings: Of the evaluation.
+        settings: Settings of the evaluation.
     """
 
     methods: tuple[str, ...] = METHODS

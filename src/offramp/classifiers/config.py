@@ -24,19 +24,20 @@ class ClassifierTrainConfig:
         batch_size: Rows per step.
         optimiser: "sgd" with momentum, or "adamw".
         learning_rate: After the warm-up; None: 0.1 for SGD, 5e-5 for AdamW.
-        momentum: Of sgd.
+        momentum: Momentum of SGD.
         nesterov: Whether SGD's momentum is Nesterov's.
-        weight_decay: Of all weights with "sgd", as published; with "adamw" of matrices and kernels only, not of biases
-            and norms.
+        weight_decay: Weight decay of all weights with "sgd", as published; with "adamw" of matrices and kernels only,
+            not of biases and norms.
         schedule: "step" (divided by 10 at half and at three quarters of the way), "cosine" or "linear" (falling to 0),
             or "constant".
         warmup: Steps over which the learning rate rises.
-        weights: Of the exits in the sum of losses: one of `offramp.training.schedule.WEIGHTS` over the exits counted
-            1..E, times E, so that "uniform" is a plain sum; or E numbers.
+        weights: Weights of the exits in the sum of losses: one of `offramp.training.schedule.WEIGHTS` over the exits
+            counted 1..E, times E, so that "uniform" is a plain sum; or E numbers.
         label_smoothing: Share of the target spread over all classes.
         clip: Largest norm of the gradient; None: any.
         precision: "bf16": compute in bfloat16 under autocast, weights stay as they are; None: as loaded.
-        seed: Of the order of the rows, augmentation and dropout. First values are the caller's: seed torch for them.
+        seed: Seed of the order of the rows, augmentation and dropout. First values are the caller's: seed torch for
+            them.
         validate_every: Epochs between judgements on the validation split (tune); the last epoch always is judged.
         save_every: Steps between checkpoints, besides those at the end of each epoch.
         log_every: Steps between lines of metrics, besides the last one of each epoch.

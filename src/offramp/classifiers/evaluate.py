@@ -34,9 +34,9 @@ class Settings:
     """How an evaluation is done.
 
     Attributes:
-        bins: Of the calibration error; 10 for the published tables.
+        bins: Bins of the calibration error; 10 for the published tables.
         resamples: Bootstrap draws of test rows, for the intervals; 0: none.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     bins: int = 15

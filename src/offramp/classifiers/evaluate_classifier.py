@@ -60,16 +60,16 @@ def evaluate_classifier(
         task: What they are thought to be for; another one is refused. None: what they are for.
         test_data: The published test split they were given, if any.
         methods: What is compared; None: all.
-        corruptions: Of the test images, besides the clean ones.
-        severity: Of the corruptions, 1 to 5.
-        draws: Of the logits, with Laplace.
+        corruptions: Corruptions of the test images, besides the clean ones.
+        severity: Severity of the corruptions, 1 to 5.
+        draws: Draws of the logits, with Laplace.
         grid: "meronen": the published grid of temperatures and prior variances; None: a wider one.
         fit_on: Rows for Laplace's factors. "train": those of the network, as published; "tune": rows it has not seen,
             which then also tune it.
-        bins: Of the calibration error; 10 in the published tables.
+        bins: Bins of the calibration error; 10 in the published tables.
         limit: Use only so many test rows, drawn at random.
         resamples: Draws of the bootstrap behind the intervals of one model; 0: no intervals.
-        seed: Of Laplace's draws, of the bootstrap and of the test rows drawn.
+        seed: Seed of Laplace's draws, of the bootstrap and of the test rows drawn.
         batch_size: Rows at once.
         cache: Where outputs of exits are kept for later steps; None: beside each model.
         device: Where to run; None: the first CUDA GPU if there is one, else the CPU.

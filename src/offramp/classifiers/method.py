@@ -26,7 +26,7 @@ class Point:
         target: Asked FLOPs per row.
         threshold_cost: FLOPs per row on the rows that thresholds come from.
         cost: FLOPs per row on the test set.
-        shares: Of the test rows, that leave at each exit, [E].
+        shares: Shares of the test rows that leave at each exit, [E].
         metrics: By name.
     """
 
@@ -63,8 +63,8 @@ class Method:
     """A method on a test set.
 
     Attributes:
-        name: Of the method.
-        test: Of the test set.
+        name: Name of the method.
+        test: Name of the test set.
         full_cost: FLOPs per row of the plain full network, the backbone and the last exit's head: the unit of relative
             costs.
         points: The 39 budgets; one for the full model.
@@ -75,7 +75,8 @@ class Method:
             first exit alone and ends with the last; None where it does not reach.
         area: By metric, mean height of the curve over the costs that all methods of the test set reach; None likewise.
         reliability: For each exit its bins of confidence: lower end, upper end, rows, mean confidence, accuracy.
-        clamped: Of each exit, rows whose right class had a probability below 1e-12, which counts as that in the NLPD.
+        clamped: For each exit, how many rows whose right class had a probability below 1e-12, which counts as that in
+            the NLPD.
         heads_cost: FLOPs per row of the full network with the heads of all exits; None: written by an earlier version,
             which had these as `full_cost`.
     """

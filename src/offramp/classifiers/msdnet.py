@@ -31,7 +31,7 @@ class MSDNetConfig:
         base: Layers of the first block.
         step: Layers of each later one.
         growing: Whether block i (from 0) has step · i + 1 layers instead.
-        channels: Of the first layer, at the finest scale.
+        channels: Channels of the first layer, at the finest scale.
         growth: Channels that a layer adds, at the finest scale.
         scales: By how much the channels of each scale are multiplied, finest first; one number per scale.
         bottlenecks: A layer's inner width at each scale, as a multiple of what it puts out there.
@@ -156,7 +156,7 @@ class Layer(nn.Module):
     """One dense layer at the scales still in: what came, then half of the new from the finer scale, half from its own.
 
     Args:
-        config: Of the network.
+        config: Configuration of the network.
         channels: Channels that come in, at scale factor 1.
         finest: Index of the finest scale that goes out.
         drops: Whether the scale before that comes in for the last time.

@@ -44,7 +44,7 @@ def collect(
     Args:
         classifier: An `EarlyExitClassifier`; evaluated as it is, without dropout.
         batches: Inputs and labels [B] of the rows, in order; read one at a time.
-        ids: Of all rows, in order; empty: unknown.
+        ids: Ids of all rows, in order; empty: unknown.
         groups: A number per row, [N].
         path: A file to write the rows to as they come; None: they stay in memory.
         description: What they were made of, such as a fingerprint of the weights, kept in that file.
@@ -91,7 +91,7 @@ def save_outputs(
     """Write a file that `load_outputs` reads, atomically.
 
     Args:
-        outputs: Of any origin.
+        outputs: Outputs of any origin.
         path: The file; an older one is replaced.
         description: What they were made of, such as a fingerprint of the weights.
     """

@@ -58,8 +58,8 @@ class ClassifierEvaluation(Result):
 
     Attributes:
         conditions: What was held fixed, and versions; JSON values.
-        seeds: Of each network, the same methods on the same test sets.
-        fitted: Of each network, by method, how it was fitted; empty: unknown.
+        seeds: For each network, the same methods on the same test sets.
+        fitted: For each network and method, how it was fitted; empty: unknown.
     """
 
     schema, earlier, noun = SCHEMA, (EARLIER,), "evaluation of classifiers"

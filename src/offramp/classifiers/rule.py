@@ -19,7 +19,7 @@ class Rule:
     Attributes:
         thresholds: What a confidence has to be above.
         words: Where they come from.
-        spent: Of a budget, what was asked for and the quantile q that meets it.
+        spent: For a budget, what was asked for and the quantile q that meets it.
     """
 
     thresholds: Thresholds

@@ -19,7 +19,7 @@ class SmallCNNConfig:
         width: Channels w of the first block; each later block has twice as many.
         blocks: L, each a 3 x 3 convolution, batch norm and ReLU; all but the last halve height and width.
         image_size: Height and width of the images.
-        in_channels: Of the images.
+        in_channels: Channels of the images.
         places: Features are averages over this many places along each side, side by side: 1 forgets where things are.
     """
 

@@ -74,7 +74,7 @@ def train_classifier(
             name of a set, see `offramp.classifiers.splits.located`.
         test_data: A published test split in the same layout; None: that of `data`, or a tenth of it.
         layout: None: of images by the names of the files, of texts "columns".
-        text_column: Of texts in columns: a name in the header, or a place from 0 without header.
+        text_column: Column of the text: a name in the header, or a place from 0 without header.
         label_column: Likewise, of the label.
         pair_column: Likewise, of the second text of pairs; None: there is none.
         cluster_column: Likewise: rows that are the same there are never divided between splits.
@@ -85,8 +85,8 @@ def train_classifier(
         layers: Exits after these layers besides the last; None: all, of an encoder six at most.
         pooling: How states become a vector; None: "first" (CLS) for ViT, "mean" for texts.
         hidden: Width of a dense layer in each exit; None: there is none.
-        dropout: Of the exits' features, in [0, 1).
-        augment: Of images: random crops and mirror images; "crop" for digits and letters.
+        dropout: Dropout of the exits' features, in [0, 1).
+        augment: Augmentation of images, random crops and mirror images; "crop" for digits and letters.
         config: How it is trained, its `seed` also that of the division and of first weights; None: as is usual for the
             architecture, see `offramp.classifiers.architectures.usual`.
         device: Where to train; None: the first CUDA GPU if there is one, else the CPU.

@@ -115,7 +115,8 @@ def train_exits(
         objective: The loss; None: `joint_cross_entropy` by the config's weights.
         after_epoch: Called behind every epoch.
         sampling: How often each training row is drawn, in proportion, [N], with replacement; None: once per epoch.
-        settings: Of the objective and whatever else makes this run, as JSON values: a run with others is refused.
+        settings: Settings of the objective and whatever else makes this run, as JSON values: a run with others is
+            refused.
         progress: Called with the steps done and to do, and the loss.
         about: What else config.json should say, as JSON values; nobody compares it.
 

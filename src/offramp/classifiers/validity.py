@@ -68,9 +68,9 @@ def validate(
     Args:
         trials: Settings on the pool: calibrate and test rows together.
         promise: What each calibration is to certify.
-        share: Of the pool's number of rows, how many calibrate, in (0, 1).
+        share: Share of the pool's number of rows that calibrate, in (0, 1).
         repeats: How often; 100 or more tell something.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         The counts.

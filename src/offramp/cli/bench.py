@@ -43,7 +43,7 @@ def bench(
             help="Several sizes in turns, with commas: each takes the first so many prompts as its one batch."
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Of all tests.")] = 0.9,
+    threshold: Annotated[float, typer.Option(help="Threshold of all tests.")] = 0.9,
     min_layer: o.MinLayer = None,
     mean_layer: Annotated[
         float | None,
@@ -68,7 +68,7 @@ def bench(
     ] = False,
     device: o.Device = None,
     exits: o.Exits = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the arms and of random models.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the arms and of random models.")] = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep finished rounds there, and draw the table.")
     ] = None,

@@ -34,13 +34,13 @@ def calibrate(
     kind: Annotated[
         str,
         typer.Option(
-            help="Of losses. risk: how much worse than the full model's the answer is, clipped at 0 prompt by prompt; "
-            "signed: the same unclipped; tail: whether it is worse by more than --margin; textual: how far it is from "
-            "the full model's answer, without references."
+            help="Kind of losses. risk: how much worse than the full model's the answer is, clipped at 0 prompt by "
+            "prompt; signed: the same unclipped; tail: whether it is worse by more than --margin; textual: how far "
+            "it is from the full model's answer, without references."
         ),
     ] = "risk",
     metric: Annotated[str | None, typer.Option(help="That losses are made of; default: the task's first.")] = None,
-    margin: Annotated[float | None, typer.Option(help="Of --kind tail.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Margin of --kind tail.")] = None,
     bound: Annotated[
         str | None,
         typer.Option(
@@ -131,10 +131,11 @@ def calibrate(
     tuning_share: Annotated[
         float | None,
         typer.Option(
-            help="Of the examples, to choose by; default: 0.3 for pareto, --per-layer, --gains and seconds, else 0."
+            help="Share of the examples, to choose by; default: 0.3 for pareto, --per-layer, --gains and seconds, "
+            "else 0."
         ),
     ] = None,
-    test_share: Annotated[float, typer.Option(help="Of the examples, held out to report by.")] = 0.25,
+    test_share: Annotated[float, typer.Option(help="Share of the examples, held out to report by.")] = 0.25,
     limit: Annotated[int | None, typer.Option(help="Use only this many examples, chosen at random.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice, of the splits and of the order of draws.")] = 0,
     validate: Annotated[

@@ -62,7 +62,7 @@ def distill(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of students and teachers that are trained.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of students and teachers that are trained.")] = None,
     select: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +72,7 @@ def distill(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     backend: Annotated[str, typer.Option(help="processes, or ray for the machines of a Ray cluster.")] = "processes",
-    threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
     device: o.Device = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the grid is written; default: runs/distill-DATA.")

@@ -19,7 +19,7 @@ Posterior = Annotated[
 ]
 Alpha = Annotated[float, typer.Option(help="Share of tokens whose sets may miss the true one.")]
 Candidates = Annotated[int, typer.Option(help="Most probable tokens that are uncertain, or in a set.")]
-Draws = Annotated[int, typer.Option(help="Of the posterior of laplace.")]
+Draws = Annotated[int, typer.Option(help="Draws of the posterior of laplace.")]
 Evidence = Annotated[
     float, typer.Option(help="What laplace multiplies the number of tokens with: texts are dependent.")
 ]

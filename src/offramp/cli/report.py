@@ -23,7 +23,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="The HTML file; default: report.html in the first folder.")
     ] = None,
     examples: Annotated[int, typer.Option(help="Examples to show of each evaluation, token by token.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of examples.")] = 0,
 ) -> None:
     """One HTML file about one or several runs: tables, pictures, examples, the certificate, how to repeat them.
 

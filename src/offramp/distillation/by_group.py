@@ -39,7 +39,7 @@ def found_by_group(
     Args:
         run: Which.
         data: Its set.
-        folder: Of the run, with its predictions.
+        folder: Folder of the run, with its predictions.
         costs: FLOPs up to each exit, [E].
         need: Gives the folder of another run, finished.
 

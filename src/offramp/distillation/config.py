@@ -44,16 +44,16 @@ class Study:
         data: The set.
         student: The network of the students.
         teacher: The network of teachers that are trained here.
-        training: Of students; its seed is the run's.
-        teacher_training: Of teachers.
+        training: Training of students; its seed is the run's.
+        teacher_training: Training of teachers.
         select: The rule by which a run's epoch is chosen, one of `offramp.metrics.selection.RULES`.
         teacher_select: The same for teachers that use group labels anyway; others go by "val_average".
         early_exits: "readout": exits before the last are fitted when training is over and do not change the student;
             "joint": they are trained with it, by the same loss, where that is of labels or of a teacher's logits; those
             of GroupDRO, LfF, SimKD and DeTT look at the last exit alone, so that others are fitted then too.
         threshold: A row leaves at the first exit whose largest probability is above it, in the table of exits.
-        pad: Of augmentation: random crops from a frame of so many pixels.
-        flip: Of augmentation: left and right exchanged.
+        pad: Augmentation by random crops from a frame of so many pixels.
+        flip: Augmentation by exchanging left and right.
     """
 
     data: DataConfig
@@ -91,10 +91,10 @@ class Run:
 
     Attributes:
         study: What it shares with others.
-        name: Of the method, as it was asked for.
+        name: Name of the method, as it was asked for.
         method: What the name means.
         teacher: A method in `TRAINED_TEACHERS`, "folder:PATH" of a saved classifier, "logits:FILE"; None: none.
-        seed: Of data that is drawn, first values and the order of rows.
+        seed: Seed of data that is drawn, first values and the order of rows.
         apart: Added to the seed for the last two: a teacher is not to begin as its student does.
         taught: How a teacher that is trained here learns; None: as its name says in `METHODS`.
     """
@@ -219,7 +219,7 @@ def runs(
         study: What they share.
         methods: Names, maybe with changes, see `offramp.distillation.methods.method`.
         teachers: See `Run`.
-        seeds: Of the runs.
+        seeds: Seeds of the runs.
         settings: Changes of methods by name, from a file, also for teachers that are trained here; those under "*" are
             for all that have such a part.
 

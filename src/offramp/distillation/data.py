@@ -32,7 +32,7 @@ class DataConfig:
     Attributes:
         path: A local folder or file; or "stand-in:NAME", "stand-in:NAME:PATH" for those made of MNIST's files.
         task: One of `TASKS`; None for stand-ins.
-        options: Of the loader or the generator, such as {"agreement": 0.95}.
+        options: Options of the loader or the generator, such as {"agreement": 0.95}.
         tune: Share of the validation rows that weights may be tuned on, and no epoch is selected by.
     """
 
@@ -63,7 +63,7 @@ def load_set(config: DataConfig, seed: int) -> GroupedSet:
 
     Args:
         config: Which.
-        seed: Of what is drawn.
+        seed: Seed of what is drawn.
 
     Returns:
         The set, with the splits train, val and test; groups are known of test rows, maybe of no others.

@@ -34,9 +34,9 @@ class StudentGrid(Shown):
     """What a grid found.
 
     Attributes:
-        results: Of each run what stands in its result.json, in the order of the runs.
+        results: What stands in the result.json of each run, in the order of the runs.
         select: The rule that chose epochs.
-        folder: Of the grid, with report.md and groups.csv.
+        folder: Folder of the grid, with report.md and groups.csv.
     """
 
     results: Sequence[Result]
@@ -104,13 +104,13 @@ def distill_grid(
         methods: Names in `offramp.distillation.methods.METHODS`, maybe with switches: "dedier+alpha=1+fraction=0.5".
         settings: A JSON file, its values, or the name of a set whose published ones come along; None: those of a
             stand-in, which are used without asking.
-        seeds: Of the runs.
-        epochs: Of students and teachers that are trained; None: as the settings say.
+        seeds: Seeds of the runs.
+        epochs: Epochs of students and teachers that are trained; None: as the settings say.
         select: How a run's epoch is chosen. One without group labels also chooses teachers' epochs. None: as the
             settings say, else "val_worst_group".
         processes: Runs at a time.
         backend: Where they are done; "ray": on the machines of a Ray cluster.
-        threads: Of each process.
+        threads: Threads of each process.
         device: Where networks are; None: the first CUDA GPU if there is one, else the CPU.
         out: The grid's folder; None: runs/distill-DATA.
         progress: Called with runs done, runs to do and the last one's name.

@@ -144,7 +144,7 @@ def run_grid(
         root: The grid's folder, on a disk that all machines see.
         processes: How many at a time, 1: in this process; others are ended where this one is.
         engine: "processes", or "ray" for machines of a Ray cluster.
-        threads: Of each process.
+        threads: Threads of each process.
         device: Where all runs are trained; it is no part of a run, so a grid may go on on another one.
         progress: Called with runs done, runs to do and the last one's name.
 

@@ -55,7 +55,7 @@ class InstanceWeights:
             labels.
         readout: The readout.
         n_mc: Draws of Laplace's logits.
-        prior_variance: Of Laplace; None: tuned on rows outside training.
+        prior_variance: Prior variance of Laplace; None: tuned on rows outside training.
         sets: "nested" (conformal) or "avcs".
         miss: One minus the coverage that sets aim at.
 
@@ -155,9 +155,9 @@ def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tens
     """Control and normalisation.
 
     Args:
-        weights: Of `weights_of`, [N].
+        weights: Weights from `weights_of`, [N].
         config: Which.
-        seed: Of a permutation.
+        seed: Seed of a permutation.
         minority: Whether a row is of the minority, [N], bool; for "oracle".
 
     Returns:
@@ -209,7 +209,7 @@ def new_weights(
         train: The training rows, N.
         config: What weights; the readout's learning rate is given.
         epoch: That ended.
-        seed: Of the run.
+        seed: Seed of the run.
         tune: Rows outside training, for sets.
         minority: For the control "oracle".
         precision: "bf16": the student computes in bfloat16; None: as it is.

@@ -48,8 +48,8 @@ def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: Histor
         run: What.
         parts: Its rows.
         student: Left as it was at the selected epoch, with all exits fitted.
-        history: Of its epochs.
-        folder: Of the run.
+        history: What is known of its epochs.
+        folder: Folder of the run.
 
     Returns:
         The findings of result.json, but for those of `found_by_group`.

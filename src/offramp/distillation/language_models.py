@@ -51,7 +51,7 @@ class TokenDistillation:
         training: Steps, learning rate and so on. `trainable` is "all" or "lora"; `objective` is "forward-kl",
             KL(teacher || student), or "reverse-kl"; `temperature` is T. Whatever is about exits does not apply.
         fraction: λ of the divergence, 1 - λ of the cross-entropy to the text. Must be 1 for own answers.
-        weights: Of tokens; None: all are 1.
+        weights: How tokens are weighted; None: all weights are 1.
 
     Raises:
         ValueError: A value out of range, or one that does not apply.

@@ -23,7 +23,7 @@ class ErrorSet:
     """Rows that a first student, trained plainly for a few epochs, gets wrong; the second one sees more of them.
 
     Attributes:
-        epochs: Of the first student.
+        epochs: Epochs of the first student.
         factor: How much more.
         by: "sampling": they are drawn so much more often (JTT repeats them; an epoch of ours still has N rows);
             "weights": their loss is multiplied (DeTT).
@@ -49,7 +49,7 @@ class Method:
         loss: "labels", "kd", "features" (SimKD), "group_dro" or "lff".
         temperature: T of "kd".
         fraction: λ of "kd"; 1: no cross-entropy.
-        weights: Of rows, by an early readout.
+        weights: How rows are weighted by an early readout.
         errors: Rows that a first student gets wrong.
         balanced: Whether groups are drawn equally often; uses group labels of training rows.
         step: η of GroupDRO.

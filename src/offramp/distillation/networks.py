@@ -45,7 +45,7 @@ def build(
     Args:
         network: What.
         train: The training split: classes, size of images, words.
-        seed: Of first values, which are the same on all devices.
+        seed: Seed of first values, which are the same on all devices.
         device: Where to put it.
 
     Returns:

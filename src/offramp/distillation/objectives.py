@@ -158,7 +158,7 @@ class LearningFromFailure(nn.Module):
     by the largest of their class. The two are stepped by one optimiser.
 
     Args:
-        labels: Of the training split, [N].
+        labels: Labels of the training split, [N].
         biased: The second network, of the student's kind.
         power: q.
         memory: Share of the old value in the averages.

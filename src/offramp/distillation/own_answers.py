@@ -31,11 +31,11 @@ class OwnAnswers:
     Attributes:
         prompts: Texts or chats, two at least.
         attributes: The group of each prompt, in 0..G-1, or -1; None: all unknown.
-        config: Of the answers.
+        config: Configuration of the answers.
         every: Steps between answers.
         window: Longest prompt with its answer, in tokens; longer ones are shortened, see `offramp.training.data.cut`.
-        share: Of the prompts to hold out. Their answers are those of the student before training, so that what it is
-            judged on stays the same.
+        share: Share of the prompts to hold out. Their answers are those of the student before training, so that what it
+            is judged on stays the same.
         seed: Seed of the choice of those held out.
 
     Raises:

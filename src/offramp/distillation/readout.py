@@ -30,7 +30,8 @@ class ReadoutConfig:
         optimiser: "sgd" with momentum 0.9, as in the reference code, or "adamw"; None: the student's.
         learning_rate: None: the student's, as there.
         weight_decay: None: the student's, as there.
-        width: Of its inner layers; None: twice the channels that it reads (images, as there), or as many (texts, ours).
+        width: Width of its inner layers; None: twice the channels that it reads (images, as there), or as many (texts,
+            ours).
     """
 
     depth: int = 1
@@ -54,11 +55,11 @@ class ReadoutOutputs:
     """What a readout says about rows.
 
     Attributes:
-        epoch: Of the student it was taught on.
+        epoch: Epoch of the student it was taught on.
         features: Inputs of its last layer, [N, D].
         logits: [N, C].
         labels: [N].
-        ids: Of the rows.
+        ids: Ids of the rows.
     """
 
     epoch: int
@@ -74,9 +75,9 @@ class Readout(nn.Module):
     The convolutions are 3 x 3 with batch norm and ReLU, without a skip, as in the reference code.
 
     Args:
-        shape: Of a row's state, without B.
+        shape: Shape of a row's state, without B.
         classes: C.
-        width: Of the inner layers.
+        width: Width of the inner layers.
     """
 
     def __init__(self, shape: torch.Size, classes: int, width: int) -> None:
@@ -106,11 +107,11 @@ def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, s
     """A new readout, taught by plain unweighted cross-entropy.
 
     Args:
-        states: Of the training rows, from `states_at`.
+        states: States of the training rows, from `states_at`.
         labels: [N], on any device.
         classes: C.
         config: How; optimiser, learning rate and weight decay given.
-        seed: Of its first weights and the order of rows.
+        seed: Seed of its first weights and the order of rows.
 
     Returns:
         The readout, in evaluation mode, where the states are.

@@ -76,8 +76,8 @@ def chosen(result: Result, rule: str) -> Any:
     """What a rule chose: "epoch", "val", "test", and "groups", their accuracies.
 
     Args:
-        result: Of a run.
-        rule: Of selection.
+        result: Result of a run.
+        rule: Rule of selection.
 
     Returns:
         JSON values.
@@ -104,8 +104,8 @@ def report_of(result: Result, rule: str | None = None) -> GroupReport:
     """The groups of the test rows.
 
     Args:
-        result: Of a run.
-        rule: Of selection; None: the study's.
+        result: Result of a run.
+        rule: Rule of selection; None: the study's.
 
     Returns:
         The report; by another rule than that, or of an older run, without likelihoods and rates.
@@ -198,7 +198,7 @@ def mean_report(own: Sequence[Result], rule: str) -> GroupReport:
 
     Args:
         own: At least one.
-        rule: Of selection.
+        rule: Rule of selection.
 
     Returns:
         The report, in which rows are those of the first run.

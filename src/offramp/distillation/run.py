@@ -57,7 +57,7 @@ def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[s
 
     Args:
         run: What.
-        folder: Of the run, for this process alone.
+        folder: Folder of the run, for this process alone.
         need: For teachers and first students.
         device: Where all networks are.
 

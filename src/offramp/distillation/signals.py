@@ -36,13 +36,13 @@ class Evidence:
     """What is known about the training rows at the readout; each part is worked out when it is asked for.
 
     Attributes:
-        reading: Of the training rows.
-        tune: Of rows outside training, for sets and for a prior variance that is tuned; None: there are none.
+        reading: Outputs of the training rows.
+        tune: Outputs of rows outside training, for sets and for a prior variance that is tuned; None: there are none.
         n_mc: Draws of Laplace's logits.
         prior_variance: ω; None: tuned by the likelihood of `tune`.
         sets: Which sets of classes, one of `SETS`.
         miss: One minus the coverage that sets aim at.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     reading: ReadoutOutputs

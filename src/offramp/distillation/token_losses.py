@@ -104,7 +104,7 @@ def token_losses(
         loss: Which.
         rows: Tokens read out at once.
         names: G.
-        weights: Of the tokens, [N]; None: all are 1.
+        weights: Weights of the tokens, [N]; None: all are 1.
         count: What the sum is divided by in the gradient; None: only measure.
 
     Returns:

@@ -28,11 +28,11 @@ class TokenReadoutConfig:
             "lens": a new h + W h + b in front of them, taught each time on states that are kept for it.
         fit: What a lens is taught: "labels", plain cross-entropy to the target token; "forward-kl", the teacher's
             distribution; "teacher-argmax", its choice. Never weighted.
-        rank: Of W; None: full. Keep it small: a readout without errors leaves nothing to weight.
+        rank: Rank of W; None: full. Keep it small: a readout without errors leaves nothing to weight.
         tokens: Most that states are kept of; those of windows drawn anew each time.
         epochs: R, passes over them.
         batch_size: Tokens per step.
-        learning_rate: Of AdamW.
+        learning_rate: Learning rate of AdamW.
 
     Raises:
         ValueError: A value out of range.
@@ -125,7 +125,7 @@ def taught(
         teacher: Its teacher.
         kept: States and targets.
         config: How.
-        seed: Of first values and of the order of tokens.
+        seed: Seed of first values and of the order of tokens.
 
     Returns:
         The readout.

@@ -21,7 +21,7 @@ class TokenNumbers:
     """Held-out tokens of one group, or of all; means.
 
     Attributes:
-        name: Of the group.
+        name: Name of the group.
         tokens: How many.
         kd_before: Divergence from the teacher times T², in nats, before training.
         kd: Likewise, after.

@@ -55,7 +55,7 @@ class TokenWeights:
         every: Steps between two readouts.
         start: Steps before the first one; None: `every`.
         candidates: k: Laplace spreads the logits of so many tokens, all others are one rest.
-        evidence: Of Laplace, what the number of tokens is multiplied with: those of one text are not independent.
+        evidence: What the number of tokens is multiplied with for Laplace: those of one text are not independent.
 
     Raises:
         ValueError: A value out of range, or one that is not for tokens.
@@ -124,9 +124,9 @@ def new_token_weights(
         windows: N of up to T tokens.
         config: How.
         step: Steps done, of which a lens's draws depend.
-        seed: Of the run.
+        seed: Seed of the run.
         size: Windows in a pass.
-        loop: Of the run, whose processes divide the windows.
+        loop: Loop of the run, whose processes divide the windows.
 
     Returns:
         [N, T], float32; 1 where nothing is predicted.

@@ -17,7 +17,7 @@ def read_probe(size: int) -> Callable[[], float]:
     """A function that reads a buffer several times, with as many threads as torch has.
 
     Args:
-        size: Of the buffer in bytes; rounded up to whole words.
+        size: Size of the buffer in bytes; rounded up to whole words.
 
     Returns:
         The function; it returns bytes per second.

@@ -78,7 +78,7 @@ class PeerResult(Timing):
     """What another engine did.
 
     Attributes:
-        versions: Of the engine and what it rests on.
+        versions: Versions of the engine and what it rests on.
     """
 
     versions: dict[str, str]

@@ -47,7 +47,7 @@ class Players:
 
         Args:
             batches: Inputs.
-            shuffle: Of the order.
+            shuffle: Random numbers of the order.
             said: Gets the number of generations done and the next one's name.
 
         Returns:

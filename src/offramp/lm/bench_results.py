@@ -23,7 +23,7 @@ class Bench(Shown):
         arms: Results, the two full models first.
         order: order[round][batch]: names in the order in which they ran.
         peers: Results of other engines.
-        left_out: Of those that could not be had or failed, why, by name.
+        left_out: Why peers could not be had or failed, by name.
         bandwidth: Bytes per second of a plain read, one number per round; empty without a probe.
     """
 

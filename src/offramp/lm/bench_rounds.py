@@ -33,7 +33,7 @@ class Turn:
         seconds: Wall-clock time.
         parts: Seconds by part of the generation.
         counts: Sums by `COUNTS`; of a model's own `generate` they stay 0. Earlier versions did not count the prompt's.
-        tokens: Of each prompt.
+        tokens: Tokens of each prompt.
         layers: After which they left; of a peer there are none.
         first: Seconds until the first token of each batch.
     """
@@ -65,7 +65,7 @@ class Round:
     """All prompts with all arms.
 
     Attributes:
-        order: Of each batch, the names of the arms as they ran.
+        order: For each batch, the names of the arms in the order they ran.
         arms: What each did, peers included.
         bandwidth: Bytes per second that a plain read reached before each batch; empty without a probe.
     """
@@ -96,7 +96,7 @@ def read_rounds(folder: Path, header: Mapping[str, Any]) -> list[Round]:
     """The finished rounds in a folder, where further ones may now be written.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         header: From `header_of`.
 
     Returns:

@@ -29,7 +29,7 @@ def summary(
     Args:
         conditions: What was held fixed.
         arms: Policies by name.
-        versions: Of the peers that were started, by name.
+        versions: Versions of the peers that were started, by name.
         lost: Why peers could not be had or failed, by name.
         rounds: The rounds.
         exact: What the full model generates in float32; None: that is what the reference generated.

@@ -66,9 +66,9 @@ def calibrate(
         target: Second file of a parallel text.
         tolerance: What the mean loss of new prompts is to stay below, in (0, 1).
         failure: Probability with which that may fail, in (0, 1).
-        kind: Of losses, as is `margin`: see `offramp.calibration.Promise`.
+        kind: Kind of losses, as is `margin`: see `offramp.calibration.Promise`.
         metric: That losses are made of; None: the task's first.
-        margin: Of the kind "tail".
+        margin: Margin of the kind "tail".
         bound: By which it is certified; None: the one that suits the kind.
         unit: What is drawn independently: each prompt, or only each group of them.
         grid: What is tried; None: thresholds from 0.999 to 0, and static exits.
@@ -84,7 +84,7 @@ def calibrate(
         longest: Cut examples so that prompt and answer have at most this many tokens; None: the model's context.
         max_new_tokens: Longest answer; None: the task's.
         batch_size: Examples answered together.
-        seed: Of the choice, of the division and of draws.
+        seed: Seed of the choice, of the division and of draws.
         about: What else the certificate should say of the data, as JSON values.
         out: Run folder; None: runs/calibrate-NAME-TASK.
         progress: Called with the answers done, asked for at most, and what comes next.

@@ -71,8 +71,8 @@ def evaluate(
         max_new_tokens: Longest answer; None: the task's.
         window: Most predicted tokens of a passage of text, for "perplexity"; None: 256, or what the context holds.
         batch_size: Examples answered together.
-        resamples: Of the bootstrap behind the intervals.
-        seed: Of the choice and of the bootstrap.
+        resamples: Resamples of the bootstrap behind the intervals.
+        seed: Seed of the choice and of the bootstrap.
         about: What else the record should say, as JSON values.
         out: Run folder; None: runs/evaluate-NAME-TASK.
         progress: Called with the answers done and asked for, over all arms.

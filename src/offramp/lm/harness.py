@@ -47,8 +47,8 @@ class Spent:
     Attributes:
         tokens: Generated, or scored.
         layers: Sum of the layers they left at, 1..L.
-        flops: Of all parts, prompts included.
-        full_flops: Of the full model for the same prompts and as many tokens.
+        flops: FLOPs of all parts, prompts included.
+        full_flops: FLOPs of the full model for the same prompts and as many tokens.
         bytes: Read.
         seconds: Wall-clock time.
     """

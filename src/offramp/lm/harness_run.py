@@ -80,7 +80,7 @@ class HarnessResult(Result):
         policies: By arm; the full model's is None.
         scores: In the order of tasks, metrics and arms.
         costs: In the order of tasks and arms.
-        settings: Of lm-eval: few-shot examples, limit, batch size, its version.
+        settings: Settings of lm-eval: few-shot examples, limit, batch size, its version.
         machine: What it ran on.
     """
 
@@ -146,7 +146,7 @@ def evaluate_harness(
         batch_size: Requests answered together.
         chat: Whether prompts are put in the chat template.
         resamples: Draws of the bootstrap.
-        seed: Of these draws.
+        seed: Seed of these draws.
         manager: An `lm_eval.tasks.TaskManager`; None: one with lm-eval's tasks and those of `include`.
         progress: Called with the tasks done under one arm, all of them, and what is next.
 

@@ -51,7 +51,7 @@ class Script:
             A prompt's own token, of a decoder-only model, has an entry that is not used: it is not tested.
         unsure: The confidence reported before that layer. The adaptive size rule shrinks by it, so it mimics a
             real one.
-        tokens: Of each row; None: all of `depths` are of one row.
+        tokens: Tokens of each row; None: all of `depths` are of one row.
     """
 
     depths: tuple[int, ...]
@@ -138,7 +138,7 @@ def scripted_arms(
         rows: Prompts generated together; each has its own layers.
         mean: Mean exit layer, spread by an eighth of the depth; None: three quarters of the depth.
         min_layer: First layer tested; None: 0.3 of the depth (7 of T5-large's 24, as in "Early Exit LLMs").
-        seed: Of the script.
+        seed: Seed of the script.
 
     Returns:
         Policies by name; all scripted ones share one `Script`.
@@ -177,7 +177,7 @@ def random_model(
         dtype: Number format of the weights, in which they are drawn.
         engine: As for `LanguageModel`.
         int8: Likewise.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Returns:
         The model, without a tokenizer: prompts must be token ids. "t5-large" has 738 million weights, "llama-3.2-1b"

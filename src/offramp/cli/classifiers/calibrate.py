@@ -27,7 +27,7 @@ def calibrate_classifier(
     draws: c.Draws = 50,
     grid: c.Grid = None,
     predictive: Annotated[str, typer.Option(help="With Laplace: mc, means over draws, or probit, without any.")] = "mc",
-    damping: Annotated[str, typer.Option(help="Of Laplace: factored, as published, or exact.")] = "factored",
+    damping: Annotated[str, typer.Option(help="Damping of Laplace: factored, as published, or exact.")] = "factored",
     fit_on: c.FitOn = "train",
     tolerance: Annotated[
         float | None,
@@ -37,8 +37,8 @@ def calibrate_classifier(
     loss: Annotated[
         str,
         typer.Option(
-            help="Of a row that leaves early. consistency: its class is not the reference's; gap: it is wrong where "
-            "the reference is right (less where it is the other way round); brier: half the difference of Brier "
+            help="Loss of a row that leaves early. consistency: its class is not the reference's; gap: it is wrong "
+            "where the reference is right (less where it is the other way round); brier: half the difference of Brier "
             "scores; brier-consistency: the same against the reference's class, without labels."
         ),
     ] = "consistency",
@@ -64,7 +64,7 @@ def calibrate_classifier(
         ),
     ] = None,
     bins: c.Bins = 15,
-    seed: Annotated[int, typer.Option(help="Of Laplace's draws and of the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of Laplace's draws and of the order of rows.")] = 0,
     batch_size: c.BatchSize = 64,
     cache: c.Cache = None,
     device: o.Device = None,

@@ -29,14 +29,14 @@ def evaluate_classifier(
     corruption: Annotated[
         str | None, typer.Option(help="Test on corrupted images too: noise, blur, contrast, or several with commas.")
     ] = None,
-    severity: Annotated[int, typer.Option(help="Of the corruptions, 1 to 5.")] = 3,
+    severity: Annotated[int, typer.Option(help="Severity of the corruptions, 1 to 5.")] = 3,
     draws: c.Draws = 50,
     grid: c.Grid = None,
     fit_on: c.FitOn = "train",
     bins: c.Bins = 15,
     limit: Annotated[int | None, typer.Option(help="Use only so many test rows, drawn at random.")] = None,
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap behind the intervals of one model.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of Laplace's draws, of the bootstrap and of that choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of Laplace's draws, bootstrap and test rows drawn.")] = 0,
     batch_size: c.BatchSize = 64,
     cache: c.Cache = None,
     device: o.Device = None,

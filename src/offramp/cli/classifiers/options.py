@@ -50,7 +50,7 @@ FitOn = Annotated[
         "then also tune it."
     ),
 ]
-Bins = Annotated[int, typer.Option(help="Of the calibration error; 10 in the published tables.")]
+Bins = Annotated[int, typer.Option(help="Bins of the calibration error; 10 in the published tables.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder model/ of a run of offramp train.")]
 
 

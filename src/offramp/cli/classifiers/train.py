@@ -31,17 +31,18 @@ def train_classifier(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Of images: idx (MNIST and its kin), cifar10, cifar100, folder (one folder per class); default: by "
-            "the files. Of texts: sst2, snli, snli-published, or columns, the default."
+            help="Layout of images: idx (MNIST and its kin), cifar10, cifar100, folder (one folder per class); "
+            "default: by the files. Of texts: sst2, snli, snli-published, or columns, the default."
         ),
     ] = None,
     text_column: Annotated[
-        str, typer.Option(help="Of texts in columns: a name in the header, or a place from 0 without header.")
+        str, typer.Option(help="Column of texts: a name in the header, or a place from 0 without header.")
     ] = "text",
-    label_column: Annotated[str, typer.Option(help="Likewise.")] = "label",
-    pair_column: Annotated[str | None, typer.Option(help="Likewise, of the second text of pairs.")] = None,
+    label_column: Annotated[str, typer.Option(help="Column of the label, likewise.")] = "label",
+    pair_column: Annotated[str | None, typer.Option(help="Column of the second text of pairs, likewise.")] = None,
     cluster_column: Annotated[
-        str | None, typer.Option(help="Likewise: rows that are the same there are never divided between splits.")
+        str | None,
+        typer.Option(help="Column, likewise: rows that are the same there are never divided between splits."),
     ] = None,
     classes: Annotated[
         str | None, typer.Option(help="Names of the classes, with commas, in their order; default: as the files say.")
@@ -58,10 +59,11 @@ def train_classifier(
         typer.Option(help="Exits after these layers besides the last, such as 2,4; default: all, of many layers six."),
     ] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="Of states: mean, or first (CLS); default: first for ViT, mean for texts.")
+        str | None,
+        typer.Option(help="Pooling of states: mean, or first (CLS); default: first for ViT, mean for texts."),
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of a dense layer in each exit; default: none.")] = None,
-    dropout: Annotated[float, typer.Option(help="Of the exits' features.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Dropout of the exits' features.")] = 0.0,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: 20, of an encoder 3.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step; default: 64, of an encoder 32.")] = None,
     optimiser: Annotated[str | None, typer.Option(help="sgd, or adamw, an encoder's default.")] = None,
@@ -74,16 +76,16 @@ def train_classifier(
         int | None, typer.Option(help="Steps of rising learning rate; default: 0, of an encoder 20.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Of the exits' losses: uniform, layer, or numbers with commas.")
+        str, typer.Option(help="Weights of the exits' losses: uniform, layer, or numbers with commas.")
     ] = "uniform",
     clip: Annotated[
         float | None, typer.Option(help="Largest norm of the gradient; default: any, of an encoder 1.")
     ] = None,
     augment: Annotated[
-        str, typer.Option(help="Of images: crop-flip, crop (for digits and letters), flip or none.")
+        str, typer.Option(help="Augmentation of images: crop-flip, crop (for digits and letters), flip or none.")
     ] = "crop-flip",
     precision: o.Precision = None,
-    seed: Annotated[int, typer.Option(help="Of the division, of first weights, and of all draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the division, of first weights, and of all draws.")] = 0,
     device: o.Device = None,
     out: Annotated[
         Path | None,
