@@ -94,8 +94,9 @@ def client(address, retries=0):
 
 
 async def timed(address, questions, clients, seconds):
-    """Tokens per second of so many clients, and how long they waited for first tokens."""
-    first, tokens, end = [], 0, time.perf_counter() + seconds
+    """Tokens per second of so many clients, and how long they waited for first tokens: all, and the shorter half."""
+    first, short, tokens, end = [], [], 0, time.perf_counter() + seconds
+    limit = statistics.median(len(prompt) for prompt, _, _ in questions)
 
     async def one(ask, draw):
         nonlocal tokens
@@ -108,7 +109,10 @@ async def timed(address, questions, clients, seconds):
             ) as stream:  # fmt: skip
                 async for chunk in stream:
                     if not seen and chunk.choices and chunk.choices[0].delta.content:
-                        seen = bool(first.append(time.perf_counter() - began)) or True
+                        seen = True
+                        first.append(time.perf_counter() - began)
+                        if len(prompt) <= limit:
+                            short.append(first[-1])
                     if chunk.usage:
                         tokens += chunk.usage.completion_tokens
 
@@ -118,8 +122,14 @@ async def timed(address, questions, clients, seconds):
     took = time.perf_counter() - began
     return {
         "clients": clients, "tokens_per_second": tokens / took, "answers": len(first),
-        "first_token_median": statistics.median(first), "first_token_p99": sorted(first)[int(0.99 * (len(first) - 1))],
+        "first_token_median": statistics.median(first), "first_token_p99": p99(first),
+        "short_first_token_median": statistics.median(short), "short_first_token_p99": p99(short),
     }  # fmt: skip
+
+
+def p99(times):
+    """About the largest of a hundred."""
+    return sorted(times)[int(0.99 * (len(times) - 1))]
 
 
 MODELS = {}
@@ -256,6 +266,8 @@ async def run(arguments, questions, address, process):
                 found = {"server": name, **await timed(place, questions, clients, arguments.timing)}
                 result["timed"].append(found)
                 first = f"{found['first_token_median']:.3f} s (p99 {found['first_token_p99']:.3f})"
+                first += f", of short prompts {found['short_first_token_median']:.3f} s"
+                first += f" (p99 {found['short_first_token_p99']:.3f})"
                 print(
                     f"{name}, {clients} client(s): {found['tokens_per_second']:.1f} tokens/s, first token after "
                     f"{first}, {found['answers']} answers"

@@ -138,6 +138,30 @@ def test_a_row_may_have_a_threshold_of_its_own():
     assert served(batch, asked) == [alone(split, p, one) for p, one in zip(policies, asked, strict=True)]
 
 
+def first_tokens(lengths, chunk=4):
+    """In which step each prompt of so many tokens gets its first token, where one comes with each step."""
+    split = split_of("llama", "native")
+    batch = RunningBatch(split, None, rows=len(lengths), longest=48, chunk=chunk)
+    owner, seen = {}, {}
+    for step in range(1, 40):
+        if step <= len(lengths):
+            owner[batch.admit(Asked(range(5, 5 + lengths[step - 1]), 20))] = step - 1
+        assert sum(end - begin for _, begin, end in batch.pieces()) <= chunk
+        for token in batch.step():
+            seen.setdefault(owner[token.row], step)
+    return [seen[index] for index in range(len(lengths))]
+
+
+def test_short_prompts_overtake_long_ones():
+    assert first_tokens([24]) == [6]
+    assert first_tokens([24, 3, 2, 1]) == [8, 2, 3, 4]
+
+
+def test_a_long_prompt_waits_for_no_longer_than_it_takes_to_read():
+    """Short ones that take all there is to read come with every step: at first they pass, then it is read at a go."""
+    assert first_tokens([24] + [4] * 11) == [10, 2, 3, 4, 5, 11, 12, 13, 14, 15, 16, 17]
+
+
 @pytest.mark.parametrize("policy", ["max", "defer", "verify"])
 def test_a_released_row_leaves_nothing_behind(policy):
     """Rows given back in the midst of their prompt, their answer or their drafts do not touch those after them."""

@@ -3,8 +3,12 @@
 That is continuous batching, as in Orca (Yu et al., OSDI 2022). Each row stands at its own position, with options of its
 own, and its tokens leave the network where they are sure.
 
-A prompt is read in pieces between the others' tokens, so that a long one does not make them wait. A row's tokens are
-those it would get alone: on the native engine bit for bit, on torch up to the rounding of larger products.
+A prompt is read in pieces between the others' tokens, so that a long one does not make them wait. Of several that wait
+comes first which would have been read first, had each been alone (fair queueing: Demers, Keshav and Shenker, SIGCOMM
+1989): short ones overtake long ones, but none that has waited for as many steps as it takes to read.
+
+A row's tokens are those it would get alone: on the native engine bit for bit, on torch up to the rounding of larger
+products.
 """
 
 from __future__ import annotations
@@ -87,7 +91,8 @@ class RunningBatch:
         policy: The exit policy of all rows; None: the full model.
         rows: Most rows at once.
         longest: Most tokens of a prompt and its answer together.
-        chunk: Tokens of waiting prompts that are read in a step; a prompt under `prompt_layer` is read as a whole.
+        chunk: Tokens of waiting prompts that are read in a step, 1 or more; a prompt under `prompt_layer` is read as a
+            whole.
         eos: Tokens that pruning never drops: those that end rows.
         draft_rows: Under "verify" rows draft while at most so many are active: with more, a pass has enough to do, and
             what is thrown away costs time. No text depends on it: with `accept` below 1, where one would, rows always
@@ -130,13 +135,20 @@ class RunningBatch:
         self._batch.end(list(range(rows)))
         self._plain = self._batch.best_only
         self._asked: dict[int, Asked] = {}
-        self._reading: dict[int, int] = {}  # rows whose prompts are being read, in their order: how far
+        self._reading: dict[int, int] = {}  # rows whose prompts are being read: how far
+        self._due: dict[int, int] = {}  # the same rows: when each would have been read alone, in tokens
+        self._clock = 0  # tokens that could have been read of prompts so far
         self.free = list(range(rows))
 
     @property
     def active(self) -> list[int]:
         """Rows that somebody has."""
         return sorted(self._asked)
+
+    @property
+    def reading(self) -> set[int]:
+        """Rows whose prompts are not read yet, or not to their ends."""
+        return set(self._reading)
 
     def admit(self, asked: Asked) -> int:
         """Give a request a row; its prompt is read in the next steps.
@@ -167,7 +179,7 @@ class RunningBatch:
             batch.taus[row] = tau
         if isinstance(batch, VerifyingBatch):
             batch.restart(row)
-        self._asked[row], self._reading[row] = asked, 0
+        self._asked[row], self._reading[row], self._due[row] = asked, 0, self._clock + length
         return row
 
     def _threshold(self, asked: Asked) -> float | None:
@@ -191,7 +203,9 @@ class RunningBatch:
         """
         if row not in self._asked:
             raise ValueError(f"row {row} is free; those that are not: {self.active}")
-        if self._reading.pop(row, None) is None and row in self._batch.rows:
+        if row in self._reading:
+            del self._reading[row], self._due[row]
+        elif row in self._batch.rows:
             self._batch.end([row])
         del self._asked[row]
         self.free.append(row)
@@ -224,17 +238,26 @@ class RunningBatch:
 
     # ------------------------------------------------------------ prompts
 
-    def _prompts(self) -> list[Emitted]:
-        """Read a piece of the prompts that wait, the oldest first."""
-        batch, plan, budget = self._batch, self._batch.plan, self.chunk
-        pieces = []
-        whole = plan.policy.prompt_layer is not None
-        for row, begin in list(self._reading.items()):
-            end = batch.prompts[row] if whole else min(batch.prompts[row], begin + budget)
-            pieces.append((row, begin, end))
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """What the next step reads of the prompts that wait.
+
+        Returns:
+            Rows, with the first token of each and one behind the last: at most `chunk` tokens in all, or one prompt as
+            a whole.
+        """
+        whole, budget, pieces = self._batch.plan.policy.prompt_layer is not None, self.chunk, []
+        for row in sorted(self._reading, key=lambda row: self._due[row]):  # of equal ones, the oldest
+            begin, end = self._reading[row], self._batch.prompts[row]
+            pieces.append((row, begin, end if whole else min(end, begin + budget)))
             budget -= end - begin
             if budget <= 0 or whole:
                 break
+        return pieces
+
+    def _prompts(self) -> list[Emitted]:
+        """Read a piece of the prompts that wait."""
+        batch, plan, pieces = self._batch, self._batch.plan, self.pieces()
+        self._clock += self.chunk
         rows = [row for row, _, _ in pieces]
         batch.prefill = True
         batch.way.begin([batch.start([row], *piece) for row, *piece in pieces], rows, prompt=True)
@@ -254,7 +277,7 @@ class RunningBatch:
         self._set_plain(done)
         batch.read_last(read)
         for row in done:
-            del self._reading[row]
+            del self._reading[row], self._due[row]
         batch.rows = sorted([*batch.rows, *done])
         return self._chosen(read, done)
 

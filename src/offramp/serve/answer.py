@@ -64,11 +64,9 @@ class Answer:
     tokens: list[Emitted] = field(default_factory=list)
     text: str = ""
     flops: float = 0.0
-    unread: int = 0  # tokens of the prompt
 
     def __post_init__(self) -> None:
         self._writer = Writer(self.decode, self.stop)
-        self.unread = len(self.asked.ids)
 
     @property
     def ids(self) -> list[int]:
@@ -81,7 +79,6 @@ class Answer:
         Returns:
             Why the answer has ended; None: it has not.
         """
-        self.unread = 0
         self.tokens.append(token)
         ends = token.ended and (token.token < 0 or token.token in self.asked.sampler.eos)
         pieces = self._writer.add(token, silent=ends)

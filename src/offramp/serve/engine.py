@@ -240,18 +240,10 @@ class Engine:
                 self._take(token)
 
     def _weights(self) -> dict[int, int]:
-        """How many tokens the next step reads of each row, about: prompts in pieces, the oldest first."""
-        weights, budget = {}, self._batch.chunk
-        for row, answer in self._rows.items():
-            if not answer.unread:
-                weights[row] = 1
-                continue
-            piece = min(answer.unread, budget)
-            budget -= piece
-            answer.unread -= piece
-            if piece:
-                weights[row] = piece
-        return weights or dict.fromkeys(self._rows, 1)
+        """How many tokens the next step reads of each row, about."""
+        pieces = {row: end - begin for row, begin, end in self._batch.pieces()}
+        idle = self._batch.reading - pieces.keys()
+        return {row: pieces.get(row, 1) for row in self._rows if row not in idle}
 
     def _take(self, token: Emitted) -> None:
         """Hand a token on, and with the last one the account."""
