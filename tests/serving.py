@@ -37,14 +37,19 @@ class ScriptedBatch:
         self.longest, self.chunk, self.free = longest, 64, list(range(rows))
         self.ledger = SimpleNamespace(costs=SimpleNamespace(flops=0))
         self.asked, self.left, self.released, self.fails = {}, {}, [], False
+        self.reading = set()
         self.model = SimpleNamespace(at_work=contextlib.nullcontext)
 
     @property
     def active(self):
         return sorted(self.asked)
 
+    def pieces(self):
+        return [(row, 0, len(self.asked[row].ids)) for row in self.reading]
+
     def admit(self, asked):
         row = self.free.pop(0)
+        self.reading.add(row)
         ids = list(asked.ids)
         tokens = self.script.get(tuple(ids), [*ids, EOS])
         if asked.threshold is None:
@@ -54,6 +59,7 @@ class ScriptedBatch:
 
     def release(self, row):
         del self.asked[row], self.left[row]
+        self.reading.discard(row)
         self.free.append(row)
         self.released.append(row)
 
@@ -63,6 +69,7 @@ class ScriptedBatch:
             self.fails = False
             raise RuntimeError("scripted to fail")
         self.ledger.costs.flops += 1000 * len(self.asked)
+        self.reading.clear()
         made = []
         for row in self.active:
             token, ended = self.left[row].pop(0), not self.left[row] or self.left[row][0] is None
