@@ -14,7 +14,7 @@ CONTRACT := $(addprefix tests/test_,families.py custom_generate.py cache.py deco
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize test-oldest test-newest lint lock docs site notebooks format clean
+.PHONY: help demo test sanitize test-cuda test-oldest test-newest lint lock docs site notebooks format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test: .venv/ready  ## Run the tests
 
 sanitize: .venv/ready  ## Run the kernels' tests under sanitizers
 	@tests/sanitize.sh $(BIN)/python
+
+test-cuda:  ## Run the contract on a GPU, with the packages of PYTHON; does nothing where there is no GPU
+	@tests/cuda.sh $(PYTHON)
 
 test-oldest: .venv-oldest/ready  ## Run the contract with the oldest releases that pyproject.toml admits
 	@.venv-oldest/bin/python tests/versions.py

@@ -2,7 +2,7 @@
 
 Its tensors compute on the CPU, but say they are elsewhere and refuse to meet the CPU's own, as those of CUDA do: what
 makes a tensor on the wrong device, or mixes two, fails here as it would there. A process cannot lose it again, so that
-tests that use it run in one of their own, see `test_elsewhere.py`.
+tests that use it run in one of their own, see `device_contract.py`.
 """
 
 from __future__ import annotations

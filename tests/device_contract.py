@@ -1,20 +1,21 @@
-"""What must not care where a model is: python -m pytest FILE, in a process that `elsewhere` gives a second device.
+"""What must not care where a model is: each test does the same with one on the CPU and with its copy on another device.
 
-Each test does the same with a model on the CPU and with its copy elsewhere. A tensor made on the wrong device fails as
-it would on a GPU; what a GPU's rounding changes does not show.
+That is the one that OFFRAMP_TEST_DEVICE names (`cuda.sh` runs this file on a GPU), or without it that of `elsewhere`: a
+tensor made on the wrong device then fails as it would on a GPU, though what a GPU's rounding changes does not show. To
+be run in a process of its own: python -m pytest FILE.
 """
 
 import copy
 import json
+import os
 
 import pytest
 import torch
 
 from classifier_runs import net, rows
-from elsewhere import NAME, moved
 from offramp import ExitPolicy, LanguageModel
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.trainer import train_classifier
+from offramp.classifiers.trainer import train_exits
 from offramp.core.exits import Exits
 from offramp.core.running import RunningBatch
 from offramp.families import SplitModel
@@ -23,10 +24,21 @@ from posteriors import with_posterior
 from test_posterior_fit import documents_of, with_exits
 from test_running import POLICIES as RUNNING
 from test_running import requests, served
-from tiny import FAMILIES, inputs_for, tiny
+from tiny import DECODER_ONLY, FAMILIES, inputs_for, tiny
 from training_runs import config, data
 from training_runs import model as trained
 
+NAME = os.environ.get("OFFRAMP_TEST_DEVICE", "elsewhere")
+if NAME == "elsewhere":
+    from elsewhere import moved
+else:
+
+    def moved(module):
+        """The module, on the device."""
+        return module.to(NAME)
+
+
+HALVES = [torch.bfloat16, torch.float16]
 WAYS = {
     "full": None,
     "propagate": {},
@@ -72,6 +84,32 @@ def policy_of(options):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_decodes(name, way):
     both(LanguageModel(tiny(name)), inputs_for(name, 2), policy_of(WAYS[way]), max_new_tokens=5)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_family_in_half_precision(name, dtype):
+    """Its blocks, run in two parts, give the logits that transformers gives on that device.
+
+    Only products of other shapes round differently, so that most agree to the bit: 16 units in the last place of the
+    largest logit leave room for the roundings of four layers.
+    """
+    model = moved(copy.deepcopy(tiny(name)).to(dtype))
+    split = SplitModel(model)
+    inputs = {key: value.to(NAME) for key, value in inputs_for(name, 2).items()}
+    if name == "whisper":
+        inputs["input_features"] = inputs["input_features"].to(dtype)
+    mask, source = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("input_features"))
+    if name in DECODER_ONLY:
+        state, wanted = split.start(source), model(**inputs).logits
+    else:
+        ids = torch.full((2, 4), 5, device=NAME)
+        state = split.start(ids, memory=split.encode(source, mask), memory_mask=mask)
+        wanted = model(**inputs, decoder_input_ids=ids).logits
+    got = split.readout(split.run(split.run(state, 0, 2), 2, 4).hidden)
+    room = 16 * torch.finfo(dtype).eps * wanted.abs().max().item()
+    torch.testing.assert_close(got.float().cpu(), wanted.float().cpu(), atol=room, rtol=0)
 
 
 @pytest.mark.parametrize("kind", MORE)
@@ -141,6 +179,9 @@ def test_rows_that_join_and_leave(kind):
     ],
 )
 def test_training(name, options, tmp_path):
+    pytest.importorskip("accelerate", reason="exits are trained with accelerate")
+    if options.get("trainable") == "lora":
+        pytest.importorskip("peft", reason="adapters are those of peft")
     lm = trained(name, still=True)
     ends = []
     for place, model in (("there", there(lm)), ("here", lm)):
@@ -150,10 +191,11 @@ def test_training(name, options, tmp_path):
 
 
 def test_a_classifier_learns(tmp_path):
+    pytest.importorskip("accelerate", reason="classifiers are trained with accelerate")
     ends = []
     for place, model in (("there", moved(net())), ("here", net())):
         judged = rows(24, seed=1, prefix="v")
-        train_classifier(model, rows(), judged, ClassifierTrainConfig(epochs=1), tmp_path / place)
+        train_exits(model, rows(), judged, ClassifierTrainConfig(epochs=1), tmp_path / place)
         ends.append(json.loads((tmp_path / place / "metrics.jsonl").read_text().splitlines()[-1]))
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-4)
 
@@ -162,5 +204,5 @@ def test_what_mixes_devices_fails():
     here, away = torch.ones(3), torch.ones(3, device=NAME)
     assert (away + 1).sum().item() == 6
     for meet in (lambda: away + here, lambda: here @ away, lambda: torch.cat([away, here]), lambda: here.add_(away)):
-        with pytest.raises(RuntimeError, match="elsewhere"):
+        with pytest.raises(RuntimeError, match="elsewhere|devices"):
             meet()
