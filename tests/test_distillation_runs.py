@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 
 import tiny_encoders as encoders
 from distillation_runs import READOUT, small_study
+from local_ray import local_ray
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.loading import load
 from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
@@ -238,26 +238,9 @@ def test_two_processes_share_a_teacher(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_of_ray(tmp_path, monkeypatch):
-    settings = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there: all servers listen on the loopback address
-        "RAY_AUTH_MODE": "disabled",  # else a token is written to the home folder
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    ray = pytest.importorskip("ray")
     asked = runs(STUDY, ["kd", "dedier"], ["erm"], [0], READOUT)
-    with tempfile.TemporaryDirectory(prefix="ray") as files:  # sockets are in there, whose paths must be short
-        try:
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=files)
-        except Exception as error:  # seen where other work left a core 3 % free: it waits for its parts in vain
-            ray.shutdown()
-            pytest.skip(f"Ray does not start here: {error}")
-        try:
-            assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
-            found = run_grid(asked, tmp_path, engine="ray")
-        finally:
-            ray.shutdown()
+    with local_ray(monkeypatch):
+        found = run_grid(asked, tmp_path, engine="ray")
     alone = run_grid(asked, tmp_path / "alone")
     assert [without_time(r) for r in found] == [without_time(r) for r in alone]
     assert len(list((tmp_path / "shared").iterdir())) == 1

@@ -79,5 +79,5 @@ def test_without_ray_serve_the_line_to_install_it_is_told(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ray\[serve\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'offramp\[serve-ray\]'"):
         deployment(lambda: None)
