@@ -11,7 +11,7 @@ import classifier_runs
 import evaluation_runs
 import training_runs
 from offramp import Contrast, ExitPolicy, LanguageModel
-from offramp.core.token_text import tinted
+from offramp.core.token_text import DEPTH, places, tinted
 from offramp.evaluation import records_of
 from offramp.lm.bench import run_bench
 from offramp.runs.results import frame
@@ -103,7 +103,10 @@ def test_a_generation_is_one_line_and_its_tokens_have_colours(lm):
     assert [int(attributes["title"].split()[1]) for attributes, _ in spans] == shown
     colours = {layer: attributes["style"] for layer, (attributes, _) in zip(shown, spans, strict=True)}
     assert len(set(colours.values())) == len(colours) > 1
-    assert all("rgba" in colour and "color:#" not in colour for colour in colours.values())  # text keeps its own
+    assert dict.fromkeys(colours.values()).keys() == {
+        f"--at:{at:.3f}" for at in places(colours, out.num_layers).values()
+    }
+    assert DEPTH in page.texts("style")[0]  # as on all pages
 
 
 def test_what_a_model_says_is_escaped():

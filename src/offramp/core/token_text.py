@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-_SCALE = ((0, 114, 178), (0, 158, 115), (213, 94, 0))
-"""Red, green and blue of layers 0, L/2 and L (Okabe and Ito), told apart by the colour-blind."""
-_OPACITY = 0.4
-"""Of the tint, so that text stays legible in its own colour, on dark pages as on light ones."""
+DEPTH = """\
+.depth {
+  --hue: calc(264 - 174 * var(--at, 0));
+  background: light-dark(oklch(calc(.79 + .15 * var(--at, 0)) calc(.115 - .02 * var(--at, 0)) var(--hue)),
+                         oklch(calc(.5 - .14 * var(--at, 0)) calc(.125 - .06 * var(--at, 0)) var(--hue)));
+}
+.depth.full { background: none; }
+"""
+"""The scale of depth of notebooks, reports and the server's page, as CSS; --at is a place as of `places`.
+
+Hue and lightness go together in equal steps of Oklch, so that the order is also seen by the colour-blind and in grey;
+the earlier, the stronger. What went to full depth stays plain.
+"""
+_NOTEBOOK = f".offramp-depth {{\n{DEPTH}.depth:not(.full) {{ color: light-dark(#1b1f24, #e6e9ed); }}\n}}"
+"""The same for one output alone; with a colour of text that fits, whatever a notebook says of light and dark."""
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -23,24 +34,32 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [texts[-1][start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
+def places(layers: Iterable[int], num_layers: int) -> dict[int, float]:
+    """Where each layer stands on the scale of depth: from 0, the first that occurs, to 1, the full model."""
+    known = sorted(set(layers))
+    return {layer: (layer - known[0]) / max(num_layers - known[0], 1) if layer < num_layers else 1.0 for layer in known}
+
+
 def tinted(rows: Sequence[Sequence[tuple[str, int, float]]], num_layers: int) -> str:
     """Texts as HTML, each token on the colour of its layer, which its title names with the confidence.
 
     Args:
         rows: By text, (piece, exit layer, confidence) of its tokens; NaN: no test was made.
-        num_layers: L. The colours of a layer are the same in all texts of a model.
+        num_layers: L.
 
     Returns:
-        A `div`; everything in it is escaped.
+        A `div` with its style; everything in it is escaped.
     """
     layers = [layer for row in rows for _, layer, _ in row]
-    seen = sorted(set(layers))
-    legend = " ".join(f'<span style="{_tint(layer, num_layers)}">&nbsp;{layer}&nbsp;</span>' for layer in seen)
-    drafted = " (0: drafted, and right)" if 0 in seen else ""
+    at = places(layers, num_layers)
+    legend = " ".join(_span(f"\N{NO-BREAK SPACE}{layer}\N{NO-BREAK SPACE}", at[layer]) for layer in at)
+    drafted = " (0: drafted, and right)" if 0 in at else ""
     mean = f"; mean {sum(layers) / len(layers):.1f}" if layers else ""
-    texts = "\n".join(f"<p {_TEXT}>{''.join(_span(*token, num_layers) for token in row)}</p>" for row in rows)
+    spans = [[_span(text, at[layer], _title(layer, sure, num_layers)) for text, layer, sure in row] for row in rows]
+    texts = "\n".join(f"<p {_TEXT}>{''.join(row)}</p>" for row in spans)
     return (
-        f"<div>\n<p><small>{len(layers)} tokens left after layer {legend}{drafted} of {num_layers}{mean}</small></p>\n"
+        f'<div class="offramp-depth">\n<style>\n{_NOTEBOOK}\n</style>\n'
+        f"<p><small>{len(layers)} tokens left after layer {legend}{drafted} of {num_layers}{mean}</small></p>\n"
         f"{texts}\n</div>"
     )
 
@@ -48,14 +67,11 @@ def tinted(rows: Sequence[Sequence[tuple[str, int, float]]], num_layers: int) ->
 _TEXT = 'style="white-space:pre-wrap;line-height:1.8"'
 
 
-def _span(text: str, layer: int, confidence: float, num_layers: int) -> str:
+def _title(layer: int, confidence: float, num_layers: int) -> str:
     sure = "not tested" if confidence != confidence else f"confidence {confidence:.3f}"
-    title = f"layer {layer} of {num_layers}, {sure}"
-    return f'<span style="{_tint(layer, num_layers)}" title="{title}">{html.escape(text)}</span>' if text else ""
+    return f' title="layer {layer} of {num_layers}, {sure}"'
 
 
-def _tint(layer: int, num_layers: int) -> str:
-    place = 2 * layer / num_layers
-    low, high = _SCALE[int(place >= 1)], _SCALE[1 + int(place >= 1)]
-    mixed = (round(a + (b - a) * (place - int(place >= 1))) for a, b in zip(low, high, strict=True))
-    return f"background-color:rgba({','.join(map(str, mixed))},{_OPACITY})"
+def _span(text: str, at: float, title: str = "") -> str:
+    kind = "depth full" if at == 1 else "depth"
+    return f'<span class="{kind}" style="--at:{at:.3f}"{title}>{html.escape(text)}</span>' if text else ""

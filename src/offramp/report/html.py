@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offramp import __version__
+from offramp.core.token_text import DEPTH
 from offramp.runs.files import write_text
 
 if TYPE_CHECKING:
     from offramp.report.pages import Page
 
 TEMPLATE = "report.html.j2"
-COLOURS = Path(__file__).with_name("colours.css")
-"""The colours and the scale of depth of all pages; the template includes it."""
+
+
+def colours() -> str:
+    """The colours and the scale of depth of all pages, as CSS."""
+    return DEPTH + Path(__file__).with_name("colours.css").read_text(encoding="utf-8")
 
 
 def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0) -> Path:
@@ -56,4 +60,4 @@ def render(pages: Sequence[Page]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template(TEMPLATE).render(pages=pages, version=__version__)
+    return environment.get_template(TEMPLATE).render(pages=pages, colours=colours(), version=__version__)

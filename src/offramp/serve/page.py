@@ -10,7 +10,7 @@ from pathlib import Path
 
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
-from offramp.report.html import COLOURS
+from offramp.report.html import colours
 
 _FILE = Path(__file__).with_name("page.html")
 
@@ -26,7 +26,7 @@ def page(model: str) -> Response:
 @cache
 def _read() -> tuple[str, str]:
     """The file in the colours of all pages, and the policy that allows its own scripts and styles by their digests."""
-    html = _FILE.read_text(encoding="utf-8").replace("/* colours.css */", COLOURS.read_text(encoding="utf-8"))
+    html = _FILE.read_text(encoding="utf-8").replace("/* colours.css */", colours())
     scripts, styles = (" ".join(_digests(html, tag)) or "'none'" for tag in ("script", "style"))
     return html, (
         f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from offramp.core.token_text import places
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.evaluate import EXAMPLES
 from offramp.evaluation.record_file import Record, read_records
@@ -128,7 +129,7 @@ def _exits(result: Evaluation) -> list[Block]:
     layers = [
         layer for layer in range(first, result.num_layers + 1) if any(count.get(layer) for count in counts.values())
     ]
-    places = _places(layers, result.num_layers)
+    at = places(layers, result.num_layers)
     bars = [
         Bar(arm.name, f"mean {arm.exit_layer.value:.1f}", [
             (index, 100 * counts[arm.name][layer] / sum(arm.histogram),
@@ -137,15 +138,10 @@ def _exits(result: Evaluation) -> list[Block]:
         ])
         for arm in arms
     ]  # fmt: skip
-    styles = {layer: "background:var(--plain)" if at == 1 else f"--at:{at:.3f}" for layer, at in places.items()}
+    styles = {layer: "background:var(--plain)" if place == 1 else f"--at:{place:.3f}" for layer, place in at.items()}
     legend = [(_name(layer, result.num_layers), styles[layer]) for layer in layers]
     note = f"Shares of the tokens by the layer they left after, of {result.num_layers}; static exits left out."
     return [Text((note,)), Bars(legend, bars)] if bars else [Text(("No policy was compared.",))]
-
-
-def _places(layers: list[int], depth: int) -> dict[int, float]:
-    """On the scale of depth, from the first layer that occurs on; as the server's page has it."""
-    return {layer: (layer - layers[0]) / max(depth - layers[0], 1) if layer < depth else 1.0 for layer in layers}
 
 
 def _name(layer: int, depth: int) -> str:
@@ -204,7 +200,7 @@ def _answers(result: Evaluation, folder: Path, count: int, seed: int) -> list[Bl
         for id, found in shown.items()
     ]
     legend = {layer: _name(layer, result.num_layers) for layer in layers}
-    return [Text((note,)), Answers(legend, _places(layers, result.num_layers) if layers else {}, examples)]
+    return [Text((note,)), Answers(legend, places(layers, result.num_layers), examples)]
 
 
 def _prompt(example: dict[str, Any]) -> list[tuple[str, str]]:
