@@ -30,6 +30,7 @@ from offramp.runs.lines import read_lines, write_lines
 
 pytest.importorskip("matplotlib")
 KINDS = ("evaluation", "training", "probe", "calibration")
+COSTS = ("flops_ratio", "flops_per_token_ratio", "seconds_ratio")
 SECTIONS = {
     "evaluation": ["In short", "Examples", "Pareto front", "Where tokens leave", "Costs by part", "Quality and cost"],
     "training": ["What each exit reached", "Training curves"],
@@ -171,9 +172,12 @@ def test_nothing_beside_the_file_is_needed(whole):
     assert "@import" not in source
 
 
-def test_pictures_are_drawn_in_the_colours_of_the_page_and_described(whole):
+def test_pictures_are_drawn_in_the_colours_of_the_page_and_described(whole, runs):
     pictures = [figure for figure in whole.of("figure")]
-    assert len(pictures) == len(whole.of("svg")) == 1 + 2 + 3
+    arms = json.loads((runs / "evaluation" / "results.json").read_text())["arms"]
+    panels = sum(any(arm[cost] for arm in arms) for cost in COSTS)
+    assert panels >= 2
+    assert len(pictures) == len(whole.of("svg")) == panels + 2 + 3
     assert all(len(picture["aria-label"]) > 10 for picture in pictures)
     styles = " ".join(attributes.get("style", "") for tag, attributes in whole.tags if tag in ("path", "text", "use"))
     assert "var(--blue)" in styles
@@ -194,6 +198,10 @@ def test_in_a_browser(whole):
             tab.look(width, scheme=scheme)
             tab.open(whole.path.as_uri())
             assert not tab.overflows()
+            lefts = tab.get("[...document.querySelectorAll('.panels figure')].map((it) => it.offsetLeft)")
+            assert len(set(lefts)) == (1 if width == 400 else len(lefts))  # one below the other, or side by side
+            widths = tab.get("[...document.querySelectorAll('.panels svg')].map((it) => it.clientWidth)")
+            assert all(320 < it < 400 for it in widths)
             seen.add(tab.get("getComputedStyle(document.querySelector('svg path[style*=\"--blue\"]')).stroke"))
             plain, tinted = (
                 tab.get(f"getComputedStyle(document.querySelector('.tokens:not(.legend) .depth{which}')).background")

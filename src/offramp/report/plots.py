@@ -193,15 +193,13 @@ def pareto_figure(evaluation: Evaluation) -> Any:
     count = sum(not arm.is_static for arm in evaluation.arms)
     title = f"{len(good)} of {count} policies are shown to be near the full model for less" if count else "Static exits"
     conditions = evaluation.conditions
-    known = {cost: label for cost, label in COST_LABELS.items() if evaluation.front(cost)}
+    known = pareto_costs(evaluation)
     figure = headed(f"{title}: {metric} over compute\n", max(11, 4.8 * len(known)), 5.4)
     left, *others = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
     for axes, (cost, label) in zip((left, *others), known.items(), strict=True):
         _pareto(axes, evaluation, cost)
         axes.set_xlabel(label)
-    left.set_ylabel(metric)
-    if metric == "perplexity":
-        _downwards(left, metric)
+    _quality_axis(left, metric)
     legend(left, wide=True, ncols=8)
     footnote(
         figure,
@@ -211,15 +209,34 @@ def pareto_figure(evaluation: Evaluation) -> Any:
     return figure
 
 
-def _downwards(axes: Any, label: str) -> None:
-    """A logarithmic axis on which better, which is lower, stands above."""
+def pareto_costs(evaluation: Evaluation) -> dict[str, str]:
+    """The costs that have a panel, with what is written along it."""
+    return {cost: label for cost, label in COST_LABELS.items() if evaluation.front(cost)}
+
+
+def pareto_panel(evaluation: Evaluation, cost: str) -> Any:
+    """One panel of `pareto_figure` alone, for pages that place them side by side or one below the other."""
+    figure = headed("", 4.6, 4.8)
+    axes = figure.add_subplot()
+    _pareto(axes, evaluation, cost)
+    axes.set_xlabel(COST_LABELS[cost])
+    _quality_axis(axes, evaluation.metric)
+    legend(axes, ncols=2)
+    return figure
+
+
+def _quality_axis(axes: Any, metric: str) -> None:
+    """Upwards is better: perplexity goes down, logarithmically."""
+    if metric != "perplexity":
+        axes.set_ylabel(metric)
+        return
     ticker = require_matplotlib().ticker
     axes.set_yscale("log")
     axes.invert_yaxis()
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.minorticks_off()
-    axes.set_ylabel(f"{label} (logarithmic, better above)")
+    axes.set_ylabel(f"{metric} (logarithmic, better above)")
 
 
 def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
@@ -253,12 +270,21 @@ def _pareto(axes: Any, evaluation: Evaluation, cost: str) -> None:
         [getattr(arm, cost).value for arm in front], [arm.quality[evaluation.metric].value for arm in front],
         where="post", color=ORANGE, linewidth=1, linestyle="--", label="Pareto front", zorder=1,
     )  # fmt: skip
+    for arm in evaluation.arms:  # the same heights in all panels, also where an arm has no such cost
+        score = arm.quality[evaluation.metric]
+        axes.update_datalim([(1, score.value if end is None else end) for end in (score.low, score.high)])
+    axes.autoscale_view()
     full = evaluation.arms[0].quality[evaluation.metric].value
     axes.axvline(1, color=GREY, linewidth=1)
     axes.axhline(full, color=GREY, linewidth=1)
     axes.annotate("full model = 1", (1, 0.01), xycoords=("data", "axes fraction"), xytext=(-3, 0), ha="right",
                   textcoords="offset points", rotation=90, fontsize=8, color=GREY)  # fmt: skip
-    policies = [arm for arm in arms if not arm.is_static]
+    _name_points(axes, evaluation, cost, front)
+
+
+def _name_points(axes: Any, evaluation: Evaluation, cost: str, front: list[ArmSummary]) -> None:
+    """The names of those on the front, and of all policies where they are few, beside their points."""
+    policies = [arm for arm in evaluation.arms if getattr(arm, cost) is not None and not arm.is_static]
     named = front + (policies if len(policies) <= MOST_NAMED else [])
     labelled = {arm.name: arm for arm in named if arm.policy is not None}.values()
     for shift, side in ((6, "left"), (-6, "right")):  # of points below 1, and of those from 1 on

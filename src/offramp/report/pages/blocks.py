@@ -42,6 +42,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Panels:
+    """Pictures that stand side by side where there is room, and else one below the other."""
+
+    kind: ClassVar[str] = "panels"
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
 class Code:
     """Text to be copied; with a `title` it is folded away under it."""
 
@@ -103,7 +111,7 @@ class Answers:
     examples: Sequence[Asked]
 
 
-Block = Verdict | Text | Table | Picture | Code | Bars | Answers
+Block = Verdict | Text | Table | Picture | Panels | Code | Bars | Answers
 
 
 @dataclass(frozen=True)

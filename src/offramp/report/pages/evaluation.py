@@ -26,6 +26,7 @@ from offramp.report.pages.blocks import (
     Bars,
     Block,
     Page,
+    Panels,
     Section,
     Text,
     Verdict,
@@ -114,11 +115,15 @@ def _front(result: Evaluation) -> list[Block]:
         for cost, arms in fronts.items()
         if arms
     ]
-    picture = draw(
-        partial(plots.pareto_figure, result),
-        f"{result.metric} over FLOPs and, where arms took turns, seconds, of the full model, static exits and policies",
-    )
-    return [picture, Text(tuple(says))]
+    panels = [
+        draw(
+            partial(plots.pareto_panel, result, cost),
+            f"{result.metric} over {label}: full model, static exits, policies",
+        )
+        for cost, label in plots.pareto_costs(result).items()
+    ]
+    says.append(f"Bars are {result.conditions.get('level', 0.95):.0%} intervals.")
+    return [Panels(panels), Text(tuple(says))]
 
 
 def _exits(result: Evaluation) -> list[Block]:
