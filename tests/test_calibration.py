@@ -101,6 +101,23 @@ def test_if_no_number_of_prompts_would_do_it_says_so(scripted, tmp_path):
     assert "No number of prompts" in certificate.words()
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"), [(0.15, "0.05 above the tolerance, and"), (0.098, "0.002 below the tolerance, but")]
+)
+@pytest.mark.parametrize("bound", ["hoeffding", "crc"])
+def test_where_nothing_is_certified_it_says_what_the_nearest_setting_fails_by(scripted, tmp_path, loss, said, bound):
+    script = Script(lambda policy: loss, draw=lambda rng, mean, count: np.full(count, mean))
+    certificate = scripted(script, tmp_path, promise=replace(PROMISE, bound=bound)).certificate
+    n, tolerance = certificate.n, PROMISE.tolerance
+    made, most = math.exp(-2 * n * max(tolerance - loss, 0) ** 2), certificate.level
+    if bound == "crc":
+        made, most = (n * loss + 1) / (n + 1), tolerance
+    words = certificate.words()
+    assert f"its mean loss, {loss:g}, is {said} the bound {bound} " in words
+    assert f"{made:.3g}" in words
+    assert f"has to be at most {most:g}." in words
+
+
 def test_the_cheapest_of_those_that_pass_is_chosen(scripted, tmp_path):
     result = scripted(
         Script(lambda policy: 0.0, cost=lambda policy: {0.9: 0.8, 0.5: 0.4, 0.1: 0.6}[policy.threshold]), tmp_path

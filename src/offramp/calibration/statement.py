@@ -144,17 +144,35 @@ def _scope(c: Account) -> str:
 
 
 def _nothing(c: Account) -> str:
+    """Which setting came nearest, what it fails by, and whether more prompts would help."""
     p, safest = c.promise, c.tests[0]
     lowest = min(test["loss"] for test in c.tests)
     if c.needed is None and lowest < p.tolerance:
-        return (
+        more = (
             f"The lowest mean loss, {lowest:.4g}, is so close to the tolerance that no reasonable number of "
             "prompts would tell them apart."
         )
-    if c.needed is None:
-        return (
+    elif c.needed is None:
+        more = (
             f"No number of prompts would change that: the mean loss of {safest['name']}, the safest that was "
             f"looked at, is {safest['loss']:.3g} (lowest of all: {lowest:.3g})."
         )
-    stay = "losses stay as they are (lowest mean" if p.bound == "wsr" else "mean losses stay as they are (lowest"
-    return f"If {stay}: {lowest:.3g}), about {c.needed} certification {p.unit}s would be needed; there were {c.n}."
+    else:
+        stay = "losses stay as they are (lowest mean" if p.bound == "wsr" else "mean losses stay as they are (lowest"
+        more = f"If {stay}: {lowest:.3g}), about {c.needed} certification {p.unit}s would be needed; there were {c.n}."
+    return f"{_nearest(c)} {more}"
+
+
+def _nearest(c: Account) -> str:
+    p, test = c.promise, min(c.tests, key=lambda test: (test["p_value"], test["loss"]))
+    loss, made = test["loss"], f"{test['p_value']:.3g}"
+    side = "below" if loss < p.tolerance else "above"
+    what = (
+        f"the bound {p.bound} makes {made} of it, which has to be at most {p.tolerance:g}" if p.bound == CRC
+        else f"the bound {p.bound} gives it a p-value of {made}, which has to be at most {c.level:.3g}"
+    )  # fmt: skip
+    joined = "but" if side == "below" else "and"
+    return (
+        f"Nearest came {test['name']}: its mean loss, {loss:.3g}, is {abs(p.tolerance - loss):.2g} {side} the "
+        f"tolerance, {joined} {what}."
+    )
