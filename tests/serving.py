@@ -94,15 +94,15 @@ def model(name="llama"):
 
 
 @contextlib.contextmanager
-def served(serving, grace=5.0):
-    """The address of a server that listens until the end of the block."""
+def listening(app, kind):
+    """The address of an application, until the end of the block; `kind` makes the server of its configuration."""
     import uvicorn
 
     sock = bound("127.0.0.1", 0)
     config = uvicorn.Config(
-        application(serving), ws="none", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
+        app, ws="none", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
     )
-    server = Server(config, serving, grace)
+    server = kind(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
@@ -111,6 +111,11 @@ def served(serving, grace=5.0):
         server.should_exit = True
         thread.join()
         sock.close()
+
+
+def served(serving, grace=5.0):
+    """The address of a server that listens until the end of the block."""
+    return listening(application(serving), lambda config: Server(config, serving, grace))
 
 
 @contextlib.contextmanager
@@ -160,6 +165,7 @@ __all__ = [
     "Serving",
     "bound",
     "connected",
+    "listening",
     "model",
     "posted",
     "raw",

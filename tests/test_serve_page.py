@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,13 @@ import pytest
 from browser import PROGRAM, browsing
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
-pytest.importorskip("starlette", reason="needs the extra serve")
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 import offramp  # noqa: E402
 from offramp.serve.page import page  # noqa: E402
+from serving import listening  # noqa: E402
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium")
 
@@ -119,16 +117,8 @@ class Stub:
             Route("/v1/completions", self.answer, methods=["POST"]),
             Route("/v1/chat/completions", self.answer, methods=["POST"]),
         ]
-        sock = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(Starlette(routes=paths), ws="none", log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
-            sock.close()
+        with listening(Starlette(routes=paths), uvicorn.Server) as address:
+            yield f"{address}/"
 
 
 @pytest.fixture(scope="module")
