@@ -114,7 +114,7 @@ def _inner(leaf):
 def _outer(leaf, known, there):
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    return known.get(id(leaf)) if id(leaf) in known else Elsewhere(leaf) if there else leaf
+    return known[id(leaf)] if id(leaf) in known else Elsewhere(leaf) if there else leaf
 
 
 _library = torch.library.Library("_", "IMPL")

@@ -45,14 +45,14 @@ class Engine:
         self._made: SplitModel | None = None
         self._exits: Exits | None = None
         self._asked = "native" if int8 else asked
-        self._refused: set[str] = set()
+        self._refused = False
         if self._asked in ("native", "cuda"):
             self.own()  # what they cannot run is said here
 
     def own(self) -> SplitModel | None:
         """The kernels, or segments, told of the model anew if it has changed.
 
-        With "auto", a model that one of them refuses is left to torch from then on, where that one would generate.
+        With "auto", a model that the kernels refuse once is left to torch from then on.
 
         Returns:
             They; None where torch generates.
@@ -62,28 +62,27 @@ class Engine:
             CudaError: Segments must generate, likewise.
         """
         kind = _AUTO.get(self._model.device.type) if self._asked == "auto" else self._asked
-        if kind in (None, "torch") or kind in self._refused:
+        if kind in (None, "torch") or self._refused:
             return None
-        if self._made is None or self._made.engine != kind or not self._made.is_current:
-            from offramp.cuda.model import CudaError
-            from offramp.native.build import NativeError
-
-            refusals, self._made = (CudaError, NativeError), None
-            try:
-                self._made = self._native() if kind == "native" else self._cuda()
-            except refusals as reason:
-                if self._asked == kind:
-                    raise
-                self._refused.add(str(kind))
-                _explain(f"{self._name} generates on torch, not with the {kind} engine: {reason}")
-                return None
-            self._made.exits = self._exits
+        if self._made is None or not self._made.is_current:
+            self._made = None  # the old one's copies are gone before there are new ones
+            self._made = self._native() if kind == "native" else self._cuda()
+            if self._made is not None:
+                self._made.exits = self._exits
         return self._made
 
-    def _native(self) -> SplitModel:
+    def _native(self) -> SplitModel | None:
+        from offramp.native.build import NativeError
         from offramp.native.model import NativeModel
 
-        return NativeModel(self._model, int8=self.int8)
+        try:
+            return NativeModel(self._model, int8=self.int8)
+        except NativeError as reason:
+            if self._asked == "native":
+                raise
+            self._refused = True
+            _explain(f"{self._name} generates on torch, not with the native engine: {reason}")
+            return None
 
     def _cuda(self) -> SplitModel:
         from offramp.cuda.model import CudaError, CudaModel

@@ -69,13 +69,8 @@ class CudaModel(SplitModel):
                 f"attn_implementation is {attention!r}; load the model with one of {', '.join(_ATTENTION)}, "
                 "or use engine='torch'"
             )
-        if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
+        if self.rotary_changes:
             raise CudaError("its rotary frequencies change with the length of the text; use engine='torch'")
-        places = {str(tensor.device) for tensor in model.parameters()}
-        if len(places) > 1:
-            raise CudaError(
-                f"its weights lie on {', '.join(sorted(places))}; put them on one device, or use engine='torch'"
-            )
         if self._hooked:
             raise CudaError(
                 "it has hooks or a forward of somebody's own, which a graph would not call; use engine='torch'"

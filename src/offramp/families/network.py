@@ -97,6 +97,12 @@ class Network:
         return list(types), [option.get("sliding_window") for option in options]
 
     @property
+    def rotary_changes(self) -> bool:
+        """Whether the rotary frequencies change with the length of the text."""
+        ropes = str(getattr(self.config, "rope_parameters", ""))
+        return "dynamic" in ropes or "longrope" in ropes
+
+    @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         return self.model.device  # type: ignore[no-any-return]

@@ -66,7 +66,7 @@ class NativeModel(SplitModel):
             raise NativeError("its embeddings are not as wide as its states, which the kernels do not know")
         if self.device.type != "cpu":
             raise NativeError(f"the model is on {self.device}; the native engine runs on the CPU")
-        if "dynamic" in (ropes := str(getattr(self.config, "rope_parameters", ""))) or "longrope" in ropes:
+        if self.rotary_changes:
             raise NativeError("its rotary frequencies change with the length of the text")
         require_plain(self)
         self._parts = parts(self)
