@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
-from offramp.calibration.statement import COSTS_MORE
+from offramp.calibration.statement import COSTS_MORE, UNSURE
 from offramp.core.exits import Exits
 from offramp.report import drawing
 from offramp.report.pages import calibration as page
@@ -290,11 +290,12 @@ def test_a_page_of_a_changed_certificate_is_refused(monkeypatch, tmp_path):
         (0.8, 0.9, "prompts included, and 0.900 of its FLOPs per generated token, without encoder and prompt."),
         (0.593, 1.44, "1.440 of its FLOPs per generated token, without encoder and prompt: prompts or lengths save"),
         (1.1, 1.2, COSTS_MORE),
-        (0.8, None, "0.800 of the full model's FLOPs, prompts included."),
+        (0.8, 0.96, UNSURE),
+        (0.8, None, f"0.800 of the full model's FLOPs, prompts included: {UNSURE}."),
     ],
 )
 def test_the_words_tell_a_saving_by_exits_from_one_by_prompts(monkeypatch, tmp_path, whole, token, says):
     certificate = certified(monkeypatch, tmp_path)
     seen = dict(certificate.estimates["test"], flops_ratio={"value": whole, "low": None, "high": None})
-    seen["flops_per_token_ratio"] = None if token is None else {"value": token, "low": None, "high": None}
+    seen["flops_per_token_ratio"] = token and {"value": token, "low": token - 0.05, "high": token + 0.05}
     assert says in replace(certificate, estimates={**certificate.estimates, "test": seen}).words()

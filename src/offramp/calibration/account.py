@@ -96,14 +96,27 @@ class Account:
         return not self.tests or any(test["passed"] for test in self.tests)
 
     @property
-    def saves(self) -> bool:
-        """Whether the policy was certified and costs less than the full model, on the held-out part if any.
+    def paid(self) -> dict[str, Any] | None:
+        """The cost that was minimised, over the full model's, with its 95 % interval, on the held-out part if any.
 
-        By the cost that was minimised; seconds that do not compare there (a part that was not answered in turns) are
-        those of the tuning part, by which the policy was chosen.
+        None: an earlier version, or seconds that do not compare there (a part that was not answered in turns).
         """
-        seen = self.estimates.get("test", self.estimates["certification"])
-        cost = seen.get(_RATIOS[self.minimise or "flops"])
+        seen: dict[str, Any] = self.estimates.get("test", self.estimates["certification"])
+        return seen.get(_RATIOS[self.minimise or "flops"])
+
+    @property
+    def saves(self) -> bool:
+        """Whether the policy was certified and cost less than the full model, on the held-out part if any.
+
+        By the cost that was minimised; seconds that do not compare there are those of the tuning part, by which the
+        policy was chosen. What was found of some prompts, no promise: see `saving_is_sure`.
+        """
+        cost = self.paid
         if cost is not None or self.selected is None:
             return self.certified and cost is not None and bool(cost["value"] < 1)
         return self.certified and bool(self.tests[self.selected]["cost"] < 1)
+
+    @property
+    def saving_is_sure(self) -> bool:
+        """Whether it `saves`, and the whole interval of its cost is below the full model's."""
+        return self.saves and self.paid is not None and self.paid["high"] is not None and bool(self.paid["high"] < 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offramp.calibration.room import Room
 from offramp.calibration.spending import MEASURES, is_timed
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PROMPTS_ALONE = "prompts or lengths save, exits do not"
 COSTS_MORE = "THE POLICY COSTS MORE than the full model, which loses nothing: use that"
+UNSURE = "whether it costs less than the full model is not sure, by what these prompts show"
 NEVER_EXIT = "the certified policy is: never exit"
 
 
@@ -37,7 +38,7 @@ def finding(c: Account) -> str:
         chosen = c.tests[c.selected]
         others = sum(test["passed"] for test in c.tests) - 1
         more = f", the cheapest of {others + 1} that keep the promise" if others else ""
-        return f"the certified policy is: {chosen['name']}, at {chosen['cost']:.3f} of the full model's {cost}{more}"
+        return f"the certified policy is: {chosen['name']}, at {_cost(c, chosen)} of the full model's {cost}{more}"
     if c.other_format:
         tried = f"nothing that was tried in {c.conditions['dtype']}, full depth included,"
         return f"{tried} " + ("costs less than the full model" if c.pays_nothing else "is shown to keep the promise")
@@ -46,6 +47,14 @@ def finding(c: Account) -> str:
     passed = min((t for t in c.tests if t["passed"]), key=lambda t: t["cost"], default=None)
     best = "" if passed is None else f" (the cheapest that keeps the promise, {passed['name']}: {passed['cost']:.3f})"
     return f"nothing tried costs less than the full model in {cost}{best}; {NEVER_EXIT}"
+
+
+def _cost(c: Account, chosen: dict[str, Any]) -> str:
+    """What the chosen setting costs, with its interval where there is one."""
+    if c.paid is None or c.paid["low"] is None:
+        return f"{chosen['cost']:.3f}"
+    part = "held-out" if "test" in c.estimates else "certification"
+    return f"{c.paid['value']:.3f} ({c.paid['low']:.3f} to {c.paid['high']:.3f}, {part} prompts)"
 
 
 def _refused(c: Account) -> str:
@@ -116,7 +125,10 @@ def _found(c: Account) -> str:
     if own is not None:
         text += f" ({own['value']:.3f} of what a token costs with the same shortened prompt and no exits)"
     if c.minimise is not None and is_timed(c.minimise) and c.selected is not None:
-        text += f"; on the tuning prompts at {c.tests[c.selected]['cost']:.3f} of its "
+        if c.paid is not None and c.paid["low"] is not None:
+            text += f"; at {c.paid['value']:.3f} of its {MEASURES[c.minimise]}, measured in turns "
+            text += f"({c.paid['low']:.3f} to {c.paid['high']:.3f})"
+        text += f"; on the tuning prompts, by which it was chosen, at {c.tests[c.selected]['cost']:.3f} of its "
         text += f"{MEASURES[c.minimise]}, measured in turns"
     return f"{text}: {against}." if (against := warning(c)) else f"{text}."
 
@@ -129,7 +141,9 @@ def warning(c: Account) -> str:
     token = seen.get("flops_per_token_ratio")
     if seen["flops_ratio"]["value"] < 1 and token is not None and token["value"] >= 1:
         return PROMPTS_ALONE
-    return "" if c.saves else COSTS_MORE
+    if not c.saves:
+        return COSTS_MORE
+    return "" if c.saving_is_sure else UNSURE
 
 
 def _scope(c: Account) -> str:

@@ -61,7 +61,7 @@ def _certificate(values: Mapping[str, Any]) -> list[Block]:
     promise = certificate["promise"]
     if certificate.get("schema") in (SCHEMA, BEFORE):  # what is in the file is not repeated, but worked out again
         made = Certificate.from_dict(certificate)
-        words, mark = made.words(), "good" if made.saves else ""
+        words, mark = made.words(), "good" if made.saving_is_sure else ""
     good = certificate["certified"]
     said = {
         "certified": good, "metric": promise["metric"], "kind of loss": promise["kind"], "margin": promise["margin"],
