@@ -88,10 +88,10 @@ def losses_of(hf, part, layers=(1, 3)):
     return losses, agreement
 
 
-def gradient_of(hf, part):
+def gradient_of(hf, part, weights=WEIGHTS):
     hf.zero_grad()
     losses, _ = losses_of(hf, part)
-    sum(weight * loss for weight, loss in zip(WEIGHTS, losses, strict=True)).backward()
+    sum(weight * loss for weight, loss in zip(weights, losses, strict=True)).backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in hf.named_parameters()}
 
 
@@ -107,13 +107,15 @@ def as_the_model_judges(hf, part, result):
 # ---------------------------------------------------------------- whole backbones
 
 
+@pytest.mark.parametrize("weights", ["layer", "last"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 4])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("plain_steps")
-def test_all_is_the_gradient_of_the_weighted_losses(tmp_path, name, micro_batch):
+def test_all_is_the_gradient_of_the_weighted_losses(tmp_path, name, micro_batch, weights):
     lm, parts = model(name, still=True), unequal(name)
-    before, expected = copy.deepcopy(lm.model.state_dict()), gradient_of(copy.deepcopy(lm.model), parts.train)
-    result = train(lm, parts, one_step(trainable="all", micro_batch=micro_batch), tmp_path)
+    shares = WEIGHTS if weights == "layer" else (0, 0, 1)  # the same training without exits
+    before, expected = copy.deepcopy(lm.model.state_dict()), gradient_of(copy.deepcopy(lm.model), parts.train, shares)
+    result = train(lm, parts, one_step(trainable="all", micro_batch=micro_batch, weights=weights), tmp_path)
     (row,) = [r for r in run_folder.RunFolder(tmp_path).rows() if r["kind"] == "step"]
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
     assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)

@@ -325,6 +325,7 @@ def test_classifiers_for_a_model_that_was_trained(folder, tmp_path):
         ),
         (["--layer-dropout", 0.1], "layer_dropout acts on the backbone"),
         (["--layer-dropout", 1, "--trainable", "all"], "give a rate in [0, 1)"),
+        (["--weights", "last"], "weights 'last' acts on the backbone"),
         (["--rank", 0], "rank 0 is no lens, so there is nothing to train"),
         (["--trainable", "some"], "trainable is 'some'; choose one of exits, drafter, lora, all"),
         (["--trainable", "all", "--objective", "consistency"], "trains classifiers only; leave trainable at 'exits'"),

@@ -54,6 +54,7 @@ def test_weights_sum_to_one(layers):
     for scheme in WEIGHTS.values():
         assert sum(scheme(layers)) == pytest.approx(1)
         assert min(scheme(layers)) >= 0
+    assert WEIGHTS["last"](layers)[-1] == 1
     assert WEIGHTS["layer"](layers)[-1] / WEIGHTS["layer"](layers)[0] == pytest.approx(layers[-1] / layers[0])
 
 

@@ -38,7 +38,7 @@ class TrainConfig:
             confidence "classifier"; "consistency-settled": and that of every deeper exit.
         temperature: Softens both distributions of a divergence.
         weights: Of the losses of exits and, with lora and all, the last layer: "uniform"; "layer": proportional to it;
-            "layerskip".
+            "layerskip"; "last": none of the exits', the same training without exits, to compare with (lora or all).
         hidden_loss: Weight of FREE's term between hidden states (one exit; lora or all).
         layer_dropout: LayerSkip's dropout of blocks: the last block's rate (lora or all).
         curriculum: LayerSkip's: "rotational": one exit at a step, in turn; "gradual": from the deepest to the first,
@@ -163,8 +163,9 @@ class TrainConfig:
             raise ValueError(
                 "rank 0 is no lens, so there is nothing to train; give a rank, or trainable 'lora' or 'all'"
             )
-        for name in ("layer_dropout", "hidden_loss", "curriculum"):
-            if getattr(self, name):
+        acting = {name: getattr(self, name) for name in ("layer_dropout", "hidden_loss", "curriculum")}
+        for name, value in {**acting, "weights 'last'": self.weights == "last"}.items():
+            if value:
                 raise ValueError(f"{name} acts on the backbone, which is not trained; give trainable 'lora' or 'all'")
 
     @property

@@ -40,10 +40,12 @@ WEIGHTS: dict[str, Callable[[Sequence[int]], list[float]]] = {
     "uniform": lambda layers: [1 / len(layers) for _ in layers],
     "layer": lambda layers: [layer / sum(layers) for layer in layers],
     "layerskip": _layerskip,
+    "last": lambda layers: [float(at == len(layers)) for at, _ in enumerate(layers, 1)],
 }
 """Weights over the readouts that are trained, which sum to 1: equal, proportional to the layer (CALM, Schuster et al.
-2022, section 3.2, and FREE), or LayerSkip's, normalised over these alone. Where the backbone is trained, the last layer
-is one of them; else the deepest exit has its place in LayerSkip's formula."""
+2022, section 3.2, and FREE), LayerSkip's, normalised over these alone, or all on the last: the same training without
+exits, to compare with. Where the backbone is trained, the last layer is one of them; else the deepest exit has its
+place in LayerSkip's formula."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,10 @@ def weights_at(name: str | None, weights: Sequence[float], step: int, share: flo
         share: Of the training that is done, in [0, 1].
 
     Returns:
-        As many, with the same sum; None for an exit that is off.
+        As many, with the same sum; None for an exit that is off, or has no weight.
     """
     if name is None:
-        return list(weights)
+        return [weight or None for weight in weights]
     on = [*CURRICULA[name](len(weights) - 1, step, share), True]
     total = sum(weight for weight, each in zip(weights, on, strict=True) if each) / sum(weights)
     return [weight / total if each else None for weight, each in zip(weights, on, strict=True)]
