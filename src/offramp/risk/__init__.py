@@ -8,15 +8,17 @@ The literature calls both numbers δ and ε, in either order; here they are `tol
 
 from __future__ import annotations
 
-# p-values
+# p-values, and bets while a policy is in use
 from offramp.risk.bounds import BOUNDS as BOUNDS
 from offramp.risk.bounds import Bound as Bound
 from offramp.risk.bounds import binomial as binomial
 from offramp.risk.bounds import hoeffding as hoeffding
 from offramp.risk.bounds import hoeffding_bentkus as hoeffding_bentkus
 from offramp.risk.bounds import hoeffding_signed as hoeffding_signed
+from offramp.risk.bounds import lower_limit as lower_limit
 from offramp.risk.bounds import samples_needed as samples_needed
 from offramp.risk.bounds import samples_needed_like as samples_needed_like
+from offramp.risk.bounds import wealth as wealth
 from offramp.risk.bounds import wsr as wsr
 
 # which settings of a sequence pass
@@ -36,7 +38,3 @@ from offramp.risk.promise import Promised as Promised
 from offramp.risk.search import Outcome as Outcome
 from offramp.risk.search import Test as Test
 from offramp.risk.search import search as search
-
-# whether a promise is kept in use
-from offramp.risk.sequence import lower_limit as lower_limit
-from offramp.risk.sequence import wealth as wealth
