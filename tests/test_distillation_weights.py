@@ -30,7 +30,7 @@ from offramp.distillation.networks import Network, build
 from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, states_at, teach
 from offramp.distillation.signals import SIGNALS, Evidence, share_of_rank, signal
 from offramp.distillation.states import CHUNK
-from offramp.metrics.readouts import ReadoutDiagnostics, readout_diagnostics
+from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
 from offramp.tasks.labelled import Labelled
 
 

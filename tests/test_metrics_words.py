@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer, tokenize
 
-from offramp.metrics import words as words_module
-from offramp.metrics.text import METRICS, corpus_metric, normalise, reads, tokenisers
-from offramp.metrics.words import bleu_tokeniser, parted, words
+from offramp.metrics import text as words_module
+from offramp.metrics.text import METRICS, bleu_tokeniser, corpus_metric, normalise, parted, reads, tokenisers, words
 
 CHINESE, OTHER_CHINESE = "今天天气很好我们去公园散步", "昨天下雨他在家读书"
 JAPANESE, KOREAN, THAI, HINDI = "今日は天気がいいです", "오늘은 날씨가 좋다", "วันนี้อากาศดี", "आज मौसम अच्छा है"

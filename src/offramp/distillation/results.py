@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from offramp.distillation.config import SCHEMA
 from offramp.distillation.history import AGAIN
 from offramp.distillation.methods import METHODS
-from offramp.metrics.group_changes import GroupChange
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
-from offramp.metrics.group_weights import WeightDiagnostics
-from offramp.metrics.groups import SMALLEST, GroupNumbers, GroupReport
-from offramp.metrics.readouts import ReadoutDiagnostics
+from offramp.metrics.group_weights import ReadoutDiagnostics, WeightDiagnostics
+from offramp.metrics.groups import SMALLEST, GroupChange, GroupNumbers, GroupReport
 from offramp.metrics.seeds import CHANGES, SHARES, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget
 from offramp.metrics.sets import Share, binomial
