@@ -9,8 +9,7 @@ from torch import nn
 
 from offramp.classifiers.batches import Augmentation, ImagePreprocessing, ImageRows
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.objectives import logits_of
-from offramp.classifiers.trainer import train_exits
+from offramp.classifiers.trainer import logits_of, train_exits
 from offramp.tasks.labelled import Labelled
 
 

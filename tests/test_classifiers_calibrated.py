@@ -12,12 +12,12 @@ import torch
 
 from classifier_data import save_bert, write_idx, write_texts
 from offramp.classifiers import cached_outputs as passes_module
-from offramp.classifiers.answers import answers
 from offramp.classifiers.architectures import build
 from offramp.classifiers.cached_outputs import CachedOutputs
 from offramp.classifiers.calibrate import CalibrationConfig, calibrate, exit_table
 from offramp.classifiers.calibrated import Calibrated, load_calibrated
 from offramp.classifiers.certify import RowPromise
+from offramp.classifiers.classify import answers
 from offramp.classifiers.compare import ComparisonConfig, compare
 from offramp.classifiers.compare import fitted as fit_method
 from offramp.classifiers.evaluate import Settings, charged

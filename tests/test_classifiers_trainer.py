@@ -19,9 +19,8 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.loading import load
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
-from offramp.classifiers.objectives import joint_cross_entropy, logits_of
 from offramp.classifiers.outputs import collect
-from offramp.classifiers.trainer import train_exits
+from offramp.classifiers.trainer import joint_cross_entropy, logits_of, train_exits
 from offramp.runs.folder import TrainingError
 from offramp.runs.lines import read_lines
 from offramp.tasks.labelled import Labelled

@@ -15,9 +15,10 @@ from offramp.distillation.objectives import (
     FeatureMatching,
     GroupDRO,
     LearningFromFailure,
+    TokenLoss,
     divergence,
+    token_losses,
 )  # fmt: skip
-from offramp.distillation.token_losses import TokenLoss, token_losses
 from offramp.training.objectives import OBJECTIVES
 
 

@@ -27,7 +27,7 @@ from offramp.distillation.grid import ensure, execute
 from offramp.distillation.history import History
 from offramp.distillation.methods import METHODS as ALL
 from offramp.distillation.networks import Prepared, build, rows_for
-from offramp.distillation.simkd import ProjectedHead, features_of, with_teachers_classifier
+from offramp.distillation.run import ProjectedHead, features_of, with_teachers_classifier
 from offramp.distillation.teacher import load_logits, logits_of_all, save_logits
 from offramp.metrics.selection import Judged
 from offramp.tasks.labelled import Labelled

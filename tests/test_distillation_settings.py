@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from offramp.distillation import DataConfig, Network, Study, runs
-from offramp.distillation.budget import label_budget
 from offramp.distillation.config import BUNDLED, Run, bundled, study_from
 from offramp.distillation.grid import run_grid
+from offramp.distillation.judging import label_budget
 from offramp.distillation.methods import METHODS, method
 from offramp.metrics.selection import LabelBudget
 from offramp.runs.codec import encode

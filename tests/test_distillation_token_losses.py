@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.distillation.language_models import distil
-from offramp.distillation.token_losses import TokenLoss, token_losses
+from offramp.distillation.objectives import TokenLoss, token_losses
 from offramp.distillation.token_weights import new_token_weights
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data

@@ -26,10 +26,9 @@ from offramp.distillation.instance_weights import (
     weights_of,
 )
 from offramp.distillation.methods import METHODS, method
-from offramp.distillation.networks import Network, build
+from offramp.distillation.networks import CHUNK, Network, build
 from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, states_at, teach
 from offramp.distillation.signals import SIGNALS, Evidence, share_of_rank, signal
-from offramp.distillation.states import CHUNK
 from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
 from offramp.tasks.labelled import Labelled
 

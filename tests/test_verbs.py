@@ -15,7 +15,7 @@ from offramp import ClassifierTrainConfig, ExitPolicy, LanguageModel, TokenDisti
 from offramp.calibration import PosteriorConfig, Promise
 from offramp.calibration import calibrate as certify
 from offramp.calibration import fit_posterior as fit_to
-from offramp.classifiers.answers import answers
+from offramp.classifiers.classify import answers
 from offramp.core.verb import Verb
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate as compare

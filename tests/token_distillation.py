@@ -9,7 +9,7 @@ import torch
 from offramp import LanguageModel
 from offramp.distillation.instance_weights import InstanceWeights
 from offramp.distillation.language_models import TokenDistillation
-from offramp.distillation.token_readout import TokenReadoutConfig
+from offramp.distillation.readout import TokenReadoutConfig
 from offramp.distillation.token_weights import TokenWeights
 from offramp.runs.folder import RunFolder
 from offramp.training.config import TrainConfig

@@ -152,8 +152,7 @@ def _settings(
     """What a method's name means for tokens; of own answers the teacher is all there is to learn."""
     from offramp.distillation.language_models import TokenDistillation
     from offramp.distillation.methods import method as named
-    from offramp.distillation.readout import ReadoutConfig
-    from offramp.distillation.token_readout import TokenReadoutConfig
+    from offramp.distillation.readout import ReadoutConfig, TokenReadoutConfig
     from offramp.distillation.token_weights import TokenWeights
 
     found = named(method)

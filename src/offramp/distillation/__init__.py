@@ -14,6 +14,6 @@ from offramp.distillation.methods import method as method
 from offramp.distillation.networks import Network as Network
 from offramp.distillation.own_answers import OwnAnswers as OwnAnswers
 from offramp.distillation.readout import ReadoutConfig as ReadoutConfig
-from offramp.distillation.token_readout import TokenReadoutConfig as TokenReadoutConfig
+from offramp.distillation.readout import TokenReadoutConfig as TokenReadoutConfig
 from offramp.distillation.token_report import TokenDistillResult as TokenDistillResult
 from offramp.distillation.token_weights import TokenWeights as TokenWeights

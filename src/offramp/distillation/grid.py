@@ -6,16 +6,21 @@ Several grids may work in one folder, also from several machines that share it: 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from offramp.classifiers.saving import WEIGHTS
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
-from offramp.distillation.engines import in_processes, on_ray
 from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import read_result
@@ -191,9 +196,68 @@ def _outcomes(
     waiting: list[dict[str, Any]], root: Path, processes: int, engine: str, threads: int, device: str
 ) -> Generator[dict[str, Any]]:
     if engine == "ray":
-        yield from on_ray(execute, waiting, root, threads, device)
+        yield from _on_ray(waiting, root, threads, device)
     elif processes == 1:
         for values in waiting:
             yield execute(values, str(root), threads, device)
     else:
-        yield from in_processes(execute, waiting, root, processes, threads, device)
+        yield from _in_processes(waiting, root, processes, threads, device)
+
+
+# ---------------------------------------------------------------- in processes of this machine, or on a Ray cluster
+
+
+def _in_processes(
+    waiting: list[dict[str, Any]], root: Path, processes: int, threads: int, device: str
+) -> Generator[dict[str, Any]]:
+    """Outcomes of runs as they end, so many at a time, in processes that end with this one, however it ends."""
+    # closed before, or interrupted, runs under way are killed: started again, each goes on from its last epoch
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        futures = [pool.submit(execute, values, str(root), threads, device) for values in waiting]
+        for future in as_completed(futures):
+            yield future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """Interruptions are for the parent to act on; and without a parent nobody waits for what is done here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(waiting: list[dict[str, Any]], root: Path, threads: int, device: str) -> Generator[dict[str, Any]]:
+    """The same as tasks of the cluster here, or that `RAY_ADDRESS` names: CPUs as threads; a GPU but for "cpu"."""
+    try:
+        ray = import_module("ray")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the engine ray needs Ray; install it with: pip install 'offramp[ray]', or use the engine processes"
+        ) from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    try:
+        task = ray.remote(num_cpus=threads, num_gpus=0 if device == "cpu" else 1)(execute)
+        left = [task.remote(values, str(root.resolve()), threads, device) for values in waiting]
+        while left:
+            ended, left = ray.wait(left)
+            yield from ray.get(ended)
+    finally:
+        if started:
+            ray.shutdown()

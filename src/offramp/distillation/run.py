@@ -26,6 +26,7 @@ from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.loading import load
+from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.saving import training_rows
 from offramp.classifiers.trainer import train_exits
 from offramp.distillation import dfr, objectives
@@ -37,9 +38,8 @@ from offramp.distillation.early_exits import require_linear
 from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights, require_early
 from offramp.distillation.judging import judged, outputs_of, record
-from offramp.distillation.networks import begun_from, build, require_same_classes, rows_for
+from offramp.distillation.networks import States, begun_from, build, require_same_classes, rows_for
 from offramp.distillation.parts import Parts, parts_of
-from offramp.distillation.simkd import features_of, with_teachers_classifier
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.runs.codec import encode
 from offramp.runs.digests import fingerprint, sealed
@@ -288,3 +288,34 @@ def _with_rates(run: Run) -> InstanceWeights | None:
     return replace(
         weights, readout=replace(readout, optimiser=optimiser, learning_rate=rate, weight_decay=decay)
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- a student that ends in its teacher's classifier
+
+
+def features_of(teacher: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> States:
+    """What a student is to match: the teacher's last maps [N, D, H, W], of texts its pooled states [N, D]."""
+    head: Any = teacher.heads[-1]
+    return States(teacher, rows, teacher.backbone.num_layers, head.body, precision)
+
+
+def with_teachers_classifier(
+    student: EarlyExitClassifier, teacher: EarlyExitClassifier, shape: torch.Size, seed: int = 0
+) -> EarlyExitClassifier:
+    """Replace the student's last exit by a projector and its teacher's classifier.
+
+    Returns:
+        The student, changed, for rows of `features_of` of this shape; the projector begins by the seed.
+
+    Raises:
+        ValueError: They have different classes, or states of different kinds.
+    """
+    require_same_classes(student.labels, teacher.labels)
+    last: Any = teacher.heads[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = ProjectedConfig.of(last, tuple(shape))
+        head = ProjectedHead(student.backbone, student.head_config.pooling, student.num_classes, config)
+    head.take_over(last)
+    student.heads[-1] = head
+    return student

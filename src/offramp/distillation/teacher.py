@@ -13,9 +13,8 @@ from torch import Tensor
 from offramp.classifiers.batches import Batch, Rows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.saving import training_rows
-from offramp.distillation.networks import require_same_classes
+from offramp.distillation.networks import States, require_same_classes
 from offramp.distillation.objectives import Targets
-from offramp.distillation.states import States
 from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import require_finite
 from offramp.hub.messages import first_line

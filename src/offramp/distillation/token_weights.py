@@ -17,9 +17,15 @@ from torch import Tensor
 
 from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.instance_weights import InstanceWeights, finished, gated
-from offramp.distillation.readout import ReadoutOutputs
+from offramp.distillation.readout import (
+    LensData,
+    ReadoutOutputs,
+    TokenReadout,
+    TokenReadoutConfig,
+    early_states,
+    taught,
+)
 from offramp.distillation.signals import Evidence, share_of_rank, signal
-from offramp.distillation.token_readout import LensData, TokenReadout, TokenReadoutConfig, early_states, taught
 from offramp.families import SplitModel
 from offramp.families.backbone import evaluating
 from offramp.training.data import Windows

@@ -291,8 +291,8 @@ def _bisect(p_of: Callable[[int], float], failure: float, start: int, most: int,
 
 # ---------------------------------------------------------------- in use: the bet turned around
 
-# Waudby-Smith and Ramdas (2024), "Estimating means of bounded random variables by betting", arXiv 2010.09686: `wsr` bets
-# before a policy is used that its mean loss is below the tolerance, on a number of losses that is known; these bet,
+# Waudby-Smith and Ramdas (2024), "Estimating means of bounded random variables by betting", arXiv 2010.09686. `wsr`
+# bets, before a policy is used, that its mean loss is below the tolerance, on a number of losses that is known; these,
 # while it is used, that the mean is above, on losses that keep coming, and may be looked at after every one.
 
 _MOST_OF_IT = 0.75

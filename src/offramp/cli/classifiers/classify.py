@@ -12,7 +12,7 @@ from offramp.cli import options as o
 from offramp.cli.classifiers import options as c
 
 if TYPE_CHECKING:
-    from offramp.classifiers.answers import Answer
+    from offramp.classifiers.classify import Answer
 
 SCHEMA = "offramp/classify/2"
 SHOWN = 60
@@ -57,8 +57,8 @@ def classify(
     """
     import offramp
     from offramp.classifiers.calibrated import load_calibrated
+    from offramp.classifiers.classify import rule_of
     from offramp.classifiers.loading import load, title
-    from offramp.classifiers.rule import rule_of
     from offramp.runs.digests import fingerprint
 
     asked = o.numbers(threshold, "--threshold", float)
