@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from offramp import cli
 from offramp.distillation.networks import word_tokenizer
-from offramp.tasks.group_nli import MULTINLI
-from offramp.tasks.group_toxicity import FILE, IDENTITIES
+from offramp.tasks.group_texts import FILE, IDENTITIES, MULTINLI
 from offramp.tasks.labelled import Labelled
 
 Image = pytest.importorskip("PIL.Image")

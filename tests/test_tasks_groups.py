@@ -11,18 +11,20 @@ import torch
 from offramp.metrics.group_members import Groups
 from offramp.tasks.group_files import GroupLayout, load_grouped
 from offramp.tasks.group_images import SquareImages, load_celeba, load_waterbirds
-from offramp.tasks.group_nli import (
+from offramp.tasks.group_sets import Grouped, GroupedSet
+from offramp.tasks.group_texts import (
     EXTENDED,
+    FILE,
+    IDENTITIES,
     METADATA,
     MULTINLI,
     PUBLISHED,
     SNLI_FILES,
     has_negation,
+    load_civilcomments,
     load_multinli,
     load_snli,
 )
-from offramp.tasks.group_sets import Grouped, GroupedSet
-from offramp.tasks.group_toxicity import FILE, IDENTITIES, load_civilcomments
 from offramp.tasks.labelled import Labelled
 
 Image = pytest.importorskip("PIL.Image")

@@ -11,13 +11,22 @@ import torch
 
 from group_training import cnn, tensor_of, trained
 from offramp.metrics.group_members import Groups
-from offramp.tasks.group_nli import has_negation
 from offramp.tasks.group_sets import Grouped, GroupedSet
+from offramp.tasks.group_texts import has_negation
 from offramp.tasks.labelled import Labelled
-from offramp.tasks.stand_ins import BLUE, GREEN, digits_on_colour, mnist_on_colour
-from offramp.tasks.stand_ins_nli import ADDITIONS, NOUNS, VERBS, template_nli
-from offramp.tasks.stand_ins_spuco import PLACES, coloured_mnist, spuco_mnist
-from offramp.tasks.stand_ins_toxicity import INDIRECT, INSULTS, PRAISE, TARGETED, WORDS, template_toxicity
+from offramp.tasks.stand_in_texts import (
+    ADDITIONS,
+    INDIRECT,
+    INSULTS,
+    NOUNS,
+    PRAISE,
+    TARGETED,
+    VERBS,
+    WORDS,
+    template_nli,
+    template_toxicity,
+)
+from offramp.tasks.stand_ins import BLUE, GREEN, PLACES, coloured_mnist, digits_on_colour, mnist_on_colour, spuco_mnist
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from difficulty import check_difficulty  # noqa: E402 - no package: it is found by the line above

@@ -98,12 +98,12 @@ def _loaded(path: str, task: str | None, options: str, seed: int) -> GroupedSet:
 
 
 def _stand_in(name: str, place: str, seed: int, options: dict[str, Any]) -> GroupedSet:
-    from offramp.tasks import stand_ins, stand_ins_nli, stand_ins_spuco, stand_ins_toxicity
+    from offramp.tasks import stand_in_texts, stand_ins
 
     makers: dict[str, Callable[..., GroupedSet]] = {
-        "digits-on-colour": stand_ins.digits_on_colour, "template-nli": stand_ins_nli.template_nli,
-        "template-toxicity": stand_ins_toxicity.template_toxicity, "mnist-on-colour": stand_ins.mnist_on_colour,
-        "spuco-mnist": stand_ins_spuco.spuco_mnist, "coloured-mnist": stand_ins_spuco.coloured_mnist,
+        "digits-on-colour": stand_ins.digits_on_colour, "template-nli": stand_in_texts.template_nli,
+        "template-toxicity": stand_in_texts.template_toxicity, "mnist-on-colour": stand_ins.mnist_on_colour,
+        "spuco-mnist": stand_ins.spuco_mnist, "coloured-mnist": stand_ins.coloured_mnist,
     }  # fmt: skip
     if "mnist" not in name:
         return makers[name](seed=seed, **options)
@@ -125,8 +125,7 @@ def _digits(folder: str) -> tuple[Any, Any]:
 def _published(task: str, path: str, seed: int, options: dict[str, Any]) -> GroupedSet:
     from offramp.tasks.group_files import GroupLayout, load_grouped
     from offramp.tasks.group_images import load_celeba, load_waterbirds
-    from offramp.tasks.group_nli import load_multinli, load_snli
-    from offramp.tasks.group_toxicity import load_civilcomments
+    from offramp.tasks.group_texts import load_civilcomments, load_multinli, load_snli
 
     place = Path(path).expanduser()
     if not place.exists():
