@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.metrics import resampled
-from offramp.metrics.calibration import Reliability, augrc, aurc, auroc, grade, intervals, reliability, scores
+from offramp.metrics.calibration import Reliability, augrc, aurc, auroc, grade, reliability, scores
 
 few = st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.5001, 0.9]), st.booleans()), min_size=1, max_size=6)
 
@@ -143,37 +143,3 @@ def test_scores_of_weighted_rows_are_those_of_repeated_rows():
     weighted = resampled.scores(grade(p, labels), times.float().numpy()[None].repeat(2, axis=0))
     for name, value in repeated.items():
         assert weighted[name][1] == pytest.approx(value), name
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    # Accuracy of rows that are right with probability .7: percentile intervals at 90 %.
-    random = np.random.default_rng(0)
-    held = 0
-    for seed in range(200):
-        confidence = random.uniform(0.5, 1, 100)
-        p = torch.tensor(np.column_stack([confidence, 1 - confidence]))
-        labels = torch.tensor((random.uniform(size=100) > 0.7).astype(np.int64))
-        low, high = intervals(grade(p, labels), level=0.9, resamples=200, seed=seed)["top1"]
-        held += low <= 0.7 <= high
-    assert 165 <= held <= 195  # binomial with 200 trials at .9: within 3.5 standard deviations
-
-
-def test_intervals_hold_their_scores_and_are_reproducible():
-    found = grade(*random_rows(300, 7))
-    ends, values = intervals(found, resamples=300), scores(found)
-    assert intervals(found, resamples=300) == ends
-    for name, value in values.items():
-        low, high = ends[name]
-        assert low < high, name
-        if name != "ece":  # it is biased upwards under resampling
-            assert low <= value <= high, name
-    with pytest.raises(ValueError, match="level is 1"):
-        intervals(found, level=1)
-
-
-def test_a_score_of_its_own_sorts_the_rows():
-    p, labels = random_rows()
-    right = torch.tensor(grade(p, labels).correct)
-    assert scores(grade(p, labels, right))["auroc"] == 1
-    assert scores(grade(p, labels, -right))["auroc"] == 0
-    assert scores(grade(p, labels, right))["ece"] == scores(grade(p, labels))["ece"]

@@ -132,7 +132,7 @@ class _Rows:
             return np.stack([getattr(g, name) for g in self.grades])[exits, rows]
 
         five = None if self.grades[0].among_five is None else pick("among_five")
-        names = ("confidence", "correct", "nlpd", "brier", "score")
+        names = ("confidence", "correct", "nlpd", "brier")
         left = Grades(**{name: pick(name) for name in names}, among_five=five, clamped=0)
         found = resampled.scores(left, self.weights[:1] if once else self.weights, self.bins)
         return {metric: found[metric] for metric in METRICS if metric in found}

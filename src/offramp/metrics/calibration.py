@@ -25,13 +25,12 @@ SMALLEST = 1e-12
 # ---------------------------------------------------------------- rows
 
 
-def grade(probabilities: Tensor, labels: Tensor, score: Tensor | None = None) -> Grades:
+def grade(probabilities: Tensor, labels: Tensor) -> Grades:
     """Grade rows.
 
     Args:
         probabilities: Of each row at its exit, [N, C].
         labels: [N].
-        score: What rows are left by, [N], if that is not the largest probability.
 
     Returns:
         The grades.
@@ -54,19 +53,15 @@ def grade(probabilities: Tensor, labels: Tensor, score: Tensor | None = None) ->
     if len(bad := ((labels < 0) | (labels >= classes)).nonzero()):
         row = int(bad[0])
         raise ValueError(f"the label of row {row} is {int(labels[row])}; allowed are 0..{classes - 1}")
-    if score is not None and (score.shape != labels.shape or not bool(score.isfinite().all())):
-        raise ValueError(f"the score has shape {list(score.shape)}; one finite number per row is needed, {len(p)}")
     own = p.gather(1, labels[:, None])
     before = (p > own).sum(1) + ((p == own) & (torch.arange(classes) < labels[:, None])).sum(1)
-    confidence = p.amax(1)
     return Grades(
-        confidence.numpy(),
+        p.amax(1).numpy(),
         (before < 1).double().numpy(),
         (before < 5).double().numpy() if classes > 5 else None,
         -own.squeeze(1).clamp(min=SMALLEST).log().numpy(),
         (p.square().sum(1) - 2 * own.squeeze(1) + 1).numpy(),
         int((own < SMALLEST).sum()),
-        confidence.numpy() if score is None else score.detach().cpu().double().numpy(),
     )
 
 
@@ -177,44 +172,6 @@ def scores(grades: Grades, *, bins: int = 15) -> dict[str, float | None]:
     """
     found = resampled.scores(grades, np.ones((1, len(grades.nlpd)), dtype=np.float32), bins)
     return {name: _number(found[name][0]) if name in found else None for name in NAMES}
-
-
-def intervals(
-    grades: Grades, *, bins: int = 15, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> dict[str, tuple[float, float] | None]:  # fmt: skip
-    """Bootstrap intervals of all metrics: percentiles over draws of the rows, the same draws for all metrics.
-
-    Args:
-        grades: The rows.
-        bins: Of the calibration error.
-        resamples: Number of draws.
-        level: Share of the draws that an interval holds, in (0, 1).
-        seed: Of the draws; with one seed and number of rows, draws are the same and differences are paired.
-
-    Returns:
-        Low and high end by metric; None where the metric is.
-
-    Raises:
-        ValueError: No draws, or a level outside (0, 1).
-    """
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; it must be at least 1 (1000 are customary)")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must be in (0, 1)")
-    rows, random = len(grades.nlpd), np.random.default_rng(seed)
-    height = max(1, 2**22 // rows)  # draws that are worked on together
-    parts = [
-        resampled.scores(grades, resampled.draws(rows, min(height, resamples - start), random)[1:], bins)
-        for start in range(0, resamples, height)
-    ]
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    found: dict[str, tuple[float, float] | None] = {}
-    for name in NAMES:
-        values = np.concatenate([part[name] for part in parts if name in part] or [np.empty(0)])
-        values = values[~np.isnan(values)]  # a draw may hold no wrong row
-        low, high = np.quantile(values, ends) if len(values) else (None, None)
-        found[name] = None if low is None or high is None else (float(low), float(high))
-    return found
 
 
 def _number(value: float) -> float | None:

@@ -22,13 +22,12 @@ class Grades:
     """What the metrics read of N rows.
 
     Attributes:
-        confidence: Largest probability, [N], float64.
+        confidence: Largest probability, [N], float64; what AURC, AUGRC and AUROC sort by.
         correct: Whether the label comes first, [N]; ties go to the lower class.
         among_five: Whether it is among the first five, [N]; None with fewer than six classes.
         nlpd: −ln p_y with p_y clamped at `SMALLEST`, [N], in nats.
         brier: Σ_c (p_c − 1[c = y])², [N], in [0, 2].
         clamped: How many p_y were clamped.
-        score: What AURC, AUGRC and AUROC sort by, [N]; larger is surer.
     """
 
     confidence: Floats
@@ -37,16 +36,15 @@ class Grades:
     nlpd: Floats
     brier: Floats
     clamped: int
-    score: Floats
 
 
-def draws(rows: int, resamples: int, seed: int | np.random.Generator = 0) -> Weights:
+def draws(rows: int, resamples: int, seed: int = 0) -> Weights:
     """How often each row is drawn.
 
     Args:
         rows: N.
         resamples: R; 0: none.
-        seed: Of the draws, numpy's PCG64, the same everywhere; or where to go on drawing.
+        seed: Of the draws, numpy's PCG64, the same everywhere.
 
     Returns:
         [1 + R, N], float32; the first row is ones.
@@ -78,7 +76,7 @@ def scores(grades: Grades, weights: Weights, bins: int = 15) -> dict[str, Floats
     found = {"top1": means[0]} | ({"top5": means[1]} if five else {})
     found["nlpd"], found["brier"], gaps = means[len(five) + 1], means[len(five) + 2], means[len(five) + 3 :]
     found["ece"] = np.abs(gaps).sum(axis=0)
-    found["aurc"], found["augrc"] = risk_coverage(grades.score, grades.correct, weights)
+    found["aurc"], found["augrc"] = risk_coverage(grades.confidence, grades.correct, weights)
     found["auroc"] = auroc(found["top1"], found["augrc"], len(rows))
     return found
 
