@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offramp.classifiers.outputs import collect, load_description, load_outputs, save_outputs
+from offramp.classifiers.outputs import collect, load_description, load_outputs
 from offramp.runs.tensor_files import write_tensors
 from tiny_encoders import inputs_for, tiny
 
@@ -67,8 +67,9 @@ def test_batches_are_read_one_at_a_time_and_written_as_they_come(tmp_path):
 
 @pytest.mark.parametrize("groups", [None, torch.arange(11)])
 def test_saved_outputs_come_back(groups, tmp_path):
-    outputs = tiny("bert").outputs(batches(), ids=IDS, groups=groups)
-    save_outputs(outputs, tmp_path / "o.safetensors", {"weights": "abc"})
+    model, given = tiny("bert"), {"ids": IDS, "groups": groups}
+    outputs = model.outputs(batches(), **given)
+    model.outputs(batches(), **given, path=tmp_path / "o.safetensors", description={"weights": "abc"})
     got = load_outputs(tmp_path / "o.safetensors")
     assert all(a.equal(b) for a, b in zip(got.features, outputs.features, strict=True))
     assert got.logits.equal(outputs.logits)
@@ -157,7 +158,7 @@ def test_no_rows_and_labels_outside_are_refused(tmp_path):
 )
 def test_damaged_files_are_named(damage, message, tmp_path):
     path = tmp_path / "o.safetensors"
-    save_outputs(tiny("bert").outputs(batches()), path)
+    tiny("bert").outputs(batches(), path=path)
     damage(path)
     with pytest.raises(ValueError, match=message):
         load_outputs(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.families.backbone import Inputs, evaluating
 from offramp.hub.messages import first_line
 from offramp.runs.bounded import parsed
-from offramp.runs.tensor_files import Part, claimed_header, read_tensors, write_parts, write_tensors
+from offramp.runs.tensor_files import Part, claimed_header, read_tensors, write_parts
 from offramp.uncertainty.outputs import ExitOutputs
 
 SCHEMA = "offramp/exit-outputs/1"
@@ -85,33 +85,11 @@ def collect(
     return load_outputs(target)
 
 
-def save_outputs(
-    outputs: ExitOutputs, path: str | os.PathLike[str], description: Mapping[str, str] | None = None
-) -> None:
-    """Write a file that `load_outputs` reads, atomically.
-
-    Args:
-        outputs: Outputs of any origin.
-        path: The file; an older one is replaced.
-        description: What they were made of, such as a fingerprint of the weights.
-    """
-    tensors = {f"features.{i}": f.float() for i, f in enumerate(outputs.features)}
-    tensors |= {
-        "logits": outputs.logits.float(),
-        "labels": outputs.labels,
-        "costs": outputs.costs.double(),
-    }
-    for name, given in (("groups", outputs.groups), ("cut", outputs.cut)):
-        if given is not None:
-            tensors[name] = given
-    write_tensors(Path(path).expanduser(), tensors, _header(outputs.ids, description or {}))
-
-
 def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
     """Outputs from a file, memory-mapped: rows are read from the disk when they are looked at.
 
     Args:
-        path: What `collect` or `save_outputs` wrote.
+        path: What `collect` wrote.
 
     Returns:
         The outputs.
@@ -132,7 +110,7 @@ def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
 
 
 def load_description(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What the outputs in a file were made of, as `collect` and `save_outputs` were told."""
+    """What the outputs in a file were made of, as `collect` was told."""
     try:
         found: dict[str, str] = parsed(claimed_header(Path(path).expanduser(), AGAIN)["description"], "its header")
     except (LookupError, ValueError) as error:
