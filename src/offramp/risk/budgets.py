@@ -43,11 +43,6 @@ class Budget:
     realised: float
     thresholds: Tensor
 
-    @property
-    def overshoot(self) -> float:
-        """Realised over asked cost, minus 1."""
-        return self.realised / self.target - 1
-
 
 # ---------------------------------------------------------------- shares and costs
 

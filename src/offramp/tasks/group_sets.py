@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,10 +169,3 @@ class GroupedSet:
                     + ("" if name == "test" else ", or use a method that needs none there")
                 )
             groups.require_rows(f"{name} of {self.name}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values for a record: what it is, where its splits come from, and the rows of each group."""
-        rows = {name: len(split) for name, split in self.splits.items()}
-        return {
-            "name": self.name, "source": self.source, "rows": rows, "groups": self.counts(), "digests": self.digests,
-        }  # fmt: skip
