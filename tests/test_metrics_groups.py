@@ -217,18 +217,18 @@ def test_the_same_answers_are_no_change():
 # ---------------------------------------------------------------- exits
 
 
-def outputs_of(answers, labels, groups=None):
+def outputs_of(answers, labels):
     logits = torch.stack([logits_of(a, 3, sure) for a, sure in zip(answers, (1.0, 3.0), strict=True)])
     rows = len(labels)
-    return ExitOutputs([torch.zeros(rows, 1)] * 2, logits, labels, torch.tensor([10.0, 50.0]), groups=groups)
+    return ExitOutputs([torch.zeros(rows, 1)] * 2, logits, labels, torch.tensor([10.0, 50.0]))
 
 
 def test_exits_by_group_against_a_loop():
     draw = torch.Generator().manual_seed(3)
     labels, answers = torch.randint(3, (60,), generator=draw), torch.randint(3, (2, 60), generator=draw)
     numbers, chosen = torch.randint(3, (60,), generator=draw), torch.randint(2, (60,), generator=draw)
-    outputs = outputs_of(answers, labels, numbers)
-    table = exits_by_group(outputs, chosen, split="test")
+    outputs, groups = outputs_of(answers, labels), Groups.by_number(numbers, ["group 0", "group 1", "group 2"])
+    table = exits_by_group(outputs, chosen, groups, split="test")
     assert table.names == ("group 0", "group 1", "group 2")
     for g in range(3):
         rows = [i for i in range(60) if numbers[i] == g]
@@ -250,7 +250,7 @@ def test_exits_by_group_against_a_loop():
     assert "group 2" in str(exits_table(table))
     assert (read := decode(ExitsByGroup, encode(table))).flops.tolist() == table.flops.tolist()
     assert str(exits_table(read)) == str(exits_table(table))  # after a turn through JSON
-    first, second = budgets_by_group(outputs, [torch.zeros(60).long(), chosen], split="test", smallest=1)
+    first, second = budgets_by_group(outputs, [torch.zeros(60).long(), chosen], groups, split="test", smallest=1)
     assert (first.flops, first.worst) == (10.0, pytest.approx(float(table.accuracy[0].min())))
     assert (second.group, second.average) == (worst[0], pytest.approx(table.average[0]))
 
@@ -268,8 +268,6 @@ def test_exits_that_cannot_be():
     labels = torch.tensor([0, 1, 2])
     outputs = outputs_of([[0, 0, 0], [0, 1, 2]], labels)
     groups = Groups.by_number(torch.zeros(3).long(), ["a"])
-    with pytest.raises(ValueError, match="the rows have no groups"):
-        exits_by_group(outputs, torch.zeros(3).long(), split="test")
     with pytest.raises(ValueError, match=r"one in 0..1 for each of the 3 rows is needed"):
         exits_by_group(outputs, torch.full((3,), 2), groups, split="test")
     with pytest.raises(ValueError, match="groups are of 2 rows, outputs of 3"):

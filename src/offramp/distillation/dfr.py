@@ -37,9 +37,7 @@ class LastLayer:
         return features.double() @ self.weight.mT + self.bias
 
 
-def refitted(
-    features: Tensor, labels: Tensor, groups: Tensor, classes: int, *, seed: int = 0, draws: int = DRAWS
-) -> LastLayer:  # fmt: skip
+def refitted(features: Tensor, labels: Tensor, groups: Tensor, classes: int, *, seed: int = 0) -> LastLayer:
     """A last layer for features [N, D], labels [N] and groups [N] of rows outside training; -1: left out."""
     random = torch.Generator().manual_seed(seed)
     known = groups >= 0
@@ -57,10 +55,10 @@ def refitted(
             chosen, best = strength, worst
     mean, std = _scale(x)
     weights, biases = torch.zeros(classes, x.shape[1], dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
-    for _ in range(draws):
+    for _ in range(DRAWS):
         rows = balanced(g, random)
         weight, bias = l1_logistic((x[rows] - mean) / std, y[rows], classes, chosen)
-        weights, biases = weights + weight / draws, biases + bias / draws
+        weights, biases = weights + weight / DRAWS, biases + bias / DRAWS
     return LastLayer(weights / std, biases - weights @ (mean / std), chosen)
 
 

@@ -14,11 +14,10 @@ from offramp.families.backbone import evaluating
 
 DECAY = 1e-4
 """Of the readouts' weights, on standardised features."""
+STEPS = 40
 
 
-def fit_early_exits(
-    student: EarlyExitClassifier, rows: Rows, precision: str | None = None, steps: int = 40
-) -> None:  # fmt: skip
+def fit_early_exits(student: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> None:
     """Fit the linear layers of all exits but the last, by plain cross-entropy on features of the training rows."""
     require_linear(student)
     heads: list[Any] = list(student.heads)[:-1]
@@ -32,7 +31,7 @@ def fit_early_exits(
                 parts.append(output.features.float())
     labels = rows.data.labels[torch.cat(batches)].to(student.device)
     for head, parts in zip(heads, found, strict=True):
-        _fit(head.linear, torch.cat(parts), labels, steps)
+        _fit(head.linear, torch.cat(parts), labels)
 
 
 def require_linear(student: EarlyExitClassifier) -> None:
@@ -53,12 +52,12 @@ def require_linear(student: EarlyExitClassifier) -> None:
             )
 
 
-def _fit(linear: nn.Linear, features: Tensor, labels: Tensor, steps: int) -> None:
+def _fit(linear: nn.Linear, features: Tensor, labels: Tensor) -> None:
     mean, std = features.mean(0), features.std(0, unbiased=False).clamp(min=1e-6)
     x = (features - mean) / std
     weight = torch.zeros(linear.weight.shape, device=x.device, requires_grad=True)
     bias = torch.zeros(linear.bias.shape, device=x.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()

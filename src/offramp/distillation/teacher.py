@@ -28,11 +28,9 @@ SCHEMA = "offramp/teacher-logits/1"
 
 
 @torch.no_grad()
-def logits_of_all(
-    classifier: EarlyExitClassifier, rows: Rows, precision: str | None = None, chunk: int = 256
-) -> Tensor:  # fmt: skip
+def logits_of_all(classifier: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> Tensor:
     """Logits of all exits for all rows, without augmentation and dropout, [E, N, C], float32 on the CPU, all finite."""
-    parts = by_length(rows, chunk)
+    parts = by_length(rows)
     with evaluating(classifier, precision):
         found = [torch.stack([o.logits.float().cpu() for o in classifier(rows.inputs(places))]) for places in parts]
     logits = torch.cat(found, 1)[:, torch.cat(parts).argsort()]

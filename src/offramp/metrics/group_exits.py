@@ -52,28 +52,23 @@ class ExitsByGroup:
         return self.names[at], float(self.chosen_accuracy[at])
 
 
-def exits_by_group(
-    outputs: ExitOutputs,
-    chosen: Tensor,
-    groups: Groups | None = None,
-    *,
-    split: str,
-) -> ExitsByGroup:
+def exits_by_group(outputs: ExitOutputs, chosen: Tensor, groups: Groups, *, split: str) -> ExitsByGroup:
     """Who leaves where, and how well each group is served there.
 
     Args:
         outputs: Of all exits.
         chosen: The exit each row leaves at, in 0..E-1, [N], int64.
-        groups: Of the rows; None: those of `outputs`, by number.
+        groups: Of the rows.
         split: Its name, for messages.
 
     Returns:
         Accuracy, confidence, exit rates, depth and FLOPs by group.
 
     Raises:
-        ValueError: A group has no row, there are no groups, or shapes do not agree.
+        ValueError: A group has no row, or shapes do not agree.
     """
-    groups = _groups(outputs, groups)
+    if groups.rows != outputs.rows:
+        raise ValueError(f"groups are of {groups.rows} rows, outputs of {outputs.rows}; give those of the same split")
     groups.require_rows(split)
     if chosen.shape != (outputs.rows,) or bool(((chosen < 0) | (chosen >= outputs.exits)).any()):
         raise ValueError(
@@ -114,12 +109,7 @@ class BudgetByGroup:
 
 
 def budgets_by_group(
-    outputs: ExitOutputs,
-    chosen: Sequence[Tensor],
-    groups: Groups | None = None,
-    *,
-    split: str,
-    smallest: int = SMALLEST,
+    outputs: ExitOutputs, chosen: Sequence[Tensor], groups: Groups, *, split: str, smallest: int = SMALLEST
 ) -> list[BudgetByGroup]:
     """The worst group at each of several budgets.
 
@@ -139,13 +129,3 @@ def budgets_by_group(
         name, worst = table.worst(smallest) or ("", None)
         found.append(BudgetByGroup(table.average[1], table.average[0], worst, name, table.flops))
     return found
-
-
-def _groups(outputs: ExitOutputs, groups: Groups | None) -> Groups:
-    if groups is None:
-        if outputs.groups is None:
-            raise ValueError("the rows have no groups; give them, or outputs that have")
-        groups = Groups.by_number(outputs.groups, [f"group {g}" for g in range(int(outputs.groups.max()) + 1)])
-    if groups.rows != outputs.rows:
-        raise ValueError(f"groups are of {groups.rows} rows, outputs of {outputs.rows}; give those of the same split")
-    return groups

@@ -188,13 +188,12 @@ def adjusted_average(numbers: list[GroupNumbers], train_counts: Mapping[str, int
     return sum(train_counts[group.name] * group.accuracy for group in numbers) / total
 
 
-def flip_rate(answers: Tensor, pairs: Tensor, level: float = 0.95) -> tuple[Share, int]:
+def flip_rate(answers: Tensor, pairs: Tensor) -> tuple[Share, int]:
     """How often the answer changes with the attribute alone.
 
     Args:
         answers: Classes, [N].
         pairs: Rows with the same number show the same thing, [N], int64; each at least twice.
-        level: Of the interval.
 
     Returns:
         The share of things whose renderings are answered differently, with its Wilson interval, and their number.
@@ -207,7 +206,7 @@ def flip_rate(answers: Tensor, pairs: Tensor, level: float = 0.95) -> tuple[Shar
         raise ValueError("something is shown only once; a flip rate needs every row in two renderings")
     answered = np.unique(np.stack([thing, answers.numpy()]), axis=1)[0]  # a thing, once for each of its answers
     flips, n = int((np.bincount(answered) > 1).sum()), len(counts)
-    return binomial(flips, n, level=level, method="wilson"), n
+    return binomial(flips, n, method="wilson"), n
 
 
 def mean_of(hits: Tensor) -> float | None:
@@ -219,6 +218,7 @@ def mean_of(hits: Tensor) -> float | None:
 
 
 ALL = "all rows"
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -258,12 +258,10 @@ def group_changes(
     groups: Groups,
     *,
     split: str,
-    resamples: int = 10_000,
-    level: float = 0.95,
     seed: int = 0,
     units: Tensor | None = None,
 ) -> list[GroupChange]:
-    """Changes on the same rows, with paired percentile bootstrap intervals.
+    """Changes on the same rows, with paired percentile bootstrap intervals at 95 %.
 
     A resampled mean depends only on how many units of each kind are drawn, so these numbers are drawn, from their
     multinomial distribution; a kind is a sum of differences in {-1, 0, 1} and a number of rows.
@@ -273,8 +271,6 @@ def group_changes(
         after: Whether the second is, [N], bool.
         groups: Of the N rows.
         split: Its name, for messages.
-        resamples: Number of draws.
-        level: Of the intervals, in (0, 1).
         seed: Of the draws.
         units: Rows with the same number are drawn together, such as renderings of one thing, [N]; None: each alone.
 
@@ -296,20 +292,19 @@ def group_changes(
     for name, inside in ((ALL, everyone), *zip(groups.names, groups.members.T, strict=True)):
         one, other = before[inside].double().numpy(), after[inside].double().numpy()
         of = torch.arange(len(one)) if units is None else units[inside]
-        means = _resampled(other - one, of.numpy(), resamples, draw)
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(_resampled(other - one, of.numpy(), draw), [0.025, 0.975])
         found.append(GroupChange(name, len(one), float(one.mean()), float(other.mean()), float(low), float(high)))
     return found
 
 
 def _resampled(
-    differences: NDArray[np.float64], units: NDArray[np.int64], resamples: int, draw: np.random.Generator
+    differences: NDArray[np.float64], units: NDArray[np.int64], draw: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Means of the differences of as many units drawn with replacement, [resamples]."""
+    """Means of the differences of as many units drawn with replacement, [RESAMPLES]."""
     _, place = np.unique(units, return_inverse=True)
     of_units = np.stack([np.bincount(place, differences), np.bincount(place)], axis=1)  # [units, sum and rows]
     kinds, counts = np.unique(of_units, axis=0, return_counts=True)
     n = len(of_units)
-    sums, rows = (draw.multinomial(n, counts / n, size=resamples) @ kinds).T
+    sums, rows = (draw.multinomial(n, counts / n, size=RESAMPLES) @ kinds).T
     found: NDArray[np.float64] = sums / rows
     return found
