@@ -114,19 +114,7 @@ def _shape(data: Labelled) -> tuple[int, int, int]:
 
 
 def _preprocessing(backbone: Any, data: Labelled, given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a pretrained network, else mean and deviation of the training images; and the images' size.
-
-    Args:
-        backbone: The network.
-        data: Training rows.
-        given: Settings of a pretrained one; empty: there are none.
-
-    Returns:
-        Them.
-
-    Raises:
-        ValueError: The images have more colours than the network takes.
-    """
+    """Settings of a pretrained network, else mean and deviation of the training images; and the images' size."""
     height, width, colours = _shape(data)
     size = {"size": {"height": height, "width": width}}
     config = backbone.config

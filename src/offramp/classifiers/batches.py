@@ -86,15 +86,7 @@ def in_order(rows: Rows, size: int) -> Iterator[tuple[Inputs, Tensor]]:
 
 
 def by_length(rows: Rows, size: int = 256) -> list[Tensor]:
-    """All rows in batches of like length: in their own order short texts would be padded to long ones.
-
-    Args:
-        rows: N of them.
-        size: Rows of a batch.
-
-    Returns:
-        Places, [B] each. What is made of them is in the rows' order again at `torch.cat(places).argsort()`.
-    """
+    """Places of all rows in batches of like length; `torch.cat(places).argsort()` is the rows' own order again."""
     return list(torch.split(rows.lengths.argsort(stable=True), size))
 
 

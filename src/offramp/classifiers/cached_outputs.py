@@ -95,15 +95,7 @@ class CachedOutputs:
         return self.on(split, self.splits[split])
 
     def on(self, name: str, data: Labelled) -> ExitOutputs:
-        """Of any rows.
-
-        Args:
-            name: Name of the file they are kept in.
-            data: The rows.
-
-        Returns:
-            The outputs, memory-mapped; those of texts in the order of their lengths.
-        """
+        """Of any rows, kept in a file of this name: memory-mapped, those of texts in the order of their lengths."""
         rows = rows_of(self.classifier, data, longest=self.longest)
         path = self.folder / f"{name}.safetensors"
         made_of = {"network": self.network, "rows": data.digest(), "settings": json.dumps(rows.settings)}

@@ -103,17 +103,7 @@ class CalibrationConfig:
 def fit_posterior(
     config: PosteriorConfig, fit_on: str, outputs: Callable[[str], ExitOutputs], network: str
 ) -> Posterior:
-    """A posterior, from the splits it is meant for.
-
-    Args:
-        config: What to fit.
-        fit_on: See `CalibrationConfig`.
-        outputs: From the name of a split to what all exits say about it.
-        network: Fingerprint of the classifier.
-
-    Returns:
-        The posterior; what there is to warn of stands in its `messages`.
-    """
+    """A posterior from the splits it is meant for; what there is to warn of stands in its `messages`."""
     tune = outputs("tune")
     shared = fit_on == "tune" or not config.is_laplace
     fit = tune if shared else outputs(fit_on)

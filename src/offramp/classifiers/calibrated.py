@@ -118,19 +118,7 @@ class Calibrated:
 
 
 def load_calibrated(folder: str | os.PathLike[str], network: str) -> Calibrated:
-    """What `Calibrated.save` wrote.
-
-    Args:
-        folder: The folder.
-        network: Fingerprint of the classifier it is used with.
-
-    Returns:
-        The posterior and what belongs to it.
-
-    Raises:
-        ValueError: There is none, it was changed, or it was fitted on another classifier; or thresholds or sets are of
-            another posterior.
-    """
+    """What `save` wrote, for the classifier of this fingerprint; a ValueError if it was changed or is another's."""
     place = Path(folder).expanduser()
     if not (place / POSTERIOR).is_dir():
         raise ValueError(f"{place} holds no posterior of a classifier; give a folder that offramp calibrate wrote")

@@ -333,14 +333,7 @@ def take(carried: Any, rows: Tensor) -> Any:
 
 
 def check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Ascending exit layers in 1..L-1.
-
-    Returns:
-        The layers.
-
-    Raises:
-        ValueError: They are something else.
-    """
+    """Ascending exit layers in 1..L-1; a ValueError for anything else."""
     layers = tuple(exits)
     if any(type(layer) is not int for layer in layers) or list(layers) != sorted(set(layers)):
         raise ValueError(f"exits are {layers}; give ascending layers, each once")
@@ -353,14 +346,7 @@ def check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 
 def check_labels(num_classes: int | None, labels: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of at least two classes.
-
-    Returns:
-        The names; numbers where none are given.
-
-    Raises:
-        ValueError: There are fewer than two, they repeat, or their number is another than `num_classes`.
-    """
+    """Names of two classes or more, or their numbers; a ValueError if they repeat or are not `num_classes`."""
     if labels is None:
         if num_classes is None:
             raise ValueError("neither num_classes nor labels are given; give one of them")

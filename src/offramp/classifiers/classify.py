@@ -259,21 +259,7 @@ class Rule:
 
 
 def rule_of(calibrated: Calibrated | None, budget: float | None, thresholds: Thresholds, confidence: str) -> Rule:
-    """The rule that is asked for.
-
-    Args:
-        calibrated: What the classifier's posterior holds; None: there is none.
-        budget: See `offramp.classify`, like the rest.
-        thresholds: One for all exits, or one each.
-        confidence: What is compared with them.
-
-    Returns:
-        The thresholds, and where they come from; without any a certified one, if there is one.
-
-    Raises:
-        ArgumentError: Arguments that do not go together.
-        ValueError: The budget cannot be had.
-    """
+    """Thresholds by what `offramp.classify` is given, else certified ones; an ArgumentError if it does not fit."""
     if budget is not None:
         if thresholds is not None:
             raise ArgumentError("give one of `budget` and `thresholds`")

@@ -155,16 +155,7 @@ def _tests(network: CachedOutputs, config: ComparisonConfig) -> Iterator[tuple[s
 
 
 def fitted(network: CachedOutputs, config: PosteriorConfig, fit_on: str) -> Posterior:
-    """A posterior of a network, fitted now or before.
-
-    Args:
-        network: The network.
-        config: What to fit.
-        fit_on: Which split gives a Laplace approximation its factors.
-
-    Returns:
-        The posterior; it is kept beside the passes.
-    """
+    """A posterior of a network, fitted now or before: it is kept beside the passes."""
     place = network.folder / f"posterior-{config.method}-{fit_on}"
     inputs = {"network": network.network, "tune": network.outputs("tune").fingerprint}
     try:

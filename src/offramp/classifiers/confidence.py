@@ -31,17 +31,7 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {"max": max_probability, "g
 
 
 def measure_of(confidence: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A measure by name, or the function that is given.
-
-    Args:
-        confidence: A name in `CONFIDENCES`, or a function [A, C] -> [A].
-
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: There is no measure of that name.
-    """
+    """A measure by its name in `CONFIDENCES`, or the function [A, C] -> [A] given; a ValueError for another name."""
     if callable(confidence):
         return confidence
     if confidence not in CONFIDENCES:

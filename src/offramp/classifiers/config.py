@@ -93,17 +93,7 @@ class ClassifierTrainConfig:
             raise ValueError("warmup and weight_decay must not be negative")
 
     def exit_weights(self, exits: int) -> list[float]:
-        """The weight of each exit's loss.
-
-        Args:
-            exits: E.
-
-        Returns:
-            E numbers.
-
-        Raises:
-            ValueError: Another number of weights was given, or a negative one, or zeros only.
-        """
+        """Weights of the losses of E exits; a ValueError for another number, a negative one, or zeros only."""
         if isinstance(self.weights, str):
             return [exits * weight for weight in WEIGHTS[self.weights](range(1, exits + 1))]
         if len(self.weights) != exits or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:

@@ -86,17 +86,7 @@ def collect(
 
 
 def load_outputs(path: str | os.PathLike[str]) -> ExitOutputs:
-    """Outputs from a file, memory-mapped: rows are read from the disk when they are looked at.
-
-    Args:
-        path: What `collect` wrote.
-
-    Returns:
-        The outputs.
-
-    Raises:
-        ValueError: There is no such file, or it is damaged or something else.
-    """
+    """What `collect` wrote, memory-mapped; a ValueError for no such file, or one that is damaged or something else."""
     header, tensors = read_tensors(Path(path).expanduser(), AGAIN)
     if header.get("schema") != SCHEMA:
         raise ValueError(

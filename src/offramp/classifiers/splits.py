@@ -95,17 +95,7 @@ INSTALLED = Path("/usr/share/datasets")
 
 
 def located(data: Path) -> Path:
-    """Where data is: the path itself, or if there is nothing the set of that name.
-
-    Args:
-        data: A path, or a name in `NAMED`.
-
-    Returns:
-        The path.
-
-    Raises:
-        FileNotFoundError: The set is not installed; the message says what to do.
-    """
+    """Where data is: the path, or if there is nothing the set of that name in `NAMED`; a FileNotFoundError says how."""
     if data.exists() or str(data) not in NAMED:
         return data
     variable, advice = NAMED[str(data)]

@@ -152,20 +152,7 @@ def gated(u: Tensor, right: Tensor, config: InstanceWeights, open_: Tensor | Non
 
 
 def finished(weights: Tensor, config: InstanceWeights, seed: int, minority: Tensor | None = None) -> Tensor:
-    """Control and normalisation.
-
-    Args:
-        weights: Weights from `weights_of`, [N].
-        config: Which.
-        seed: Seed of a permutation.
-        minority: Whether a row is of the minority, [N], bool; for "oracle".
-
-    Returns:
-        [N].
-
-    Raises:
-        ValueError: The minority is needed and not known.
-    """
+    """Control ("permuted" by the seed, "oracle" by the minority, [N], bool) and normalisation of weights, [N]."""
     if config.control == "permuted":
         order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(seed))
         weights = weights[order]

@@ -110,18 +110,7 @@ def states_at(student: EarlyExitClassifier, rows: Rows, depth: int, precision: s
 
 
 def teach(states: States, labels: Tensor, classes: int, config: ReadoutConfig, seed: int) -> Readout:
-    """A new readout, taught by plain unweighted cross-entropy.
-
-    Args:
-        states: States of the training rows, from `states_at`.
-        labels: [N], on any device.
-        classes: C.
-        config: How; optimiser, learning rate and weight decay given.
-        seed: Seed of its first weights and the order of rows.
-
-    Returns:
-        The readout, in evaluation mode, where the states are.
-    """
+    """A new readout, taught by plain unweighted cross-entropy on what `states_at` gave; its rates are given."""
     assert config.learning_rate is not None
     decay = config.weight_decay or 0.0
     labels = labels.to(states.device)
@@ -260,18 +249,7 @@ class LensData:
 def taught(
     split: SplitModel, teacher: SplitModel, kept: LensData, config: TokenReadoutConfig, seed: int
 ) -> TokenReadout:
-    """A lens, new and then taught on kept states; gradients go nowhere else.
-
-    Args:
-        split: The student.
-        teacher: Its teacher.
-        kept: States and targets.
-        config: How.
-        seed: Seed of first values and of the order of tokens.
-
-    Returns:
-        The readout.
-    """
+    """A lens, drawn by the seed and taught on kept states; gradients go nowhere else."""
     layer, device = config.at(split), kept.states.device
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

@@ -28,14 +28,7 @@ Result = Mapping[str, Any]
 
 
 def results_in(root: Path) -> tuple[list[Result], list[str]]:
-    """All runs of a grid.
-
-    Args:
-        root: Its folder.
-
-    Returns:
-        Results of the finished ones, by method, teacher and seed; and names of those without a result.
-    """
+    """Results of a grid's finished runs, by method, teacher and seed; and names of those without a result."""
     found: list[Result] = []
     unfinished = []
     for folder in sorted((root / "runs").iterdir()):
@@ -56,33 +49,12 @@ def results_in(root: Path) -> tuple[list[Result], list[str]]:
 
 
 def read_result(file: Path) -> Result:
-    """The result of a run.
-
-    Args:
-        file: Its result.json.
-
-    Returns:
-        What stands there.
-
-    Raises:
-        ValueError: It was changed or is damaged.
-    """
+    """What stands in the result.json of a run; a ValueError if it was changed or is damaged."""
     return unsealed(read_object(file, AGAIN), file, AGAIN)
 
 
 def chosen(result: Result, rule: str) -> Any:
-    """What a rule chose: "epoch", "val", "test", and "groups", their accuracies.
-
-    Args:
-        result: Result of a run.
-        rule: Rule of selection.
-
-    Returns:
-        JSON values.
-
-    Raises:
-        ValueError: The rule needs groups of validation rows, which are not known.
-    """
+    """What a rule chose: "epoch", "val", "test", "groups" (accuracies); a ValueError where it lacks groups."""
     rules = result["rules"]
     if rule not in rules:
         raise ValueError(f"{result['key']} has no epoch by the rule {rule}; it has {', '.join(rules)}")
@@ -99,15 +71,7 @@ def selected_by(result: Result) -> str:
 
 
 def report_of(result: Result, rule: str | None = None) -> GroupReport:
-    """The groups of the test rows.
-
-    Args:
-        result: Result of a run.
-        rule: Rule of selection; None: the study's.
-
-    Returns:
-        The report; by another rule than that, or of an older run, without likelihoods and rates.
-    """
+    """The groups of the test rows; by another rule than the study's, or of an older run, without likelihoods."""
     rule = rule or selected_by(result)
     if "report" in result and chosen(result, rule)["epoch"] == result["selected"]:
         return decode(GroupReport, result["report"])
@@ -192,15 +156,7 @@ def budget_of(result: Result) -> LabelBudget:
 
 
 def mean_report(own: Sequence[Result], rule: str) -> GroupReport:
-    """Means over the runs of one method, with t intervals over seeds; of one run its own report.
-
-    Args:
-        own: At least one.
-        rule: Rule of selection.
-
-    Returns:
-        The report, in which rows are those of the first run.
-    """
+    """Means over the runs of one method, with t intervals over seeds; rows are those of the first run."""
     reports = [report_of(result, rule) for result in own]
     if len(reports) == 1:
         return reports[0]

@@ -53,20 +53,7 @@ Need = Callable[[Run], Path]
 
 
 def train_run(run: Run, folder: Path, need: Need, device: str = "cpu") -> dict[str, Any]:
-    """Train a student and judge it, or go on with it.
-
-    Args:
-        run: What.
-        folder: Folder of the run, for this process alone.
-        need: For teachers and first students.
-        device: Where all networks are.
-
-    Returns:
-        The result, as it stands in result.json.
-
-    Raises:
-        ValueError: Something does not go together; see the parts.
-    """
+    """Train a student and judge it, or go on, in a folder of this process alone; what stands in result.json."""
     began = time.process_time(), time.perf_counter()
     data = load_set(run.study.data, run.seed)
     given = run.teacher is not None and run.teacher_run() is None

@@ -119,17 +119,7 @@ class TokenDistillResult(Result):
 def summary(
     rows: Sequence[Mapping[str, Any]], groups: Sequence[str], clock: TrainState, model: Path
 ) -> TokenDistillResult:
-    """The result, from the lines of metrics.jsonl.
-
-    Args:
-        rows: The lines.
-        groups: Names.
-        clock: Where the run ended.
-        model: Folder of the student.
-
-    Returns:
-        The result.
-    """
+    """The result, from the lines of metrics.jsonl and from where the run ended."""
     judged = [row for row in rows if row["kind"] == "validation"]
     weighted = [row for row in rows if row["kind"] == "weights"]
     before, after = judged[0], judged[-1]
@@ -152,15 +142,7 @@ def summary(
 
 
 def readouts_table(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> Table:
-    """Weights of the training tokens after each readout; none if there were none.
-
-    Args:
-        rows: The lines of metrics.jsonl.
-        groups: Names.
-
-    Returns:
-        A row per readout.
-    """
+    """Weights of training tokens after each readout, of the lines of metrics.jsonl; none if there were none."""
     weighted = [row for row in rows if row["kind"] == "weights"]
     head = ["after step", "reweighted", "mean", "largest", *(f"mean: {group}" for group in groups)]
     few = any(_too_few(row["reweighted"]) for row in weighted)

@@ -111,18 +111,7 @@ class BudgetByGroup:
 def budgets_by_group(
     outputs: ExitOutputs, chosen: Sequence[Tensor], groups: Groups, *, split: str, smallest: int = SMALLEST
 ) -> list[BudgetByGroup]:
-    """The worst group at each of several budgets.
-
-    Args:
-        outputs: Of all exits.
-        chosen: The exits rows leave at under each budget, each [N].
-        groups: As for `exits_by_group`.
-        split: Its name, for messages.
-        smallest: Fewest rows for a group to be called the worst.
-
-    Returns:
-        One entry for each budget, in their order.
-    """
+    """The worst group of `smallest` rows or more under each budget, by the exits [N] that rows leave at."""
     found = []
     for exits in chosen:
         table = exits_by_group(outputs, exits, groups, split=split)

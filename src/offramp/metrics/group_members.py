@@ -38,18 +38,7 @@ class Groups:
 
     @classmethod
     def by_number(cls, numbers: Tensor, names: Sequence[str]) -> Groups:
-        """Groups that do not overlap, from the number of each row's.
-
-        Args:
-            numbers: [N], int64; -1 for a row without a group.
-            names: Of the groups, G.
-
-        Returns:
-            The groups.
-
-        Raises:
-            ValueError: A number is outside -1..G-1.
-        """
+        """Groups that do not overlap, from the number of each row's, [N], -1 for none; a ValueError for any other."""
         wrong = (numbers < UNKNOWN) | (numbers >= len(names))
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])

@@ -173,18 +173,7 @@ class ReadoutDiagnostics:
 def readout_diagnostics(
     answers: Tensor, labels: Tensor, batch: int, gated: Tensor | None, empty: bool | None = None
 ) -> ReadoutDiagnostics:  # fmt: skip
-    """Look at a readout.
-
-    Args:
-        answers: Its classes for the N training rows, [N], int64.
-        labels: [N], int64.
-        batch: Rows of a step of the student.
-        gated: Whether its gate takes a row, [N], bool; None: all.
-        empty: Whether all of its sets were empty; None: there are none.
-
-    Returns:
-        The diagnostics.
-    """
+    """Look at answers [N] of a readout, labels [N], and the rows its gate takes, [N]; a step has `batch` rows."""
     classes = int(torch.maximum(answers.max(), labels.max())) + 1
     said, true = (torch.bincount(each, minlength=classes).double() / len(labels) for each in (answers, labels))
     share = None if gated is None else float(gated.double().mean())

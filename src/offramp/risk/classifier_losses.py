@@ -36,19 +36,7 @@ def consistency(probabilities: Tensor, reference: Tensor | None = None) -> Tenso
 
 
 def performance_gap(probabilities: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
-    """How much more often an exit is wrong than the reference: 1[ŷ_e ≠ y] - 1[ŷ_ref ≠ y].
-
-    Args:
-        probabilities: Of each exit, [E, N, C].
-        labels: Right classes, [N].
-        reference: What it is compared with, [N, C]; None: the last exit.
-
-    Returns:
-        -1, 0 or 1, [E, N], float64.
-
-    Raises:
-        ValueError: The probabilities are none, or the labels are no classes of as many rows.
-    """
+    """1[ŷ_e ≠ y] - 1[ŷ_ref ≠ y] of labels y [N], else as `consistency`: how much more often an exit is wrong."""
     labels = _checked_labels(labels, _checked(probabilities))
     wrong = (probabilities.argmax(dim=-1) != labels).double()
     return wrong - (_reference(probabilities, reference).argmax(dim=-1) != labels).double()

@@ -69,15 +69,6 @@ def recalibrated(
 
 
 def judged(selected: Sequence[int | None], losses: Sequence[float], promise: Promised) -> CalibrationCounts:
-    """Count.
-
-    Args:
-        selected: By each calibration.
-        losses: Mean loss of what it selected, where it is judged; what never exiting loses if it selected nothing.
-        promise: What was promised.
-
-    Returns:
-        The counts.
-    """
+    """Counts, from what calibrations selected and the mean losses of that (of nothing: of never exiting)."""
     above = sum(loss > promise.tolerance for loss in losses)
     return CalibrationCounts(above, selected.count(None), float(np.mean(losses)))

@@ -202,19 +202,7 @@ def objects(rows: Iterable[Row], *keys: object) -> Iterator[Row]:
 
 
 def as_texts(row: Row, columns: Iterable[Any], spelt: Callable[[Any, Any], Any] = lambda column, value: value) -> Row:
-    """An object as {column: text}, as a table would have it.
-
-    Args:
-        row: With a JSON object.
-        columns: Its keys that are read.
-        spelt: What stands for a value that is no text or number, by column and value (None where there is none).
-
-    Returns:
-        The row.
-
-    Raises:
-        ValueError: A value is missing, or no text or whole number.
-    """
+    """An object as {column: text}; a value that `spelt` makes no text or whole number of is a ValueError."""
     found = {column: written(spelt(column, row.value.get(str(column)))) for column in columns}
     if wrong := [column for column, text in found.items() if text is None]:
         have = f", but {reprlib.repr(row.value[str(wrong[0])])}" if str(wrong[0]) in row.value else ""
