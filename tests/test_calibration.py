@@ -222,7 +222,7 @@ def test_the_mean_loss_of_groups_has_an_interval_of_groups(tmp_path, monkeypatch
     ("options", "message"),
     [
         ({"promise": Promise("rougeL")}, "question-answering has f1, exact_match"),
-        ({"order": "best"}, "allowed are auto, path, chains, pareto"),
+        ({"order": "best"}, "allowed are 'auto', 'path', 'chains', 'pareto'"),
         ({"order": "chains", "promise": Promise("f1", bound="crc")}, "use path or pareto"),
         ({"repeats": 5, "test": 0.0}, "need a held-out part"),
         ({"order": "pareto", "tuning": 0.0}, "give it a share"),

@@ -160,7 +160,7 @@ def test_the_measure_decides(scripted, tmp_path):
 def test_seconds_need_a_tuning_part(scripted, tmp_path):
     with pytest.raises(ValueError, match="seconds are found on a tuning part"):
         scripted(Script(SAFE), tmp_path, minimise="seconds", tuning=0.0)
-    with pytest.raises(ValueError, match="allowed are flops-per-token"):
+    with pytest.raises(ValueError, match="allowed are 'flops-per-token'"):
         scripted(Script(SAFE), tmp_path, minimise="joules")
 
 

@@ -67,7 +67,7 @@ def test_units_are_the_losses_or_the_means_of_groups_in_another_order(pairs, see
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric": "rouge"}, "metric is 'rouge'; allowed are exact_match"),
+        ({"metric": "rouge"}, "metric is 'rouge'; allowed are 'exact_match'"),
         ({"kind": "mean"}, "kind is 'mean'"),
         ({"tolerance": 0.0}, "tolerance is 0.0"),
         ({"failure": 1}, "failure is 1"),

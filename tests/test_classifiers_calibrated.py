@@ -261,7 +261,7 @@ def test_a_promise_may_be_against_the_posterior(images, tmp_path):
     assert found["posterior"].certificate.tests[0]["loss"] == 0  # the ensemble against itself
     assert found["last-exit"].certificate.tests[0]["loss"] == never > 0  # and against what was deployed
     assert "against the ensemble of all exits that the posterior makes of the last" in found["posterior"].table()
-    with pytest.raises(ValueError, match="reference is 'first-exit'; allowed are last-exit, posterior"):
+    with pytest.raises(ValueError, match="reference is 'first-exit'; allowed are 'last-exit', 'posterior'"):
         CalibrationConfig(reference="first-exit")
 
 
@@ -530,7 +530,7 @@ def test_networks_that_cannot_be_averaged_are_refused(images, texts, tmp_path):
         compare([CachedOutputs.of(texts[0], texts[1], task=TEXTS)], config, tmp_path, conditions={})
     for options, words in (
         ({"methods": ("lapalce",)}, "no method 'lapalce'"), ({"methods": ()}, "no method is named"),
-        ({"corruptions": ("fog",)}, "no corruption 'fog'"), ({"severity": 6}, "severity is 6"),
+        ({"corruptions": ("fog",)}, "corruption is 'fog'"), ({"severity": 6}, "severity is 6"),
         ({"limit": 1}, "limit is 1"), ({"fit_on": "test"}, "fit_on is 'test'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):

@@ -330,7 +330,7 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     fails(*train, tmp_path, words="holds no image as CLASS/NAME.png")
     fails(*train, tmp_path, "--layout", "idx", words="train-images-idx3-ubyte is missing")
     fails(*train, data, "--classes", "a,b", words=r"label 2; allowed are 0\.\.1")
-    fails(*train, data, "--layout", "sst2", words="allowed for image-classification are idx")
+    fails(*train, data, "--layout", "sst2", words="layout for image-classification is 'sst2'; allowed are None, 'idx'")
     fails("train", "msdnet-small", "--task", "images-classification", "--data", data, words="task is 'images-classif")
     fails(*train, data, "--augment", "mirror", words="--augment mirror: choose one of crop-flip")
     fails(*train, data, "--layers", "9", words="9")
@@ -358,7 +358,7 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     fails("calibrate", model, *task, data, "--tolerance", 0.1, "--loss", "f1", words="--loss f1: choose one of")
     fails("calibrate", model, *task, data, "--alpha", 2, words="alpha is 2")
     fails(
-        "calibrate", model, *task, data, "--reference", "x", words="reference is 'x'; allowed are last-exit, posterior"
+        "calibrate", model, *task, data, "--reference", "x", words="reference is 'x'; allowed are 'last-exit', 'posterior'"
     )
     fails("classify", model, "x.png", "--budget", 0.5, words="--budget needs --posterior")
     both = ("--posterior", calibrated[0], "--budget", 0.7)

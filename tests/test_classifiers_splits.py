@@ -142,9 +142,9 @@ def test_the_layout_of_images_is_seen_by_their_files(tmp_path):
 
 
 def test_bad_input_is_said_in_a_line(folder, tmp_path):
-    with pytest.raises(ValueError, match="allowed are image-classification, text-classification"):
+    with pytest.raises(ValueError, match="allowed are 'image-classification', 'text-classification'"):
         DataConfig("images")
-    with pytest.raises(ValueError, match="allowed for text-classification are sst2"):
+    with pytest.raises(ValueError, match="layout for text-classification is .*; allowed are None, 'sst2'"):
         DataConfig(TEXTS, layout="idx")
     with pytest.raises(ValueError, match="count is 0"):
         DataConfig(IMAGES, count=0)

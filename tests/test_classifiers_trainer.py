@@ -371,9 +371,9 @@ def test_a_diverging_run_names_the_exit(tmp_path):
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs is 0"),
-        ({"optimiser": "rmsprop"}, "optimiser is 'rmsprop'; choose one of sgd, adamw"),
-        ({"schedule": "steps"}, "choose one of cosine, linear, constant, step"),
-        ({"weights": "heavy"}, "choose one of uniform, layer"),
+        ({"optimiser": "rmsprop"}, "optimiser is 'rmsprop'; allowed are 'sgd', 'adamw'"),
+        ({"schedule": "steps"}, "allowed are 'cosine', 'linear', 'constant', 'step'"),
+        ({"weights": "heavy"}, "allowed are 'uniform', 'layer'"),
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov is a kind of momentum"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),

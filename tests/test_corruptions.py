@@ -71,7 +71,7 @@ def test_rows_keep_their_names():
     assert changed.ids == data.ids
     assert torch.equal(changed.labels, data.labels)
     assert np.array_equal(changed.take([4]).inputs, corrupt(SMOOTH[4:5], IDS[4:5], "blur", 3))
-    with pytest.raises(ValueError, match="corruption 'fog' is unknown; choose one of noise, blur, contrast"):
+    with pytest.raises(ValueError, match="corruption is 'fog'; allowed are 'noise', 'blur', 'contrast'"):
         corrupted(data, "fog", 3)
     with pytest.raises(ValueError, match="severity is 6"):
         corrupted(data, "blur", 6)

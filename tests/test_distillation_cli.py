@@ -181,7 +181,7 @@ def test_a_stand_in_needs_nothing_else(tmp_path, monkeypatch):
         (["small-cnn:4"], "--data is missing"),
         (["--data", "stand-in:digits-on-colour", "--config", "{}"], "no such file"),
         (["small-cnn:4", "--data", "stand-in:digits-on-colour", "--device", "moon"], "device 'moon' is not available"),
-        (["small-cnn:4", "--data", "stand-in:colours"], "there is no stand-in 'colours'"),
+        (["small-cnn:4", "--data", "stand-in:colours"], "the stand-in is 'colours'; allowed are 'digits-on-colour'"),
         (["small-cnn:4", "--data", "somewhere"], "the task is None; choose one of waterbirds"),
         (["small-cnn:4", "--data", "no-folder", "--task", "waterbirds", "--seeds", "1"], "no-folder is missing"),
         (["small-cnn:4", "--data", "stand-in:digits-on-colour", "--method", "dedeir"], "there is no method 'dedeir'"),

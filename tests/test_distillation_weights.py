@@ -284,7 +284,7 @@ def test_controls_keep_what_they_should():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"signal": "doubt"}, "signal of the weights is 'doubt'; choose one of margin"),
+        ({"signal": "doubt"}, "signal of the weights is 'doubt'; allowed are 'margin'"),
         ({"alpha": -1.0}, "neither may be negative"),
         ({"normalise": "clip"}, "clip needs one from 1 on"),
         ({"every": 0}, "count from 1, 0 and 1"),

@@ -371,7 +371,7 @@ def test_rules_that_need_groups():
     assert list(choices(blind)) == ["last", "val_average", "val_worst_class", "val_loss"]
     with pytest.raises(ValueError, match="the rule val_worst_group needs groups of validation rows"):
         select(blind, "val_worst_group")
-    with pytest.raises(ValueError, match=f"the selection rule is 'best'; allowed are {', '.join(RULES)}"):
+    with pytest.raises(ValueError, match=f"the selection rule is 'best'; allowed are {', '.join(map(repr, RULES))}"):
         select(blind, "best")
     with pytest.raises(ValueError, match="has recorded no epoch"):
         select([], "last")
@@ -399,7 +399,7 @@ def test_label_budget():
         "Group labels used (not label-free): teacher training train 4,795; student training none; weights none; "
         "selection val 1,200; calibration none; reporting test 5,794."
     )
-    with pytest.raises(ValueError, match="the use is 'tuning'; allowed are teacher training, "):
+    with pytest.raises(ValueError, match="the use is 'tuning'; allowed are 'teacher training', "):
         budget.plus("tuning", "val", 3)
 
 

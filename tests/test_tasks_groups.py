@@ -385,7 +385,7 @@ def test_civilcomments_with_something_wrong(tmp_path):
     comments(tmp_path, [], head=("comment_text", "split", "toxicity"))
     with pytest.raises(ValueError, match="line 1 lacks the column 'male' of CivilComments"):
         load_civilcomments(tmp_path)
-    with pytest.raises(ValueError, match="grouping is 'all'; allowed are 'identities' and 'any'"):
+    with pytest.raises(ValueError, match="grouping is 'all'; allowed are 'identities', 'any'"):
         load_civilcomments(tmp_path, grouping="all")
 
 

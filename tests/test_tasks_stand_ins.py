@@ -123,7 +123,7 @@ def test_sets_that_cannot_be_made():
         digits_on_colour(agreement=1)
     with pytest.raises(ValueError, match="group 'low, blue' has no row in split 'train of mnist-on-colour'"):
         mnist_on_colour(images, numbers, agreement=0.99, train=20, val=20, test=20)
-    with pytest.raises(ValueError, match="difficulty is 'hard'; allowed are magnitude-easy"):
+    with pytest.raises(ValueError, match="difficulty is 'hard'; allowed are 'magnitude-easy'"):
         spuco_mnist(images, numbers, difficulty="hard")
     with pytest.raises(ValueError, match="the grammar has 48000"):
         template_nli(train=50_000)

@@ -140,5 +140,5 @@ def test_wrong_input():
         bayesian_regression.apply(bayesian_regression.fit(features, y), features[:1])
     with pytest.raises(ValueError, match="prior_mean is 'zero' and heads"):
         bayesian_regression.fit(features, y, heads=[torch.zeros(4)])
-    with pytest.raises(ValueError, match="'zero' and 'head'"):
+    with pytest.raises(ValueError, match="'zero', 'head'"):
         BayesianRegressionConfig(prior_mean="mean")

@@ -62,7 +62,7 @@ def test_no_row_leaves_before_the_first_exit():
     assert set_exits.apply(sets_of(*ROWS), SetExitConfig(limit=2)).exits.tolist() == [1, 0, 0, 0, 2, 2]
     with pytest.raises(ValueError, match="exits 0..2"):
         set_exits.apply(sets_of(*ROWS), SetExitConfig(first_exit=3))
-    with pytest.raises(ValueError, match="'continue', 'abstain' and 'stop'"):
+    with pytest.raises(ValueError, match="'continue', 'abstain', 'stop'"):
         SetExitConfig(empty="guess")
     with pytest.raises(ValueError, match="limit is -1"):
         SetExitConfig(limit=-1)

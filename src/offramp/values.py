@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 _LARGEST = 2**31 - 1  # of a count of layers or tokens: above it something is broken, and products leave 64 bits
 
@@ -14,7 +14,7 @@ class ArgumentError(ValueError):
     """Arguments that do not go together. Their names stand in backticks, for the command line to call them options."""
 
 
-def choice(name: str, value: object, allowed: Sequence[str | None]) -> None:
+def choice(name: str, value: object, allowed: Collection[str | None]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`; a misspelt one is told the nearest."""
     if (value is None or isinstance(value, str)) and value in allowed:
         return

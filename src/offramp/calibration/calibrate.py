@@ -46,7 +46,7 @@ from offramp.report.calibration_plots import save_calibration
 from offramp.risk import CRC, Outcome, pareto_front, search
 from offramp.runs.asked import as_json
 from offramp.runs.files import write_json
-from offramp.values import listed
+from offramp.values import choice
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -182,10 +182,8 @@ def calibrate(
 def _check(promise: Promise, task: Task, order: str, minimise: str, repeats: int, test: float) -> None:
     if promise.metric not in task.metrics:
         raise ValueError(f"metric is {promise.metric!r}; {task.name} has {', '.join(task.metrics)}")
-    if order not in ORDERS:
-        raise ValueError(f"order is {order!r}; allowed are {listed(order, ORDERS)}")
-    if minimise not in MEASURES:
-        raise ValueError(f"minimise is {minimise!r}; allowed are {listed(minimise, MEASURES)}")
+    choice("order", order, ORDERS)
+    choice("minimise", minimise, MEASURES)
     if order == "chains" and promise.bound == CRC:
         raise ValueError("conformal risk control has no failure probability to divide among chains; use path or pareto")
     if repeats and not test:

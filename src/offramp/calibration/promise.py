@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from offramp.evaluation.record_file import Record
 from offramp.metrics.text import METRICS
 from offramp.risk import CRC, Promised, risk_consistency, tail, textual_consistency
-from offramp.values import listed
+from offramp.values import choice
 
 KINDS = {"risk": "hoeffding-bentkus", "textual": "hoeffding-bentkus", "signed": "wsr", "tail": "binomial"}
 """Kinds of losses, and the bound that suits each."""
@@ -50,8 +50,7 @@ class Promise(Promised):
         for name, value, allowed in (
             ("metric", self.metric, METRICS), ("kind", self.kind, KINDS), ("unit", self.unit, UNITS),
         ):  # fmt: skip
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed are {listed(value, allowed)}")
+            choice(name, value, allowed)
         if self.bound is None:
             object.__setattr__(self, "bound", KINDS[self.kind])
         if (self.kind == "tail") != (self.margin is not None):

@@ -38,7 +38,7 @@ from offramp.uncertainty import nested_conformal
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import Posterior, PosteriorConfig
-from offramp.values import listed
+from offramp.values import choice
 
 SCHEMA = "offramp/classifier-calibration/2"
 EARLIER = "offramp/classifier-calibration/1"
@@ -90,10 +90,9 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("fit_on", FIT_ON), ("reference", REFERENCES)):
-            if (given := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {given!r}; allowed are {listed(given, allowed)}")
-        if self.promise is not None and self.promise.loss not in LOSSES:
-            raise ValueError(f"the loss is {self.promise.loss!r}; allowed are {listed(self.promise.loss, LOSSES)}")
+            choice(name, getattr(self, name), allowed)
+        if self.promise is not None:
+            choice("the loss", self.promise.loss, LOSSES)
         if self.bins < 1:
             raise ValueError(f"bins is {self.bins}; it must be at least 1")
         if self.alpha is not None:

@@ -22,7 +22,7 @@ from offramp.risk import CRC, Promised, search
 from offramp.risk.classifier_losses import exits_under, losses_under
 from offramp.risk.losses import checked
 from offramp.runs.results import Result
-from offramp.values import listed
+from offramp.values import choice
 
 NAMES = ("wsr", "hoeffding-bentkus", "binomial", CRC)
 """Bounds by name."""
@@ -53,8 +53,7 @@ class RowPromise(Promised):
 
     def __post_init__(self) -> None:
         self.check_levels()
-        if self.bound not in NAMES:
-            raise ValueError(f"bound is {self.bound!r}; allowed are {listed(self.bound, NAMES)}")
+        choice("bound", self.bound, NAMES)
 
     def losses(self, trials: Trials) -> tuple[NDArray[np.float64], bool]:
         """What the bound is given, and whether losses below 0 were clipped for it.

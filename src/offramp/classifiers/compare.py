@@ -29,7 +29,7 @@ from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import METHODS, Posterior, PosteriorConfig, load_posterior
-from offramp.values import listed
+from offramp.values import choice
 
 CLEAN = "clean"
 """Name of the test split as it is."""
@@ -59,14 +59,13 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         for what, given, allowed in (("method", self.methods, METHODS), ("corruption", self.corruptions, CORRUPTIONS)):
-            if unknown := [name for name in given if name not in allowed]:
-                raise ValueError(f"there is no {what} {unknown[0]!r}; allowed are {listed(unknown[0], allowed)}")
+            for name in given:
+                choice(what, name, allowed)
         if not self.methods:
             raise ValueError(f"no method is named; name some of {', '.join(METHODS)}")
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity is {self.severity}; give 1 to 5")
-        if self.fit_on not in FIT_ON:
-            raise ValueError(f"fit_on is {self.fit_on!r}; allowed are {listed(self.fit_on, FIT_ON)}")
+        choice("fit_on", self.fit_on, FIT_ON)
         if self.limit is not None and self.limit < 2:
             raise ValueError(f"limit is {self.limit}; at least 2 test rows are needed")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from offramp.training.schedule import FALLS, PRECISIONS, WEIGHTS, Schedule
-from offramp.values import listed
+from offramp.values import choice
 
 OPTIMISERS = ("sgd", "adamw")
 
@@ -73,8 +73,7 @@ class ClassifierTrainConfig:
         if isinstance(self.weights, str):
             choices["weights"] = WEIGHTS
         for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {listed(value, allowed)}")
+            choice(name, getattr(self, name), allowed)
         self._check_numbers()
 
     def _check_numbers(self) -> None:

@@ -20,7 +20,7 @@ from offramp.tasks.image_files import read_image_folder
 from offramp.tasks.images import read_cifar10, read_cifar100, read_idx
 from offramp.tasks.labelled import SHARES, Labelled, split, without
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, SST2, Column, TextLayout, read_labelled_text
-from offramp.values import listed
+from offramp.values import choice
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 TASKS = (IMAGES, TEXTS)
@@ -66,11 +66,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # a list, if it comes from JSON
-        if self.task not in TASKS:
-            raise ValueError(f"task is {self.task!r}; allowed are {listed(self.task, TASKS)}")
+        choice("task", self.task, TASKS)
         allowed = IMAGE_LAYOUTS if self.task == IMAGES else (*TEXT_LAYOUTS, COLUMNS)
-        if self.layout not in (None, *allowed):
-            raise ValueError(f"layout is {self.layout!r}; allowed for {self.task} are {', '.join(allowed)}")
+        choice(f"layout for {self.task}", self.layout, (None, *allowed))
         for name in ("count", "image_size", "longest"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")

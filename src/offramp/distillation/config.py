@@ -16,7 +16,7 @@ from offramp.distillation.networks import Network
 from offramp.metrics.selection import RULES, WITH_GROUPS
 from offramp.runs import digests
 from offramp.runs.codec import decode
-from offramp.values import listed
+from offramp.values import choice
 
 SCHEMA = "offramp/distill/1"
 EARLY_EXITS = ("readout", "joint")
@@ -70,8 +70,7 @@ class Study:
 
     def __post_init__(self) -> None:
         for name, allowed in (("select", RULES), ("teacher_select", RULES), ("early_exits", EARLY_EXITS)):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {listed(value, allowed)}")
+            choice(name, getattr(self, name), allowed)
         for training in (self.training, self.teacher_training):
             if training.label_smoothing or training.weights != "uniform":
                 raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from offramp.metrics.group_weights import minority_rows
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled, split
-from offramp.values import listed
+from offramp.values import choice
 
 STAND_IN = "stand-in:"
 STAND_INS = (
@@ -50,8 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path.startswith(STAND_IN):
-            if self.name not in STAND_INS:
-                raise ValueError(f"there is no stand-in {self.name!r}; choose one of {listed(self.name, STAND_INS)}")
+            choice("the stand-in", self.name, STAND_INS)
         elif self.task not in TASKS:
             raise ValueError(f"the task is {self.task!r}; choose one of {', '.join(TASKS)}, or data stand-in:NAME")
         if not 0 < self.tune < 1:

@@ -22,7 +22,7 @@ from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
 from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, share_of_rank, signal
 from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
-from offramp.values import listed
+from offramp.values import choice
 
 GATES = ("wrong", "all", "correct", "excluded", "uncertain")
 MAPS = ("power", "linear", "rank")
@@ -86,8 +86,7 @@ class InstanceWeights:
             "control": CONTROLS, "sets": SETS,
         }  # fmt: skip
         for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} of the weights is {value!r}; choose one of {listed(value, allowed)}")
+            choice(f"{name} of the weights", getattr(self, name), allowed)
         if self.alpha < 0 or self.beta < 0:
             raise ValueError(f"alpha is {self.alpha} and beta {self.beta}; neither may be negative")
         if self.every < 1 or self.warmup < 0 or self.n_mc < 1:

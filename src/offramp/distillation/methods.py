@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from offramp.distillation.instance_weights import InstanceWeights
-from offramp.values import listed
+from offramp.values import choice
 
 LOSSES = ("labels", "kd", "features", "group_dro", "lff")
 
@@ -77,8 +77,7 @@ class Method:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}; choose one of {listed(self.loss, LOSSES)}")
+        choice("loss", self.loss, LOSSES)
         if not self.temperature > 0 or not 0 <= self.fraction <= 1:
             raise ValueError(
                 f"temperature is {self.temperature} and fraction {self.fraction}; they are above 0, and in [0, 1]"

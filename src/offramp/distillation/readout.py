@@ -22,7 +22,7 @@ from offramp.families.heads import PooledBody
 from offramp.training.data import Windows
 from offramp.training.loop import adamw
 from offramp.training.objectives import OBJECTIVES, Teacher
-from offramp.values import listed
+from offramp.values import choice
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ class TokenReadoutConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", READOUTS), ("fit", FITS)):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} of the readout is {value!r}; choose one of {listed(value, allowed)}")
+            choice(f"{name} of the readout", getattr(self, name), allowed)
         for name in ("layer", "rank", "tokens", "epochs", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} of the readout is {getattr(self, name)}; it counts from 1")

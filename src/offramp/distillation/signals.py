@@ -21,7 +21,7 @@ from offramp.uncertainty.nested_conformal import NestedConformalConfig
 from offramp.uncertainty.one_exit import Laplace
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
-from offramp.values import listed
+from offramp.values import choice
 
 CONFIDENCES = ("margin", "laplace_margin", "set_sharpness")
 """Signals that are large where the readout is sure; they go with a gate that asks whether it is wrong."""
@@ -124,6 +124,7 @@ def signal(name: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: There is no such signal, or rows outside training are missing.
     """
+    choice("the signal", name, SIGNALS)
     p, labels = evidence.map, evidence.reading.labels
     classes = p.shape[1]
     if name == "margin":
@@ -134,21 +135,19 @@ def signal(name: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
         u = share_of_rank(F.cross_entropy(evidence.reading.logits.double(), labels, reduction="none"))
     elif name == "distance":
         u = share_of_rank(evidence.spread)
-    elif name.startswith("laplace_") and name in SIGNALS:
+    elif name.startswith("laplace_"):
         p, entropy, variance = evidence.moments
         total = torch.special.entr(p).sum(-1)
         u = {
             "laplace_margin": margin(p), "laplace_entropy": total / math.log(classes),
             "laplace_mi": (total - entropy) / math.log(classes), "laplace_variance": variance / (1 - 1 / classes),
         }[name]  # fmt: skip
-    elif name.startswith("set_") and name in SIGNALS:
+    else:
         sizes = evidence.members.sum(-1).double()
         u = (sizes - 1) / (classes - 1)
         u = {"set_size": u, "set_sharpness": 1 - u, "set_miss": 1.0 - _holds(evidence).double()}[name]
         if name != "set_miss":
             u = u.masked_fill(sizes == 0, 1.0)  # nothing is left: as conspicuous as it gets
-    else:
-        raise ValueError(f"the signal is {name!r}; choose one of {listed(name, SIGNALS)}")
     return u.clamp(0, 1), p.argmax(-1)
 
 

@@ -36,7 +36,7 @@ from offramp.training.passes import states_of
 from offramp.uncertainty import candidates
 from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, shortlist
 from offramp.uncertainty.laplace import Factors
-from offramp.values import listed
+from offramp.values import choice
 
 SIGNALS = ("margin", "entropy", "loss", "laplace_margin", "laplace_entropy")
 GATES = ("wrong", "all", "correct")
@@ -77,12 +77,8 @@ class TokenWeights:
 
     def __post_init__(self) -> None:
         for name, allowed in (("signal", SIGNALS), ("gate", GATES), ("control", CONTROLS)):
-            if (value := getattr(self.rule, name)) not in allowed:
-                raise ValueError(f"{name} of token weights is {value!r}; choose one of {listed(value, allowed)}")
-        if self.target not in TARGETS:
-            raise ValueError(
-                f"target of token weights is {self.target!r}; choose one of {listed(self.target, TARGETS)}"
-            )
+            choice(f"{name} of token weights", getattr(self.rule, name), allowed)
+        choice("target of token weights", self.target, TARGETS)
         if (self.rule.every, self.rule.warmup) != (1, 0):
             raise ValueError(
                 "every and warmup of the rule count epochs of rows; give every and start of the token weights"

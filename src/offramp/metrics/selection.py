@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from offramp.metrics.group_members import Groups
-from offramp.values import listed
+from offramp.values import choice
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ WITH_GROUPS = ("val_group_mean", "val_worst_group")
 
 def select(history: Sequence[Epoch], rule: str) -> Epoch:
     """The epoch of a run that a rule of `RULES` chooses; a ValueError if it needs groups that are not known."""
-    if rule not in RULES:
-        raise ValueError(f"the selection rule is {rule!r}; allowed are {listed(rule, RULES)}")
+    choice("the selection rule", rule, RULES)
     if not history:
         raise ValueError("the run has recorded no epoch; train at least one before selecting")
     values = [RULES[rule](epoch) for epoch in history]
@@ -126,10 +125,8 @@ class LabelBudget:
 
     def __post_init__(self) -> None:
         for (use, split), count in self.used.items():
-            if use not in USES:
-                raise ValueError(f"the use is {use!r}; allowed are {listed(use, USES)}")
-            if split not in SPLITS:
-                raise ValueError(f"the split is {split!r}; allowed are {listed(split, SPLITS)}")
+            choice("the use", use, USES)
+            choice("the split", split, SPLITS)
             if count is not None and count < 0:
                 raise ValueError(f"{use} is to have used {count} group labels of {split}; a count from 0 on is needed")
 

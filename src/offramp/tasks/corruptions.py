@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from offramp.tasks.labelled import Labelled
-from offramp.values import listed
+from offramp.values import choice
 
 Image = NDArray[np.float32]
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -58,8 +58,7 @@ def corrupt(
     images: NDArray[np.uint8], ids: Sequence[str], kind: str, severity: int, seed: int = 0
 ) -> NDArray[np.uint8]:
     """Images [N, H, W, channels] corrupted at severity 1 to 5 by draws that go by seed and id; as they are at 0."""
-    if kind not in CORRUPTIONS:
-        raise ValueError(f"corruption {kind!r} is unknown; choose one of {listed(kind, CORRUPTIONS)}")
+    choice("corruption", kind, CORRUPTIONS)
     if severity not in (0, *SEVERITIES):
         raise ValueError(f"severity is {severity}; give 1 to 5, or 0 for none")
     if not severity:

@@ -229,8 +229,7 @@ def load_civilcomments(folder: str | Path, *, grouping: str = "identities") -> G
         FileNotFoundError: The file is missing.
         ValueError: A column is missing, a row is wrong, or there is no such grouping.
     """
-    if grouping not in GROUPINGS:
-        raise ValueError(f"grouping is {grouping!r}; allowed are {' and '.join(map(repr, GROUPINGS))}")
+    choice("grouping", grouping, GROUPINGS)
     names = (*IDENTITIES, ANY)
     parts: dict[str, tuple[list[str], list[str], list[int], list[list[int]]]] = {s: ([], [], [], []) for s in SPLITS}
     path = Path(folder) / FILE

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from offramp.metrics.group_members import Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
-from offramp.values import listed
+from offramp.values import choice
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -229,8 +229,7 @@ def spuco_mnist(
     Raises:
         ValueError: An unknown difficulty, a share out of range, or fewer images than asked for.
     """
-    if difficulty not in PLACES:
-        raise ValueError(f"difficulty is {difficulty!r}; allowed are {listed(difficulty, PLACES)}")
+    choice("difficulty", difficulty, PLACES)
     for name, share in (("label_noise", label_noise), ("core_noise", core_noise)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}; it must be in [0, 1)")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.uncertainty.outputs import augmented
+from offramp.values import choice
 
 CHUNK = 8192
 """Rows that are worked on at a time."""
@@ -42,8 +43,7 @@ class BayesianRegressionConfig:
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.prior_mean not in ("zero", "head"):
-            raise ValueError(f"prior_mean is {self.prior_mean!r}; allowed are 'zero' and 'head'")
+        choice("prior_mean", self.prior_mean, ("zero", "head"))
         if not (self.start > 0 and self.tolerance > 0 and self.max_steps >= 1):
             raise ValueError(
                 f"start {self.start}, tolerance {self.tolerance}, max_steps {self.max_steps}; all must be positive"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offramp.uncertainty.bayesian_regression import RegressionPrediction
 from offramp.uncertainty.outputs import ExitOutputs
+from offramp.values import choice
 
 ClassScore: TypeAlias = Literal["complement", "raps"]
 
@@ -34,11 +35,8 @@ def class_scores(given: ExitOutputs | Tensor, kind: ClassScore = "complement") -
         probabilities = given.double()
     if probabilities.ndim != 3 or not bool(((probabilities >= 0) & (probabilities <= 1 + 1e-6)).all()):
         raise ValueError("probabilities in [0, 1] are needed, exits x rows x classes; take the softmax of logits first")
-    if kind == "complement":
-        return 1 - probabilities
-    if kind == "raps":
-        return raps(probabilities)
-    raise ValueError(f"there is no score {kind!r}; allowed are 'complement' and 'raps'")
+    choice("score", kind, ("complement", "raps"))
+    return raps(probabilities) if kind == "raps" else 1 - probabilities
 
 
 def raps(probabilities: Tensor, *, penalty: float = 0.01, free: int = 5) -> Tensor:

@@ -24,6 +24,7 @@ from offramp.uncertainty.conformal_scores import ClassScore, class_scores, confo
 from offramp.uncertainty.equaliser import Equaliser
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
 from offramp.uncertainty.sets import ClassSets, Intervals
+from offramp.values import choice
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ class NestedConformalConfig:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha is {self.alpha}; allowed are values strictly between 0 and 1, e.g. 0.05")
-        if self.score not in ("complement", "raps"):
-            raise ValueError(f"score is {self.score!r}; allowed are 'complement' and 'raps'")
-        if self.cells not in ("all", "group", "class"):
-            raise ValueError(f"cells is {self.cells!r}; allowed are 'all', 'group' and 'class'")
+        choice("score", self.score, ("complement", "raps"))
+        choice("cells", self.cells, ("all", "group", "class"))
         if self.first_exit < 0:
             raise ValueError(f"first_exit is {self.first_exit}; exits count from 0")
 

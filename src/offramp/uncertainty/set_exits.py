@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.uncertainty.sets import Sets
+from offramp.values import choice
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class SetExitConfig:
     first_exit: int = 0
 
     def __post_init__(self) -> None:
-        if self.empty not in ("continue", "abstain", "stop"):
-            raise ValueError(f"empty is {self.empty!r}; allowed are 'continue', 'abstain' and 'stop'")
+        choice("empty", self.empty, ("continue", "abstain", "stop"))
         if not self.limit >= 0 or self.first_exit < 0:
             raise ValueError(f"limit is {self.limit}, first_exit {self.first_exit}; both must be at least 0")
 
