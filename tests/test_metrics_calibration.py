@@ -128,7 +128,7 @@ def test_auroc_is_the_share_of_ordered_pairs(rows):
 def test_auroc_is_that_of_torchmetrics():
     functional = pytest.importorskip("torchmetrics.functional.classification")
     found = grade(*random_rows())
-    score, right = torch.tensor(found.score.round(1)), torch.tensor(found.correct).long()
+    score, right = torch.tensor(found.confidence.round(1)), torch.tensor(found.correct).long()
     expected = float(functional.binary_auroc(score, right))
     assert auroc(score.numpy(), right.double().numpy()) == pytest.approx(expected, abs=1e-6)
 
