@@ -358,7 +358,13 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     fails("calibrate", model, *task, data, "--tolerance", 0.1, "--loss", "f1", words="--loss f1: choose one of")
     fails("calibrate", model, *task, data, "--alpha", 2, words="alpha is 2")
     fails(
-        "calibrate", model, *task, data, "--reference", "x", words="reference is 'x'; allowed are 'last-exit', 'posterior'"
+        "calibrate",
+        model,
+        *task,
+        data,
+        "--reference",
+        "x",
+        words="reference is 'x'; allowed are 'last-exit', 'posterior'",
     )
     fails("classify", model, "x.png", "--budget", 0.5, words="--budget needs --posterior")
     both = ("--posterior", calibrated[0], "--budget", 0.7)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from offramp.classifiers.evaluate import Settings, charged, evaluate
 from offramp.classifiers.method import Fitted, Method, Point, area, curve, interpolate
-from offramp.classifiers.result import ClassifierEvaluation, summarise
+from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics import resampled
 from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade, scores
@@ -262,14 +262,6 @@ def test_curves_reach_from_the_first_exit_to_the_last(found):
 # ---------------------------------------------------------------- seeds
 
 
-def test_seeds_are_summarised_by_student():
-    values = [0.1, 0.4, 0.3, 0.35]
-    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    summary = summarise(values)
-    assert (summary.mean, summary.sd) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
-    assert (summary.low, summary.high) == (pytest.approx(low), pytest.approx(high))
-
-
 @pytest.fixture(scope="module")
 def evaluation(found):
     others = [
@@ -282,6 +274,14 @@ def evaluation(found):
         for s in (1, 2)
     ]
     return ClassifierEvaluation({"model": "toy"}, tuple(tuple(methods) for methods in (found, *others)))
+
+
+def test_seeds_are_summarised_by_student(evaluation):
+    values = [method.mean["nlpd"].value for method in evaluation.of("clean", "temperature")]
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    summary = evaluation.mean("clean", "temperature", "nlpd")
+    assert (summary.mean, summary.sd) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
+    assert (summary.low, summary.high) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_differences_over_seeds_are_paired(evaluation):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from offramp.classifiers.evaluate import BASELINE
 from offramp.classifiers.method import SHARES, Fitted, Method, Point
+from offramp.metrics.seeds import spread, t_interval
 from offramp.runs.results import Result
 from offramp.runs.tables import Table
 
@@ -40,16 +39,6 @@ class Summary:
     sd: float | None
     low: float | None
     high: float | None
-
-
-def summarise(values: Sequence[float]) -> Summary:
-    """Mean, standard deviation and t interval of a figure, one value per seed."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Summary(mean, None, None, None)
-    sd = float(np.std(values, ddof=1))
-    half = float(special.stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
-    return Summary(mean, sd, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,9 @@ class ClassifierEvaluation(Result):
     def _over(found: Sequence[Any]) -> Summary:
         if len(found) == 1:
             return Summary(found[0].value, None, found[0].low, found[0].high)
-        return summarise([interval.value for interval in found])
+        values = [interval.value for interval in found]
+        over = spread(values)
+        return Summary(over.mean, over.sd, *t_interval(values))
 
     # ------------------------------------------------------------ files
 
