@@ -109,12 +109,7 @@ def require_unseen(source: str, data: GroupedSet) -> bool | None:
 
 
 def save_logits(
-    path: Path,
-    logits: Tensor,
-    ids: Sequence[str],
-    classes: Sequence[str],
-    teacher: str,
-    inputs: Inputs | None = None,
+    path: Path, logits: Tensor, ids: Sequence[str], classes: Sequence[str], teacher: str, inputs: Inputs | None = None
 ) -> None:
     """Keep a teacher's logits [N, C] by ids of rows, in a file in the format safetensors.
 

@@ -253,13 +253,7 @@ class GroupChange:
 
 
 def group_changes(
-    before: Tensor,
-    after: Tensor,
-    groups: Groups,
-    *,
-    split: str,
-    seed: int = 0,
-    units: Tensor | None = None,
+    before: Tensor, after: Tensor, groups: Groups, *, split: str, seed: int = 0, units: Tensor | None = None
 ) -> list[GroupChange]:
     """Changes on the same rows, with paired percentile bootstrap intervals at 95 %.
 
