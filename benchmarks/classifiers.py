@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from classifier_validity import validate
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,7 +37,6 @@ from offramp.classifiers.loading import load
 from offramp.classifiers.outputs import load_outputs
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.trainer import train_exits
-from offramp.classifiers.validity import validate
 from offramp.metrics.sets import summarise
 from offramp.report.classifier_plots import save_classifiers
 from offramp.risk import budgets

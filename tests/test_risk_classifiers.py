@@ -6,6 +6,8 @@ with a probability below 1e-4; seeds are fixed. CRC promises a mean: it is compa
 
 import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace as Namespace
 
 import numpy as np
@@ -22,10 +24,12 @@ from offramp.classifiers.certify import (
     threshold_grid,
     try_thresholds,
 )
-from offramp.classifiers.validity import validate
 from offramp.risk import binomial, hoeffding_bentkus, search, wsr
 from offramp.risk.budgets import leave
 from offramp.risk.classifier_losses import brier_gap, consistency, exits_under, losses_under, performance_gap
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from classifier_validity import validate  # noqa: E402 - no package: it is found by the line above
 
 INF = math.inf
 

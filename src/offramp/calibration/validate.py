@@ -15,7 +15,7 @@ from offramp.calibration.promise import Promise
 from offramp.calibration.spending import Spent
 from offramp.metrics.sets import binomial
 from offramp.risk import CRC
-from offramp.risk.validity import judged, recalibrated
+from offramp.risk.search import judged, recalibrated
 from offramp.runs.results import Result
 from offramp.tasks import split_groups
 
