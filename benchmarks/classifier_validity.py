@@ -9,9 +9,9 @@ import numpy as np
 
 from offramp.classifiers.certify import RowPromise, Trials
 from offramp.metrics.sets import binomial
-from offramp.risk.bounds import check_level
 from offramp.risk.search import judged, recalibrated
 from offramp.runs.results import Result
+from offramp.values import check_level
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_empty_answers_say_nothing():
     assert watch.answers == 0
     with pytest.raises(ValueError, match="no answers to compare with"):
         Drift([[]])
-    with pytest.raises(ValueError, match=r"false_alarm is 0; it must be in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"false_alarm is 0; allowed are values strictly between 0 and 1"):
         Drift([[1]], false_alarm=0)
 
 

@@ -35,6 +35,12 @@ def listed(value: object, allowed: Iterable[object]) -> str:
     return ", ".join(words) + nearest(value, words)
 
 
+def check_level(name: str, value: float) -> None:
+    """Raise a ValueError unless the value is a probability strictly between 0 and 1."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} is {value}; allowed are values strictly between 0 and 1, e.g. 0.05")
+
+
 def flag(name: str, value: object) -> bool:
     """True or False, and nothing that only passes for it."""
     if not isinstance(value, bool):

@@ -12,6 +12,8 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from offramp.values import check_level
+
 JUMP = 0.01
 """Share of the stake that changes sides before each bet; the value of the paper."""
 SIDES = (-1.0, 0.0, 1.0)
@@ -88,8 +90,7 @@ class Drift:
         answers = [answer for answer in reference if answer]
         if not answers:
             raise ValueError("there are no answers to compare with; give the exit layers of at least one")
-        if not 0 < false_alarm < 1:
-            raise ValueError(f"false_alarm is {false_alarm}; it must be in (0, 1)")
+        check_level("false_alarm", false_alarm)
         self.false_alarm, self.answers = false_alarm, 0
         self._layers = sorted({layer for answer in answers for layer in answer})[:-1]  # behind the last, all have left
         columns = list(zip(*map(self._scores, answers), strict=True))

@@ -28,6 +28,7 @@ from offramp.runs.machine import describe
 from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets
 from offramp.uncertainty.tuning import TokensTuned, tune_tokens
+from offramp.values import check_level
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -71,8 +72,7 @@ class PosteriorConfig:
             raise ValueError(f"posterior is {', '.join(self.methods) or 'empty'}; choose from {', '.join(METHODS)}")
         if self.candidates < 2:
             raise ValueError(f"candidates is {self.candidates}; at least 2 tokens must compete")
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; it is the share of tokens a set may miss, in (0, 1)")
+        check_level("alpha", self.alpha)
         if self.vocabulary not in (None, "fixed", "decaying"):
             raise ValueError(
                 f"vocabulary is {self.vocabulary!r}; a posterior is fitted for None, 'fixed' or 'decaying' (adaptive "

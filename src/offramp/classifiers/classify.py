@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from offramp.classifiers.classifier import Classification, EarlyExitClassifier
 from offramp.classifiers.evaluate import charged
 from offramp.classifiers.loading import load
 from offramp.classifiers.splits import config_of
+from offramp.runs.codec import encode
 from offramp.runs.digests import fingerprint
 from offramp.tasks.image_files import read_image, stacked, tell
 from offramp.tasks.labelled import Labelled
@@ -253,9 +253,9 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """JSON values; infinities are null."""
         given = self.thresholds if isinstance(self.thresholds, Sequence) else [self.thresholds]
-        limits = [_finite(float(value)) for value in given if value is not None]
-        spent = {} if self.spent is None else {"budget": self.spent[0], "q": _finite(self.spent[1])}
-        return {"words": self.words, **spent, "thresholds": limits}
+        limits = [float(value) for value in given if value is not None]
+        spent = {} if self.spent is None else {"budget": self.spent[0], "q": self.spent[1]}
+        return dict(encode({"words": self.words, **spent, "thresholds": limits}))
 
 
 def rule_of(calibrated: Calibrated | None, budget: float | None, thresholds: Thresholds, confidence: str) -> Rule:
@@ -288,7 +288,3 @@ def rule_of(calibrated: Calibrated | None, budget: float | None, thresholds: Thr
     against = certificate["promise"].get("reference") or "the last exit with the posterior"  # as it once was
     words = f"the certified threshold, {certified:.6g} (its promise is against {against})"
     return Rule(certified, words if certificate["index"] else "full depth, for no early leaving is certified")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

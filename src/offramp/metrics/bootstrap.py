@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.values import check_level
+
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 """Sums of columns, [R, K] -> one value per row, [R]."""
@@ -56,8 +58,7 @@ class Bootstrap:
             raise ValueError("there are no examples to summarise; give at least one")
         if resamples < 1:
             raise ValueError(f"resamples is {resamples}; it must be at least 1 (1000 or more are customary)")
-        if not 0 < level < 1:
-            raise ValueError(f"level is {level}; it must be in (0, 1)")
+        check_level("level", level)
         names, self.index = np.unique(list(groups), return_inverse=True)
         self.groups, self.resamples, self.seed, self.level = len(names), resamples, seed, level
         draw = np.random.default_rng(seed)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from offramp.risk.losses import TIE, Losses, checked
+from offramp.values import check_level
 
 _OfMean: TypeAlias = "Callable[[float, Any, float], Any]"  # mean, n, tolerance -> p, for one n or many
 
@@ -47,12 +48,6 @@ class Bound(Protocol):
             ValueError: A loss is NaN or outside the range, there are none, or the tolerance is outside (0, 1).
         """
         ...
-
-
-def check_level(name: str, value: float) -> None:
-    """Raise a ValueError unless the value is a probability strictly between 0 and 1."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} is {value}; allowed are values strictly between 0 and 1, e.g. 0.05")
 
 
 # ---------------------------------------------------------------- from the mean

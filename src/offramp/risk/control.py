@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.risk.bounds import check_level
 from offramp.risk.losses import TIE, Losses, checked
+from offramp.values import check_level
 
 # ---------------------------------------------------------------- one sequence
 

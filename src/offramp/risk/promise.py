@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.risk.bounds import BOUNDS, Bound, check_level, samples_needed, samples_needed_like, wsr
+from offramp.risk.bounds import BOUNDS, Bound, samples_needed, samples_needed_like, wsr
+from offramp.values import check_level
 
 CRC = "crc"
 """Conformal risk control, in the place of a bound's name: it bounds the mean, and promises no failure probability."""

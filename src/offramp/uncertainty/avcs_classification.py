@@ -26,6 +26,7 @@ from torch import Tensor
 
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.sets import ClassSets
+from offramp.values import check_level
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class AVCSClassificationConfig:
     first_exit: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; allowed are values strictly between 0 and 1, e.g. 0.05")
+        check_level("alpha", self.alpha)
         if not self.step > 0 or self.seed < 0:
             raise ValueError(f"step is {self.step}, seed {self.seed}; a positive step and a seed >= 0 are needed")
         if self.first_exit < 0:

@@ -25,6 +25,7 @@ from offramp.uncertainty import bayesian_regression
 from offramp.uncertainty.bayesian_regression import BayesianRegression, RegressionPrediction
 from offramp.uncertainty.outputs import augmented
 from offramp.uncertainty.sets import Intervals
+from offramp.values import check_level
 
 TRUSTED = 0.7
 """K up to which 1 - α is about kept, by simulation with a correct model."""
@@ -47,8 +48,7 @@ class AVCSRegressionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; allowed are values strictly between 0 and 1, e.g. 0.05")
+        check_level("alpha", self.alpha)
         if self.n_sequences < 1 or self.seed < 0:
             raise ValueError(f"n_sequences is {self.n_sequences}, seed {self.seed}; at least 1 and 0 are needed")
 

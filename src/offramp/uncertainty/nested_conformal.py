@@ -24,7 +24,7 @@ from offramp.uncertainty.conformal_scores import ClassScore, class_scores, confo
 from offramp.uncertainty.equaliser import Equaliser
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
 from offramp.uncertainty.sets import ClassSets, Intervals
-from offramp.values import choice
+from offramp.values import check_level, choice
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class NestedConformalConfig:
     first_exit: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; allowed are values strictly between 0 and 1, e.g. 0.05")
+        check_level("alpha", self.alpha)
         choice("score", self.score, ("complement", "raps"))
         choice("cells", self.cells, ("all", "group", "class"))
         if self.first_exit < 0:

@@ -14,6 +14,7 @@ from offramp.uncertainty.bayesian_regression import RegressionPrediction
 from offramp.uncertainty.conformal_scores import ClassScore, class_scores, conformal_quantile
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.sets import ClassSets, Intervals
+from offramp.values import check_level
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class PerExitConfig:
     score: ClassScore = "raps"
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; allowed are values strictly between 0 and 1, e.g. 0.05")
+        check_level("alpha", self.alpha)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offramp.uncertainty.avcs_classification import log_steps
 from offramp.uncertainty.conformal_scores import conformal_rank
+from offramp.values import check_level
 
 KNOTS = 257
 """Most points of an equalising function."""
@@ -154,8 +155,7 @@ def conformal(
     Raises:
         ValueError: alpha is out of range.
     """
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}; it is the share of tokens that may lie outside the set, in (0, 1)")
+    check_level("alpha", alpha)
     knots = {layer: equaliser(scores) for layer, scores in tuning.items()} if equalise else {}
     worst = torch.stack([equalised(scores.float(), knots.get(e)) for e, scores in calibration.items()]).amax(0)
     worst = worst.clamp(min=0)
@@ -228,8 +228,7 @@ def evidence_sets(
     Raises:
         ValueError: alpha is out of range.
     """
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}; it is the share of tokens that may lie outside the set, in (0, 1)")
+    check_level("alpha", alpha)
     inside = place < ids.shape[1]
     column = place.clamp(max=ids.shape[1] - 1)[:, None]
 
