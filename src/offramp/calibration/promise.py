@@ -80,18 +80,7 @@ class Promise(Promised):
     # ------------------------------------------------------------ losses
 
     def losses(self, early: Sequence[Record], full: Sequence[Record]) -> NDArray[np.float64]:
-        """The loss of each example.
-
-        Args:
-            early: Records under a policy.
-            full: Records of the full model, of the same examples in the same order.
-
-        Returns:
-            [N], in [0, 1]; for "signed" in [-1, 1].
-
-        Raises:
-            ValueError: The records do not belong together, or a score is outside [0, 1].
-        """
+        """The loss of each example, [N], in [0, 1], of "signed" in [-1, 1]; a ValueError for other examples."""
         if [record.id for record in early] != [record.id for record in full]:
             raise ValueError("the records are of different examples; compare the same ones")
         if self.kind == "textual":
@@ -113,16 +102,7 @@ class Promise(Promised):
         return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
 
     def units(self, losses: NDArray[np.float64], groups: Sequence[str], seed: int) -> NDArray[np.float64]:
-        """One loss for each independent draw, in an order that the losses have no part in.
-
-        Args:
-            losses: Of each example, [N].
-            groups: Of each example.
-            seed: Of the order, which matters to betting (`wsr`).
-
-        Returns:
-            [N], or for groups one mean per group.
-        """
+        """One loss per independent draw (of a group its mean), in an order by the seed in which losses have no part."""
         index = self.unit_of(groups)
         losses = np.bincount(index, losses) / np.bincount(index)
         return losses[np.random.default_rng(seed).permutation(len(losses))]

@@ -40,15 +40,7 @@ class Spent:
     counts: NDArray[np.float64]
 
     def over(self, full: Spent, rows: NDArray[np.intp] | slice = slice(None)) -> float:
-        """This cost over that of the full model.
-
-        Args:
-            full: The full model's, of the same prompts.
-            rows: Which prompts count, maybe several times; without more, all once.
-
-        Returns:
-            The ratio; 1, the cost of never leaving early, where one of the two generated no token of its own.
-        """
+        """This over the full model's cost of these rows, each as often as named; 1 if one has no token of its own."""
         mine, theirs = ((s.amounts[rows].sum(), s.counts[rows].sum()) for s in (self, full))
         if not (mine[1] and theirs[0] and theirs[1]):
             return NO_LESS
@@ -72,14 +64,7 @@ def spent(records: Sequence[Record], measure: str) -> Spent:
 
 
 def cost(records: Sequence[Record], full: Sequence[Record], measure: str) -> float:
-    """What a setting costs, over the full model on the same prompts.
-
-    Returns:
-        The ratio, over the prompts at which the two took turns if it is one of seconds.
-
-    Raises:
-        ValueError: It is one of seconds, and they did so at fewer than half of the prompts.
-    """
+    """What a setting costs over the full model's; a ValueError for seconds that were not measured in turns."""
     rows: NDArray[np.intp] | slice = slice(None)
     if is_timed(measure):
         used = turns(records, full)

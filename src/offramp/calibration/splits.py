@@ -16,20 +16,7 @@ TUNING, CERTIFICATION, TEST = "tuning", "certification", "test"
 
 
 def divide(examples: Sequence[Example], *, tuning: float, test: float, seed: int) -> dict[str, list[Example]]:
-    """Part examples at random, never one group into two parts.
-
-    Args:
-        examples: With ids of their own.
-        tuning: Share that things are chosen by; may be 0.
-        test: Share held out; may be 0. The rest certifies.
-        seed: Of the division.
-
-    Returns:
-        The parts by name; those of share 0 are empty.
-
-    Raises:
-        ValueError: Shares below 0 or with no rest, repeated ids, or too few groups.
-    """
+    """Part examples at random by whole groups: shares that choose and are held out, maybe 0; the rest certifies."""
     if min(tuning, test) < 0 or tuning + test >= 1 - 1e-9:
         raise ValueError(f"the tuning share is {tuning} and the test share {test}; they must leave some to certify")
     if len({example.id for example in examples}) < len(examples):

@@ -65,14 +65,7 @@ class Tokens:
 
 
 def split_documents(documents: Sequence[Document], seed: int) -> dict[str, list[Document]]:
-    """Documents of each split, whole groups each, so that no two splits share a text.
-
-    Returns:
-        Documents by split.
-
-    Raises:
-        ValueError: There are too few groups.
-    """
+    """Documents of each split, whole groups each: no two share a text; a ValueError for too few groups."""
     groups = list(dict.fromkeys(document.group for document in documents))
     if len(groups) < len(SPLITS):
         raise ValueError(

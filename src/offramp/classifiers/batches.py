@@ -130,17 +130,7 @@ class ImagePreprocessing:
 
     @classmethod
     def of(cls, data: Labelled) -> ImagePreprocessing:
-        """Mean and standard deviation of all values of each channel, of the training split that is.
-
-        Args:
-            data: Rows with images.
-
-        Returns:
-            The preprocessing.
-
-        Raises:
-            ValueError: No images, or such of one colour.
-        """
+        """Mean and deviation of all values of each channel of training rows; a ValueError for texts, or one colour."""
         images = _images(data)
         count, sums, squares = 0, np.zeros(1), np.zeros(1)
         for start in range(0, len(data), 512):

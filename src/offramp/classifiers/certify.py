@@ -56,17 +56,7 @@ class RowPromise(Promised):
         choice("bound", self.bound, NAMES)
 
     def losses(self, trials: Trials) -> tuple[NDArray[np.float64], bool]:
-        """What the bound is given, and whether losses below 0 were clipped for it.
-
-        Args:
-            trials: Settings on rows.
-
-        Returns:
-            Losses, [Λ, N].
-
-        Raises:
-            ValueError: A loss is NaN, or above 1.
-        """
+        """Losses [Λ, N] for the bound, and whether some below 0 were clipped; a ValueError for NaN or above 1."""
         losses = checked(trials.losses, -math.inf, 1, ndim=2)
         clipped = self.bound != "wsr" and bool((losses < 0).any())
         return (np.maximum(losses, 0) if clipped else losses), clipped

@@ -104,19 +104,7 @@ class Choice:
 
 
 def choose(config: PosteriorConfig, tune: ExitOutputs, methods: Sequence[str] = CANDIDATES) -> Choice:
-    """Compare candidates with none.
-
-    Args:
-        config: How they are fitted; its method has no say, its seed divides the rows.
-        tune: Rows to fit and judge on, in folds.
-        methods: Without Laplace, whose factors need rows of their own.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        ValueError: A method is not possible, or there are too few rows or classes to fit on.
-    """
+    """Candidates compared with none on `tune`, in folds drawn by the seed; not Laplace, which needs other rows."""
     if wrong := [name for name in methods if replace(config, method=name).is_laplace]:
         raise ValueError(f"{wrong[0]} cannot be chosen from the tune split alone; name it as the posterior")
     fold = _folds(tune.labels, config.seed)

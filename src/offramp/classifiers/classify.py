@@ -74,24 +74,7 @@ def answers(
     confidence: str = "max",
     batch_size: int = 32,
 ) -> list[Answer]:
-    """Classify images or texts.
-
-    Args:
-        classifier: One that `offramp train` wrote: it knows how its inputs are made.
-        given: Files of images, or texts; pairs of texts with a tab between them.
-        calibrated: What makes probabilities; None: softmax.
-        thresholds: One for all exits, or one each; None: no input leaves early.
-        confidence: A name in `offramp.classifiers.confidence.CONFIDENCES`.
-        batch_size: Inputs at once.
-
-    Returns:
-        The answers, in the order of the inputs.
-
-    Raises:
-        NotFiniteError: The classifier computes NaN or infinity.
-        FileNotFoundError: An image is missing.
-        ValueError: There is nothing to classify, an image cannot be read, or a pair has no second text.
-    """
+    """Answers in the order of the inputs, by these thresholds (None: no input leaves early); else as `classify`."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     longest = config_of(classifier.trained_on).longest if classifier.trained_on else None

@@ -78,21 +78,7 @@ def compare(
     conditions: dict[str, Any],
     progress: Callable[..., None] | None = None,
 ) -> ClassifierEvaluation:
-    """Fit every method to every network, and judge them over budgets.
-
-    Args:
-        networks: Trained alike with other seeds: what is found is averaged over them.
-        config: What to compare.
-        folder: Where to write results.json, table.md, pictures and records; an earlier evaluation there is replaced.
-        conditions: What else the results should say.
-        progress: Called with steps done, steps to do and what comes next.
-
-    Returns:
-        The evaluation.
-
-    Raises:
-        ValueError: They have other exits, classes or test rows; or texts are to be corrupted.
-    """
+    """Fit every method to each network (alike but for the seed), judge them over budgets, and write what is found."""
     _require_free(folder)
     steps = len(networks) * (len(config.methods) + 1)
     seeds: list[tuple[Method, ...]] = []

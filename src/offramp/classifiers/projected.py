@@ -39,14 +39,7 @@ class ProjectedConfig:
 
     @classmethod
     def of(cls, exit_: ExitHead, shape: tuple[int, ...], factor: int = 2) -> ProjectedConfig:
-        """Of an exit that reads this shape.
-
-        Returns:
-            The shape of an exit that takes it over.
-
-        Raises:
-            ValueError: Its body is of a kind that cannot be built again.
-        """
+        """Of an exit that reads this shape, to take it over; a ValueError if its body cannot be built again."""
         dense = [part for part in exit_.dense if isinstance(part, nn.Linear)]
         width, hidden = (dense[0].in_features, dense[0].out_features) if dense else (exit_.width, None)
         found: dict[str, Any] = {"shape": tuple(shape), "width": width, "hidden": hidden, "factor": factor}

@@ -99,14 +99,7 @@ def _require_one_study(runs: Sequence[Run], root: Path) -> None:
 
 
 def digests(run: Run) -> dict[str, str]:
-    """What the options of a run do not say: what its files hold.
-
-    Args:
-        run: Which.
-
-    Returns:
-        SHA-256 of each split, by name, and of the weights or logits of a teacher that is given.
-    """
+    """SHA-256 of each split, and of a given teacher's weights or logits: what the options of a run do not say."""
     found = {f"{name} rows": digest for name, digest in load_set(run.study.data, run.seed).digests.items()}
     kind, _, path = (run.teacher or "").partition(":")
     file = Path(path).expanduser() / (WEIGHTS if kind == "folder" else "")

@@ -44,18 +44,7 @@ def record(history: History, epoch: int, student: EarlyExitClassifier, parts: Pa
 
 
 def judged(run: Run, parts: Parts, student: EarlyExitClassifier, history: History, folder: Path) -> dict[str, Any]:
-    """Judge a student whose training is over, and save it and its predictions.
-
-    Args:
-        run: What.
-        parts: Its rows.
-        student: Left as it was at the selected epoch, with all exits fitted.
-        history: What is known of its epochs.
-        folder: Folder of the run.
-
-    Returns:
-        The findings of result.json, but for those of `found_by_group`.
-    """
+    """Judge a student whose training is over, save it as selected, with its predictions; what result.json says."""
     chosen, test = history.choices(), parts.data.test
     labels, groups = test.rows.labels, test.groups
     assert groups is not None

@@ -26,14 +26,7 @@ Loss = tuple[Tensor, Mapping[str, Tensor]]
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row of logits [B, C], in nats, see `forward_kl`.
-
-    Returns:
-        [B]; T² keeps the gradient's size at every temperature.
-
-    Raises:
-        ValueError: Student and teacher have different classes.
-    """
+    """T² KL(teacher || student) of each row of logits, [B], in nats: T² keeps the gradient's size at every T."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"the teacher's logits have shape {list(teacher.shape)}, the student's {list(student.shape)}: they have "

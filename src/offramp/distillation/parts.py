@@ -47,14 +47,7 @@ class Parts:
 
 
 def parts_of(run: Run, data: GroupedSet, student: EarlyExitClassifier) -> Parts:
-    """The rows of a run, whose method says which groups are looked at, as this student takes them.
-
-    Returns:
-        The parts.
-
-    Raises:
-        ValueError: Groups that the method or the selection rule needs are unknown, or one of them has no row.
-    """
+    """The rows of a run, as its student takes them; a ValueError if groups that it needs are unknown or empty."""
     study = run.study
     select, tune = split_validation(data.val, study.data.tune, run.seed)
     select = _selectable(run, data.name, select)

@@ -289,14 +289,7 @@ def features_of(teacher: EarlyExitClassifier, rows: Rows, precision: str | None 
 def with_teachers_classifier(
     student: EarlyExitClassifier, teacher: EarlyExitClassifier, shape: torch.Size, seed: int = 0
 ) -> EarlyExitClassifier:
-    """Replace the student's last exit by a projector and its teacher's classifier.
-
-    Returns:
-        The student, changed, for rows of `features_of` of this shape; the projector begins by the seed.
-
-    Raises:
-        ValueError: They have different classes, or states of different kinds.
-    """
+    """Replace the student's last exit by a projector, drawn by the seed, and its teacher's classifier."""
     require_same_classes(student.labels, teacher.labels)
     last: Any = teacher.heads[-1]
     with torch.random.fork_rng(devices=[]):

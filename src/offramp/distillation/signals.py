@@ -116,14 +116,7 @@ class Evidence:
 
 
 def signal(name: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """A signal of `SIGNALS` for the training rows, and the answers that belong to it.
-
-    Returns:
-        In [0, 1], [N], float64; and the class that is most probable under the signal's own distribution, [N].
-
-    Raises:
-        ValueError: There is no such signal, or rows outside training are missing.
-    """
+    """A signal of `SIGNALS`, in [0, 1], [N], float64; and the most probable class under its distribution, [N]."""
     choice("the signal", name, SIGNALS)
     p, labels = evidence.map, evidence.reading.labels
     classes = p.shape[1]

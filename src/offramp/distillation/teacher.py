@@ -48,14 +48,7 @@ def from_table(table: Tensor | States) -> Targets:
 
 
 def live(teacher: EarlyExitClassifier, student_rows: Rows, rows: Rows, precision: str | None = None) -> Targets:
-    """The teacher's logits for the very images that the student sees, for augmented ones.
-
-    Returns:
-        The targets, by a teacher that is in evaluation mode from here on; means and deviations may differ.
-
-    Raises:
-        ValueError: One takes grey images and the other coloured ones.
-    """
+    """The teacher's logits for the very images that the student sees; a ValueError if only one takes colours."""
     teacher = teacher.eval().requires_grad_(False)
     (mean, std), (its_mean, its_std) = (
         [torch.tensor(made.settings[name]).to(teacher.device)[:, None, None] for name in ("mean", "std")]

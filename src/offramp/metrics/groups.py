@@ -189,18 +189,7 @@ def adjusted_average(numbers: list[GroupNumbers], train_counts: Mapping[str, int
 
 
 def flip_rate(answers: Tensor, pairs: Tensor) -> tuple[Share, int]:
-    """How often the answer changes with the attribute alone.
-
-    Args:
-        answers: Classes, [N].
-        pairs: Rows with the same number show the same thing, [N], int64; each at least twice.
-
-    Returns:
-        The share of things whose renderings are answered differently, with its Wilson interval, and their number.
-
-    Raises:
-        ValueError: Something is shown only once.
-    """
+    """Share of things (rows of one number, two at least) that get several answers, with Wilson's interval; and N."""
     _, thing, counts = np.unique(pairs.numpy(), return_inverse=True, return_counts=True)
     if not len(counts) or counts.min() < 2:
         raise ValueError("something is shown only once; a flip rate needs every row in two renderings")

@@ -166,17 +166,7 @@ def compare(
     methods: Mapping[str, ArrayLike], reference: ArrayLike, level: float = 0.95,
     bounds: tuple[float, float] | None = None,
 ) -> dict[str, Paired]:  # fmt: skip
-    """Compare several methods with one reference, p-values of the t tests corrected by Holm's method.
-
-    Args:
-        methods: A figure of each run of each method, [S], by name.
-        reference: The same of the reference, [S].
-        level: Of the intervals, which are not corrected.
-        bounds: Of the differences, as for `paired`.
-
-    Returns:
-        The comparisons by name.
-    """
+    """Several methods against one reference, by figures [S] of runs; p-values of t tests corrected as by Holm."""
     found = together([paired(values, reference, level, bounds) for values in methods.values()])
     return dict(zip(methods, found, strict=True))
 

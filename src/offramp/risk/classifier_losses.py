@@ -69,18 +69,7 @@ def brier_gap(probabilities: Tensor, labels: Tensor | None = None, reference: Te
 
 
 def exits_under(thresholds: Sequence[float], confidences: Tensor) -> Tensor:
-    """Where rows leave under each of several thresholds, each the same one for all exits.
-
-    Args:
-        thresholds: From safe to bold, so descending; infinity: never leave early.
-        confidences: Of each exit, [E, N].
-
-    Returns:
-        Places of exits, 0..E-1, [Λ, N], int64.
-
-    Raises:
-        ValueError: There are no thresholds, or they do not descend, or a confidence is NaN.
-    """
+    """Places of exits, [Λ, N], under thresholds from safe to bold (infinity: never early), each for all exits."""
     if not thresholds or any(not a > b for a, b in zip(thresholds, thresholds[1:], strict=False)):
         raise ValueError(f"thresholds are {list(thresholds)}; numbers are needed, from safe to bold, so descending")
     checked_confidences(confidences, len(confidences))

@@ -48,15 +48,7 @@ class Promised:
         return BOUNDS["hoeffding-bentkus" if self.bound == CRC else str(self.bound)]
 
     def needed(self, level: float, mean: float = 0.0) -> int | None:
-        """How many draws certify a setting whose mean loss turns out to be `mean`; None if no number does.
-
-        Args:
-            level: Of the test.
-            mean: Mean loss; 0: the fewest that can certify anything.
-
-        Returns:
-            The number.
-        """
+        """How many draws certify, at a level, a mean loss of `mean` (0: the fewest that can); None: no number does."""
         if self.bound != CRC:
             return samples_needed(self.bound_at(level), self.tolerance, level, mean)
         if mean >= self.tolerance:
@@ -76,14 +68,7 @@ class Promised:
         return self.needed(level, float(losses.mean()))
 
     def upper_limit(self, losses: NDArray[np.float64]) -> float:
-        """What the mean loss of new draws is below with probability 1 - failure, by these losses and the same bound.
-
-        Args:
-            losses: Of draws that had no part in choosing the setting.
-
-        Returns:
-            The smallest tolerance they would certify, found by bisection; 1 if none.
-        """
+        """The smallest tolerance that losses which had no part in choosing certify by the same bound; 1 if none."""
         bound, low, high = self.bound_at(self.failure), 0.0, 1.0
         for _ in range(_BISECTIONS):  # p-values fall as the tolerance grows
             middle = (low + high) / 2

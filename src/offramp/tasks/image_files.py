@@ -207,14 +207,7 @@ def read_image_folder(folder: str | Path, *, size: int | None = None, classes: S
 
 
 def look_at(paths: Sequence[Path], *, same_size: bool = False) -> Counter[str]:
-    """Look at the heads of images before anything long begins.
-
-    Returns:
-        What is to be said of them, for `tell`.
-
-    Raises:
-        ValueError: One is no image or too large, or with `same_size` they have several.
-    """
+    """What is to be said of images by their heads, for `tell`; a ValueError if one is none, or not of that size."""
     seen: Counter[str] = Counter()
     first: tuple[int, int] | None = None
     for path in paths:
