@@ -128,8 +128,7 @@ def distil(
     with opened(folder, writes=workers.is_main_process) as run:
         record = _record(student, teacher, data, config, groups)
         run.check(record, about={**(about or {}), **describe(student.split.device)})
-        fixed, answers = (None, data) if isinstance(data, OwnAnswers) else (data, None)
-        source = _Texts(student, answers, run.path, f"{record['student']['fingerprint']} in this run", progress, fixed)
+        source = _Texts(student, data, run.path, f"{record['student']['fingerprint']} in this run", progress)
         with trainable(student, config.training) as learns, evaluating(teacher.model):
             parameters = {name: p for name, p in learns.parameters.items() if name.startswith("model.")}
             weights = torch.empty(0)
@@ -217,34 +216,29 @@ def _record(
 class _Texts:
     """What is learnt from: fixed windows, or own answers given anew."""
 
-    def __init__(
-        self, lm: LanguageModel, own: OwnAnswers | None, folder: Path, by: str, progress: Any, fixed: Data | None
-    ) -> None:
-        self.lm, self.own, self.folder, self.by, self.progress, self.fixed = lm, own, folder, by, progress, fixed
+    def __init__(self, lm: LanguageModel, data: Data | OwnAnswers, folder: Path, by: str, progress: Any) -> None:
+        self.lm, self.data, self.folder, self.by, self.progress = lm, data, folder, by, progress
 
     def at(self, step: int) -> Windows:
         """What is learnt from after so many steps."""
-        if self.own is None:
-            assert self.fixed is not None
-            return self.fixed.train
-        began = self.own.round(step) * self.own.every
-        return self._answers(self.own.parts()[0], f"answers-{began:06d}.jsonl", began)
+        if not isinstance(self.data, OwnAnswers):
+            return self.data.train
+        began = self.data.round(step) * self.data.every
+        return self._answers(self.data, 0, f"answers-{began:06d}.jsonl", began)
 
     def held_out(self) -> Windows:
         """What is judged by; own answers must first be asked for before training begins."""
-        if self.own is None:
-            assert self.fixed is not None
-            return self.fixed.held_out
-        return self._answers(self.own.parts()[1], "answers-held-out.jsonl", 0)
+        if not isinstance(self.data, OwnAnswers):
+            return self.data.held_out
+        return self._answers(self.data, 1, "answers-held-out.jsonl", 0)
 
     def renewed(self, step: int) -> bool:
         """Whether there are other windows from this step on than before it."""
-        return self.own is not None and step > 0 and step % self.own.every == 0
+        return isinstance(self.data, OwnAnswers) and step > 0 and step % self.data.every == 0
 
-    def _answers(self, places: list[int], file: str, step: int) -> Windows:
-        assert self.own is not None
+    def _answers(self, own: OwnAnswers, part: int, file: str, step: int) -> Windows:
         by = f"{self.by} after {step} steps"
-        return self.own.answered(self.lm, places, self.folder / file, by, self.progress)
+        return own.answered(self.lm, own.parts()[part], self.folder / file, by, self.progress)
 
 
 class _Tokens:
