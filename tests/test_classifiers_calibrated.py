@@ -529,7 +529,7 @@ def test_networks_that_cannot_be_averaged_are_refused(images, texts, tmp_path):
     with pytest.raises(ValueError, match="corruptions are for images"):
         compare([CachedOutputs.of(texts[0], texts[1], task=TEXTS)], config, tmp_path, conditions={})
     for options, words in (
-        ({"methods": ("lapalce",)}, "no method 'lapalce'"), ({"methods": ()}, "no method is named"),
+        ({"methods": ("lapalce",)}, "method is 'lapalce'.* mean 'laplace'"), ({"methods": ()}, "no method is named"),
         ({"corruptions": ("fog",)}, "corruption is 'fog'"), ({"severity": 6}, "severity is 6"),
         ({"limit": 1}, "limit is 1"), ({"fit_on": "test"}, "fit_on is 'test'"),
     ):  # fmt: skip
