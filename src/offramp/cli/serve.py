@@ -29,6 +29,14 @@ def serve(
     context: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of prompt and answer; default: the model's, at most 2048.")
     ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens of earlier prompts and answers kept, so that prompts that begin alike are not computed anew; "
+            "default: a quarter of ROWS times CONTEXT on the native engine, 0 on others, whose rounding it changes.",
+        ),
+    ] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait for a row; more get status 429.")] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 2**20,
     timeout: Annotated[
@@ -66,8 +74,9 @@ def serve(
         lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
         most = lm.split.max_positions
         limits = Limits(
-            rows=rows, longest=min(most or 2048, 2048) if context is None else context, waiting=max_waiting,
-            body=max_body, timeout=timeout, key=api_key, local=host in ("127.0.0.1", "localhost", "::1"),
+            rows=rows, longest=min(most or 2048, 2048) if context is None else context, kept=keep,
+            waiting=max_waiting, body=max_body, timeout=timeout, key=api_key,
+            local=host in ("127.0.0.1", "localhost", "::1"),
         )  # fmt: skip
         serving = Serving(
             lm, rule, certificate, name=name or model, limits=limits, check=share, to_full=on_drift == "full"

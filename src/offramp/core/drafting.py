@@ -62,6 +62,10 @@ class DraftingBatch(VerifyingBatch):
             for row, one in zip(rows, known, strict=True):
                 self.before[row] = torch.cat([self.before.get(row, torch.zeros_like(one[:1])), one])
 
+    def recall(self, row: int, known: Tensor) -> None:
+        """Note what the full model's readout reads of a prompt's first tokens, [n, D]."""
+        self.before[row] = torch.cat([torch.zeros_like(known[:1]), known])
+
     def restart(self, row: int) -> None:
         """As in `VerifyingBatch`."""
         super().restart(row)

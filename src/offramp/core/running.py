@@ -7,6 +7,9 @@ A prompt is read in pieces between the others' tokens, so that a long one does n
 comes first which would have been read first, had each been alone (fair queueing: Demers, Keshav and Shenker, SIGCOMM
 1989): short ones overtake long ones, but none that has waited for as many steps as it takes to read.
 
+What a prompt begins with may be known from another's: then its keys and values are copied, not computed (see
+`offramp.core.prefixes`). Of an answer they are kept, too, as far as its tokens went to full depth.
+
 A row's tokens are those it would get alone: on the native engine bit for bit, on torch up to the rounding of larger
 products.
 """
@@ -25,7 +28,8 @@ from offramp.core.batch import Batch, Read
 from offramp.core.costs import Ledger
 from offramp.core.decoding import batch_of
 from offramp.core.drafting import DraftingBatch
-from offramp.core.policy import ExitPolicy
+from offramp.core.policy import DRAFTER, ExitPolicy
+from offramp.core.prefixes import Prefixes
 from offramp.core.sampling import Sampler
 from offramp.core.skipped_kv import Propagate, freeze_prompt
 from offramp.core.verifying import VerifyingBatch
@@ -45,6 +49,7 @@ class Asked:
         sampler: How its scores become tokens, and which ones end it; its `stopping` is not used.
         threshold: Instead of the policy's, at all exits alike; None: full depth.
         top: Log-probabilities of so many tokens come with each one.
+        recall: Whether what is kept of its beginning is used; all of the prompt is computed else.
     """
 
     ids: Sequence[int]
@@ -52,6 +57,7 @@ class Asked:
     sampler: Sampler = field(default_factory=Sampler)
     threshold: float | str | None = OWN
     top: int = 0
+    recall: bool = True
 
     @property
     def plain(self) -> bool:
@@ -71,6 +77,7 @@ class Emitted(NamedTuple):
         top: The most probable tokens there and their log-probabilities, if asked for.
         ended: Whether it is the row's last one, by its kind or by the number of tokens.
         prefill: Whether it was read off the prompt's own pass.
+        cached: Tokens of the prompt that were not computed, since their keys and values were kept.
     """
 
     row: int
@@ -81,6 +88,7 @@ class Emitted(NamedTuple):
     top: list[tuple[int, float]]
     ended: bool
     prefill: bool
+    cached: int = 0
 
 
 class RunningBatch:
@@ -97,10 +105,13 @@ class RunningBatch:
         draft_rows: Under "verify" rows draft while at most so many are active: with more, a pass has enough to do, and
             what is thrown away costs time. No text depends on it: with `accept` below 1, where one would, rows always
             draft, and rows that are drawn never do (their tokens are the full model's by the same draws).
+        keep: Most tokens of earlier prompts and answers whose keys and values are kept; 0: none. Where the model is not
+            `exact`, what is computed with them is theirs up to rounding.
 
     Attributes:
         free: Rows that nobody has.
         ledger: The costs of all rows so far.
+        prefixes: What is kept.
 
     Raises:
         ValueError: The policy does not fit the model, its tokens would depend on the other rows, or the model is an
@@ -117,14 +128,15 @@ class RunningBatch:
         chunk: int = 64,
         eos: tuple[int, ...] = (),
         draft_rows: int = 1,
+        keep: int = 0,
     ) -> None:
         if model.is_encoder_decoder:
             raise ValueError("encoder-decoders cannot run as a batch that rows join; use generate")
         if policy is not None and (policy.adaptive or policy.batch == "all"):
             what = "an adaptive threshold" if policy.adaptive else "batch='all'"
             raise ValueError(f"with {what} a row's tokens depend on the others; give a policy without")
-        if min(rows, longest - 1, chunk) < 1:
-            raise ValueError(f"rows is {rows}, longest {longest}, chunk {chunk}; give at least 1, 2 and 1")
+        if min(rows, longest - 1, chunk, keep + 1) < 1:
+            raise ValueError(f"rows is {rows}, longest {longest}, chunk {chunk}, keep {keep}; at least 1, 2, 1 and 0")
         if model.max_positions is not None and longest > model.max_positions:
             raise ValueError(f"longest is {longest}, but the model's context holds {model.max_positions}")
         self.model, self.longest, self.chunk, self.draft_rows = model, longest, chunk, draft_rows
@@ -138,6 +150,11 @@ class RunningBatch:
         self._reading: dict[int, int] = {}  # rows whose prompts are being read: how far
         self._due: dict[int, int] = {}  # the same rows: when each would have been read alone, in tokens
         self._clock = 0  # tokens that could have been read of prompts so far
+        self._sure: dict[int, int] = {}  # how many tokens have keys and values as reading a prompt gives them
+        self._cached: dict[int, int] = {}  # how many of the prompt's were not computed
+        way, last = self._batch.way, self._batch.plan.last
+        own = [index for layer in way.branches if layer != DRAFTER for index in model.branches[layer]]
+        self.prefixes = Prefixes(model, self._batch.context, [*range(last), *own], keep)
         self.free = list(range(rows))
 
     @property
@@ -180,6 +197,8 @@ class RunningBatch:
         if isinstance(batch, VerifyingBatch):
             batch.restart(row)
         self._asked[row], self._reading[row], self._due[row] = asked, 0, self._clock + length
+        self._sure[row] = self._cached[row] = 0
+        self._recall(row)
         return row
 
     def _threshold(self, asked: Asked) -> float | None:
@@ -207,7 +226,8 @@ class RunningBatch:
             del self._reading[row], self._due[row]
         elif row in self._batch.rows:
             self._batch.end([row])
-        del self._asked[row]
+        self._keep(row)
+        del self._asked[row], self._sure[row], self._cached[row]
         self.free.append(row)
 
     def step(self) -> list[Emitted]:
@@ -267,11 +287,14 @@ class RunningBatch:
         if isinstance(batch, DraftingBatch):
             batch.learn()
         for row, _, end in pieces:
-            self._reading[row] = end
+            frozen = plan.policy.prompt_layer is not None and end == batch.prompts[row]  # the last one went deeper
+            self._reading[row], self._sure[row] = end, end - frozen
+            self._keep(row)
         done = sorted(row for row, _, end in pieces if end == batch.prompts[row])
         batch.way.states = sorted((p for p in batch.way.states if p[0][0] in done), key=lambda p: p[0])
         batch.way.rows = done
         if not done:
+            self._recall(*self._reading)
             return []
         read = batch.unread()
         self._set_plain(done)
@@ -279,7 +302,32 @@ class RunningBatch:
         for row in done:
             del self._reading[row], self._due[row]
         batch.rows = sorted([*batch.rows, *done])
+        self._recall(*self._reading)
         return self._chosen(read, done)
+
+    # ------------------------------------------------------------ what prompts begin with
+
+    def _recall(self, *rows: int) -> None:
+        """Let rows whose prompts wait have what is kept of these, if it is more than they have read."""
+        for row in rows:
+            ids, have = self._asked[row].ids[: self._batch.prompts[row] - 1], self._reading[row]  # the last one is read
+            if not self._asked[row].recall or self.prefixes.known(ids) <= have:
+                continue
+            count, beside = self.prefixes.load(row, ids)
+            if beside is not None and isinstance(self._batch, DraftingBatch):
+                self._batch.recall(row, beside)
+            self._reading[row] = self._sure[row] = count
+            self._cached[row] += count - have
+            self._due[row] -= count - have
+
+    def _keep(self, row: int) -> None:
+        """Keep keys and values of a row, as far as they are those of a prompt."""
+        batch, sure, beside = self._batch, self._sure[row], None
+        if isinstance(batch, DraftingBatch):
+            if row not in self._reading:
+                return  # what its drafter needs to know of an answer's tokens is forgotten by now
+            beside = batch.before[row][1 : sure + 1]
+        self.prefixes.save(row, batch.buffer[row, :sure].tolist(), beside)
 
     def _set_plain(self, rows: list[int]) -> None:
         self._batch.best_only = self._plain and all(self._asked[row].plain for row in rows)
@@ -310,6 +358,8 @@ class RunningBatch:
                 raise batch.not_sound()
             ended = batch.append(some, read.token, length)
             for row in some:
+                if not batch.prefill and self._sure[row] == length - 1 and read.layers[row] == batch.plan.last:
+                    self._sure[row] = length
                 batch.lengths[row] += 1
                 made.append(self._emitted(
                     row, read.token[row], read.layers[row], read.confidences[row], read.logprob[row],
@@ -322,6 +372,8 @@ class RunningBatch:
         """What the deep pass made certain."""
         made = []
         for row, queue in batch.certain.items():
+            if queue:
+                self._sure[row] = batch.lengths[row] - 1
             while queue:
                 draft = queue.popleft()
                 ended = row not in batch.rows and not queue
@@ -342,4 +394,5 @@ class RunningBatch:
             if count := self._asked[row].top:
                 best = logs.topk(count)
                 top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Emitted(row, token, layer, confidence, logprob, top, ended, self._batch.prefill)
+        cached = self._cached[row]
+        return Emitted(row, token, layer, confidence, logprob, top, ended, self._batch.prefill, cached)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BLOCK = 16
+"""Tokens whose keys and values are copied together; every cache has room for a multiple of it."""
+
 Rows = slice | Tensor
 """Rows of a batch: a slice where they lie together (a view), else a LongTensor of row numbers (a copy)."""
 
@@ -69,6 +72,12 @@ class LayerCache:
         into_keys, into_values = self._reserve(stop, keys)
         into_keys[rows, :, slots] = keys
         into_values[rows, :, slots] = values
+
+    def blocks(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """Keys and values of slots `begin` to `end` of a row, [H, n, BLOCK, D_head] each: views, with room made."""
+        assert self._keys is not None
+        own = self._reserve(end, self._keys)
+        return [buffer[row, :, begin:end].unflatten(1, (-1, BLOCK)) for buffer in own]
 
     def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers with room for `slots` slots, doubled when full."""

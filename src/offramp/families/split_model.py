@@ -40,6 +40,8 @@ class SplitModel(Network):
 
     fused = False
     """Whether `best` is cheaper than logits, also on rows of the head, which are then read without being copied."""
+    exact = False
+    """Whether a token's states are the same bit for bit, whatever it is computed with."""
     engine = "torch"
     """What runs the blocks, for records."""
 
@@ -138,6 +140,14 @@ class SplitModel(Network):
         context = self._new_context(batch, None, None)
         context.positions = torch.arange(1, device=self.device).expand(batch, 1)
         return context
+
+    def blocks_of(self, context: Context, row: int, layers: Sequence[int], begin: int, end: int) -> list[Tensor]:
+        """Keys and values of slots `begin` to `end` of a row, both multiples of `BLOCK`, to be read or written.
+
+        Returns:
+            Of each of these layers, which somebody has written to: views [H, n, ...] of n blocks.
+        """
+        return [part for layer in layers for part in context.cache.layers[layer].blocks(row, begin, end)]
 
     def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
         cache = Cache(layers=[LayerCache(batch, window) for window in self.windows])

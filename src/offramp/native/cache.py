@@ -1,16 +1,18 @@
 """Keys and values of all layers as the kernels want them: every row of a batch fills its slots from 0 on.
 
-Padding takes no room: a token's slot is its position, so that a row in a batch is computed exactly as it is alone.
+Keys of `BLOCK` slots lie side by side. Padding takes no room: a token's slot is its position, so that a row in a batch
+is computed exactly as it is alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_BLOCK = 16  # slots whose keys lie side by side
+from offramp.families.cache import BLOCK
 
 
 class NativeCache:
@@ -26,7 +28,7 @@ class NativeCache:
     def __init__(self, batch: int, heads: list[int], width: list[int], dtype: torch.dtype) -> None:
         self.batch, self.dtype = batch, dtype
         self.capacity = 0
-        self.keys = [torch.empty(batch, h, 0, w, _BLOCK, dtype=dtype) for h, w in zip(heads, width, strict=True)]
+        self.keys = [torch.empty(batch, h, 0, w, BLOCK, dtype=dtype) for h, w in zip(heads, width, strict=True)]
         self.values = [torch.empty(batch, h, 0, w, dtype=dtype) for h, w in zip(heads, width, strict=True)]
 
     def reserve(self, slots: int) -> None:
@@ -34,10 +36,17 @@ class NativeCache:
         if slots <= self.capacity:
             return
         capacity = max(2 * self.capacity, -(-slots // 64) * 64)
-        self.keys = [_longer(keys, capacity // _BLOCK) for keys in self.keys]
+        self.keys = [_longer(keys, capacity // BLOCK) for keys in self.keys]
         self.values = [_longer(values, capacity) for values in self.values]
         self.capacity = capacity
         self._tables = [_addresses(buffers) for buffers in (self.keys, self.values)]
+
+    def blocks(self, row: int, layers: Sequence[int], begin: int, end: int) -> list[Tensor]:
+        """As `SplitModel.blocks_of`: keys [H, n, D_head, BLOCK] and values [H, n, BLOCK, D_head] of each layer."""
+        self.reserve(end)
+        keys = (self.keys[layer][row, :, begin // BLOCK : end // BLOCK] for layer in layers)
+        values = (self.values[layer][row, :, begin:end].unflatten(1, (-1, BLOCK)) for layer in layers)
+        return [*keys, *values]
 
     @property
     def addresses(self) -> tuple[int, int]:

@@ -54,7 +54,7 @@ class NativeModel(SplitModel):
     """
 
     engine = "native"
-    fused = True
+    fused = exact = True
 
     def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
         super().__init__(model)
@@ -185,6 +185,10 @@ class NativeModel(SplitModel):
         own = [blocks.own_attention(block) for block in self._described]
         return NativeCache(batch, [a.kv_heads for a in own], [a.head_dim for a in own], self._kv)
 
+    def blocks_of(self, context: Context, row: int, layers: Sequence[int], begin: int, end: int) -> list[Tensor]:
+        """As `SplitModel.blocks_of`."""
+        return context.cache.blocks(row, layers, begin, end)  # type: ignore[no-any-return]
+
     def run(self, state: State, lo: int, hi: int) -> State:
         """As `SplitModel.run`; padding is passed over, and keeps the states it came with."""
         return self.run_each([state], lo, hi)[0]
@@ -266,9 +270,7 @@ class NativeModel(SplitModel):
         first, last = len(self.blocks) + lo, len(self.blocks) + hi
         self._call(context, skipped.hidden.contiguous(), skipped.memo["native"], first, last, layer=lo)
 
-    def _call(
-        self, context: Context, hidden: Tensor, places: Places, first: int, last: int, *, layer: int
-    ) -> None:  # fmt: skip
+    def _call(self, context: Context, hidden: Tensor, places: Places, first: int, last: int, *, layer: int) -> None:
         """Run programs on states [M, D], in place."""
         self.library.offramp_run(self.programs, self.call_of(context, hidden, places, first, last, layer=layer))
 

@@ -25,7 +25,7 @@ class Finished:
     Attributes:
         reason: `STOP` or `LENGTH`.
         flops: The answer's share of what the batch spent: each step's FLOPs are divided by the tokens that were read.
-        full_flops: What the full model spends on the same prompt and as many tokens.
+        full_flops: What the full model spends on the same part of the prompt and as many tokens.
         seconds: Since it was asked for.
     """
 
@@ -67,6 +67,11 @@ class Answer:
 
     def __post_init__(self) -> None:
         self._writer = Writer(self.decode, self.stop)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were not computed, as far as is known."""
+        return self.tokens[0].cached if self.tokens else 0
 
     @property
     def ids(self) -> list[int]:

@@ -122,7 +122,7 @@ class _Paths:
             "limits": {
                 "rows": limits.rows, "context": limits.longest, "max_tokens": limits.longest - 1,
                 "default_max_tokens": serving.usual, "max_body": limits.body, "waiting": limits.waiting,
-                "timeout": limits.timeout,
+                "kept": serving.kept, "timeout": limits.timeout,
             },
         })  # fmt: skip
 

@@ -196,7 +196,7 @@ class Engine:
         if answer.check:
             self._metrics.checked(answer.flops)
         else:
-            self._metrics.left(self._full.flops(len(answer.asked.ids), len(answer.tokens)))
+            self._metrics.left(self._full_flops(answer))
         return answer
 
     def _admit(self) -> None:
@@ -258,8 +258,7 @@ class Engine:
         if not token.ended:
             self._batch.release(token.row)
         end = Finished(
-            reason, answer.flops, self._full.flops(len(answer.asked.ids), len(answer.tokens)),
-            time.monotonic() - answer.began,
+            reason, answer.flops, self._full_flops(answer), time.monotonic() - answer.began
         )  # fmt: skip
         if answer.check:
             self._metrics.checked(answer.flops)
@@ -268,6 +267,10 @@ class Engine:
         answer.send(end)
         if self._watch is not None:
             self._watch.ended(answer)
+
+    def _full_flops(self, answer: Answer) -> int:
+        """What the full model spends on an answer, given what was known of its prompt."""
+        return self._full.flops(len(answer.asked.ids), len(answer.tokens), answer.cached)
 
     def _fail(self) -> None:
         """End all answers at work, and begin anew."""

@@ -22,10 +22,19 @@ class FullDepth:
         each = (sum(shape.block_flops(layer, 1, start, 0) for layer in self._layers) for start in range(longest))
         self._sums = list(accumulate(each, initial=0))
 
-    def flops(self, prompt: int, new: int) -> int:
-        """FLOPs of a prompt of so many tokens and so many new ones, the last of which is not read."""
+    def flops(self, prompt: int, new: int, cached: int = 0) -> int:
+        """FLOPs of a prompt of so many tokens and so many new ones, the last of which is not read.
+
+        Args:
+            prompt: Tokens.
+            new: New ones.
+            cached: Of the prompt's, those that need not be computed.
+
+        Returns:
+            FLOPs.
+        """
         if not new:
             return 0
-        blocks = sum(self._shape.block_flops(layer, prompt, 0, 0) for layer in self._layers)
+        blocks = sum(self._shape.block_flops(layer, prompt - cached, cached, 0) for layer in self._layers)
         behind = self._sums[prompt + new - 1] - self._sums[prompt]
         return blocks + behind + new * self._shape.readout_flops()

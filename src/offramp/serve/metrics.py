@@ -20,8 +20,8 @@ class Metrics:
     """Counters of one server, in a registry of its own.
 
     FLOPs spent are all that the batch did, comparisons and answers that nobody waited for included; those of the full
-    model are for the same prompts and as many tokens, comparisons left out. What is saved is their difference, and may
-    be less than nothing.
+    model are for the same prompts, without what was kept of them, and as many tokens, comparisons left out. What is
+    saved is their difference, and may be less than nothing.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,10 @@ class Metrics:
         self.failed = Counter("offramp_failed", "Answers that ended with an error.", registry=registry)
         self._answers = Counter("offramp_answers", "Answers by why they ended.", ("reason",), registry=registry)
         self._prompt = Counter("offramp_prompt_tokens", "Tokens of prompts that were answered.", registry=registry)
+        self._cached = Counter(
+            "offramp_cached_prompt_tokens", "Of these, tokens that were not computed: their keys and values were kept.",
+            registry=registry,
+        )  # fmt: skip
         self._tokens = Counter(
             "offramp_tokens", "Generated tokens by exit layer; 0: drafted before the first block, and right.",
             ("exit_layer",), registry=registry,
@@ -116,6 +120,7 @@ class Metrics:
         """One answer for a client, whole."""
         self._answers.labels(end.reason).inc()
         self._prompt.inc(len(answer.asked.ids))
+        self._cached.inc(answer.cached)
         self._full.inc(end.full_flops)
         self._whole.observe(end.seconds)
 

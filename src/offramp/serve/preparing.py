@@ -127,7 +127,7 @@ class Preparing:
             options["sequence_bias"] = [[[token], value] for token, value in wanted.bias.items()]
         if wanted.presence or wanted.frequency:
             options["logits_processor"] = [Penalties(len(ids), wanted.presence, wanted.frequency)]
-        return Asked(ids, new, self._lm.sampler(ids, **options), wanted.threshold, wanted.top)
+        return Asked(ids, new, self._lm.sampler(ids, **options), wanted.threshold, wanted.top, wanted.recall)
 
     @staticmethod
     def _settings(wanted: Wanted, new: int) -> dict[str, Any]:

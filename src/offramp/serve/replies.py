@@ -105,10 +105,13 @@ class Reply:
             "tokens": [text for _, text in pieces],
         }
 
-    def _usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        count = self._wanted.n
+        cached = sum(min(a.cached for a in answers[i : i + count]) for i in range(0, len(answers), count))
         new = sum(len(answer.tokens) for answer in answers)
         return {
-            "prompt_tokens": self._prompt_tokens, "completion_tokens": new, "total_tokens": self._prompt_tokens + new
+            "prompt_tokens": self._prompt_tokens, "completion_tokens": new, "total_tokens": self._prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
     def _cost(self, answers: Sequence[Answer], ends: Sequence[Finished]) -> dict[str, Any]:

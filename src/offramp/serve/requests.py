@@ -45,6 +45,7 @@ class Wanted:
         logprobs: Whether log-probabilities are wanted.
         top: Of so many alternatives, too.
         threshold: Which overrides the policy's; None: full depth; OWN: the policy's own.
+        recall: Whether what is kept of the prompt's beginning may be used.
     """
 
     chat: bool
@@ -62,6 +63,7 @@ class Wanted:
     logprobs: bool = False
     top: int = 0
     threshold: Any = OWN
+    recall: bool = True
 
     @property
     def full(self) -> bool:
@@ -101,6 +103,7 @@ def parse(body: bytes, *, chat: bool, most: int) -> Wanted:
         chat, _string(values, "model"), prompts, _length(values), _sampling(values), _bias(values),
         _number(values, "presence_penalty", -2, 2) or 0.0, _number(values, "frequency_penalty", -2, 2) or 0.0,
         _stops(values), n, stream, _usage(values, stream), *_logprobs(values, chat), _threshold(values),
+        _recall(values),
     )  # fmt: skip
 
 
@@ -292,10 +295,10 @@ def _threshold(values: Mapping[str, Any]) -> Any:
     """The request's own exit threshold, or that it wants full depth."""
     given = values.get("offramp", {})
     if not isinstance(given, dict):
-        _refuse("offramp", f"offramp is {_shown(given)}; give an object with threshold or policy")
+        _refuse("offramp", f"offramp is {_shown(given)}; give an object with threshold, policy or prompt_cache")
     for name in given:
-        if name not in ("threshold", "policy"):
-            _refuse(f"offramp.{name[:80]}", f"unknown field {_shown(name)}; allowed: threshold, policy")
+        if name not in ("threshold", "policy", "prompt_cache"):
+            _refuse(f"offramp.{name[:80]}", f"unknown field {_shown(name)}; allowed: threshold, policy, prompt_cache")
     policy = given.get("policy")
     if policy not in (None, "full", "default"):
         _refuse("offramp.policy", f"offramp.policy is {_shown(policy)}; allowed are 'default' and 'full'")
@@ -306,3 +309,9 @@ def _threshold(values: Mapping[str, Any]) -> Any:
     if given.get("threshold") is None:
         return OWN
     return float(_number(given, "threshold", -1e9, 1e9, of="offramp.") or 0.0)
+
+
+def _recall(values: Mapping[str, Any]) -> bool:
+    """Whether the prompt may begin with what is kept."""
+    given: Mapping[str, Any] = {"prompt_cache": True, **values.get("offramp", {})}
+    return _flag(given, "prompt_cache", of="offramp.")

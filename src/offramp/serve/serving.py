@@ -34,6 +34,9 @@ class Limits:
     Attributes:
         rows: Answers at work at once.
         longest: Most tokens of a prompt and its answer.
+        kept: Most tokens of earlier prompts and answers whose keys and values are kept for prompts that begin alike;
+            None: a quarter of what the rows may hold where that changes no bit of an answer (the native engine), else
+            none.
         waiting: Answers that may wait for a row.
         body: Most bytes of a request.
         timeout: Seconds until an answer must be finished, the wait for a row included.
@@ -44,6 +47,7 @@ class Limits:
 
     rows: int = 8
     longest: int = 2048
+    kept: int | None = None
     waiting: int = 64
     body: int = 2**20
     timeout: float = 600.0
@@ -97,9 +101,19 @@ class Serving:
         self.metrics.follow(lambda: self.engine.active, lambda: self.engine.waiting)
         self.began = int(time.time())
 
+    @property
+    def kept(self) -> int:
+        """Most tokens of earlier prompts and answers that are kept."""
+        limits = self.limits
+        if limits.kept is not None:
+            return limits.kept
+        return limits.rows * limits.longest // 4 if self.lm.decoder.exact else 0
+
     def _batch(self) -> RunningBatch:
         limits, ends = self.limits, ends_of(self.lm.model.generation_config)
-        return RunningBatch(self.lm.decoder, self.policy, rows=limits.rows, longest=limits.longest, eos=ends)
+        return RunningBatch(
+            self.lm.decoder, self.policy, rows=limits.rows, longest=limits.longest, eos=ends, keep=self.kept
+        )
 
     @property
     def exit_layers(self) -> list[int]:
