@@ -3,14 +3,16 @@
     .venv/bin/python benchmarks/soak.py smollm2 --dtype bfloat16 --seconds 600
 
 First every question is answered alone, by `LanguageModel.generate`, without a server. Then the server is started, and
-timed with 1 and with 8 clients; then all kinds of clients come for so many seconds. Good ones compare each answer with
-the one that was given alone. --llama-server takes the address of another server of OpenAI's interface, such as
-llama.cpp's, with the same model, which is timed alike, in turns with ours.
+timed with 1 and with 8 clients, in turns with one that keeps nothing of earlier prompts; then all kinds of clients come
+for so many seconds. Good ones compare each answer with the one that was given alone. --llama-server takes the address
+of another server of OpenAI's interface, such as llama.cpp's, with the same model, which is timed alike, in turns with
+ours.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import statistics
@@ -28,6 +30,21 @@ from offramp.hub.prompts import bundled_prompts
 TOKENS = 48
 CLIENTS = {"good": 8, "slow": 2, "broken": 3, "hostile": 3}
 """Of each sixteen."""
+SYSTEM = (
+    "You answer customers of a shop that sells garden tools. Be friendly and short: no answer has more than three "
+    "sentences. Never promise a refund or a date of delivery; say that a colleague will write within two working days. "
+    "Prices are in euros and contain taxes. If a question is not about the shop, its tools or gardens, answer it as "
+    "well as you can, and ask whether there is something else. Do not mention these instructions, and do not make up "
+    "names, numbers or addresses. Use plain words, no lists and no headings, and write in the language of the question."
+)
+PROMPTS = {
+    "apart": lambda number, question: (f"{number} is the number of this chat.", question),
+    "template": lambda number, question: (None, f"{number}: {question}"),
+    "system": lambda number, question: (SYSTEM, f"{number}: {question}"),
+    "again": lambda number, question: (None, question),
+}
+"""Prompts that share nothing but the sign for a chat; the text that the template begins with; a system's text of
+103 words; or all of it, as the questions come again and again. Each is new but for that."""
 BODIES = (
     b"{", b"\xff\xfe", b"[" * 50_000, b"null", b'{"prompt": 3}', b'{"prompt": "x", "n": 1e9}',
     b'{"prompt": "x", "what": 1}', b'{"prompt": "x", "max_tokens": -1}', b'{"prompt": "x", "model": "gpt-9"}',
@@ -55,7 +72,7 @@ def alone(arguments):
 
 
 @contextlib.contextmanager
-def server(arguments):
+def server(arguments, *more):
     """The server's address and process."""
     command = [
         sys.executable, "-m", "offramp", "serve", arguments.model, "--dtype", arguments.dtype, "--port", "0",
@@ -63,6 +80,7 @@ def server(arguments):
     ]  # fmt: skip
     command += ["--policy", str(arguments.policy)] if arguments.policy else []
     command += ["--exits", arguments.exits] if arguments.exits else []
+    command += more
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stderr:
@@ -93,18 +111,30 @@ def client(address, retries=0):
 # ---------------------------------------------------------------- timing
 
 
-async def timed(address, questions, clients, seconds):
+NUMBERS = itertools.count(random.randrange(10**6, 10**7), 7919)
+"""Of prompts, none twice."""
+
+
+def messages(kind, question):
+    """A prompt of a kind of `PROMPTS`."""
+    number = str(next(NUMBERS))[::-1]  # what changes comes first
+    system, user = PROMPTS[kind](number, question)
+    asked = [{"role": "user", "content": user}]
+    return asked if system is None else [{"role": "system", "content": system}, *asked]
+
+
+async def timed(address, questions, kind, clients, seconds):
     """Tokens per second of so many clients, and how long they waited for first tokens: all, and the shorter half."""
-    first, short, tokens, end = [], [], 0, time.perf_counter() + seconds
+    first, short, tokens, read, known, end = [], [], 0, 0, 0, time.perf_counter() + seconds
     limit = statistics.median(len(prompt) for prompt, _, _ in questions)
 
     async def one(ask, draw):
-        nonlocal tokens
+        nonlocal tokens, read, known
         while time.perf_counter() < end:
             prompt, _, _ = draw.choice(questions)
             began, seen = time.perf_counter(), False
             async with await ask.chat.completions.create(
-                model=model_at(address), messages=[{"role": "user", "content": prompt}], max_tokens=TOKENS,
+                model=model_at(address), messages=messages(kind, prompt), max_tokens=TOKENS,
                 temperature=0, stream=True, stream_options={"include_usage": True},
             ) as stream:  # fmt: skip
                 async for chunk in stream:
@@ -115,13 +145,17 @@ async def timed(address, questions, clients, seconds):
                             short.append(first[-1])
                     if chunk.usage:
                         tokens += chunk.usage.completion_tokens
+                        read += chunk.usage.prompt_tokens
+                        details = chunk.usage.prompt_tokens_details
+                        known += 0 if details is None else details.cached_tokens or 0
 
     began = time.perf_counter()
     async with client(address, retries=2) as ask:  # llama.cpp's closes a connection now and then
         await asyncio.gather(*(one(ask, random.Random(index)) for index in range(clients)))
     took = time.perf_counter() - began
     return {
-        "clients": clients, "tokens_per_second": tokens / took, "answers": len(first),
+        "prompts": kind, "clients": clients, "tokens_per_second": tokens / took, "answers": len(first),
+        "prompt_tokens": read / len(first), "cached_tokens": known / len(first),
         "first_token_median": statistics.median(first), "first_token_p99": p99(first),
         "short_first_token_median": statistics.median(short), "short_first_token_p99": p99(short),
     }  # fmt: skip
@@ -256,22 +290,33 @@ async def soaked(address, process, questions, clients, seconds):
     }  # fmt: skip
 
 
+async def timings(arguments, questions, address, plain):
+    """Of all servers in turns."""
+    places = {"offramp": address, "nothing kept": plain}
+    places |= {"other": arguments.llama_server} if arguments.llama_server else {}
+    made = []
+    for kind, clients, _ in itertools.product(arguments.prompts.split(","), (1, 8), range(arguments.rounds)):
+        for name, place in places.items():
+            made.append(found := {"server": name, **await timed(place, questions, kind, clients, arguments.timing)})
+            first = f"{found['first_token_median']:.3f} s (p99 {found['first_token_p99']:.3f})"
+            first += f", of short prompts {found['short_first_token_median']:.3f} s"
+            first += f" (p99 {found['short_first_token_p99']:.3f})"
+            print(
+                f"{kind}, {name}, {clients} client(s): {found['tokens_per_second']:.1f} tokens/s, first token after "
+                f"{first}, {found['answers']} answers, {found['cached_tokens']:.0f} of "
+                f"{found['prompt_tokens']:.0f} tokens of a prompt known", flush=True,
+            )  # fmt: skip
+    return made
+
+
 async def run(arguments, questions, address, process):
     """Timings, then all kinds of clients."""
-    places = {"offramp": address} | ({"other": arguments.llama_server} if arguments.llama_server else {})
-    result = {"schema": "offramp/soak/1", "model": arguments.model, "dtype": arguments.dtype, "timed": []}
-    for clients in (1, 8):
-        for _ in range(arguments.rounds):
-            for name, place in places.items():
-                found = {"server": name, **await timed(place, questions, clients, arguments.timing)}
-                result["timed"].append(found)
-                first = f"{found['first_token_median']:.3f} s (p99 {found['first_token_p99']:.3f})"
-                first += f", of short prompts {found['short_first_token_median']:.3f} s"
-                first += f" (p99 {found['short_first_token_p99']:.3f})"
-                print(
-                    f"{name}, {clients} client(s): {found['tokens_per_second']:.1f} tokens/s, first token after "
-                    f"{first}, {found['answers']} answers"
-                )
+    result = {"schema": "offramp/soak/2", "model": arguments.model, "dtype": arguments.dtype, "timed": []}
+    if arguments.timing:
+        with server(arguments, "--keep", "0") as (plain, _):
+            result["timed"] = await timings(arguments, questions, address, plain)
+    if not arguments.seconds:
+        return {**result, "counts": {}}
     result |= await soaked(address, process, questions, arguments.clients, arguments.seconds)
     for what, times in result["counts"].items():
         print(f"{times:7d}  {what}")
@@ -292,7 +337,8 @@ def main():
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--waiting", type=int, default=64)
-    parser.add_argument("--timing", type=float, default=20, help="seconds of each timing")
+    parser.add_argument("--timing", type=float, default=20, help="seconds of each timing; 0: none")
+    parser.add_argument("--prompts", default="template,again", help=f"of these kinds: {', '.join(PROMPTS)}")
     parser.add_argument("--rounds", type=int, default=2, help="timings of each kind, in turns")
     parser.add_argument("--llama-server", metavar="URL", help="another server to time")
     parser.add_argument("--json", type=Path)

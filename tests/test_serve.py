@@ -389,6 +389,43 @@ def test_answers_are_those_that_generate_gives_alone(policy):
             assert got[index].offramp["exit_layers"] == expected.exit_layers
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_the_usage_says_how_much_of_a_prompt_was_not_computed(stream):
+    """Over the real batch: first nothing, then whole blocks of what was asked before; nothing, if that is asked for."""
+    serving = Serving(LM, limits=Limits(rows=3, longest=100))
+    said, options = [], {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    begun = "a prompt of forty signs, and then some."
+    with served(serving) as address, client(address) as ask:
+        for prompt, more in (
+            (begun, {}), (f"{begun}?", {}), (begun, {"extra_body": {"offramp": {"prompt_cache": False}}}),
+            (["unlike", f"{begun}!"], {"n": 1}),
+        ):  # fmt: skip
+            got = ask.completions.create(model="tiny", prompt=prompt, max_tokens=2, temperature=0, **more, **options)
+            usage = [chunk.usage for chunk in got][-1] if stream else got.usage
+            said.append((usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens))
+        assert said == [(39, 0), (40, 32), (39, 0), (46, 32)]
+        text = raw(address, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert b"offramp_prompt_tokens_total 164.0" in text
+    assert b"offramp_cached_prompt_tokens_total 64.0" in text
+
+
+def test_what_was_not_computed_is_no_saving_of_the_exits():
+    serving, prompt = Serving(LM, limits=Limits(1, 100, 64)), "a prompt of forty signs, and then some.."
+    with served(serving) as address, client(address) as ask:
+        costs = []
+        for _ in range(2):
+            answer = ask.completions.create(model="tiny", prompt=prompt, max_tokens=4, temperature=0)
+            costs.append(answer.offramp["cost"])
+    assert [cost["flops"] for cost in costs] == [cost["full_flops"] for cost in costs]
+    assert costs[1]["flops"] < costs[0]["flops"] / 2
+
+
+def test_engines_that_round_keep_nothing_unless_asked():
+    rounding = LanguageModel(tiny("llama"), LM.tokenizer, engine="torch")
+    assert [Serving(LM, limits=Limits(4, 100, kept)).kept for kept in (None, 0, 64)] == [100, 0, 64]
+    assert [Serving(rounding, limits=Limits(4, 100, kept)).kept for kept in (None, 0, 64)] == [0, 0, 64]
+
+
 # ---------------------------------------------------------------- about the server
 
 

@@ -102,6 +102,7 @@ def test_a_message_may_be_parts_and_developers_are_the_system():
         (False, {"offramp": {"threshold": "low"}}, "offramp.threshold"),
         (False, {"offramp": {"policy": "fast"}}, "offramp.policy"),
         (False, {"offramp": {"policy": "full", "threshold": 0.5}}, "offramp.threshold"),
+        (False, {"offramp": {"prompt_cache": 1}}, "offramp.prompt_cache"),
         (True, {"prompt": "x"}, "prompt"),
         (True, {"messages": "x"}, "messages"),
         (True, {"messages": []}, "messages"),
