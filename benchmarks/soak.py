@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -111,6 +112,8 @@ def client(address, retries=0):
 # ---------------------------------------------------------------- timing
 
 
+CONTENT, USAGE = re.compile(rb'"content": ?"[^"]'), re.compile(rb'"usage": ?{')
+"""In lines of a stream that have text, and in the one with the numbers of tokens."""
 NUMBERS = itertools.count(random.randrange(10**6, 10**7), 7919)
 """Of prompts, none twice."""
 
@@ -124,37 +127,44 @@ def messages(kind, question):
 
 
 async def timed(address, questions, kind, clients, seconds):
-    """Tokens per second of so many clients, and how long they waited for first tokens: all, and the shorter half."""
-    first, short, tokens, read, known, end = [], [], 0, 0, 0, time.perf_counter() + seconds
-    limit = statistics.median(len(prompt) for prompt, _, _ in questions)
+    """Tokens per second of so many clients, and how long they waited for first tokens: all, and the shorter half.
 
-    async def one(ask, draw):
+    They look at lines, not at what stands in them: the time they take is the server's. Tokens that come after the end,
+    when some clients have none to wait for, do not count; a line has one, or more where a sign needs them.
+    """
+    first, short, tokens, read, known, model = [], [], 0, 0, 0, model_at(address)
+    limit = statistics.median(len(prompt) for prompt, _, _ in questions)
+    end = time.perf_counter() + seconds
+
+    async def one(draw):
         nonlocal tokens, read, known
         while time.perf_counter() < end:
             prompt, _, _ = draw.choice(questions)
-            began, seen = time.perf_counter(), False
-            async with await ask.chat.completions.create(
-                model=model_at(address), messages=messages(kind, prompt), max_tokens=TOKENS,
-                temperature=0, stream=True, stream_options={"include_usage": True},
-            ) as stream:  # fmt: skip
-                async for chunk in stream:
-                    if not seen and chunk.choices and chunk.choices[0].delta.content:
-                        seen = True
-                        first.append(time.perf_counter() - began)
-                        if len(prompt) <= limit:
-                            short.append(first[-1])
-                    if chunk.usage:
-                        tokens += chunk.usage.completion_tokens
-                        read += chunk.usage.prompt_tokens
-                        details = chunk.usage.prompt_tokens_details
-                        known += 0 if details is None else details.cached_tokens or 0
+            body = {
+                "model": model, "messages": messages(kind, prompt), "max_tokens": TOKENS, "temperature": 0,
+                "stream": True, "stream_options": {"include_usage": True},
+            }  # fmt: skip
+            began, usage, lines, within = time.perf_counter(), None, 0, 0
+            reader, writer = await connected(address, posted(json.dumps(body).encode(), path="/v1/chat/completions"))
+            while line := await reader.readline():
+                if CONTENT.search(line):
+                    now = time.perf_counter()
+                    if not lines:
+                        first.append(now - began)
+                        short.extend(first[-1:] if len(prompt) <= limit else [])
+                    lines, within = lines + 1, within + (now < end)
+                if USAGE.search(line):
+                    usage = json.loads(line.removeprefix(b"data: "))["usage"]
+            writer.close()
+            if usage is None:
+                continue  # llama.cpp's closes a connection now and then
+            tokens += usage["completion_tokens"] * within / max(lines, 1)
+            read += usage["prompt_tokens"]
+            known += usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
 
-    began = time.perf_counter()
-    async with client(address, retries=2) as ask:  # llama.cpp's closes a connection now and then
-        await asyncio.gather(*(one(ask, random.Random(index)) for index in range(clients)))
-    took = time.perf_counter() - began
+    await asyncio.gather(*(one(random.Random(index)) for index in range(clients)))
     return {
-        "prompts": kind, "clients": clients, "tokens_per_second": tokens / took, "answers": len(first),
+        "prompts": kind, "clients": clients, "tokens_per_second": tokens / seconds, "answers": len(first),
         "prompt_tokens": read / len(first), "cached_tokens": known / len(first),
         "first_token_median": statistics.median(first), "first_token_p99": p99(first),
         "short_first_token_median": statistics.median(short), "short_first_token_p99": p99(short),
@@ -214,10 +224,10 @@ async def connected(address, data):
     return reader, writer
 
 
-def posted(body, length=None):
+def posted(body, length=None, path="/v1/completions"):
     """The bytes of a request, which may say that it has more."""
     length = len(body) if length is None else length
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     return f"{head}Content-Length: {length}\r\n\r\n".encode() + body
 
 
