@@ -29,6 +29,8 @@ import offramp
 from offramp.hub.prompts import bundled_prompts
 
 TOKENS = 48
+WARM = 2.0
+"""Seconds within which clients come."""
 CLIENTS = {"good": 8, "slow": 2, "broken": 3, "hostile": 3}
 """Of each sixteen."""
 SYSTEM = (
@@ -129,15 +131,18 @@ def messages(kind, question):
 async def timed(address, questions, kind, clients, seconds):
     """Tokens per second of so many clients, and how long they waited for first tokens: all, and the shorter half.
 
-    They look at lines, not at what stands in them: the time they take is the server's. Tokens that come after the end,
-    when some clients have none to wait for, do not count; a line has one, or more where a sign needs them.
+    They look at lines, not at what stands in them: the time they take is the server's. They come one after another, and
+    nothing counts before all are there, or tokens that come when some have ended; a line has one token, or more where a
+    sign needs them.
     """
     first, short, tokens, read, known, model = [], [], 0, 0, 0, model_at(address)
     limit = statistics.median(len(prompt) for prompt, _, _ in questions)
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter() + WARM
+    end = begin + seconds
 
-    async def one(draw):
+    async def one(draw, late):
         nonlocal tokens, read, known
+        await asyncio.sleep(late)
         while time.perf_counter() < end:
             prompt, _, _ = draw.choice(questions)
             body = {
@@ -149,20 +154,21 @@ async def timed(address, questions, kind, clients, seconds):
             while line := await reader.readline():
                 if CONTENT.search(line):
                     now = time.perf_counter()
-                    if not lines:
+                    if not lines and began >= begin:
                         first.append(now - began)
                         short.extend(first[-1:] if len(prompt) <= limit else [])
-                    lines, within = lines + 1, within + (now < end)
+                    lines, within = lines + 1, within + (begin <= now < end)
                 if USAGE.search(line):
                     usage = json.loads(line.removeprefix(b"data: "))["usage"]
             writer.close()
             if usage is None:
                 continue  # llama.cpp's closes a connection now and then
             tokens += usage["completion_tokens"] * within / max(lines, 1)
-            read += usage["prompt_tokens"]
-            known += usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            if began >= begin:
+                read += usage["prompt_tokens"]
+                known += usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
 
-    await asyncio.gather(*(one(random.Random(index)) for index in range(clients)))
+    await asyncio.gather(*(one(random.Random(index), WARM * index / clients) for index in range(clients)))
     return {
         "prompts": kind, "clients": clients, "tokens_per_second": tokens / seconds, "answers": len(first),
         "prompt_tokens": read / len(first), "cached_tokens": known / len(first),
@@ -353,7 +359,7 @@ def main():
     parser.add_argument("--llama-server", metavar="URL", help="another server to time")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    questions = alone(arguments)
+    questions = alone(arguments) if arguments.seconds else [(prompt, {}, "") for prompt, _ in asked()]
     with server(arguments) as (address, process):
         result = asyncio.run(run(arguments, questions, address, process))
     if arguments.json:
