@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium")
 
 SOURCE = Path(offramp.__file__).parent
 DEPTH, EXITS = 30, [20, 22, 24, 26, 28]
+ALL_READ = {"prompt_cache": False}  # or the second of two answers would have its prompt for free
 FULL = (
     "The sky looks blue because air scatters the short waves of sunlight far more than the long ones .\n\n"
     "Whatever way you look, blue light reaches your eyes from there; near the sun it is white, and in the evening, "
@@ -180,7 +181,7 @@ def test_tokens_have_the_colour_of_their_layer_and_the_full_answer_is_beside(tab
         assert dark == (scheme == "dark")
         assert all(url.startswith((address, "data:")) for url in tab.requested)
         assert tab.complaints == []
-    assert [body.get("offramp") for body in stub.asked] == [None, {"policy": "full"}]
+    assert [body["offramp"] for body in stub.asked] == [ALL_READ, {**ALL_READ, "policy": "full"}]
     assert stub.asked[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
 
@@ -194,7 +195,7 @@ def test_the_slider_asks_again_and_what_differs_is_marked(tab):
         tab.press("Home")
         tab.until("document.querySelectorAll('.other').length === 2")
         finished(tab)
-        assert stub.asked[-1]["offramp"] == {"threshold": 0}
+        assert stub.asked[-1]["offramp"] == {**ALL_READ, "threshold": 0}
         assert len(stub.asked) == 3  # the full answer is still there
         assert texts(tab, ".exits .other") == [" rather"]
         assert texts(tab, ".full .other") == [" far"]
@@ -205,7 +206,7 @@ def test_the_slider_asks_again_and_what_differs_is_marked(tab):
         assert "Not for this answer: the request does not go by the certified policy" in "".join(texts(tab, "#promise"))
         tab.get("document.getElementById('own').click()")
         finished(tab)
-        assert "offramp" not in stub.asked[-1]  # the policy's own again, which the certificate is about
+        assert stub.asked[-1]["offramp"] == ALL_READ  # the policy's own again, which the certificate is about
         assert "Not for this answer" not in "".join(texts(tab, "#promise"))
         assert tab.complaints == []
 
@@ -280,7 +281,7 @@ def test_a_lossless_policy_has_a_switch_instead_of_the_slider(tab):
         finished(tab)
         tab.get("document.querySelector('[name=mode][value=full]').click()")
         finished(tab, panes=1)
-        assert [body.get("offramp") for body in stub.asked] == [None, {"policy": "full"}]
+        assert [body["offramp"] for body in stub.asked] == [ALL_READ, {**ALL_READ, "policy": "full"}]
 
 
 def test_without_a_policy_or_a_chat_template_the_full_model_goes_on_with_a_text(tab):
