@@ -8,9 +8,10 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
-from offramp import ExitPolicy  # noqa: E402
+from offramp import ExitPolicy, LanguageModel  # noqa: E402
 from offramp.serve.certified import Standing  # noqa: E402
 from serving import EOS, Limits, ScriptedBatch, Serving, connected, model, posted, raw, served, spelt, until  # noqa: E402
+from tiny import tiny  # noqa: E402
 
 LM = model()
 POLICY = ExitPolicy(threshold=0.5, min_layer=2)
