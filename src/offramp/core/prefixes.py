@@ -121,7 +121,7 @@ class Prefixes:
         self._touch(path)
         parts = self._blocks(row, old, len(path))
         if beside is not None:
-            parts.append(beside[BLOCK * old : BLOCK * len(path)].unflatten(0, (-1, BLOCK))[None])
+            parts.append(beside[BLOCK * old : BLOCK * len(path)].unflatten(0, (-1, BLOCK))[None])  # type: ignore[no-untyped-call]
         self._kept = self._kept or [part.new_empty(self.room, len(part), *part.shape[2:]) for part in parts]
         places = [node.place for node in path[old:]]
         for part, kept in zip(parts, self._kept, strict=True):

@@ -77,7 +77,7 @@ class LayerCache:
         """Keys and values of slots `begin` to `end` of a row, [H, n, BLOCK, D_head] each: views, with room made."""
         assert self._keys is not None
         own = self._reserve(end, self._keys)
-        return [buffer[row, :, begin:end].unflatten(1, (-1, BLOCK)) for buffer in own]
+        return [buffer[row, :, begin:end].unflatten(1, (-1, BLOCK)) for buffer in own]  # type: ignore[no-untyped-call]
 
     def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers with room for `slots` slots, doubled when full."""

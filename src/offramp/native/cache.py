@@ -45,7 +45,7 @@ class NativeCache:
         """As `SplitModel.blocks_of`: keys [H, n, D_head, BLOCK] and values [H, n, BLOCK, D_head] of each layer."""
         self.reserve(end)
         keys = (self.keys[layer][row, :, begin // BLOCK : end // BLOCK] for layer in layers)
-        values = (self.values[layer][row, :, begin:end].unflatten(1, (-1, BLOCK)) for layer in layers)
+        values = (self.values[layer][row, :, begin:end].unflatten(1, (-1, BLOCK)) for layer in layers)  # type: ignore[no-untyped-call]
         return [*keys, *values]
 
     @property
