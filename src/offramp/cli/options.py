@@ -242,17 +242,7 @@ def policies_of(files: Sequence[str | Path] | None, taken: Collection[str] = ())
 
 
 def standard_input(what: str) -> str:
-    """All of standard input, line ends as everywhere, without the last.
-
-    Args:
-        what: It is to hold, for whoever types it.
-
-    Returns:
-        The text.
-
-    Raises:
-        ValueError: It is empty, or no text in UTF-8.
-    """
+    """All of standard input, which is to hold `what`, without the last line end; a ValueError if it is empty."""
     from offramp.runs.bounded import decoded, whole
 
     if sys.stdin.isatty():

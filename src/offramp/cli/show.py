@@ -13,15 +13,7 @@ COLOURS = ("bright_green", "green", "cyan", "yellow", "bright_red", "red")
 
 
 class Painter:
-    """Writes a text token by token.
-
-    Args:
-        console: Where to write.
-        tokenizer: To turn ids into text.
-        num_layers: L.
-        first: The first exit; the colours are spread from there to L.
-        show_exits: Mark each token with its exit layer: by colour, or on output without colours as `token/layer`.
-    """
+    """Writes a text token by token; `show_exits`: coloured by layer from `first` to L, or as `token/layer`."""
 
     def __init__(self, console: Console, tokenizer: Any, num_layers: int, first: int, *, show_exits: bool) -> None:
         self.console, self.tokenizer = console, tokenizer

@@ -22,19 +22,7 @@ FULL = "full model"
 def static_arms(
     lm: LanguageModel, layers: Sequence[int] | None = None, prompt_layers: Collection[int] = ()
 ) -> dict[str, ExitPolicy]:
-    """The baseline to beat: leave after the same layer, always.
-
-    Args:
-        lm: The model.
-        layers: Which; None: those of its trained exits, or half, three quarters, and two layers less than its depth.
-        prompt_layers: Where prompts of the policies beside them stop: each deeper exit is there with that prompt too.
-
-    Returns:
-        Policies by name.
-
-    Raises:
-        ValueError: A layer outside 1..L-1.
-    """
+    """Policies that always leave after one layer, of those each also with prompts that stop at a `prompt_layers`."""
     depth, trained = lm.num_layers, lm.split.exit_layers
     if layers is None:
         layers = trained or sorted({layer for layer in (depth // 2, 3 * depth // 4, depth - 2) if 1 <= layer < depth})
@@ -53,11 +41,7 @@ def static_arms(
 def baselines(
     lm: LanguageModel, arms: Mapping[str, ExitPolicy], static_layers: Sequence[int] | None = None
 ) -> dict[str, ExitPolicy]:
-    """What policies are compared with beside the full model: static exits, and their own prompts without any exits.
-
-    Returns:
-        Policies by name, without those that are among the arms by name.
-    """
+    """By name, what is not among the arms: static exits, and policies' own shortened prompts without any exits."""
     prompts = {policy.prompt_layer for policy in arms.values() if policy.prompt_layer is not None}
     unexited = {name: policy for stop in sorted(prompts) for name, policy in _short_prompt(stop).items()}
     every = {**static_arms(lm, static_layers, prompts), **unexited}
@@ -80,11 +64,7 @@ def unexited(arms: Mapping[str, ExitPolicy | None], policy: ExitPolicy | None) -
 
 
 def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int, ...] | None:
-    """Layers of the static exits that a sweep is measured against: all that can match one of its policies.
-
-    Returns:
-        The trained exits; without any, every layer from the first one that a policy tests. None: none tests any.
-    """
+    """Layers of static exits that can match a sweep: trained ones, else all from the first tested; None: none is."""
     if lm.split.exit_layers:
         return lm.split.exit_layers
     plans = [resolve(policy, lm.num_layers, lm.vocabulary) for policy in arms.values()]
@@ -164,25 +144,7 @@ def grid(
     skipped: str = "propagate",
     prompt_layer: int | None = None,
 ) -> dict[str, ExitPolicy]:
-    """Every combination, named by its values.
-
-    Args:
-        lm: The model.
-        confidences: Names of measures.
-        thresholds: For each of them.
-        min_layers: First layer tested; if the model has trained exits, only they are tested from there on. None: half
-            the depth, or at the model's trained exits.
-        vocabularies: Of `offramp.core.vocabulary.VOCABULARIES`; None: all tokens are scored.
-        vocabulary_size: Tokens kept by those that prune, of which there must be one.
-        skipped: Keys and values of skipped layers.
-        prompt_layer: Of all of them.
-
-    Returns:
-        Policies by name, such as "softmax > 0.9, from 20, fixed, verify".
-
-    Raises:
-        ValueError: A value that `ExitPolicy` or the model does not allow.
-    """
+    """Every combination, named by its values, such as "softmax > 0.9, from 20, fixed, verify"."""
     if vocabulary_size is not None and not any(map(rule_of, vocabularies)):
         raise ValueError(f"vocabulary_size is {vocabulary_size}, but nothing is pruned; name one of {', '.join(KINDS)}")
     arms = {}

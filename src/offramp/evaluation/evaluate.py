@@ -60,29 +60,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Compare policies, static exits and the full model on a task.
-
-    Args:
-        lm: The model.
-        task: How to ask and how to judge.
-        examples: With ids of their own; their prompts must fit (`offramp.tasks.fit`).
-        arms: Policies by name. The full model and the `baselines` are always there.
-        folder: Run folder; one with records of the same examples is continued, arms may be added to it.
-        static_layers: See `static_arms`.
-        max_new_tokens: Longest answer; None: the task's.
-        batch_size: Examples answered together.
-        settings: Further options of `LanguageModel.stream`, the same for all arms, as JSON values.
-        about: What else the conditions should say, as JSON values.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-        progress: Called with the answers done and asked for, over all arms.
-
-    Returns:
-        Summaries of all arms, also written to the folder.
-
-    Raises:
-        ValueError: Whatever `take_turns` refuses, names that are no different files, or a folder of something else.
-    """
+    """`offramp.evaluate` of a task's examples, with ids of their own, whose prompts fit (`offramp.tasks.fit`)."""
     options = answer_options(task, max_new_tokens, settings)
     make = partial(TaskArm, lm, task, options=options)
     common = conditions_of(lm, vars(task), examples, options, batch_size)
@@ -110,16 +88,7 @@ def evaluate_perplexity(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Compare policies, static exits and the full model by the perplexity of a text.
-
-    What is named as in `evaluate` is as there, with passages (see `read_passages`). Decoder-only models can.
-
-    Returns:
-        Summaries of all arms, also written to the folder.
-
-    Raises:
-        ValueError: As `evaluate`.
-    """
+    """`offramp.evaluate` of passages (see `read_passages`), by a decoder-only model."""
     common = conditions_of(lm, {"name": PERPLEXITY}, passages, {}, batch_size)
     conditions = {**_conditions(lm, passages, PERPLEXITY, about), "batch_size": batch_size}
     return _evaluate(

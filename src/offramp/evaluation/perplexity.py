@@ -45,21 +45,7 @@ class Passage:
 def read_passages(
     lm: LanguageModel, paths: Sequence[Path], *, window: int = 256, fields: Sequence[str] = ("text",)
 ) -> list[Passage]:
-    """Cut texts into passages.
-
-    Args:
-        lm: The model.
-        paths: Files as `offramp.training.data.read_texts` reads them.
-        window: Most predicted tokens of a passage.
-        fields: Keys of the texts in JSON objects.
-
-    Returns:
-        Passages; those of one document form a group, if there are several documents.
-
-    Raises:
-        ValueError: A file is not of that layout, nothing to predict, a window outside the model's context, no
-            tokenizer, or an encoder-decoder.
-    """
+    """Texts of files cut into passages of at most `window` predicted tokens; of several texts each is a group."""
     if lm.split.is_encoder_decoder:
         raise ValueError("perplexity needs a decoder-only model; give an encoder-decoder another task")
     if lm.tokenizer is None:

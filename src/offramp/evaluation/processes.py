@@ -32,20 +32,7 @@ def locked_by_first(state: Any, folder: Path, busy: str) -> Iterator[None]:
 def shared(
     state: Any, stems: Mapping[str, Path], examples: Sequence[Item], batch_size: int, run: Run
 ) -> dict[str, list[Record]]:  # fmt: skip
-    """The records of all examples by all arms, of which each process answers its own batches, in turn.
-
-    The batches are those of a single process, so are the records.
-
-    Args:
-        state: `accelerate`'s.
-        stems: Of the arms' files, without their endings; the full model, if it is among them, is the first.
-        examples: All of them.
-        batch_size: Examples answered together.
-        run: Makes the records of some examples by some arms in the files `paths`, or takes them from there.
-
-    Returns:
-        By arm, one record per example, in their order.
-    """
+    """All examples' records by arm, each process answering its own batches; `stems`: the full model's file first."""
     whole = {arm: stem.with_name(f"{stem.name}.jsonl") for arm, stem in stems.items()}
     begun = {arm: path for arm, path in whole.items() if state.num_processes == 1 or path.exists()}
     new = {arm: stem for arm, stem in stems.items() if arm not in begun}

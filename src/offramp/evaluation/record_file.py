@@ -177,14 +177,7 @@ class RecordFile:
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The header and the records of a file; half a line at its end is left out.
-
-    Returns:
-        Header and records; an empty header if there is not even a first line.
-
-    Raises:
-        ValueError: The file does not hold records, or they were changed or are damaged.
-    """
+    """Header (empty if there is not even a first line) and records of a file; half a line at its end is left out."""
     lines = read_lines(path, "records")
     if not lines:
         return {}, []

@@ -46,30 +46,7 @@ def decode_arms(
     progress: Progress | None = None,
     reference: LanguageModel | None = None,
 ) -> dict[str, list[Record]]:
-    """Answer examples under several policies, which take turns (`offramp.evaluation.rounds`), so that seconds compare.
-
-    Where an example has no references, the full model's answer is the reference.
-
-    Args:
-        lm: The model.
-        task: How to ask and how to judge.
-        examples: With ids of their own.
-        arms: Policies by what the records call them; None: the full model.
-        paths: JSON Lines file of each arm, from which a repeated call goes on.
-        full: Records of the full model by example id, to compare with; needed unless it is among the arms.
-        max_new_tokens: Longest answer; None: the task's.
-        batch_size: Examples answered together.
-        settings: Further options of `LanguageModel.stream`, as JSON values.
-        progress: Called with the answers done and asked for.
-        reference: The full model where it is the same model in another number format.
-
-    Returns:
-        By arm, one record per example, in their order.
-
-    Raises:
-        ValueError: No or repeated examples, a prompt that does not fit the context, a policy that does not fit the
-            model, no `full` record of an example, or a file holds other records.
-    """
+    """Answer examples under policies that take turns; `reference`: the full model where it has another format."""
     options = answer_options(task, max_new_tokens, settings)
     made = [
         TaskArm((reference or lm) if policy is None else lm, task, arm, policy, options) for arm, policy in arms.items()
@@ -144,15 +121,7 @@ def compared(record: Record, full: Record) -> dict[str, Any]:
 
 
 def divided_by(task: Task, examples: Sequence[Example]) -> dict[str, str]:
-    """What divides texts for each metric of a task, see `offramp.metrics.text.tokenisers`.
-
-    Args:
-        task: Whose metrics.
-        examples: Whose references; where there are none, answers are taken to be in the script of the prompt.
-
-    Returns:
-        Names by metric.
-    """
+    """What divides texts for each metric of a task (`tokenisers`); without references, by the prompts' script."""
     return tokenisers(task.metrics, [text for example in examples for text in example.references or (example.source,)])
 
 
@@ -208,17 +177,7 @@ def prefill_parts(costs: Costs) -> dict[str, int]:
 def shares(
     costs: Costs, first: Mapping[str, int], seconds: tuple[float, float], rows: int
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """What each of the rows that were answered together bears: FLOPs, bytes, seconds and parts of a record.
-
-    Args:
-        costs: Of all rows.
-        first: What of it `prefill_parts` found after the prompt; empty without a pass of its own.
-        seconds: Wall-clock time up to where the prompt was read, and of all.
-        rows: How many there were.
-
-    Returns:
-        One per row; whole numbers that add up to the whole.
-    """
+    """What each row answered together bears of the costs; `seconds` up to where the prompt was read, and of all."""
     parts = {name: part.flops - first.get(name, 0) for name, part in costs.parts.items()}
     parts[PREFILL] = sum(first.values())
     split = {name: _equal_shares(value, rows) for name, value in parts.items()}

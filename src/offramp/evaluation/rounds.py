@@ -64,25 +64,7 @@ def take_turns(
     full: Mapping[str, Record] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[Record]]:
-    """The records of all arms, after those that are missing have been made and appended to their files.
-
-    A round, a batch of examples with all arms that lack it, is written when it is complete: an interruption loses one.
-
-    Args:
-        arms: With names of their own; the full model is compared with itself.
-        paths: File of each arm, by its name.
-        examples: With ids of their own.
-        batch_size: Examples answered together.
-        full: Records of the full model by example id, needed unless it is among the arms.
-        progress: Called with the answers done and asked for, over all arms, and who is next.
-
-    Returns:
-        By arm, one record per example, in their order.
-
-    Raises:
-        ValueError: An arm that cannot answer, no or repeated examples, a batch size below 1, no full model's record of
-            an example, or a file with other records.
-    """
+    """All records by arm; missing ones are made, and appended when a round of all arms is complete."""
     for arm in arms:
         arm.check()
     compared = dict(full or {})

@@ -94,23 +94,7 @@ def summarise(
     references: Sequence[Sequence[str]] | None = None,
     same_prompt: Sequence[Record] | None = None,
 ) -> ArmSummary:
-    """Add up one arm.
-
-    Args:
-        records: Of the arm.
-        full: Of the full model, for the same examples in the same order.
-        policy: Of the arm, as JSON values; None: the full model.
-        num_layers: L.
-        bootstrap: Made for the groups of these examples.
-        references: Of the examples, for corpus scores of the metrics that have one; None: none.
-        same_prompt: Of an arm with the same shortened prompt and no exits, likewise; None: there is none.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: The two do not belong together.
-    """
+    """Add up one arm beside the full model, and where its prompt is shortened beside that prompt without exits."""
     if [r.id for r in records] != [r.id for r in full] or len(records) != len(bootstrap.index):
         raise ValueError("the arm's records and the full model's are of different examples; summarise the same ones")
     quality, difference = _quality(records, full, bootstrap, references)

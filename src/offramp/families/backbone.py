@@ -101,15 +101,8 @@ def autocast(device: torch.device, precision: str | None) -> AbstractContextMana
 
 @contextmanager
 def rounded(module: nn.Module, precision: str | None) -> Iterator[None]:
-    """Frozen matrices of linear layers in bfloat16 inside the block, for precision "bf16"; the same ones afterwards.
-
-    Autocast rounds them to the same values, but keeps only those of weights that learn: a frozen head of 28 million
-    weights would be rounded anew for every few hundred positions that are read out. Use within `autocast` only.
-
-    Args:
-        module: The model.
-        precision: As for `autocast`.
-    """
+    """Inside the block, for "bf16", frozen float32 matrices of linear layers in bfloat16; then the same ones again."""
+    # Autocast alone keeps only what learns: a frozen head would be rounded anew for every few hundred positions.
     frozen: list[tuple[Any, Any]] = [] if precision != "bf16" else [
         (part, part.weight) for part in module.modules()
         if isinstance(part, LINEAR) and part.weight.dtype == torch.float32 and not part.weight.requires_grad
@@ -125,12 +118,7 @@ def rounded(module: nn.Module, precision: str | None) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module, precision: str | None = None) -> Iterator[None]:
-    """No dropout, and stored statistics in batch norms, inside the block; what trained before trains again after it.
-
-    Args:
-        module: To be evaluated.
-        precision: "bf16": compute in bfloat16 under autocast, as training with that precision does; None: as it is.
-    """
+    """No dropout and stored statistics inside the block, precision as for `autocast`; then training as before."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

@@ -43,15 +43,7 @@ class Best(NamedTuple):
 
 
 def best_of(logits: Tensor, ids: Tensor | None = None) -> Best:
-    """The same from logits that are there.
-
-    Args:
-        logits: Of all tokens, [A, V], or of some, [A, K], float32; -inf where masked.
-        ids: Token ids of the columns, [A, K], or ascending ones for all states, [K]; None: their numbers.
-
-    Returns:
-        With these logits.
-    """
+    """The same from logits, float32, -inf where masked: [A, V], or [A, K] of `ids` [A, K], or [K] if ascending."""
     values, columns = logits.topk(min(2, logits.shape[1]), dim=-1)
     if ids is None or ids.ndim == 1:  # `topk` does not say which of equal ones comes first
         columns = torch.cat([logits.argmax(-1, keepdim=True), columns[:, 1:]], dim=1)

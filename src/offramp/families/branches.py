@@ -51,15 +51,7 @@ def blocks_of(split: Network, exits: Any) -> tuple[list[tuple[int, Any]], dict[i
 
 
 def first_weights(split: Network, count: int) -> list[dict[str, Tensor]]:
-    """Weights of the model's last blocks, float32, with zeros where a sublayer adds to the state: they leave it alone.
-
-    Args:
-        split: The model.
-        count: How many blocks.
-
-    Returns:
-        Those of each, by name.
-    """
+    """Weights of the last `count` blocks, float32, zeros where a sublayer adds to the state: they leave it alone."""
     blocks = split.blocks[split.num_layers - count : split.num_layers]
     return [{name: _quiet(name, p.detach().float()) for name, p in block.named_parameters()} for block in blocks]
 

@@ -20,16 +20,7 @@ class NotFiniteError(ValueError):
 
 
 def not_finite(model: str, where: str, dtype: torch.dtype) -> NotFiniteError:
-    """The error.
-
-    Args:
-        model: What the model is called.
-        where: Place of the first such value, such as "after layer 3 of 12".
-        dtype: Number format that the model computes in.
-
-    Returns:
-        What is to be raised.
-    """
+    """The error for a model, by name, with the place of the first such value and the format it computes in."""
     if dtype == torch.float16:
         remedy = "numbers above 65,504 overflow in float16: load it in float32 or bfloat16 (dtype=, --dtype)"
     else:
@@ -38,17 +29,7 @@ def not_finite(model: str, where: str, dtype: torch.dtype) -> NotFiniteError:
 
 
 def require_finite(values: Tensor, model: str, where: str, dtype: torch.dtype | None = None) -> None:
-    """Refuse values that a model computed.
-
-    Args:
-        values: Any shape; scores that were masked on purpose do not belong here.
-        model: What the model is called.
-        where: What the values are.
-        dtype: Number format that the model computes in; None: that of the values.
-
-    Raises:
-        not_finite: One is NaN or infinite.
-    """
+    """Refuse what a model computed unless all is finite; scores masked on purpose do not belong here."""
     if not bool(values.isfinite().all()):
         raise not_finite(model, where, dtype or values.dtype)
 
@@ -68,19 +49,7 @@ def broken_at(
     memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
 ) -> NotFiniteError | None:
-    """The error for a language model that may have computed such values: its whole pass is gone through again.
-
-    Args:
-        split: The model.
-        ids: Tokens behind which it was found, [B, T].
-        mask: 1 for tokens, 0 for padding, [B, T]; None without padding.
-        positions: Positions of the tokens, [B, T]; None: counted from the mask.
-        memory: Encoder output, [B, X, D].
-        memory_mask: Mask of the encoder's input, [B, X].
-
-    Returns:
-        What is to be raised, with the first layer, and the first token there; None: all it computes are numbers.
-    """
+    """The error, with first layer and token, if a whole pass computes such values; see `SplitModel.start`."""
     depth, real = split.num_layers, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     error = partial(not_finite, name_of(split), dtype=split.model.dtype)
     if memory is not None and not bool(memory.isfinite().all()):

@@ -51,12 +51,7 @@ class ExitOutput(NamedTuple):
 
 
 class PooledBody(nn.Module):
-    """Norm and pooling: states [B, T, D] or maps [B, D, H, W] to features [B, D].
-
-    Args:
-        pooling: One of `POOLINGS`.
-        norm: Applied to states before pooling, for networks whose states are not normalised between blocks.
-    """
+    """Pooling of states [B, T, D], behind a norm where they have none, or of maps [B, D, H, W], to features [B, D]."""
 
     def __init__(self, pooling: str, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -79,14 +74,7 @@ class PooledBody(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """One exit.
-
-    Args:
-        backbone: What it reads.
-        layer: After how many blocks it reads, 1..L.
-        classes: C.
-        config: How it is built.
-    """
+    """One exit of a backbone after `layer` blocks, 1..L, for C classes, built as the config says."""
 
     def __init__(self, backbone: Backbone, layer: int, classes: int, config: HeadConfig) -> None:
         super().__init__()

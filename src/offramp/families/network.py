@@ -21,17 +21,8 @@ _CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 
 
 
 def cache_name(*functions: Callable[..., Any]) -> str:
-    """What transformers calls the argument that takes the cache: it differs between releases and between models.
-
-    Asked of signatures and not of version numbers, since a deprecated name is accepted for a while, with a warning.
-
-    Args:
-        functions: The first one that names a cache decides; a wrapper that takes anything does not name one.
-
-    Returns:
-        A parameter's name.
-    """
-    for function in functions:
+    """What the first of the functions that has one calls the argument for the cache: releases and models differ."""
+    for function in functions:  # not version numbers: a deprecated name is accepted for a while, with a warning
         parameters = inspect.signature(function).parameters
         for name in _CACHE_NAMES:
             if name in parameters:

@@ -15,24 +15,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def named_device(device: str | int | torch.device | None = None) -> torch.device:
-    """The device of that name; None: the first CUDA GPU if there is one (ROCm's count as such), else the CPU.
-
-    Other accelerators are used when they are named: `mps`, for example, has no float64, in which statistics are summed.
-
-    Args:
-        device: Its name, "cpu", "cuda", "cuda:1"; a number is that of an accelerator.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: This machine has none of that name.
-    """
+    """The device of that name or number; None: the first CUDA GPU (ROCm's count as such), else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     known = ["cpu", *([accelerator.type] if accelerator else [])]
-    if device is None:
+    if device is None:  # others are named: mps has no float64, in which statistics are summed
         return torch.device("cuda" if "cuda" in known else "cpu")
     try:
         chosen = torch.device(device)
@@ -56,14 +44,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def process_device(device: str | None) -> tuple[Any, torch.device]:
-    """Where this process runs: alone as `named_device` says, one of several (`accelerate launch`) on a GPU of its own.
-
-    Returns:
-        `accelerate`'s state of the processes, and the device.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
+    """`accelerate`'s state, and where this process runs: `named_device`, or of several each on a GPU of its own."""
     from accelerate import PartialState
 
     chosen = named_device(device)

@@ -41,18 +41,7 @@ def save_exits(
     model: str | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Write exits, posterior and frequent tokens, if there are any: the folder appears complete, or stays what it was.
-
-    Args:
-        exits: The exits.
-        folder: A new or empty folder, or one with nothing but exits, which are replaced.
-        settings: How they were trained, as JSON values; None: their own.
-        model: Name of the model they are for; None: their own.
-        fingerprint: Of its weights; None: their own.
-
-    Raises:
-        FileExistsError: There is something else of that name; it is left alone.
-    """
+    """Write exits with all that belongs to them, as a whole or not at all; None: what the exits say of themselves."""
     values = {
         "model": exits.model if model is None else model, "num_layers": exits.num_layers, "width": exits.width,
         "layers": list(exits.layers), "rank": exits.rank, "classifier": exits.classifiers is not None,
@@ -119,14 +108,7 @@ def _branch(tensors: Mapping[str, Tensor], begin: str, blocks: int, lacks: str) 
 
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What was saved: the description as the arguments of `Exits`, of the right types, and the weights.
-
-    Returns:
-        The arguments, "posterior" and "frequent", and tensors, by name.
-
-    Raises:
-        ModelError: There are no exits, or they are damaged.
-    """
+    """What was saved: the arguments of `Exits`, of the right types, "posterior" and "frequent", and the tensors."""
     try:
         values, tensors = artefact.read(folder, SCHEMA, KIND, without_digest=True)
     except ValueError as error:

@@ -88,18 +88,7 @@ class Posterior(nn.Module):
         conformal: ConformalSets | None = None,
         avcs: EvidenceSets | None = None,
     ) -> Posterior:
-        """Put fitted parts together.
-
-        Args:
-            settings: See the class, without "methods" and their entries.
-            laplace: By layer.
-            config: Of these.
-            conformal: Sets for all layers.
-            avcs: Likewise.
-
-        Returns:
-            The posterior.
-        """
+        """Put fitted parts together, of Laplace by layer; settings without "methods" and their entries."""
         tensors: dict[str, Tensor] = {}
         parts: dict[str, Any] = {}
         for layer, (state, tuned) in (laplace or {}).items():

@@ -15,18 +15,7 @@ BUNDLED = "bundled"
 
 
 def exits_folder(source: str | os.PathLike[str], model: str) -> Path:
-    """The folder of exits that are named by a folder, by "bundled", or by a hub id.
-
-    Args:
-        source: What the user gave; a `Path` is always a folder.
-        model: Name of the model they are for; "bundled" exits are found by it.
-
-    Returns:
-        A folder; whether it holds exits is for `load_exits` to see.
-
-    Raises:
-        ModelError: No exits come with offramp for this model, or the hub does not give them.
-    """
+    """The folder of what is given: a folder (a `Path` always is one), "bundled" (by the model's name), or a hub id."""
     folder = Path(source).expanduser()
     if str(source) == BUNDLED and not folder.exists():
         bundled = Path(__file__).parents[1] / "data" / "exits"

@@ -17,19 +17,7 @@ _SAID = ("trainable", "objective", "steps", "tokens", "blocks", "learning_rate",
 def model_card(
     exits: Exits, repository: str, *, with_model: bool = False, figures: str | None = None, license: str | None = None
 ) -> str:
-    """The text of a model card.
-
-    Args:
-        exits: What it is about.
-        repository: OWNER/NAME where they lie.
-        with_model: Whether the model that was trained with them lies there as well.
-        figures: What was measured, as Markdown, such as the `table()` of an evaluation, which says what its figures are
-            relative to; None: nothing.
-        license: Identifier of the hub's, such as "apache-2.0"; None: none is stated.
-
-    Returns:
-        Markdown with the hub's metadata in front.
-    """
+    """Markdown with the hub's metadata in front; what is given is as for `offramp.hub.exit_sources.push`."""
     base = repository if with_model else exits.model
     trained = exits.settings.get("model")
     named = trained.get("name") if with_model and isinstance(trained, Mapping) else exits.model

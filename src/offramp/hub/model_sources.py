@@ -23,23 +23,7 @@ def find(
     subfolder: str = "",
     local_files_only: bool = False,
 ) -> Source:
-    """Find a model; the hub is asked once whether it has it.
-
-    Args:
-        name: Packaged name, local folder or hub id.
-        revision: Branch, tag or commit on the hub; None: its main branch.
-        token: For the hub; None or True: the one that `hf auth login` stored.
-        cache_dir: Where what the hub gives is kept; None: the hub's own cache.
-        subfolder: Folder of the model inside.
-        local_files_only: Do not ask the hub; only what it gave earlier.
-
-    Returns:
-        Its source.
-
-    Raises:
-        ModelError: There is no such model.
-        ValueError: A revision is asked for where there are none.
-    """
+    """Find a model, asking the hub once whether it has it; arguments are those of `offramp.load`."""
     place, local = resolve(name, subfolder)
     if local:
         if revision is not None:
@@ -94,14 +78,7 @@ def _check_folder(folder: Path) -> None:
 def hub_problem(
     repo: str, *, revision: str = "main", token: str | bool | None = None, subfolder: str = ""
 ) -> str | None:
-    """Ask the hub for `repo` once; transformers alone would retry for half a minute. Arguments: see `find`.
-
-    Returns:
-        None if the hub has it, else why the hub cannot be reached.
-
-    Raises:
-        ModelError: The hub was reached and does not give it to this user.
-    """
+    """Why the hub cannot be reached, asked once: transformers retries for half a minute. None: it has the model."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision

@@ -36,16 +36,7 @@ def documents_of(
     folder: Path,
     progress: Callable[..., None] | None,
 ) -> list[Document]:
-    """Texts, examples of a task and answers to prompts, as far as they are given; without any, to the bundled prompts.
-
-    What may be given, and how, is said at `offramp.train`; answers are kept in the folder.
-
-    Returns:
-        The documents.
-
-    Raises:
-        ArgumentError: Some of it does not go together.
-    """
+    """Texts, examples of a task and answers to prompts, else to the bundled ones, as `offramp.train` is given them."""
     documents: list[Document] = []
     if texts is not None:
         found = texts_of(texts, columns)

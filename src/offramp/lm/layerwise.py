@@ -96,18 +96,7 @@ def _states(split: SplitModel, where: Tensor, ids: Tensor, mask: Tensor | None =
 
 
 def read_layers(split: SplitModel, states: Tensor) -> Readings:
-    """Read states out, through their lenses, a few positions at a time.
-
-    Args:
-        split: The model.
-        states: After layers 1..L, [L, N, D].
-
-    Returns:
-        What each layer says.
-
-    Raises:
-        NotFiniteError: The model computes NaN or infinity.
-    """
+    """What each layer says, through its lens, of its states, [L, N, D]; a few positions at a time."""
     parts = []
     for chunk in torch.split(states, max(16, (1 << 22) // split.shape.vocabulary), dim=1):
         final, layers = None, []

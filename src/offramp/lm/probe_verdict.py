@@ -10,21 +10,7 @@ def verdict(
     flops: Mapping[str, float], margins: Mapping[str, float], head: float, saturation: float, min_layer: int,
     depth: int, examples: int,
 ) -> str:  # fmt: skip
-    """Whether a model is worth early exits, no surer than an interval over the examples allows.
-
-    Args:
-        flops: Share of the full model's FLOPs if every token left where its choice is settled: "untested", "tested" by
-            full readouts, and "pruned".
-        margins: Half of a 95 % interval of "tested" and "pruned".
-        head: What one readout of the whole vocabulary costs, in layers.
-        saturation: Mean layer where choices are settled.
-        min_layer: First layer that is tested.
-        depth: L.
-        examples: How many texts or answers were looked at.
-
-    Returns:
-        One paragraph.
-    """
+    """Whether a model is worth early exits, no surer than the margins (half 95 % intervals over examples) allow."""
     tests = f"after each of layers {min_layer}..{depth - 1}" if min_layer < depth - 1 else f"after layer {min_layer}"
     setting = (
         f"if every token left where its choice is settled (after {saturation:.1f} of {depth} layers on average), "

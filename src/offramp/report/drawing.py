@@ -50,16 +50,7 @@ def require_matplotlib() -> Any:
 
 
 def headed(title: str, width: float, height: float) -> Any:
-    """An empty figure, sizes in inches, with its title at the left in lines that fit.
-
-    Newlines at the title's end leave room for a legend that is wider than its panel.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """An empty figure, in inches, its title at the left; newlines at the title's end leave room for a wide legend."""
     figure = require_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
     fits = int(9.5 * width)  # letters of this size
     lines = [line for each in title.split("\n") for line in textwrap.wrap(each, fits) or [""]]
@@ -73,14 +64,7 @@ def footnote(figure: Any, text: str) -> None:
 
 
 def legend(axes: Any, *entries: Any, wide: bool = False, **options: Any) -> None:
-    """A legend between the title and the axes, where it hides nothing.
-
-    Args:
-        axes: Where to.
-        entries: Handles and labels; none: those of the axes.
-        wide: It is wider than its panel, and the title has empty lines at its end to make room for it.
-        options: Of matplotlib's legend.
-    """
+    """A legend above the axes, of these or their own entries; `wide`: wider than its panel, below a longer title."""
     made = axes.legend(*entries, **{"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "fontsize": 9, **options})
     made.set_in_layout(not wide)
 
@@ -97,11 +81,7 @@ def percent() -> Any:
 
 
 def save_figures(drawings: Mapping[str, Callable[[], Any]], folder: Path) -> list[Path]:
-    """Draw, and write each figure as SVG and PNG under its name into a folder, made if missing.
-
-    Returns:
-        The files; none without matplotlib, since what is drawn is also there as numbers.
-    """
+    """Write figures as SVG and PNG into a folder; none without matplotlib, since they are there as numbers."""
     paths: list[Path] = []
     if not available():
         return paths

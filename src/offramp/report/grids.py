@@ -98,11 +98,7 @@ def comparisons(methods: Methods, rule: str) -> dict[str, Paired]:
 
 
 def matched_comparisons(methods: Methods, rule: str) -> dict[str, tuple[str, Paired]]:
-    """Worst groups of confounded methods against plain distillation with their T and λ, where that has run.
-
-    Returns:
-        By name: what a method is compared with, and the comparison, corrected for the number of them.
-    """
+    """Worst groups of confounded methods against plain distillation with their T and λ, by name, with its name."""
     pairs = {
         name: match for name, match in matched.confounded(methods, REFERENCE).items()
         if match in methods and len(methods[match]) > 1

@@ -178,17 +178,7 @@ def seeds_table(
     reference: str | None = None,
     also: Mapping[str, str] | None = None,
 ) -> Table:
-    """Methods over seeds.
-
-    Args:
-        summaries: By method.
-        comparisons: Mean of minima against a reference, by method; the reference has none.
-        reference: Its name, where other methods may lack a comparison too, having run on other seeds.
-        also: What stands behind a method's verdict.
-
-    Returns:
-        A table.
-    """
+    """Methods over seeds, compared with `reference` where they ran on its seeds; `also` stands behind a verdict."""
     head = ["method", "seeds", "mean of minima", "minimum of means", *PAIRED_HEAD]
     rows = []
     for name, s in summaries.items():

@@ -22,21 +22,7 @@ def colours() -> str:
 
 
 def report(runs: Sequence[Path], out: Path, *, examples: int = 3, seed: int = 0) -> Path:
-    """Write a report.
-
-    Args:
-        runs: Folders of `offramp train`, `evaluate`, `calibrate`, `probe` and `distill`, and JSON files of `probe`.
-        out: The HTML file; one that is there is replaced.
-        examples: How many examples to show of each evaluation.
-        seed: Of their choice.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: No runs, a run that cannot be read, or a place that cannot be written to.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Write one file about runs, over an older one, with so many examples of each evaluation, drawn by the seed."""
     if not runs:
         raise ValueError("there are no runs to report; give at least one run folder")
     if examples < 0:

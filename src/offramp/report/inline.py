@@ -25,17 +25,7 @@ _OURS = {colour.lower(): f"var(--{name})" for colour, name in zip(COLOURS, _NAME
 
 
 def inline(content: bytes) -> str:
-    """The element `<svg>` of a file, for HTML.
-
-    Elements and attributes that do not draw are left out, and so is what would load anything. Ids begin with the
-    content's digest, so that several pictures can stand in one page.
-
-    Returns:
-        Its markup.
-
-    Raises:
-        ValueError: It is no SVG.
-    """
+    """The element `<svg>` of a file, for HTML: only what draws, nothing that loads, ids of its own."""
     try:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError as error:

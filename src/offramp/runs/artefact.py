@@ -59,24 +59,13 @@ State = TypeVar("State")
 
 
 def save(state: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a state of a `fit` of `offramp.uncertainty`: the folder appears complete, or stays what it was.
-
-    Raises:
-        FileExistsError: The folder is neither new nor empty, nor does it hold a state, which would be replaced.
-    """
+    """Write a state of a `fit` of `offramp.uncertainty`, over an older one; over anything else a FileExistsError."""
     tensors: dict[str, Tensor] = {}
     write(folder, SCHEMA, {"kind": type(state).__name__, "state": encode(state, tensors, "state")}, tensors)
 
 
 def load(kind: type[State], folder: str | os.PathLike[str]) -> State:
-    """Read a fitted state.
-
-    Returns:
-        The same state.
-
-    Raises:
-        ValueError: There is none, it is not what was written, or it is of another kind.
-    """
+    """The same state; a ValueError if there is none, it is not what was written, or it is of another kind."""
     values, tensors = read(folder, SCHEMA, without_digest=True)  # the first states had none
     if (name := values.get("kind")) != kind.__name__:
         raise ValueError(f"{folder} holds {name!r}, but {kind.__name__!r} was asked for; name another folder")
@@ -94,19 +83,7 @@ def write(
     kind: Kind = STATE,
     others: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write all files: the folder appears complete, or stays what it was.
-
-    Args:
-        folder: A new or empty folder, or one with nothing but such an artefact, which is replaced.
-        schema: What is in it, such as "offramp/posterior/1".
-        values: The description, as JSON values.
-        tensors: By name.
-        kind: Of the folder.
-        others: Writes further files into a folder.
-
-    Raises:
-        FileExistsError: There is something else of that name; it is left alone.
-    """
+    """Write all files, and what `others` writes into a folder: it appears complete, or stays what it was."""
     target = Path(folder).expanduser().resolve()
     if target.exists() and not _may_go(target, kind):
         raise FileExistsError(
@@ -139,20 +116,7 @@ def description(folder: str | os.PathLike[str], kind: Kind = STATE) -> dict[str,
 def read(
     folder: str | os.PathLike[str], schema: str, kind: Kind = STATE, *, without_digest: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
-    """What `write` wrote.
-
-    Args:
-        folder: The folder.
-        schema: What must be in it.
-        kind: Of the folder.
-        without_digest: Take, with a warning, also an artefact of an earlier version that has no digest in any file.
-
-    Returns:
-        The description without schema, digest and files, and the tensors.
-
-    Raises:
-        ValueError: There is no such artefact, it is of another kind, or it is not what was written.
-    """
+    """What `write` wrote, but schema, digest and files; `without_digest`: with a warning, what never had one, too."""
     place = Path(folder).expanduser()
     values = description(place, kind)
     file = place / kind.description

@@ -30,18 +30,7 @@ def differences(have: Mapping[str, Any], asked: Mapping[str, Any], prefix: str =
 def require_same(
     have: Mapping[str, Any], asked: Mapping[str, Any], place: object, holds: str = "another run: {}", way: str = SAME
 ) -> None:
-    """Refuse to go on with what another run left.
-
-    Args:
-        have: What that was asked for, as JSON values.
-        asked: What this one is asked for.
-        place: Where it stands, for messages.
-        holds: What stands there then, with {} for the differences.
-        way: What to do.
-
-    Raises:
-        ValueError: They differ; the message says in what.
-    """
+    """A ValueError if they differ: `place` holds `holds`, with {} for the differences; `way` says what to do."""
     if differing := differences(have, asked):
         raise ValueError(f"{place} holds {holds.format('; '.join(differing))}; {way}")
 
@@ -52,19 +41,7 @@ def write_asked(path: Path, asked: Mapping[str, Any], **beside: Any) -> None:
 
 
 def read_asked(path: Path, advice: str, *beside: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_asked` wrote.
-
-    Args:
-        path: The file.
-        advice: What to do if it is damaged.
-        beside: Names of what may stand beside what was asked for.
-
-    Returns:
-        What was asked for, and what stands beside it.
-
-    Raises:
-        ValueError: It was changed or is damaged.
-    """
+    """What `write_asked` wrote, and what stands `beside` it; a ValueError with the advice if it is damaged."""
     have = unsealed(read_object(path, advice), path, advice)
     return have, {name: have.pop(name) for name in beside if name in have}
 
@@ -76,14 +53,7 @@ def as_json(values: Any) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """A run folder, made if missing, for this process alone.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: Another process has it; `busy` says what it does, such as "another calibration runs".
-    """
+    """A run folder, made if missing, for this process alone; a ValueError begins with `busy` if another has it."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,14 +31,7 @@ _CHUNK = 1 << 20
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file, unpacked if its name ends in `.gz`.
-
-    Returns:
-        All of them.
-
-    Raises:
-        ValueError: It is damaged, or unpacks to more than is sensible, or is larger than `MOST_BYTES`.
-    """
+    """All bytes of a file, unpacked if its name ends in `.gz`; a ValueError if damaged or more than is sensible."""
     with path.open("rb") as file:
         if path.suffix.lower() != ".gz":
             return whole(file, path)
@@ -49,16 +42,7 @@ def content(path: Path) -> bytes:
 
 
 def read_json(path: Path, advice: str) -> Any:
-    """The value of a file that is one JSON document, not larger and not deeper than sensible.
-
-    Returns:
-        The value.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no JSON, has NaN or infinity, which JSON does not, or is larger than `MOST_JSON`; or it cannot
-            be read.
-    """
+    """The value of a JSON document without NaN and infinity, not larger and not deeper than sensible."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_JSON + 1)
@@ -102,14 +86,7 @@ def whole(file: BinaryIO, place: object, *, packed: BinaryIO | None = None) -> b
 
 
 def decoded(data: bytes, place: object) -> str:
-    r"""Bytes, which stand at `place`, as text: UTF-8 with or without a mark in front, line ends as ``\n``.
-
-    Returns:
-        The text.
-
-    Raises:
-        ValueError: Not UTF-8, or with a NUL, which stands in no text but in every ASCII letter of UTF-16.
-    """
+    r"""Bytes as text, UTF-8 with or without a mark, line ends as ``\n``; a ValueError about `place` if it is none."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -128,21 +105,7 @@ def _line(data: bytes, at: int) -> int:
 
 
 def parsed(text: str, place: str, *, hint: str = "", finite: bool = False) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        text: The text.
-        place: Where it stands, for messages.
-        hint: What else to say if it is not JSON.
-        finite: Refuse NaN and infinity, which Python reads though JSON has neither.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: Not JSON, nested more than `DEEPEST` times, a key twice in one object, a number with thousands of
-            digits, or half of a character.
-    """
+    """The value of a JSON text; a ValueError names the place, and gives the hint if it is no JSON at all."""
     try:
         value = json.loads(
             text,

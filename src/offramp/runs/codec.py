@@ -54,21 +54,7 @@ def encode(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "")
 
 
 def decode(kind: type[Kind], value: Any, tensors: Mapping[str, Tensor] | None = None) -> Kind:
-    """What `encode` was given.
-
-    Args:
-        kind: Its type.
-        value: The JSON values.
-        tensors: By the names that stand in their places. None: they stand there themselves, with null for NaN, and are
-            read in float64.
-
-    Returns:
-        The value.
-
-    Raises:
-        LookupError: There is no such tensor.
-        TypeError: A dataclass has other fields, or a value is of another kind.
-    """
+    """What `encode` was given; where `tensors` is None, tensors are read in float64, with NaN for null."""
     found: Kind = _decode(kind, value, tensors)
     return found
 

@@ -22,15 +22,7 @@ ELEMENTS = 1 << 22
 
 
 def of(values: Any, tensors: Iterable[Tensor] = ()) -> str:
-    """Of JSON values and tensors, in this order.
-
-    Args:
-        values: JSON values.
-        tensors: Of any shape and type but bfloat16; types and shapes count.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """64 hexadecimal digits of JSON values and tensors, in this order; types (but bfloat16) and shapes count."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -75,14 +67,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(values: Mapping[str, Any], place: object, advice: str) -> dict[str, Any]:
-    """What `sealed` was given.
-
-    Returns:
-        The object without its digest. One of an earlier version, which has none, is taken with a warning.
-
-    Raises:
-        ValueError: The digest is another; the message says that of `place`, and the advice.
-    """
+    """What `sealed` was given; a ValueError if its digest is another, a warning if there is none (earlier versions)."""
     plain = {name: value for name, value in values.items() if name != "digest"}
     if "digest" not in values:
         warn_of_none(place)

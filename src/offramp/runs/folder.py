@@ -129,14 +129,7 @@ class RunFolder:
         write_tensors(self.checkpoint, tensors, {"clock": json.dumps(asdict(state))})
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Continue from the checkpoint.
-
-        Returns:
-            Where the run was; None if there is no checkpoint.
-
-        Raises:
-            ValueError: The checkpoint is damaged, or not of these parameters; nothing was changed.
-        """
+        """Continue from the checkpoint; None: there is none; a ValueError, nothing changed: it is damaged."""
         if not self.checkpoint.exists():
             self._rewind(-1)
             return None
@@ -170,15 +163,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def opened(path: Path, *, writes: bool = True) -> Iterator[RunFolder]:
-    """The run folder, for this process alone, or not `writes`: for one that only reads along.
-
-    Yields:
-        The folder, rid of half-written files.
-
-    Raises:
-        ValueError: Another process trains there.
-        TrainingError: Raised within; that NaN or infinity stopped the run is kept.
-    """
+    """The run folder, without half-written files, for this process alone; not `writes`: for one that reads along."""
     if not writes:
         yield RunFolder(path, writes=False)
         return

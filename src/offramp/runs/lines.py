@@ -26,14 +26,8 @@ REMOVE = "remove it, or use another folder"
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]], *, durable: bool = True) -> None:
-    """Add JSON objects to a file, one per line. NaN is refused.
-
-    Args:
-        path: The file; made if missing. To one of an earlier version, without digests, lines are added without.
-        values: The objects.
-        durable: Whether they are on the disk when this returns.
-    """
-    text = _text(values, _last_digest(path))
+    """Add JSON objects without NaN, one per line; `durable`: they are on the disk when this returns."""
+    text = _text(values, _last_digest(path))  # to a file of an earlier version, without digests, without
     with path.open("ab") as file:
         file.write(text)
         file.flush()
@@ -48,14 +42,7 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path, what: str, advice: str = REMOVE) -> Lines:
-    """The objects of a file, half a line at its end left out.
-
-    Returns:
-        The objects, without digests. A file of an earlier version, without any, is taken with a warning.
-
-    Raises:
-        ValueError: A line is no JSON object, or not what was written.
-    """
+    """The objects, without digests and half a line at the end; a ValueError if a line is not what was written."""
     found: Lines = []
     last: str | None = ""
     for number, line in enumerate(content(path).split(b"\n")[:-1], 1):
@@ -87,20 +74,7 @@ def keep_lines(path: Path, count: int) -> None:
 
 
 def open_lines(path: Path, header: Mapping[str, Any], what: str, whole: Callable[[Lines], int] | None = None) -> Lines:
-    """Begin a file of JSON lines with a header, or go on with one that begins with the same.
-
-    Args:
-        path: The file; made if missing, with its folder.
-        header: How the lines come about, as JSON values.
-        what: They are, for messages.
-        whole: From the objects behind the header to how many of them count; the others are cut off. None: all.
-
-    Returns:
-        The objects behind the header.
-
-    Raises:
-        ValueError: The header is another one, or the file is damaged or holds something else.
-    """
+    """Begin a file with a header, or go on with one with the same: the objects behind it, as many as `whole` says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     asked = as_json(header)
     lines = read_lines(path, what) if path.exists() else []

@@ -13,16 +13,7 @@ FIRST, EVERY = 10.0, 30.0
 
 
 def shown(given: Callable[..., None] | None, label: str, **phases: str) -> Callable[..., None] | None:
-    """What a function reports to that was called without `progress`: a bar, where there is somebody to see it.
-
-    Args:
-        given: What it was called with, which is taken if it is not None.
-        label: As for `progress`, as are `phases`.
-        phases: See there.
-
-    Returns:
-        A callback, (done, total[, what is next]); None where standard error is a file.
-    """
+    """What a verb reports to: what it was given, else a bar where somebody sees it, else None."""
     if given is not None or not _is_watched():
         return given
     open_bar = contextlib.ExitStack()
@@ -47,15 +38,7 @@ def _is_watched() -> bool:
 
 
 def progress(label: str, **phases: str) -> contextlib.AbstractContextManager[Any]:
-    """Progress on standard error.
-
-    Args:
-        label: What is being done, such as "calibrating".
-        phases: What is being done instead while something is next, such as answers="answering".
-
-    Returns:
-        A context whose value is a callback, (done, total[, what is next]).
-    """
+    """A context with a callback, (done, total[, what is next]); `phases` say what is done while something is next."""
     lines = contextlib.nullcontext(_Lines(label, phases))
     return _bar(label, phases) if sys.stderr.isatty() else lines
 

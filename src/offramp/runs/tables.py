@@ -62,11 +62,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_html(text: str) -> str:
-    """A text with tables of `markdown` in it as HTML: tables, headings and paragraphs; what is aligned stays so.
-
-    Returns:
-        Elements without styles of their own, so that they look like what stands around them, dark or light.
-    """
+    """A text with tables of `markdown` as HTML without styles of its own; what is aligned stays so."""
     found = []
     for is_table, lines in itertools.groupby(text.split("\n"), key=lambda line: line.startswith("| ")):
         block = list(lines)
@@ -81,13 +77,7 @@ def as_html(text: str) -> str:
 
 
 def fitted(text: str, width: int | None) -> str:
-    """A text whose tables are no wider than a terminal: cells are folded at blanks, then columns go below each other.
-
-    Nothing is left out; the first column is repeated. A table that fits, or whose single words do not, stays Markdown.
-
-    Returns:
-        The text; what it is where the width is None, and it is no terminal.
-    """
+    """A text whose tables fit a terminal (None: it is none): cells fold at blanks, then columns go below each other."""
     if width is None:
         return text
     blocks = itertools.groupby(text.split("\n"), key=lambda line: line.startswith("| "))

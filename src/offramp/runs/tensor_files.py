@@ -94,14 +94,7 @@ def read_tensors(path: Path, advice: str) -> tuple[dict[str, str], dict[str, Ten
 
 
 def read_header(path: Path, advice: str) -> dict[str, str]:
-    """The texts of a file's header, without its digest, once that was compared with all that is in the file.
-
-    Returns:
-        The texts by name. A file of an earlier version, without a digest, is taken with a warning.
-
-    Raises:
-        ValueError: It is missing, damaged, or not what was written.
-    """
+    """The texts of a header, its digest compared with the file; a warning if there is none (earlier versions)."""
     begin, texts = _begin(path, advice)
     digest = texts.pop("digest", None)
     if digest is None:

@@ -97,13 +97,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to some examples, coloured by exit layer.
-
-    Attributes:
-        legend: The layers that occur, with names.
-        places: Where each stands on the scale of depth, from 0 (the first exit) to 1 (the full model).
-        examples: In the order of reading.
-    """
+    """Examples and their answers, coloured by exit layer; `places` of layers are 0 (first exit) to 1 (full)."""
 
     kind: ClassVar[str] = "answers"
     legend: Mapping[int, str]
@@ -124,13 +118,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All about one run.
-
-    Attributes:
-        title: Of what it is.
-        place: The folder or file it was read from.
-        sections: In the order of reading.
-    """
+    """All about one run, its folder or file, in sections."""
 
     title: str
     place: str

@@ -32,20 +32,7 @@ COMMANDS = "offramp train, evaluate, calibrate, probe or distill"
 
 
 def pages_of(path: Path, *, examples: int, seed: int) -> list[Page]:
-    """The pages of one run.
-
-    Args:
-        path: A folder of `offramp train`, `evaluate`, `calibrate`, `probe` or `distill`: of the last the grid, one of
-            its runs, or that of a language model; or a JSON file of `probe`.
-        examples: How many examples to show of an evaluation.
-        seed: Of their choice.
-
-    Returns:
-        Pages, usually one.
-
-    Raises:
-        ValueError: There is no such run, it is not finished, or it was written by another version.
-    """
+    """The pages, usually one, of a run's folder or a probe's JSON; a ValueError if it is none, or unfinished."""
     kinds: list[tuple[str, str, Callable[[Path, dict[str, Any]], Page]]] = [
         (RESULTS, EVALUATION, partial(evaluation.page, examples=examples, seed=seed)),
         ("config.json", TRAINING, training.page),
