@@ -26,7 +26,7 @@ from pathlib import Path
 import openai
 
 import offramp
-from offramp.hub.prompts import bundled_prompts
+from offramp.lm.given import bundled_prompts
 
 TOKENS = 48
 WARM = 2.0

@@ -13,8 +13,7 @@ import offramp
 from offramp import Exits, LanguageModel, ModelError, cli
 from offramp.hub import exit_sources
 from offramp.hub.exit_files import load_exits, save_exits
-from offramp.hub.exit_sources import exits_folder, push
-from offramp.hub.model_card import model_card
+from offramp.hub.exit_sources import exits_folder, model_card, push
 from test_exits import same
 from tiny import inputs_for, tiny, tokenizer
 

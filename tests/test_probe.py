@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from offramp.core.costs import break_even, exit_flops, ratios
 from offramp.core.language_model import LanguageModel
 from offramp.families.sizes import BlockShape, ModelShape
-from offramp.hub.prompts import bundled_prompts
+from offramp.lm.given import bundled_prompts
 from offramp.lm.layerwise import Readings, read_layers
 from offramp.lm.probe import probe, summarise
 

@@ -7,7 +7,7 @@ import torch
 
 import offramp
 from offramp import ExitPolicy
-from offramp.hub.prompts import bundled_prompts
+from offramp.lm.given import bundled_prompts
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,8 +1,11 @@
-"""Which pretrained models come in ordinary Python packages."""
+"""What models are named by: those that come in ordinary Python packages, and where any other one is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from offramp.values import nearest
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,26 @@ PACKAGED = {
     ),
 }
 """Packaged models by name: a language model that `load` takes, and an encoder to make classifiers of."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is known to be in a folder, or asked for on the hub.
+
+    Attributes:
+        place: The folder, or the hub id.
+        local: Whether it is a folder.
+        where: What `transformers` must know besides to find it.
+        offline: Why the hub cannot be reached, if it cannot: only what it gave earlier can be loaded.
+    """
+
+    place: str
+    local: bool
+    where: dict[str, Any]
+    offline: str | None = None
+
+
+def choices(name: str = "") -> str:
+    """What a model may be named by, and the packaged one that a name that leads nowhere is nearest to."""
+    allowed = f"give a packaged name ({', '.join(PACKAGED)}), a local model folder or a hub id such as owner/model"
+    return allowed + nearest(name, PACKAGED)

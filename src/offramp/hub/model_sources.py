@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from offramp.hub.catalogue import PACKAGED
+from offramp.hub.catalogue import PACKAGED, Source, choices
 from offramp.hub.messages import ModelError, first_line
 from offramp.hub.packaged import packaged_folder
-from offramp.hub.source import Source, choices
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-from offramp.hub.catalogue import PACKAGED, Packaged
+from offramp.hub.catalogue import PACKAGED, Packaged, Source
 from offramp.hub.messages import ModelError, first_line, quiet, say
 from offramp.runs.digests import of_file
 
@@ -152,7 +152,6 @@ def _convert(weights: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from offramp.hub.pretrained import model_of, tokenizer_of
-    from offramp.hub.source import Source
 
     source = Source(str(weights.parent), True, {"gguf_file": weights.name, "local_files_only": True})
     with quiet(), redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that cannot be turned off

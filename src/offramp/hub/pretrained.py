@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.hub.catalogue import Source, choices
 from offramp.hub.messages import ModelError, first_line, quiet
-from offramp.hub.source import Source, choices
 
 if TYPE_CHECKING:
     import torch

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from offramp.distillation.prompt_groups import read_prompts
-from offramp.hub.prompts import bundled_prompts
 from offramp.tasks import TASKS, Example, Task, fit, read_examples, take
 from offramp.training.data import read_texts
 from offramp.values import ArgumentError, choice
@@ -53,6 +54,12 @@ def texts_of(given: Texts, columns: Sequence[str] = ("text",)) -> list[str]:
     for each in [Path(given)] if isinstance(given, str | os.PathLike) else given:
         found += read_texts(Path(each), columns) if isinstance(each, os.PathLike) else [each]
     return found
+
+
+def bundled_prompts() -> list[str]:
+    """Sixty short English tasks for an instruction-following model, written for offramp, always in the same order."""
+    text = resources.files("offramp").joinpath("data/prompts.json").read_text(encoding="utf-8")
+    return [entry["prompt"] for entry in json.loads(text)["prompts"]]
 
 
 def prompts_of(given: Prompts | None, limit: int | None = None) -> list[Prompt]:

@@ -18,10 +18,9 @@ from torch import Tensor
 from offramp.core.costs import break_even, exit_flops, ratios
 from offramp.core.vocabulary import Pruning
 from offramp.families.sizes import ModelShape
-from offramp.hub.prompts import bundled_prompts
+from offramp.lm.given import bundled_prompts
 from offramp.lm.layerwise import Readings, answer_states, prompt_batches, read_layers, rows_in, text_states, windows_of
-from offramp.lm.probe_result import COVERAGE, TOLERANCE, Depths, LayerReport, Probe
-from offramp.lm.probe_verdict import verdict
+from offramp.lm.probe_result import COVERAGE, TOLERANCE, Depths, LayerReport, Probe, verdict
 from offramp.runs.progress import shown
 
 if TYPE_CHECKING:

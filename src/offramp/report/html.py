@@ -11,7 +11,7 @@ from offramp.core.token_text import DEPTH
 from offramp.runs.files import write_text
 
 if TYPE_CHECKING:
-    from offramp.report.pages import Page
+    from offramp.report.pages.blocks import Page
 
 TEMPLATE = "report.html.j2"
 
