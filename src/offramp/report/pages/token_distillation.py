@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.distillation.token_report import labels_used, readouts_table, summary
-from offramp.report import token_plots
+from offramp.report import training_plots
 from offramp.report.pages.blocks import Page, Section, Text, draw, facts, repeat
 from offramp.report.pages.training import how_far, measured
 from offramp.runs.folder import TrainState
@@ -31,7 +31,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
             [
                 *how_far(rows, config, options["training"]),
                 draw(
-                    partial(token_plots.groups_figure, result, student),
+                    partial(training_plots.token_groups_figure, result, student),
                     "Divergence from the teacher and agreement with it, of every group, before and after",
                 ),
                 result.by_group(),
@@ -43,7 +43,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
             "Training curves",
             [
                 draw(
-                    partial(token_plots.curves_figure, steps, judged, groups, student),
+                    partial(training_plots.token_curves_figure, steps, judged, groups, student),
                     "Divergence and agreement of every group over the tokens trained on",
                 )
             ],
@@ -52,7 +52,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     if readouts:
         table = readouts_table(rows, groups)
         picture = draw(
-            partial(token_plots.weights_figure, readouts, groups, student),
+            partial(training_plots.token_weights_figure, readouts, groups, student),
             "Mean weight of every group's training tokens after each readout",
         )
         sections.append(Section(table.title, [picture, table]))
