@@ -70,13 +70,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def body(self, layer: int, pooling: str | None) -> tuple[nn.Module, int]:
-        """A new module from activations after `layer` blocks to features [B, D], and D.
-
-        Args:
-            layer: The exit layer, 1..L.
-            pooling: How states become one feature vector, see `offramp.families.heads`; None: what is
-                usual for the network.
-        """
+        """A new module from activations after `layer` blocks, 1..L, to features [B, D], and D; None: usual pooling."""
         raise NotImplementedError
 
     def mixing_flops(self, inputs: Mapping[str, Tensor]) -> int:

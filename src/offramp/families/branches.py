@@ -17,21 +17,7 @@ _LAST = {"o_proj", "out_proj", "dense", "c_proj", "o", "down_proj", "fc2", "dens
 
 
 def blocks_of(split: Network, exits: Any) -> tuple[list[tuple[int, Any]], dict[int, range]]:
-    """Modules for all branches of some exits, which count on from the model's L blocks.
-
-    Their parameters are the exits' own, not copies of them.
-
-    Args:
-        split: The model.
-        exits: Any number of branches, none included.
-
-    Returns:
-        Which of the model's blocks each module is like, and the module; and by exit layer, 0 for the drafter, the
-        numbers of its blocks.
-
-    Raises:
-        ValueError: A branch has other weights than blocks of this model have.
-    """
+    """Modules of all branches, with the model's block each is like; by exit layer (0: the drafter) their numbers."""
     made: list[tuple[int, Any]] = []
     found: dict[int, range] = {}
     branches: dict[int, Any] = {int(name): branch for name, branch in exits.branches.items()}

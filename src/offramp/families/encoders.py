@@ -100,15 +100,7 @@ class SplitEncoder(Backbone):
         return self.main_input == "input_ids"
 
     def start(self, inputs: Mapping[str, Tensor]) -> Activations:
-        """States of the embeddings.
-
-        Args:
-            inputs: What the model's tokenizer or image processor makes: `input_ids` and `attention_mask` [B, T], maybe
-                `token_type_ids`; or `pixel_values` [B, channels, H, W]. Others are not looked at.
-
-        Returns:
-            Activations of depth 0.
-        """
+        """Activations of depth 0 of what the tokenizer or image processor makes; other inputs are not looked at."""
         given = {name: self._placed(inputs[name]) for name in self.family.inputs if inputs.get(name) is not None}
         hidden = self.embeddings(**given)  # [B, T, D], or [B, D, H, W] of a ResNet
         if not self.is_text:

@@ -39,12 +39,7 @@ class HeadConfig:
 
 
 class ExitOutput(NamedTuple):
-    """What one exit says about B rows.
-
-    Attributes:
-        features: Input of the last linear layer, [B, D_e].
-        logits: [B, C].
-    """
+    """What one exit says about B rows: what its last linear layer reads, [B, D_e], and logits [B, C]."""
 
     features: Tensor
     logits: Tensor

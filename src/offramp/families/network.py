@@ -31,14 +31,7 @@ def cache_name(*functions: Callable[..., Any]) -> str:
 
 
 class Network:
-    """The parts of a Hugging Face model of a supported family.
-
-    Args:
-        model: A `...ForCausalLM` or `...ForConditionalGeneration`; left as it is.
-
-    Raises:
-        UnsupportedModelError: No family of that name, or layers of a kind that cannot be run apart.
-    """
+    """The parts of a Hugging Face model of a supported family, which is left as it is: see `SplitModel`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config

@@ -114,17 +114,7 @@ class SplitModel(Network):
         return State(context, Frame(rows, start, queries), hidden, 0)
 
     def start_each(self, ids: Tensor, context: Context, rows: list[int], slots: list[int]) -> list[State]:
-        """One token of each of some rows, which stand at slots of their own: as `start` for each, embedded together.
-
-        Args:
-            ids: Token ids, [A, 1].
-            context: Of the batch, without padding.
-            rows: Which rows of it.
-            slots: Where these tokens stand.
-
-        Returns:
-            A state of one row for each.
-        """
+        """As `start`, for one token of each of some rows, unpadded, at slots of their own; embedded together."""
         context.reach(max(slots) + 1)
         row, slot = torch.tensor([rows, slots], device=ids.device)
         hidden = self._embedded(ids, context.positions[row, slot][:, None])
@@ -351,15 +341,7 @@ class SplitModel(Network):
         return HeadRows(self.head.weight[ids], sum(biases[1:], biases[0]) if biases else None)
 
     def readout(self, hidden: Tensor, layer: int | None = None) -> Tensor:
-        """Logits [..., V] of residual states [..., D], as the model computes them after the last layer.
-
-        Args:
-            hidden: Residual states, [..., D].
-            layer: As for `readout_input`.
-
-        Returns:
-            Logits, [..., V].
-        """
+        """Logits [..., V] of states [..., D], as the model computes them after the last layer; see `readout_input`."""
         return self.project(self.readout_input(hidden, layer))
 
     def rank(self, logits: Tensor, count: int, skip: Tensor) -> Tensor:
@@ -369,15 +351,5 @@ class SplitModel(Network):
     def best(
         self, hidden: Tensor, layer: int | None = None, rows: HeadRows | None = None, *, logits: bool = False
     ) -> Best:
-        """The two best tokens of residual states, and the normaliser.
-
-        Args:
-            hidden: Residual states, [A, D].
-            layer: As for `readout_input`.
-            rows: As for `project`; tokens are then those of its columns.
-            logits: Whether these are wanted, too; here they always come.
-
-        Returns:
-            As it says.
-        """
+        """The two best tokens of states [A, D], of the columns of `rows` if given, with their `logits` if wanted."""
         return best_of(self.project(self.readout_input(hidden, layer), rows).float())

@@ -89,17 +89,9 @@ def _t5_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Ten
     return _split_heads(sub.SelfAttention.k(x), width), _split_heads(sub.SelfAttention.v(x), width)
 
 
-def _bart_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
-    return _projected(layer.self_attn, hidden)
-
-
-def _whisper_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
-    return _projected(layer.self_attn, layer.self_attn_layer_norm(hidden))
-
-
 def _opt_keys_values(layer: Any, hidden: Tensor, rope: None) -> tuple[Tensor, Tensor]:
-    before = _whisper_keys_values if layer.do_layer_norm_before else _bart_keys_values  # OPT-350m: behind attention
-    return before(layer, hidden, rope)
+    behind = not layer.do_layer_norm_before  # OPT-350m
+    return _projected(layer.self_attn, hidden if behind else layer.self_attn_layer_norm(hidden))
 
 
 def _projected(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,47 +104,7 @@ def _t5_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
     return _split_heads(attention.k(memory), width), _split_heads(attention.v(memory), width)
 
 
-def _bart_cross(layer: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
-    return _projected(layer.encoder_attn, memory)
-
-
-# ---------------------------------------------------------------- which blocks rotate their keys
-
-
-def _all_rotate(layer: Any) -> bool:
-    return True
-
-
-def _marked_rotate(layer: Any) -> bool:
-    return bool(layer.self_attn.use_rope)  # SmolLM3 leaves every fourth block without
-
-
-def _windows_rotate(layer: Any) -> bool:
-    return layer.self_attn.sliding_window is not None
-
-
-def _windows_rotate_if_any(layer: Any) -> bool:
-    return layer.self_attn.sliding_window is None or layer.self_attn.is_sliding
-
-
-# ---------------------------------------------------------------- before the first block
-
-
-def _embed_plain(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    embedded: Tensor = decoder.embed_tokens(ids)
-    return embedded
-
-
-def _embed_scaled(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    return decoder.embed_tokens(ids) * decoder.embedding_multiplier  # type: ignore[no-any-return]
-
-
-def _embed_neox(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    return decoder.embed_in(ids)  # type: ignore[no-any-return]
-
-
-def _embed_gpt2(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    return decoder.wte(ids) + decoder.wpe(positions)  # type: ignore[no-any-return]
+# ---------------------------------------------------------------- before the first block, and behind the head
 
 
 def _embed_opt(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -167,36 +119,9 @@ def _embed_bart(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
     return decoder.layernorm_embedding(embedded + decoder.embed_positions(ids, 0, position_ids=positions[0]))  # type: ignore[no-any-return]
 
 
-def _embed_whisper(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    return decoder.embed_tokens(ids) + decoder.embed_positions(ids, position_ids=positions)  # type: ignore[no-any-return]
-
-
-# ---------------------------------------------------------------- around the head
-
-
-def _unscaled(config: Any) -> float | None:
-    return None
-
-
-def _t5_scale(config: Any) -> float | None:
-    return config.d_model**-0.5 if config.scale_decoder_outputs else None
-
-
-def _as_they_are(config: Any, logits: Tensor) -> Tensor:
-    return logits
-
-
 def _capped(config: Any, logits: Tensor) -> Tensor:
     cap = config.final_logit_softcapping
     return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _multiplied(config: Any, logits: Tensor) -> Tensor:
-    return logits * config.logit_scale  # type: ignore[no-any-return]
-
-
-def _divided(config: Any, logits: Tensor) -> Tensor:
-    return logits / config.logits_scaling  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- the families
@@ -229,35 +154,47 @@ class Family:
     norm: str | None = "norm"
     head: str = "lm_head"
     keys_values: Callable[[Any, Tensor, Any], tuple[Tensor, Tensor]] = _rotary_keys_values
-    rotates: Callable[[Any], bool] = _all_rotate
-    embed: Callable[[Any, Tensor, Tensor], Tensor] = _embed_plain
-    scale: Callable[[Any], float | None] = _unscaled
+    rotates: Callable[[Any], bool] = lambda block: True
+    embed: Callable[[Any, Tensor, Tensor], Tensor] = lambda decoder, ids, positions: decoder.embed_tokens(ids)
+    scale: Callable[[Any], float | None] = lambda config: None
     dropout: str | None = None
     squeeze: str | None = None
     logits_bias: str | None = None
-    logits: Callable[[Any, Tensor], Tensor] = _as_they_are
+    logits: Callable[[Any, Tensor], Tensor] = lambda config, logits: logits
     cross: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
     position_bias: str | None = None
     listens: bool = False
 
 
-_GRANITE = Family(embed=_embed_scaled, logits=_divided)
+_GRANITE = Family(
+    embed=lambda decoder, ids, positions: decoder.embed_tokens(ids) * decoder.embedding_multiplier,
+    logits=lambda config, logits: logits / config.logits_scaling,
+)
+_COHERE = Family(logits=lambda config, logits: logits * config.logit_scale)
 _MT5 = Family(
     "decoder", "block", "final_layer_norm", keys_values=_t5_keys_values, dropout="dropout", cross=_t5_cross,
     position_bias="layer.0.SelfAttention",
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {
-    "cohere": Family(logits=_multiplied),
-    "cohere2": Family(logits=_multiplied, rotates=_windows_rotate),
+    "cohere": _COHERE,
+    "cohere2": replace(_COHERE, rotates=lambda block: block.self_attn.sliding_window is not None),
     "ernie4_5": Family(),
-    "exaone4": Family(rotates=_windows_rotate_if_any),
+    "exaone4": Family(  # windows alone, where there are any
+        rotates=lambda block: block.self_attn.sliding_window is None or block.self_attn.is_sliding
+    ),
     "gemma": Family(),
     "gemma2": Family(logits=_capped),
     "gemma3_text": Family(logits=_capped),
     "glm": Family(),
     "glm4": Family(),
-    "gpt2": Family("transformer", "h", "ln_f", keys_values=_gpt2_keys_values, embed=_embed_gpt2),
-    "gpt_neox": Family("gpt_neox", norm="final_layer_norm", keys_values=_neox_keys_values, embed=_embed_neox),
+    "gpt2": Family(
+        "transformer", "h", "ln_f", keys_values=_gpt2_keys_values,
+        embed=lambda decoder, ids, positions: decoder.wte(ids) + decoder.wpe(positions),
+    ),
+    "gpt_neox": Family(
+        "gpt_neox", norm="final_layer_norm", keys_values=_neox_keys_values,
+        embed=lambda decoder, ids, positions: decoder.embed_in(ids),
+    ),
     "gpt_oss": Family(),
     "granite": _GRANITE,
     "granitemoe": _GRANITE,
@@ -280,18 +217,23 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(),
     "qwen3_moe": Family(),
     "seed_oss": Family(),
-    "smollm3": Family(rotates=_marked_rotate),
+    "smollm3": Family(rotates=lambda block: bool(block.self_attn.use_rope)),
     "starcoder2": Family(),
     # encoder-decoders
     "bart": Family(
-        "model.decoder", norm=None, keys_values=_bart_keys_values, embed=_embed_bart, logits_bias="final_logits_bias",
-        cross=_bart_cross,
+        "model.decoder", norm=None, embed=_embed_bart, logits_bias="final_logits_bias",
+        keys_values=lambda block, hidden, rope: _projected(block.self_attn, hidden),
+        cross=lambda block, memory: _projected(block.encoder_attn, memory),
     ),
     "mt5": _MT5,
-    "t5": replace(_MT5, scale=_t5_scale),
+    "t5": replace(_MT5, scale=lambda config: config.d_model**-0.5 if config.scale_decoder_outputs else None),
     "whisper": Family(
-        "model.decoder", norm="layer_norm", head="proj_out", keys_values=_whisper_keys_values, embed=_embed_whisper,
-        cross=_bart_cross, listens=True,
+        "model.decoder", norm="layer_norm", head="proj_out", listens=True,
+        embed=lambda decoder, ids, positions: (
+            decoder.embed_tokens(ids) + decoder.embed_positions(ids, position_ids=positions)
+        ),
+        keys_values=lambda block, hidden, rope: _projected(block.self_attn, block.self_attn_layer_norm(hidden)),
+        cross=lambda block, memory: _projected(block.encoder_attn, memory),
     ),
 }  # fmt: skip
 """Supported values of `config.model_type`."""
