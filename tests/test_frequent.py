@@ -345,7 +345,7 @@ def test_exits_without_a_list_are_refused_before_anything_is_decoded(tmp_path):
     with pytest.raises(ValueError, match=message):
         run_bench(lm, ["the sky"], {"full": None, "few": policy}, max_new_tokens=2, repeats=1)
     with pytest.raises(ValueError, match=message):
-        TaskArm(lm, TASKS["question-answering"], "few", policy, {}).check()
+        TaskArm(lm, "few", policy, TASKS["question-answering"], {}).check()
 
 
 def test_arms_and_grids_have_the_list_where_there_is_one():

@@ -160,7 +160,7 @@ def test_judged_answers_are_greedy_whatever_the_config_says(own):
     examples = [Example("0", "why is the sky", (), "why is the sky")]
     want = lm.generate(task.prompts(lm, examples), max_new_tokens=8).texts
     config.do_sample, config.temperature = True, 9.0
-    (record,) = TaskArm(lm, task, "full", None, answer_options(task, 8, None)).answer(examples)
+    (record,) = TaskArm(lm, "full", None, task, answer_options(task, 8, None)).answer(examples)
     assert [record.text] == want
 
 

@@ -421,9 +421,6 @@ def test_default_arms_have_the_confidences_of_the_posterior():
         assert arms[method].exit_layers == LAYERS
         answer(lm, arms[method], inputs_for("llama"), 3)
     assert not set(METHODS) & set(document_arms(LanguageModel(tiny("llama"))))
-    later = document_arms(with_posterior("llama"), min_layer=2)
-    assert later["laplace"].exit_layers == (2, 3)
-    assert not set(SETS) & set(later), "sets are fitted for their first exit"
 
 
 def test_the_command_line(folder, tmp_path):

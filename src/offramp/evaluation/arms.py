@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from offramp.core.plan import resolve
 from offramp.core.policy import DRAFTS, ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, rule_of
-from offramp.hub.exit_posterior import SETS
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -72,26 +71,11 @@ def static_sweep(lm: LanguageModel, arms: Mapping[str, ExitPolicy]) -> tuple[int
     return tuple(range(min(tested), lm.num_layers)) if tested else None
 
 
-def document_arms(
-    lm: LanguageModel, *, threshold: float = 0.9, min_layer: int | None = None, prompt_layer: int | None = None
-) -> dict[str, ExitPolicy]:
-    """The policies of "Early Exit LLMs" and "Dynamic Vocabulary Pruning", FREE and CALM's classifier, at one threshold.
-
-    One threshold is not one test: the measures do not compare, read quality next to cost. FREE leaves at the first of
-    the exits; the classifier is there if the model's exits have one, and so are the confidences of a posterior, with
-    the pruning it was fitted for (sets leave with a single token, at any threshold from 1/2 on). With a `prompt_layer`
-    comes an arm that has nothing else, so that its share can be told.
-
-    Args:
-        lm: The model.
-        threshold: Of all tests; where FREE's begins.
-        min_layer: First layer tested, as for `grid`.
-        prompt_layer: Of all of them, see `ExitPolicy`.
-
-    Returns:
-        Policies by name.
-    """
-    softmax = ExitPolicy("softmax", threshold=threshold, prompt_layer=prompt_layer, **tested_from(lm, min_layer))
+def document_arms(lm: LanguageModel, *, prompt_layer: int | None = None) -> dict[str, ExitPolicy]:
+    """The policies of "Early Exit LLMs" and "Dynamic Vocabulary Pruning", FREE and CALM's classifier, all at 0.9."""
+    # One threshold is not one test: the measures do not compare, quality is read next to cost. FREE leaves at the first
+    # of the exits; sets of a posterior leave with a single token, at any threshold from 1/2 on.
+    softmax = ExitPolicy("softmax", threshold=0.9, prompt_layer=prompt_layer)
     jsd = replace(softmax, confidence="jsd")
     plan = resolve(softmax, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
     arms = {
@@ -106,10 +90,10 @@ def document_arms(
         arms["softmax + frequent"] = replace(softmax, vocabulary=FREQUENT)
     if lm.exits is not None and lm.exits.classifiers is not None:
         arms["classifier"] = replace(softmax, confidence="classifier")
-    arms |= _posterior_arms(lm, softmax, min_layer) | drafting_arms(lm)
-    if prompt_layer is not None:
-        arms |= _short_prompt(prompt_layer)
-    return arms
+    if lm.exits is not None and (posterior := lm.exits.posterior) is not None:  # with the pruning it was fitted for
+        arms |= {method: posterior.policy(replace(softmax, confidence=method)) for method in posterior.methods}
+    arms |= drafting_arms(lm)
+    return arms if prompt_layer is None else arms | _short_prompt(prompt_layer)  # so that its own share can be told
 
 
 def drafting_arms(lm: LanguageModel) -> dict[str, ExitPolicy]:
@@ -117,20 +101,6 @@ def drafting_arms(lm: LanguageModel) -> dict[str, ExitPolicy]:
     if lm.exits is None or lm.exits.drafter is None:
         return {}
     return {"drafts": DRAFTS if lm.exits.frequent is not None else replace(DRAFTS, vocabulary=None)}
-
-
-def _posterior_arms(lm: LanguageModel, base: ExitPolicy, min_layer: int | None) -> dict[str, ExitPolicy]:
-    """Each confidence of the exits' posterior, without those that were fitted for an earlier first test."""
-    posterior = None if lm.exits is None else lm.exits.posterior
-    arms: dict[str, ExitPolicy] = {}
-    if posterior is None:
-        return arms
-    for method in posterior.methods:
-        arm = posterior.policy(replace(base, confidence=method))
-        layers = tuple(layer for layer in posterior.layers if layer >= (min_layer or 1))
-        if layers == posterior.layers or (layers and method not in SETS and arm.vocabulary is None):
-            arms[method] = replace(arm, exit_layers=layers)
-    return arms
 
 
 def grid(

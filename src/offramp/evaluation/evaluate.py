@@ -62,7 +62,7 @@ def evaluate(
 ) -> Evaluation:
     """`offramp.evaluate` of a task's examples, with ids of their own, whose prompts fit (`offramp.tasks.fit`)."""
     options = answer_options(task, max_new_tokens, settings)
-    make = partial(TaskArm, lm, task, options=options)
+    make = partial(TaskArm, lm, task=task, options=options)
     common = conditions_of(lm, vars(task), examples, options, batch_size)
     limit = options["max_new_tokens"]
     conditions = {**_conditions(lm, examples, task.name, about), "max_new_tokens": limit, "batch_size": batch_size}
@@ -189,14 +189,7 @@ def _unread(task: Task, examples: Sequence[Example]) -> dict[str, dict[str, int]
 def _opened(
     folder: Path, common: Mapping[str, Any], examples: Sequence[Any], *, about: Mapping[str, Any], state: Any
 ) -> Iterator[None]:  # fmt: skip
-    """The run folder, for this evaluation alone; its configuration is written, or compared, and what is asked kept.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: Another evaluation is at work there, or was made of something else.
-    """
+    """The run folder, for this evaluation alone: what is asked is written, or compared, and examples are kept."""
     with locked_by_first(state, folder, "another evaluation runs"):
         if state.is_main_process:
             (folder / RECORDS).mkdir(exist_ok=True)

@@ -74,18 +74,7 @@ def force(
     policy: ExitPolicy | None,
     learner: AdaptiveThreshold | None = None,
 ) -> Forced:
-    """Score texts behind prompts.
-
-    Args:
-        lm: The model, decoder-only.
-        prompts: Token ids of each row, at least one, which are only read.
-        texts: Token ids of each row, at least one, all of which are scored.
-        policy: The exit policy; None: the full model.
-        learner: What an adaptive policy has learnt so far.
-
-    Returns:
-        Scores, layers and costs.
-    """
+    """Score texts behind prompts, which are only read, by a decoder-only model; token ids of each row, at least one."""
     began = time.perf_counter()
     device = lm.split.device
     read = padded([list(prompt) for prompt in prompts], lm.vocabulary, right=False)
@@ -95,9 +84,7 @@ def force(
     ends = torch.tensor([ids.shape[1] + len(text) for text in texts], device=device)
     noted = _Noting(targets, ids.shape[1])
     sampler = _Unending(
-        processors=noted,
-        stopping=lambda ids: ends <= ids.shape[1],
-        eos=ends_of(lm.model.generation_config),
+        processors=noted, stopping=lambda ids: ends <= ids.shape[1], eos=ends_of(lm.model.generation_config)
     )
     ledger = Ledger(lm.split.shape, device)
     seen, first, begun = list[Step](), dict[str, int](), 0.0
@@ -121,12 +108,7 @@ def force(
 
 
 class _Noting:
-    """Makes the generation loop write given tokens, and notes what it thought of them.
-
-    Args:
-        targets: The tokens, [B, T], padded at the end.
-        prompt: Tokens before the first of them.
-    """
+    """Makes the loop write the targets [B, T] behind so many tokens of a prompt, and notes what it thought of them."""
 
     def __init__(self, targets: Tensor, prompt: int) -> None:
         self.targets, self.prompt = targets, prompt

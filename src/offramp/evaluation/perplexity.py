@@ -21,14 +21,13 @@ import torch
 from offramp.core.token_text import pieces
 from offramp.evaluation.forced import force, require_scores
 from offramp.evaluation.record_file import Record, header_of
-from offramp.evaluation.records import compared, learner_of
+from offramp.evaluation.records import compared
+from offramp.evaluation.rounds import Arm
 from offramp.families.finite import broken_at, not_finite
 from offramp.training.data import read_texts
 
 if TYPE_CHECKING:
-    from offramp.core.adaptive_threshold import AdaptiveThreshold
     from offramp.core.language_model import LanguageModel
-    from offramp.core.policy import ExitPolicy
 
 PERPLEXITY = "perplexity"
 
@@ -42,9 +41,7 @@ class Passage:
     ids: tuple[int, ...]
 
 
-def read_passages(
-    lm: LanguageModel, paths: Sequence[Path], *, window: int = 256, fields: Sequence[str] = ("text",)
-) -> list[Passage]:
+def read_passages(lm: LanguageModel, paths: Sequence[Path], *, window: int = 256) -> list[Passage]:
     """Texts of files cut into passages of at most `window` predicted tokens; of several texts each is a group."""
     if lm.split.is_encoder_decoder:
         raise ValueError("perplexity needs a decoder-only model; give an encoder-decoder another task")
@@ -53,7 +50,7 @@ def read_passages(
     longest = lm.split.max_positions
     if window < 1 or (longest is not None and window >= longest):
         raise ValueError(f"window is {window}; allowed are 1..{'any' if longest is None else longest - 1} tokens")
-    texts = [text for path in paths for text in read_texts(path, fields)]
+    texts = [text for path in paths for text in read_texts(path)]
     bos = lm.tokenizer.bos_token_id
     passages = []
     for number, text in enumerate(texts):
@@ -69,28 +66,14 @@ def read_passages(
 
 
 @dataclass(frozen=True)
-class PassageArm:
-    """An `offramp.evaluation.rounds.Arm` that scores passages.
+class PassageArm(Arm):
+    """Scores passages, by a decoder-only model.
 
     Of its records, `tokens` are those it would have said, each after the text so far; `scores` are "probability", the
     geometric mean over the text's tokens (the inverse of the passage's perplexity), and "accuracy", how often what it
     would have said is the text's token; `sums` are "nats", minus the sum of the logarithms, and "outside", the tokens
     that pruning had excluded.
-
-    Attributes:
-        lm: The model, decoder-only.
-        name: Of the arm.
-        policy: The exit policy; None: the full model.
     """
-
-    lm: LanguageModel
-    name: str
-    policy: ExitPolicy | None
-
-    @property
-    def learner(self) -> AdaptiveThreshold | None:
-        """The policy's threshold, if it learns."""
-        return learner_of(self.lm, self.policy)
 
     def check(self) -> None:
         """Raise a ValueError if the policy does not fit the model, or its tokens cannot be forced."""

@@ -19,11 +19,10 @@ from offramp.core.plan import resolve
 from offramp.core.token_text import pieces
 from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
-from offramp.evaluation.rounds import take_turns
+from offramp.evaluation.rounds import Arm, take_turns
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
 if TYPE_CHECKING:
-    from offramp.core.adaptive_threshold import AdaptiveThreshold
     from offramp.core.language_model import LanguageModel
     from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
@@ -49,7 +48,7 @@ def decode_arms(
     """Answer examples under policies that take turns; `reference`: the full model where it has another format."""
     options = answer_options(task, max_new_tokens, settings)
     made = [
-        TaskArm((reference or lm) if policy is None else lm, task, arm, policy, options) for arm, policy in arms.items()
+        TaskArm((reference or lm) if policy is None else lm, arm, policy, task, options) for arm, policy in arms.items()
     ]
     return take_turns(made, paths, examples, batch_size, full=full, progress=progress)
 
@@ -60,27 +59,11 @@ def answer_options(task: Task, max_new_tokens: int | None, settings: Mapping[str
 
 
 @dataclass(frozen=True)
-class TaskArm:
-    """An `offramp.evaluation.rounds.Arm` that answers examples of a task.
+class TaskArm(Arm):
+    """Answers examples of a task with options of `LanguageModel.stream`."""
 
-    Attributes:
-        lm: The model.
-        task: How to ask and how to judge.
-        name: Of the arm.
-        policy: The exit policy; None: the full model.
-        options: Of `LanguageModel.stream`.
-    """
-
-    lm: LanguageModel
     task: Task
-    name: str
-    policy: ExitPolicy | None
     options: Mapping[str, Any]
-
-    @property
-    def learner(self) -> AdaptiveThreshold | None:
-        """The policy's threshold, if it learns."""
-        return learner_of(self.lm, self.policy)
 
     def check(self) -> None:
         """Raise a ValueError if the policy does not fit the model."""
@@ -123,11 +106,6 @@ def compared(record: Record, full: Record) -> dict[str, Any]:
 def divided_by(task: Task, examples: Sequence[Example]) -> dict[str, str]:
     """What divides texts for each metric of a task (`tokenisers`); without references, by the prompts' script."""
     return tokenisers(task.metrics, [text for example in examples for text in example.references or (example.source,)])
-
-
-def learner_of(lm: LanguageModel, policy: ExitPolicy | None) -> AdaptiveThreshold | None:
-    """The threshold that an adaptive policy moves on this model; None of another policy."""
-    return lm.adaptive_threshold(policy) if policy is not None and policy.adaptive else None
 
 
 def agreement(mine: Sequence[int], theirs: Sequence[int]) -> float:

@@ -9,50 +9,57 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from offramp.evaluation.record_file import Item, Progress, Record, RecordFile
 
 if TYPE_CHECKING:
     from offramp.core.adaptive_threshold import AdaptiveThreshold
+    from offramp.core.language_model import LanguageModel
     from offramp.core.policy import ExitPolicy
 
 
-class Arm(Protocol):
-    """How one arm answers; examples are what the arm is made for (`offramp.tasks.Example`, or passages)."""
+@dataclass(frozen=True)
+class Arm:
+    """How one arm answers; examples are what the arm is made for (`offramp.tasks.Example`, or passages). Abstract.
 
-    @property
-    def name(self) -> str:
-        """Of the arm."""
-        ...
+    Attributes:
+        lm: The model.
+        name: Of the arm.
+        policy: The exit policy; None: the full model.
+    """
 
-    @property
-    def policy(self) -> ExitPolicy | None:
-        """None: the full model."""
-        ...
+    lm: LanguageModel
+    name: str
+    policy: ExitPolicy | None
 
     @property
     def learner(self) -> AdaptiveThreshold | None:
-        """A threshold that answering changes."""
-        ...
+        """The policy's threshold, if answering moves it."""
+        return learner_of(self.lm, self.policy)
 
     def check(self) -> None:
         """Raise a ValueError if the arm cannot answer."""
-        ...
+        raise NotImplementedError
 
     def header(self, examples: Any, batch_size: int) -> dict[str, Any]:
         """How records come about, as JSON values."""
-        ...
+        raise NotImplementedError
 
     def answer(self, batch: Any) -> list[Record]:
         """One record per example, timed, not compared with the full model's yet."""
-        ...
+        raise NotImplementedError
 
     def judged(self, example: Any, record: Record, full: Record) -> Record:
         """A record with all that needs the full model's record of the example."""
-        ...
+        raise NotImplementedError
+
+
+def learner_of(lm: LanguageModel, policy: ExitPolicy | None) -> AdaptiveThreshold | None:
+    """The threshold that an adaptive policy moves on this model; None of another policy."""
+    return lm.adaptive_threshold(policy) if policy is not None and policy.adaptive else None
 
 
 def take_turns(

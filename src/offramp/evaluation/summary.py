@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from offramp.evaluation.perplexity import PERPLEXITY as PERPLEXITY
 from offramp.evaluation.record_file import Record
 from offramp.evaluation.records import PREFILL
 from offramp.metrics.bootstrap import Bootstrap, Floats, Interval, quotient
 from offramp.metrics.text import corpus_metric
 
-PERPLEXITY = "perplexity"
 CORPUS = ("bleu", "chrf")
 """Metrics with a score of a whole corpus, in 0..100."""
 

@@ -33,7 +33,7 @@ from offramp.core.generation_options import SAMPLING
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.forced import force, require_scores
-from offramp.evaluation.records import learner_of
+from offramp.evaluation.rounds import learner_of
 from offramp.hub.models import load
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -42,16 +42,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @dataclass
 class Spent:
-    """What requests cost so far.
-
-    Attributes:
-        tokens: Generated, or scored.
-        layers: Sum of the layers they left at, 1..L.
-        flops: FLOPs of all parts, prompts included.
-        full_flops: FLOPs of the full model for the same prompts and as many tokens.
-        bytes: Read.
-        seconds: Wall-clock time.
-    """
+    """What requests cost so far: `layers` is a sum over tokens, `full_flops` the full model's for as many."""
 
     tokens: int = 0
     layers: int = 0
