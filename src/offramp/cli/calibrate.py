@@ -148,8 +148,8 @@ def calibrate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Instead of a policy, fit what these confidences need to the exits: some of laplace,conformal,avcs; of "
-            "--task text as well, for plain texts. Writes exits; options from --alpha to --layers belong to it.",
+            help="Instead of a policy, fit what these confidences need to the exits: some of laplace,conformal,avcs; "
+            "of --task text as well, for plain texts. Writes exits; options from --alpha to --layers belong to it.",
         ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Share of tokens whose sets may miss the true one.")] = 0.1,
@@ -244,8 +244,7 @@ def calibrate(
         )  # fmt: skip
     if not state.is_main_process:
         return
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     o.note(result.certificate.finding())
     if not result.certificate.certified and not result.certificate.pays_nothing:
         o.note(f"NOTHING CERTIFIED: {folder / 'policy.json'} never leaves early ({_why(result.certificate)})")
@@ -290,8 +289,7 @@ def _fit_posterior(
             answering=None if max_new_tokens is None else AnswerConfig(max_new_tokens, seed=seed),
             about={"command": o.command_line()}, out=folder, progress=progress,
         )  # fmt: skip
-    if str(json) != "-":
-        o.say(report.table())
+    o.say(report.table(), json)
     pruned = "" if vocabulary is None else f" --vocabulary {vocabulary}"
     pruned += "" if vocabulary_size is None else f" --vocabulary-size {vocabulary_size}"
     usage = f"offramp generate {model} --exits {folder / 'exits'} --confidence {methods[0]}{pruned}"

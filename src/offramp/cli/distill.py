@@ -95,7 +95,6 @@ def distill(
             methods=o.names(method), settings=config, seeds=range(first_seed, first_seed + seeds), epochs=epochs,
             processes=processes, threads=threads, device=device, out=out, progress=progress,
         )  # fmt: skip
-    if str(json) != "-":
-        o.say(grid.table())
+    o.say(grid.table(), json)
     o.note(f"wrote {grid.folder / 'report.md'} and groups.csv; pictures: offramp report {grid.folder}")
     o.write_result(grid.to_dict(), json)

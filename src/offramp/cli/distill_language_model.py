@@ -133,8 +133,7 @@ def distill_language_model(
         )  # fmt: skip
     if not state.is_main_process:
         return
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     o.note(f"wrote {result.model}; train its exits with: offramp train {result.model}")
     o.note(f"pictures: offramp report {folder}")
     named = {"name": student, "teacher": teacher, "method": method, "dtype": o.dtype_of(lm)}
@@ -142,12 +141,7 @@ def distill_language_model(
 
 
 def _settings(
-    method: str,
-    training: Callable[..., TrainConfig],
-    *,
-    own: bool,
-    readout: dict[str, Any],
-    weights: dict[str, Any],
+    method: str, training: Callable[..., TrainConfig], *, own: bool, readout: dict[str, Any], weights: dict[str, Any]
 ) -> TokenDistillation:
     """What a method's name means for tokens; of own answers the teacher is all there is to learn."""
     from offramp.distillation.language_models import TokenDistillation

@@ -44,8 +44,7 @@ def evaluate(
         typer.Option(help="default: the source documents' policies (softmax, its prunings, contrastive, jsd) at 0.9."),
     ] = None,
     policy: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A policy saved as JSON; may be given several times."),
+        list[Path] | None, typer.Option(metavar="FILE", help="A policy saved as JSON; may be given several times.")
     ] = None,
     static: Annotated[
         str | None,
@@ -131,8 +130,7 @@ def evaluate(
         )  # fmt: skip
     if not state.is_main_process:
         return
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     o.note(f"wrote {folder}: records, results.json, table.md and pictures")
     o.next_steps({"look at it with": ["report", str(folder)], **_promises(result, model, task, data, exits, dtype)})
     o.write_result(result.to_dict(), json)

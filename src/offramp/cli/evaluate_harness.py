@@ -52,8 +52,7 @@ def evaluate_harness(
             include=None if include is None else str(include), fewshot=fewshot, limit=limit, batch_size=batch_size,
             chat=chat, resamples=resamples, seed=seed, progress=progress,
         )  # fmt: skip
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     for path in result.save(out or run_folder("harness", lm)):
         o.note(f"wrote {path}")
     o.write_result(result.to_dict(), json)

@@ -157,8 +157,7 @@ TrainingText = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Use only the first of the texts, prompts or examples.")]
 TextColumn = Annotated[
-    list[str] | None,
-    typer.Option(help="Column (key of JSON objects) of the text, several are joined; default: text."),
+    list[str] | None, typer.Option(help="Column (key of JSON objects) of the text, several are joined; default: text.")
 ]
 OwnAnswerTokens = Annotated[int, typer.Option(help="Longest own answer, in tokens.")]
 AnswerTemperature = Annotated[
@@ -278,10 +277,12 @@ def command_line() -> str:
     return shlex.join(["offramp", *sys.argv[1:]])
 
 
-def say(text: str) -> None:
-    """A result on standard output; its tables fit the terminal, or COLUMNS. A file gets them whole."""
+def say(text: str, json: Path | None = None) -> None:
+    """A result on standard output, unless JSON goes there; its tables fit the terminal, or COLUMNS, but in a file."""
     from offramp.runs.tables import fitted
 
+    if str(json) == "-":
+        return
     narrow = "COLUMNS" in os.environ or sys.stdout.isatty()
     typer.echo(fitted(text, shutil.get_terminal_size().columns if narrow else None))
 

@@ -44,8 +44,7 @@ def probe(
         result = lm.probe(
             given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
         )
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     folder = out or run_folder("probe", lm)
     for path in [*result.save(folder), *plots.save_probe(result, folder)]:
         o.note(f"wrote {path}")

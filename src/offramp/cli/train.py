@@ -147,8 +147,7 @@ def train(
         )  # fmt: skip
     if not state.is_main_process:
         return
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     trained = str(result.model or model)
     use = o.DRAFTING if config.drafter else "--threshold 0.9"
     o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} {use}")

@@ -93,7 +93,6 @@ def calibrate_classifier(
             bins=bins, seed=seed, batch_size=batch_size, cache=cache, device=device,
             about={"command": o.command_line()}, out=folder, progress=progress,
         )  # fmt: skip
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     o.note(f"wrote {folder}; use it with: offramp classify {model} INPUT --posterior {folder} --budget 0.5")
     o.write_result(result.to_dict(), json)

@@ -64,11 +64,10 @@ def evaluate_classifier(
             resamples=resamples, seed=seed, batch_size=batch_size, cache=cache, device=device,
             about={"command": o.command_line()}, out=folder, progress=progress,
         )  # fmt: skip
-    if str(json) != "-":
-        for test in result.tests:
-            o.say(f"## {test}, mean over the budgets\n\n{result.mean_table(test)}\n")
-        o.say(f"## Temperatures T and prior variances ω of the exits\n\n{result.fitted_table()}\n")
-        o.say("\n\n".join(result.notes()))
+    for test in result.tests:
+        o.say(f"## {test}, mean over the budgets\n\n{result.mean_table(test)}\n", json)
+    o.say(f"## Temperatures T and prior variances ω of the exits\n\n{result.fitted_table()}\n", json)
+    o.say("\n\n".join(result.notes()), json)
     o.note(f"wrote {folder}: results.json, records, pictures and, with more tables, table.md")
     o.note(f"read it with: offramp report {folder}")
     o.write_result(result.to_dict(), json)

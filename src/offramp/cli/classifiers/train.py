@@ -121,8 +121,7 @@ def train_classifier(
             layers=o.numbers(layers, "--layers", int), hidden=hidden, dropout=dropout, config=config, device=device,
             about={"command": o.command_line()}, out=out or run_folder(architecture, data), progress=progress,
         )  # fmt: skip
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     test = "" if test_data is None else f" --test-data {test_data}"
     o.note(f"wrote {result.model}; next: offramp evaluate {result.model} --task {task} --data {data}{test}")
     o.write_result({**result.to_dict(), "architecture": architecture}, json)
