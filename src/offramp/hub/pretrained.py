@@ -67,11 +67,7 @@ def config_of(source: Source) -> PreTrainedConfig:
 
 
 def model_of(auto: Any, source: Source, **options: Any) -> tuple[Any, set[str]]:
-    """A model in evaluation mode.
-
-    Returns:
-        The model, and the names of weights that it needs and the files lack.
-    """
+    """A model in evaluation mode, and the names of weights that it needs and the files lack."""
     with _without_code(source.place):
         model, info = auto.from_pretrained(source.place, output_loading_info=True, **source.where, **options, **_NEVER)
     return model.eval(), set(info["missing_keys"])

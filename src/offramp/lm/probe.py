@@ -126,11 +126,7 @@ def summarise(
 
     sober, best = _depths(saturation, depth), _depths(oracle, depth)
     leave = _depths(saturation.clamp(min=min_layer), depth).counts
-    flops = {
-        "untested": share(leave, None),
-        "tested": share(leave, min_layer),
-        "pruned": share(leave, min_layer, kept),
-    }
+    flops = {"untested": share(leave, None), "tested": share(leave, min_layer), "pruned": share(leave, min_layer, kept)}
     margins = {"tested": margin(leave, min_layer), "pruned": margin(leave, min_layer, kept)}
     suitable = any(flops[name] + margins[name] < 1 for name in margins)
     return Probe(

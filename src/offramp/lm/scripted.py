@@ -65,12 +65,7 @@ class Script:
 
 
 class Playing:
-    """A script within one token step: all the work of another measure, then the script's answer.
-
-    Args:
-        script: The script.
-        measure: The measure whose work is done.
-    """
+    """A script within one token step: all the work of another measure, then the script's answer."""
 
     def __init__(self, script: Script, measure: Confidence) -> None:
         self.script, self.measure = script, begun(measure)
@@ -130,22 +125,7 @@ def scripted_arms(
     lm: LanguageModel, *, tokens: int, rows: int = 1, mean: float | None = None, min_layer: int | None = None,
     seed: int = 0,
 ) -> dict[str, ExitPolicy | None]:  # fmt: skip
-    """Arms whose tokens all leave at the same prescribed layers, so that only the way of testing differs.
-
-    Args:
-        lm: The model.
-        tokens: Generated tokens per prompt.
-        rows: Prompts generated together; each has its own layers.
-        mean: Mean exit layer, spread by an eighth of the depth; None: three quarters of the depth.
-        min_layer: First layer tested; None: 0.3 of the depth (7 of T5-large's 24, as in "Early Exit LLMs").
-        seed: Seed of the script.
-
-    Returns:
-        Policies by name; all scripted ones share one `Script`.
-
-    Raises:
-        ValueError: The mean is not a layer.
-    """
+    """Arms whose tokens all leave at the same layers, spread about a mean, so that only the way of testing differs."""
     depth = lm.num_layers
     first = max(1, round(0.3 * depth)) if min_layer is None else min_layer
     mean = number("mean exit layer", 0.75 * depth if mean is None else mean, 1, depth, why="it is one of the layers")
@@ -170,22 +150,7 @@ def random_model(
     shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: Engines = "auto", int8: bool = False,
     seed: int = 0,
 ) -> LanguageModel:  # fmt: skip
-    """A model of a checkpoint's shape with random weights.
-
-    Args:
-        shape: One of `SHAPES`.
-        dtype: Number format of the weights, in which they are drawn.
-        engine: As for `LanguageModel`.
-        int8: Likewise.
-        seed: Seed of the weights.
-
-    Returns:
-        The model, without a tokenizer: prompts must be token ids. "t5-large" has 738 million weights, "llama-3.2-1b"
-        has 1.24 billion.
-
-    Raises:
-        ValueError: There is no such shape.
-    """
+    """A model of one of `SHAPES` with random weights, drawn in their number format by the seed, and no tokenizer."""
     choice("shape", shape, tuple(SHAPES))
     config = copy.deepcopy(SHAPES[shape])
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM

@@ -13,10 +13,7 @@ from offramp.report.drawing import BLUE, GREY, footnote, headed, legend, percent
 
 POINTS = 200
 """Most points of a curve; neighbouring steps are averaged."""
-WORDS = {
-    "agreement": "share of the last layer's choices",
-    "accuracy": "share of right verdicts",
-}
+WORDS = {"agreement": "share of the last layer's choices", "accuracy": "share of right verdicts"}
 """What the share of an exit means."""
 PANELS = (("kd", "divergence from the teacher (nats)"), ("agreement", "agreement with the teacher"))
 Rows = Sequence[Mapping[str, Any]]

@@ -21,20 +21,7 @@ Kind = TypeVar("Kind")
 
 
 def encode(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "") -> Any:
-    """A value as JSON values: dataclasses become objects, tuples lists, paths texts.
-
-    Args:
-        value: The value.
-        tensors: Gathers the tensors, in whose places stand their names, for a file of their own. None: they become
-            lists, and numbers that are not finite null, as JSON has none.
-        name: What the names begin with.
-
-    Returns:
-        The JSON values; keys of mappings stay what they are.
-
-    Raises:
-        TypeError: There is something of another kind in it.
-    """
+    """JSON values; of tensors the names they have in `tensors`, without which lists, and null where not finite."""
     if isinstance(value, Tensor):
         if tensors is None:
             return encode(value.tolist())

@@ -49,12 +49,7 @@ class TrainState:
 
 
 class RunFolder:
-    """The folder of a run; use `opened`.
-
-    Args:
-        path: The folder.
-        writes: Whether this process may write: one of several does.
-    """
+    """The folder of a run, and whether this process `writes` there: one of several does; use `opened`."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
@@ -62,21 +57,7 @@ class RunFolder:
         self.checkpoint, self.exits, self.model = path / "checkpoint.safetensors", path / "exits", path / "model"
 
     def check(self, record: dict[str, Any], about: Mapping[str, Any] | None = None) -> list[str]:
-        """Write what is asked for, or compare it with what was.
-
-        Where NaN or infinity stopped the run, what is in `MAY_CHANGE` may be other than it was; config.json then keeps
-        under "changed" what it was before.
-
-        Args:
-            record: What makes the run, as JSON values.
-            about: What else is worth knowing of its first start; not compared.
-
-        Returns:
-            What was changed behind stops, in words.
-
-        Raises:
-            ValueError: The folder holds a run with other options.
-        """
+        """Write what is asked for, or refuse another run, but `MAY_CHANGE` behind a stop; what did, in words."""
         record = as_json(record)
         if not self.writes:
             return []

@@ -35,13 +35,7 @@ _CHUNK = 1 << 22  # bytes that are read or hashed together
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor to be written, piece by piece.
-
-    Attributes:
-        dtype: One of `NAMES`.
-        shape: Its sizes.
-        pieces: Its bytes, in order.
-    """
+    """A tensor to be written piece by piece: its format, one of `NAMES`, its sizes, and its bytes in order."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
