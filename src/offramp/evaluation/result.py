@@ -1,14 +1,20 @@
-"""What an evaluation found: every arm beside the full model, the Pareto front, tables and JSON."""
+"""What an evaluation found: every arm beside the full model, the Pareto front, tables, JSON, and what that shows.
+
+Praise is only where an interval supports it. A policy is *near* the full model if even the low end of the interval of
+its difference is at most `NEAR` points of 100 below (of perplexity: at most `NEAR` per cent above), from at least
+`FEWEST` groups of examples. It is worth a promise if it is near for fewer FLOPs, also per generated token, and not
+slower where seconds compare.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-from offramp.evaluation.verdict import GOOD, Finding, findings, sentences
 from offramp.metrics.bootstrap import Interval
 from offramp.risk.control import pareto_front
 from offramp.runs.codec import encode
@@ -24,6 +30,36 @@ COLUMNS = {
     "seconds_per_token_ratio": "seconds/token", "own_seconds_per_token_ratio": "seconds/token, own prompt",
 }  # fmt: skip
 """Columns of the table of costs, by the ratio of `ArmSummary`; those of the own prompt only where one is shortened."""
+
+NEAR = 2.0
+"""Points of 100."""
+FEWEST = math.ceil(300 / NEAR)
+"""Groups: if none of so many lost everything, fewer than `NEAR` in 100 do (the rule of three, at 95 %)."""
+SHOWN = 4
+"""Policies named for each reason."""
+
+GOOD = "near for less"
+REASONS: Mapping[str, str] = {
+    GOOD: "At most {near} the full model's {metric} for less, by the whole interval; calibrate before use",
+    "dear": "No FLOPs saved (× the full model's)",
+    "unread": "{metric} cannot read all references, so that nothing is shown of",
+    "far": "{metric} too far below the full model's",
+    "open": "Too few examples to tell whether {metric} is at most {near} the full model's",
+    "unsaved": "Too few examples to tell whether FLOPs are saved",
+    "prompt": "Prompt or length saves, exits do not: a generated token costs no less than the full model's",
+    "slow": "Fewer FLOPs, but no fewer seconds (× the full model's)",
+}
+"""Headings of the sentences, by finding, in their order."""
+NOTHING = "No policy here is shown to be near the full model's answers for less"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is to be said of one policy: one of `REASONS`, and figures in words."""
+
+    arm: str
+    reason: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -154,8 +190,8 @@ class Evaluation(Result):
         return any(getattr(arm, cost) is not None for arm in self.arms)
 
     def findings(self) -> list[Finding]:
-        """What is to be said of each policy (`offramp.evaluation.verdict`)."""
-        return findings(self)
+        """One for each policy that is neither static nor the full model."""
+        return [_found(self, arm) for arm in self.arms if not arm.is_static]
 
     def recommended(self) -> list[str]:
         """Policies that the intervals show to be near the full model for less; they still need a promise."""
@@ -185,8 +221,85 @@ class Evaluation(Result):
                 "even match themselves, and no answer is told from another there; go by another metric"
                 for name, count in unread.items()
             ),
-            *sentences(self, self.findings()),
+            *_sentences(self, self.findings()),
         ]
+
+
+# ---------------------------------------------------------------- what it shows
+
+
+def _sentences(evaluation: Evaluation, found: Sequence[Finding]) -> list[str]:
+    """Findings by reason, without full stops; the first says so if nothing can be recommended."""
+    if not found:
+        return []
+    lines = []
+    for reason in REASONS:
+        some = [f"{each.arm} ({each.words})" for each in found if each.reason == reason]
+        more = f"; and {len(some) - SHOWN} more" if len(some) > SHOWN else ""
+        if some:
+            lines.append(f"{heading(evaluation, reason)}: {'; '.join(some[:SHOWN])}{more}")
+    if not any(each.reason == GOOD for each in found):
+        lines.insert(0, NOTHING)
+    return lines
+
+
+def heading(evaluation: Evaluation, reason: str) -> str:
+    """A heading of `REASONS` about this evaluation's metric."""
+    above = evaluation.metric == PERPLEXITY
+    near = f"{NEAR:g} {'per cent above' if above else 'points below'}"
+    said = REASONS[reason].format(near=near, metric=evaluation.metric)
+    return said.replace("below the full", "above the full") if above else said
+
+
+def _found(evaluation: Evaluation, arm: ArmSummary) -> Finding:
+    """The first reason against a policy, or none."""
+    quality = _better(evaluation, arm)
+    groups = evaluation.conditions.get("groups", evaluation.conditions["examples"])
+    flops, token, seconds = arm.flops_ratio, arm.flops_per_token_ratio, arm.seconds_ratio
+    said = f"{quality.value:+.1f}{'%' if evaluation.metric == PERPLEXITY else ''}"
+    if flops.value >= 1:
+        return Finding(arm.name, "dear", f"{flops.value:.3f}")
+    if evaluation.conditions.get("unread", {}).get(evaluation.metric):
+        return Finding(arm.name, "unread", said)
+    if quality.value < -NEAR:
+        return Finding(arm.name, "far", said)
+    if groups < FEWEST or quality.low is None or quality.low < -NEAR:
+        return Finding(arm.name, "open", f"{said}; {_needed(evaluation, quality, groups)}")
+    if flops.high is None or flops.high >= 1:
+        return Finding(arm.name, "unsaved", f"{flops.value:.3f}")
+    if token is not None and token.value >= 1:
+        return Finding(arm.name, "prompt", f"{token.value:.3f}; {flops.value:.3f} of all FLOPs")
+    if seconds is not None and seconds.value >= 1:
+        return Finding(arm.name, "slow", f"{seconds.value:.2f}")
+    costs = [f"{flops.value:.3f} of the FLOPs"]
+    costs += [] if token is None else [f"{token.value:.3f} per generated token"]
+    costs += ["seconds do not compare"] if seconds is None else [f"{seconds.value:.2f} of the seconds"]
+    static = "" if arm.name in evaluation.ahead() else "; by the estimates a static exit shown is as good for as few"
+    return Finding(arm.name, GOOD, f"{said}, at least {quality.low:+.1f}; {', '.join(costs)}{static}")
+
+
+def _better(evaluation: Evaluation, arm: ArmSummary) -> Interval:
+    """How much better than the full model's the main metric is: points of 100, or per cent of perplexity."""
+    metric, found = evaluation.metric, arm.difference[evaluation.metric]
+    whole = evaluation.arms[0].quality[metric].value
+    scale = -100 / whole if metric == PERPLEXITY else 1.0 if metric.endswith("(corpus)") else 100.0
+    ends: list[Any] = [None if end is None else scale * end for end in (found.low, found.high)]
+    return Interval(scale * found.value, *(ends if scale > 0 else ends[::-1]))
+
+
+def _needed(evaluation: Evaluation, quality: Interval, groups: int) -> str:
+    """About how many examples would do: an interval narrows with the root of their number."""
+    examples = evaluation.conditions["examples"]
+    each = examples / groups
+    wanted = FEWEST * each
+    if quality.low is not None and quality.low < -NEAR:
+        room = max(quality.value + NEAR, NEAR / 20)
+        wanted = max(wanted, examples * ((quality.value - quality.low) / room) ** 2)
+    digits = 10 ** max(math.floor(math.log10(wanted)) - 1, 0)
+    return f"about {math.ceil(wanted / digits) * digits:,} examples would tell, {examples:,} are there"
+
+
+# ---------------------------------------------------------------- cells
 
 
 def _point(value: float, name: str, sign: str = "") -> str:

@@ -14,9 +14,8 @@ from offramp.evaluation.arms import FULL
 from offramp.evaluation.evaluate import EXAMPLES
 from offramp.evaluation.record_file import Record, read_records
 from offramp.evaluation.records import PREFILL
-from offramp.evaluation.result import Evaluation, quality_cell, ratio_cell
+from offramp.evaluation.result import GOOD, NOTHING, REASONS, Evaluation, heading, quality_cell, ratio_cell
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-from offramp.evaluation.verdict import GOOD, NOTHING, REASONS, heading
 from offramp.report import plots
 from offramp.report.pages.blocks import (
     Answer,
