@@ -134,12 +134,12 @@ def test_auto_is_the_dtype_that_was_saved(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int8, "", "float"])
 def test_other_dtypes_are_refused_with_the_choices(tiny, dtype):
-    with pytest.raises(ValueError, match="choose one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="allowed are 'float32', 'bfloat16'"):
         load(tiny, dtype=dtype)
 
 
 def test_a_misspelt_dtype_is_told_the_nearest(tiny):
-    with pytest.raises(ValueError, match=r"dtype 'bflaot16' is not available.*; did you mean 'bfloat16'\?"):
+    with pytest.raises(ValueError, match=r"dtype is 'bflaot16'; allowed are .*; did you mean 'bfloat16'\?"):
         load(tiny, dtype="bflaot16")
 
 

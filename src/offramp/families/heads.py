@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from offramp.families.backbone import Activations, Backbone
+from offramp.values import choice
 
 POOLINGS = ("mean", "first")
 """How states [B, T, D] become one vector: the mean over tokens that are not padding, or the first token (CLS)."""
@@ -30,8 +31,7 @@ class HeadConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.pooling not in (None, *POOLINGS):
-            raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}, or None")
+        choice("pooling", self.pooling, (None, *POOLINGS))
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden is {self.hidden}; it is a width from 1, or None for no dense layer")
         if not 0 <= self.dropout < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from offramp.values import listed
+from offramp.values import choice
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     import torch
 
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not available; choose one of {listed(name, DTYPES)}")
+    choice("dtype", name, DTYPES)
     chosen: torch.dtype = getattr(torch, name)
     return chosen
 
