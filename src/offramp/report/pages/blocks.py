@@ -156,13 +156,14 @@ def _said(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
-def repeat(command: str | None, about: Mapping[str, Any], config: Any = None, *, python: str = "") -> Section:
-    """How to repeat a run: its command line, or what to call, conditions and versions, and all settings as JSON."""
+def repeat(about: Mapping[str, Any], config: Any = None, *, python: str = "") -> Section:
+    """How to repeat a run: its "command", or what to call, conditions and versions, and all settings as JSON."""
+    command = about.get("command")
     blocks: list[Block] = [Code(command)] if command else []
     if not command:
         what = "these lines do the same" if python else "the conditions and settings below are all that it went by"
         blocks += [Text((f"It was started from Python; {what}.",)), *([Code(python)] if python else [])]
-    blocks.append(facts(about))
+    blocks.append(facts({name: value for name, value in about.items() if name != "command"}))
     if config is not None:
         blocks.append(Code(json.dumps(config, indent=2, ensure_ascii=False), "All settings, as JSON"))
     return Section("How to repeat it", blocks)

@@ -38,7 +38,7 @@ def page(folder: Path, values: dict[str, Any]) -> Page:
         **{name: value for name, value in conditions.items() if name not in ("task", "settings")},
         **conditions["settings"], "seed": certificate["seed"], "splits (examples, groups)": certificate["splits"],
         "order": certificate["order"], **{f"data {name}": value for name, value in data.items() if name != "command"},
-        **certificate["versions"],
+        **certificate["versions"], "command": data.get("command"),
     }  # fmt: skip
     sections = [
         Section("The certificate", _certificate(values)),
@@ -52,7 +52,7 @@ def page(folder: Path, values: dict[str, Any]) -> Page:
     return Page(
         f"Calibration: {conditions['model']}, {task}",
         str(folder),
-        [*sections, repeat(data.get("command"), about, everything)],
+        [*sections, repeat(about, everything)],
     )
 
 

@@ -23,7 +23,7 @@ from offramp.uncertainty.posterior import PosteriorConfig
 def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
     """The page of an evaluation, from its results.json."""
     found = ClassifierEvaluation.from_dict(values)
-    conditions = dict(found.conditions)
+    conditions = found.conditions
     sections = []
     for test in found.tests:
         blocks: list[Block] = [
@@ -48,10 +48,8 @@ def evaluation_page(folder: Path, values: dict[str, Any]) -> Page:
         *([Section("Temperatures T and prior variances ω", [_marked(found.fitted_table())])] if found.fitted else []),
         Section("How to read this", [Text(tuple(found.notes()))]),
     ]
-    command = conditions.pop("command", None)
-    seeds = {"trained models": len(found.seeds)}
     title = f"Classifier: {conditions.get('model', folder.name)}"
-    return Page(title, str(folder), [*sections, repeat(command, {**conditions, **seeds})])
+    return Page(title, str(folder), [*sections, repeat({**conditions, "trained models": len(found.seeds)})])
 
 
 def _marked(table: Table) -> Table:
@@ -65,7 +63,7 @@ def _marked(table: Table) -> Table:
 
 def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
     """The page of a calibration, from its result.json."""
-    config, conditions = values["config"], dict(values["conditions"])
+    config, conditions = values["config"], values["conditions"]
     method = config["posterior"]["method"]
     blocks: list[Block] = [exit_table(values)]
     choice, effect = values.get("choice"), values.get("effect")  # which earlier results do not have
@@ -81,9 +79,8 @@ def calibration_page(folder: Path, values: dict[str, Any]) -> Page:
         sections.append(Section("The certificate", [_certificate(certificate, kept, values)]))
     if values["sets"] is not None:
         sections.append(Section("Nested sets, on the test rows", [set_table(values["sets"])]))
-    command = conditions.pop("command", None)
     title = f"Calibration of a classifier: {conditions.get('model', folder.name)}, {method}"
-    return Page(title, str(folder), [*sections, repeat(command, conditions, config)])
+    return Page(title, str(folder), [*sections, repeat(conditions, config)])
 
 
 def _mark(change: Mapping[str, Any]) -> str:
@@ -120,11 +117,10 @@ def training_page(folder: Path, config: dict[str, Any]) -> Page:
     blocks: list[Block] = [Text((state,), "bad" if done < wanted else "")]
     exits = range(1, len(after["accuracy"]) + 1)
     blocks.append(before_and_after("exit", "accuracy", exits, "accuracy", before, after))
-    about = dict(config.get("about", {}))
-    command = about.pop("command", None)
+    about = config.get("about", {})
     division = config["settings"].get("division", {})
     splits = {name: entry["rows"] for name, entry in division.get("splits", {}).items()}
     conditions = {**about, "classes": config["data"]["classes"], "rows": splits or None}
     title = f"Training of a classifier: {about.get('architecture', config['model']['kind'])}"
     sections = [Section("What each exit reached", blocks), Section("Options", [facts(options)])]
-    return Page(title, str(folder), [*sections, repeat(command, conditions, options)])
+    return Page(title, str(folder), [*sections, repeat(conditions, options)])

@@ -68,7 +68,7 @@ def grid_page(folder: Path) -> Page:
             title = named + (table.title[0].lower() + table.title[1:] if named else table.title)
             sections.append(Section(title, [*pictures.get(table.title, []), table]))
     study = results[0]["study"]
-    sections.append(repeat(None, {"data": study["data"]["path"], "select": study["select"]}, study))
+    sections.append(repeat({"data": study["data"]["path"], "select": study["select"]}, study))
     return Page(f"Fair distillation: {study['data']['path']}", str(folder), sections)
 
 
@@ -98,7 +98,7 @@ def run_page(folder: Path, values: dict[str, Any]) -> Page:
         "parameters": f"{values['parameters']:,}", "seconds": f"{values['seconds']['wall']:.0f}",
     }  # fmt: skip
     config = {name: values[name] for name in ("study", "method")}
-    return Page(f"Distilled: {values['key']}", str(folder), [*sections, repeat(None, about, config)])
+    return Page(f"Distilled: {values['key']}", str(folder), [*sections, repeat(about, config)])
 
 
 # ---------------------------------------------------------------- its parts

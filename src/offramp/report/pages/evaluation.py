@@ -49,7 +49,6 @@ def page(folder: Path, values: dict[str, Any], *, examples: int, seed: int) -> P
     """The page of a finished evaluation, from its results.json, with some examples drawn by the seed."""
     result = Evaluation.from_dict(values)
     conditions = result.conditions
-    about = {name: value for name, value in conditions.items() if name != "command"}
     policies = {arm.name: arm.policy for arm in result.arms}
     return Page(
         f"Evaluation: {conditions['model']}, {conditions['task']}",
@@ -61,7 +60,7 @@ def page(folder: Path, values: dict[str, Any], *, examples: int, seed: int) -> P
             Section("Where tokens leave", _exits(result)),
             Section("Costs by part", _costs(result)),
             Section("Quality and cost", _tables(result)),
-            repeat(conditions.get("command"), about, policies, python=_python(result, folder)),
+            repeat(conditions, policies, python=_python(result, folder)),
         ],
     )
 

@@ -51,7 +51,7 @@ def page(path: Path, values: dict[str, Any]) -> Page:
                 [pictures["confidence"], Table(head, rows, marks=marks), Text((note,)), pictures["rank"]],
             ),
             Section("In figures", [Code(probe.table(), "The probe as text")]),
-            repeat(None, about),
+            repeat(about),
         ],
     )
 

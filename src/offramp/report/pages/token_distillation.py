@@ -22,7 +22,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     rows = measured(folder, "distillation")
     kinds = ("step", "validation", "weights")
     steps, judged, readouts = ([row for row in rows if row["kind"] == kind] for kind in kinds)
-    options, groups, about = config["config"], config["groups"], dict(config.get("about", {}))
+    options, groups = config["config"], config["groups"]
     student, teacher = config["student"]["name"], config["teacher"]["name"]
     result = summary(rows, groups, TrainState(), folder / "model")
     sections = [
@@ -61,9 +61,9 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
     sections.append(Section("Where group labels were used", [used]))
     conditions = {
         **{f"{who}{what}": config[who][key] for who in ("student", "teacher") for what, key in _WHAT.items()},
-        **{name: value for name, value in about.items() if name != "command"}, **config["data"],
+        **config.get("about", {}), **config["data"],
     }  # fmt: skip
-    sections.append(repeat(about.get("command"), conditions, options))
+    sections.append(repeat(conditions, options))
     return Page(f"Distilled: {student}, from {teacher}", str(folder), sections)
 
 

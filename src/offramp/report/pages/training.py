@@ -32,10 +32,9 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
         what="accuracy" if options["objective"] in OBJECTIVES else "agreement",
         each="draft in a row" if drafter else "exit after layer",
     )  # fmt: skip
-    about = config.get("about", {})
     conditions = {
         "model": config["model"]["name"], "weights": config["model"]["fingerprint"], "dtype": config["model"]["dtype"],
-        **{name: value for name, value in about.items() if name != "command"}, **config["data"],
+        **config.get("about", {}), **config["data"],
     }  # fmt: skip
     return Page(
         f"Training: {config['model']['name']}, {options['objective']}",
@@ -62,7 +61,7 @@ def page(folder: Path, config: dict[str, Any]) -> Page:
                     )
                 ],
             ),
-            repeat(about.get("command"), conditions, options),
+            repeat(conditions, options),
         ],
     )
 
