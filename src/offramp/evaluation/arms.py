@@ -21,7 +21,7 @@ FULL = "full model"
 def static_arms(
     lm: LanguageModel, layers: Sequence[int] | None = None, prompt_layers: Collection[int] = ()
 ) -> dict[str, ExitPolicy]:
-    """Policies that always leave after one layer, of those each also with prompts that stop at a `prompt_layers`."""
+    """Policies that always leave after one layer, by name, each also with prompts that stop at `prompt_layers`."""
     depth, trained = lm.num_layers, lm.split.exit_layers
     if layers is None:
         layers = trained or sorted({layer for layer in (depth // 2, 3 * depth // 4, depth - 2) if 1 <= layer < depth})

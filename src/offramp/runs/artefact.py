@@ -116,7 +116,7 @@ def description(folder: str | os.PathLike[str], kind: Kind = STATE) -> dict[str,
 def read(
     folder: str | os.PathLike[str], schema: str, kind: Kind = STATE, *, without_digest: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
-    """What `write` wrote, but schema, digest and files; `without_digest`: with a warning, what never had one, too."""
+    """What `write` wrote, but schema, digest and files; `without_digest`: also, with a warning, what never had one."""
     place = Path(folder).expanduser()
     values = description(place, kind)
     file = place / kind.description

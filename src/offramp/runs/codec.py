@@ -21,7 +21,7 @@ Kind = TypeVar("Kind")
 
 
 def encode(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "") -> Any:
-    """JSON values; of tensors the names they have in `tensors`, without which lists, and null where not finite."""
+    """JSON values; tensors go to `tensors`, which their names are for, or become lists, with null where not finite."""
     if isinstance(value, Tensor):
         if tensors is None:
             return encode(value.tolist())

@@ -57,7 +57,7 @@ class RunFolder:
         self.checkpoint, self.exits, self.model = path / "checkpoint.safetensors", path / "exits", path / "model"
 
     def check(self, record: dict[str, Any], about: Mapping[str, Any] | None = None) -> list[str]:
-        """Write what is asked for, or refuse another run, but `MAY_CHANGE` behind a stop; what did, in words."""
+        """Write what is asked for, or refuse another run; returned is what of `MAY_CHANGE` changed behind stops."""
         record = as_json(record)
         if not self.writes:
             return []
