@@ -84,6 +84,7 @@ class ScriptedModel:
         return self.project(self.readout_input(hidden, layer))
 
     rank = staticmethod(ranked)
+    told = staticmethod(torch.Tensor.tolist)
 
     def best(self, hidden, layer=None):
         return best_of(self.readout(hidden, layer))

@@ -2,16 +2,20 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.core.decoding import decode
+from offramp.core.decoding import batch_of, decode
 from offramp.core.running import RunningBatch
+from offramp.core.sampling import Sampler
+from offramp.cuda.ahead import Ahead, Launch
 from offramp.cuda.model import FAMILIES, CudaError, CudaModel
 from offramp.families import SplitModel
+from offramp.families.state import Frame, State
 from test_running import EOS, requests, served
 from tiny import VOCABULARY, inputs_for, tiny
 
@@ -231,3 +235,88 @@ def test_asked_for_without_a_gpu():
         LanguageModel(tiny("llama"), engine="cuda")
     with pytest.raises(ValueError, match="int8 is not available with engine='cuda'"):
         LanguageModel(tiny("llama"), engine="cuda", int8=True)
+
+
+# ---------------------------------------------------------------- segments that run ahead of an answer
+
+
+def counts(model):
+    """Launches, those ahead of being asked for, and those of them that were used."""
+    return [sum(getattr(m.ahead if at else m, name) for m in model.memories) for at, name in enumerate(
+        ["launched", "launched", "used"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["propagate", "defer", "verify"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_segments_that_run_ahead_change_no_token_and_some_are_discarded(name, batch, policy, device):
+    inputs, policy = inputs_for(name, batch, padded=batch > 1), policy_of(name, policy)
+    model, other = CudaModel(placed(name, device)), CudaModel(placed(name, device), ahead=False)
+    expected = decoded(SplitModel(placed(name, device)), inputs, policy, new=40)
+    assert decoded(model, inputs, policy, new=40) == decoded(other, inputs, policy, new=40) == expected
+    launched, ahead, used = counts(model)
+    needed, never, _ = counts(other)
+    assert never == 0
+    assert launched == needed + ahead - used
+    if batch == 1 and policy.skipped != "verify":
+        assert 0 < used < ahead
+
+
+def in_turn(model, policy, answers, new):
+    """One row whose tests answer in turn; its tokens, its layers, and keys and values of all layers, deep ones filled."""
+    ids, given = inputs_for("llama")["input_ids"].to(model.device), iter(answers)
+
+    class Turn:
+        restricts = False
+
+        def __call__(self, reading):
+            return reading.hidden.new_full((1,), next(given), dtype=torch.float32)
+
+        def select(self, rows):
+            pass
+
+    batch = batch_of(model, ids, policy, Sampler(), new)
+    batch.measure = SimpleNamespace(begin=Turn)
+    steps = [batch.settle(batch.first())]
+    while batch.rows:
+        steps.append(batch.settle(batch.read()))
+    slots = batch.lengths[0] - 1
+    found = [layer.keys[:, :, :slots] for layer in batch.context.cache.layers]
+    return [int(s.token[0]) for s in steps], [int(s.exit_layer[0]) for s in steps], found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["propagate", "defer"])
+def test_what_runs_ahead_is_used_after_a_token_that_went_on_and_only_then(way, device):
+    """One test per token, after layer 2: stays, stays, leaves, stays, stays, stays; the last one shows all keys."""
+    policy = ExitPolicy(threshold=0.5, exit_layers=(2,), min_layer=2, skipped=way)
+    answers = [0, 0, 1, 0, 0, 0]
+    model, split = CudaModel(placed("llama", device)), SplitModel(placed("llama", device))
+    tokens, layers, keys = in_turn(model, policy, answers, 7)
+    assert layers == [4, 4, 4, 2, 4, 4, 4]
+    # the second token's (used), the third's (it left), none for the fourth; for the fifth and the sixth (used): where
+    # the fourth took two positions through layers 3 and 4 together, as "defer" does, that was no launch to learn from
+    ahead = {"propagate": [2 + 2, 3], "defer": [2 + 1, 2]}[way]
+    assert counts(model)[1:] == ahead
+    expected = in_turn(split, policy, answers, 7)
+    assert (tokens, layers) == expected[:2]
+    for mine, theirs in zip(keys, expected[2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_and_values_that_come_in_between_spoil_what_ran_ahead():
+    ahead, context = Ahead(), None
+    launch = Launch(2, [slice(0, 1)], 1, torch.zeros(1, 1, 4))
+    state = State(context, Frame(slice(0, 1), 5, 1), torch.zeros(1, 1, 4), 2, origin=launch)
+    ahead.last = launch
+    assert ahead.next() is None  # nothing is known yet
+    assert ahead.take([state], 4) is None
+    assert ahead.next() == (2, 4)
+    launch.ahead = Launch(4, [], 0, torch.zeros(1, 1, 4))
+    assert ahead.next() is None  # it runs already
+    assert ahead.take([state], 3) is None  # another segment was meant
+    assert ahead.take([replace(state, origin=None)], 4) is None  # of other states
+    assert ahead.take([state], 4) is launch.ahead
+    ahead.spoil()
+    assert ahead.take([state], 4) is None
+    assert (ahead.launched, ahead.used) == (0, 1)

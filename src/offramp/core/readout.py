@@ -210,7 +210,7 @@ class Exit:
         measure = self.reader.measure
         assert measure is not None
         with self.reader.ledger.time("confidence"):
-            values = [c if math.isnan(c) else max(-1.0, min(1.0, c)) for c in measure(self).tolist()]
+            values = [c if math.isnan(c) else max(-1.0, min(1.0, c)) for c in self.reader.model.told(measure(self))]
         self.judged = self._logits is not None or self._top is not None
         scored = self.reader.plan.vocabulary if self.columns is None else self.columns.ids.shape[1]
         pruned = self.reader.plan.pruning is not None

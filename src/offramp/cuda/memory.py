@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from offramp.cuda.ahead import Ahead
 from offramp.families.cache import LayerCache
 from offramp.families.state import Context
 
@@ -98,6 +99,7 @@ class Memory:
         segments: What was captured, by first and last layer; void when the capacity grows.
         pool: What they share on CUDA; a new one where all of them are new.
         captured: How many segments were made ready, and `launched`, how often one ran.
+        ahead: What ran last, and what may run next.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Memory:
         self.pool: Any = None
         self.in_segment = False
         self.captured = self.launched = 0
+        self.ahead = Ahead()
         self._padded = False
         self._owner: weakref.ref[Context] | None = None
 
@@ -128,6 +131,7 @@ class Memory:
         """Hold this batch's keys and values from now on."""
         self._owner, self._padded = weakref.ref(context), False
         self.valid.fill_(True)
+        self.ahead.begin()
         for layer in self.layers:
             layer.clear()
 

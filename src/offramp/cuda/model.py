@@ -2,7 +2,9 @@
 
 Blocks are the model's own, called as everywhere else; only what they are given differs: keys and values at fixed places
 (`Memory`), masks and positions made from buffers. A segment concerns all rows of a batch; those that left, or stand
-elsewhere, are masked. Prompts, passes over several tokens, exits' own blocks and readouts run as in `SplitModel`.
+elsewhere, are masked. Prompts, passes over several tokens and exits' own blocks run as in `SplitModel`; tests and
+readouts of few tokens in fused kernels, where they can (`ExitTests`). While a test's answer travels, the next segment
+runs if it is likely to be wanted (`Ahead`).
 
 Off CUDA segments run uncaptured, which shows that their tokens are right, not that they are fast.
 """
@@ -10,16 +12,21 @@ Off CUDA segments run uncaptured, which shows that their tokens are right, not t
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offramp.cuda.ahead import Launch
+from offramp.cuda.exit_test import MOST, ExitTests, packed, told
 from offramp.cuda.memory import Memory
 from offramp.cuda.segment import Segment
 from offramp.families import SplitModel
+from offramp.families.best import Best
 from offramp.families.block_calls import run_block
-from offramp.families.state import Context, Frame, State
+from offramp.families.head_ids import HeadIds
+from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 
 FAMILIES = (
     "gemma",
@@ -48,6 +55,7 @@ class CudaModel(SplitModel):
 
     Args:
         model: Of a family in `FAMILIES`, wherever it is; only on CUDA are segments captured.
+        ahead: Whether segments may be launched before the answer of the test in front of them is read.
 
     Raises:
         UnsupportedModelError: No engine supports it.
@@ -56,7 +64,7 @@ class CudaModel(SplitModel):
 
     engine = "cuda"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, ahead: bool = True) -> None:
         super().__init__(model)
         if self.name not in FAMILIES:
             raise CudaError(f"models of type {self.name!r} are not among {', '.join(FAMILIES)}; use engine='torch'")
@@ -76,7 +84,11 @@ class CudaModel(SplitModel):
                 "it has hooks or a forward of somebody's own, which a graph would not call; use engine='torch'"
             )
         self.memories: list[Memory] = []
+        self._ahead = ahead
+        self._latest: Memory | None = None
         self._addresses = self._where()
+        self.tests = ExitTests.of(self)
+        self.fused = self.tests is not None
 
     def _where(self) -> tuple[int, ...]:
         return tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
@@ -88,12 +100,14 @@ class CudaModel(SplitModel):
 
     @property
     def is_current(self) -> bool:
-        """Whether weights are where graphs look for them, and nobody wants to be called between blocks."""
-        return super().is_current and self._where() == self._addresses and not self._hooked
+        """Whether weights are where graphs look for them, and nobody wants to be called in between."""
+        plain = not self._hooked and (self.tests is None or self.tests.apply)
+        return super().is_current and self._where() == self._addresses and plain
 
     # ------------------------------------------------------------ memory
 
     def _new_context(self, batch: int, memory: Tensor | None, memory_mask: Tensor | None) -> Context:
+        self._latest = None
         self.memories = [m for m in self.memories if not m.is_free or self._fits(m, batch)]
         found = next((m for m in self.memories if m.is_free), None)
         if found is None:
@@ -121,11 +135,36 @@ class CudaModel(SplitModel):
         memory = self.memory_of(states[0].context)
         ready = all(layer.exists for layer in memory.layers[lo:hi])
         if lo == hi or not ready or any(s.depth != lo or s.frame.queries != 1 for s in states) or hi > self.num_layers:
+            memory.ahead.last = None
             return [super(CudaModel, self).run(state, lo, hi) for state in states]
-        self._place(memory, states)
-        out = self._segment(memory, lo, hi).launch()
+        launch, rows = memory.ahead.take(states, hi), [state.frame.rows for state in states]
+        if launch is None:
+            self._place(memory, states)
+            launch = self._launch(memory, lo, hi)
+        launch.rows, launch.count = rows, sum(len(state.hidden) for state in states)
+        memory.ahead.last, self._latest = launch, memory
+        return [State(s.context, s.frame, launch.out[s.frame.rows].clone(), hi, origin=launch) for s in states]
+
+    def _launch(self, memory: Memory, lo: int, hi: int) -> Launch:
         memory.launched += 1
-        return [State(s.context, s.frame, out[s.frame.rows].clone(), hi) for s in states]
+        return Launch(hi, [], 0, self._segment(memory, lo, hi).launch())
+
+    def _run_ahead(self) -> None:
+        """Launch the segment behind the last one, if it is likely to be asked for."""
+        memory = self._latest
+        if not self._ahead or memory is None or (segment := memory.ahead.next()) not in memory.segments:
+            return
+        last = memory.ahead.last
+        assert last is not None
+        for rows in last.rows:  # only theirs: others would go deeper and deeper, and might overflow
+            memory.hidden[rows] = last.out[rows]
+        last.ahead = self._launch(memory, *segment)
+        memory.ahead.launched += 1
+
+    def fill(self, context: Context, lo: int, hi: int, skipped: Skipped) -> None:
+        """As `SplitModel.fill`."""
+        self.memory_of(context).ahead.spoil()
+        super().fill(context, lo, hi, skipped)
 
     def _place(self, memory: Memory, states: list[State]) -> None:
         """Put states, and where they stand, into the buffers."""
@@ -164,3 +203,70 @@ class CudaModel(SplitModel):
         finally:
             memory.in_segment = False
         return hidden
+
+    # ------------------------------------------------------------ readout
+
+    def told(self, values: Tensor) -> list[float]:
+        """As `SplitModel.told`."""
+        return self._fetched(values).tolist()
+
+    def _fetched(self, values: Tensor) -> Tensor:
+        """The same on the host, for which only what has been launched so far is waited for, not what runs ahead."""
+        if values.device.type != "cuda":
+            self._run_ahead()
+            return values
+        with torch.cuda.device(self.device):
+            there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            there.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._run_ahead()
+            arrived.synchronize()
+        return there
+
+    def best(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        layer: int | None = None,
+        rows: HeadRows | HeadIds | None = None,
+        *,
+        logits: bool = False,
+        inputs: bool = False,
+    ) -> Best:
+        """As `SplitModel.best`, but on the host, in one copy; logits and inputs stay where they are.
+
+        Args:
+            hidden: Residual states, [A, D].
+            layer: As for `readout_input`.
+            rows: From `gather`.
+            logits: Whether all logits are wanted, too.
+            inputs: Whether what the head reads is wanted, too.
+
+        Returns:
+            As it says.
+        """
+        read = self.readout_input(hidden, layer) if inputs else None
+        ids = rows.ids if isinstance(rows, HeadIds) else None
+        if self.tests is not None and (ids is not None or len(hidden) <= MOST):
+            made, scores = self.tests(hidden, layer, ids, logits=logits)
+        else:
+            found = super().best(hidden, layer, None if isinstance(rows, HeadIds) else rows)
+            made, scores = packed(found), found.logits
+        return told(self._fetched(made))._replace(logits=scores, inputs=read)
+
+    def project(self, x: Tensor, rows: HeadRows | HeadIds | None = None) -> Tensor:
+        """As `SplitModel.project`; single rows of the head are read where they lie, if tests run in kernels."""
+        if not isinstance(rows, HeadIds):
+            return super().project(x, rows)
+        assert self.tests is not None
+        return self.tests.project(x, rows.ids)
+
+    def gather(self, ids: Tensor) -> HeadIds | HeadRows:  # type: ignore[override]
+        """Which rows of the head to read for tokens [A, K] or [K]; without kernels, copies of them."""
+        return super().gather(ids) if self.tests is None else HeadIds(ids.contiguous())
+
+    def stretch(self, *_: Any, **__: Any) -> None:
+        """There is no call of several tokens."""
+
+    def draft(self, *_: Any, **__: Any) -> None:
+        """Nor one of several drafts."""

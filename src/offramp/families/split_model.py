@@ -344,6 +344,10 @@ class SplitModel(Network):
         """Logits [..., V] of states [..., D], as the model computes them after the last layer; see `readout_input`."""
         return self.project(self.readout_input(hidden, layer))
 
+    def told(self, values: Tensor) -> list[float]:
+        """What a test found, [A], on the host: where a step waits for the device."""
+        return values.tolist()
+
     def rank(self, logits: Tensor, count: int, skip: Tensor) -> Tensor:
         """The tokens of the largest of logits [A, V], best first, [A, count]; none of `skip`, [P]."""
         return ranked(logits, count, skip)

@@ -86,6 +86,7 @@ class State:
     """Residual states `hidden` [A, n, D] after `depth` layers, for the rows and slots of `frame`.
 
     `branch` is what the exit's own blocks make of them, if there is an exit with blocks here and they have run.
+    `origin` is for the engine that ran them: what made them, all or some of which they are.
     """
 
     context: Context
@@ -93,6 +94,7 @@ class State:
     hidden: Tensor
     depth: int
     branch: Tensor | None = None
+    origin: Any = None
 
     @property
     def read(self) -> Tensor:
