@@ -14,4 +14,4 @@ if [ "$found" != True ]; then
   exit 0
 fi
 OFFRAMP_TEST_DEVICE=cuda exec "$python" -m pytest -q -o minversion=7.0 --durations 10 \
-  tests/device_contract.py tests/test_cuda_engine.py
+  tests/device_contract.py tests/test_cuda_engine.py tests/exit_kernels.py

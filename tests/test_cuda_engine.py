@@ -242,8 +242,8 @@ def test_asked_for_without_a_gpu():
 
 def counts(model):
     """Launches, those ahead of being asked for, and those of them that were used."""
-    return [sum(getattr(m.ahead if at else m, name) for m in model.memories) for at, name in enumerate(
-        ["launched", "launched", "used"])]  # fmt: skip
+    found = [(memory.launched, memory.ahead.launched, memory.ahead.used) for memory in model.memories]
+    return [sum(numbers) for numbers in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("policy", ["propagate", "defer", "verify"])
@@ -263,7 +263,7 @@ def test_segments_that_run_ahead_change_no_token_and_some_are_discarded(name, ba
 
 
 def in_turn(model, policy, answers, new):
-    """One row whose tests answer in turn; its tokens, its layers, and keys and values of all layers, deep ones filled."""
+    """One row whose tests answer in turn: its tokens, their layers, and the keys of all layers."""
     ids, given = inputs_for("llama")["input_ids"].to(model.device), iter(answers)
 
     class Turn:
@@ -281,7 +281,7 @@ def in_turn(model, policy, answers, new):
     while batch.rows:
         steps.append(batch.settle(batch.read()))
     slots = batch.lengths[0] - 1
-    found = [layer.keys[:, :, :slots] for layer in batch.context.cache.layers]
+    found = [layer._keys[:, :, :slots] for layer in batch.context.cache.layers]
     return [int(s.token[0]) for s in steps], [int(s.exit_layer[0]) for s in steps], found
 
 

@@ -218,13 +218,13 @@ class CudaModel(SplitModel):
         with torch.cuda.device(self.device):
             there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             there.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
             self._run_ahead()
             arrived.synchronize()
         return there
 
-    def best(  # type: ignore[override]
+    def best(
         self,
         hidden: Tensor,
         layer: int | None = None,
