@@ -48,7 +48,7 @@ class Norm(NamedTuple):
 
         Args:
             module: The norm.
-            like: Its weight or, without one, anything of the model's width and number format, [D].
+            like: Anything of the model's width and number format, [D].
 
         Returns:
             That; None: something else.
@@ -104,10 +104,10 @@ class ExitTests:
         """
         if split.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return None
-        weight = getattr(split.norm, "weight", None)
-        norm = Norm.of(split.norm, split.head.weight[0] if weight is None else weight)
-        reason = _lacking(split) or ("" if norm else f"{type(split.norm).__name__} is no norm that they know")
-        if norm and not reason:
+        reason = _lacking(split)
+        norm = None if reason else Norm.of(split.norm, split.head.weight[0])
+        reason = reason or f"{type(split.norm).__name__} is no norm that they know"
+        if norm is not None:
             made = cls(split, norm)
             try:
                 made(split.head.weight.new_zeros(1, split.shape.width), None)
@@ -120,8 +120,7 @@ class ExitTests:
     @property
     def apply(self) -> bool:
         """Whether nobody wants to be called in place of the norm or the head."""
-        parts = (self.split.norm, self.split.head)
-        return not any(p._forward_hooks or p._forward_pre_hooks or "forward" in vars(p) for p in parts)
+        return _plain(self.split)
 
     def __call__(
         self, hidden: Tensor, layer: int | None, ids: Tensor | None = None, *, logits: bool = False
@@ -226,4 +225,9 @@ def _lacking(split: SplitModel) -> str:
     bare = isinstance(split.squeeze, nn.Identity) and split._logits_bias is None
     if not (bare and split.head_is_plain and split.head.weight.is_contiguous()):
         return "the head is no ordinary linear layer behind the last norm"
-    return ""
+    return "" if _plain(split) else "the last norm or the head has a hook or a forward of somebody's own"
+
+
+def _plain(split: SplitModel) -> bool:
+    parts = (split.norm, split.head)
+    return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
