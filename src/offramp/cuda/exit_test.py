@@ -108,8 +108,8 @@ class ExitTests:
         norm = None if reason else Norm.of(split.norm, split.head.weight[0])
         reason = reason or f"{type(split.norm).__name__} is no norm that they know"
         if norm is not None:
-            made = cls(split, norm)
             try:
+                made = cls(split, norm)
                 made(split.head.weight.new_zeros(1, split.shape.width), None)
                 return made
             except Exception as error:  # Triton compiles on first use, with what it finds: a compiler, a driver
