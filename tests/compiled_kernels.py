@@ -2,8 +2,9 @@
 
 import sys
 
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile  # noqa: A004
+from triton.compiler import ASTSource
 
 from offramp.cuda import kernels
 
@@ -31,6 +32,8 @@ def kind(name: str, states: str) -> str:
 for kernel, states, fixed in CASES:
     function = getattr(kernels, kernel)
     signature = {name: "constexpr" if name in fixed else kind(name, states) for name in function.arg_names}
-    made = compile(ASTSource(function, signature, constexprs=fixed), target=GPUTarget("cuda", int(sys.argv[1]), 32))
+    made = triton.compile(
+        ASTSource(function, signature, constexprs=fixed), target=GPUTarget("cuda", int(sys.argv[1]), 32)
+    )
     assert made.asm["cubin"]
     sys.stdout.write(f"{kernel}\n")

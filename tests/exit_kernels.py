@@ -20,6 +20,7 @@ from offramp.families import SplitModel
 from offramp.families.best import Best, best_of
 from tiny import VOCABULARY, inputs_for, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, which interprets: of NaN and infinity
 DEVICE = torch.device(os.environ.get("OFFRAMP_TEST_DEVICE", "cpu"))
 # RMS norms of three ways of rounding, capped and divided logits, layer norms with and without weights, a scale
 NAMES = ("llama", "gemma", "gemma2", "granite", "olmo2", "qwen2", "smollm3", "gpt2", "nemotron", "cohere", "olmo", "t5")
@@ -31,7 +32,7 @@ def made(name, dtype=torch.float32, lens="none"):
     split = SplitModel(copy.deepcopy(tiny(name)).to(DEVICE, dtype))
     torch.manual_seed(0)
     if LENSES[lens] != 0:
-        exits = Exits.fresh(split, [2], rank=LENSES[lens])
+        exits = Exits.fresh(split, [1, 2, 3], rank=LENSES[lens])
         for parameter in exits.parameters():
             nn.init.normal_(parameter, std=0.1)
         split.exits = exits
