@@ -27,11 +27,14 @@ NAMES = (
     "llama",
     "llama-3",
     "mistral",
+    "mt5",
     "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
     "smollm3",
+    "t5",
+    "t5-v1.1",
 )
 POLICIES = {
     "full": None,
@@ -63,7 +66,11 @@ def placed(name, device):
 @torch.no_grad()
 def decoded(split, inputs, policy, new=12):
     ids, mask = inputs["input_ids"].to(split.device), inputs["attention_mask"].to(split.device)
-    steps = list(decode(split, ids, policy, max_new_tokens=new, mask=mask))
+    heard = {"mask": mask}
+    if split.is_encoder_decoder:
+        heard = {"memory": split.encode(ids, mask), "memory_mask": mask}
+        ids = torch.full_like(ids[:, :1], split.model.config.decoder_start_token_id)
+    steps = list(decode(split, ids, policy, max_new_tokens=new, **heard))
     return [[step.token.tolist(), step.exit_layer.tolist()] for step in steps]
 
 
@@ -128,6 +135,17 @@ def test_a_second_generation_uses_the_memory_and_the_segments_of_the_first(devic
     assert model.memories == [memory]
     assert memory.captured == captured == 1
     assert memory.launched == 2 * 11  # one launch a token, but for the prompt's
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_input_of_another_length_is_heard_whole(policy, device):
+    model, split = CudaModel(placed("t5", device)), SplitModel(placed("t5", device))
+    for length in (9, 4, 150, 9):  # beyond 128 tokens buffers move
+        inputs = inputs_for("t5", 2, length=length, padded=True, seed=length)
+        assert decoded(model, inputs, POLICIES[policy]) == decoded(split, inputs, POLICIES[policy])
+    (memory,) = model.memories
+    assert memory.heard.capacity == 256
+    assert memory.launched > 0
 
 
 def test_two_batches_at_once_do_not_share_memory(device):
@@ -211,7 +229,7 @@ def test_rows_that_a_segment_does_not_concern_keep_their_keys_and_values(device)
 
 
 def test_what_it_cannot_run_is_said(device):
-    for name in ("t5", "mixtral", "gpt2"):
+    for name in ("bart", "mixtral", "gpt2"):
         with pytest.raises(CudaError, match="are not among gemma, .*use engine='torch'"):
             CudaModel(placed(name, device))
     hooked = copy.deepcopy(placed("llama", device))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from offramp.cuda.ahead import Ahead
+from offramp.cuda.heard import Heard
 from offramp.families.cache import LayerCache
 from offramp.families.state import Context
 
@@ -89,6 +90,7 @@ class Memory:
         width: D of the states.
         dtype: Of the states.
         device: Where all of it lies.
+        hears: Whether there is cross-attention.
 
     Attributes:
         rows: 0..B-1, [B].
@@ -97,14 +99,16 @@ class Memory:
         hidden: The states that enter a segment, [B, 1, D].
         valid: Slots that are no padding, bool [B, capacity].
         segments: What was captured, by first and last layer; void when the capacity grows.
+        heard: Keys and values of cross-attention; None for decoder-only models.
         pool: What they share on CUDA; a new one where all of them are new.
         captured: How many segments were made ready, and `launched`, how often one ran.
         ahead: What ran last, and what may run next.
     """
 
     def __init__(
-        self, batch: int, windows: Sequence[int | None], width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, batch: int, windows: Sequence[int | None], width: int, dtype: torch.dtype, device: torch.device,
+        *, hears: bool = False,
+    ) -> None:  # fmt: skip
         self.batch, self.capacity = batch, _LEAST
         self.layers = [SlotLayer(self, window) for window in windows]
         self.cache = Cache(layers=self.layers)
@@ -114,6 +118,7 @@ class Memory:
             self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.hidden = torch.zeros(batch, 1, width, dtype=dtype, device=device)
             self.valid = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
+        self.heard = Heard(self) if hears else None
         self.segments: dict[tuple[int, int], Any] = {}
         self.pool: Any = None
         self.in_segment = False
@@ -134,6 +139,19 @@ class Memory:
         self.ahead.begin()
         for layer in self.layers:
             layer.clear()
+        if self.heard is not None:
+            assert context.memory is not None
+            if self.heard.listen(context.memory.shape[1], context.memory_mask):
+                self._forget_segments()
+
+    def is_ready(self, context: Context, lo: int, hi: int) -> bool:
+        """Whether blocks `lo` to `hi` have run on this batch, so that buffers exist and hold what was heard."""
+        crossed = self.heard is None or set(context.crossed).issuperset(range(lo, hi))
+        return crossed and all(layer.exists for layer in self.layers[lo:hi])
+
+    def _forget_segments(self) -> None:
+        self.segments.clear()
+        self.pool = None
 
     def reserve(self, slots: int) -> None:
         """Have room for so many slots, and the one that is nobody's."""
@@ -141,8 +159,7 @@ class Memory:
             return
         while self.capacity <= slots:
             self.capacity *= 2
-        self.segments.clear()
-        self.pool = None
+        self._forget_segments()
         for layer in self.layers:
             layer.grow(self.capacity)
         with torch.inference_mode(False):

@@ -35,11 +35,13 @@ FAMILIES = (
     "granite",
     "llama",
     "mistral",
+    "mt5",
     "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
     "smollm3",
+    "t5",
 )
 """Whose segments were tested, by `config.model_type`."""
 _KINDS = ("full_attention", "sliding_attention")
@@ -111,9 +113,14 @@ class CudaModel(SplitModel):
         self.memories = [m for m in self.memories if not m.is_free or self._fits(m, batch)]
         found = next((m for m in self.memories if m.is_free), None)
         if found is None:
-            found = Memory(batch, self.windows, self.shape.width, self.model.dtype, self.device)
+            found = Memory(
+                batch, self.windows, self.shape.width, self.model.dtype, self.device, hears=self.is_encoder_decoder
+            )
             self.memories.append(found)
-        context = Context(found.cache, found.cache, torch.empty(0), None, memory, memory_mask)
+        if memory_mask is not None and bool(memory_mask.all()):
+            memory_mask = None
+        past = found.cache if found.heard is None else found.heard.past
+        context = Context(found.cache, past, torch.empty(0), None, memory, memory_mask)
         found.lend(context)
         return context
 
@@ -133,7 +140,7 @@ class CudaModel(SplitModel):
     def run_each(self, states: list[State], lo: int, hi: int) -> list[State]:
         """As `SplitModel.run_each`; states of one token each go together, wherever they stand."""
         memory = self.memory_of(states[0].context)
-        ready = all(layer.exists for layer in memory.layers[lo:hi])
+        ready = memory.is_ready(states[0].context, lo, hi)
         if lo == hi or not ready or any(s.depth != lo or s.frame.queries != 1 for s in states) or hi > self.num_layers:
             memory.ahead.last = None
             return [super(CudaModel, self).run(state, lo, hi) for state in states]
@@ -183,8 +190,11 @@ class CudaModel(SplitModel):
         if (lo, hi) not in memory.segments:
             if memory.pool is None and self.device.type == "cuda":
                 memory.pool = torch.cuda.graph_pool_handle()
-            # of a context only the cache is read: the frame brings all that depends on the rest
+            # of a context only the caches are read: the frame brings all that depends on the rest
             bare = Context(memory.cache, memory.cache, memory.positions, None)
+            if (heard := memory.heard) is not None:
+                bare.past, bare.memory, bare.memory_mask = heard.past, memory.hidden, memory.valid
+                bare.crossed = [*range(self.num_layers)]
             memory.segments[lo, hi] = Segment(partial(self._through, memory, bare, lo, hi), self.device, memory.pool)
             memory.captured += 1
         return memory.segments[lo, hi]  # type: ignore[no-any-return]
@@ -196,6 +206,10 @@ class CudaModel(SplitModel):
         for kind, window in zip(self.types[lo:hi], self.windows[lo:hi], strict=True):
             if ("mask", kind) not in frame.memo:
                 frame.memo["mask", kind] = memory.mask(window)
+        if memory.heard is not None:
+            frame.memo["mask", "cross"] = memory.heard.mask
+        if self.family.position_bias is not None:
+            frame.memo["bias", ""] = self._bias(memory)
         memory.in_segment = True
         try:
             for index in range(lo, hi):
@@ -203,6 +217,14 @@ class CudaModel(SplitModel):
         finally:
             memory.in_segment = False
         return hidden
+
+    def _bias(self, memory: Memory) -> Tensor:
+        """T5's relative position bias of each row's query, [B, H, 1, capacity]; of slots it does not see, anything."""
+        attention, last = self.blocks[0].get_submodule(self.family.position_bias), memory.capacity - 1
+        by_distance = attention.compute_bias(1, memory.capacity, device=self.device, past_seen_tokens=last)[0, :, 0]
+        slots = torch.arange(memory.capacity, device=self.device)
+        places = (last - memory.slots[:, None] + slots).clamp(max=last)  # the last one's distance is 0
+        return by_distance[:, places].transpose(0, 1)[:, :, None]  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------ readout
 
