@@ -1,6 +1,7 @@
 """The benchmark's structure and counts on tiny random models; no test looks at how long anything took."""
 
 import json
+import random
 import re
 from dataclasses import replace
 
@@ -9,14 +10,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.lm import bench_summary
+from offramp.lm import bench_compiled, bench_playing, bench_summary
 from offramp.lm.bench import default_arms, run_batch_sizes, run_bench
-from offramp.lm.bench_arms import FULL, REFERENCE, Spread
+from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, Spread
+from offramp.lm.bench_playing import Players
 from offramp.lm.bench_results import sizes_table
 from offramp.lm.bench_rounds import Turn
 from offramp.lm.scripted import (
+    SHAPES,
     Script,
     Scripted,
+    filled,
     random_model,
     random_prompts,
     scripted_arms,
@@ -512,3 +516,148 @@ def test_policies_are_checked_before_anything_runs(llama):
 def test_no_prompts(llama):
     with pytest.raises(ValueError, match="no prompts"):
         run_bench(llama, [], {})
+
+
+# What cannot run, and memory
+
+
+class Full(torch.OutOfMemoryError):
+    """As a device raises it."""
+
+
+def running_out(monkeypatch, *layers):
+    """Generation runs out of memory where a policy leaves after one of these layers, None: at full depth."""
+    stream = LanguageModel.stream
+
+    def streamed(self, inputs, *, policy=None, **options):
+        if (policy and policy.min_layer) in layers:
+            raise Full("CUDA out of memory. Tried to allocate 9 GiB.")
+        return stream(self, inputs, policy=policy, **options)
+
+    monkeypatch.setattr(LanguageModel, "stream", streamed)
+
+
+def test_an_arm_that_memory_is_too_little_for_is_a_row_without_numbers(llama, tmp_path, monkeypatch):
+    arms = {f"static {layer}": ExitPolicy("static", min_layer=layer) for layer in (2, 3)}
+    running_out(monkeypatch, 2)
+    options = {"max_new_tokens": 3, "repeats": 2, "batch_size": 2, "folder": tmp_path}
+    result = run_bench(llama, random_prompts(llama, 2), arms, **options)
+    assert [arm.name for arm in result.arms] == [REFERENCE, FULL, "static 3"]
+    assert result.left_out == {"static 2": "memory is too little, with 2 prompts together"}
+    (row,) = (line for line in result.table().splitlines() if line.startswith("| static 2 "))
+    assert "left out" in row
+    assert "Note: static 2 is left out: memory is too little, with 2 prompts together." in result.table()
+    monkeypatch.undo()
+    again = run_bench(llama, random_prompts(llama, 2), arms, **options)  # kept rounds still lack it
+    assert "it failed in 2 of 2 rounds" in again.left_out["static 2"]
+
+
+def test_other_errors_of_an_arm_are_raised(llama, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "stream", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_bench(llama, random_prompts(llama, 1), {}, max_new_tokens=3, repeats=1)
+
+
+def test_a_batch_that_the_full_model_does_not_fit_is_left_out(llama, monkeypatch):
+    stream = LanguageModel.stream
+
+    def streamed(self, inputs, **options):
+        if len(inputs["input_ids"]) > 1:
+            raise MemoryError
+        return stream(self, inputs, **options)
+
+    monkeypatch.setattr(LanguageModel, "stream", streamed)
+    prompts, options = random_prompts(llama, 2), {"max_new_tokens": 2, "repeats": 1}
+    (one,) = run_batch_sizes(llama, prompts, lambda _: {}, (1, 2), **options)
+    assert f"of {FULL}, memory is too little, with 2 prompts together" in one.left_out["a batch of 2"]
+    assert re.search(r"\| 1 +\| +a batch of 2 \| +left out \|", sizes_table([one]))
+    with pytest.raises(ValueError, match="take fewer or shorter prompts"):
+        run_batch_sizes(llama, prompts, lambda _: {}, (2,), **options)
+
+
+class Cuda:
+    """What PyTorch tells of a device's memory: each call allocates 100 bytes for good and 1000 for a moment."""
+
+    def __init__(self, monkeypatch, lm):
+        self.now = self.most = 10_000
+        monkeypatch.setattr(type(lm.split), "device", torch.device("cuda"))
+        for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def memory_allocated(self, _):
+        return self.now
+
+    def max_memory_allocated(self, _):
+        return self.most
+
+    def reset_peak_memory_stats(self, _):
+        self.most = self.now
+
+    def work(self, *_):
+        self.now += 100
+        self.most = self.now + 1000
+
+
+def test_memory_is_the_weights_what_an_engine_keeps_and_the_most_of_a_turn(llama, monkeypatch):
+    weights = sum(weight.nbytes for weight in llama.model.parameters())
+    twin = LanguageModel(llama.model)
+    players = Players({FULL: None, "other": None}, {FULL: llama, "other": twin}, {}, None, 2)
+    cuda = Cuda(monkeypatch, llama)
+    monkeypatch.setattr(bench_playing, "run", cuda.work)
+    inputs = [{"input_ids": torch.ones(1, 2)}]
+    found = [players.play(inputs, random.Random(0), lambda *_: None) for _ in range(2)]
+    for number, played in enumerate(found, start=1):  # what other engines keep is not counted
+        assert [played.arms[name].memory for name in (FULL, "other")] == [weights + 100 * number + 1000] * 2
+
+
+def test_without_cuda_memory_has_no_column(bench):
+    _, result, _ = bench
+    assert "peak GB" not in result.table()
+    first, *others = result.arms
+    assert "peak GB" in replace(result, arms=[replace(first, memory=5_250_000_000), *others]).table()
+    assert "5.25" in sizes_table([replace(result, arms=[replace(first, memory=5_250_000_000), *others])])
+
+
+# Compiled
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_transformers_compiled_says_the_same_at_every_batch_size(name, request, monkeypatch):
+    monkeypatch.setattr(bench_compiled, "BACKEND", "eager")  # traced, not built: that takes minutes
+    lm = request.getfixturevalue(name)
+    had = set(vars(lm.model))
+    one, two = run_batch_sizes(
+        lm, random_prompts(lm, 2, length=4), lambda _: {COMPILED: None}, (1, 2), max_new_tokens=4, repeats=2
+    )
+    for result in (one, two):
+        assert result.left_out == {}
+        arm = result.arm(COMPILED)
+        assert (arm.agreement, arm.mean_exit_layer, arm.flops_ratio) == (1, LAYERS, 1)
+        assert arm.shares == {}
+    assert set(vars(lm.model)) == had
+
+
+def test_a_model_that_cannot_be_compiled_is_left_out_with_the_reason(llama, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler\nat all")
+
+    monkeypatch.setattr(bench_compiled.Compiled, "generate", broken)
+    result = run_bench(llama, random_prompts(llama, 1), {COMPILED: None}, max_new_tokens=2, repeats=1)
+    assert [arm.name for arm in result.arms] == [REFERENCE, FULL]
+    assert "it cannot be compiled here (no C++ compiler" in result.left_out[COMPILED]
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [
+        ("smollm2", 134_515_008),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("t5-large", 737_668_096),
+    ],
+)
+def test_shapes_are_built_where_they_are_to_be(shape, weights):
+    """On a device without memory: nothing as large is ever made on the CPU."""
+    model = filled(SHAPES[shape], torch.bfloat16, torch.device("meta"))
+    assert {(part.device.type, part.dtype) for part in model.parameters()} == {("meta", torch.bfloat16)}
+    assert sum(part.numel() for part in model.parameters()) == weights

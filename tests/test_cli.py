@@ -132,6 +132,27 @@ def test_bench_of_saved_policies_under_the_names_of_their_files(folder, tmp_path
     assert "rename the file" in done.output
 
 
+def test_bench_of_several_engines_says_what_cannot_run_here(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("offramp.lm.bench_compiled.BACKEND", "eager")  # traced, not built: that takes minutes
+    call = ["bench", folder, "--max-new-tokens", 3, "--repeats", 1, "--mean-layer", 2, "--arms", "static 3"]
+    path = tmp_path / "bench.json"
+    done = offramp(
+        *call, "--engine", "torch", "--with-engines", "cuda,native", "--peers", "compiled", "--batch-sizes", "1,2",
+        "--json", path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ours = ["full depth (offramp)", "static 3"]
+    names = ["transformers generate", "full depth (offramp)", "transformers compiled", "static 3"]
+    for result in json.loads(path.read_text())["benches"]:
+        assert [arm["name"] for arm in result["arms"]] == [*names, *(f"native {name}" for name in ours)]
+        assert result["left_out"]["cuda"].startswith("engine is 'cuda', but the model is on cpu; load it with")
+        assert {arm["memory"] for arm in result["arms"]} == {None}
+    assert "cuda is left out: engine is 'cuda', but the model is on cpu" in done.stdout
+    done = offramp(*call, "--engine", "torch", "--with-engines", "torch")
+    assert done.exit_code == 2
+    assert "on which all rows run already" in done.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from offramp.core.engine import Engines
     from offramp.lm.bench_arms import Arms
     from offramp.lm.bench_results import Bench
+
+_COMPILED = "compiled"
+"""What --peers calls `transformers` with a static cache; it runs in this process."""
 
 
 def bench(
@@ -28,7 +31,8 @@ def bench(
             "--random",
             "--shape",
             metavar="SHAPE",
-            help="Time a random model of this shape with scripted exits: t5-small, -base, -large, llama-3.2-1b.",
+            help="Time a random model of this shape with scripted exits: t5-small, -base, -large, smollm2, "
+            "llama-3.2-1b, llama-3.1-8b.",
         ),
     ] = None,
     prompts: o.PromptFile = None,
@@ -66,6 +70,9 @@ def bench(
         bool,
         typer.Option("--with-int8", help="Run our rows on eight-bit weights as well, by --engine native."),
     ] = False,
+    with_engines: Annotated[
+        str | None, typer.Option(help="Run our rows on these engines as well, with commas: torch, cuda, native.")
+    ] = None,
     device: o.Device = None,
     exits: o.Exits = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the arms and of random models.")] = 0,
@@ -75,7 +82,8 @@ def bench(
     peers: Annotated[
         str | None,
         typer.Option(
-            help="Other engines, each in its own process, with commas: llama.cpp (f16, q8_0, q4_1), economize."
+            help="Other engines, with commas: compiled (transformers with a static cache and torch.compile); each in "
+            "its own process on a CPU: llama.cpp (f16, q8_0, q4_1), economize."
         ),
     ] = None,
     peer_python: Annotated[
@@ -92,20 +100,24 @@ def bench(
     With --out, an interrupted bench started again with the same options goes on behind its last finished round; with
     more --repeats, further rounds are added. Another folder, or none, times everything anew.
 
-    With --peers, other engines take turns with our arms: they get the same token ids and threads, and files of the same
-    weights, which are kept in the cache. A plain read of as many bytes is timed beside them.
+    With --peers, other engines take turns with our arms: they get the same token ids and threads, and (but for
+    "compiled") files of the same weights, which are kept in the cache. On a CPU a plain read of as many bytes is timed
+    beside them. What cannot run here, or needs more memory than there is, is left out, with the reason.
 
     With --mean-layer, every token leaves at a prescribed layer while every test is paid for: that shows what exits are
     worth in seconds, whatever the confidences say.
     """
     import offramp
     from offramp.lm.bench import run_batch_sizes, run_bench
+    from offramp.lm.bench_arms import COMPILED
     from offramp.lm.given import prompts_of
     from offramp.lm.scripted import random_prompts
     from offramp.peers import started
 
     _check_one(model, random, exits)
     names, pythons = _named_peers(peers, peer_python)
+    others = {COMPILED: None} if _COMPILED in names else {}
+    names = [name for name in names if name != _COMPILED]
     sizes = _sizes(batch_sizes, batch_size)
     lm = _random(random, dtype, engine, device, seed) if random is not None else offramp.load(
         model or "", dtype=dtype, device=device, exits=exits, engine=engine
@@ -120,17 +132,18 @@ def bench(
     saved = o.policies_of(policy)
 
     def chosen(rows: int) -> Arms:
-        return {**_arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed), **saved}
+        return {**others, **_arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed), **saved}
 
     chosen(1)  # what is wrong with them is said before anything is started
+    variants, refused = _variants(lm, with_int8, with_engines)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "chat": chat, "name": random or model,
-        "folder": out, "variants": _variants(lm, with_int8),
+        "folder": out, "variants": variants, "peers": refused, "warmup": 3 if others else 1,
     }  # fmt: skip
     with contextlib.ExitStack() as running:
         if names:
             longest = max(lm.encode(texts[i : i + 1], chat=chat)["input_ids"].shape[1] for i in range(len(texts)))
-            options["peers"] = running.enter_context(
+            options["peers"] = refused | running.enter_context(
                 started(
                     lm, names, context=longest + max_new_tokens, threshold=threshold, min_layer=min_layer,
                     pythons=pythons, say=o.note,
@@ -179,9 +192,8 @@ def _random(shape: str, dtype: str, engine: Engines, device: str | None, seed: i
     o.note(f"building a random {shape}")
     int8 = dtype == "int8" and engine != "torch"
     numbers = named_dtype("bfloat16" if int8 else dtype)
-    lm = random_model(shape, dtype=numbers, engine=engine, int8=int8, seed=seed)
-    lm.model.to(named_device("cpu" if device is None and (engine == "native" or int8) else device))
-    return lm
+    place = named_device("cpu" if device is None and (engine == "native" or int8) else device)
+    return random_model(shape, dtype=numbers, device=place, engine=engine, int8=int8, seed=seed)
 
 
 def _arms(
@@ -214,17 +226,34 @@ def _static(name: str) -> ExitPolicy | None:
     return ExitPolicy("static", min_layer=int(layer)) if kind == "static" and layer.isdecimal() else None
 
 
-def _variants(lm: LanguageModel, with_int8: bool) -> dict[str, LanguageModel]:
-    """The same weights in eight bits, where they are asked for."""
+def _variants(
+    lm: LanguageModel, with_int8: bool, with_engines: str | None
+) -> tuple[dict[str, LanguageModel], dict[str, Any]]:
+    """The same weights on other engines and in eight bits, where they are asked for, and why some cannot be had."""
     from offramp import LanguageModel
+    from offramp.cuda.model import CudaError
+    from offramp.hub.messages import first_line
+    from offramp.native.build import NativeError
+    from offramp.peers import PeerError
+    from offramp.values import choice
 
-    if not with_int8:
-        return {}
-    if lm.engine != "native" or lm.int8:
-        raise typer.BadParameter("--with-int8 needs what --engine native can run, and a --dtype other than int8")
-    other = LanguageModel(lm.model, lm.tokenizer, lm.name, engine="native", int8=True)
-    other.attach_exits(lm.exits)
-    return {"int8": other}
+    made: dict[str, LanguageModel] = {}
+    refused: dict[str, Any] = {}
+    for name in [] if with_engines is None else with_engines.split(","):
+        choice("engine", name, ("torch", "cuda", "native"))
+        if name == lm.engine:
+            raise typer.BadParameter(f"--with-engines names {name}, on which all rows run already; leave it out")
+        try:
+            made[name] = LanguageModel(lm.model, lm.tokenizer, lm.name, engine=cast("Engines", name))
+        except (CudaError, NativeError) as error:
+            refused[name] = PeerError(first_line(error))
+    if with_int8:
+        if lm.engine != "native" or lm.int8:
+            raise typer.BadParameter("--with-int8 needs what --engine native can run, and a --dtype other than int8")
+        made["int8"] = LanguageModel(lm.model, lm.tokenizer, lm.name, engine="native", int8=True)
+    for other in made.values():
+        other.attach_exits(lm.exits)
+    return made, refused
 
 
 def _sizes(several: str | None, one: int) -> list[int]:
@@ -251,7 +280,9 @@ def _named_peers(names: str | None, pythons: list[str] | None) -> tuple[list[str
 
     by_name = dict(entry.partition("=")[::2] for entry in pythons or [])
     listed = [] if names is None else names.split(",")
-    for name in (*listed, *by_name):
+    for name in listed:
+        choice("peer", name, (_COMPILED, *NAMES))
+    for name in by_name:
         choice("peer", name, NAMES)
     for name, path in by_name.items():
         if name not in listed:

@@ -10,6 +10,10 @@ from offramp.core.policy import ExitPolicy
 
 REFERENCE = "transformers generate"
 """The arm all ratios refer to: the model's own `generate`."""
+COMPILED = "transformers compiled"
+"""The same with a static cache and `torch.compile`."""
+THEIRS = (REFERENCE, COMPILED)
+"""The arms that our loop has no part in."""
 FULL = "full depth (offramp)"
 """The arm that shows what our loop costs: all layers, no test."""
 CONFIDENCE_PARTS = ("readout", "pruned_readout", "select", "confidence")
@@ -58,6 +62,8 @@ class Timing:
         exact_agreement: As `agreement`, with what the full model generates in float32. Without peers, and in float32,
             that is the reference.
         exact_prefix: As `common_prefix`, likewise.
+        memory: Most bytes of tensors on the device: the weights, what this engine keeps between turns (caches, graphs'
+            buffers) and the most of a turn. None: not on a CUDA device, a peer, or rounds of an earlier version.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Timing:
     common_prefix: float
     exact_agreement: float
     exact_prefix: float
+    memory: int | None
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,8 @@ class ArmResult(Timing):
         bytes_ratio: Bytes over those of the full model.
         draft_flops: "FLOPs" per token as the source document counts them (see `Costs`).
         confidence_flops: FLOPs per token of `CONFIDENCE_PARTS`.
-        confidence_seconds: Seconds of `CONFIDENCE_PARTS` in each round; empty for the reference.
-        shares: Share of the time by part, and "other" (preparation, processors, bookkeeping); empty for the reference,
+        confidence_seconds: Seconds of `CONFIDENCE_PARTS` in each round; empty for `THEIRS`.
+        shares: Share of the time by part, and "other" (preparation, processors, bookkeeping); empty for `THEIRS`,
             whose inside is not timed and whose counts are those of `FULL`, which makes the same products.
     """
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +17,18 @@ from torch import Tensor
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.records import settle
-from offramp.lm.bench_arms import REFERENCE, Arms
+from offramp.hub.messages import first_line
+from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, Arms
+from offramp.lm.bench_compiled import Compiled
 from offramp.lm.bench_rounds import Round, Turn
 from offramp.peers import Peer, PeerError
+from offramp.runs.memory import forget_peak, is_shortage, peak, release
 
 Batches = Sequence[Mapping[str, Tensor]]
+
+
+class MemoryShortage(ValueError):
+    """There is too little memory for one of the full models, which everything is compared with."""
 
 
 @dataclass
@@ -34,6 +41,9 @@ class Players:
         peers: Other engines by name; one that fails is replaced by its error.
         probe: What measures a plain read, in bytes per second.
         tokens: Tokens generated per prompt.
+        compiled: What runs as `COMPILED`, if that is among the arms.
+        lost: Why arms could not go on, by name: memory was too little, or a model cannot be compiled.
+        held: Bytes that an engine keeps between turns, by the number of its model.
     """
 
     arms: Arms
@@ -41,6 +51,9 @@ class Players:
     peers: dict[str, Peer | PeerError]
     probe: Callable[[], float] | None
     tokens: int
+    compiled: Compiled | None = None
+    lost: dict[str, str] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
 
     def play(self, batches: Batches, shuffle: random.Random, said: Callable[[int, str], None]) -> Round:
         """Generate every batch with every arm and peer, in an order that is shuffled for each batch.
@@ -51,9 +64,12 @@ class Players:
             said: Gets the number of generations done and the next one's name.
 
         Returns:
-            The round, without peers that failed in it.
+            The round, without arms and peers that failed in it.
+
+        Raises:
+            MemoryShortage: One of the full models does not fit.
         """
-        names = [*self.arms, *(name for name, peer in self.peers.items() if isinstance(peer, Peer))]
+        names = [*self._alive, *(name for name, peer in self.peers.items() if isinstance(peer, Peer))]
         played = Round([], {name: Turn() for name in names})
         for inputs in batches:
             if self.probe is not None:
@@ -61,14 +77,58 @@ class Players:
             played.order.append(shuffle.sample(names, len(names)))
             for place, name in enumerate(played.order[-1]):
                 said(len(names) * (len(played.order) - 1) + place, name)
-                if name in self.arms:
-                    run(self.models[name], name, self.arms[name], inputs, self.tokens, played.arms[name])
-                else:
+                if name in self._alive:
+                    self._run(name, inputs, played.arms[name])
+                elif name in self.peers:
                     self._ask(name, inputs, played.arms[name])
-        for name, peer in self.peers.items():
-            if isinstance(peer, PeerError):
-                played.arms.pop(name, None)
+        for name in (*self.lost, *(name for name, peer in self.peers.items() if isinstance(peer, PeerError))):
+            played.arms.pop(name, None)
         return played
+
+    @property
+    def _alive(self) -> list[str]:
+        return [name for name in self.arms if name not in self.lost]
+
+    def _run(self, name: str, inputs: Mapping[str, Tensor], turn: Turn) -> None:
+        """A generation by an arm, which is lost if there is too little memory for it."""
+        device = self.models[name].split.device
+        try:
+            self._measured(name, inputs, turn)
+            return
+        except Exception as error:
+            if not is_shortage(error) and name != COMPILED:
+                raise
+            rows = len(inputs["input_ids"])
+            why = "memory is too little" if is_shortage(error) else f"it cannot be compiled here ({first_line(error)})"
+            self.lost[name] = f"{why}, with {rows} {'prompts' if rows > 1 else 'prompt'} together"
+        if name == COMPILED:
+            self.compiled = None
+        release(device)
+        if name in (REFERENCE, FULL):
+            raise MemoryShortage(
+                f"of {name}, {self.lost[name]}; everything is compared with it, so take fewer or shorter "
+                "prompts, a smaller model, or dtype='bfloat16'"
+            )
+
+    def _measured(self, name: str, inputs: Mapping[str, Tensor], turn: Turn) -> None:
+        lm, generate = self.models[name], None
+        if name == REFERENCE:
+            generate = lm.model.generate
+        elif name == COMPILED:
+            assert self.compiled is not None
+            generate = self.compiled.generate
+        device = lm.split.device
+        if device.type != "cuda":
+            return run(lm, self.arms[name], inputs, self.tokens, turn, generate)
+        # rows of one engine share what it keeps; of the others' caches none is counted
+        key = id(lm) if generate is None else hash(name)
+        began = torch.cuda.memory_allocated(device)
+        forget_peak(device)
+        run(lm, self.arms[name], inputs, self.tokens, turn, generate)
+        held, weights = self.held.get(key, 0), sum(part.nbytes for part in lm.model.parameters())
+        turn.memory = max(turn.memory or 0, weights + held + (peak(device) or 0) - began)
+        self.held[key] = held + max(0, torch.cuda.memory_allocated(device) - began)
+        return None
 
     def _ask(self, name: str, inputs: Mapping[str, Tensor], turn: Turn) -> None:
         peer = self.peers[name]
@@ -80,9 +140,19 @@ class Players:
 
 
 def run(
-    lm: LanguageModel, arm: str, policy: ExitPolicy | None, inputs: Mapping[str, Tensor], tokens: int, turn: Turn
-) -> None:
-    """One timed generation by an arm (`REFERENCE`: the model's own `generate`), `tokens` per row, added to the turn."""
+    lm: LanguageModel, policy: ExitPolicy | None, inputs: Mapping[str, Tensor], tokens: int, turn: Turn,
+    generate: Callable[..., Tensor] | None = None,
+) -> None:  # fmt: skip
+    """One timed generation, `tokens` per row, added to the turn.
+
+    Args:
+        lm: The model.
+        policy: The exit policy; None: the full model.
+        inputs: Of a batch.
+        tokens: Tokens generated per row.
+        turn: What is added to.
+        generate: The model's own `generate`, or one that is called like it; None: our loop.
+    """
     seen: list[float] = []
 
     def note() -> None:
@@ -98,10 +168,10 @@ def run(
 
     settle(lm)
     began = time.perf_counter()
-    with endless(lm), lm.decoder.at_work() if arm != REFERENCE else nullcontext():
-        if arm == REFERENCE:
+    with endless(lm), lm.decoder.at_work() if generate is None else nullcontext():
+        if generate is not None:
             criteria = transformers.StoppingCriteriaList([known])
-            output = lm.model.generate(**inputs, **greedy(tokens), stopping_criteria=criteria)
+            output = generate(**inputs, **greedy(tokens), stopping_criteria=criteria)
         else:  # a stream: criteria would be asked in Python after each token
             stream = lm.stream(dict(inputs), policy=policy, **greedy(tokens))
             steps = []
@@ -112,7 +182,7 @@ def run(
     ended = time.perf_counter()
     turn.seconds += ended - began
     turn.first.append((seen or [ended])[0] - began)
-    if arm == REFERENCE:
+    if generate is not None:
         turn.tokens += output[:, -tokens:].tolist()
         turn.layers += [[lm.num_layers] * tokens for _ in output]
         return

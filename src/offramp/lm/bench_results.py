@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
-from offramp.lm.bench_arms import FULL, REFERENCE, ArmResult, PeerResult, Saving, Spread, Timing
+from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, ArmResult, PeerResult, Saving, Spread, Timing
 from offramp.runs.codec import encode
 from offramp.runs.results import Shown
 from offramp.runs.tables import cell, markdown
@@ -23,8 +23,9 @@ class Bench(Shown):
         arms: Results, the two full models first.
         order: order[round][batch]: names in the order in which they ran.
         peers: Results of other engines.
-        left_out: Why peers could not be had or failed, by name.
+        left_out: Why arms, peers and engines could not be had or failed, by name.
         bandwidth: Bytes per second of a plain read, one number per round; empty without a probe.
+        is_compared_with_float32: Whether `exact_agreement` is with the model in float32, not just with the reference.
     """
 
     conditions: dict[str, Any]
@@ -33,6 +34,7 @@ class Bench(Shown):
     peers: list[PeerResult] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     bandwidth: tuple[float, ...] = ()
+    is_compared_with_float32: bool = True
 
     def __repr__(self) -> str:
         rounds = len(self.arms[0].seconds)
@@ -87,10 +89,11 @@ class Bench(Shown):
     def notes(self) -> list[str]:
         """What to know before reading the numbers: arms that should give the full model's output and do not."""
         dtype = self.conditions["dtype"]
-        cause = "unless scores tie, that is a bug" if dtype.startswith("float32") else "rounding can do that"
+        exactly = dtype.startswith("float32")
         exact = [arm for arm in self.arms if arm.policy is None or arm.policy.is_lossless]
         differing = [
-            f"{arm.name} differs from {REFERENCE} at {1 - arm.agreement:.1%} of the positions; in {dtype}, {cause}"
+            f"{arm.name} differs from {REFERENCE} at {1 - arm.agreement:.1%} of the positions; in {dtype}, "
+            + ("unless scores tie, that is a bug" if exactly and arm.name != COMPILED else "rounding can do that")
             for arm in exact
             if arm.agreement < 1
         ]
@@ -133,11 +136,6 @@ class Bench(Shown):
             names = [peer.name for peer, own in zip(self.peers, made_of, strict=True) if own == versions]
             conditions += f"; {' and '.join(names)}: {versions}"
         return "\n\n".join([f"Conditions: {conditions}.", *(f"Note: {note}." for note in self.notes)])
-
-    @property
-    def is_compared_with_float32(self) -> bool:
-        """Whether `exact_agreement` is with the model in float32, and not just with the reference."""
-        return bool(self.peers or self.left_out) or self.conditions["dtype"].startswith("float32")
 
     def table(self) -> str:
         """All that a bench has something for, conditions and notes below."""
@@ -201,15 +199,32 @@ def _saving(pruned: ArmResult, unpruned: ArmResult) -> Saving:
 
 def _speed_table(bench: Bench) -> str:
     head = "arm|tokens/s|× generate (quartiles)|exit|same|identical|prefix|tests|seconds ×|seconds/token ×|FLOPs ×"
-    return markdown([*head.split("|"), "FLOPs/token ×", "bytes ×"], [
+    columns = [*head.split("|"), "FLOPs/token ×", "bytes ×", "peak GB"]
+    rows = [
         [
             arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio), f"{arm.mean_exit_layer:.1f}",
             f"{arm.agreement:.0%}", f"{arm.identical:.0%}", f"{arm.common_prefix:.1f}", f"{arm.tests:.1f}",
             f"{bench.seconds_ratio(arm).median:.2f}", _times(arm.token_seconds),
-            f"{arm.flops_ratio:.2f}", _times(arm.token_flops_ratio), f"{arm.bytes_ratio:.2f}",
+            f"{arm.flops_ratio:.2f}", _times(arm.token_flops_ratio), f"{arm.bytes_ratio:.2f}", _gigabytes(arm.memory),
         ]
         for arm in bench.arms
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return _told(columns, [*rows, *_missing(bench, len(columns))])
+
+
+def _missing(bench: Bench, width: int, *before: str) -> list[list[str]]:
+    """Rows of what could not run; why stands below the table."""
+    return [[*before, name, "left out", *["–"] * (width - len(before) - 2)] for name in bench.left_out]
+
+
+def _told(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose last column is left out if it has nothing to say."""
+    told = len(columns) - all(row[-1] == "–" for row in rows)
+    return markdown(columns[:told], [row[:told] for row in rows])
+
+
+def _gigabytes(count: int | None) -> str:
+    return cell(None if count is None else count / 1e9, ".2f")
 
 
 def _times(ratio: Spread | float | None) -> str:
@@ -219,7 +234,8 @@ def _times(ratio: Spread | float | None) -> str:
 def sizes_table(benches: Sequence[Bench]) -> str:
     """Every arm at every batch size: beside `generate` and full depth at that size, and beside the first size."""
     head = (
-        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|FLOPs ×|bytes ×|step ×|of the plain read"
+        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|FLOPs ×|bytes ×|step ×|of the plain read|"
+        "peak GB"
     )
     known = {arm.name: arm for arm in benches[0].arms}
     rows = []
@@ -230,9 +246,18 @@ def sizes_table(benches: Sequence[Bench]) -> str:
                 str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
                 f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
                 f"{arm.bytes_ratio:.2f}", cell(bench.over(alone, arm).median if alone else None, ".2f"),
-                cell(share.median if share else None, ".0%"),
+                cell(share.median if share else None, ".0%"), _gigabytes(arm.memory),
             ])  # fmt: skip
-    return "\n\n".join([markdown(head.split("|"), rows), benches[0].footing])
+        rows += _missing(bench, len(head.split("|")), str(bench.conditions["batch_size"]))
+    notes = [f"Note: {size} together: {note}." for size, note in _further_notes(benches)]
+    return "\n\n".join([_told(head.split("|"), rows), benches[0].footing, *notes])
+
+
+def _further_notes(benches: Sequence[Bench]) -> Iterable[tuple[int, str]]:
+    """What to know of the sizes behind the first, whose notes the footing has, where it is something new."""
+    said = set(benches[0].notes)
+    for bench in benches[1:]:
+        yield from ((bench.conditions["batch_size"], note) for note in bench.notes if note not in said)
 
 
 def _peer_table(bench: Bench) -> str:

@@ -36,6 +36,7 @@ class Turn:
         tokens: Tokens of each prompt.
         layers: After which they left; of a peer there are none.
         first: Seconds until the first token of each batch.
+        memory: As `Timing.memory`.
     """
 
     seconds: float = 0.0
@@ -44,6 +45,7 @@ class Turn:
     tokens: list[list[int]] = field(default_factory=list)
     layers: list[list[int]] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
+    memory: int | None = None
 
     def add(self, costs: Costs) -> None:
         """The costs of one batch."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
-from offramp.lm.bench_arms import CONFIDENCE_PARTS, FULL, REFERENCE, ArmResult, Arms, PeerResult, Spread
+from offramp.lm.bench_arms import CONFIDENCE_PARTS, FULL, REFERENCE, THEIRS, ArmResult, Arms, PeerResult, Spread
 from offramp.lm.bench_results import Bench
 from offramp.lm.bench_rounds import Round, Turn
 
@@ -30,7 +30,7 @@ def summary(
         conditions: What was held fixed.
         arms: Policies by name.
         versions: Versions of the peers that were started, by name.
-        lost: Why peers could not be had or failed, by name.
+        lost: Why arms and peers could not be had or failed, by name.
         rounds: The rounds.
         exact: What the full model generates in float32; None: that is what the reference generated.
 
@@ -38,19 +38,21 @@ def summary(
         The results.
     """
     left_out = dict(lost)
-    for name in versions:
+    for name in (*arms, *versions):
         missing = sum(name not in played.arms for played in rounds)
         if missing and name not in left_out:
             left_out[name] = f"it failed in {missing} of {len(rounds)} rounds that were kept; use another folder"
+    compared = exact is not None or conditions["dtype"].startswith("float32")
     exact = rounds[0].arms[REFERENCE].tokens if exact is None else exact
     there = [name for name in versions if name not in left_out]
     return Bench(
         conditions,
-        [_result(arm, arms[arm], rounds, exact) for arm in arms],
+        [_result(arm, arms[arm], rounds, exact) for arm in arms if arm not in left_out],
         [played.order for played in rounds],
         [PeerResult(**_timing(name, rounds, exact), versions=versions[name]) for name in there],
         left_out,
         tuple(statistics.mean(played.bandwidth) for played in rounds if played.bandwidth),
+        compared,
     )
 
 
@@ -71,12 +73,13 @@ def _timing(name: str, rounds: Sequence[Round], exact: Texts) -> dict[str, Any]:
         "common_prefix": _prefix(own, theirs),
         "exact_agreement": _same(own, exact),
         "exact_prefix": _prefix(own, exact),
+        "memory": max((turn.memory for turn in run if turn.memory is not None), default=None),
     }
 
 
 def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round], exact: Texts) -> ArmResult:
     run, full = ([played.arms[name] for played in rounds] for name in (arm, FULL))
-    counts, whole = (full if arm == REFERENCE else run)[0].counts, full[0].counts
+    counts, whole = (full if arm in THEIRS else run)[0].counts, full[0].counts
     tokens = sum(map(len, run[0].tokens))
     return ArmResult(
         **_timing(arm, rounds, exact),
@@ -91,8 +94,8 @@ def _result(arm: str, policy: ExitPolicy | None, rounds: Sequence[Round], exact:
         bytes_ratio=counts["bytes"] / whole["bytes"],
         draft_flops=counts["draft_flops"] / tokens,
         confidence_flops=counts["confidence_flops"] / tokens,
-        confidence_seconds=() if arm == REFERENCE else tuple(_confidence_seconds(turn) for turn in run),
-        shares={} if arm == REFERENCE else _shares(run),
+        confidence_seconds=() if arm in THEIRS else tuple(_confidence_seconds(turn) for turn in run),
+        shares={} if arm in THEIRS else _shares(run),
     )
 
 

@@ -30,13 +30,23 @@ SHAPES: dict[str, transformers.PreTrainedConfig] = {
     "t5-small": transformers.T5Config(**T5, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8),
     "t5-base": transformers.T5Config(**T5, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12),
     "t5-large": transformers.T5Config(**T5, d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16),
+    "smollm2": transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, bos_token_id=0, eos_token_id=1,
+    ),
     "llama-3.2-1b": transformers.LlamaConfig(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=0, eos_token_id=1,
     ),
+    "llama-3.1-8b": transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=False, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=0, eos_token_id=1,
+    ),
 }  # fmt: skip
-"""Shapes of published checkpoints, Llama 3.2's without the stretching of rotary frequencies, which takes no time."""
+"""Shapes of published checkpoints (smollm2: SmolLM2-135M), Llama 3's without the stretching of rotary frequencies."""
 
 _DRAWN = 1_000_003  # values of random weights that are drawn
 
@@ -147,18 +157,30 @@ def scripted_arms(
 
 
 def random_model(
-    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, engine: Engines = "auto", int8: bool = False,
-    seed: int = 0,
+    shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, device: torch.device | None = None,
+    engine: Engines = "auto", int8: bool = False, seed: int = 0,
 ) -> LanguageModel:  # fmt: skip
-    """A model of one of `SHAPES` with random weights, drawn in their number format by the seed, and no tokenizer."""
+    """A model of one of `SHAPES` with random weights, drawn on their device, in their number format, by the seed.
+
+    It has no tokenizer: prompts must be token ids. "t5-large" has 738 million weights, "llama-3.2-1b" 1.24 billion,
+    "llama-3.1-8b" 8.03.
+    """
     choice("shape", shape, tuple(SHAPES))
-    config = copy.deepcopy(SHAPES[shape])
+    model = filled(SHAPES[shape], dtype, torch.device("cpu") if device is None else device, seed)
+    return LanguageModel(model, name=shape, engine=engine, int8=int8)
+
+
+def filled(
+    config: transformers.PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> transformers.PreTrainedModel:
+    """A model in evaluation mode, made on its device, in its number format, with random weights."""
+    config = copy.deepcopy(config)
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    with no_init_weights():
-        model = model_shaped(kind, config, dtype)
+    with no_init_weights(), device:
+        model: transformers.PreTrainedModel = model_shaped(kind, config, dtype)
     model.tie_weights()
     _fill(model, seed)
-    return LanguageModel(model.eval(), name=shape, engine=engine, int8=int8)
+    return model.eval()
 
 
 def _fill(model: torch.nn.Module, seed: int) -> None:
@@ -171,7 +193,8 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
     for weight in model.parameters():
         if weight.ndim < 2:
             continue  # norms, which are ones
-        flat, scaled = weight.data.view(-1), drawn.mul(weight.shape[-1] ** -0.5).to(weight.dtype).roll(place)
+        flat = weight.data.view(-1)
+        scaled = drawn.mul(weight.shape[-1] ** -0.5).to(weight.dtype).roll(place).to(weight.device)
         for begin in range(0, len(flat), _DRAWN):
             piece = flat[begin : begin + _DRAWN]
             piece.copy_(scaled[: len(piece)])
