@@ -1,6 +1,9 @@
 """Training by two processes on the loopback device, as `torchrun --nproc-per-node 2` starts them, against one."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +56,20 @@ def test_two_processes_train_what_one_does(two, tmp_path, job):
     for got, expected in zip(rows(two / job), rows(tmp_path), strict=True):
         for name, value in expected.items():
             assert got[name] == (value if name == "kind" else pytest.approx(value, rel=1e-2 if coarse else 1e-3)), name
+
+
+def test_accelerate_launches_one_process_that_trains_as_without_it(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launch, training_runs.__file__, str(tmp_path / "launched"), "exits"], env=environment, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    training_runs.run(tmp_path / "alone", **training_runs.JOBS["exits"])
+    got, expected = (load_file(tmp_path / name / "exits" / "exits.safetensors") for name in ("launched/exits", "alone"))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_two_interrupted_processes_go_on(two):

@@ -18,6 +18,7 @@ from offramp.hub.exit_files import load_exits
 from offramp.runs import folder as run_folder
 from offramp.runs.folder import TrainingError
 from offramp.runs.lines import read_lines
+from offramp.training import loop
 from offramp.training.config import TrainConfig
 from offramp.training.objectives import OBJECTIVES
 from offramp.training.trainer import train
@@ -345,3 +346,20 @@ def test_schedule():
     assert cosine.run_schedule.rate(run_folder.TrainState(50)) == pytest.approx(5e-4)
     assert cosine.run_schedule.rate(run_folder.TrainState(99)) < 1e-6
     assert TrainConfig(tokens=100, schedule="constant", warmup=0).run_schedule.rate(run_folder.TrainState(0)) == 1e-3
+
+
+def test_a_training_says_how_much_memory_it_took(tmp_path, monkeypatch):
+    peaks = iter([5 * 10**9, 7 * 10**9, 6 * 10**9, 3 * 10**9, 4 * 10**9])
+    monkeypatch.setattr(loop, "peak", lambda _: next(peaks))
+
+    def interrupt(done, *_):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training_runs.run(tmp_path, progress=interrupt, steps=4, save_every=2)
+    result = training_runs.run(tmp_path, steps=4, save_every=2)  # from step 2 on, and it has not forgotten
+    assert result.memory == 7 * 10**9
+    assert "peak memory of the process: 7.00 GB" in result.table()
+    described = json.loads((result.exits / "exits.json").read_text())
+    assert described["settings"]["memory"] == {"bytes": 7 * 10**9, "of": "peak memory of the process"}

@@ -41,11 +41,15 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run is: steps and trained positions so far, and the seconds they took."""
+    """How far a run is: steps and trained positions so far, and the seconds and most bytes they took.
+
+    The bytes are those of `offramp.runs.memory.peak`, of the process that writes; 0: unknown.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    memory: int = 0
 
 
 class RunFolder:

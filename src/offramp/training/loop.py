@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.runs.folder import RunFolder, TrainingError, TrainState
+from offramp.runs.memory import forget_peak, peak
 from offramp.training.schedule import Schedule
 
 
@@ -102,6 +103,7 @@ class Loop:
     def go(self, work: TrainTask, progress: Callable[..., None] | None) -> TrainState:
         """Train to the end."""
         schedule = self.schedule
+        forget_peak(self.device)
         state = self.run.restore(self.kept, self.optimizer)
         if self.workers is not None:
             self.workers.wait_for_everyone()
@@ -154,7 +156,8 @@ class Loop:
             group["lr"] = rate
         self.optimizer.step()
         seconds = time.perf_counter() - began
-        after = TrainState(state.step + 1, state.tokens + done.count, state.seconds + seconds)
+        memory = max(state.memory, peak(self.device) or 0)
+        after = TrainState(state.step + 1, state.tokens + done.count, state.seconds + seconds, memory)
         if self.schedule.logs(after):
             self.log({
                 "kind": "step", "step": after.step, work.unit: after.tokens, **done.row, "learning_rate": rate,

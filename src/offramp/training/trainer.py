@@ -27,6 +27,7 @@ from offramp.families.finite import NotFiniteError, broken_at
 from offramp.runs.digests import fingerprint
 from offramp.runs.folder import TrainState, opened
 from offramp.runs.machine import describe
+from offramp.runs.memory import peak_name
 from offramp.runs.results import Result
 from offramp.training import consistency
 from offramp.training.config import TrainConfig
@@ -73,6 +74,9 @@ class TrainResult(Result):
         what: "agreement"; for classifiers "accuracy": there, the two shares say how often their verdict was right.
         frequent: The exits' frequent tokens, in numbers.
         in_a_row: Of a drafter, how often so many drafts in a row are all the last layer's, trained.
+        memory: Most bytes that were held, see `offramp.runs.memory.peak`; with several processes, by the first. 0:
+            unknown.
+        memory_of: What these bytes are of, in words.
     """
 
     schema = SCHEMA
@@ -93,6 +97,8 @@ class TrainResult(Result):
     what: str = "agreement"
     frequent: Listing | None = None
     in_a_row: tuple[float, ...] = ()
+    memory: int = 0
+    memory_of: str = "peak memory"
 
     def __repr__(self) -> str:
         places = "drafts in a row" if self.in_a_row else "exits after"
@@ -128,6 +134,7 @@ class TrainResult(Result):
         lines.append(
             f"{self.positions} held-out positions; {self.steps} steps on {self.tokens} positions, {rate:.0f} per second"
         )
+        lines += [f"{self.memory_of}: {self.memory / 1e9:.2f} GB"] if self.memory else []
         lines += [] if self.frequent is None else [str(self.frequent)]
         return "\n".join(lines)
 
@@ -191,6 +198,7 @@ def train(
         exits, listing = listed(lm, learns.exits, data, coverage)
         if workers.is_main_process:
             record |= {"frequent": asdict(listing), **({"changed": changed} if changed else {})}
+            record |= {"memory": {"bytes": state.memory, "of": peak_name(lm.split.device)}} if state.memory else {}
             save(lm, exits, run.exits, record, model=run.model if config.backbone else None)
         workers.wait_for_everyone()
         judged = [row for row in run.rows() if row["kind"] == "validation"]
@@ -212,6 +220,8 @@ def train(
         what="accuracy" if config.classifiers else "agreement",
         frequent=listing,
         in_a_row=tuple(after.get("in_a_row", ())),
+        memory=state.memory,
+        memory_of=peak_name(lm.split.device),
     )
 
 
