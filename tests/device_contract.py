@@ -18,9 +18,13 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.trainer import train_exits
 from offramp.core.exits import Exits
 from offramp.core.running import RunningBatch
+from offramp.cuda.model import CudaModel
 from offramp.families import SplitModel
 from offramp.training.trainer import train
 from posteriors import with_posterior
+from test_cuda_engine import POLICIES as SEGMENTED
+from test_cuda_engine import decoded
+from test_cuda_engine import policy_of as policy_of_segments
 from test_posterior_fit import documents_of, with_exits
 from test_running import POLICIES as RUNNING
 from test_running import requests, served
@@ -135,6 +139,17 @@ def test_lenses_and_blocks_of_the_exits_own(name, blocks):
     lm.attach_exits(Exits.fresh(lm.split, (1, 3), blocks=blocks))
     for options in WAYS.values():
         both(lm, inputs_for(name, 2), policy_of(options), max_new_tokens=5)
+
+
+@pytest.mark.parametrize("policy", SEGMENTED)
+@pytest.mark.parametrize("name", ["llama", "t5", "mt5"])
+def test_segments_of_the_cuda_engine(name, policy):
+    away = CudaModel(moved(copy.deepcopy(tiny(name))))
+    for length in (9, 5):
+        inputs = inputs_for(name, 2, padded=True, length=length)
+        asked = policy_of_segments(name, policy)
+        assert decoded(away, inputs, asked) == decoded(SplitModel(tiny(name)), inputs, asked)
+    assert sum(memory.launched for memory in away.memories) > 0
 
 
 @pytest.mark.parametrize("confidence", ["laplace", "conformal", "avcs"])

@@ -7,16 +7,13 @@ rest is masked. Where an input does not fit, the buffers double, and all segment
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
 from offramp.families.cache import LayerCache
-
-if TYPE_CHECKING:
-    from offramp.cuda.memory import Memory
 
 _LEAST = 128  # tokens of the encoder's input
 
@@ -65,29 +62,25 @@ class Heard:
     """Cross-attention of one batch at a time, beside its `Memory`.
 
     Args:
-        memory: That of self-attention, with as many layers.
+        cache: Of self-attention, with as many layers.
+        states: Like those that enter a segment, [B, 1, D].
 
     Attributes:
+        in_segment: Whether blocks are to get whole buffers.
         past: What blocks receive, both caches.
         mask: What is added to scores of cross-attention, [B, 1, 1, capacity]: 0 for tokens of the input, else the
             least number.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        self.capacity = _LEAST
-        self._memory: Memory = weakref.proxy(memory)
-        self.layers = [HeardLayer(self, memory.batch) for _ in memory.layers]
-        self.past = EncoderDecoderCache(memory.cache, Cache(layers=self.layers))
-        self.mask = self._new_mask()
+    def __init__(self, cache: Cache, states: Tensor) -> None:
+        self.capacity, self.in_segment = _LEAST, False
+        self.layers = [HeardLayer(self, len(states)) for _ in cache.layers]
+        self.past = EncoderDecoderCache(cache, Cache(layers=self.layers))
+        self.mask = self._new_mask(states)
 
-    @property
-    def in_segment(self) -> bool:
-        """Whether blocks are to get whole buffers."""
-        return self._memory.in_segment
-
-    def _new_mask(self) -> Tensor:
+    def _new_mask(self, like: Tensor) -> Tensor:
         with torch.inference_mode(False):
-            return self._memory.hidden.new_zeros(self._memory.batch, 1, 1, self.capacity)
+            return like.new_zeros(len(like), 1, 1, self.capacity)
 
     def listen(self, length: int, tokens: Tensor | None) -> bool:
         """Be ready for another input.
@@ -105,7 +98,7 @@ class Heard:
         for layer in self.layers:
             layer.clear(forget=moves)
         if moves:
-            self.mask = self._new_mask()
+            self.mask = self._new_mask(self.mask)
         least = torch.finfo(self.mask.dtype).min
         self.mask.fill_(least)
         self.mask[..., :length] = 0 if tokens is None else (~tokens.bool())[:, None, None] * least

@@ -118,14 +118,25 @@ class Memory:
             self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.hidden = torch.zeros(batch, 1, width, dtype=dtype, device=device)
             self.valid = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
-        self.heard = Heard(self) if hears else None
+        self.heard = Heard(self.cache, self.hidden) if hears else None
         self.segments: dict[tuple[int, int], Any] = {}
         self.pool: Any = None
-        self.in_segment = False
+        self._in_segment = False
         self.captured = self.launched = 0
         self.ahead = Ahead()
         self._padded = False
         self._owner: weakref.ref[Context] | None = None
+
+    @property
+    def in_segment(self) -> bool:
+        """Whether blocks are run in a segment now, where they get whole buffers."""
+        return self._in_segment
+
+    @in_segment.setter
+    def in_segment(self, value: bool) -> None:
+        self._in_segment = value
+        if self.heard is not None:
+            self.heard.in_segment = value
 
     @property
     def is_free(self) -> bool:
