@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import transformers
 from torch import Tensor
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, EncoderDecoderCache, StaticCache
 
 from offramp.core.language_model import LanguageModel
 
@@ -27,7 +26,7 @@ class Compiled:
 
     def __init__(self, lm: LanguageModel, length: int) -> None:
         self._model: Any = copy.copy(lm.model)
-        self._cache_name, self._length = lm.split.cache_name, length
+        self._cache_name, self._length, self._decoder = lm.split.cache_name, length, lm.split.config
         self._caches: dict[tuple[int, ...], Any] = {}
         self._config = CompileConfig(dynamic=False, backend=BACKEND)
         self._config._compile_all_devices = True  # also on a CPU, where it would be left out in silence
@@ -45,8 +44,7 @@ class Compiled:
         return made
 
     def _new_cache(self, batch: int, heard: int | None = None) -> Any:
-        config = self._model.config.get_text_config(decoder=True)
-        own = StaticCache(config=config, max_cache_len=self._length)
+        own = StaticCache(config=self._decoder, max_cache_len=self._length)
         if heard is None:
             return own
-        return transformers.EncoderDecoderCache(own, StaticCache(config=config, max_cache_len=heard))
+        return EncoderDecoderCache(own, StaticCache(config=self._decoder, max_cache_len=heard))

@@ -119,7 +119,8 @@ class Players:
             generate = self.compiled.generate
         device = lm.split.device
         if device.type != "cuda":
-            return run(lm, self.arms[name], inputs, self.tokens, turn, generate)
+            run(lm, self.arms[name], inputs, self.tokens, turn, generate)
+            return
         # rows of one engine share what it keeps; of the others' caches none is counted
         key = id(lm) if generate is None else hash(name)
         began = torch.cuda.memory_allocated(device)
@@ -128,7 +129,6 @@ class Players:
         held, weights = self.held.get(key, 0), sum(part.nbytes for part in lm.model.parameters())
         turn.memory = max(turn.memory or 0, weights + held + (peak(device) or 0) - began)
         self.held[key] = held + max(0, torch.cuda.memory_allocated(device) - began)
-        return None
 
     def _ask(self, name: str, inputs: Mapping[str, Tensor], turn: Turn) -> None:
         peer = self.peers[name]
