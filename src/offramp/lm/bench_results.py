@@ -234,8 +234,8 @@ def _times(ratio: Spread | float | None) -> str:
 def sizes_table(benches: Sequence[Bench]) -> str:
     """Every arm at every batch size: beside `generate` and full depth at that size, and beside the first size."""
     head = (
-        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|FLOPs ×|bytes ×|step ×|of the plain read|"
-        "peak GB"
+        "rows|arm|tokens/s|× generate (quartiles)|exit|seconds × (quartiles)|seconds/token ×|FLOPs ×|bytes ×|step ×|"
+        "of the plain read|peak GB"
     )
     known = {arm.name: arm for arm in benches[0].arms}
     rows = []
@@ -244,8 +244,9 @@ def sizes_table(benches: Sequence[Bench]) -> str:
             share, alone = bench.of_the_probe(arm), known.get(arm.name)
             rows.append([
                 str(bench.conditions["batch_size"]), arm.name, f"{arm.tokens_per_second.median:.1f}", str(arm.ratio),
-                f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), f"{arm.flops_ratio:.2f}",
-                f"{arm.bytes_ratio:.2f}", cell(bench.over(alone, arm).median if alone else None, ".2f"),
+                f"{arm.mean_exit_layer:.1f}", str(bench.seconds_ratio(arm)), _times(arm.token_seconds),
+                f"{arm.flops_ratio:.2f}", f"{arm.bytes_ratio:.2f}",
+                cell(bench.over(alone, arm).median if alone else None, ".2f"),
                 cell(share.median if share else None, ".0%"), _gigabytes(arm.memory),
             ])  # fmt: skip
         rows += _missing(bench, len(head.split("|")), str(bench.conditions["batch_size"]))
