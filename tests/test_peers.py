@@ -387,7 +387,7 @@ def test_peers_are_given_one_prompt_at_a_time(llama):
     [
         (["--peer-python", "llama.cpp=/a"], "given for llama.cpp, which --peers does not name"),
         (["--peers", "llama.cpp", "--peer-python", "llama.cpp"], "give PEER=PATH"),
-        (["--peers", "vllm"], "peer is 'vllm'; allowed are 'llama.cpp', 'economize'"),
+        (["--peers", "vllm"], "peer is 'vllm'; allowed are 'compiled', 'llama.cpp', 'economize'"),
     ],
 )
 def test_the_command_checks_its_peers(arguments, message):
