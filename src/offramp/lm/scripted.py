@@ -162,8 +162,12 @@ def random_model(
 ) -> LanguageModel:  # fmt: skip
     """A model of one of `SHAPES` with random weights, drawn on their device, in their number format, by the seed.
 
-    It has no tokenizer: prompts must be token ids. "t5-large" has 738 million weights, "llama-3.2-1b" 1.24 billion,
-    "llama-3.1-8b" 8.03.
+    Returns:
+        The model, without a tokenizer: prompts must be token ids. "t5-large" has 738 million weights, "llama-3.2-1b"
+        1.24 billion, "llama-3.1-8b" 8.03.
+
+    Raises:
+        ValueError: There is no such shape.
     """
     choice("shape", shape, tuple(SHAPES))
     model = filled(SHAPES[shape], dtype, torch.device("cpu") if device is None else device, seed)
