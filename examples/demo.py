@@ -185,8 +185,9 @@ def kept(certified: Calibration) -> str:
         f"{verdict(share)}: eight bits {how} took {worded(share)} of full depth in sixteen, for capitals without "
         f"part in the choice. Promised: of such questions, at most {PROMISE.tolerance:.0%} are answered rightly in "
         f"sixteen bits ({right:.0%} are, to the letter) but wrongly in eight. That holds with probability "
-        f"{1 - PROMISE.failure:g} over the draw of the {certificate.n} capitals it was certified with; of other "
-        "questions it says nothing."
+        f"{1 - PROMISE.failure:g} over the draw of the {certificate.n} capitals it was certified with, had the "
+        f"tolerance been chosen before any look at them: for this demonstration it was chosen after a trial. On your "
+        "questions choose it first. Of other questions it says nothing."
     )
 
 
