@@ -194,7 +194,7 @@ def test_impossible_classifiers_are_refused(options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"pooling": "max"}, "mean, first"), ({"hidden": 0}, "from 1"), ({"dropout": 1.0}, r"in \[0, 1\)")],
+    [({"pooling": "max"}, "'mean', 'first'"), ({"hidden": 0}, "from 1"), ({"dropout": 1.0}, r"in \[0, 1\)")],
 )
 def test_impossible_heads_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -247,6 +247,14 @@ def test_what_it_cannot_run_is_said(device):
         CudaModel(hooked)
 
 
+def test_hooks_by_which_transformers_collects_states_are_let_pass(device):
+    model = copy.deepcopy(placed("llama", device))
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]], device=device), output_hidden_states=True)  # they stay behind
+    assert any(block._forward_hooks for block in model.model.layers)
+    assert CudaModel(model).is_current
+
+
 def test_it_knows_when_weights_have_moved(device):
     model = copy.deepcopy(placed("llama", device))
     made = CudaModel(model)

@@ -74,7 +74,8 @@ def test_on_a_gpu_torch_generates_unless_segments_are_asked_for(caplog, monkeypa
     assert (lm.engine, lm.number_format) == ("torch", "float32")
     assert LanguageModel(model, engine="cuda").engine == "cuda"
     monkeypatch.undo()
-    assert (lm.engine, said(caplog)) == ("native", [])  # it has come back
+    assert lm.engine == "native"  # it has come back
+    assert not [line for line in said(caplog) if "Triton" not in line]  # which only CUDA's torch brings
 
 
 def test_what_segments_cannot_run_is_refused(monkeypatch):

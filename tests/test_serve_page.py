@@ -290,7 +290,9 @@ def test_without_a_policy_or_a_chat_template_the_full_model_goes_on_with_a_text(
         asked(tab, "The sky")
         finished(tab, panes=1)
         assert texts(tab, ".full .tokens span") == tokens_of(FULL)
-        assert stub.asked == [{"model": "stub", "stream": True, "prompt": "The sky"}]
+        assert stub.asked == [
+            {"model": "stub", "stream": True, "offramp": {"prompt_cache": False}, "prompt": "The sky"}
+        ]
 
 
 def test_the_page_is_one_small_file_that_makes_no_markup_of_texts():

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from offramp.families import SplitModel
 from offramp.families.best import Best
+from offramp.families.network import acting
 
 MOST = 32  # states that are tested on the whole vocabulary at once; beyond them torch's matrix products are ahead
 _ROWS = 16  # states that share a read of the matrix: the least that tensor cores multiply
@@ -229,5 +230,4 @@ def _lacking(split: SplitModel) -> str:
 
 
 def _plain(split: SplitModel) -> bool:
-    parts = (split.norm, split.head)
-    return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+    return not any(any(acting(part)) for part in (split.norm, split.head))

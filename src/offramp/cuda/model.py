@@ -26,6 +26,7 @@ from offramp.families import SplitModel
 from offramp.families.best import Best
 from offramp.families.block_calls import run_block
 from offramp.families.head_ids import HeadIds
+from offramp.families.network import acting
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 
 FAMILIES = (
@@ -98,7 +99,7 @@ class CudaModel(SplitModel):
     @property
     def _hooked(self) -> bool:
         parts = (part for block in self.blocks for part in block.modules())
-        return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+        return any(any(acting(part)) for part in parts)
 
     @property
     def is_current(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,3 +136,11 @@ def states_after(
         for each in hooks:
             each.remove()
     return [found[layer] for layer in layers]
+
+
+def acting(module: nn.Module) -> Iterator[object]:
+    """What is called beside a module's code, but for the hooks by which transformers collects outputs."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    yield from (hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers."))
+    if "forward" in vars(module):
+        yield vars(module)["forward"]

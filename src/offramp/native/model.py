@@ -24,6 +24,7 @@ from offramp.families import SplitModel
 from offramp.families.best import Best
 from offramp.families.block_calls import rotation
 from offramp.families.head_ids import HeadIds
+from offramp.families.network import acting
 from offramp.families.state import Context, HeadRows, Skipped, State
 from offramp.native import blocks
 from offramp.native import library as lib
@@ -33,7 +34,7 @@ from offramp.native.cache import NativeCache
 from offramp.native.drafting import Drafted, draft, plain_embeddings
 from offramp.native.families import FAMILIES
 from offramp.native.library import address
-from offramp.native.parts import acting, parts, require_plain
+from offramp.native.parts import parts, require_plain
 from offramp.native.places import Memory, Places, own_slots, places_of
 from offramp.native.stretch import Stretch
 from offramp.native.threads import Threads

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from offramp.families.network import acting
 from offramp.native.build import NativeError
 
 
@@ -40,11 +41,3 @@ def parts(split: Any) -> list[object]:
 
 def _modules(split: Any) -> Iterator[nn.Module]:
     return (module for root in (*split.blocks[: split.num_layers], split.norm, split.head) for module in root.modules())
-
-
-def acting(module: nn.Module) -> Iterator[object]:
-    """What is called beside a module's code, but for the hooks by which transformers collects outputs."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    yield from (hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers."))
-    if "forward" in vars(module):
-        yield vars(module)["forward"]

@@ -138,10 +138,10 @@ def weights_at(name: str | None, weights: Sequence[float], step: int, share: flo
         share: Of the training that is done, in [0, 1].
 
     Returns:
-        As many, with the same sum; None for an exit that is off, or has no weight.
+        As many, with the same sum; None for an exit that is off.
     """
     if name is None:
-        return [weight or None for weight in weights]
+        return list(weights)
     on = [*CURRICULA[name](len(weights) - 1, step, share), True]
     total = sum(weight for weight, each in zip(weights, on, strict=True) if each) / sum(weights)
     return [weight / total if each else None for weight, each in zip(weights, on, strict=True)]

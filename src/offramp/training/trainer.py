@@ -284,6 +284,8 @@ class _Exits:
         config = self.config
         windows = batch(self.data.train, step, config.batch_size, config.seed, config.positions)
         count, weights = windows.positions, weights_at(config.curriculum, self.weights, step, self.share)
+        if config.weights == "last":
+            weights = [weight or None for weight in weights]  # exits that are not read out cost nothing
         if config.classifiers:
             result = self._learn_classifiers(windows)
         else:
