@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.families import SplitModel
+from offramp.families import SplitModel, acting
 from offramp.families.best import Best
-from offramp.families.network import acting
 
 MOST = 32  # states that are tested on the whole vocabulary at once; beyond them torch's matrix products are ahead
 _ROWS = 16  # states that share a read of the matrix: the least that tensor cores multiply

@@ -22,11 +22,10 @@ from offramp.cuda.ahead import Launch
 from offramp.cuda.exit_test import MOST, ExitTests, packed, told
 from offramp.cuda.memory import Memory
 from offramp.cuda.segment import Segment
-from offramp.families import SplitModel
+from offramp.families import SplitModel, acting
 from offramp.families.best import Best
 from offramp.families.block_calls import run_block
 from offramp.families.head_ids import HeadIds
-from offramp.families.network import acting
 from offramp.families.state import Context, Frame, HeadRows, Skipped, State
 
 FAMILIES = (

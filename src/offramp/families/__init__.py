@@ -6,6 +6,7 @@ architecture without a row is refused.
 
 from offramp.families.block_calls import run_block as run_block
 from offramp.families.network import Edit as Edit
+from offramp.families.network import acting as acting
 from offramp.families.refusal import UnsupportedModelError as UnsupportedModelError
 from offramp.families.split_model import SplitModel as SplitModel
 from offramp.families.table import FAMILIES as FAMILIES

@@ -20,11 +20,10 @@ from transformers import PreTrainedModel
 
 from offramp.core.drafter import side_by_side
 from offramp.core.exits import Exits
-from offramp.families import SplitModel
+from offramp.families import SplitModel, acting
 from offramp.families.best import Best
 from offramp.families.block_calls import rotation
 from offramp.families.head_ids import HeadIds
-from offramp.families.network import acting
 from offramp.families.state import Context, HeadRows, Skipped, State
 from offramp.native import blocks
 from offramp.native import library as lib

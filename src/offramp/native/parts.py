@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from offramp.families.network import acting
+from offramp.families import acting
 from offramp.native.build import NativeError
 
 
