@@ -29,6 +29,11 @@ PAIRS: tuple[tuple[Rule, Rule], ...] = (
     (("jsd", "adaptive"), ("jsd", "fixed")),
 )
 
+READ_AS = (
+    "Paired differences and ratios on the same examples, in brackets 95% intervals; + is later, or better; /token: per "
+    "generated token, without encoder and prompt, so that lengths do not count."
+)
+
 
 def earlier(one: Sequence[Record], other: Sequence[Record], bootstrap: Bootstrap) -> Interval:
     """Mean exit layer over all tokens, minus the other's."""
@@ -42,23 +47,29 @@ def comparisons(evaluation: Evaluation, folder: Path) -> tuple[list[str], list[l
     """The head of a table, and a row for every pair of arms at every minimum layer; quality in points of 100."""
     records = records_of(folder)
     metric = evaluation.metric.removesuffix(" (corpus)")  # of a sentence: a corpus score has no mean over examples
-    head = [
-        "arm", "against", "from layer", "exit layer", f"{metric} of an example", "FLOPs, no prompt (ratio)",
-        "seconds (ratio)",
-    ]  # fmt: skip
+    head = ["arm", "against", "from layer", *compared(metric)]
     rows = []
     for pair in PAIRS:
         one, other = (by_layer(evaluation, rule) for rule in pair)
         for layer in sorted(one.keys() & other.keys()):
-            mine, theirs = records[one[layer].name], records[other[layer].name]
-            bootstrap = Bootstrap([record.group for record in theirs])
-            found = summarise(mine, theirs, policy=None, num_layers=evaluation.num_layers, bootstrap=bootstrap)
-            rows.append([
-                *map(named, pair), str(layer), shown(earlier(mine, theirs, bootstrap), 2, sign="+"),
-                shown(found.difference[metric], 1, 100, "+"), shown(found.decode_flops_ratio, 3),
-                shown(found.seconds_ratio, 2),
-            ])  # fmt: skip
+            found = differences(records[one[layer].name], records[other[layer].name], metric, evaluation.num_layers)
+            rows.append([*map(named, pair), str(layer), *found])
     return head, rows
+
+
+def compared(metric: str) -> list[str]:
+    """The head above what `differences` gives."""
+    return ["exit layer", f"{metric} of an example", "FLOPs/token (ratio)", "seconds/token (ratio)"]
+
+
+def differences(mine: Sequence[Record], theirs: Sequence[Record], metric: str, num_layers: int) -> list[str]:
+    """One arm beside another on the same examples: depth and quality (points of 100) minus, costs per token over it."""
+    bootstrap = Bootstrap([record.group for record in theirs])
+    found = summarise(mine, theirs, policy=None, num_layers=num_layers, bootstrap=bootstrap)
+    return [
+        shown(earlier(mine, theirs, bootstrap), 2, sign="+"), shown(found.difference[metric], 1, 100, "+"),
+        shown(found.flops_per_token_ratio, 3), shown(found.seconds_per_token_ratio, 2),
+    ]  # fmt: skip
 
 
 def shown(interval: Interval | None, digits: int, scale: float = 1, sign: str = "") -> str:
@@ -80,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     read = [Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in options.evaluations]
     print(markdown(*comparisons(together(read), options.records)))
-    print("\nPaired differences and ratios on the same examples, in brackets 95% intervals; + is later, or better.")
+    print(f"\n{READ_AS}")
 
 
 if __name__ == "__main__":

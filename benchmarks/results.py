@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from t5_policies import CLAIMS, LEVERS
 
 import offramp
 from offramp.tasks import TASKS
@@ -52,14 +53,19 @@ class Study:
     steps: tuple[Step, ...]
 
 
-SCRIPTS = ("new_t5", "figures", "claims", "baseline")
+SCRIPTS = ("new_t5", "t5_policies", "figures", "claims", "levers", "baseline")
 """Commands that are a file in benchmarks/ of that name."""
 _TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
 _T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
-_CERTIFY = (
-    "--batch-size 16 --vocabulary fixed --metric chrf --bound wsr --threshold 0.95,0.9,0.8,0.6,0.4,0.3,0.2,0.1,0 "
-    "--validate 200"
-)
+_LEVERS = " ".join(f"--policy {{run}}/policies/{name}.json" for name in LEVERS)
+_CLAIMED = " ".join(f"--policy {{run}}/policies/{name}.json" for name in CLAIMS)
+PAIRS = (
+    "static 2|full model", "static 3|full model", "frequent-fixed|full model", "frequent-fixed|static 3",
+    "fixed|softmax", "decaying|softmax", "adaptive|softmax", "frequent|softmax", "frequent-fixed|softmax",
+    "frequent-fixed|fixed", "classifier-0.5|frequent-fixed", "contrastive|softmax", "jsd-all|softmax",
+    "only-after-2|frequent-fixed", "only-after-3|frequent-fixed", "after-2-and-4|frequent-fixed",
+    "threshold-0.2|frequent-fixed", "threshold-0.9|frequent-fixed", "verify|full model", "verify-after-2|full model",
+)  # fmt: skip
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
 _LATER = "--task summarisation --data {run}/later.jsonl --longest 512 --batch-size 8"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
@@ -81,45 +87,36 @@ STUDIES = {
                  "{data}/multi30k/train.de.gz", "base", shows=False),
             Step("Training", "train {run}/base --task translation --data {data}/multi30k/train.en.gz "
                  "--target {data}/multi30k/train.de.gz --trainable all --objective labels --weights layer "
-                 "--layers 2,3,4 --epochs 6 --batch-size 32 --window 128 --learning-rate 3e-4 --schedule linear "
-                 "--warmup 100 --weight-decay 0.01 --precision bf16 --held-out 0.02 --validate-every 444 "
+                 "--layers 2,3,4 --epochs 4 --batch-size 32 --window 128 --learning-rate 3e-4 --schedule linear "
+                 "--warmup 100 --weight-decay 0.01 --precision bfloat16 --held-out 0.02 --validate-every 444 "
                  "--save-every 222", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
                  "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --limit 4000 "
                  "--objective consistency --epochs 1 --batch-size 32 --window 128 --learning-rate 1e-2", "classifier"),
             Step("Sentences as prompts", "prompts {data}/multi30k/val.en.gz {run}/prompts.txt", "sentences",
                  shows=False),
+            Step("Policies", "t5_policies {run}/policies", "policies", shows=False),
             Step("Rank, confidence and saturation by layer (figures 1 to 3)", "probe {run}/train/model "
                  "--exits {run}/classifier/exits --prompts {run}/prompts.txt --max-new-tokens 64 --min-layer 2",
                  "probe"),
-            Step("Every policy at one threshold", f"evaluate {_T5} --limit 200 --arms default", "evaluate"),
-            Step("Measures by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 "
-                 "--confidence softmax,contrastive,jsd --threshold 0.9 --min-layer 2,3,4", "measures", folder="layers"),
-            Step("Pruning by minimum exit layer", f"evaluate {_T5} --limit 200 --batch-size 8 --confidence softmax,jsd "
-                 "--threshold 0.9 --min-layer 2,3,4 --vocabulary fixed,decaying,adaptive", "pruning", folder="layers"),
-            Step("Figures 4 to 9 and table 1 of the source document", _FIGURES, "figures"),
-            Step("What it claims of them: differences between arms", _CLAIMS, "claims"),
-            Step("Thresholds, exits and pruning", f"evaluate {_T5} --limit 200 --batch-size 8 --sweep "
-                 "--confidence softmax --threshold 0.2,0.4,0.6,0.8,0.95 --min-layer 2,3 "
-                 "--vocabulary none,fixed", "sweep"),
-            Step("Low thresholds on the whole validation set (200 of its sentences are the sweep's)",
-                 f"evaluate {_T5} --batch-size 16 --confidence softmax --threshold 0.2,0.4 --min-layer 2 "
-                 "--vocabulary fixed", "whole"),
-            Step("Sentences to fit on", "halves {data}/multi30k/val.en.gz {run}/fit.en {run}/judge.en", "halves-en",
-                 shows=False),
-            Step("Their translations", "halves {data}/multi30k/val.de.gz {run}/fit.de {run}/judge.de", "halves-de",
-                 shows=False),
-            Step("Laplace, conformal sets and AVCS at the exits, fitted on half of the validation set",
-                 "calibrate {run}/train/model --exits {run}/classifier/exits --task translation --data {run}/fit.en "
-                 "--target {run}/fit.de --posterior laplace,conformal,avcs", "posterior"),
-            Step("The same as exit rules, on the other half", "evaluate {run}/train/model --exits "
-                 "{run}/posterior/exits --task translation --data {run}/judge.en --target {run}/judge.de --limit 200 "
-                 "--batch-size 8 --confidence softmax,laplace,conformal,avcs "
-                 "--threshold 0.3,0.5,0.7,0.9", "posteriors"),
-            Step("A certificate at tolerance 0.05", f"calibrate {_T5} {_CERTIFY} --tolerance 0.05", "calibrate-05",
-                 folder="calibrate"),
-            Step("A certificate at tolerance 0.10", f"calibrate {_T5} {_CERTIFY} --tolerance 0.10", "calibrate-10",
-                 folder="calibrate"),
+            Step("Every policy, in turns", f"evaluate {_T5} --limit 120 --static 2,3,4 {_LEVERS}", "evaluate"),
+            Step("Which lever moved what: paired differences between arms",
+                 f"levers {{run}}/evaluate {shlex.join(PAIRS)}", "levers"),
+            Step("A certificate: at most 0.05 of chrF, the fewest seconds per generated token",
+                 f"calibrate {_T5} --limit 500 --vocabulary frequent-fixed --metric chrf --bound wsr "
+                 "--threshold 0.9,0.6,0.4,0.2,0.1,0 --minimise seconds-per-token --tolerance 0.05 --validate 200",
+                 "calibrate"),
+            Step("Beside transformers, in turns", "bench {run}/train/model --exits {run}/classifier/exits "
+                 "--prompts {run}/prompts.txt --limit 10 --max-new-tokens 40 --repeats 4 --arms 'static 3' "
+                 "--policy {run}/calibrate/policy.json", "bench"),
+            Step("Measures and prunings of the source document", f"evaluate {_T5} --limit 120 --static 2,3,4 "
+                 f"{_CLAIMED}", "layers"),
+            Step("Figures 4 to 9 and table 1 of the source document", "figures {run}/layers.json "
+                 "--out {run}/figures", "figures"),
+            Step("What it claims of them: differences between arms", "claims {run}/layers.json "
+                 "--records {run}/layers", "claims"),
+            Step("The certified policy on the whole validation set", f"evaluate {_T5} --batch-size 16 --static 2,3 "
+                 "--policy {run}/calibrate/policy.json", "whole"),
         ),
     ),
     "summarisation": Study(
@@ -210,14 +207,6 @@ STUDIES["posteriors"] = Study(
 )  # fmt: skip
 
 
-def halves(source: Path, first: Path, rest: Path) -> None:
-    """Write the odd and the even lines of a gzipped text to two files."""
-    with gzip.open(source, "rt", encoding="utf-8") as file:
-        lines = file.readlines()
-    for path, part in ((first, lines[::2]), (rest, lines[1::2])):
-        path.write_text("".join(part), encoding="utf-8")
-
-
 def rows(source: Path, target: Path, skip: int, count: int) -> None:
     """Write some lines of JSON Lines behind those that other steps use."""
     with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8") as file:
@@ -239,7 +228,7 @@ def prompts(source: Path, target: Path, count: int = 100) -> None:
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-PREPARATIONS: dict[str, Callable[..., None]] = {"split": split, "prompts": prompts, "halves": halves, "rows": rows}
+PREPARATIONS: dict[str, Callable[..., None]] = {"split": split, "prompts": prompts, "rows": rows}
 """Commands that are a function of this script, and not shown."""
 
 

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, T5ForConditionalGeneration
 
 import evaluation_runs
 from offramp import cli
+from offramp.core.plan import resolve
+from offramp.core.policy import ExitPolicy
 from offramp.evaluation import evaluate, grid, read_records
 from offramp.metrics.text import METRICS
 
@@ -23,9 +25,11 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baseline  # noqa: E402 - no package: it is found by the line above
 import claims  # noqa: E402
 import figures  # noqa: E402
+import levers  # noqa: E402
 import native_kernels  # noqa: E402
 import new_t5  # noqa: E402
 import results  # noqa: E402
+import t5_policies  # noqa: E402
 
 mpl = pytest.importorskip("matplotlib")
 LAYERS = (1, 2)
@@ -119,13 +123,37 @@ def test_claims_are_paired_differences_between_arms(found):
     def depth(records):
         return sum(sum(r.exit_layers) for r in records) / sum(len(r.tokens) for r in records)
 
-    def decoding(records):
-        return sum(r.flops - r.parts["encoder"] - r.parts["prefill"] for r in records)
+    def decoding(records):  # per token that has a pass of its own: the first one has the prompt's
+        flops = sum(r.flops - r.parts["encoder"] - r.parts["prefill"] for r in records)
+        return flops / sum(len(r.tokens) - 1 for r in records)
 
     assert layers.startswith(f"{depth(mine) - depth(theirs):+.2f} (")
     better = statistics.mean(a.scores["f1"] - b.scores["f1"] for a, b in zip(mine, theirs, strict=True))
     assert quality.startswith(f"{100 * better:+.1f} (")
     assert flops.startswith(f"{decoding(mine) / decoding(theirs):.3f} (")
+
+
+def test_levers_are_paired_differences_between_any_two_arms(found):
+    pair = "softmax > 0.1, from 1, adaptive|softmax > 0.1, from 1"
+    (row,) = levers.levers(found[0], [pair])[1]
+    rows = claims.comparisons(figures.together(found[1]), found[0])[1]
+    assert row[:2] == pair.split("|")
+    assert row[2:] == next(r[3:] for r in rows if r[:3] == ["softmax + adaptive", "softmax", "1"])
+    for wrong in ("static 2", "static 2|static 9"):
+        with pytest.raises(SystemExit, match="there are .*static 2"):
+            levers.levers(found[0], [wrong])
+
+
+def test_policies_of_the_translation_study_fit_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["t5_policies", str(tmp_path)])
+    t5_policies.main()
+    for name, policy in {**t5_policies.LEVERS, **t5_policies.CLAIMS}.items():
+        assert ExitPolicy.load(tmp_path / f"{name}.json") == policy
+        assert set(resolve(policy, 6, 5000, (2, 3, 4)).thresholds) <= {2, 3, 4, 5}
+    steps = {step.name: step.command for step in results.STUDIES["translation"].steps}
+    arms = {Path(word).stem for word in steps["evaluate"].split() if "/policies/" in word}
+    arms |= {"full model", *(f"static {layer}" for layer in (2, 3, 4))}
+    assert {name for pair in results.PAIRS for name in pair.split("|")} <= arms
 
 
 def test_policies_are_compared_with_the_other_models_full_one(found, tmp_path):
