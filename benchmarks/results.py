@@ -99,7 +99,7 @@ STUDIES = {
             Step("Rank, confidence and saturation by layer (figures 1 to 3)", "probe {run}/train/model "
                  "--exits {run}/classifier/exits --prompts {run}/prompts.txt --max-new-tokens 64 --min-layer 2",
                  "probe"),
-            Step("Every policy, in turns", f"evaluate {_T5} --limit 120 --static 2,3,4 {_LEVERS}", "evaluate"),
+            Step("Every policy, in turns", f"evaluate {_T5} --limit 300 --static 2,3,4 {_LEVERS}", "evaluate"),
             Step("Which lever moved what: paired differences between arms",
                  f"levers {{run}}/evaluate {shlex.join(PAIRS)}", "levers"),
             Step("A certificate: at most 0.05 of chrF, the fewest seconds per generated token",
