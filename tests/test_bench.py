@@ -38,7 +38,7 @@ def llama():
         num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         initializer_range=0.3,
     )  # fmt: skip
-    return LanguageModel(LlamaForCausalLM(config).eval())
+    return LanguageModel(LlamaForCausalLM(config).eval(), name="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def bench(llama):
     calls = []
     result = run_bench(
         llama, random_prompts(llama, 3, length=5), arms, max_new_tokens=TOKENS, repeats=REPEATS, batch_size=2,
-        name="tiny", progress=lambda *call: calls.append(call),
+        progress=lambda *call: calls.append(call),
     )  # fmt: skip
     return arms, result, calls
 

@@ -90,6 +90,7 @@ def test_bench_compares_every_arm(folder, tmp_path):
     assert run.exit_code == 0, run.output
     result = json.loads(path.read_text())
     assert result["schema"] == "offramp/bench/1"
+    assert str(folder) not in run.stdout + json.dumps(result)  # as no other command tells where a model lies
     for arm in ("transformers generate", "softmax + adaptive", "jsd", "verify"):
         assert arm in run.stdout
 

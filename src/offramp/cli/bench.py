@@ -137,7 +137,7 @@ def bench(
     chosen(1)  # what is wrong with them is said before anything is started
     variants, refused = _variants(lm, with_int8, with_engines)
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "chat": chat, "name": random or model,
+        "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "chat": chat,
         "folder": out, "variants": variants, "peers": refused, "warmup": 3 if others else 1,
     }  # fmt: skip
     with contextlib.ExitStack() as running:

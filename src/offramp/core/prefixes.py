@@ -103,8 +103,6 @@ class Prefixes:
             tokens: The text, [T].
             beside: What else is kept of each token, [T, D]; always given, or never.
         """
-        if not self.room:
-            return
         path, count = self._find(tokens)
         path = path[: count // BLOCK]
         self._touch(path)

@@ -322,6 +322,8 @@ class RunningBatch:
 
     def _keep(self, row: int) -> None:
         """Keep keys and values of a row, as far as they are those of a prompt."""
+        if not self.prefixes.room:
+            return  # before anything is fetched from the device
         batch, sure, beside = self._batch, self._sure[row], None
         if isinstance(batch, DraftingBatch):
             if row not in self._reading:

@@ -91,7 +91,6 @@ def run_bench(
     batch_size: int = 1,
     chat: bool = False,
     seed: int = 0,
-    name: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
     variants: Mapping[str, LanguageModel] | None = None,
@@ -112,7 +111,6 @@ def run_bench(
         batch_size: Prompts generated together.
         chat: Apply the chat template to texts.
         seed: Seed of the order of the arms.
-        name: What the conditions call the model; None: its own name.
         folder: Where finished rounds are kept, and taken from: an interrupted bench goes on, more rounds may be asked
             for. None: nowhere.
         progress: Called before every generation.
@@ -131,7 +129,7 @@ def run_bench(
     """
     steps = _steps(
         lm, prompts, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size,
-        chat=chat, seed=seed, name=name, folder=folder, progress=progress, variants=variants, peers=peers, probe=probe,
+        chat=chat, seed=seed, folder=folder, progress=progress, variants=variants, peers=peers, probe=probe,
     )  # fmt: skip
     return next(step for step in steps if step is not None)
 
@@ -215,7 +213,6 @@ def _steps(
     batch_size: int = 1,
     chat: bool = False,
     seed: int = 0,
-    name: str | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
     variants: Mapping[str, LanguageModel] | None = None,
@@ -243,7 +240,7 @@ def _steps(
     batches = [lm.encode(prompts[i : i + batch_size], chat=chat) for i in range(0, len(prompts), batch_size)]
     if not batches:
         raise ValueError("there are no prompts; give at least one")
-    conditions = _conditions(lm, arms, batches, name, max_new_tokens, repeats, warmup, batch_size, seed)
+    conditions = _conditions(lm, arms, batches, max_new_tokens, repeats, warmup, batch_size, seed)
     players = Players(arms, models, dict(peers or {}), probe, max_new_tokens)
     if COMPILED in arms:
         players.compiled = Compiled(lm, max(batch["input_ids"].shape[1] for batch in batches) + max_new_tokens)
@@ -290,15 +287,15 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
 
 
 def _conditions(
-    lm: LanguageModel, arms: Arms, batches: Batches, name: str | None, tokens: int, repeats: int, warmup: int,
-    batch_size: int, seed: int,
+    lm: LanguageModel, arms: Arms, batches: Batches, tokens: int, repeats: int, warmup: int, batch_size: int,
+    seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     device, shape = lm.split.device, lm.split.shape
     scripts = [script for policy in arms.values() if policy is not None and (script := script_of(policy))]
     depths = scripts[0].depths if scripts else ()
     lengths = [batch["input_ids"].shape[1] for batch in batches]
     return {
-        "model": name or lm.name,
+        "model": lm.name,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "layers": lm.num_layers,
         "width": shape.width,
