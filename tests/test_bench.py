@@ -38,7 +38,7 @@ def llama():
         num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         initializer_range=0.3,
     )  # fmt: skip
-    return LanguageModel(LlamaForCausalLM(config).eval(), name="tiny")
+    return LanguageModel(LlamaForCausalLM(config).eval())
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,9 @@ def bench(llama):
     """All default arms on three prompts, two at a time, with a threshold that some random tokens pass."""
     arms = default_arms(llama, threshold=0.05, min_layer=2)
     calls = []
+    named = LanguageModel(llama.model, name="tiny")
     result = run_bench(
-        llama, random_prompts(llama, 3, length=5), arms, max_new_tokens=TOKENS, repeats=REPEATS, batch_size=2,
+        named, random_prompts(llama, 3, length=5), arms, max_new_tokens=TOKENS, repeats=REPEATS, batch_size=2,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
     return arms, result, calls
