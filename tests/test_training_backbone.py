@@ -470,6 +470,19 @@ def test_training_for_short_prompts_is_judged_with_them(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["config"]["prompt_layer"] == 2
 
 
+@pytest.mark.parametrize("trainable", ["all", "exits"])
+def test_short_prompts_are_trained_for_in_bfloat16_too(trainable, tmp_path):
+    """Under autocast rotated keys are float32 and values are not."""
+    ends = []
+    for precision in (None, "bf16"):
+        lm, part, _ = conversations()
+        options = {"steps": 20, "trainable": trainable, "prompt_layer": 2, "learning_rate": 3e-3}
+        ends.append(train(lm, Data(part, part), config(precision=precision, **options), tmp_path / str(precision)))
+    for before, exact, rounded in zip(ends[0].loss_before, ends[0].loss_after, ends[1].loss_after, strict=True):
+        assert exact < before - 0.1  # it does learn
+        assert rounded == pytest.approx(exact, abs=0.2 * (before - exact))
+
+
 # ---------------------------------------------------------------- interruptions
 
 

@@ -70,8 +70,8 @@ class LayerCache:
     def write(self, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor, *, stop: int) -> None:
         """Put keys and values [N, H, D_head] at the N places (`rows`, `slots`), all below slot `stop`."""
         into_keys, into_values = self._reserve(stop, keys)
-        into_keys[rows, :, slots] = keys
-        into_values[rows, :, slots] = values
+        into_keys[rows, :, slots] = keys.to(into_keys.dtype)  # autocast: keys that were rotated are float32, values not
+        into_values[rows, :, slots] = values.to(into_values.dtype)
 
     def blocks(self, row: int, begin: int, end: int) -> list[Tensor]:
         """Keys and values of slots `begin` to `end` of a row, [H, n, BLOCK, D_head] each: views, with room made."""
