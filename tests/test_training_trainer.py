@@ -202,7 +202,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("kind", training_runs.BACKBONES)
 def test_a_backbone_whose_training_was_killed_ends_with_the_same_bits(tmp_path, kind):
-    """With dropout (T5), adapters, dropped blocks, micro-batches and drawn positions."""
+    """With dropout (T5), adapters, dropped blocks, micro-batches, drawn positions and master weights."""
     name, options = training_runs.BACKBONES[kind]
     options = {"steps": 12, "layers": (2,), **options}
     whole, killed = tmp_path / "whole", tmp_path / "killed"

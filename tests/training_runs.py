@@ -17,6 +17,7 @@ from tiny import VOCABULARY, tiny, tokenizer
 BACKBONES = {
     "all": ("t5", {"trainable": "all", "objective": "labels", "weights": "layer", "weight_decay": 0.01}),
     "lora": ("llama", {"trainable": "lora", "layer_dropout": 0.5, "micro_batch": 3, "positions": 5}),
+    "masters": ("llama", {"dtype": torch.bfloat16, "trainable": "all", "objective": "labels"}),
 }
 """Model and options of runs that change the model."""
 JOBS = {

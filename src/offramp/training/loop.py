@@ -97,6 +97,9 @@ class Loop:
     ) -> None:
         self.parameters, self.optimizer, self.schedule, self.run = parameters, optimizer, schedule, run
         self.device, self.workers, self.columns, self.kept = device, workers, columns, {**parameters, **(kept or {})}
+        if isinstance(optimizer, MasterWeights):
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            self.kept |= {f"master.{names[id(weight)]}": master for weight, master in optimizer.pairs}
         self.processes = 1 if workers is None else workers.num_processes
         self.writes = workers is None or workers.is_main_process
 
@@ -215,9 +218,52 @@ class Loop:
 
 # ---------------------------------------------------------------- the optimiser
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 FUSED = ("cpu", "cuda")
 """Devices on which torch updates a weight and its two moments in one pass, not in ten. On a CPU this takes a third off
 the step of a small encoder, half of whose weights are word embeddings."""
+
+
+class MasterWeights(torch.optim.AdamW):
+    """AdamW on float32 copies of weights in 16 bits, which are rounded anew from them after every step.
+
+    A step is far below the spacing of such weights (of bfloat16 numbers one part in 256), so that most steps taken on
+    them directly would be rounded off. The copies are the master weights of mixed precision training (Micikevicius et
+    al. 2018, arXiv 1710.03740, section 3.1); its scaling of losses, for float16, is not done.
+
+    Args:
+        groups: Groups of parameters; those in float32 are their own masters.
+        options: As for `torch.optim.AdamW`.
+
+    Attributes:
+        pairs: Each weight in 16 bits, and its master.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **options: Any) -> None:
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        super().__init__([{**group, "params": [*map(self._master, group["params"])]} for group in groups], **options)
+
+    def _master(self, weight: nn.Parameter) -> nn.Parameter:
+        if weight.dtype not in SIXTEEN_BITS:
+            return weight
+        self.pairs.append((weight, nn.Parameter(weight.detach().float())))
+        return self.pairs[-1][1]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the weights' gradients."""
+        super().zero_grad(set_to_none)
+        for weight, _ in self.pairs:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step by the weights' gradients."""
+        for weight, master in self.pairs:
+            master.grad = None if weight.grad is None else weight.grad.float()
+        super().step()
+        for weight, master in self.pairs:
+            weight.copy_(master)
+            master.grad = None
 
 
 def adamw(
@@ -231,9 +277,11 @@ def adamw(
         weight_decay: Of what has none of its own.
 
     Returns:
-        The optimiser.
+        The optimiser; of weights in 16 bits one with `MasterWeights`.
     """
     given: list[Any] = list(parameters)
-    weights = [p for part in given for p in (part["params"] if isinstance(part, dict) else [part])]
-    fused = all(p.device.type in FUSED for p in weights)
-    return torch.optim.AdamW(given, rate, weight_decay=weight_decay, fused=fused)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    weights = [p for group in groups for p in group["params"]]
+    kind = MasterWeights if any(p.dtype in SIXTEEN_BITS for p in weights) else torch.optim.AdamW
+    return kind(groups, lr=rate, weight_decay=weight_decay, fused=all(p.device.type in FUSED for p in weights))

@@ -87,7 +87,7 @@ def _aligned(windows: Windows) -> tuple[Tensor, Tensor, Tensor, int]:
     """
     lead = (windows.first - 1).clamp(min=0)
     edge, width = int(lead.max()), windows.ids.shape[1]
-    length = edge + width - int(lead.min())
+    length = edge + int((windows.lengths - lead).max())  # behind the longest answer there is only padding
     columns = torch.arange(length) - (edge - lead)[:, None]  # where each column comes from, [B, T']
     inside = (columns >= 0) & (columns < width)
     source = columns.clamp(0, width - 1)
