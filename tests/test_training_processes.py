@@ -55,7 +55,9 @@ def test_two_processes_train_what_one_does(two, tmp_path, job):
     assert len(rows(two / job)) == len(rows(tmp_path))
     for got, expected in zip(rows(two / job), rows(tmp_path), strict=True):
         for name, value in expected.items():
-            assert got[name] == (value if name == "kind" else pytest.approx(value, rel=1e-2 if coarse else 1e-3)), name
+            share = name in ("agreement", "full_accuracy")  # of 88 positions, some of which are all but a draw
+            near = {"rel": 1e-2 if coarse else 1e-3, "abs": 0.05 if coarse and share else None}
+            assert got[name] == (value if name == "kind" else pytest.approx(value, **near)), name
 
 
 def test_accelerate_launches_one_process_that_trains_as_without_it(tmp_path):
