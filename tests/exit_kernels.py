@@ -17,7 +17,7 @@ from offramp.core.exits import Exits
 from offramp.cuda.exit_test import ExitTests, Norm, packed, told
 from offramp.cuda.model import CudaModel
 from offramp.families import SplitModel
-from offramp.families.best import Best, best_of
+from offramp.families.readouts import Best, best_of
 from tiny import VOCABULARY, inputs_for, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, which interprets: of NaN and infinity

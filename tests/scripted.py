@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from offramp.families.best import best_of, ranked
-from offramp.families.cache import LayerCache
+from offramp.families.readouts import HeadRows, best_of, ranked
 from offramp.families.sizes import BlockShape, ModelShape
-from offramp.families.state import Context, Frame, HeadRows, State
+from offramp.families.state import Context, Frame, LayerCache, State
 
 
 class ScriptedModel:

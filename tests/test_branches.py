@@ -8,8 +8,8 @@ import torch
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.adapters import Branch
 from offramp.core.exits import Exits
-from offramp.core.pace import Pace
 from offramp.core.plan import resolve
+from offramp.core.verifying import Pace
 from offramp.families import SplitModel
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.messages import ModelError

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offramp.families.cache import LayerCache, as_rows
+from offramp.families.state import LayerCache, as_rows
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 BATCH, HEADS, WIDTH = 3, 2, 2

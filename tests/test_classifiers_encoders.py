@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import UnsupportedModelError
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.families.backbone import HeadConfig
 from offramp.families.encoders import FAMILIES, SplitEncoder
-from offramp.families.heads import HeadConfig
 from tiny_encoders import CLASSES, EVERYTHING, LAYERS, MAKERS, TEXTS, build, encoder, inputs_for, tiny
 
 

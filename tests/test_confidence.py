@@ -23,7 +23,7 @@ from offramp.core.confidence import (
 from offramp.core.exits import Consistency
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.families.best import best_of
+from offramp.families.readouts import best_of
 from offramp.hub.exit_posterior import Laplace, NestedSets
 from offramp.uncertainty import candidates, token_sets
 

@@ -9,11 +9,11 @@ import torch
 
 from offramp import ExitPolicy, LanguageModel
 from offramp.cli import options as o
-from offramp.core.drafter import Drafter
+from offramp.core.adapters import Drafter
 from offramp.core.exits import Exits
-from offramp.core.pace import Pace
 from offramp.core.plan import resolve
 from offramp.core.policy import DRAFTER, DRAFTS
+from offramp.core.verifying import Pace
 from offramp.evaluation import document_arms
 from offramp.evaluation.arms import drafting_arms
 from offramp.families import SplitModel

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evaluation_runs import SHORT, TASK, decode_records, examples, model
 from offramp import ExitPolicy, LanguageModel
-from offramp.core.token_text import pieces
+from offramp.core.generation import pieces
 from offramp.evaluation import read_records
 from offramp.evaluation.records import agreement
 from offramp.metrics.text import f1

@@ -11,8 +11,8 @@ import torch
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError
 from offramp.calibration.grid import Grid, settings_of
 from offramp.core.costs import break_even
-from offramp.core.pace import Pace
 from offramp.core.plan import resolve
+from offramp.core.verifying import Pace
 from offramp.core.vocabulary import FREQUENT, VOCABULARIES, rule_of
 from offramp.evaluation import document_arms, grid
 from offramp.evaluation.records import TaskArm

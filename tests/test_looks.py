@@ -11,7 +11,7 @@ import classifier_runs
 import evaluation_runs
 import training_runs
 from offramp import Contrast, ExitPolicy, LanguageModel
-from offramp.core.token_text import DEPTH, places, tinted
+from offramp.core.generation import DEPTH, places, tinted
 from offramp.evaluation import records_of
 from offramp.lm.bench import run_bench
 from offramp.runs.results import frame

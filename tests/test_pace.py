@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.core.pace import MORE, Pace
 from offramp.core.plan import resolve
+from offramp.core.verifying import MORE, Pace
 from test_brute_force import NO_END, batch_of, deep, lively
 from tiny import greedy, inputs_for, tiny
 

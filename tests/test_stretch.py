@@ -9,8 +9,8 @@ import torch
 
 import offramp.core.decoding as decoding
 from offramp import ExitPolicy, LanguageModel
+from offramp.core.decoding import Stretch, stretch_of
 from offramp.core.exits import Exits
-from offramp.core.stretch import Stretch, stretch_of
 from offramp.families.finite import NotFiniteError
 from offramp.lm.scripted import Script, Scripted
 from tiny import LAYERS, VOCABULARY, inputs_for, tiny
@@ -72,13 +72,13 @@ def both(monkeypatch, lm, inputs, **options):
         begun.extend([stretch] if stretch else [])
         return stretch
 
-    monkeypatch.setattr(decoding, "_stretch_of", counted)
+    monkeypatch.setattr(decoding, "stretch_of", counted)
     got = lm.generate(inputs, max_new_tokens=NEW, **options)
     deep = (
         max(map(max, got.exit_layers)) == lm.num_layers
     )  # else a decoder has blocks that never saw the encoder's output
     assert len(begun) == 1 or (lm.split.is_encoder_decoder and not deep)
-    monkeypatch.setattr(decoding, "_stretch_of", lambda batch: None)
+    monkeypatch.setattr(decoding, "stretch_of", lambda batch: None)
     return got, lm.generate(inputs, max_new_tokens=NEW, **options)
 
 

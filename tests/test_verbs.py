@@ -16,7 +16,7 @@ from offramp.calibration import PosteriorConfig, Promise
 from offramp.calibration import calibrate as certify
 from offramp.calibration import fit_posterior as fit_to
 from offramp.classifiers.classify import answers
-from offramp.core.verb import Verb
+from offramp.core.language_model import Verb
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate as compare
 from offramp.evaluation import evaluate_perplexity, read_passages

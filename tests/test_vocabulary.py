@@ -13,7 +13,7 @@ from offramp.core.confidence import gap_of
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS, Kept, Pruning
-from offramp.families.state import HeadRows
+from offramp.families.readouts import HeadRows
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=80, database=None)
 NONE = torch.tensor([], dtype=torch.long)

@@ -7,7 +7,7 @@ import transformers as hf
 
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
-from offramp.families.heads import HeadConfig
+from offramp.families.backbone import HeadConfig
 
 VOCABULARY = 97
 LAYERS = 4

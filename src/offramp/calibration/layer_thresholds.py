@@ -29,7 +29,7 @@ from torch import Tensor
 
 from offramp.core.confidence import RANGES, Confidence, Contrastive, TokenConfidence, begun
 from offramp.core.costs import exit_flops, saved_flops
-from offramp.core.generation_options import greedy
+from offramp.core.generation_inputs import greedy
 from offramp.core.plan import Plan, resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.readout import measure_of

@@ -12,8 +12,7 @@ import torch
 
 from offramp.classifiers.batches import Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.families.backbone import Backbone
-from offramp.families.heads import HeadConfig
+from offramp.families.backbone import Backbone, HeadConfig
 from offramp.tasks.labelled import Labelled
 
 MSDNETS = ("msdnet-small", "msdnet-medium", "msdnet-large")

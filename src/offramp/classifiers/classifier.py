@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from offramp.classifiers.confidence import measure_of
 from offramp.classifiers.flops import exit_costs
-from offramp.families.backbone import Backbone, Inputs, evaluating
+from offramp.families.backbone import Backbone, ExitHead, ExitOutput, HeadConfig, Inputs, evaluating
 from offramp.families.finite import not_finite
-from offramp.families.heads import ExitHead, ExitOutput, HeadConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

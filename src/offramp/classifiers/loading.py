@@ -24,8 +24,7 @@ from offramp.classifiers.saving import (
     training_rows,
 )  # fmt: skip
 from offramp.classifiers.sources import PREPROCESSING
-from offramp.families.backbone import Backbone
-from offramp.families.heads import HeadConfig
+from offramp.families.backbone import Backbone, HeadConfig
 from offramp.hub.catalogue import Source
 from offramp.hub.devices import named_device, named_dtype
 from offramp.hub.messages import ModelError, first_line, quiet

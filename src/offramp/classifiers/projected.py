@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from offramp.classifiers.msdnet import ConvBody
 from offramp.classifiers.small_cnn import PlacesBody
-from offramp.families.backbone import Activations, Backbone
-from offramp.families.heads import ExitHead, ExitOutput, PooledBody
+from offramp.families.backbone import Activations, Backbone, ExitHead, ExitOutput, PooledBody
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class ProjectedHead(nn.Module):
 
     Args:
         backbone: What it reads the last block of.
-        pooling: How states become a vector, see `offramp.families.heads`.
+        pooling: How states become a vector, see `offramp.families.backbone`.
         classes: C.
         config: Its shape.
     """

@@ -13,7 +13,7 @@ from offramp.classifiers.batches import AUGMENTATIONS
 from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.splits import TEXTS, DataConfig, TaskName, divide, record
 from offramp.classifiers.trainer import ClassifierTrainResult, train_exits
-from offramp.families.heads import HeadConfig
+from offramp.families.backbone import HeadConfig
 from offramp.hub.devices import named_device
 from offramp.runs.progress import shown
 from offramp.tasks.labelled import row_hashes

@@ -62,7 +62,7 @@ def generate(
     """
     import offramp
     from offramp.calibration.certificate import certified_task, check_certificate, check_drift
-    from offramp.core.generation_options import in_effect
+    from offramp.core.generation_inputs import in_effect
 
     rule = o.policy_from(
         policy, confidence=confidence, threshold=threshold, min_layer=min_layer, vocabulary=vocabulary,

@@ -18,10 +18,9 @@ from offramp.core.sampling import Sampler
 from offramp.core.skipped_kv import Defer, Propagate, Way, freeze_prompt
 from offramp.core.vocabulary import Frequent
 from offramp.families import SplitModel
-from offramp.families.best import Best
-from offramp.families.cache import as_rows
 from offramp.families.finite import NotFiniteError, broken_at, name_of, not_finite
-from offramp.families.state import State
+from offramp.families.readouts import Best
+from offramp.families.state import State, as_rows
 
 
 class Step(NamedTuple):

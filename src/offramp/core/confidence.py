@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from offramp.families.best import Best, best_of
+from offramp.families.readouts import Best, best_of
 from offramp.values import choice, flag, number, whole
 
 

@@ -13,7 +13,7 @@ from offramp.core.batch import Read
 from offramp.core.policy import DRAFTER
 from offramp.core.readout import Exit
 from offramp.core.verifying import Draft, VerifyingBatch
-from offramp.families.best import Best
+from offramp.families.readouts import Best
 from offramp.families.state import Frame, State
 
 _OF_BEST = {

@@ -6,7 +6,7 @@ their own (Kangaroo's adapter, Liu et al. 2024, arXiv 2404.18911, is one block),
 ones that add nothing to the state yet. The model itself is untouched, so its full output stays what it is, bit for bit.
 Beside lens and branch there may be a consistency classifier, which says from the readout input alone whether to leave
 there, and for all exits a posterior that was fitted on text (`offramp.hub.exit_posterior`), a list of frequent tokens,
-the only ones that `ExitPolicy(vocabulary="frequent")` scores, and a drafter (`offramp.core.drafter`). Weights are kept
+the only ones that `ExitPolicy(vocabulary="frequent")` scores, and a drafter (`offramp.core.adapters`). Weights are kept
 in float32 (in files, branches and drafter in bfloat16), with the name and the fingerprint of those they were made for.
 """
 
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.core.adapters import Branch, Lens
-from offramp.core.drafter import Drafter
+from offramp.core.adapters import Branch, Drafter, Lens
 from offramp.core.policy import DRAFTER
-from offramp.families.branches import first_weights
+from offramp.families.network import first_weights
 from offramp.runs.digests import fingerprint
 
 if TYPE_CHECKING:

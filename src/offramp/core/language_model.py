@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -18,13 +19,20 @@ from offramp.core.custom_generate import Prepared, prepare
 from offramp.core.decoding import Step
 from offramp.core.engine import Engine, Engines
 from offramp.core.exits import Exits
-from offramp.core.generation import Generation, by_row
-from offramp.core.generation_options import GenerationOptions, checked, most_new_tokens
+from offramp.core.generation import Generation, Stream, by_row
+from offramp.core.generation_inputs import (
+    GenerationOptions,
+    Prompts,
+    checked,
+    has_template,
+    most_new_tokens,
+    padded,
+    token_ids,
+    tokenised,
+)
+from offramp.core.generation_inputs import Prompt as Prompt
 from offramp.core.policy import ExitPolicy
-from offramp.core.prompt_inputs import Prompt as Prompt
-from offramp.core.prompt_inputs import Prompts, has_template, padded, token_ids, tokenised
 from offramp.core.sampling import Sampler
-from offramp.core.verb import Verb
 from offramp.families import SplitModel
 from offramp.hub.messages import quiet
 from offramp.hub.pretrained import inside_peft
@@ -35,26 +43,17 @@ if TYPE_CHECKING:
     import offramp
 
 
-class Stream(Iterator[Step]):
-    """The steps of a prepared generation as they become certain, and what they cost so far: the ledger's bill."""
+class Verb:
+    """The function of `offramp` that has the attribute's name; its room is imported when it is first asked for."""
 
-    def __init__(self, prepared: Prepared, steps: Iterator[Step], ledger: Ledger) -> None:
-        self._prepared, self._steps, self._ledger = prepared, steps, ledger
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
 
-    def __next__(self) -> Step:
-        with self._prepared.model.at_work():
-            return next(self._steps)
+    def __get__(self, one: Any, owner: type) -> Callable[..., Any]:
+        import offramp
 
-    @property
-    def costs(self) -> Costs:
-        """The bill so far."""
-        return self._ledger.settle()
-
-    def full_flops(self, tokens: int) -> int:
-        """FLOPs the full model spends on the same prompts and `tokens` new tokens in each row."""
-        batch, prompt = self._prepared.ids.shape
-        memory = 0 if self._prepared.memory is None else self._prepared.memory.shape[1]
-        return batch * self._prepared.model.shape.generation_flops(prompt, tokens, memory)
+        function = getattr(offramp, self._name)
+        return function if one is None else MethodType(function, one)
 
 
 class LanguageModel:

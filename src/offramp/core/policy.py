@@ -19,7 +19,7 @@ from offramp.values import choice, flag, nearest, number, plain, whole
 
 Skipped = Literal["propagate", "defer", "verify"]
 DRAFTER = 0
-"""The layer that a drafter is said to stand after (`offramp.core.drafter`): before the first block."""
+"""The layer that a drafter is said to stand after (`offramp.core.adapters`): before the first block."""
 _DRAFTS = ("softmax", "max", "entropy", "static")
 """Confidences that need nothing but the scores of one readout."""
 
@@ -50,7 +50,7 @@ class ExitPolicy:
             measure's maximum (1), and with None, no token leaves early; -inf lets every token leave at the first exit.
         min_layer: Exits are tested after layers min_layer .. L-1. None: the first of `exit_layers`, or half the depth
             (see there for models with trained exits). 0: the drafter of the model's exits, and no other exit, proposes
-            tokens from before the first block (see `offramp.core.drafter`); needs skipped="verify".
+            tokens from before the first block (see `offramp.core.adapters`); needs skipped="verify".
         vocabulary: None (all V tokens are scored at each test), "fixed", "decaying" or "adaptive" (all at the first
             test of a token, then fewer; no effect for "state" and "classifier", whose tests score none). "frequent":
             the exits' frequent tokens at every test, and where a token leaves, so that others are chosen by the last
@@ -76,8 +76,8 @@ class ExitPolicy:
         decay_rate: θ.
         draft_length: Under "verify", most tokens drafted before a deep pass.
         draft: Under "verify": "fixed", tokens are drafted where they pass the threshold; or "adaptive", where one more
-            draft is likely to pay by the acceptance seen so far (see `offramp.core.pace`), the thresholds being what
-            is believed at first. The text is the same.
+            draft is likely to pay by the acceptance seen so far (`offramp.core.verifying.Pace`), the thresholds being
+            what is believed at first. The text is the same.
         accept: Under "verify", a drafted token also stands where it is the full model's second choice with at least
             this share of the first one's probability, in (0, 1]. 1: only the first choice does, and the text is the
             full model's. Below, more drafts stand and the text may be another one: `offramp.calibration` can certify

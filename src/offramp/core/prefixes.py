@@ -16,8 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from offramp.families import SplitModel
-from offramp.families.cache import BLOCK
-from offramp.families.state import Context
+from offramp.families.state import BLOCK, Context
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from offramp.core.plan import Plan
 from offramp.core.policy import DRAFTER
 from offramp.core.vocabulary import Frequent, Kept
 from offramp.families import SplitModel
-from offramp.families.best import Best, best_of
+from offramp.families.readouts import Best, best_of
 
 
 def measure_of(model: SplitModel, plan: Plan) -> Confidence | None:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from offramp.core.costs import Ledger
 from offramp.families import SplitModel
-from offramp.families.cache import as_rows
-from offramp.families.state import Frame, Skipped, State
+from offramp.families.state import Frame, Skipped, State, as_rows
 
 
 class Way(ABC):

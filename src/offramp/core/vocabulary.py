@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offramp.families.best import ranked
+from offramp.families.readouts import ranked
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel
-    from offramp.families.state import HeadRows
+    from offramp.families.readouts import HeadRows
 
 KINDS = ("fixed", "decaying", "adaptive")
 """Rules by which tests after the first one prune."""

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from offramp.families.cache import Rows
-from offramp.families.state import State
+from offramp.families.state import Rows, State
 
 
 @dataclass(eq=False)

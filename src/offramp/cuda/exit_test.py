@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offramp.families import SplitModel, acting
-from offramp.families.best import Best
+from offramp.families.readouts import Best
 
 MOST = 32  # states that are tested on the whole vocabulary at once; beyond them torch's matrix products are ahead
 _ROWS = 16  # states that share a read of the matrix: the least that tensor cores multiply

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from offramp.families.cache import LayerCache
+from offramp.families.state import LayerCache
 
 _LEAST = 128  # tokens of the encoder's input
 

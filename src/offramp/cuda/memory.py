@@ -16,8 +16,7 @@ from transformers import Cache
 
 from offramp.cuda.ahead import Ahead
 from offramp.cuda.heard import Heard
-from offramp.families.cache import LayerCache
-from offramp.families.state import Context
+from offramp.families.state import Context, LayerCache
 
 _LEAST = 128  # slots; beyond them the capacity doubles, and all graphs are captured anew
 

@@ -23,10 +23,9 @@ from offramp.cuda.exit_test import MOST, ExitTests, packed, told
 from offramp.cuda.memory import Memory
 from offramp.cuda.segment import Segment
 from offramp.families import SplitModel, acting
-from offramp.families.best import Best
-from offramp.families.block_calls import run_block
-from offramp.families.head_ids import HeadIds
-from offramp.families.state import Context, Frame, HeadRows, Skipped, State
+from offramp.families.network import run_block
+from offramp.families.readouts import Best, HeadIds, HeadRows
+from offramp.families.state import Context, Frame, Skipped, State
 
 FAMILIES = (
     "gemma",

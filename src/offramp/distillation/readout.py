@@ -18,7 +18,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.core.adapters import Lens
 from offramp.distillation.networks import CHUNK, States
 from offramp.families import SplitModel
-from offramp.families.heads import PooledBody
+from offramp.families.backbone import PooledBody
 from offramp.training.data import Windows
 from offramp.training.loop import adamw
 from offramp.training.objectives import OBJECTIVES, Teacher

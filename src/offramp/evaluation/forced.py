@@ -22,8 +22,8 @@ from torch import Tensor
 from offramp.core.costs import Ledger
 from offramp.core.decoding import Step, decode
 from offramp.core.generation import by_row
+from offramp.core.generation_inputs import padded
 from offramp.core.plan import resolve
-from offramp.core.prompt_inputs import padded
 from offramp.core.sampling import Sampler, ends_of
 from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.records import prefill_parts, settle, shares, sure

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offramp.core.token_text import pieces
+from offramp.core.generation import pieces
 from offramp.evaluation.forced import force, require_scores
 from offramp.evaluation.record_file import Record, header_of
 from offramp.evaluation.records import compared

@@ -13,10 +13,9 @@ import torch
 
 from offramp.core.costs import Costs
 from offramp.core.decoding import Step
-from offramp.core.generation import by_row
-from offramp.core.generation_options import greedy
+from offramp.core.generation import by_row, pieces
+from offramp.core.generation_inputs import greedy
 from offramp.core.plan import resolve
-from offramp.core.token_text import pieces
 from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.rounds import Arm, take_turns

@@ -4,10 +4,10 @@ Everything family-specific stands in `table`. `tests/test_families.py` runs the 
 architecture without a row is refused.
 """
 
-from offramp.families.block_calls import run_block as run_block
 from offramp.families.network import Edit as Edit
 from offramp.families.network import acting as acting
-from offramp.families.refusal import UnsupportedModelError as UnsupportedModelError
+from offramp.families.network import run_block as run_block
 from offramp.families.split_model import SplitModel as SplitModel
 from offramp.families.table import FAMILIES as FAMILIES
 from offramp.families.table import Family as Family
+from offramp.families.table import UnsupportedModelError as UnsupportedModelError

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
-from offramp.families.backbone import Activations, Backbone
-from offramp.families.heads import PooledBody
-from offramp.families.refusal import UnsupportedModelError
+from offramp.families.backbone import Activations, Backbone, PooledBody
+from offramp.families.table import UnsupportedModelError
 
 _MASKS: dict[str, Callable[..., Any]] = {
     "full_attention": create_bidirectional_mask,

@@ -1,18 +1,26 @@
-"""A model taken apart: its blocks, norm, head and what calling them from outside needs to know."""
+"""A model taken apart: its blocks, norm and head, blocks called from outside, and those of exits beside them.
+
+Masks, positions, rotations and biases are as the model itself makes them; what all blocks of a kind share is computed
+once per frame and kept in its memo. A block of an exit's own is like one of the model's last blocks, with the exit's
+weights in it.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_bidirectional_mask
 
-from offramp.families.refusal import UnsupportedModelError, layers_of, strange_types, without_a_family
-from offramp.families.table import FAMILIES
+from offramp.families.state import Context, Frame
+from offramp.families.table import FAMILIES, UnsupportedModelError, layers_of, strange_types, without_a_family
 
 Edit = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
@@ -144,3 +152,157 @@ def acting(module: nn.Module) -> Iterator[object]:
     yield from (hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers."))
     if "forward" in vars(module):
         yield vars(module)["forward"]
+
+
+_builders_cache_name = cache(cache_name)  # only ever asked of transformers' own functions, so nothing is kept alive
+
+
+def run_block(split: Network, index: int, hidden: Tensor, frame: Frame, context: Context) -> Tensor:
+    """States [A, n, D] after block `index`, counted from 0; its keys and values go into the context's cache."""
+    layer_cache: Any = context.cache.layers[index]
+    layer_cache.rows, layer_cache.length = frame.rows, frame.start
+    kind = split.types[index]
+    block, mask = split.blocks[index], _mask(split, kind, index, hidden, frame, context)
+    if split.family.cross is None:
+        return block(  # type: ignore[no-any-return]
+            hidden,
+            attention_mask=mask,
+            position_ids=_positions(frame, context),
+            position_embeddings=_rope(split, kind, hidden, frame, context),
+            **{split.cache_name: context.past},
+        )
+    _prepare_cross(split, index, frame, context)
+    arguments = {
+        "attention_mask": mask,
+        "encoder_hidden_states": context.memory,
+        "encoder_attention_mask": _cross_mask(split, hidden, frame, context),
+        split.cache_name: context.past,
+    }
+    if split.family.position_bias is not None:
+        return block(hidden, position_bias=_bias(split, frame), **arguments)[0]  # type: ignore[no-any-return]
+    return block(hidden, **arguments)  # type: ignore[no-any-return]
+
+
+def _prepare_cross(split: Network, index: int, frame: Frame, context: Context) -> None:
+    """Cross-attention keys and values, for all rows, at the first visit of a block."""
+    past: Any = context.past
+    layer_cache = past.cross_attention_cache.layers[index]
+    if index not in context.crossed:
+        assert split.family.cross is not None
+        assert context.memory is not None
+        layer_cache.update(*split.family.cross(split.blocks[index], context.memory))
+        past.is_updated[index] = True
+        context.crossed.append(index)
+    layer_cache.rows = frame.rows
+
+
+def _mask(split: Network, kind: str, index: int, hidden: Tensor, frame: Frame, context: Context) -> Any:
+    if ("mask", kind) not in frame.memo:
+        padding = context.padding
+        if padding is not None:
+            padding = padding[frame.rows, : frame.start + frame.queries]
+        build: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+        frame.memo["mask", kind] = build(
+            config=split.config,
+            inputs_embeds=hidden,
+            attention_mask=padding,
+            position_ids=_positions(frame, context),
+            layer_idx=index,
+            **{_builders_cache_name(build): context.cache},
+        )
+    return frame.memo["mask", kind]
+
+
+def _cross_mask(split: Network, hidden: Tensor, frame: Frame, context: Context) -> Any:
+    if context.memory_mask is None or split.family.listens:  # to all of its padded input
+        return None
+    if ("mask", "cross") not in frame.memo:
+        frame.memo["mask", "cross"] = create_bidirectional_mask(
+            config=split.config,
+            inputs_embeds=hidden,
+            attention_mask=context.memory_mask[frame.rows],
+            encoder_hidden_states=context.memory[: len(hidden)],  # type: ignore[index] # only its shape is used
+        )
+    return frame.memo["mask", "cross"]
+
+
+def _rope(split: Network, kind: str, hidden: Tensor, frame: Frame, context: Context) -> Any:
+    key = ("rope", kind if split.rotary_by_type else "")
+    if key not in frame.memo:
+        frame.memo[key] = rotation(split, kind, hidden, _positions(frame, context))
+    return frame.memo[key]
+
+
+def rotation(split: Network, kind: str, hidden: Tensor, positions: Tensor) -> Any:
+    """Cosines and sines for blocks of a kind; None for models without rotary positions."""
+    if split.rotary is None:
+        return None
+    return split.rotary(hidden, positions, *([kind] if split.rotary_by_type else []))
+
+
+def _bias(split: Network, frame: Frame) -> Tensor:
+    """T5's relative position bias, which the first block owns and all blocks share, [1, H, n, T]."""
+    if ("bias", "") not in frame.memo:
+        attention = split.blocks[0].get_submodule(split.family.position_bias)
+        frame.memo["bias", ""] = attention.compute_bias(
+            frame.queries, frame.start + frame.queries, device=split.device, past_seen_tokens=frame.start
+        )
+    return frame.memo["bias", ""]  # type: ignore[no-any-return]
+
+
+def _positions(frame: Frame, context: Context) -> Tensor:
+    """Positions of a frame's tokens, [A, n]."""
+    if ("positions", "") not in frame.memo:
+        frame.memo["positions", ""] = context.positions[frame.rows, frame.start : frame.start + frame.queries]
+    positions: Tensor = frame.memo["positions", ""]
+    return positions
+
+
+_LAST = {"o_proj", "out_proj", "dense", "c_proj", "o", "down_proj", "fc2", "dense_4h_to_h", "wo"}
+"""What families call the matrices whose products are added to the state."""
+
+
+def blocks_of(split: Network, exits: Any) -> tuple[list[tuple[int, Any]], dict[int, range]]:
+    """Modules of all branches, with the model's block each is like; by exit layer (0: the drafter) their numbers."""
+    made: list[tuple[int, Any]] = []
+    found: dict[int, range] = {}
+    branches: dict[int, Any] = {int(name): branch for name, branch in exits.branches.items()}
+    if exits.drafter is not None:
+        branches[0] = exits.drafter.branch
+    for layer, branch in branches.items():
+        tensors: list[dict[str, nn.Parameter]] = branch.blocks()
+        first = split.num_layers + len(made)
+        found[layer] = range(first, first + len(tensors))
+        for like, weights in enumerate(tensors, split.num_layers - len(tensors)):
+            block = _with(split.blocks[like], weights, split, layer)
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = split.num_layers + len(made)
+            made.append((like, block))
+    return made, found
+
+
+def first_weights(split: Network, count: int) -> list[dict[str, Tensor]]:
+    """Weights of the last `count` blocks, float32, zeros where a sublayer adds to the state: they leave it alone."""
+    blocks = split.blocks[split.num_layers - count : split.num_layers]
+    return [{name: _quiet(name, p.detach().float()) for name, p in block.named_parameters()} for block in blocks]
+
+
+def _quiet(name: str, weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if _LAST.intersection(name.split(".")) else weight.clone()
+
+
+def _with(block: Any, weights: Mapping[str, nn.Parameter], split: Network, layer: int) -> Any:
+    """A copy of a block with other weights; nothing that hangs on the block is called by it."""
+    own = dict(block.named_parameters())
+    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in weights.items()}:
+        raise ValueError(
+            f"the blocks of the exit after layer {layer} have other weights than block {split.num_layers} of the "
+            "model; attach exits that were made for it"
+        )
+    instead = {id(p): weights[n] for n, p in own.items()}
+    made = copy.deepcopy(block, {**instead, id(split.config): split.config})
+    for module in made.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return made

@@ -17,13 +17,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from offramp.families.best import Best, best_of, ranked
-from offramp.families.block_calls import rotation, run_block
-from offramp.families.branches import blocks_of
-from offramp.families.cache import LayerCache, Rows
-from offramp.families.network import Edit, Network, states_after
+from offramp.families.network import Edit, Network, blocks_of, rotation, run_block, states_after
+from offramp.families.readouts import Best, HeadRows, best_of, ranked
 from offramp.families.sizes import model_shape
-from offramp.families.state import Context, Frame, HeadRows, Skipped, State
+from offramp.families.state import Context, Frame, LayerCache, Rows, Skipped, State
 
 CacheLayerMixin.register(LayerCache)  # transformers asks isinstance() of a cache's layers
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.core.adapters import Branch
-from offramp.core.drafter import Drafter
+from offramp.core.adapters import Branch, Drafter
 from offramp.core.exits import Exits, listed_once
 from offramp.families import SplitModel
 from offramp.hub.exit_posterior import Posterior

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from offramp.core.engine import Engines
-from offramp.core.generation_options import SAMPLING
+from offramp.core.generation_inputs import SAMPLING
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.forced import force, require_scores

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offramp.families.cache import BLOCK
+from offramp.families.state import BLOCK
 
 
 class NativeCache:

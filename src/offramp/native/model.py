@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offramp.core.drafter import side_by_side
+from offramp.core.adapters import side_by_side
 from offramp.core.exits import Exits
 from offramp.families import SplitModel, acting
-from offramp.families.best import Best
-from offramp.families.block_calls import rotation
-from offramp.families.head_ids import HeadIds
-from offramp.families.state import Context, HeadRows, Skipped, State
+from offramp.families.network import rotation
+from offramp.families.readouts import Best, HeadIds, HeadRows
+from offramp.families.state import Context, Skipped, State
 from offramp.native import blocks
 from offramp.native import library as lib
 from offramp.native.blocks import Turning

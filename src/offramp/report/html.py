@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offramp import __version__
-from offramp.core.token_text import DEPTH
+from offramp.core.generation import DEPTH
 from offramp.runs.files import write_text
 
 if TYPE_CHECKING:

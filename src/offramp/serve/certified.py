@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from offramp.core.generation_options import in_effect
+from offramp.core.generation_inputs import in_effect
 
 if TYPE_CHECKING:
     from offramp.calibration.certificate import Certificate

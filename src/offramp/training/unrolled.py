@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.policy import DRAFTER
-from offramp.families.cache import LayerCache
-from offramp.families.state import Frame, State
+from offramp.families.state import Frame, LayerCache, State
 
 if TYPE_CHECKING:
     from offramp.families import SplitModel

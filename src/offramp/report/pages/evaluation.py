@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.core.token_text import places
+from offramp.core.generation import places
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.evaluate import EXAMPLES
 from offramp.evaluation.record_file import Record, read_records

@@ -1,8 +1,8 @@
-"""What a readout says in short: the two best tokens, and the normaliser of all that were read."""
+"""What a readout says in short, the two best tokens and the normaliser, and the rows of the head that it reads."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,3 +54,42 @@ def best_of(logits: Tensor, ids: Tensor | None = None) -> Best:
 def ranked(logits: Tensor, count: int, skip: Tensor) -> Tensor:
     """The tokens of the largest of logits [A, V], best first, [A, count]; none of `skip`, [P]."""
     return logits.index_fill(1, skip, -torch.inf).topk(count, dim=-1).indices
+
+
+class HeadRows(NamedTuple):
+    """Rows of the head gathered for some tokens: `weight` [A, K, D] and, if the head has one, `bias` [A, K].
+
+    Those of tokens that are the same for all states have no A.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def select(self, index: Any) -> HeadRows:
+        """The rows of some batch rows only."""
+        return HeadRows(self.weight[index], None if self.bias is None else self.bias[index])
+
+    def columns(self, index: Tensor) -> HeadRows:
+        """Some of each batch row's tokens, `index` [A, K'] into its K."""
+        if self.weight.ndim == 2:
+            return HeadRows(self.weight[index], None if self.bias is None else self.bias[index])
+        weight = self.weight[0][index] if len(index) == 1 else self.weight.take_along_dim(index[:, :, None], 1)
+        return HeadRows(weight, None if self.bias is None else self.bias.gather(1, index))
+
+
+class HeadIds(NamedTuple):
+    """Tokens [A, K], or [K] for all states alike, whose rows of the head are read where they lie, without a copy."""
+
+    ids: Tensor
+
+    def select(self, index: Any) -> HeadIds:
+        """The tokens of some batch rows only."""
+        return HeadIds(self.ids[index])
+
+    def only(self, scored: Tensor) -> HeadIds:
+        """Without the tokens that are not `scored`, bool [A, K]; their logits are -inf."""
+        return HeadIds(self.ids.masked_fill(~scored, -1))
+
+    def columns(self, index: Tensor) -> HeadIds:
+        """Some of each batch row's tokens, `index` [A, K'] into its K."""
+        return HeadIds(self.ids.gather(1, index) if self.ids.ndim == 2 else self.ids[index])
