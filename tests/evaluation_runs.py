@@ -8,8 +8,7 @@ import torch
 from offramp import ExitPolicy, LanguageModel
 from offramp.evaluation import evaluate
 from offramp.evaluation.perplexity import PassageArm
-from offramp.evaluation.records import decode_arms
-from offramp.evaluation.rounds import take_turns
+from offramp.evaluation.records import decode_arms, take_turns
 from offramp.tasks import TASKS, Example
 from tiny import tiny, tokenizer
 

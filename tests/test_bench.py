@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from offramp import ExitPolicy, LanguageModel
-from offramp.lm import bench_compiled, bench_playing, bench_summary
+from offramp.lm import bench_playing, bench_rounds
 from offramp.lm.bench import default_arms, run_batch_sizes, run_bench
 from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, Spread
 from offramp.lm.bench_playing import Players
@@ -251,9 +251,9 @@ def test_rounds_of_an_earlier_version_say_nothing_of_tokens(bench):
     old = [replace(arm, token_flops_ratio=None, token_seconds=None) for arm in result.arms]
     assert "–" in replace(result, arms=old).table()
     counts = {"flops": 9, "bytes": 9, "tests": 0}
-    assert bench_summary._token_flops(counts, counts, 3) is None
-    assert bench_summary._per_later_token(Turn(seconds=3.0, tokens=[[1, 2]])) is None
-    assert bench_summary._per_later_token(Turn(seconds=3.0, tokens=[[1, 2], [3, 4, 5]], first=[0.5, 1.0])) == 0.5
+    assert bench_rounds._token_flops(counts, counts, 3) is None
+    assert bench_rounds._per_later_token(Turn(seconds=3.0, tokens=[[1, 2]])) is None
+    assert bench_rounds._per_later_token(Turn(seconds=3.0, tokens=[[1, 2], [3, 4, 5]], first=[0.5, 1.0])) == 0.5
 
 
 def test_a_tested_arm_pays_for_its_tests(bench):
@@ -624,7 +624,7 @@ def test_without_cuda_memory_has_no_column(bench):
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_transformers_compiled_says_the_same_at_every_batch_size(name, request, monkeypatch):
-    monkeypatch.setattr(bench_compiled, "BACKEND", "eager")  # traced, not built: that takes minutes
+    monkeypatch.setattr(bench_playing, "BACKEND", "eager")  # traced, not built: that takes minutes
     lm = request.getfixturevalue(name)
     had = set(vars(lm.model))
     one, two = run_batch_sizes(
@@ -642,7 +642,7 @@ def test_a_model_that_cannot_be_compiled_is_left_out_with_the_reason(llama, monk
     def broken(*_, **__):
         raise RuntimeError("no C++ compiler\nat all")
 
-    monkeypatch.setattr(bench_compiled.Compiled, "generate", broken)
+    monkeypatch.setattr(bench_playing.Compiled, "generate", broken)
     result = run_bench(llama, random_prompts(llama, 1), {COMPILED: None}, max_new_tokens=2, repeats=1)
     assert [arm.name for arm in result.arms] == [REFERENCE, FULL]
     assert "it cannot be compiled here (no C++ compiler" in result.left_out[COMPILED]

@@ -13,7 +13,7 @@ from offramp.core.verifying import Pace
 from offramp.families import SplitModel
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.messages import ModelError
-from offramp.lm.layerwise import text_states
+from offramp.lm.probe import text_states
 from offramp.native.families import FAMILIES as DESCRIBED
 from offramp.runs.digests import fingerprint
 from offramp.training.trainer import train

@@ -12,7 +12,7 @@ from scipy import stats
 
 from offramp import ExitPolicy
 from offramp.calibration import Grid, Promise, Spent, calibrate, decoded, load, validate
-from offramp.calibration.splits import divide, sizes
+from offramp.calibration.decoded import divide, sizes
 from offramp.evaluation.record_file import read_records
 from offramp.report import drawing
 from offramp.risk import hoeffding_bentkus, pareto_front, search

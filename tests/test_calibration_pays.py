@@ -24,7 +24,7 @@ from offramp.calibration import (
     calibrate as pipeline,
 )
 from offramp.calibration.grid import chains_of, paths_of, plain_policies, static_layers_of
-from offramp.calibration.spending import cost
+from offramp.calibration.promise import cost
 from offramp.core.exits import Exits
 from offramp.report import drawing
 from offramp.report.pages import calibration as page

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from offramp.calibration import Promise, calibrate, decoded, load
-from offramp.calibration.room import Room, room_of
+from offramp.calibration.promise import Room, room_of
 from offramp.evaluation import Record
 from offramp.metrics.text import METRICS
 from offramp.report import drawing

@@ -18,9 +18,9 @@ from offramp.classifiers.calibrate import CalibrationConfig, calibrate, exit_tab
 from offramp.classifiers.calibrated import Calibrated, load_calibrated
 from offramp.classifiers.certify import RowPromise
 from offramp.classifiers.classify import answers
-from offramp.classifiers.compare import ComparisonConfig, compare
-from offramp.classifiers.compare import fitted as fit_method
 from offramp.classifiers.evaluate import Settings, charged
+from offramp.classifiers.evaluate_classifier import ComparisonConfig, compare
+from offramp.classifiers.evaluate_classifier import fitted as fit_method
 from offramp.classifiers.loading import load
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.splits import IMAGES, TEXTS, DataConfig, divide, record
@@ -513,7 +513,7 @@ def test_two_seeds_compared_from_files_to_files(images, tmp_path, monkeypatch):
     assert found.of("clean", "full model, vanilla")[0].mean["cost"].value == pytest.approx(1, rel=1e-5)
     # again: no pass and no fit
     made = counted(monkeypatch)
-    monkeypatch.setattr("offramp.classifiers.compare.fit_posterior", None)
+    monkeypatch.setattr("offramp.classifiers.evaluate_classifier.fit_posterior", None)
     again, _ = run()
     assert made == []
     assert_nearly_equal(again.to_dict(), found.to_dict())

@@ -10,8 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from offramp.classifiers.evaluate import Settings, charged, evaluate
-from offramp.classifiers.method import Fitted, Method, Point, area, curve, interpolate
+from offramp.classifiers.evaluate import Fitted, Method, Point, Settings, area, charged, curve, evaluate, interpolate
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics import resampled
 from offramp.metrics.bootstrap import Interval

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.msdnet import Layer, MSDNet, MSDNetConfig
+from offramp.classifiers.convolutional import Layer, MSDNet, MSDNetConfig
 from tiny_encoders import SMALL_MSDNET
 
 # Operations in millions of every exit as the published code counts them, which are also those of the literature for

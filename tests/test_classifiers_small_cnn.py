@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
 from offramp.classifiers.loading import load
-from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 
 
 def built(**options):

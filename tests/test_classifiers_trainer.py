@@ -17,12 +17,12 @@ from classifier_runs import images, net, rows, run
 from offramp.classifiers.batches import ImagePreprocessing, ImageRows, TextRows, in_order
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.config import ClassifierTrainConfig
+from offramp.classifiers.convolutional import MSDNet, MSDNetConfig
 from offramp.classifiers.loading import load
-from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
 from offramp.classifiers.outputs import collect
 from offramp.classifiers.trainer import joint_cross_entropy, logits_of, train_exits
 from offramp.runs.folder import TrainingError
-from offramp.runs.lines import read_lines
+from offramp.runs.resume import read_lines
 from offramp.tasks.labelled import Labelled
 from offramp.training.schedule import FALLS
 from tiny import tokenizer

@@ -134,7 +134,7 @@ def test_bench_of_saved_policies_under_the_names_of_their_files(folder, tmp_path
 
 
 def test_bench_of_several_engines_says_what_cannot_run_here(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("offramp.lm.bench_compiled.BACKEND", "eager")  # traced, not built: that takes minutes
+    monkeypatch.setattr("offramp.lm.bench_playing.BACKEND", "eager")  # traced, not built: that takes minutes
     call = ["bench", folder, "--max-new-tokens", 3, "--repeats", 1, "--mean-layer", 2, "--arms", "static 3"]
     path = tmp_path / "bench.json"
     done = offramp(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.tasks.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
+from offramp.tasks.images import CORRUPTIONS, SEVERITIES, corrupt, corrupted
 from offramp.tasks.labelled import Labelled
 
 RANDOM = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from offramp.distillation import DataConfig, Network, Study, judging, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.data import load_set
 from offramp.distillation.distill_grid import study_of as study_of_command
-from offramp.distillation.early_exits import fit_early_exits, require_linear
 from offramp.distillation.grid import ensure
+from offramp.distillation.linear_probes import fit_early_exits, require_linear
 from offramp.distillation.networks import build, rows_for, word_tokenizer
 from offramp.distillation.teacher import logits_of_all
 from offramp.families.encoders import SplitEncoder

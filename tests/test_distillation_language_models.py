@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from offramp import LanguageModel
 from offramp.distillation.language_models import distil, require_same_vocabulary
-from offramp.distillation.own_answers import OwnAnswers
+from offramp.distillation.texts import OwnAnswers
 from offramp.training.answers import AnswerConfig
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Document, cut

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from offramp.distillation.matched import confounded, note
 from offramp.distillation.methods import method
+from offramp.distillation.results import confounded
 from offramp.metrics.seeds import holm, paired
 from offramp.report.grids import REFERENCE, by_method, matched_table, methods_table, summary
 from offramp.runs.codec import encode
@@ -62,7 +62,7 @@ def test_the_tables_say_so_and_offer_the_command():
     verdicts = {row[0]: row[-1] for row in table.rows}
     assert verdicts["dedier"].endswith(", confounded")
     assert "confounded" not in verdicts["erm"]
-    (said,) = note(methods, REFERENCE)
+    (said,) = confounded_note(methods, REFERENCE)
     assert said in table.notes
     assert "dedier has T = 3, λ = 1, kd has T = 4, λ = 0.9; a difference may be theirs" in said
     assert f"add --method {ALIKE} to the same command" in said

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from distillation_runs import READOUT, small_study
 from offramp import cli
 from offramp.distillation import DataConfig, run_grid, runs
-from offramp.distillation.by_group import THRESHOLDS, kept_weights, suggested
 from offramp.distillation.data import load_set
 from offramp.distillation.grid import ensure
+from offramp.distillation.judging import THRESHOLDS, kept_weights, suggested
 from offramp.distillation.results import budgets_of, mean_exits, mean_report, report_of, results_in
 from offramp.distillation.teacher import save_logits
 from offramp.metrics.sets import binomial

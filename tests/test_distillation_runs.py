@@ -15,18 +15,17 @@ import tiny_encoders as encoders
 from distillation_runs import READOUT, small_study
 from local_ray import local_ray
 from offramp.classifiers.classifier import EarlyExitClassifier
+from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
 from offramp.classifiers.loading import load
-from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.distillation import DataConfig, Network, Study, networks, run_grid, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.config import BUNDLED, PUBLISHED, Run, bundled, study_from
 from offramp.distillation.data import load_set, minority_of, split_validation
-from offramp.distillation.dfr import balanced, l1_logistic, refitted
-from offramp.distillation.early_exits import fit_early_exits
 from offramp.distillation.grid import ensure, execute
-from offramp.distillation.history import History
+from offramp.distillation.linear_probes import balanced, fit_early_exits, l1_logistic, refitted
 from offramp.distillation.methods import METHODS as ALL
 from offramp.distillation.networks import Prepared, build, rows_for
+from offramp.distillation.results import History
 from offramp.distillation.run import ProjectedHead, features_of, with_teachers_classifier
 from offramp.distillation.teacher import load_logits, logits_of_all, save_logits
 from offramp.metrics.selection import Judged

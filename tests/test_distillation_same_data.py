@@ -20,8 +20,7 @@ from offramp.distillation.teacher import load_logits, require_unseen, save_logit
 from offramp.report.grids import tables
 from offramp.report.pages.distillation import grid_page, run_page
 from offramp.runs.tensor_files import write_tensors
-from offramp.tasks.labelled import row_hashes
-from offramp.tasks.labelled_inputs import input_hashes
+from offramp.tasks.labelled import input_hashes, row_hashes
 from sealing import rewrite
 
 TRAINING = ClassifierTrainConfig(epochs=1, batch_size=16)

@@ -14,21 +14,24 @@ from classifier_runs import rows
 from offramp.classifiers.batches import TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.confidence import gap as margin
-from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
+from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
 from offramp.distillation import networks
 from offramp.distillation.instance_weights import (
     GATES,
     MAPS,
+    SIGNALS,
+    Evidence,
     InstanceWeights,
     finished,
     look_at,
     new_weights,
+    share_of_rank,
+    signal,
     weights_of,
 )
 from offramp.distillation.methods import METHODS, method
 from offramp.distillation.networks import CHUNK, Network, build
 from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, states_at, teach
-from offramp.distillation.signals import SIGNALS, Evidence, share_of_rank, signal
 from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
 from offramp.tasks.labelled import Labelled
 

@@ -21,8 +21,8 @@ from offramp.hub.exit_files import load_exits, save_exits
 from offramp.hub.messages import ModelError
 from offramp.lm.bench import default_arms, run_bench
 from offramp.training.data import Data
+from offramp.training.drafts import Unrolled
 from offramp.training.trainer import train
-from offramp.training.unrolled import Unrolled
 from test_branches import CASES
 from tiny import FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
 from training_runs import config, data, model, windows

@@ -107,7 +107,7 @@ def test_two_processes_write_what_one_does(run, tmp_path):
 
 def test_more_processes_than_examples(tmp_path, monkeypatch):
     """The rank that gets nothing writes nothing and waits."""
-    from offramp.evaluation.processes import shared
+    from offramp.evaluation.record_file import shared
 
     calls = []
 

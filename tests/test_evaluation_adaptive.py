@@ -10,7 +10,7 @@ from evaluation_runs import TASK, decode_records, examples, perplexity_records
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.evaluation import Passage, read_records
-from offramp.runs.lines import read_lines, write_lines
+from offramp.runs.resume import read_lines, write_lines
 from test_brute_force import lively
 from tiny import VOCABULARY, tokenizer
 

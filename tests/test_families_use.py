@@ -7,8 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 import offramp
 from offramp import ExitPolicy
-from offramp.lm.layerwise import read_layers
-from offramp.lm.probe import probe
+from offramp.lm.probe import probe, read_layers
 from offramp.training.trainer import train
 from tiny import LAYERS, inputs_for, tiny
 from training_runs import config, data, model

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from offramp.runs.asked import locked
 from offramp.runs.files import replace_file, write_json
+from offramp.runs.resume import locked
 
 
 def everything_in(folder):

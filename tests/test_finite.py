@@ -13,14 +13,13 @@ import training_runs
 from evaluation_runs import perplexity_records
 from offramp import ExitPolicy, LanguageModel
 from offramp.calibration import Grid, Promise, calibrate
-from offramp.calibration.token_cache import cache_tokens
+from offramp.calibration.token_rows import cache_tokens
 from offramp.distillation.language_models import distil
 from offramp.evaluation import evaluate
 from offramp.evaluation.perplexity import Passage
 from offramp.families.finite import NotFiniteError, not_finite, require_finite
 from offramp.lm.bench import run_bench
-from offramp.lm.layerwise import read_layers
-from offramp.lm.probe import probe
+from offramp.lm.probe import probe, read_layers
 from offramp.runs.folder import TrainingError
 from offramp.training.answers import AnswerConfig, answer_documents
 from offramp.training.config import TrainConfig

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from offramp.runs.lines import append_lines, keep_lines, open_lines, read_lines, write_lines
+from offramp.runs.resume import append_lines, keep_lines, open_lines, read_lines, write_lines
 from sealing import without_digests
 
 

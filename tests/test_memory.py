@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offramp.runs.memory import is_shortage, peak, peak_name, release
+from offramp.runs.machine import is_shortage, peak, peak_name, release
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,7 @@ from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.families.sizes import BlockShape, ModelShape
 from offramp.lm.bench import run_bench
-from offramp.lm.layerwise import Readings
-from offramp.lm.probe import summarise
+from offramp.lm.probe import Readings, summarise
 from offramp.report import drawing, plots
 from tiny import inputs_for, tiny
 

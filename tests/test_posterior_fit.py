@@ -19,8 +19,7 @@ from offramp.calibration.posterior_report import (
     _standard_error,
     _warnings,
 )
-from offramp.calibration.token_cache import SPLITS, cache_tokens, split_documents
-from offramp.calibration.token_rows import factors_of, views_of
+from offramp.calibration.token_rows import SPLITS, cache_tokens, factors_of, split_documents, views_of
 from offramp.core.vocabulary import Pruning
 from offramp.hub.exit_files import load_exits
 from offramp.hub.exit_posterior import METHODS, Posterior

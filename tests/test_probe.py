@@ -15,8 +15,7 @@ from offramp.core.costs import break_even, exit_flops, ratios
 from offramp.core.language_model import LanguageModel
 from offramp.families.sizes import BlockShape, ModelShape
 from offramp.lm.given import bundled_prompts
-from offramp.lm.layerwise import Readings, read_layers
-from offramp.lm.probe import probe, summarise
+from offramp.lm.probe import Readings, probe, read_layers, summarise
 
 WORDS = ["<bos>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -148,7 +147,7 @@ def test_token_ids_and_texts_give_the_same(llama):
 
 
 def test_plain_texts_are_read_in_windows(llama, monkeypatch):
-    monkeypatch.setattr("offramp.lm.layerwise.WINDOW", 4)
+    monkeypatch.setattr("offramp.lm.probe.WINDOW", 4)
     seen = []
     found = probe(llama, texts=["a b c d e f", "g h"], progress=lambda done, total: seen.append((done, total)))
     logits = []
@@ -161,7 +160,7 @@ def test_plain_texts_are_read_in_windows(llama, monkeypatch):
 
 
 def test_every_window_begins_with_the_start_token(llama, monkeypatch):
-    monkeypatch.setattr("offramp.lm.layerwise.WINDOW", 4)
+    monkeypatch.setattr("offramp.lm.probe.WINDOW", 4)
     found = probe(llama, texts=["<bos> a b c d e f"])
     assert (found.examples, found.tokens) == (2, 8)
 

@@ -26,7 +26,7 @@ from offramp.report.pages import evaluation
 from offramp.report.pages.blocks import Picture
 from offramp.runs.files import write_json
 from offramp.runs.folder import RunFolder
-from offramp.runs.lines import read_lines, write_lines
+from offramp.runs.resume import read_lines, write_lines
 
 pytest.importorskip("matplotlib")
 KINDS = ("evaluation", "training", "probe", "calibration")

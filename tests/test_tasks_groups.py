@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from offramp.metrics.group_members import Groups
-from offramp.tasks.group_files import GroupLayout, load_grouped
-from offramp.tasks.group_images import SquareImages, load_celeba, load_waterbirds
+from offramp.tasks.group_files import GroupLayout, SquareImages, load_celeba, load_grouped, load_waterbirds
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.group_texts import (
     EXTENDED,

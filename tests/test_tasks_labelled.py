@@ -9,10 +9,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from offramp.tasks import labelled_inputs
+from offramp.tasks import labelled
 from offramp.tasks.image_files import ImageFiles
-from offramp.tasks.labelled import SHARES, Labelled, require_apart, split, without
-from offramp.tasks.labelled_inputs import Part, contents
+from offramp.tasks.labelled import SHARES, Labelled, Part, contents, require_apart, split, without
 
 
 def texts(labels, *, groups=None, clusters=(), classes=3, prefix="r"):
@@ -147,8 +146,8 @@ def test_files_are_compared_by_their_bytes_and_read_if_another_is_as_long(tmp_pa
     for name, content in (("a", b"123"), ("b", b"124"), ("c", b"12345"), ("d", b"123")):
         (tmp_path / name).write_bytes(content)
     files = ImageFiles(tuple(tmp_path / name for name in "abcd"))
-    read, digest = [], labelled_inputs.of_file
-    monkeypatch.setattr(labelled_inputs, "of_file", lambda path: read.append(path.name) or digest(path))
+    read, digest = [], labelled.of_file
+    monkeypatch.setattr(labelled, "of_file", lambda path: read.append(path.name) or digest(path))
     ((a, b, c, d),) = contents(files)
     assert a == d
     assert len({a, b, c}) == 3

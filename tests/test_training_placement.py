@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offramp.core.costs import exit_flops
 from offramp.families import SplitModel
 from offramp.runs.codec import decode, encode
-from offramp.training import closed_lenses
+from offramp.training import placement
 from offramp.training.placement import Placement, best_exits, chosen_before, gains_of, lens_weights, place
 from tiny import LAYERS, tiny
 from training_runs import windows
@@ -81,11 +81,11 @@ def test_what_is_placed_and_what_is_said():
 
 
 def test_lenses_in_closed_form_are_least_squares(monkeypatch):
-    monkeypatch.setattr(closed_lenses, "RIDGE", 0.0)
+    monkeypatch.setattr(placement, "RIDGE", 0.0)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, size, generator=generator, dtype=torch.float64) for size in (6, 6))
     one = torch.cat([x, x.new_ones(50, 1)], 1)
-    weight, bias = closed_lenses.solved(one.T @ torch.cat([one, y], 1))
+    weight, bias = placement.solved(one.T @ torch.cat([one, y], 1))
     expected = torch.linalg.lstsq(one, y).solution
     torch.testing.assert_close(torch.cat([weight.T, bias[None]]), expected)
 
@@ -94,8 +94,8 @@ def test_lenses_in_closed_form_are_least_squares(monkeypatch):
 def test_agreement_is_that_of_lenses_fitted_on_other_windows(monkeypatch, name):
     """Through lenses that do nothing it is that of the model's own readouts."""
     split, part = SplitModel(tiny(name)), windows(6, sources=name == "t5", prompts=4)
-    monkeypatch.setattr(closed_lenses, "solved", lambda sums: (torch.zeros(32, 32), torch.zeros(32)))
-    found = closed_lenses.agreement(split, part, seed=0)
+    monkeypatch.setattr(placement, "solved", lambda sums: (torch.zeros(32, 32), torch.zeros(32)))
+    found = placement.agreement(split, part, seed=0)
     measured = part[torch.randperm(6, generator=torch.Generator().manual_seed(0))[1::2]]
     assert found.shape == (measured.positions, LAYERS - 1)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_agreement_is_that_of_lenses_fitted_on_other_windows(monkeypatch, name):
         tokens = [split.readout(h)[measured.counted[:, 1:]].argmax(-1) for h in states]
     assert torch.equal(found, torch.stack([t == tokens[-1] for t in tokens[:-1]], 1))
     monkeypatch.undo()
-    fitted = closed_lenses.agreement(split, part, seed=0)
+    fitted = placement.agreement(split, part, seed=0)
     assert float(fitted.float().mean()) != float(found.float().mean())
     with pytest.raises(ValueError, match="there is one; give more"):
-        closed_lenses.agreement(split, part[:1], seed=0)
+        placement.agreement(split, part[:1], seed=0)

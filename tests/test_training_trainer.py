@@ -17,7 +17,7 @@ from offramp.core.exits import Exits
 from offramp.hub.exit_files import load_exits
 from offramp.runs import folder as run_folder
 from offramp.runs.folder import TrainingError
-from offramp.runs.lines import read_lines
+from offramp.runs.resume import read_lines
 from offramp.training import loop
 from offramp.training.config import TrainConfig
 from offramp.training.objectives import OBJECTIVES

@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+from offramp.classifiers.convolutional import MSDNet, MSDNetConfig
 from offramp.families.backbone import HeadConfig
 
 VOCABULARY = 97

@@ -19,9 +19,9 @@ from offramp.calibration.posterior import PosteriorConfig as PosteriorConfig
 from offramp.calibration.posterior import fit_posterior as fit_posterior
 from offramp.calibration.posterior_report import PosteriorReport as PosteriorReport
 from offramp.calibration.promise import KINDS as KINDS
+from offramp.calibration.promise import MEASURES as MEASURES
 from offramp.calibration.promise import Promise as Promise
+from offramp.calibration.promise import Spent as Spent
 from offramp.calibration.result import Calibration as Calibration
-from offramp.calibration.spending import MEASURES as MEASURES
-from offramp.calibration.spending import Spent as Spent
 from offramp.calibration.validate import Validation as Validation
 from offramp.calibration.validate import validate as validate

@@ -28,24 +28,30 @@ import transformers
 
 from offramp import __version__
 from offramp.calibration.certificate import Certificate, conditions_of, reference_of
-from offramp.calibration.decoded import Decoded
+from offramp.calibration.decoded import (
+    CERTIFICATION,
+    TEST,
+    TUNING,
+    Decoded,
+    divide,
+    estimate,
+    require_enough,
+    seconds_held_out,
+    sizes,
+    units,
+)
 from offramp.calibration.drift import packed
-from offramp.calibration.estimates import estimate, seconds_held_out, units
 from offramp.calibration.evidence import changes
 from offramp.calibration.evidence import packed as packed_losses
 from offramp.calibration.grid import NEVER, Grid, Setting, chains_of, paths_of, settings_of, static_layers_of
-from offramp.calibration.promise import Promise
+from offramp.calibration.promise import MEASURES, NO_LESS, PER_TOKEN, Promise, Room, Spent, is_timed, room_of, spent
 from offramp.calibration.result import CONFIG, Calibration
-from offramp.calibration.room import Room, room_of
-from offramp.calibration.spending import MEASURES, NO_LESS, PER_TOKEN, Spent, is_timed, spent
-from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, require_enough, sizes
 from offramp.calibration.validate import Validation, validate
-from offramp.evaluation.processes import locked_by_first, state_of
-from offramp.evaluation.record_file import Progress, digest
+from offramp.evaluation.record_file import Progress, digest, locked_by_first, state_of
 from offramp.report.calibration_plots import save_calibration
 from offramp.risk import CRC, Outcome, pareto_front, search
-from offramp.runs.asked import as_json
 from offramp.runs.files import write_json
+from offramp.runs.resume import as_json
 from offramp.values import choice
 
 if TYPE_CHECKING:
@@ -85,7 +91,7 @@ def calibrate(
     """Certify the cheapest setting that keeps a promise: of a grid, static exits, prompts alone, and never exiting.
 
     Never exiting is what is left where nothing else passes, or where nothing that passes is cheaper. Nothing is
-    certified, nor searched for, where the promise would say nothing (see `offramp.calibration.room`).
+    certified, nor searched for, where the promise would say nothing (see `offramp.calibration.promise`).
 
     Args:
         lm: The model.

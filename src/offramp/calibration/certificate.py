@@ -15,18 +15,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.calibration.account import Account
 from offramp.calibration.drift import Drift, unpacked
-from offramp.calibration.evidence import require_evidence
+from offramp.calibration.evidence import Account, require_evidence
 from offramp.calibration.promise import Promise
 from offramp.calibration.statement import finding, words
 from offramp.core.policy import WRITE, ExitPolicy
 from offramp.risk import CRC
-from offramp.runs.asked import as_json
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import fingerprint
 from offramp.runs.digests import of as digest
 from offramp.runs.files import write_json
+from offramp.runs.resume import as_json
 from offramp.runs.tables import as_html
 
 if TYPE_CHECKING:

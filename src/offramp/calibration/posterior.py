@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.calibration.posterior_report import PosteriorReport, judge
-from offramp.calibration.token_cache import cache_tokens
-from offramp.calibration.token_rows import TokenViews, factors_of, views_of
+from offramp.calibration.token_rows import TokenViews, cache_tokens, factors_of, views_of
 from offramp.core.exits import Exits
 from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.core.sampling import ends_of
 from offramp.hub.exit_files import save_exits
 from offramp.hub.exit_posterior import METHODS, Posterior
-from offramp.runs.asked import locked
 from offramp.runs.digests import fingerprint
 from offramp.runs.files import write_json
 from offramp.runs.machine import describe
+from offramp.runs.resume import locked
 from offramp.uncertainty.candidates import LaplaceConfig, TokenLaplace, standard_draws
 from offramp.uncertainty.token_sets import ConformalSets, EvidenceSets, conformal, evidence_sets
 from offramp.uncertainty.tuning import TokensTuned, tune_tokens

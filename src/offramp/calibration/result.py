@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.calibration.certificate import Certificate
+from offramp.calibration.decoded import TEST
 from offramp.calibration.grid import Setting
-from offramp.calibration.spending import MEASURES, is_timed
-from offramp.calibration.splits import TEST
+from offramp.calibration.promise import MEASURES, is_timed
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.result import COLUMNS, ratio_cell

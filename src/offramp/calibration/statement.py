@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from offramp.calibration.room import Room
-from offramp.calibration.spending import MEASURES, is_timed
+from offramp.calibration.promise import MEASURES, Room, is_timed
 from offramp.risk import CRC
 
 if TYPE_CHECKING:
-    from offramp.calibration.account import Account
+    from offramp.calibration.evidence import Account
 
 PROMPTS_ALONE = "prompts or lengths save, exits do not"
 COSTS_MORE = "THE POLICY COSTS MORE than the full model, which loses nothing: use that"

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.calibration.promise import Promise
-from offramp.calibration.spending import Spent
+from offramp.calibration.promise import Promise, Spent
 from offramp.metrics.sets import binomial
 from offramp.risk import CRC
 from offramp.risk.search import judged, recalibrated

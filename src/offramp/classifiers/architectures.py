@@ -91,7 +91,7 @@ def _backbone(architecture: str, data: Labelled, seed: int) -> tuple[Backbone, A
             sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
             config = ResNetConfig(num_channels=channels, layer_type="basic", **sizes)
             return SplitEncoder(ResNetModel(config)), None, {}
-        from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+        from offramp.classifiers.convolutional import MSDNet, MSDNetConfig
 
         if max(height, width) > 224:
             raise ValueError(f"{data.source}: images are {height} x {width}; MSDNet takes up to 224 x 224, resize them")

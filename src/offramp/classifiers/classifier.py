@@ -170,7 +170,7 @@ class EarlyExitClassifier(nn.Module):
         Returns:
             The classifier in float32; its weights are drawn at random: seed torch for the same ones.
         """
-        from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+        from offramp.classifiers.convolutional import MSDNet, MSDNetConfig
 
         backbone = MSDNet(MSDNetConfig.published(size, image_size, in_channels))
         return cls(backbone, range(1, backbone.num_layers), num_classes, labels=labels, preprocessing=preprocessing)

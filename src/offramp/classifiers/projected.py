@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offramp.classifiers.msdnet import ConvBody
-from offramp.classifiers.small_cnn import PlacesBody
+from offramp.classifiers.convolutional import ConvBody, PlacesBody
 from offramp.families.backbone import Activations, Backbone, ExitHead, ExitOutput, PooledBody
 
 

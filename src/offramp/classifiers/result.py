@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.classifiers.evaluate import BASELINE
-from offramp.classifiers.method import SHARES, Fitted, Method, Point
+from offramp.classifiers.evaluate import BASELINE, SHARES, Fitted, Method, Point
 from offramp.metrics.seeds import spread, t_interval
 from offramp.runs.results import Result
 from offramp.runs.tables import Table

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.classifiers.msdnet import MSDNet, MSDNetConfig
+from offramp.classifiers.convolutional import MSDNet, MSDNetConfig, SmallCNN, SmallCNNConfig
 from offramp.classifiers.projected import ProjectedHead
-from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
 from offramp.classifiers.sources import PREPROCESSING
 from offramp.runs import artefact
 from offramp.runs.codec import encode

@@ -294,7 +294,7 @@ def _named_peers(names: str | None, pythons: list[str] | None) -> tuple[list[str
 
 def _probe(lm: LanguageModel) -> Callable[[], float] | None:
     """A read of as many bytes as the weights are; None: there is no compiler for it."""
-    from offramp.lm.bandwidth import read_probe
+    from offramp.lm.bench_playing import read_probe
     from offramp.native.build import NativeError
 
     try:

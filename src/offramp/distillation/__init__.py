@@ -12,8 +12,8 @@ from offramp.distillation.methods import METHODS as METHODS
 from offramp.distillation.methods import Method as Method
 from offramp.distillation.methods import method as method
 from offramp.distillation.networks import Network as Network
-from offramp.distillation.own_answers import OwnAnswers as OwnAnswers
 from offramp.distillation.readout import ReadoutConfig as ReadoutConfig
 from offramp.distillation.readout import TokenReadoutConfig as TokenReadoutConfig
+from offramp.distillation.texts import OwnAnswers as OwnAnswers
 from offramp.distillation.token_report import TokenDistillResult as TokenDistillResult
 from offramp.distillation.token_weights import TokenWeights as TokenWeights

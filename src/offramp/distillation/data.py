@@ -122,8 +122,7 @@ def _digits(folder: str) -> tuple[Any, Any]:
 
 
 def _published(task: str, path: str, seed: int, options: dict[str, Any]) -> GroupedSet:
-    from offramp.tasks.group_files import GroupLayout, load_grouped
-    from offramp.tasks.group_images import load_celeba, load_waterbirds
+    from offramp.tasks.group_files import GroupLayout, load_celeba, load_grouped, load_waterbirds
     from offramp.tasks.group_texts import load_civilcomments, load_multinli, load_snli
 
     place = Path(path).expanduser()

@@ -21,14 +21,13 @@ from typing import Any
 from offramp.classifiers.saving import WEIGHTS
 from offramp.distillation.config import Run
 from offramp.distillation.data import forget_sets, load_set
-from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import begun_from
-from offramp.distillation.results import read_result
+from offramp.distillation.results import AGAIN, read_result
 from offramp.distillation.teacher import require_unseen
 from offramp.hub.devices import named_device
-from offramp.runs.asked import as_json, differences, read_asked, require_same, write_asked
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import of_file
+from offramp.runs.resume import as_json, differences, read_asked, require_same, write_asked
 
 Progress = Callable[[int, int, str], None]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offramp.distillation.objectives import TokenLoss, TokenSums, token_losses
-from offramp.distillation.own_answers import OwnAnswers
+from offramp.distillation.texts import OwnAnswers
 from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summary
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
 from offramp.families.backbone import autocast, evaluating

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.small_cnn import SmallCNN, SmallCNNConfig
-from offramp.distillation import networks
+from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
 from offramp.families.backbone import Activations, Inputs, evaluating
 from offramp.runs.bounded import read_object
 from offramp.tasks.labelled import Labelled
@@ -257,7 +256,7 @@ class States:
         first = self._made(parts[0])
         self.shape = torch.Size((len(rows.data), *first.shape[1:]))
         self.kept: Tensor | None = None
-        if self.shape.numel() * first.element_size() <= networks.MEMORY:
+        if self.shape.numel() * first.element_size() <= MEMORY:
             last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
             self.kept = torch.empty(self.shape, dtype=first.dtype, device=first.device, memory_format=layout)

@@ -1,27 +1,96 @@
-"""Results of runs read again: as the types that metrics and pictures take, for one run and over seeds."""
+"""Results of runs: what a run knows after each epoch, its result read again, for one run and over seeds, and compared.
+
+While it trains, only validation rows are looked at; test rows are judged once, when training is over, at the epochs
+that some selection rule chose: their weights are kept.
+
+Some comparisons with plain distillation are confounded. DEDIER's reference code has T = 3 and λ = 1, published KD T = 4
+and λ = 0.9. A difference between them is that of the weights and of T and λ together; plain distillation with the same
+T and λ tells them apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from offramp.distillation.config import SCHEMA
-from offramp.distillation.history import AGAIN
 from offramp.distillation.methods import METHODS
 from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
 from offramp.metrics.group_weights import ReadoutDiagnostics, WeightDiagnostics
 from offramp.metrics.groups import SMALLEST, GroupChange, GroupNumbers, GroupReport
 from offramp.metrics.seeds import CHANGES, SHARES, t_interval
-from offramp.metrics.selection import Epoch, Judged, LabelBudget
+from offramp.metrics.selection import Epoch, Judged, LabelBudget, choices
 from offramp.metrics.sets import Share, binomial
-from offramp.runs.bounded import read_object
+from offramp.runs.bounded import read_json, read_object
 from offramp.runs.codec import decode
-from offramp.runs.digests import unsealed
+from offramp.runs.digests import sealed, unsealed
+from offramp.runs.files import write_json
+from offramp.runs.tensor_files import read_tensors, write_tensors
+
+AGAIN = "remove the run's folder to train it again"
+
+
+class History:
+    """The epochs of a run, in a folder.
+
+    Args:
+        folder: Holds history.json, and N.safetensors for each epoch N that a rule would choose so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "history.json"
+        self.rows = _rows(self.file) if self.file.is_file() else []
+
+    def add(self, epoch: int, val: Judged, more: Mapping[str, Any], model: nn.Module) -> None:
+        """Record an epoch, counted from 1: its validation, and JSON values besides.
+
+        One that is repeated after an interruption replaces what was recorded of it and later.
+        """
+        self.rows = [row for row in self.rows if row["epoch"] < epoch]
+        self.rows.append({"epoch": epoch, "val": asdict(val), **more})
+        chosen = {found.number for found in choices(self.epochs()).values()}
+        if epoch in chosen:
+            write_tensors(self.folder / f"{epoch}.safetensors", model.state_dict())
+        write_json(self.file, sealed({"epochs": self.rows}))
+        self._forget_but(chosen)
+
+    def epochs(self) -> list[Epoch]:
+        """As selection rules take them."""
+        return [Epoch(row["epoch"], Judged(**row["val"])) for row in self.rows]
+
+    def choices(self) -> dict[str, int]:
+        """The epoch that each rule chooses."""
+        return {rule: epoch.number for rule, epoch in choices(self.epochs()).items()}
+
+    def weights(self, epoch: int) -> dict[str, Tensor]:
+        """The state of the model after an epoch that a rule chooses."""
+        return read_tensors(self.folder / f"{epoch}.safetensors", AGAIN)[1]
+
+    def forget_weights(self) -> None:
+        """Drop the weights: a finished run has been judged at all epochs that a rule chooses."""
+        self._forget_but(set())
+
+    def _forget_but(self, epochs: set[int]) -> None:
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem.isdecimal() and int(path.stem) not in epochs:
+                path.unlink()
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """What is known after each epoch; earlier versions kept nothing but the list."""
+    values = read_json(file, AGAIN)
+    values = {"epochs": values} if isinstance(values, list) else values
+    rows = unsealed(values, file, AGAIN).get("epochs") if isinstance(values, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"epoch", "val"} <= set(row) for row in rows):
+        raise ValueError(f"{file} is damaged: it holds no epochs; {AGAIN}")
+    return rows
+
 
 Result = Mapping[str, Any]
 """What stands in result.json."""
@@ -199,3 +268,57 @@ def _mean(values: Sequence[Any]) -> NDArray[np.float64]:
     """Over runs; NaN where one has null."""
     found: NDArray[np.float64] = np.array(values, dtype=np.float64).mean(0)
     return found
+
+
+MATTERS = ("temperature", "fraction")
+"""T and λ, by their names in a method."""
+
+
+def confounded(methods: Mapping[str, Sequence[Result]], reference: str) -> dict[str, str]:
+    """Methods that differ from plain distillation in T or λ and in something else.
+
+    Those that differ in nothing else are about T and λ, and those with another loss have neither.
+
+    Returns:
+        By name of the method: what plain distillation with its T and λ is called, here or on the command line.
+    """
+    if reference not in methods:
+        return {}
+    plain = dict(methods[reference][0]["method"])
+    found = {}
+    for name, own in methods.items():
+        made = own[0]["method"]
+        if made["loss"] == plain["loss"] and _of(made) != _of(plain) and made != {**plain, **_of(made)}:
+            found[name] = _matched(methods, {**plain, **_of(made)}, reference)
+    return found
+
+
+def confounded_note(methods: Mapping[str, Sequence[Result]], reference: str) -> tuple[str, ...]:
+    """What to say of confounded comparisons, one sentence for each T and λ; nothing where there are none."""
+    said = []
+    by_match: dict[str, list[str]] = {}
+    for name, match in confounded(methods, reference).items():
+        by_match.setdefault(match, []).append(name)
+    for match, names in by_match.items():
+        ours, theirs = (_words(methods[name][0]["method"]) for name in (names[0], reference))
+        where = "which is compared below" if match in methods else f"add --method {match} to the same command"
+        said.append(
+            f"Confounded: {', '.join(names)} {'has' if len(names) == 1 else 'have'} {ours}, {reference} has {theirs}; "
+            f"a difference may be theirs. Plain distillation with the same T and λ is {match}: {where}."
+        )
+    return tuple(said)
+
+
+def _of(method: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: method[name] for name in MATTERS}
+
+
+def _matched(methods: Mapping[str, Sequence[Result]], plain: Mapping[str, Any], reference: str) -> str:
+    for name, own in methods.items():
+        if own[0]["method"] == plain:
+            return name
+    return f"{reference}+temperature={plain['temperature']:g}+fraction={plain['fraction']:g}"
+
+
+def _words(method: Mapping[str, Any]) -> str:
+    return f"T = {method['temperature']:g}, λ = {method['fraction']:g}"

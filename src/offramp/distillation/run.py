@@ -29,17 +29,16 @@ from offramp.classifiers.loading import load
 from offramp.classifiers.projected import ProjectedConfig, ProjectedHead
 from offramp.classifiers.saving import training_rows
 from offramp.classifiers.trainer import train_exits
-from offramp.distillation import dfr, objectives
+from offramp.distillation import objectives
 from offramp.distillation import teacher as teachers
-from offramp.distillation.by_group import found_by_group, keep_weights
 from offramp.distillation.config import APART, Run
 from offramp.distillation.data import group_counts, load_set, minority_of
-from offramp.distillation.early_exits import require_linear
-from offramp.distillation.history import History
 from offramp.distillation.instance_weights import InstanceWeights, new_weights, require_early
-from offramp.distillation.judging import judged, outputs_of, record
+from offramp.distillation.judging import found_by_group, judged, keep_weights, outputs_of, record
+from offramp.distillation.linear_probes import refitted, require_linear
 from offramp.distillation.networks import States, begun_from, build, require_same_classes, rows_for
 from offramp.distillation.parts import Parts, parts_of
+from offramp.distillation.results import History
 from offramp.metrics.group_weights import weight_diagnostics
 from offramp.runs.codec import encode
 from offramp.runs.digests import fingerprint, sealed
@@ -193,7 +192,7 @@ def _refitted(student: EarlyExitClassifier, parts: Parts, seed: int) -> EarlyExi
     if select.rows.groups is None:
         raise ValueError("dfr trains by groups of validation rows, which are unknown here or overlap")
     features = outputs_of(student, parts.select, parts.precision).features[-1]
-    layer = dfr.refitted(features, select.rows.labels, select.rows.groups, student.num_classes, seed=seed)
+    layer = refitted(features, select.rows.labels, select.rows.groups, student.num_classes, seed=seed)
     linear: Any = student.heads[-1].linear
     with torch.no_grad():
         linear.weight.copy_(layer.weight)

@@ -21,8 +21,7 @@ from offramp.hub.messages import first_line
 from offramp.runs.bounded import parsed
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.tasks.group_sets import GroupedSet
-from offramp.tasks.labelled import Labelled, row_hashes
-from offramp.tasks.labelled_inputs import Inputs, input_hashes
+from offramp.tasks.labelled import Inputs, Labelled, input_hashes, row_hashes
 
 SCHEMA = "offramp/teacher-logits/1"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.classifiers.confidence import gap as margin
-from offramp.distillation.instance_weights import InstanceWeights, finished, gated
+from offramp.distillation.instance_weights import Evidence, InstanceWeights, finished, gated, share_of_rank, signal
 from offramp.distillation.readout import (
     LensData,
     ReadoutOutputs,
@@ -25,7 +25,6 @@ from offramp.distillation.readout import (
     early_states,
     taught,
 )
-from offramp.distillation.signals import Evidence, share_of_rank, signal
 from offramp.families import SplitModel
 from offramp.families.backbone import evaluating
 from offramp.training.data import Windows

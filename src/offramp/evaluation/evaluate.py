@@ -22,18 +22,24 @@ from typing import TYPE_CHECKING, Any
 from offramp.core.plan import resolve
 from offramp.evaluation.arms import FULL, baselines, unexited
 from offramp.evaluation.perplexity import Passage, PassageArm
-from offramp.evaluation.processes import locked_by_first, shared, state_of
-from offramp.evaluation.record_file import Item, Progress, Record, conditions_of, read_records
-from offramp.evaluation.records import TaskArm, answer_options, divided_by
+from offramp.evaluation.record_file import (
+    Item,
+    Progress,
+    Record,
+    conditions_of,
+    locked_by_first,
+    read_records,
+    shared,
+    state_of,
+)
+from offramp.evaluation.records import Arm, TaskArm, answer_options, divided_by, take_turns
 from offramp.evaluation.result import Evaluation
-from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
 from offramp.metrics.bootstrap import Bootstrap
 from offramp.metrics.text import reads
 from offramp.report import plots
-from offramp.runs.asked import as_json, read_asked, require_same, write_asked
-from offramp.runs.lines import write_lines
 from offramp.runs.machine import describe
+from offramp.runs.resume import as_json, read_asked, require_same, write_asked, write_lines
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

@@ -28,13 +28,11 @@ from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import FREQUENT, KINDS, require_frequent
 from offramp.evaluation.arms import drafting_arms
 from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, THEIRS, Arms
-from offramp.lm.bench_compiled import Compiled
-from offramp.lm.bench_playing import Batches, MemoryShortage, Players, exact_tokens
+from offramp.lm.bench_playing import Batches, Compiled, MemoryShortage, Players, exact_tokens
 from offramp.lm.bench_results import Bench, script_of
-from offramp.lm.bench_rounds import header_of, read_rounds, write_round
-from offramp.lm.bench_summary import summary
+from offramp.lm.bench_rounds import header_of, read_rounds, summary, write_round
 from offramp.peers import Peer, PeerError
-from offramp.runs.asked import locked
+from offramp.runs.resume import locked
 
 Peers = Mapping[str, Peer | PeerError]
 """By the name of their row; in place of a peer that cannot be had, why."""

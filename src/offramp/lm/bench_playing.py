@@ -1,4 +1,8 @@
-"""One round of a bench: everything that generates, in turns."""
+"""One round of a bench: everything that generates, in turns; `transformers` compiled, and a plain read, among them.
+
+A plain read bounds every engine that reads all weights for each token. `transformers` is compiled as its documentation
+makes it fast: a static cache, and `torch.compile` of the step of one token.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,85 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import CompileConfig, EncoderDecoderCache, StaticCache
 
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.records import settle
 from offramp.hub.messages import first_line
 from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, Arms
-from offramp.lm.bench_compiled import Compiled
 from offramp.lm.bench_rounds import Round, Turn
+from offramp.native.build import library
 from offramp.peers import Peer, PeerError
-from offramp.runs.memory import forget_peak, is_shortage, peak, release
+from offramp.runs.machine import forget_peak, is_shortage, peak, release
+
+_PASSES = 3
+_WORD = 8  # bytes
+
+
+def read_probe(size: int) -> Callable[[], float]:
+    """A function that reads a buffer several times, with as many threads as torch has.
+
+    Args:
+        size: Size of the buffer in bytes; rounded up to whole words.
+
+    Returns:
+        The function; it returns bytes per second.
+
+    Raises:
+        NativeError: The kernels, of which the read is one, cannot be had.
+    """
+    kernels, words = library(), -(-size // _WORD)
+    buffer = torch.ones(words, dtype=torch.int64)  # written, so that it has pages of its own
+
+    def read() -> float:
+        began = time.perf_counter()
+        for _ in range(_PASSES):
+            kernels.offramp_read(buffer.data_ptr(), words, torch.get_num_threads())
+        return _PASSES * _WORD * words / (time.perf_counter() - began)
+
+    return read
+
+
+BACKEND = "inductor"
+
+
+class Compiled:
+    """A model's own `generate`, compiled for each batch size; nothing stays on the model.
+
+    Caches are kept, one for each batch size (and length of an encoder's input), as addresses that change would have
+    CUDA graphs recorded anew. The prompt's pass is not compiled, as in `transformers`.
+
+    Args:
+        lm: The model; its weights are shared.
+        length: Most tokens of a prompt and its continuation.
+    """
+
+    def __init__(self, lm: LanguageModel, length: int) -> None:
+        self._model: Any = copy.copy(lm.model)
+        self._cache_name, self._length, self._decoder = lm.split.cache_name, length, lm.split.config
+        self._caches: dict[tuple[int, ...], Any] = {}
+        self._config = CompileConfig(dynamic=False, backend=BACKEND)
+        self._config._compile_all_devices = True  # also on a CPU, where it would be left out in silence
+
+    def generate(self, *, input_ids: Tensor, **options: Any) -> Tensor:
+        """As the model's own `generate`."""
+        shape = tuple(input_ids.shape) if self._model.config.is_encoder_decoder else (len(input_ids),)
+        if shape not in self._caches:
+            self._caches[shape] = self._new_cache(*shape)
+        cache = self._caches[shape]
+        cache.reset()
+        made: Tensor = self._model.generate(
+            input_ids=input_ids, compile_config=self._config, **{self._cache_name: cache}, **options
+        )
+        return made
+
+    def _new_cache(self, batch: int, heard: int | None = None) -> Any:
+        own = StaticCache(config=self._decoder, max_cache_len=self._length)
+        if heard is None:
+            return own
+        return EncoderDecoderCache(own, StaticCache(config=self._decoder, max_cache_len=heard))
+
 
 Batches = Sequence[Mapping[str, Tensor]]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.distillation.language_models import TokenDistillation, distil
-from offramp.distillation.own_answers import OwnAnswers
-from offramp.distillation.prompt_groups import (
+from offramp.distillation.texts import (
     Entry,
+    OwnAnswers,
     entry_documents,
     group_names,
     group_numbers,

@@ -14,7 +14,7 @@ from offramp.core.policy import ExitPolicy
 from offramp.evaluation.evaluate import evaluate as compare
 from offramp.evaluation.evaluate import evaluate_perplexity, records_of
 from offramp.evaluation.perplexity import read_passages
-from offramp.evaluation.processes import state_of
+from offramp.evaluation.record_file import state_of
 from offramp.evaluation.summary import PERPLEXITY
 from offramp.lm.given import Data, File, TaskName, fitting, named, run_folder, task_of
 from offramp.runs.progress import shown

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.calibration.posterior import PosteriorConfig
 from offramp.calibration.posterior import fit_posterior as fit
 from offramp.core.exits import Exits
-from offramp.lm.documents import documents_of
-from offramp.lm.given import Data, File, Prompts, TaskName, Texts, named, run_folder, task_of
+from offramp.lm.given import Data, File, Prompts, TaskName, Texts, documents_of, named, run_folder, task_of
 from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig
 

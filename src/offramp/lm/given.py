@@ -1,18 +1,24 @@
-"""What verbs are given, as files or as objects: tasks, examples, texts, prompts; and where their runs are written."""
+"""What verbs are given, as files or as objects, and the documents that a language model learns from in it.
+
+Tasks, examples, texts and prompts; and where runs are written. Documents are texts, examples of a task, and the model's
+own answers to prompts.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from offramp.distillation.prompt_groups import read_prompts
+from offramp.distillation.texts import read_prompts
 from offramp.tasks import TASKS, Example, Task, fit, read_examples, take
-from offramp.training.data import read_texts
+from offramp.training.answers import AnswerConfig, answer_documents
+from offramp.training.data import Document, pair_documents, read_texts, text_documents
 from offramp.values import ArgumentError, choice
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ TaskName = Literal["question-answering", "summarisation", "translation", "prompt
 Texts = File | Sequence[str | os.PathLike[str]]
 """A file, as `offramp.training.data.read_texts` reads it, or texts; a `Path` among them is a file."""
 Prompts = File | Sequence["Prompt"]
-"""A file, as `offramp.distillation.prompt_groups.read_prompts` reads it, "bundled", or texts and chats."""
+"""A file, as `offramp.distillation.texts.read_prompts` reads it, "bundled", or texts and chats."""
 Data = File | Sequence[File | Example]
 """A file of examples in one of the layouts of `offramp.tasks.read_examples`, several, or examples."""
 
@@ -114,3 +120,58 @@ def first(rows: list[T], limit: int | None) -> list[T]:
     if limit is not None and limit < 1:
         raise ValueError(f"the first {limit} are asked for; take at least one, or leave the number out for all")
     return rows[:limit]
+
+
+def documents_of(
+    lm: LanguageModel,
+    *,
+    texts: Texts | None,
+    columns: Sequence[str],
+    prompts: Prompts | None,
+    task: TaskName | Task | None,
+    data: Data | None,
+    target: File | None,
+    own_answers: bool,
+    limit: int | None,
+    answering: AnswerConfig,
+    window: int,
+    folder: Path,
+    progress: Callable[..., None] | None,
+) -> list[Document]:
+    """Texts, examples of a task and answers to prompts, else to the bundled ones, as `offramp.train` is given them."""
+    documents: list[Document] = []
+    if texts is not None:
+        found = texts_of(texts, columns)
+        documents += text_documents(lm, found)
+        if dropped := len(found) - len(documents):
+            log.info("left out %d of %d texts, which are shorter than two tokens", dropped, len(found))
+    if task is not None:
+        what = task_of(task)
+        examples = first(examples_of(what, data, target), limit)
+        if own_answers:
+            documents += _answers(lm, what, examples, answering, window, folder / "answers.jsonl", progress)
+        else:
+            pairs, shortened = pair_documents(lm, what, examples, longest=window)
+            _tell(shortened, len(examples), window)
+            documents += pairs
+    elif data or target or own_answers:
+        raise ArgumentError("`data`, `target` and `own_answers` need `task`, which says what the examples are")
+    if prompts is not None or (texts is None and task is None):
+        cache = folder / ("answers-to-prompts.jsonl" if own_answers else "answers.jsonl")
+        documents += answer_documents(lm, prompts_of(prompts, limit), answering, cache, progress)
+    return documents
+
+
+def _answers(
+    lm: LanguageModel, task: Task, examples: Sequence[Example], config: AnswerConfig, longest: int, cache: Path,
+    progress: Callable[..., None] | None,
+) -> list[Document]:  # fmt: skip
+    kept, shortened = fit(lm, task, examples, longest=longest, room=config.max_new_tokens)
+    _tell(shortened, len(examples), longest)
+    groups = [example.group for example in kept]
+    return answer_documents(lm, task.prompts(lm, kept), replace(config, chat=False), cache, progress, groups=groups)
+
+
+def _tell(shortened: int, total: int, longest: int) -> None:
+    if shortened:
+        log.info("shortened the source of %d of %d examples to fit %d tokens", shortened, total, longest)

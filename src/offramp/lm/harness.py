@@ -4,8 +4,8 @@ Texts are encoded, cut to the context, batched and cut at stop strings as its ow
 whose subclass this is); what the model says and thinks of texts comes from the generation loop of `offramp`.
 
 * **generate_until** is `LanguageModel.generate`.
-* **loglikelihood** and **loglikelihood_rolling** force the continuation on the loop, see `offramp.evaluation.forced`: a
-  token is scored by the readout of the exit at which the policy leaves it. The first token of a continuation is read
+* **loglikelihood** and **loglikelihood_rolling** force the continuation on the loop (`offramp.evaluation.perplexity`):
+  a token is scored by the readout of the exit at which the policy leaves it. The first token of a continuation is read
   off the prompt's pass, at full depth unless the policy is static, so that choices of one token score as the full
   model's. The loop goes token by token, also for the full model, so that seconds compare; `HFLM` scores in one pass.
 
@@ -32,8 +32,8 @@ from offramp.core.engine import Engines
 from offramp.core.generation_inputs import SAMPLING
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
-from offramp.evaluation.forced import force, require_scores
-from offramp.evaluation.rounds import learner_of
+from offramp.evaluation.perplexity import force, require_scores
+from offramp.evaluation.records import learner_of
 from offramp.hub.models import load
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]

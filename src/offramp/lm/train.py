@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.hub.devices import agreed
-from offramp.lm.documents import documents_of
-from offramp.lm.given import Data, File, Prompts, TaskName, Texts, run_folder
+from offramp.lm.given import Data, File, Prompts, TaskName, Texts, documents_of, run_folder
 from offramp.runs.codec import encode
 from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig

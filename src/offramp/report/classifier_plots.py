@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.report.drawing import BLUE, COLOURS, GREY, ORANGE, footnote, headed, legend, percent, save_figures
 
 if TYPE_CHECKING:
-    from offramp.classifiers.method import Method
+    from offramp.classifiers.evaluate import Method
     from offramp.classifiers.result import ClassifierEvaluation
 
 CURVES = {"top1": "Top-1 accuracy", "nlpd": "NLPD (nats)", "ece": "expected calibration error"}

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.distillation import matched
 from offramp.distillation.results import (
     Result,
     budget_of,
     changes_of,
     chosen,
+    confounded,
+    confounded_note,
     large_groups,
     mean_changes,
     mean_exits,
@@ -100,7 +101,7 @@ def comparisons(methods: Methods, rule: str) -> dict[str, Paired]:
 def matched_comparisons(methods: Methods, rule: str) -> dict[str, tuple[str, Paired]]:
     """Worst groups of confounded methods against plain distillation with their T and λ, by name, with its name."""
     pairs = {
-        name: match for name, match in matched.confounded(methods, REFERENCE).items()
+        name: match for name, match in confounded(methods, REFERENCE).items()
         if match in methods and len(methods[match]) > 1
         and [result["seed"] for result in methods[name]] == [result["seed"] for result in methods[match]]
     }  # fmt: skip
@@ -139,12 +140,12 @@ def methods_table(methods: Methods, rule: str) -> Table:
     for name, own in methods.items():
         names = [own[0]["groups"]["names"][g] for g in large_groups(own[0])]
         summaries[name] = summarise_seeds(group_accuracies(own, rule), names)
-    mixed = matched.confounded(methods, REFERENCE)
+    mixed = confounded(methods, REFERENCE)
     table = seeds_table(summaries, comparisons(methods, rule), REFERENCE, also=dict.fromkeys(mixed, "confounded"))
     note = f"Accuracy on test rows, epochs chosen by {rule}; ± is a standard deviation over seeds."
     cut = truncated_in([result for own in methods.values() for result in own])
     against = f"Differences are to {REFERENCE}. {VERDICTS}"
-    more = matched.note(methods, REFERENCE)
+    more = confounded_note(methods, REFERENCE)
     return replace(table, notes=(f"{note} {against}", *more, *cut))
 
 
@@ -274,7 +275,7 @@ def summary(results: Sequence[Result], rule: str) -> dict[str, Any]:
     for teacher in teachers_of(results):
         methods = by_method(results, teacher)
         against, same = comparisons(methods, rule), matched_comparisons(methods, rule)
-        mixed = matched.confounded(methods, REFERENCE)
+        mixed = confounded(methods, REFERENCE)
         found[teacher or "none"] = {
             name: {
                 "seeds": [result["seed"] for result in own], "worst": worst(own, rule).tolist(),

@@ -23,9 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.runs.asked import as_json, differences, locked, read_asked, require_same, write_asked
 from offramp.runs.bounded import parsed
-from offramp.runs.lines import append_lines, read_lines, write_lines
+from offramp.runs.resume import (
+    append_lines,
+    as_json,
+    differences,
+    locked,
+    read_asked,
+    read_lines,
+    require_same,
+    write_asked,
+    write_lines,
+)
 from offramp.runs.tensor_files import not_finite_in, read_tensors, write_tensors
 
 MAY_CHANGE = [f"config.{part}{name}" for part in ("", "training.") for name in ("learning_rate", "clip")]
@@ -43,7 +52,7 @@ class TrainingError(RuntimeError):
 class TrainState:
     """How far a run is: steps and trained positions so far, and the seconds and most bytes they took.
 
-    The bytes are those of `offramp.runs.memory.peak`, of the process that writes; 0: unknown.
+    The bytes are those of `offramp.runs.machine.peak`, of the process that writes; 0: unknown.
     """
 
     step: int = 0

@@ -1,8 +1,13 @@
-"""What a measurement or a training ran on, for its record."""
+"""What a measurement or a training ran on, for its record, and how much memory it took at most.
+
+Memory is that of tensors on a CUDA device, elsewhere all that this process ever held.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -21,3 +26,45 @@ def describe(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "offramp": version("offramp"),
     }
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to measure anew; what a process held cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes that were held at most.
+
+    Args:
+        device: Where the work was done.
+
+    Returns:
+        On CUDA those of all tensors since `forget_peak`, without other programs and freed blocks that PyTorch keeps;
+        elsewhere the process's largest resident size since it began. None: this system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_name(device: torch.device) -> str:
+    """What `peak` measures, in words."""
+    return "peak memory of tensors on the device" if device.type == "cuda" else "peak memory of the process"
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory was too little, on whichever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give back what failed work held, once nothing refers to it any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

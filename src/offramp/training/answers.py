@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from offramp.runs.digests import fingerprint
-from offramp.runs.lines import append_lines, open_lines
+from offramp.runs.resume import append_lines, open_lines
 from offramp.training.data import Document, Progress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.runs.folder import RunFolder, TrainingError, TrainState
-from offramp.runs.memory import forget_peak, peak
+from offramp.runs.machine import forget_peak, peak
 from offramp.training.schedule import Schedule
 
 

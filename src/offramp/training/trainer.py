@@ -26,8 +26,7 @@ from offramp.families.backbone import autocast, rounded
 from offramp.families.finite import NotFiniteError, broken_at
 from offramp.runs.digests import fingerprint
 from offramp.runs.folder import TrainState, opened
-from offramp.runs.machine import describe
-from offramp.runs.memory import peak_name
+from offramp.runs.machine import describe, peak_name
 from offramp.runs.results import Result
 from offramp.training import consistency
 from offramp.training.config import TrainConfig
@@ -74,7 +73,7 @@ class TrainResult(Result):
         what: "agreement"; for classifiers "accuracy": there, the two shares say how often their verdict was right.
         frequent: The exits' frequent tokens, in numbers.
         in_a_row: Of a drafter, how often so many drafts in a row are all the last layer's, trained.
-        memory: Most bytes that were held, see `offramp.runs.memory.peak`; with several processes, by the first. 0:
+        memory: Most bytes that were held, see `offramp.runs.machine.peak`; with several processes, by the first. 0:
             unknown.
         memory_of: What these bytes are of, in words.
     """

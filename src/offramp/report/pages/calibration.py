@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.calibration.certificate import BEFORE, SCHEMA, Certificate
+from offramp.calibration.decoded import TEST
+from offramp.calibration.promise import MEASURES
 from offramp.calibration.result import tests_table
-from offramp.calibration.spending import MEASURES
-from offramp.calibration.splits import TEST
 from offramp.calibration.validate import READING
 from offramp.evaluation.result import COLUMNS
 from offramp.report.pages.blocks import Block, Page, Section, Text, facts, repeat, svg

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.distillation.by_group import kept_weights
+from offramp.distillation.judging import kept_weights
 from offramp.distillation.results import (
     Result,
     budget_of,
@@ -35,7 +35,7 @@ from offramp.report.groups import (
     weights_table,
 )
 from offramp.report.pages.blocks import Block, Page, Picture, Section, Text, draw, repeat
-from offramp.runs.asked import differences
+from offramp.runs.resume import differences
 from offramp.runs.tables import Table
 
 PICTURED = ("erm", "kd", "dedier", "laplace")

@@ -32,7 +32,7 @@ from offramp.report.pages.blocks import (
     draw,
     repeat,
 )
-from offramp.runs.lines import read_lines
+from offramp.runs.resume import read_lines
 
 SHOWN = 3
 """Policies whose answers are shown beside the full model's."""
@@ -255,7 +255,7 @@ def _python(result: Evaluation, folder: Path) -> str:
         "from pathlib import Path",
         "",
         "import offramp",
-        "from offramp.runs.lines import read_lines",
+        "from offramp.runs.resume import read_lines",
         "from offramp.tasks import Example",
         "",
         f"folder = Path({json.dumps(str(folder))})",
