@@ -43,8 +43,7 @@ from offramp.risk import budgets
 from offramp.risk.classifier_losses import consistency, performance_gap
 from offramp.runs.files import write_text
 from offramp.runs.tables import markdown
-from offramp.tasks.corruptions import CORRUPTIONS, corrupted
-from offramp.tasks.images import FASHION, read_idx
+from offramp.tasks.images import CORRUPTIONS, FASHION, corrupted, read_idx
 from offramp.tasks.labelled import Labelled, split
 from offramp.tasks.labelled_text import SNLI, SST2, read_labelled_text
 from offramp.uncertainty import (

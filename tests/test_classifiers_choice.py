@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from offramp.classifiers.choice import CANDIDATES, choose, effect, losses
+from offramp.classifiers.calibrated import CANDIDATES, choose, effect, losses
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
 

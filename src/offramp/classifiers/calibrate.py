@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.classifiers.calibrated import Calibrated
+from offramp.classifiers.calibrated import NONE, Calibrated, Choice, Effect, choose, effect, losses
 from offramp.classifiers.certify import (
     RowCertificate,
     RowPromise,
@@ -25,7 +25,6 @@ from offramp.classifiers.certify import (
     threshold_grid,
     try_thresholds,
 )
-from offramp.classifiers.choice import NONE, Choice, Effect, choose, effect, losses
 from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
 from offramp.metrics.sets import SetSummary, summarise
@@ -68,7 +67,7 @@ class CalibrationConfig:
 
     Attributes:
         posterior: The posterior; with candidates its method has no say.
-        candidates: Posteriors of which the one that helps is taken, see `offramp.classifiers.choice`; empty:
+        candidates: Posteriors of which the one that helps is taken, see `offramp.classifiers.calibrated`; empty:
             `posterior` as it is.
         fit_on: Which split gives a Laplace approximation its factors: "train", as published, without augmentation; or
             "tune", rows the network has not seen, which then also tune it.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from offramp.classifiers.cached_outputs import CachedOutputs
 from offramp.classifiers.calibrate import LOSSES, CalibrationConfig, ClassifierCalibration, calibrate
+from offramp.classifiers.calibrated import CANDIDATES, NONE
 from offramp.classifiers.certify import RowPromise
-from offramp.classifiers.choice import CANDIDATES, NONE
 from offramp.classifiers.loading import run_folder, title
 from offramp.classifiers.splits import TaskName
 from offramp.runs.machine import describe

@@ -12,6 +12,7 @@ it proposes stands once the full model has confirmed it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +25,14 @@ class Lens(nn.Module):
     Args:
         width: D.
         rank: Rank of W, which then is a product [D, r] · [r, D]; None: a full matrix.
-        dtype: Number format of the weights. States of another one are worked on in theirs.
         device: Where the weights are.
     """
 
-    def __init__(
-        self,
-        width: int,
-        rank: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, width: int, rank: int | None = None, *, device: torch.device | None = None) -> None:
         super().__init__()
-        self.down = None if rank is None else nn.Linear(width, rank, bias=False, dtype=dtype, device=device)
-        self.up = nn.Linear(width if rank is None else rank, width, dtype=dtype, device=device)
+        made: Any = {"dtype": torch.float32, "device": device}  # states of another format are worked on in theirs
+        self.down = None if rank is None else nn.Linear(width, rank, bias=False, **made)
+        self.up = nn.Linear(width if rank is None else rank, width, **made)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 

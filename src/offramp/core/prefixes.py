@@ -65,7 +65,7 @@ class Prefixes:
             count += BLOCK
         rest, longest = tokens[count : count + BLOCK], 0
         for some, part in node.below.items() if rest else ():
-            if some[0] == rest[0] and (alike := _alike(some, rest)) > longest:
+            if some[0] == rest[0] and (alike := common_prefix(some, rest)) > longest:
                 longest, found = alike, part
         return (path if found is None else [*path, found]), count + longest
 
@@ -142,6 +142,6 @@ class Prefixes:
         return oldest.place
 
 
-def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many first elements are the same."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -15,6 +15,7 @@ from torch import Tensor
 from offramp.core.costs import PARTS, Costs
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
+from offramp.core.prefixes import common_prefix
 from offramp.lm.bench_arms import CONFIDENCE_PARTS, FULL, REFERENCE, THEIRS, ArmResult, Arms, PeerResult, Spread
 from offramp.lm.bench_results import Bench, policy_values
 from offramp.peers import Answer
@@ -231,12 +232,7 @@ def _same(own: Texts, theirs: Texts) -> float:
 
 def _prefix(own: Texts, theirs: Texts) -> float:
     """Mean number of tokens before the first difference."""
-    return statistics.mean(_common(a, b) for a, b in zip(own, theirs, strict=True))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return statistics.mean(common_prefix(a, b) for a, b in zip(own, theirs, strict=True))
 
 
 def _confidence_seconds(turn: Turn) -> float:
