@@ -38,6 +38,23 @@ if TYPE_CHECKING:
     from offramp.tasks import Example, Task
 
 TUNING, CERTIFICATION, TEST = "tuning", "certification", "test"
+RECORDS, THRESHOLDS = "records", "thresholds.json"
+AGAIN = "remove it to find thresholds again"
+KEPT = (
+    "quality",
+    "difference",
+    "identical",
+    "exit_layer",
+    "flops_ratio",
+    "decode_flops_ratio",
+    "flops_per_token_ratio",
+    "own_flops_per_token_ratio",
+    "bytes_ratio",
+    "histogram",
+)
+"""Fields of `ArmSummary` that are the same whenever and wherever they are worked out."""
+SECONDS = ("seconds_ratio", "seconds_per_token_ratio", "own_seconds_per_token_ratio")
+"""Fields that are not."""
 
 
 def divide(examples: Sequence[Example], *, tuning: float, test: float, seed: int) -> dict[str, list[Example]]:
@@ -73,10 +90,6 @@ def require_enough(promise: Promise, parts: Mapping[str, Sequence[Example]], lev
         f"{', '.join(f'{count} {name}' for name, count in have.items())}), or smaller shares to tuning and test, or "
         "ask for a larger tolerance or failure probability"
     )
-
-
-RECORDS, THRESHOLDS = "records", "thresholds.json"
-AGAIN = "remove it to find thresholds again"
 
 
 class Decoded:
@@ -221,23 +234,6 @@ def _thresholds(path: Path) -> dict[str, list[list[float]]]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no thresholds; {AGAIN}")
     return found
-
-
-KEPT = (
-    "quality",
-    "difference",
-    "identical",
-    "exit_layer",
-    "flops_ratio",
-    "decode_flops_ratio",
-    "flops_per_token_ratio",
-    "own_flops_per_token_ratio",
-    "bytes_ratio",
-    "histogram",
-)
-"""Fields of `ArmSummary` that are the same whenever and wherever they are worked out."""
-SECONDS = ("seconds_ratio", "seconds_per_token_ratio", "own_seconds_per_token_ratio")
-"""Fields that are not."""
 
 
 def units(decoded: Decoded, part: str, setting: Setting | None, promise: Promise, seed: int) -> NDArray[np.float64]:

@@ -26,6 +26,13 @@ _RATIOS = {
     "seconds-per-token": "seconds_per_token_ratio", "seconds": "seconds_ratio",
 }  # fmt: skip
 """Of `estimates`, by what is minimised."""
+Losses = NDArray[np.float64]
+_CLOSE = 1e-6
+"""Relative difference up to which numbers worked out again, maybe elsewhere, are the same."""
+_MOST = 10**7
+"""Draws that no certificate has more of."""
+_VARIED = ("threshold", "min_layer", "exit_layers", "vocabulary_size", "vocabulary", "skipped", "accept")
+"""Fields of a policy that a grid fills in."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +140,6 @@ class Account:
     def saving_is_sure(self) -> bool:
         """Whether it `saves`, and the whole interval of its cost is below the full model's."""
         return self.saves and self.paid is not None and self.paid["high"] is not None and bool(self.paid["high"] < 1)
-
-
-Losses = NDArray[np.float64]
-_CLOSE = 1e-6
-"""Relative difference up to which numbers worked out again, maybe elsewhere, are the same."""
-_MOST = 10**7
-"""Draws that no certificate has more of."""
-_VARIED = ("threshold", "min_layer", "exit_layers", "vocabulary_size", "vocabulary", "skipped", "accept")
-"""Fields of a policy that a grid fills in."""
 
 
 def packed(losses: Sequence[float] | Losses) -> str:

@@ -33,6 +33,16 @@ KINDS = {"risk": "hoeffding-bentkus", "textual": "hoeffding-bentkus", "signed": 
 NAMES = ("hoeffding", "hoeffding-bentkus", "binomial", "wsr", CRC)
 """Bounds by name; "crc" is conformal risk control, which bounds the mean and promises no failure probability."""
 UNITS = ("prompt", "group")
+MEASURES = {
+    "flops-per-token": "FLOPs per generated token",
+    "flops": "FLOPs, prompts included",
+    "seconds-per-token": "seconds per generated token",
+    "seconds": "seconds, prompts included",
+}
+"""What can be minimised, in words."""
+PER_TOKEN = "flops-per-token"
+NO_LESS = 1.0
+"""The cost of never leaving early: a policy at this cost or above does not pay."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +131,6 @@ class Promise(Promised):
         index = self.unit_of(groups)
         losses = np.bincount(index, losses) / np.bincount(index)
         return losses[np.random.default_rng(seed).permutation(len(losses))]
-
-
-MEASURES = {
-    "flops-per-token": "FLOPs per generated token",
-    "flops": "FLOPs, prompts included",
-    "seconds-per-token": "seconds per generated token",
-    "seconds": "seconds, prompts included",
-}
-"""What can be minimised, in words."""
-PER_TOKEN = "flops-per-token"
-NO_LESS = 1.0
-"""The cost of never leaving early: a policy at this cost or above does not pay."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ CANDIDATES = (NONE, "temperature", "mie", "mie+temperature")
 """What is compared: all that needs the tune split alone."""
 FOLDS = 5
 RESAMPLES = 1000
+SCHEMA = "offramp/classifier-thresholds/1"
+POSTERIOR, THRESHOLDS, SETS = "posterior", "thresholds", "sets"
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,6 @@ def _folds(labels: Tensor, seed: int) -> Tensor:
     fold = torch.empty_like(labels)
     fold[order] = torch.arange(len(labels)) % min(FOLDS, len(labels))
     return fold
-
-
-SCHEMA = "offramp/classifier-thresholds/1"
-POSTERIOR, THRESHOLDS, SETS = "posterior", "thresholds", "sets"
 
 
 @dataclass(frozen=True)

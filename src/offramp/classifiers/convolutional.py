@@ -19,6 +19,9 @@ from torch.nn import functional as F
 
 from offramp.families.backbone import Activations, Backbone
 
+SIZES = ("small", "medium", "large")
+"""Published sizes, see `MSDNetConfig.published`."""
+
 
 @dataclass(frozen=True)
 class SmallCNNConfig:
@@ -107,10 +110,6 @@ class SmallCNN(Backbone):
     def body(self, layer: int, pooling: str | None) -> tuple[nn.Module, int]:
         """Averages over fields; `pooling` has no say in it."""
         return PlacesBody(self.config.places), self.widths[layer - 1] * self.config.places**2
-
-
-SIZES = ("small", "medium", "large")
-"""Published sizes, see `MSDNetConfig.published`."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ METRICS = ("top1", "top5", "nlpd", "ece", "aurc", "augrc", "brier")
 """In the order of tables; see `offramp.metrics.calibration`. Those of shares of right answers are better if higher."""
 SHARES = (0.25, 0.5, 0.75)
 """Of the full cost, where curves are read off."""
+Curve = tuple[Floats, Floats]
+"""Ascending costs, and values."""
+BASELINE = "temperature"
+"""What other methods are compared with: Laplace has to show what it adds to it."""
+STATIC = ("vanilla", "temperature")
+"""Methods of which one exit is also taken for all rows, the best affordable one or the last."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,6 @@ class Method:
 
 # ---------------------------------------------------------------- curves over cost
 
-Curve = tuple[Floats, Floats]
-"""Ascending costs, and values."""
-
 
 def curve(costs: Sequence[float], values: Sequence[float]) -> Curve:
     """Points in the order of their costs; those of equal cost become their mean."""
@@ -148,12 +151,6 @@ def area(points: Curve, low: float, high: float) -> float | None:
         return None
     x = np.r_[low, costs[(costs > low) & (costs < high)], high]
     return float(np.trapezoid(np.interp(x, costs, values), x) / (high - low))
-
-
-BASELINE = "temperature"
-"""What other methods are compared with: Laplace has to show what it adds to it."""
-STATIC = ("vanilla", "temperature")
-"""Methods of which one exit is also taken for all rows, the best affordable one or the last."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from offramp.values import choice
 
 CLEAN = "clean"
 """Name of the test split as it is."""
+File = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,6 @@ def _write_records(path: Path, posteriors: Mapping[str, Posterior], rows: ExitOu
                 file.write(json.dumps({"id": id, "label": label, "methods": methods}) + "\n")
 
     replace_file(path, put)
-
-
-File = str | os.PathLike[str]
 
 
 def evaluate_classifier(

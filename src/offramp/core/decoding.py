@@ -28,6 +28,9 @@ from offramp.core.verifying import VerifyingBatch
 from offramp.core.vocabulary import kept_sizes
 from offramp.families import SplitModel
 
+_MEASURES = ((max_probability, "max"), (softmax_gap, "softmax"))
+_MOST = 8  # tokens of a call: what is generated is shown, and Ctrl-C is heard, behind them
+
 
 @torch.no_grad()
 def decode(
@@ -111,10 +114,6 @@ def batch_of(
 
         kind = DraftingBatch
     return kind(model, ids, plan, sampler, max_new_tokens, ledger, adaptive)
-
-
-_MEASURES = ((max_probability, "max"), (softmax_gap, "softmax"))
-_MOST = 8  # tokens of a call: what is generated is shown, and Ctrl-C is heard, behind them
 
 
 class Stretch:

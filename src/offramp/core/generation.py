@@ -16,6 +16,23 @@ from offramp.core.costs import Costs, Ledger
 from offramp.core.custom_generate import Prepared
 from offramp.runs.results import Rows
 
+DEPTH = """\
+.depth {
+  --hue: calc(264 - 174 * var(--at, 0));
+  background: light-dark(oklch(calc(.79 + .15 * var(--at, 0)) calc(.115 - .02 * var(--at, 0)) var(--hue)),
+                         oklch(calc(.5 - .14 * var(--at, 0)) calc(.125 - .06 * var(--at, 0)) var(--hue)));
+}
+.depth.full { background: none; }
+"""
+"""The scale of depth of notebooks, reports and the server's page, as CSS; --at is a place as of `places`.
+
+Hue and lightness go together in equal steps of Oklch, so that the order is also seen by the colour-blind and in grey;
+the earlier, the stronger. What went to full depth stays plain.
+"""
+_NOTEBOOK = f".offramp-depth {{\n{DEPTH}.depth:not(.full) {{ color: light-dark(#1b1f24, #e6e9ed); }}\n}}"
+"""The same for one output alone; with a colour of text that fits, whatever a notebook says of light and dark."""
+_TEXT = 'style="white-space:pre-wrap;line-height:1.8"'
+
 
 class Stream(Iterator[Step]):
     """The steps of a prepared generation as they become certain, and what they cost so far: the ledger's bill."""
@@ -111,23 +128,6 @@ def by_row(steps: Iterable[Step], rows: int) -> tuple[list[list[int]], list[list
     return tokens, layers, confidences
 
 
-DEPTH = """\
-.depth {
-  --hue: calc(264 - 174 * var(--at, 0));
-  background: light-dark(oklch(calc(.79 + .15 * var(--at, 0)) calc(.115 - .02 * var(--at, 0)) var(--hue)),
-                         oklch(calc(.5 - .14 * var(--at, 0)) calc(.125 - .06 * var(--at, 0)) var(--hue)));
-}
-.depth.full { background: none; }
-"""
-"""The scale of depth of notebooks, reports and the server's page, as CSS; --at is a place as of `places`.
-
-Hue and lightness go together in equal steps of Oklch, so that the order is also seen by the colour-blind and in grey;
-the earlier, the stronger. What went to full depth stays plain.
-"""
-_NOTEBOOK = f".offramp-depth {{\n{DEPTH}.depth:not(.full) {{ color: light-dark(#1b1f24, #e6e9ed); }}\n}}"
-"""The same for one output alone; with a colour of text that fits, whatever a notebook says of light and dark."""
-
-
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token of `ids` adds to the text, half a character with its other half; nothing without a tokenizer."""
     if tokenizer is None:
@@ -166,9 +166,6 @@ def tinted(rows: Sequence[Sequence[tuple[str, int, float]]], num_layers: int) ->
         f"<p><small>{len(layers)} tokens left after layer {legend}{drafted} of {num_layers}{mean}</small></p>\n"
         f"{texts}\n</div>"
     )
-
-
-_TEXT = 'style="white-space:pre-wrap;line-height:1.8"'
 
 
 def _title(layer: int, confidence: float, num_layers: int) -> str:

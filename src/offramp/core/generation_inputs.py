@@ -19,6 +19,49 @@ Prompts = Any
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a chat ({"role": …, "content": …}), to which the tokenizer's chat template is applied."""
+DEFAULT_NEW_TOKENS = 64
+"""Most new tokens where neither the caller nor the model's generation config says how many."""
+_LENGTHS = ("max_new_tokens", "max_length")
+_RANGES = {
+    "temperature": (0.0, math.inf, True), "top_k": (0.0, math.inf, False), "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, False), "typical_p": (0.0, 1.0, True), "epsilon_cutoff": (0.0, 1.0, False),
+    "eta_cutoff": (0.0, 1.0, False),
+}  # fmt: skip
+"""Of options of sampling: lowest, highest, and whether the lowest is refused; `transformers` leaves some numbers beyond
+unused without a word."""
+SAMPLING = tuple(_RANGES)
+_NOT_HERE = {
+    **dict.fromkeys(
+        ("attention_mask", "position_ids", "inputs_embeds", "encoder_outputs", "decoder_attention_mask",
+         "token_type_ids"),
+        "is an input and no option; give it together with input_ids, in one mapping",
+    ),
+    **dict.fromkeys(
+        ("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping", "low_memory"),
+        "is an option of beam search, but early exit decodes one hypothesis per row; leave it away",
+    ),
+    **dict.fromkeys(
+        ("assistant_model", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+         "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
+        "is an option of assisted decoding; here the model's own early layers draft: skipped='verify'",
+    ),
+    **dict.fromkeys(
+        ("cache", "past_key_values"), "cannot be given: early exits keep keys and values of their own; leave it away"
+    ),
+    **dict.fromkeys(
+        ("negative_prompt_ids", "negative_prompt_attention_mask"),
+        "is an option of guidance, which is not supported with early exits; leave it away",
+    ),
+    **dict.fromkeys(("synced_gpus", "use_model_defaults"), "has no effect with early exits; leave it away"),
+    "streamer": "is not supported here; iterate over stream(...) instead",
+}  # fmt: skip
+"""What `transformers`' generate takes and decoding with exits would not use, and what to do instead."""
+_INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
+_WHOLE = {
+    "max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1,
+    "seed": -(2**63),
+}  # fmt: skip
+"""Options that are whole numbers, and the smallest allowed."""
 
 
 def token_ids(prompts: Any) -> list[list[int]] | None:
@@ -128,53 +171,6 @@ def _text(prompt: Prompt, index: int, tokenizer: Any, chat: bool) -> str:
         raise ValueError("the tokenizer has no chat template; give plain texts")
     text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
     return text
-
-
-DEFAULT_NEW_TOKENS = 64
-"""Most new tokens where neither the caller nor the model's generation config says how many."""
-
-_LENGTHS = ("max_new_tokens", "max_length")
-_RANGES = {
-    "temperature": (0.0, math.inf, True), "top_k": (0.0, math.inf, False), "top_p": (0.0, 1.0, False),
-    "min_p": (0.0, 1.0, False), "typical_p": (0.0, 1.0, True), "epsilon_cutoff": (0.0, 1.0, False),
-    "eta_cutoff": (0.0, 1.0, False),
-}  # fmt: skip
-"""Of options of sampling: lowest, highest, and whether the lowest is refused; `transformers` leaves some numbers beyond
-unused without a word."""
-SAMPLING = tuple(_RANGES)
-
-_NOT_HERE = {
-    **dict.fromkeys(
-        ("attention_mask", "position_ids", "inputs_embeds", "encoder_outputs", "decoder_attention_mask",
-         "token_type_ids"),
-        "is an input and no option; give it together with input_ids, in one mapping",
-    ),
-    **dict.fromkeys(
-        ("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping", "low_memory"),
-        "is an option of beam search, but early exit decodes one hypothesis per row; leave it away",
-    ),
-    **dict.fromkeys(
-        ("assistant_model", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
-         "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
-        "is an option of assisted decoding; here the model's own early layers draft: skipped='verify'",
-    ),
-    **dict.fromkeys(
-        ("cache", "past_key_values"), "cannot be given: early exits keep keys and values of their own; leave it away"
-    ),
-    **dict.fromkeys(
-        ("negative_prompt_ids", "negative_prompt_attention_mask"),
-        "is an option of guidance, which is not supported with early exits; leave it away",
-    ),
-    **dict.fromkeys(("synced_gpus", "use_model_defaults"), "has no effect with early exits; leave it away"),
-    "streamer": "is not supported here; iterate over stream(...) instead",
-}  # fmt: skip
-"""What `transformers`' generate takes and decoding with exits would not use, and what to do instead."""
-_INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
-_WHOLE = {
-    "max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1,
-    "seed": -(2**63),
-}  # fmt: skip
-"""Options that are whole numbers, and the smallest allowed."""
 
 
 class GenerationOptions(TypedDict, total=False):

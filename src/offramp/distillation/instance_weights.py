@@ -42,6 +42,13 @@ UNCERTAINTIES = ("entropy", "laplace_entropy", "laplace_mi", "laplace_variance",
 """Signals that are large where it is unsure, or far from what it knows."""
 SIGNALS = (*CONFIDENCES, *UNCERTAINTIES, "set_miss")
 SETS = ("nested", "avcs")
+GATES = ("wrong", "all", "correct", "excluded", "uncertain")
+MAPS = ("power", "linear", "rank")
+TERMS = ("kd", "ce", "both")
+NORMALISATIONS = ("none", "mean", "clip")
+CONTROLS = ("none", "permuted", "mean-matched", "gate-matched", "oracle")
+DOUBT = 0.5
+"""Margin below which a readout is uncertain."""
 
 
 @dataclass(frozen=True)
@@ -174,15 +181,6 @@ def _holds(evidence: Evidence) -> Tensor:
 
 def _outputs(reading: ReadoutOutputs) -> ExitOutputs:
     return ExitOutputs([reading.features], reading.logits[None], reading.labels, torch.ones(1), reading.ids)
-
-
-GATES = ("wrong", "all", "correct", "excluded", "uncertain")
-MAPS = ("power", "linear", "rank")
-TERMS = ("kd", "ce", "both")
-NORMALISATIONS = ("none", "mean", "clip")
-CONTROLS = ("none", "permuted", "mean-matched", "gate-matched", "oracle")
-DOUBT = 0.5
-"""Margin below which a readout is uncertain."""
 
 
 @dataclass(frozen=True)

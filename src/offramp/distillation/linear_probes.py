@@ -22,6 +22,9 @@ from offramp.families.backbone import evaluating
 DECAY = 1e-4
 """Of the readouts' weights, on standardised features."""
 STEPS = 40
+STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
+"""C: the weight of the likelihood's sum beside the L1 norm, as scikit-learn has it."""
+DRAWS, STEPS = 20, 300
 
 
 def fit_early_exits(student: EarlyExitClassifier, rows: Rows, precision: str | None = None) -> None:
@@ -76,11 +79,6 @@ def _fit(linear: nn.Linear, features: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
         linear.weight.copy_(weight / std)
         linear.bias.copy_(bias - weight @ (mean / std))
-
-
-STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
-"""C: the weight of the likelihood's sum beside the L1 norm, as scikit-learn has it."""
-DRAWS, STEPS = 20, 300
 
 
 @dataclass(frozen=True)

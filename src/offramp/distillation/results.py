@@ -34,6 +34,10 @@ from offramp.runs.files import write_json
 from offramp.runs.tensor_files import read_tensors, write_tensors
 
 AGAIN = "remove the run's folder to train it again"
+Result = Mapping[str, Any]
+"""What stands in result.json."""
+MATTERS = ("temperature", "fraction")
+"""T and λ, by their names in a method."""
 
 
 class History:
@@ -90,10 +94,6 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and {"epoch", "val"} <= set(row) for row in rows):
         raise ValueError(f"{file} is damaged: it holds no epochs; {AGAIN}")
     return rows
-
-
-Result = Mapping[str, Any]
-"""What stands in result.json."""
 
 
 def results_in(root: Path) -> tuple[list[Result], list[str]]:
@@ -268,10 +268,6 @@ def _mean(values: Sequence[Any]) -> NDArray[np.float64]:
     """Over runs; NaN where one has null."""
     found: NDArray[np.float64] = np.array(values, dtype=np.float64).mean(0)
     return found
-
-
-MATTERS = ("temperature", "fraction")
-"""T and λ, by their names in a method."""
 
 
 def confounded(methods: Mapping[str, Sequence[Result]], reference: str) -> dict[str, str]:

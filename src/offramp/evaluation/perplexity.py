@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
     from offramp.core.policy import ExitPolicy
 
+PERPLEXITY = "perplexity"
+
 
 @dataclass(frozen=True)
 class Forced:
@@ -153,9 +155,6 @@ class _Unending(Sampler):
     def is_end(self, token: int) -> bool:
         """No token does."""
         return False
-
-
-PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)

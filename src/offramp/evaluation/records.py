@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from offramp.core.policy import ExitPolicy
     from offramp.tasks import Example, Task
 
+PREFILL = "prefill"
+"""The part of `Record.parts` that the prompt's own pass takes out of the others."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -124,10 +127,6 @@ def _require(examples: Sequence[Item], full: Mapping[str, Record]) -> None:
             f"the full model's records of {len(missing)} of {len(examples)} examples are missing (such as "
             f"{missing[0]!r}); make them first, with policy=None, and give them as `full`"
         )
-
-
-PREFILL = "prefill"
-"""The part of `Record.parts` that the prompt's own pass takes out of the others."""
 
 
 def decode_arms(

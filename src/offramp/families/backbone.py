@@ -18,6 +18,8 @@ from offramp.values import choice
 
 Inputs = Tensor | Mapping[str, Tensor]
 """A batch: what a tokenizer or an image processor makes, or the main one of these tensors alone."""
+POOLINGS = ("mean", "first")
+"""How states [B, T, D] become one vector: the mean over tokens that are not padding, or the first token (CLS)."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,6 @@ def evaluating(module: nn.Module, precision: str | None = None) -> Iterator[None
     finally:
         for part in training:
             part.training = True
-
-
-POOLINGS = ("mean", "first")
-"""How states [B, T, D] become one vector: the mean over tokens that are not padding, or the first token (CLS)."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ Edit = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, states before its block, states after it) -> states after it, [B, T, D] each."""
 
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24, until then, in GPT-NeoX
+_LAST = {"o_proj", "out_proj", "dense", "c_proj", "o", "down_proj", "fc2", "dense_4h_to_h", "wo"}
+"""What families call the matrices whose products are added to the state."""
 
 
 def cache_name(*functions: Callable[..., Any]) -> str:
@@ -256,10 +258,6 @@ def _positions(frame: Frame, context: Context) -> Tensor:
         frame.memo["positions", ""] = context.positions[frame.rows, frame.start : frame.start + frame.queries]
     positions: Tensor = frame.memo["positions", ""]
     return positions
-
-
-_LAST = {"o_proj", "out_proj", "dense", "c_proj", "o", "down_proj", "fc2", "dense_4h_to_h", "wo"}
-"""What families call the matrices whose products are added to the state."""
 
 
 def blocks_of(split: Network, exits: Any) -> tuple[list[tuple[int, Any]], dict[int, range]]:

@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _AHEAD = 64  # slots whose positions are worked out in advance: one token at a time, it would cost more than the rest
+BLOCK = 16
+"""Tokens whose keys and values are copied together; every cache has room for a multiple of it."""
+Rows = slice | Tensor
+"""Rows of a batch: a slice where they lie together (a view), else a LongTensor of row numbers (a copy)."""
 
 
 @dataclass
@@ -98,13 +102,6 @@ class Skipped:
     slots: Tensor
     stop: int
     memo: dict[str, Any] = field(default_factory=dict)
-
-
-BLOCK = 16
-"""Tokens whose keys and values are copied together; every cache has room for a multiple of it."""
-
-Rows = slice | Tensor
-"""Rows of a batch: a slice where they lie together (a view), else a LongTensor of row numbers (a copy)."""
 
 
 def as_rows(rows: list[int], device: torch.device) -> Rows:

@@ -20,6 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------- keys and values of a skipped block
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Kinds of layers that can be run apart and filled later."""
+_GIVEN = {
+    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache", "layer_past",
+    "encoder_hidden_states", "encoder_attention_mask", "use_cache", "output_attentions", "kwargs", "args",
+}  # fmt: skip
+
 
 def _split_heads(x: Tensor, width: int) -> Tensor:
     """[N, n, H * width] -> [N, H, n, width]."""
@@ -242,12 +249,6 @@ FAMILIES: dict[str, Family] = {
 """Supported values of `config.model_type`."""
 
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Kinds of layers that can be run apart and filled later."""
-_GIVEN = {
-    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache", "layer_past",
-    "encoder_hidden_states", "encoder_attention_mask", "use_cache", "output_attentions", "kwargs", "args",
-}  # fmt: skip
 _LLAMA = Family()
 
 

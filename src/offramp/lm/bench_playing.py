@@ -31,6 +31,8 @@ from offramp.runs.machine import forget_peak, is_shortage, peak, release
 
 _PASSES = 3
 _WORD = 8  # bytes
+BACKEND = "inductor"
+Batches = Sequence[Mapping[str, Tensor]]
 
 
 def read_probe(size: int) -> Callable[[], float]:
@@ -55,9 +57,6 @@ def read_probe(size: int) -> Callable[[], float]:
         return _PASSES * _WORD * words / (time.perf_counter() - began)
 
     return read
-
-
-BACKEND = "inductor"
 
 
 class Compiled:
@@ -95,9 +94,6 @@ class Compiled:
         if heard is None:
             return own
         return EncoderDecoderCache(own, StaticCache(config=self._decoder, max_cache_len=heard))
-
-
-Batches = Sequence[Mapping[str, Tensor]]
 
 
 class MemoryShortage(ValueError):

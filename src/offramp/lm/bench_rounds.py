@@ -26,6 +26,8 @@ from offramp.runs.resume import append_lines, open_lines
 ROUNDS = "rounds.jsonl"
 SCHEMA = "offramp/bench-rounds/1"
 COUNTS = ("tests", "flops", "bytes", "draft_flops", "prompt_flops", "prompt_tokens", "confidence_flops")
+Texts = list[list[int]]
+"""Tokens of each prompt."""
 
 
 @dataclass
@@ -116,10 +118,6 @@ def read_rounds(folder: Path, header: Mapping[str, Any]) -> list[Round]:
 def write_round(folder: Path, played: Round) -> None:
     """Add a finished round."""
     append_lines(folder / ROUNDS, [asdict(played)])
-
-
-Texts = list[list[int]]
-"""Tokens of each prompt."""
 
 
 def summary(

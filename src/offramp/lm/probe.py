@@ -31,6 +31,7 @@ ROWS = 8
 """Prompts decoded together."""
 WINDOW = 512
 """Longest piece of a given text, in tokens."""
+QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
 class Readings(NamedTuple):
@@ -126,9 +127,6 @@ def read_layers(split: SplitModel, states: Tensor) -> Readings:
     for layer, peaks in enumerate(found.peak, 1):
         require_finite(peaks, name_of(split), f"in the readout after layer {layer} of {len(states)}", split.model.dtype)
     return found
-
-
-QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
 # ---------------------------------------------------------------- reading

@@ -21,6 +21,10 @@ from offramp.runs.digests import sealed, unsealed
 from offramp.runs.files import replace_file, write_json
 
 SAME = "give the same options to continue it, or another folder"
+_DIGITS = 32  # of a digest
+_CHUNK = 1 << 16
+Lines = list[dict[str, Any]]
+REMOVE = "remove it, or use another folder"
 
 
 def differences(have: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -74,12 +78,6 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-_DIGITS = 32  # of a digest
-_CHUNK = 1 << 16
-Lines = list[dict[str, Any]]
-REMOVE = "remove it, or use another folder"
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]], *, durable: bool = True) -> None:

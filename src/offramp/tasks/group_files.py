@@ -25,6 +25,8 @@ CELEBA_CROP = 178
 
 _BINARY = {"0": 0, "1": 1}
 _SPLIT = {str(number): name for number, name in enumerate(SPLITS)}
+NOT_KNOWN = ("", "?", "-1", "null", "None")
+"""What stands for an attribute that is not known."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,6 @@ def _images(
         labelled = Labelled(ids, some, torch.tensor(y), tuple(classes), source=f"{name}, {split}")
         made[split] = Grouped.crossed(labelled, attribute, torch.tensor(a), values)
     return GroupedSet(name, made, "published split")
-
-
-NOT_KNOWN = ("", "?", "-1", "null", "None")
-"""What stands for an attribute that is not known."""
 
 
 @dataclass(frozen=True)

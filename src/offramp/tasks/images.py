@@ -39,6 +39,9 @@ FASHION = (
 """Classes of Fashion-MNIST (arXiv 1708.07747, table 2)."""
 
 # ---------------------------------------------------------------- IDX
+Image = NDArray[np.float32]
+SEVERITIES = (1, 2, 3, 4, 5)
+_CONTRAST = (0.8, 0.6, 0.45, 0.3, 0.15)
 
 
 def read_idx(folder: str | Path, classes: Sequence[str] | None = None) -> dict[str, Labelled]:
@@ -159,11 +162,6 @@ def _check_labels(labels: NDArray[np.uint8], classes: Sequence[str], path: Path)
     if len(wrong := np.flatnonzero(labels >= len(classes))):
         row = int(wrong[0])
         raise ValueError(f"{path}, row {row} has the label {int(labels[row])}; allowed are 0..{len(classes) - 1}")
-
-
-Image = NDArray[np.float32]
-SEVERITIES = (1, 2, 3, 4, 5)
-_CONTRAST = (0.8, 0.6, 0.45, 0.3, 0.15)
 
 
 def noise(image: Image, severity: int, generator: np.random.Generator) -> Image:

@@ -26,6 +26,11 @@ from torch import Tensor
 
 from offramp.runs.digests import of_file
 
+SHARES: Mapping[str, float] = MappingProxyType(
+    {"train": 0.6, "tune": 0.1, "threshold": 0.1, "calibrate": 0.1, "test": 0.1}
+)
+"""What a split is for: the network; temperatures and grids; thresholds for budgets; guarantees; the report."""
+
 
 class Images(Protocol):
     """N images, in memory or read when they are asked for.
@@ -136,12 +141,6 @@ def hashes(values: Iterable[bytes]) -> Tensor:
     """The first 64 bits of the SHA-256 of each, [N], int64."""
     found = b"".join(hashlib.sha256(value).digest()[:8] for value in values)
     return torch.from_numpy(np.frombuffer(found, "<i8").astype(np.int64))
-
-
-SHARES: Mapping[str, float] = MappingProxyType(
-    {"train": 0.6, "tune": 0.1, "threshold": 0.1, "calibrate": 0.1, "test": 0.1}
-)
-"""What a split is for: the network; temperatures and grids; thresholds for budgets; guarantees; the report."""
 
 
 @dataclass(frozen=True)
