@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offramp import UnsupportedModelError
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.families.backbone import HeadConfig
-from offramp.families.encoders import FAMILIES, SplitEncoder
+from offramp.families.backbone import ENCODERS, HeadConfig, SplitEncoder
 from tiny_encoders import CLASSES, EVERYTHING, LAYERS, MAKERS, TEXTS, build, encoder, inputs_for, tiny
 
 
@@ -20,7 +19,7 @@ def name(request):
 
 
 def test_every_family_is_tested():
-    assert {encoder(name).config.model_type for name in MAKERS} == set(FAMILIES)
+    assert {encoder(name).config.model_type for name in MAKERS} == set(ENCODERS)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -20,7 +20,7 @@ from offramp.distillation.grid import ensure
 from offramp.distillation.linear_probes import fit_early_exits, require_linear
 from offramp.distillation.networks import build, rows_for, word_tokenizer
 from offramp.distillation.teacher import logits_of_all
-from offramp.families.encoders import SplitEncoder
+from offramp.families.backbone import SplitEncoder
 from tiny_encoders import build as tiny_classifier
 
 WORDS = "a dog man woman runs sleeps sings in the park red blue old".split()

@@ -12,8 +12,7 @@ import transformers
 
 import offramp
 from offramp.classifiers.loading import load as load_classifier
-from offramp.classifiers.saving import ENCODER
-from offramp.classifiers.sources import load_encoder
+from offramp.classifiers.saving import ENCODER, load_encoder
 from offramp.hub.messages import ModelError
 from sealing import without_digests
 from tiny import tiny, tokenizer

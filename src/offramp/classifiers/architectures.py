@@ -12,7 +12,7 @@ import torch
 
 from offramp.classifiers.batches import Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.families.backbone import Backbone, HeadConfig
+from offramp.families.backbone import Backbone, HeadConfig, SplitEncoder
 from offramp.tasks.labelled import Labelled
 
 MSDNETS = ("msdnet-small", "msdnet-medium", "msdnet-large")
@@ -71,10 +71,8 @@ def build(
 
 def _backbone(architecture: str, data: Labelled, seed: int) -> tuple[Backbone, Any, dict[str, Any]]:
     """The network without exits, its tokenizer or None, and settings of its images if it has some."""
-    from offramp.families.encoders import SplitEncoder
-
     if architecture not in PUBLISHED:
-        from offramp.classifiers.sources import load_encoder
+        from offramp.classifiers.saving import load_encoder
 
         encoder, tokenizer, preprocessing = load_encoder(architecture)
         return SplitEncoder(encoder), tokenizer, preprocessing

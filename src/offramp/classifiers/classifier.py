@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offramp.classifiers.confidence import measure_of
 from offramp.classifiers.flops import exit_costs
-from offramp.families.backbone import Backbone, ExitHead, ExitOutput, HeadConfig, Inputs, evaluating
+from offramp.families.backbone import Backbone, ExitHead, ExitOutput, HeadConfig, Inputs, SplitEncoder, evaluating
 from offramp.families.finite import not_finite
 
 if TYPE_CHECKING:
@@ -134,12 +134,10 @@ class EarlyExitClassifier(nn.Module):
             ModelError: There is no such encoder, or it is damaged.
             UnsupportedModelError: There is no family for it.
         """
-        from offramp.families.encoders import SplitEncoder
-
         check_labels(num_classes, labels)  # before the encoder, which takes longer
         preprocessing: dict[str, Any] = {}
         if isinstance(source, str | os.PathLike):
-            from offramp.classifiers.sources import load_encoder
+            from offramp.classifiers.saving import load_encoder
 
             source, found, preprocessing = load_encoder(source)
             tokenizer = tokenizer or found

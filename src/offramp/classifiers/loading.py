@@ -18,13 +18,13 @@ from offramp.classifiers.saving import (
     ENCODER,
     KIND,
     OWN,
+    PREPROCESSING,
     SCHEMA,
     TRAINED_ON,
     WEIGHTS,
     training_rows,
 )  # fmt: skip
-from offramp.classifiers.sources import PREPROCESSING
-from offramp.families.backbone import Backbone, HeadConfig
+from offramp.families.backbone import Backbone, HeadConfig, SplitEncoder
 from offramp.hub.catalogue import Source
 from offramp.hub.devices import named_device, named_dtype
 from offramp.hub.messages import ModelError, first_line, quiet
@@ -124,8 +124,6 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _encoder(folder: Path, dtype: torch.dtype) -> Backbone:
     from transformers import AutoModel
-
-    from offramp.families.encoders import SplitEncoder
 
     return SplitEncoder(model_shaped(AutoModel, config_of(_beside(folder)), dtype))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
-from offramp.families.backbone import Activations, Inputs, evaluating
+from offramp.families.backbone import ENCODERS, Activations, Inputs, evaluating
 from offramp.runs.bounded import read_object
 from offramp.tasks.labelled import Labelled
 
@@ -131,11 +131,10 @@ def word_tokenizer(train: Labelled) -> Any:
 
 
 def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -> EarlyExitClassifier:
-    from offramp.classifiers.sources import load_encoder
-    from offramp.families.encoders import FAMILIES
+    from offramp.classifiers.saving import load_encoder
 
     model, tokenizer, preprocessing = load_encoder(name)
-    blocks = model.get_submodule(FAMILIES[model.config.model_type].blocks)
+    blocks = model.get_submodule(ENCODERS[model.config.model_type].blocks)
     if layers is not None:
         if not 1 <= layers <= len(blocks) or model.config.model_type == "resnet":
             raise ValueError(f"{network.source} asks for {layers} layers of {len(blocks)}; a ResNet keeps all")
