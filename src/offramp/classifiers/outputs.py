@@ -81,7 +81,8 @@ def collect(
         rest |= {} if groups is None else {"groups": groups.long().cpu()}
         if target is None:
             return _assembled({**spool.tensors(), **rest}, tuple(ids))
-        spool.write(target, rest, _header(ids, description or {}))
+        about = {"ids": json.dumps(list(ids)), "description": json.dumps(dict(description or {}))}
+        spool.write(target, rest, {"schema": SCHEMA, **about})
     return load_outputs(target)
 
 
@@ -180,10 +181,6 @@ def _assembled(tensors: Mapping[str, Tensor], ids: tuple[str, ...]) -> ExitOutpu
     features = [tensors[f"features.{i}"] for i in range(len(tensors["logits"]))]
     more = tensors.get("groups"), tensors.get("cut")  # which older files do not have
     return ExitOutputs(features, tensors["logits"], tensors["labels"], tensors["costs"], ids, *more)
-
-
-def _header(ids: Sequence[str], description: Mapping[str, str]) -> dict[str, str]:
-    return {"schema": SCHEMA, "ids": json.dumps(list(ids)), "description": json.dumps(dict(description))}
 
 
 def _shape(inputs: Inputs) -> tuple[tuple[int, ...], ...]:

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.costs import Costs, Ledger
 from offramp.core.decoding import Step, decode
+from offramp.core.generation_inputs import INDIFFERENT
 from offramp.core.policy import ExitPolicy
 from offramp.core.sampling import Sampler, ends_of
 from offramp.families import SplitModel
@@ -174,7 +175,6 @@ _UNSUPPORTED = (
 )  # fmt: skip
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static")  # all others hold the same keys and values
 _TAKEN = ("attention_mask", "position_ids", "inputs_embeds", "encoder_outputs", "decoder_attention_mask")
-_INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
 _CACHES = ("cache", "past_key_values")  # since transformers 5.24, and until then
 
 
@@ -205,7 +205,7 @@ def _refuse_inputs(kwargs: dict[str, Any]) -> None:
     if kwargs.get("inputs_embeds") is not None and kwargs.get("encoder_outputs") is None:
         raise ValueError("inputs_embeds are not supported with early exits; pass input_ids")
     for name, value in kwargs.items():
-        if name not in (*_TAKEN, *_INDIFFERENT, *_CACHES) and value is not None and value is not False:
+        if name not in (*_TAKEN, *INDIFFERENT, *_CACHES) and value is not None and value is not False:
             raise ValueError(f"{name} is given, which is not used with early exits; leave it away")
 
 

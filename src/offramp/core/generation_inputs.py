@@ -56,7 +56,7 @@ _NOT_HERE = {
     "streamer": "is not supported here; iterate over stream(...) instead",
 }  # fmt: skip
 """What `transformers`' generate takes and decoding with exits would not use, and what to do instead."""
-_INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
+INDIFFERENT = ("use_cache", "logits_to_keep")  # how transformers' own loop works; no token depends on them
 _WHOLE = {
     "max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1,
     "seed": -(2**63),
@@ -246,11 +246,11 @@ def checked(options: Mapping[str, Any], own: GenerationConfig) -> dict[str, Any]
         ValueError: A name is unknown, or options contradict each other or are out of range.
     """
     known = GenerationOptions.__annotations__
-    rarer = {*vars(own), *_NOT_HERE, *_INDIFFERENT}  # those of a config are used, or refused where it is prepared
+    rarer = {*vars(own), *_NOT_HERE, *INDIFFERENT}  # those of a config are used, or refused where it is prepared
     if unknown := [name for name in options if name not in known and name not in rarer]:
         name = unknown[0]
         raise ValueError(f"unknown option {name!r} of a generation{nearest(name, [*known, *rarer])}")
-    given = {name: value for name, value in options.items() if value is not None and name not in _INDIFFERENT}
+    given = {name: value for name, value in options.items() if value is not None and name not in INDIFFERENT}
     if options.get("eos_token_id", 0) is None:  # said, not left out
         given["eos_token_id"] = None
     _check_values(given)

@@ -13,6 +13,7 @@ from torch import Tensor
 from offramp.classifiers.batches import IMAGENET, Augmentation, ImagePreprocessing, ImageRows, Rows, TextRows, by_length
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
+from offramp.classifiers.saving import CONFIG, load_encoder
 from offramp.families.backbone import ENCODERS, Activations, Inputs, evaluating
 from offramp.runs.bounded import read_object
 from offramp.tasks.labelled import Labelled
@@ -131,8 +132,6 @@ def word_tokenizer(train: Labelled) -> Any:
 
 
 def _encoder(network: Network, train: Labelled, name: str, layers: int | None) -> EarlyExitClassifier:
-    from offramp.classifiers.saving import load_encoder
-
     model, tokenizer, preprocessing = load_encoder(name)
     blocks = model.get_submodule(ENCODERS[model.config.model_type].blocks)
     if layers is not None:
@@ -156,8 +155,6 @@ def begun_from(network: Network) -> str | None:
 
 def is_classifier(folder: str) -> bool:
     """Whether a folder holds a classifier that was saved."""
-    from offramp.classifiers.saving import CONFIG
-
     path = Path(folder).expanduser() / CONFIG
     values = read_object(path, "name another folder") if path.is_file() else {}
     return str(values.get("schema", "")).startswith("offramp/classifier/")
