@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.confidence import CONFIDENCES
+from offramp.classifiers.exits import CONFIDENCES
 from offramp.families.backbone import Activations, Backbone
 from offramp.families.finite import NotFiniteError
 from tiny_encoders import CLASSES, EVERYTHING, build, inputs_for, tiny

@@ -13,8 +13,8 @@ from scipy import stats
 from classifier_runs import rows
 from offramp.classifiers.batches import TextRows
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.confidence import gap as margin
 from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
+from offramp.classifiers.exits import gap as margin
 from offramp.distillation import networks
 from offramp.distillation.instance_weights import (
     GATES,

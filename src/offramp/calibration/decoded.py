@@ -41,17 +41,9 @@ TUNING, CERTIFICATION, TEST = "tuning", "certification", "test"
 RECORDS, THRESHOLDS = "records", "thresholds.json"
 AGAIN = "remove it to find thresholds again"
 KEPT = (
-    "quality",
-    "difference",
-    "identical",
-    "exit_layer",
-    "flops_ratio",
-    "decode_flops_ratio",
-    "flops_per_token_ratio",
-    "own_flops_per_token_ratio",
-    "bytes_ratio",
-    "histogram",
-)
+    "quality", "difference", "identical", "exit_layer", "flops_ratio", "decode_flops_ratio", "flops_per_token_ratio",
+    "own_flops_per_token_ratio", "bytes_ratio", "histogram",
+)  # fmt: skip
 """Fields of `ArmSummary` that are the same whenever and wherever they are worked out."""
 SECONDS = ("seconds_ratio", "seconds_per_token_ratio", "own_seconds_per_token_ratio")
 """Fields that are not."""

@@ -270,7 +270,7 @@ def _grouped(order: Sequence[int], key: Callable[[int], Any]) -> list[list[int]]
 def _check(base: ExitPolicy, grid: Grid) -> None:
     if not isinstance(base.confidence, str):
         raise ValueError(f"the confidence {base.confidence!r} has no name to save; calibrate a policy with a named one")
-    if getattr(base, "adaptive", False):
+    if base.adaptive:
         raise ValueError(
             "an adaptive threshold moves with the traffic, so its losses are not independent and nothing can be "
             "certified; freeze it first: replace(policy, threshold=…, adaptive=False)"
@@ -285,16 +285,8 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
         raise ValueError(
             f"accepts are {grid.accepts}, but nothing is verified; give skipped 'verify', or leave them out"
         )
-    tests = (
-        grid.thresholds,
-        grid.per_layer,
-        grid.vocabulary_sizes,
-        grid.vocabularies,
-        grid.skipped,
-        grid.gains,
-        grid.accepts,
-    )
-    if base.confidence == "static" and (any(tests) or grid.static_layers):
+    varied = grid.thresholds, grid.vocabulary_sizes, grid.vocabularies, grid.skipped, grid.gains, grid.accepts
+    if base.confidence == "static" and (any(varied) or grid.per_layer or grid.static_layers):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")
 
 

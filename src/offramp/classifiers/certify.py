@@ -283,10 +283,11 @@ def certify(trials: Trials, promise: RowPromise, *, seed: int = 0) -> RowCertifi
     index = outcome.selected or 0
     tests = tuple(
         {
-            "threshold": _json(trials.thresholds[test.setting]), "loss": test.loss, "p_value": test.p_value,
+            "threshold": None if threshold == math.inf else threshold, "loss": test.loss, "p_value": test.p_value,
             "cost": trials.cost(test.setting), "passed": test.passed,
         }
         for test in outcome.tests
+        for threshold in [trials.thresholds[test.setting]]
     )  # fmt: skip
     safest = losses[min(1, len(losses) - 1)]
     return RowCertificate(
@@ -311,7 +312,3 @@ def certify_groups(trials: Trials, groups: Tensor, promise: RowPromise, *, seed:
     found = sorted(set(groups.tolist()))
     share = replace(promise, failure=promise.failure / len(found))
     return {g: certify(trials.take((groups == g).nonzero()[:, 0]), share, seed=seed) for g in found}
-
-
-def _json(threshold: float) -> float | None:
-    return None if threshold == math.inf else threshold

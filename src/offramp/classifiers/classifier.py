@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from offramp.classifiers.confidence import measure_of
-from offramp.classifiers.flops import exit_costs
+from offramp.classifiers.exits import exit_costs, measure_of
 from offramp.families.backbone import Backbone, ExitHead, ExitOutput, HeadConfig, Inputs, SplitEncoder, evaluating
 from offramp.families.finite import not_finite
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
-from offramp.classifiers.confidence import gap as margin
+from offramp.classifiers.exits import gap as margin
 from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, read, states_at, teach
 from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
 from offramp.uncertainty import avcs_classification, nested_conformal, predictive

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.classifiers.confidence import gap as margin
+from offramp.classifiers.exits import gap as margin
 from offramp.distillation.instance_weights import Evidence, InstanceWeights, finished, gated, share_of_rank, signal
 from offramp.distillation.readout import (
     LensData,

@@ -1,14 +1,48 @@
-"""What each exit of a classifier costs, in FLOPs: counted from shapes, without computing anything."""
+"""What the exits of a classifier go by: how sure probabilities are, and what each exit costs, in FLOPs.
+
+FLOPs are counted from shapes, without computing anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from offramp.families.backbone import evaluating
+
+
+def max_probability(probabilities: Tensor) -> Tensor:
+    """The largest, [A, C] -> [A]."""
+    return probabilities.amax(-1)
+
+
+def gap(probabilities: Tensor) -> Tensor:
+    """The largest minus the second, [A, C] -> [A]."""
+    top = probabilities.topk(2, dim=-1).values
+    return top[:, 0] - top[:, 1]
+
+
+def certainty(probabilities: Tensor) -> Tensor:
+    """1 - H / ln C with the entropy H in nats, [A, C] -> [A]."""
+    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
+    return 1 - entropy / math.log(probabilities.shape[-1])
+
+
+CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {"max": max_probability, "gap": gap, "entropy": certainty}
+"""How sure probabilities [A, C] are, [A], at most 1: the larger, the surer."""
+
+
+def measure_of(confidence: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A measure by its name in `CONFIDENCES`, or the function [A, C] -> [A] given; a ValueError for another name."""
+    if callable(confidence):
+        return confidence
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"confidence is {confidence!r}; choose one of {', '.join(CONFIDENCES)}, or give a function")
+    return CONFIDENCES[confidence]
 
 
 class ExitCosts(NamedTuple):
