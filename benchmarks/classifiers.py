@@ -59,7 +59,7 @@ from offramp.uncertainty import (
     nested_conformal,
     per_exit,
 )
-from offramp.uncertainty.conformal_scores import class_scores, label_scores
+from offramp.uncertainty.per_exit import class_scores, label_scores
 from offramp.uncertainty.posterior import METHODS
 
 ROOT = Path(__file__).parents[1]
