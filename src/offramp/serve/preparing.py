@@ -6,9 +6,10 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from offramp.core.running import OWN, Asked
 from offramp.serve.errors import ApiError
-from offramp.serve.penalties import Penalties
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -138,3 +139,24 @@ class Preparing:
             "frequency_penalty": wanted.frequency,
         }  # fmt: skip
         return {"max_new_tokens": new, **sampling, **{name: value for name, value in more.items() if value}}
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """A logits processor: score - frequency · times - presence · [times > 0], by the answer's tokens so far.
+
+    Attributes:
+        prompt: Tokens of the prompt, which do not count.
+        presence: Taken once.
+        frequency: Taken for each time.
+    """
+
+    prompt: int
+    presence: float
+    frequency: float
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] of the next token, less the penalties for those behind the prompt in ids [B, T]."""
+        answer = ids[:, self.prompt :]
+        times = scores.new_zeros(scores.shape).scatter_add_(1, answer, scores.new_ones(answer.shape))
+        return scores - self.frequency * times - self.presence * (times > 0)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from offramp.core.plan import resolve
 from offramp.core.running import RunningBatch
 from offramp.core.sampling import ends_of
-from offramp.serve.certified import Standing
-from offramp.serve.drift import Watch
+from offramp.serve.answer import FullDepth
 from offramp.serve.engine import Engine
-from offramp.serve.full_depth import FullDepth
 from offramp.serve.metrics import Metrics
 from offramp.serve.preparing import Preparing
+from offramp.serve.promise import Standing, Watch
 
 if TYPE_CHECKING:
     from offramp.calibration.certificate import Certificate
@@ -87,10 +86,8 @@ class Serving:
         self.lm, self.policy, self.limits = lm, policy, limits or Limits()
         self.name = lm.name if name is None else name
         self.promised, self.metrics = Standing(lm, policy, certificate), Metrics()
-        watched = policy is not None
-        self.watch = Watch(
-            self.promised, self.metrics, share=check if watched else 0, to_full=to_full, draw=random.Random(seed)
-        )
+        share = 0.0 if policy is None else check
+        self.watch = Watch(self.promised, self.metrics, share=share, to_full=to_full, draw=random.Random(seed))
         longest = self.limits.longest
         self.usual = min(self.promised.most_new_tokens or _USUAL, longest - 1)
         self.prepare = Preparing(lm, policy, name=self.name, longest=longest, usual=self.usual)
