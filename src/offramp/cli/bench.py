@@ -160,8 +160,7 @@ def bench(
 def _report(result: Bench, out: Path | None, json: Path | None) -> None:
     from offramp.report.plots import save_bench
 
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     if out is not None:
         for path in save_bench(result, out):
             o.note(f"wrote {path}")
@@ -172,14 +171,11 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
     from offramp.lm.bench_results import sizes_table
     from offramp.report.plots import save_bench
 
-    if str(json) != "-":
-        o.say(sizes_table(results))
+    o.say(sizes_table(results), json)
     if out is not None:
-        folders = [out / f"batch-{result.conditions['batch_size']}" for result in results]
-        for path in [
-            path for result, folder in zip(results, folders, strict=True) for path in save_bench(result, folder)
-        ]:
-            o.note(f"wrote {path}")
+        for result in results:
+            for path in save_bench(result, out / f"batch-{result.conditions['batch_size']}"):
+                o.note(f"wrote {path}")
     values = [result.to_dict() for result in results]
     o.write_result({"schema": "offramp/bench-sizes/1", "benches": values}, json)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.from_fields import options_of
+from offramp.cli.options import options_of
 from offramp.training.config import TrainConfig
 
 

@@ -1,10 +1,10 @@
 """What a policy's certificate promises, whether it does for a request, and whether the promise is kept.
 
-Some answers are made again at full depth, and a bet is made that too much is lost. The loss of an answer is its distance
-from full depth's, as in the promise; the bet is `offramp.risk.wealth`. It may be looked at after every comparison: as
-long as the promise is kept, it ever says otherwise with at most the probability with which the promise itself may fail.
-Which answers are compared is drawn when they end, and they are compared one at a time in that order, so that the order
-has no part in what is lost.
+Some answers are made again at full depth, and a bet is made that too much is lost. The loss of an answer is its
+distance from full depth's, as in the promise; the bet is `offramp.risk.wealth`. It may be looked at after every
+comparison: as long as the promise is kept, it ever says otherwise with at most the probability with which the promise
+itself may fail. Which answers are compared is drawn when they end, and they are compared one at a time in that order,
+so that the order has no part in what is lost.
 
 Where the promise is about something that full depth does not show, what is seen is told, and no alarm is rung.
 """
