@@ -38,7 +38,7 @@ from offramp.classifiers.outputs import load_outputs
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.trainer import train_exits
 from offramp.metrics.sets import summarise
-from offramp.report.classifier_plots import save_classifiers
+from offramp.report.classifiers import save_classifiers
 from offramp.risk import budgets
 from offramp.risk.classifier_losses import consistency, performance_gap
 from offramp.runs.files import write_text

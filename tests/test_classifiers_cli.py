@@ -11,7 +11,7 @@ from classifier_data import save_bert, save_resnet, write_idx, write_texts
 from offramp import cli
 from offramp.classifiers.loading import load
 from offramp.classifiers.splits import TASKS
-from offramp.report.pages import pages_of
+from offramp.report.html import pages_of
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 

@@ -16,7 +16,7 @@ from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics import resampled
 from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade, scores
-from offramp.report.classifier_plots import save_classifiers
+from offramp.report.classifiers import save_classifiers
 from offramp.report.drawing import percent
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs
@@ -378,7 +378,7 @@ def test_pictures_and_files(evaluation, tmp_path):
 
 
 def test_pictures_show_the_figures(evaluation):
-    plots = pytest.importorskip("offramp.report.classifier_plots")
+    plots = pytest.importorskip("offramp.report.classifiers")
     pytest.importorskip("matplotlib")
     figure = plots.curves_figure(evaluation, "clean")
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}

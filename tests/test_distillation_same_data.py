@@ -17,8 +17,8 @@ from offramp.distillation.data import load_set
 from offramp.distillation.grid import digests
 from offramp.distillation.results import results_in
 from offramp.distillation.teacher import load_logits, require_unseen, save_logits
+from offramp.report.distillation import grid_page, run_page
 from offramp.report.grids import tables
-from offramp.report.pages.distillation import grid_page, run_page
 from offramp.runs.tensor_files import write_tensors
 from offramp.tasks.labelled import row_hashes
 from offramp.tasks.labelled_inputs import input_hashes

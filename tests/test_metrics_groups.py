@@ -526,13 +526,13 @@ def test_pictures_are_drawn_and_not_cut_off(tmp_path, everything):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    from offramp.report import drawing, group_plots
+    from offramp.report import distillation, drawing
 
     report, exits, weights, groups = everything
     drawings = {
-        "groups": lambda: group_plots.groups_figure({"teacher": report, "student": report}),
-        "exits": lambda: group_plots.exits_figure(exits),
-        "weights": lambda: group_plots.weights_figure(weights, groups, epoch=3),
+        "groups": lambda: distillation.groups_figure({"teacher": report, "student": report}),
+        "exits": lambda: distillation.exits_figure(exits),
+        "weights": lambda: distillation.weights_figure(weights, groups, epoch=3),
     }
     paths = drawing.save_figures(drawings, tmp_path)
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in drawings for kind in ("svg", "png")]

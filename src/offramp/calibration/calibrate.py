@@ -42,7 +42,7 @@ from offramp.calibration.splits import CERTIFICATION, TEST, TUNING, divide, requ
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.processes import locked_by_first, state_of
 from offramp.evaluation.record_file import Progress, digest
-from offramp.report.calibration_plots import save_calibration
+from offramp.report.plots import save_calibration
 from offramp.risk import CRC, Outcome, pareto_front, search
 from offramp.runs.asked import as_json
 from offramp.runs.files import write_json

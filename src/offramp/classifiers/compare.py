@@ -21,7 +21,7 @@ from offramp.classifiers.calibrate import FIT_ON, fit_posterior
 from offramp.classifiers.evaluate import Settings, evaluate
 from offramp.classifiers.method import Fitted, Method
 from offramp.classifiers.result import EARLIER, SCHEMA, ClassifierEvaluation
-from offramp.report.classifier_plots import save_classifiers
+from offramp.report.classifiers import save_classifiers
 from offramp.runs.bounded import read_object
 from offramp.runs.files import replace_file
 from offramp.runs.results import RESULTS

@@ -32,7 +32,7 @@ def probe(
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
     from offramp.lm.given import prompts_of, run_folder
-    from offramp.report import plots
+    from offramp.report.probe import save_probe
     from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:
@@ -46,7 +46,7 @@ def probe(
         )
     o.say(result.table(), json)
     folder = out or run_folder("probe", lm)
-    for path in [*result.save(folder), *plots.save_probe(result, folder)]:
+    for path in [*result.save(folder), *save_probe(result, folder)]:
         o.note(f"wrote {path}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     o.write_result(result.to_dict(), json)

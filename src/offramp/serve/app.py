@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp import __version__
-from offramp.report.html import colours
+from offramp.report.drawing import colours
 from offramp.serve.errors import ApiError
 from offramp.serve.exchange import LEFT, Exchange
 from offramp.serve.metrics import CONTENT_TYPE

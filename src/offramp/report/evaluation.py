@@ -17,7 +17,7 @@ from offramp.evaluation.records import PREFILL
 from offramp.evaluation.result import GOOD, NOTHING, REASONS, Evaluation, heading, quality_cell, ratio_cell
 from offramp.evaluation.summary import PERPLEXITY, ArmSummary
 from offramp.report import plots
-from offramp.report.pages.blocks import (
+from offramp.report.blocks import (
     Answer,
     Answers,
     Asked,
