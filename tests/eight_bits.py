@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from offramp.native.quantisation import dequantised, quantised
+from offramp.native.weights import dequantised, quantised
 
 
 def rounded_weight(weight):

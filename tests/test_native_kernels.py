@@ -20,8 +20,7 @@ from offramp.core.exits import Exits
 from offramp.native import library as lib
 from offramp.native.build import library
 from offramp.native.cache import NativeCache
-from offramp.native.quantisation import dequantised, quantised
-from offramp.native.weights import Part, Weights
+from offramp.native.weights import Part, Weights, dequantised, quantised
 from tiny import tiny
 
 FORMATS = ("float32", "bfloat16", "int8")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.metrics import resampled
+from offramp.metrics import calibration
 from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade
 from offramp.uncertainty.outputs import ExitOutputs
@@ -66,8 +66,8 @@ class Effect:
 def effect(before: NDArray[np.float64], after: NDArray[np.float64], seed: int = 0) -> Effect:
     """Of the losses -ln p_y of the same rows without and with a posterior, [E, N] each."""
     change = after - before
-    found = resampled.mean(
-        np.concatenate([change.mean(0)[None], change]), resampled.draws(change.shape[1], RESAMPLES, seed)
+    found = calibration.resampled_mean(
+        np.concatenate([change.mean(0)[None], change]), calibration.resample(change.shape[1], RESAMPLES, seed)
     )
     return Effect(Interval.of(found[0]), tuple(map(Interval.of, found[1:])), change.shape[1])
 

@@ -153,7 +153,7 @@ def train(
     o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} {use}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     if push_to_hub is not None:
-        from offramp.hub.exit_sources import push
+        from offramp.hub.exit_files import push
 
         address = push(result.exits, push_to_hub, model=result.model)
         if result.model is None:

@@ -116,7 +116,7 @@ def load(
         name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
         local_files_only=local_files_only,
     )  # fmt: skip
-    from offramp.hub.exit_sources import exits_folder
+    from offramp.hub.exit_files import exits_folder
 
     trained = (
         None if exits is None else load_exits(exits_folder(exits, str(name)))

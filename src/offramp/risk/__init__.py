@@ -33,8 +33,8 @@ from offramp.risk.losses import tail as tail
 from offramp.risk.losses import textual_consistency as textual_consistency
 
 # what is promised, and which setting of several sequences is chosen
-from offramp.risk.promise import CRC as CRC
-from offramp.risk.promise import Promised as Promised
+from offramp.risk.search import CRC as CRC
 from offramp.risk.search import Outcome as Outcome
+from offramp.risk.search import Promised as Promised
 from offramp.risk.search import Test as Test
 from offramp.risk.search import search as search
