@@ -40,7 +40,7 @@ from offramp.classifiers.trainer import train_exits
 from offramp.metrics.sets import summarise
 from offramp.report.classifiers import save_classifiers
 from offramp.risk import budgets
-from offramp.risk.classifier_losses import consistency, performance_gap
+from offramp.risk.losses import consistency, performance_gap
 from offramp.runs.files import write_text
 from offramp.runs.tables import markdown
 from offramp.tasks.corruptions import CORRUPTIONS, corrupted

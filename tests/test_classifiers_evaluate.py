@@ -14,8 +14,8 @@ from offramp.classifiers.evaluate import Settings, charged, evaluate
 from offramp.classifiers.method import Fitted, Method, Point, area, curve, interpolate
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.metrics import calibration
-from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade, scores
+from offramp.metrics.intervals import Interval
 from offramp.report.classifiers import save_classifiers
 from offramp.report.drawing import percent
 from offramp.risk import budgets

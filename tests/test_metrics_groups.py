@@ -13,7 +13,7 @@ from offramp.metrics.group_exits import ExitsByGroup, budgets_by_group, exits_by
 from offramp.metrics.group_members import Groups
 from offramp.metrics.group_weights import QUANTILES, minority_rows, weight_diagnostics
 from offramp.metrics.groups import ALL, flip_rate, group_changes, group_report
-from offramp.metrics.seeds import CHANGES, SHARES, compare, holm, paired, summarise_seeds, t_interval
+from offramp.metrics.intervals import CHANGES, SHARES, compare, holm, paired, summarise_seeds, t_interval
 from offramp.metrics.selection import RULES, Epoch, Judged, LabelBudget, choices, judge, select
 from offramp.report.groups import (
     changes_table,

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from eight_bits import rounded_input, rounded_weight
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
-from offramp.native import library as lib
-from offramp.native.build import library
+from offramp.native import kernels as lib
 from offramp.native.cache import NativeCache
+from offramp.native.kernels import library
 from offramp.native.weights import Part, Weights, dequantised, quantised
 from tiny import tiny
 

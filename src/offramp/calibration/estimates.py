@@ -14,7 +14,7 @@ from offramp.calibration.grid import Setting
 from offramp.calibration.promise import Promise
 from offramp.calibration.splits import TEST
 from offramp.evaluation.summary import summarise
-from offramp.metrics.bootstrap import Bootstrap
+from offramp.metrics.intervals import Bootstrap
 
 KEPT = (
     "quality",

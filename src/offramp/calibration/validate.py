@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration.promise import Promise
 from offramp.calibration.spending import Spent
-from offramp.metrics.sets import binomial
+from offramp.metrics.intervals import binomial
 from offramp.risk import CRC
 from offramp.risk.search import judged, recalibrated
 from offramp.runs.results import Result

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.metrics import calibration
-from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import grade
+from offramp.metrics.intervals import Interval
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import PosteriorConfig
 

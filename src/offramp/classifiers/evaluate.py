@@ -16,8 +16,8 @@ from torch import Tensor
 
 from offramp.classifiers.method import METRICS, SHARES, Floats, Method, Point, area, interpolate
 from offramp.metrics import calibration
-from offramp.metrics.bootstrap import Interval
 from offramp.metrics.calibration import Grades, grade, reliability
+from offramp.metrics.intervals import Interval
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
 from offramp.uncertainty.posterior import Posterior

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.metrics.bootstrap import Interval
+from offramp.metrics.intervals import Interval
 
 Floats = NDArray[np.float64]
 METRICS = ("top1", "top5", "nlpd", "ece", "aurc", "augrc", "brier")

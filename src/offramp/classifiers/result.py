@@ -10,7 +10,7 @@ import numpy as np
 
 from offramp.classifiers.evaluate import BASELINE
 from offramp.classifiers.method import SHARES, Fitted, Method, Point
-from offramp.metrics.seeds import spread, t_interval
+from offramp.metrics.intervals import spread, t_interval
 from offramp.runs.results import Result
 from offramp.runs.tables import Table
 

@@ -229,7 +229,7 @@ def _variants(
     from offramp import LanguageModel
     from offramp.cuda.model import CudaError
     from offramp.hub.messages import first_line
-    from offramp.native.build import NativeError
+    from offramp.native.kernels import NativeError
     from offramp.peers import PeerError
     from offramp.values import choice
 
@@ -291,7 +291,7 @@ def _named_peers(names: str | None, pythons: list[str] | None) -> tuple[list[str
 def _probe(lm: LanguageModel) -> Callable[[], float] | None:
     """A read of as many bytes as the weights are; None: there is no compiler for it."""
     from offramp.lm.bandwidth import read_probe
-    from offramp.native.build import NativeError
+    from offramp.native.kernels import NativeError
 
     try:
         return read_probe(sum(weight.nbytes for weight in lm.model.parameters()))

@@ -28,7 +28,7 @@ from offramp.evaluation.records import TaskArm, answer_options, divided_by
 from offramp.evaluation.result import Evaluation
 from offramp.evaluation.rounds import Arm, take_turns
 from offramp.evaluation.summary import PERPLEXITY, summarise
-from offramp.metrics.bootstrap import Bootstrap
+from offramp.metrics.intervals import Bootstrap
 from offramp.metrics.text import reads
 from offramp.report import plots
 from offramp.runs.asked import as_json, read_asked, require_same, write_asked

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from offramp.native.build import library
+from offramp.native.kernels import library
 
 _PASSES = 3
 _WORD = 8  # bytes

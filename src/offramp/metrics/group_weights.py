@@ -14,7 +14,7 @@ from torch import Tensor
 from offramp.metrics.calibration import auroc
 from offramp.metrics.group_members import Groups
 from offramp.metrics.groups import mean_of
-from offramp.metrics.sets import binomial
+from offramp.metrics.intervals import binomial
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 TOO_FEW = 0.005

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offramp.metrics.calibration import grade, reliability
 from offramp.metrics.group_members import Groups
-from offramp.metrics.sets import Share, binomial
+from offramp.metrics.intervals import Share, binomial
 
 SMALLEST = 100
 """Fewest rows for a group to be called the worst."""

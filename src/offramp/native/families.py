@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offramp.families import acting
 from offramp.native.blocks import Attention, Block, FeedForward
-from offramp.native.build import NativeError
+from offramp.native.kernels import NativeError
 from offramp.native.weights import Part
 
 _ATTENTION = ("self_attn", "attention", "attn")

@@ -26,12 +26,11 @@ from offramp.families.block_calls import rotation
 from offramp.families.head_ids import HeadIds
 from offramp.families.state import Context, HeadRows, Skipped, State
 from offramp.native import blocks
-from offramp.native import library as lib
+from offramp.native import kernels as lib
 from offramp.native.blocks import Turning
-from offramp.native.build import NativeError, library
 from offramp.native.cache import Memory, NativeCache, Places, own_slots, places_of
 from offramp.native.families import FAMILIES, parts, require_plain
-from offramp.native.library import Threads, address
+from offramp.native.kernels import NativeError, Threads, address, library
 from offramp.native.stretch import Drafted, Stretch, draft, plain_embeddings
 from offramp.native.weights import Part, Weights
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from offramp.core.policy import DRAFTER
 from offramp.families.state import Context, Frame, Skipped
-from offramp.native import library as lib
+from offramp.native import kernels as lib
 from offramp.native.cache import places_of
-from offramp.native.library import address
+from offramp.native.kernels import address
 
 # ---------------------------------------------------------------- drafts
 

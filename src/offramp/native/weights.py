@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from offramp.native import library as lib
-from offramp.native.build import NativeError
+from offramp.native import kernels as lib
+from offramp.native.kernels import NativeError
 
 # ---------------------------------------------------------------- in eight bits
 

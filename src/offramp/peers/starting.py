@@ -25,8 +25,8 @@ import torch
 
 from offramp.core.language_model import LanguageModel
 from offramp.hub.messages import first_line
-from offramp.hub.packaged import cache_folder, sole_maker
-from offramp.native.build import processor
+from offramp.hub.model_sources import cache_folder, sole_maker
+from offramp.native.kernels import processor
 from offramp.peers.process import Peer, PeerError
 from offramp.peers.weights import FORMATS, gguf_file, model_folder, require_llama
 from offramp.runs.files import replace_folder

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from offramp.evaluation.result import Evaluation
     from offramp.evaluation.summary import ArmSummary
     from offramp.lm.bench_results import Bench
-    from offramp.metrics.bootstrap import Interval
+    from offramp.metrics.intervals import Interval
 
 
 def save_bench(bench: Bench, folder: Path) -> list[Path]:

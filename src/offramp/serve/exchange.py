@@ -25,9 +25,8 @@ from offramp.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
-    from offramp.serve.preparing import Ready
     from offramp.serve.requests import Wanted
-    from offramp.serve.serving import Serving
+    from offramp.serve.serving import Ready, Serving
 
 LEFT = 499
 """What is counted for a client that left; nobody reads it."""
