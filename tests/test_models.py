@@ -22,10 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from offramp import ExitPolicy
 from offramp.core import language_model
-from offramp.hub.catalogue import PACKAGED, Packaged
 from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import packaged_folder
 from offramp.hub.models import load
+from offramp.hub.pretrained import PACKAGED, Packaged
 
 WEIGHTS = b"stands for a GGUF file"
 TOY = Packaged(

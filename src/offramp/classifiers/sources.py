@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from offramp.hub.catalogue import Source
 from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import find
-from offramp.hub.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.hub.pretrained import Source, config_of, loading, model_of, tokenizer_of
 from offramp.runs.bounded import read_object
 
 PREPROCESSING = "preprocessor_config.json"

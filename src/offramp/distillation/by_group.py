@@ -16,9 +16,8 @@ from offramp.distillation.config import Run
 from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import rows_for
 from offramp.distillation.teacher import load_logits, logits_of_all
-from offramp.metrics.group_exits import budgets_by_group
-from offramp.metrics.group_members import Groups
-from offramp.metrics.groups import group_changes, group_report
+from offramp.metrics.group_effects import budgets_by_group, group_changes
+from offramp.metrics.groups import Groups, group_report
 from offramp.risk.budgets import leave
 from offramp.runs.bounded import parsed
 from offramp.runs.tensor_files import read_tensors, write_tensors

@@ -22,9 +22,8 @@ from offramp.distillation.history import History
 from offramp.distillation.networks import begun_from
 from offramp.distillation.parts import Parts
 from offramp.distillation.results import budget_of
-from offramp.metrics.group_exits import exits_by_group
-from offramp.metrics.group_members import Groups
-from offramp.metrics.groups import flip_rate
+from offramp.metrics.group_effects import exits_by_group
+from offramp.metrics.groups import Groups, flip_rate
 from offramp.metrics.selection import SPLITS, WITH_GROUPS, LabelBudget, judge
 from offramp.risk.budgets import leave
 from offramp.runs.bounded import read_object

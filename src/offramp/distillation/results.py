@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from offramp.distillation.config import SCHEMA
 from offramp.distillation.history import AGAIN
 from offramp.distillation.methods import METHODS
-from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
+from offramp.metrics.group_effects import BudgetByGroup, ExitsByGroup, GroupChange
 from offramp.metrics.group_weights import ReadoutDiagnostics, WeightDiagnostics
-from offramp.metrics.groups import SMALLEST, GroupChange, GroupNumbers, GroupReport
+from offramp.metrics.groups import SMALLEST, GroupNumbers, GroupReport
 from offramp.metrics.intervals import CHANGES, SHARES, Share, binomial, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget
 from offramp.runs.bounded import read_object

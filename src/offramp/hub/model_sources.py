@@ -17,8 +17,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from offramp.hub.catalogue import PACKAGED, Packaged, Source, choices
 from offramp.hub.messages import ModelError, first_line, quiet, say
+from offramp.hub.pretrained import PACKAGED, Packaged, Source, choices
 from offramp.runs.digests import of_file
 
 _MIB = 1 << 20

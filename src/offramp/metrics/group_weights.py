@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from offramp.metrics.calibration import auroc
-from offramp.metrics.group_members import Groups
-from offramp.metrics.groups import mean_of
+from offramp.metrics.groups import Groups, mean_of
 from offramp.metrics.intervals import binomial
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

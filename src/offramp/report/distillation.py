@@ -27,9 +27,8 @@ from offramp.distillation.results import (
     truncated_in,
     weights_of,
 )
-from offramp.metrics.group_exits import ExitsByGroup
-from offramp.metrics.group_members import Groups
-from offramp.metrics.groups import GroupReport
+from offramp.metrics.group_effects import ExitsByGroup
+from offramp.metrics.groups import GroupReport, Groups
 from offramp.report.blocks import Block, Page, Picture, Section, Text, draw, repeat
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, legend, percent
 from offramp.report.grids import by_method, tables_of, teachers_of

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from offramp.serve.requests import Wanted
 
 
-# ---------------------------------------------------------------- from what a request wants to what the batch is asked for
+# ---------------------------------------------------------------- from a request to what the batch is asked for
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from offramp.metrics.group_members import UNKNOWN, Groups
+from offramp.metrics.groups import UNKNOWN, Groups
 from offramp.tasks.group_images import SquareImages, existing_images
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.image_files import look_at, tell
