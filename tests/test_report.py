@@ -19,8 +19,9 @@ from offramp.calibration import Promise, calibrate, decoded
 from offramp.evaluation import Evaluation, Passage, evaluate_perplexity, read_records
 from offramp.lm.probe import probe
 from offramp.lm.probe_result import Probe
-from offramp.report import evaluation, report, training
+from offramp.report import evaluation, training
 from offramp.report.blocks import Picture, inline
+from offramp.report.html import report
 from offramp.runs.files import write_json
 from offramp.runs.folder import RunFolder
 from offramp.runs.lines import read_lines, write_lines
