@@ -22,13 +22,33 @@ from offramp.cuda.segment import Ahead
 from offramp.families.cache import LayerCache
 from offramp.families.state import Context
 
+_LEAST = 128  # slots of a row; beyond them the capacity doubles, and all graphs are captured anew
+
+
+class FixedLayer(LayerCache):
+    """A layer whose buffers [B, H, capacity, D_head] stay where they are, also when a batch is forgotten."""
+
+    def _buffers(self, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._keys is None or self._values is None:
+            shape = (self.batch, like.shape[1], capacity, like.shape[-1])
+            with torch.inference_mode(False):  # they outlive the generation, whichever mode it is in
+                options: Any = {"dtype": like.dtype, "device": like.device}
+                self._keys, self._values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        return self._keys, self._values
+
+    def clear(self) -> None:
+        """Forget what was written: a NaN would get past any mask."""
+        self.length, self.rows = 0, slice(0, self.batch)
+        if self._keys is not None and self._values is not None:
+            self._keys.zero_()
+            self._values.zero_()
+
+
 # ---------------------------------------------------------------- what is heard of an encoder
 
-_LEAST_HEARD = 128  # tokens of the encoder's input
 
-
-class HeardLayer(LayerCache):
-    """Cross-attention of one layer: buffers [B, H, capacity, D_head], of which segments get all.
+class HeardLayer(FixedLayer):
+    """Cross-attention of one layer, of which segments get the whole buffers.
 
     Args:
         heard: That it belongs to.
@@ -50,21 +70,11 @@ class HeardLayer(LayerCache):
         return self._values if self._heard.in_segment and self._values is not None else super().values
 
     def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            shape = (self.batch, like.shape[1], self._heard.capacity, like.shape[-1])
-            with torch.inference_mode(False):  # they outlive the generation, whichever mode it is in
-                options: Any = {"dtype": like.dtype, "device": like.device}
-                self._keys, self._values = torch.zeros(shape, **options), torch.zeros(shape, **options)
-        return self._keys, self._values
+        return self._buffers(self._heard.capacity, like)
 
-    def clear(self, *, forget: bool) -> None:
-        """Have nothing heard; `forget` the buffers, too, which then come back in another size."""
-        self.length, self.rows = 0, slice(0, self.batch)
-        if forget:
-            self._keys = self._values = None
-        elif self._keys is not None and self._values is not None:
-            self._keys.zero_()
-            self._values.zero_()
+    def drop(self) -> None:
+        """Have no buffers: they come back in another size."""
+        self._keys = self._values = None
 
 
 class Heard:
@@ -82,7 +92,7 @@ class Heard:
     """
 
     def __init__(self, cache: Cache, states: Tensor) -> None:
-        self.capacity, self.in_segment = _LEAST_HEARD, False
+        self.capacity, self.in_segment = _LEAST, False
         self.layers = [HeardLayer(self, len(states)) for _ in cache.layers]
         self.past = EncoderDecoderCache(cache, Cache(layers=self.layers))
         self.mask = self._new_mask(states)
@@ -105,7 +115,9 @@ class Heard:
         while self.capacity < length:
             self.capacity *= 2
         for layer in self.layers:
-            layer.clear(forget=moves)
+            if moves:
+                layer.drop()
+            layer.clear()
         if moves:
             self.mask = self._new_mask(self.mask)
         least = torch.finfo(self.mask.dtype).min
@@ -116,11 +128,9 @@ class Heard:
 
 # ---------------------------------------------------------------- what was generated
 
-_LEAST = 128  # slots; beyond them the capacity doubles, and all graphs are captured anew
 
-
-class SlotLayer(LayerCache):
-    """One layer of a `Memory`: buffers [B, H, capacity, D_head].
+class SlotLayer(FixedLayer):
+    """One layer of a `Memory`.
 
     Args:
         memory: That it belongs to.
@@ -144,12 +154,7 @@ class SlotLayer(LayerCache):
 
     def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
         self._memory.reserve(slots)
-        if self._keys is None or self._values is None:
-            shape = (self.batch, like.shape[1], self._memory.capacity, like.shape[-1])
-            with torch.inference_mode(False):  # they outlive the generation, whichever mode it is in
-                options: Any = {"dtype": like.dtype, "device": like.device}
-                self._keys, self._values = torch.zeros(shape, **options), torch.zeros(shape, **options)
-        return self._keys, self._values
+        return self._buffers(self._memory.capacity, like)
 
     @property
     def exists(self) -> bool:
@@ -166,13 +171,6 @@ class SlotLayer(LayerCache):
         keys[:, :, : self._keys.shape[2]] = self._keys
         values[:, :, : self._values.shape[2]] = self._values
         self._keys, self._values = keys, values
-
-    def clear(self) -> None:
-        """Forget what was written: a NaN would get past any mask."""
-        self.length, self.rows = 0, slice(0, self.batch)
-        if self._keys is not None and self._values is not None:
-            self._keys.zero_()
-            self._values.zero_()
 
 
 class Memory:

@@ -39,11 +39,6 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8), scales
 
 
-def dequantised(values: Tensor, scales: Tensor, cols: int) -> Tensor:
-    """The weights, float32 [R, `cols`], that `quantised` ones stand for."""
-    return (values * scales[:, :, None, None].float()).flatten(1)[:, :cols]
-
-
 def side_by_side(values: Tensor, scales: Tensor) -> Tensor:
     """Each row's blocks one after another, as one stream of memory.
 

@@ -45,8 +45,8 @@ def class_scores(given: ExitOutputs | Tensor, kind: ClassScore = "complement") -
     return raps(probabilities) if kind == "raps" else 1 - probabilities
 
 
-def raps(probabilities: Tensor, *, penalty: float = 0.01, free: int = 5) -> Tensor:
-    """Probability mass down to and including a class, and a penalty for each rank beyond the first few.
+def raps(probabilities: Tensor) -> Tensor:
+    """Probability mass down to and including a class, and a penalty of 0.01 for each rank beyond the first five.
 
     Angelopoulos et al. (2021), "Uncertainty Sets for Image Classifiers using Conformal Prediction", without its
     randomisation; constants as in the baseline of Jazbec et al. (2024). Of classes that are as probable, the lower one
@@ -56,7 +56,7 @@ def raps(probabilities: Tensor, *, penalty: float = 0.01, free: int = 5) -> Tens
         Of [..., C], the same shape, float64.
     """
     ordered, order = probabilities.double().sort(dim=-1, descending=True, stable=True)
-    extra = penalty * (torch.arange(1, probabilities.shape[-1] + 1) - free).clamp(min=0)
+    extra = 0.01 * (torch.arange(1, probabilities.shape[-1] + 1) - 5).clamp(min=0)
     ranked = ordered.cumsum(dim=-1) + extra.double()
     return torch.empty_like(ranked).scatter(-1, order, ranked)
 
