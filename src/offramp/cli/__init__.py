@@ -176,7 +176,7 @@ def _warned() -> Iterator[None]:
                 told.add(text)
                 note(f"note: {text}")
 
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         yield
 
