@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp.metrics.group_effects import ALL, ExitsByGroup, budgets_by_group, exits_by_group, group_changes
-from offramp.metrics.group_weights import QUANTILES, minority_rows, weight_diagnostics
+from offramp.metrics.group_effects import (
+    ALL,
+    QUANTILES,
+    ExitsByGroup,
+    budgets_by_group,
+    exits_by_group,
+    group_changes,
+    minority_rows,
+    weight_diagnostics,
+)
 from offramp.metrics.groups import Groups, flip_rate, group_report
 from offramp.metrics.intervals import CHANGES, SHARES, compare, holm, paired, summarise_seeds, t_interval
 from offramp.metrics.selection import RULES, Epoch, Judged, LabelBudget, choices, judge, select

@@ -23,14 +23,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from offramp.cli.bench import bench
+from offramp.cli.bench import bench, probe
 from offramp.cli.calibrate import calibrate
 from offramp.cli.classifiers import calibrate_classifier, classify, evaluate_classifier, train_classifier
 from offramp.cli.distill import distill, distill_language_model
 from offramp.cli.evaluate import evaluate, evaluate_harness
 from offramp.cli.generate import generate
 from offramp.cli.options import note
-from offramp.cli.probe import probe
 from offramp.cli.report import report
 from offramp.cli.serve import serve
 from offramp.cli.train import train

@@ -199,7 +199,7 @@ def distill_language_model(
     offramp distill …` divides each step among processes.
     """
     import offramp
-    from offramp.hub.devices import process_device
+    from offramp.hub.pretrained import process_device
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 

@@ -108,7 +108,7 @@ def evaluate(
     """
     import offramp
     from offramp.evaluation import static_sweep
-    from offramp.hub.devices import process_device
+    from offramp.hub.pretrained import process_device
     from offramp.lm.given import run_folder
 
     what = _asked(task, languages)

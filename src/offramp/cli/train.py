@@ -124,7 +124,7 @@ def train(
     `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
     import offramp
-    from offramp.hub.devices import process_device
+    from offramp.hub.pretrained import process_device
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 

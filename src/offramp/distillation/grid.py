@@ -25,7 +25,7 @@ from offramp.distillation.history import AGAIN
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import read_result
 from offramp.distillation.teacher import require_unseen
-from offramp.hub.devices import named_device
+from offramp.hub.pretrained import named_device
 from offramp.runs.asked import as_json, differences, read_asked, require_same, write_asked
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import of_file

@@ -21,7 +21,7 @@ from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.confidence import gap as margin
 from offramp.distillation.readout import ReadoutConfig, read, states_at, teach
 from offramp.distillation.signals import SETS, SIGNALS, Evidence, excluded, share_of_rank, signal
-from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
+from offramp.metrics.group_effects import ReadoutDiagnostics, readout_diagnostics
 from offramp.values import choice
 
 GATES = ("wrong", "all", "correct", "excluded", "uncertain")

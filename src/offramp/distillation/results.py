@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from offramp.distillation.config import SCHEMA
 from offramp.distillation.history import AGAIN
 from offramp.distillation.methods import METHODS
-from offramp.metrics.group_effects import BudgetByGroup, ExitsByGroup, GroupChange
-from offramp.metrics.group_weights import ReadoutDiagnostics, WeightDiagnostics
+from offramp.metrics.group_effects import (
+    BudgetByGroup,
+    ExitsByGroup,
+    GroupChange,
+    ReadoutDiagnostics,
+    WeightDiagnostics,
+)
 from offramp.metrics.groups import SMALLEST, GroupNumbers, GroupReport
 from offramp.metrics.intervals import CHANGES, SHARES, Share, binomial, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget

@@ -40,7 +40,7 @@ from offramp.distillation.instance_weights import InstanceWeights, new_weights, 
 from offramp.distillation.judging import judged, outputs_of, record
 from offramp.distillation.networks import States, begun_from, build, require_same_classes, rows_for
 from offramp.distillation.parts import Parts, parts_of
-from offramp.metrics.group_weights import weight_diagnostics
+from offramp.metrics.group_effects import weight_diagnostics
 from offramp.runs.codec import encode
 from offramp.runs.digests import fingerprint, sealed
 from offramp.runs.files import write_json

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, get_args
 
 from offramp.core.engine import Engines
-from offramp.hub.devices import DTYPES, named_device, named_dtype
 from offramp.hub.exit_files import load_exits, require_made_for
 from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import find
-from offramp.hub.pretrained import PACKAGED, config_of, loading, model_of, tokenizer_of
+from offramp.hub.pretrained import (
+    DTYPES,
+    PACKAGED,
+    config_of,
+    loading,
+    model_of,
+    named_device,
+    named_dtype,
+    tokenizer_of,
+)
 from offramp.values import choice, listed
 
 if TYPE_CHECKING:

@@ -1,4 +1,6 @@
-"""What models are named by, and the only place where `transformers` loads any: what holds for one load holds for all.
+"""Loading models: what they are named by, where they run, and the only place where `transformers` loads any.
+
+What holds for one load holds for all: one rule for devices and number formats in all functions and commands.
 
 No code from a folder or from the hub is run, and nobody is asked on the terminal whether it may be.
 """
@@ -9,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from offramp.hub.messages import ModelError, first_line, quiet
-from offramp.values import nearest
+from offramp.values import choice, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -185,3 +187,56 @@ def inside_peft(model: Any) -> PreTrainedModel:
         raise ValueError(f"a PeftModel of type {kind} prepends tokens to every prompt, which is not supported here")
     inside = model.get_base_model()
     return inside
+
+
+# ---------------------------------------------------------------- where they run
+
+
+T = TypeVar("T")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Number formats a model can be loaded in."""
+
+
+def named_device(device: str | int | torch.device | None = None) -> torch.device:
+    """The device of that name or number; None: the first CUDA GPU (ROCm's count as such), else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu", *([accelerator.type] if accelerator else [])]
+    if device is None:  # others are named: mps has no float64, in which statistics are summed
+        return torch.device("cuda" if "cuda" in known else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    count = torch.accelerator.device_count() if accelerator else 0
+    if chosen is None or chosen.type not in known or (chosen.type != "cpu" and (chosen.index or 0) >= count):
+        raise ValueError(f"device {str(device)!r} is not available on this machine; choose one of {', '.join(known)}")
+    return chosen
+
+
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A supported dtype by name, or itself."""
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    choice("dtype", name, DTYPES)
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
+def process_device(device: str | None) -> tuple[Any, torch.device]:
+    """`accelerate`'s state, and where this process runs: `named_device`, or of several each on a GPU of its own."""
+    from accelerate import PartialState
+
+    chosen = named_device(device)
+    state = PartialState(cpu=chosen.type == "cpu")
+    return state, state.device if state.num_processes > 1 else chosen
+
+
+def agreed(value: T) -> T:
+    """What the first of several processes found, for all of them; for one alone what it found."""
+    from accelerate.utils import broadcast_object_list
+
+    found: T = broadcast_object_list([value])[0]
+    return found

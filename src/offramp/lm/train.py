@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.hub.devices import agreed
+from offramp.hub.pretrained import agreed
 from offramp.lm.documents import documents_of
 from offramp.lm.given import Data, File, Prompts, TaskName, Texts, run_folder
 from offramp.runs.codec import encode

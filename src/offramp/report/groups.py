@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from offramp.metrics.group_effects import BudgetByGroup, ExitsByGroup, GroupChange
-from offramp.metrics.group_weights import TOO_FEW, TOO_MANY, ReadoutDiagnostics, WeightDiagnostics
+from offramp.metrics.group_effects import (
+    TOO_FEW,
+    TOO_MANY,
+    BudgetByGroup,
+    ExitsByGroup,
+    GroupChange,
+    ReadoutDiagnostics,
+    WeightDiagnostics,
+)
 from offramp.metrics.groups import GroupReport
 from offramp.metrics.intervals import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, choices

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from offramp.core.running import Asked
-from offramp.serve.errors import ApiError
+from offramp.serve.requests import ApiError
 
 if TYPE_CHECKING:
     from offramp.core.running import Emitted

@@ -26,10 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp import __version__
 from offramp.report.drawing import colours
-from offramp.serve.errors import ApiError
 from offramp.serve.exchange import LEFT, Exchange
 from offramp.serve.metrics import CONTENT_TYPE
-from offramp.serve.requests import parse
+from offramp.serve.requests import ApiError, parse
 
 if TYPE_CHECKING:
     from offramp.serve.metrics import Metrics

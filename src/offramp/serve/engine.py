@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offramp.serve.answer import Answer, Finished
-from offramp.serve.errors import ApiError, failed, late, stopping
+from offramp.serve.requests import ApiError, failed, late, stopping
 
 if TYPE_CHECKING:
     from offramp.core.running import Emitted, RunningBatch

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from offramp.core.running import OWN
 from offramp.serve.answer import Answer, Event, Finished, Piece
-from offramp.serve.errors import ApiError
+from offramp.serve.requests import ApiError
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel

@@ -21,7 +21,7 @@ from offramp.core.generation_options import in_effect
 from offramp.core.running import OWN
 from offramp.risk import lower_limit, wealth
 from offramp.serve.answer import Answer, Event
-from offramp.serve.errors import ApiError
+from offramp.serve.requests import ApiError
 
 if TYPE_CHECKING:
     from offramp.calibration.certificate import Certificate

@@ -16,9 +16,9 @@ from offramp.core.running import OWN, Asked, RunningBatch
 from offramp.core.sampling import ends_of
 from offramp.serve.answer import FullDepth
 from offramp.serve.engine import Engine
-from offramp.serve.errors import ApiError
 from offramp.serve.metrics import Metrics
 from offramp.serve.promise import Standing, Watch
+from offramp.serve.requests import ApiError
 
 if TYPE_CHECKING:
     from offramp.calibration.certificate import Certificate
