@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from offramp.evaluation import FULL, Evaluation, Record, read_records, summarise
-from offramp.metrics.bootstrap import Bootstrap
+from offramp.metrics.intervals import Bootstrap
 from offramp.runs.results import RESULTS
 from offramp.runs.tables import markdown
 

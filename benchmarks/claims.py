@@ -16,7 +16,7 @@ from baseline import records_of
 from figures import Rule, by_layer, named, together
 
 from offramp.evaluation import Evaluation, Record, summarise
-from offramp.metrics.bootstrap import Bootstrap, Interval
+from offramp.metrics.intervals import Bootstrap, Interval
 from offramp.runs.tables import markdown
 
 PAIRS: tuple[tuple[Rule, Rule], ...] = (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from offramp.classifiers.certify import RowPromise, Trials
-from offramp.metrics.sets import binomial
+from offramp.metrics.intervals import binomial
 from offramp.risk.search import judged, recalibrated
 from offramp.runs.results import Result
 from offramp.values import check_level

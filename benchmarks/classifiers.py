@@ -38,9 +38,9 @@ from offramp.classifiers.outputs import load_outputs
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.trainer import train_exits
 from offramp.metrics.sets import summarise
-from offramp.report.classifier_plots import save_classifiers
+from offramp.report.classifiers import save_classifiers
 from offramp.risk import budgets
-from offramp.risk.classifier_losses import consistency, performance_gap
+from offramp.risk.losses import consistency, performance_gap
 from offramp.runs.files import write_text
 from offramp.runs.tables import markdown
 from offramp.tasks.images import CORRUPTIONS, FASHION, corrupted, read_idx
@@ -58,8 +58,8 @@ from offramp.uncertainty import (
     nested_conformal,
     per_exit,
 )
-from offramp.uncertainty.conformal_scores import class_scores, label_scores
-from offramp.uncertainty.posterior import METHODS
+from offramp.uncertainty.one_exit import METHODS
+from offramp.uncertainty.per_exit import class_scores, label_scores
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGES = ROOT / "runs" / "results", ROOT / "docs" / "results"

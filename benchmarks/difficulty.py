@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from offramp.metrics.seeds import CHANGES, Paired, Spread, paired, spread
+from offramp.metrics.intervals import CHANGES, Paired, Spread, paired, spread
 from offramp.runs.tables import markdown
 from offramp.tasks.group_sets import GroupedSet
 

@@ -31,7 +31,7 @@ import offramp
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
 from offramp.distillation.config import bundled, study_from
 from offramp.distillation.results import Result, results_in
-from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, holm, paired, spread
+from offramp.metrics.intervals import CHANGES, SIGNIFICANT, Paired, holm, paired, spread
 from offramp.report.drawing import require_matplotlib, save_figures
 from offramp.report.grids import (
     by_method,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.evaluation import FULL, ArmSummary, Evaluation
-from offramp.metrics.bootstrap import Interval
+from offramp.metrics.intervals import Interval
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, save_figures
 from offramp.runs.tables import markdown
 

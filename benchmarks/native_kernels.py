@@ -17,8 +17,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from offramp.native.build import library
-from offramp.native.library import address
+from offramp.native.kernels import address, library
 from offramp.native.model import NativeModel
 from offramp.runs.tables import markdown
 

@@ -29,7 +29,8 @@ from nested_synthetic import (
 )
 
 import offramp
-from offramp.metrics.sets import SetSummary, binomial
+from offramp.metrics.intervals import binomial
+from offramp.metrics.sets import SetSummary
 from offramp.report.drawing import BLUE, GREEN, GREY, ORANGE, footnote, headed, require_matplotlib, save_figures
 from offramp.runs.tables import markdown
 from offramp.uncertainty.monotone import DELTAS

@@ -21,14 +21,14 @@ from offramp.uncertainty import (
     avcs_regression,
     bayesian_regression,
     caching_anytime,
+    exits_by_size,
     nested_conformal,
     per_exit,
     product_anytime,
-    set_exits,
     violations,
 )
 from offramp.uncertainty.avcs_regression import Validity
-from offramp.uncertainty.conformal_scores import class_scores, label_scores, residuals
+from offramp.uncertainty.per_exit import class_scores, label_scores, residuals
 from offramp.uncertainty.sets import Sets
 
 ALPHA, DEPTH, WIDTH = 0.05, 15, 20
@@ -231,7 +231,7 @@ def classification(rows: int, seed: int) -> Classification:
     exits = {}
     for key in ("AVCS", "RAPS, intersection", "nested conformal, 1 - p, equalised"):
         for empty in ("continue", "stop", "abstain"):
-            taken = set_exits.apply(sets[key], SetExitConfig(empty=empty))
+            taken = exits_by_size(sets[key], SetExitConfig(empty=empty))
             at = taken.exits.unsqueeze(0)
             correct = right.gather(0, at)[0]
             covered = sets[key].contains(test.labels).gather(0, at)[0]

@@ -15,7 +15,7 @@ import offramp
 from offramp import ExitPolicy
 from offramp.calibration import Calibration, Grid, Promise, calibrate
 from offramp.core.policy import DRAFTS
-from offramp.metrics.bootstrap import Bootstrap, Interval
+from offramp.metrics.intervals import Bootstrap, Interval
 from offramp.report.html import report
 from offramp.runs.machine import describe
 from offramp.runs.progress import progress

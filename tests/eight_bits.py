@@ -4,7 +4,12 @@ import math
 
 import torch
 
-from offramp.native.quantisation import dequantised, quantised
+from offramp.native.weights import quantised
+
+
+def dequantised(values, scales, cols):
+    """The weights, float32 [R, `cols`], that `quantised` ones stand for."""
+    return (values * scales[:, :, None, None].float()).flatten(1)[:, :cols]
 
 
 def rounded_weight(weight):

@@ -6,8 +6,7 @@ import pytest
 
 import offramp
 from offramp.core.policy import DRAFTS
-from offramp.hub.exit_files import WEIGHTS, load_exits
-from offramp.hub.exit_sources import BUNDLED, exits_folder
+from offramp.hub.exit_files import BUNDLED, WEIGHTS, exits_folder, load_exits
 
 
 def test_they_are_small_and_say_how_they_were_trained():

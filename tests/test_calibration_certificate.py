@@ -11,8 +11,8 @@ from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
 from offramp.calibration.statement import COSTS_MORE, UNSURE
 from offramp.core.exits import Exits
+from offramp.report import calibration as page
 from offramp.report import drawing
-from offramp.report.pages import calibration as page
 from offramp.runs.resume import write_lines
 from offramp.tasks import TASKS
 from scripted_calibration import BASE, GRID, TASK, Script, at_most, examples, model

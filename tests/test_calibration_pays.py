@@ -26,8 +26,8 @@ from offramp.calibration import (
 from offramp.calibration.grid import chains_of, paths_of, plain_policies, static_layers_of
 from offramp.calibration.promise import cost
 from offramp.core.exits import Exits
+from offramp.report import calibration as page
 from offramp.report import drawing
-from offramp.report.pages import calibration as page
 from offramp.risk import search
 from offramp.runs.digests import of as digest
 from scripted_calibration import BASE, GRID, JOINT, TASK, Script, at_most, examples, model

@@ -10,8 +10,8 @@ from offramp.calibration import Promise, calibrate, decoded, load
 from offramp.calibration.promise import Room, room_of
 from offramp.evaluation import Record
 from offramp.metrics.text import METRICS
+from offramp.report import calibration as page
 from offramp.report import drawing
-from offramp.report.pages import calibration as page
 from offramp.tasks import TASKS, Example, read_examples
 from scripted_calibration import BASE, GRID, model
 from tiny import LAYERS

@@ -25,7 +25,8 @@ from offramp.classifiers.loading import load
 from offramp.classifiers.result import ClassifierEvaluation
 from offramp.classifiers.splits import IMAGES, TEXTS, DataConfig, divide, record
 from offramp.metrics.calibration import grade
-from offramp.risk import budgets, classifier_losses
+from offramp.risk import budgets
+from offramp.risk.losses import performance_gap
 from offramp.runs import artefact
 from offramp.runs.tensor_files import read_tensors, write_tensors
 from offramp.uncertainty import nested_conformal
@@ -237,7 +238,7 @@ def test_the_certificate_is_about_the_calibrate_rows_and_checked_on_the_test_row
     mine = p.argmax(-1)[exits, torch.arange(rows.rows)] == rows.labels
     assert result.kept["loss"] == pytest.approx(float((right.double() - mine.double()).mean()))
     assert result.kept["loss"] == result.kept["losses"]["last-exit"]
-    losses = classifier_losses.performance_gap(p, rows.labels)[exits, torch.arange(rows.rows)]
+    losses = performance_gap(p, rows.labels)[exits, torch.arange(rows.rows)]
     assert result.kept["losses"]["posterior"] == pytest.approx(float(losses.mean()))
     costs = charged(rows.costs, result.calibrated.posterior)
     assert result.kept["saving"] == pytest.approx(1 - float(costs[exits].mean()) / rows.full_cost)

@@ -11,8 +11,7 @@ from classifier_data import save_bert, save_resnet, write_idx, write_texts
 from offramp import cli
 from offramp.classifiers.loading import load
 from offramp.classifiers.splits import TASKS
-from offramp.cli import by_task
-from offramp.report.pages import pages_of
+from offramp.report.html import pages_of
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 
@@ -300,7 +299,7 @@ def test_texts_from_training_to_answers(texts):
 
 
 def test_usage_lines_show_the_command_that_was_typed(images):
-    for command in by_task.OF_CLASSIFIERS:
+    for command in cli.OF_CLASSIFIERS:
         run = offramp(command, "--task", IMAGES, "--nonsense", status=2)
         assert f"Usage: offramp {command} --task {IMAGES} [OPTIONS]" in " ".join(run.output.split())
         assert f"{command}-classifier" not in run.output
@@ -311,7 +310,7 @@ def test_usage_lines_show_the_command_that_was_typed(images):
 
 def test_the_task_chooses_the_options():
     assert all("classif" in task for task in TASKS)
-    for command in by_task.OF_CLASSIFIERS:
+    for command in cli.OF_CLASSIFIERS:
         plain = offramp(command, "--help").stdout
         for form in ((command, "--task", TEXTS), (command, f"--task={IMAGES}"), (f"{command}-classifier",)):
             help_ = offramp(*form, "--help").stdout

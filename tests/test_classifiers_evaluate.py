@@ -12,10 +12,10 @@ from scipy import stats
 
 from offramp.classifiers.evaluate import Fitted, Method, Point, Settings, area, charged, curve, evaluate, interpolate
 from offramp.classifiers.result import ClassifierEvaluation
-from offramp.metrics import resampled
-from offramp.metrics.bootstrap import Interval
+from offramp.metrics import calibration
 from offramp.metrics.calibration import grade, scores
-from offramp.report.classifier_plots import save_classifiers
+from offramp.metrics.intervals import Interval
+from offramp.report.classifiers import save_classifiers
 from offramp.report.drawing import percent
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs
@@ -208,16 +208,16 @@ def test_metrics_of_resamples_are_those_of_repeated_rows(ties):
     p = THRESHOLD.logits[0].double().softmax(-1)
     p = (p * 5).round().clamp(min=0.5) if ties else p
     p = p / p.sum(-1, keepdim=True)
-    weights = resampled.draws(150, 4, seed=2)
+    weights = calibration.resample(150, 4, seed=2)
     assert weights.sum(axis=1).tolist() == [150] * 5
-    found = resampled.scores(grade(p, THRESHOLD.labels), weights, 10)
+    found = calibration.resampled_scores(grade(p, THRESHOLD.labels), weights, 10)
     for column, weight in enumerate(weights):
         chosen = torch.as_tensor(weight).long()
         repeated = scores(grade(p.repeat_interleave(chosen, 0), THRESHOLD.labels.repeat_interleave(chosen)), bins=10)
         for metric, values in found.items():
             assert values[column] == pytest.approx(repeated[metric], abs=1e-12 if not column else 2e-6), metric
     with pytest.raises(ValueError, match="there are 0 rows"):
-        resampled.draws(0, 1)
+        calibration.resample(0, 1)
 
 
 def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say():
@@ -226,7 +226,7 @@ def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say():
     for seed in range(100):
         right = torch.rand(200, generator=torch.Generator().manual_seed(seed)) < 0.8
         p = torch.tensor([[0.9, 0.1]], dtype=torch.float64).expand(200, 2)
-        values = resampled.scores(grade(p, (~right).long()), resampled.draws(200, 300, seed))["top1"]
+        values = calibration.resampled_scores(grade(p, (~right).long()), calibration.resample(200, 300, seed))["top1"]
         interval = Interval.of(values)
         missed += not interval.low <= 0.8 <= interval.high
     assert missed <= 13
@@ -377,7 +377,7 @@ def test_pictures_and_files(evaluation, tmp_path):
 
 
 def test_pictures_show_the_figures(evaluation):
-    plots = pytest.importorskip("offramp.report.classifier_plots")
+    plots = pytest.importorskip("offramp.report.classifiers")
     pytest.importorskip("matplotlib")
     figure = plots.curves_figure(evaluation, "clean")
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}

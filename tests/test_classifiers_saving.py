@@ -13,7 +13,7 @@ from offramp import load as load_language_model
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.loading import load
 from offramp.families.backbone import HeadConfig
-from offramp.hub.catalogue import PACKAGED, Packaged
+from offramp.hub.pretrained import PACKAGED, Packaged
 from offramp.runs.tensor_files import claimed_header, write_tensors
 from sealing import rewrite
 from tiny import tokenizer

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from offramp.cli.show import Painter
+from offramp.cli.generate import Painter
 
 
 class Bytes:

@@ -7,9 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from offramp import __version__
-from offramp.cli import app
-from offramp.cli.by_task import EARLIER
-from offramp.cli.from_fields import field_docs
+from offramp.cli import EARLIER, app
+from offramp.cli.options import field_docs
 from offramp.training.config import TrainConfig
 
 GROUP = typer.main.get_command(app)

@@ -12,8 +12,8 @@ from offramp import ExitPolicy, LanguageModel
 from offramp.core.decoding import batch_of, decode
 from offramp.core.running import RunningBatch
 from offramp.core.sampling import Sampler
-from offramp.cuda.ahead import Ahead, Launch
 from offramp.cuda.model import FAMILIES, CudaError, CudaModel
+from offramp.cuda.segment import Ahead, Launch
 from offramp.families import SplitModel
 from offramp.families.state import Frame, State
 from offramp.lm.scripted import Script, Scripted

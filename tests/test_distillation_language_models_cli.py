@@ -12,7 +12,7 @@ from offramp import cli
 from offramp.distillation.language_models import distil
 from offramp.distillation.texts import entry_documents, group_names, read_entries, read_prompts
 from offramp.distillation.token_report import readouts_table
-from offramp.report.pages import pages_of
+from offramp.report.html import pages_of
 from offramp.runs.resume import read_lines, write_lines
 from tiny import tiny, tokenizer
 from token_distillation import GROUPS, config, data, teacher, token_weights

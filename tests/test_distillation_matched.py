@@ -9,7 +9,7 @@ from scipy import stats
 
 from offramp.distillation.methods import method
 from offramp.distillation.results import confounded, confounded_note
-from offramp.metrics.seeds import holm, paired
+from offramp.metrics.intervals import holm, paired
 from offramp.report.grids import REFERENCE, by_method, matched_table, methods_table, summary
 from offramp.runs.codec import encode
 

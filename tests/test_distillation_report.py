@@ -21,7 +21,7 @@ from offramp.distillation.grid import ensure
 from offramp.distillation.judging import THRESHOLDS, kept_weights, suggested
 from offramp.distillation.results import budgets_of, mean_exits, mean_report, report_of, results_in
 from offramp.distillation.teacher import save_logits
-from offramp.metrics.sets import binomial
+from offramp.metrics.intervals import binomial
 from offramp.report.grids import by_method, changes_of_methods, detection_table, tables, write_groups
 from offramp.runs.digests import sealed
 

@@ -17,6 +17,7 @@ from local_ray import local_ray
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.convolutional import SmallCNN, SmallCNNConfig
 from offramp.classifiers.loading import load
+from offramp.classifiers.projected import ProjectedHead
 from offramp.distillation import DataConfig, Network, Study, networks, run_grid, runs
 from offramp.distillation import run as run_module
 from offramp.distillation.config import BUNDLED, PUBLISHED, Run, bundled, study_from
@@ -26,7 +27,7 @@ from offramp.distillation.linear_probes import balanced, fit_early_exits, l1_log
 from offramp.distillation.methods import METHODS as ALL
 from offramp.distillation.networks import Prepared, build, rows_for
 from offramp.distillation.results import History
-from offramp.distillation.run import ProjectedHead, features_of, with_teachers_classifier
+from offramp.distillation.run import features_of, with_teachers_classifier
 from offramp.distillation.teacher import load_logits, logits_of_all, save_logits
 from offramp.metrics.selection import Judged
 from offramp.tasks.labelled import Labelled

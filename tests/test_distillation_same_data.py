@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.loading import load
 from offramp.distillation import DataConfig, Network, Study, run_grid, runs
-from offramp.distillation.config import ClassifierTrainConfig
 from offramp.distillation.data import load_set
 from offramp.distillation.grid import digests
 from offramp.distillation.results import results_in
 from offramp.distillation.teacher import load_logits, require_unseen, save_logits
+from offramp.report.distillation import grid_page, run_page
 from offramp.report.grids import tables
-from offramp.report.pages.distillation import grid_page, run_page
 from offramp.runs.tensor_files import write_tensors
 from offramp.tasks.labelled import input_hashes, row_hashes
 from sealing import rewrite

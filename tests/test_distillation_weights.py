@@ -32,7 +32,7 @@ from offramp.distillation.instance_weights import (
 from offramp.distillation.methods import METHODS, method
 from offramp.distillation.networks import CHUNK, Network, build
 from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, states_at, teach
-from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
+from offramp.metrics.group_effects import ReadoutDiagnostics, readout_diagnostics
 from offramp.tasks.labelled import Labelled
 
 

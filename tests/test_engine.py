@@ -9,8 +9,8 @@ import offramp
 from offramp import ExitPolicy, LanguageModel
 from offramp.core import engine
 from offramp.cuda.model import CudaError
-from offramp.native import build
-from offramp.native.build import NativeError
+from offramp.native import kernels
+from offramp.native.kernels import NativeError
 from tiny import greedy, inputs_for, tiny
 
 NEW = 12
@@ -56,14 +56,14 @@ def test_without_a_compiler(caplog, monkeypatch, tmp_path):
     monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    build.library.cache_clear()
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    kernels.library.cache_clear()
     try:
         assert LanguageModel(tiny("llama")).engine == "torch"
         with pytest.raises(NativeError, match=r"no C\+\+ compiler was found"):
             LanguageModel(tiny("llama"), engine="native")
     finally:
-        build.library.cache_clear()
+        kernels.library.cache_clear()
     assert "no C++ compiler was found; install one" in said(caplog)[0]
 
 

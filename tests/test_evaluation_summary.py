@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from offramp.evaluation import Record, summarise
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.result import Evaluation
-from offramp.metrics.bootstrap import Bootstrap, Interval
+from offramp.metrics.intervals import Bootstrap, Interval
 
 WORDS = "the a cat dog sat on mat barks loud here there hello my friend".split()
 STATIC, SOFTMAX = ({"confidence": name, "threshold": 0.9} for name in ("static", "softmax"))

@@ -11,9 +11,7 @@ from typer.testing import CliRunner
 
 import offramp
 from offramp import Exits, LanguageModel, ModelError, cli
-from offramp.hub import exit_sources
-from offramp.hub.exit_files import load_exits, save_exits
-from offramp.hub.exit_sources import exits_folder, model_card, push
+from offramp.hub.exit_files import exits_folder, load_exits, model_card, push, save_exits
 from test_exits import same
 from tiny import inputs_for, tiny, tokenizer
 
@@ -162,7 +160,7 @@ def test_bundled_exits(hub, saved, tmp_path, monkeypatch):
         exits_folder("bundled", "tiny")
     with pytest.raises(ModelError, match="come with offramp, only for"):
         offramp.load(saved[0], exits="bundled")
-    monkeypatch.setattr(exit_sources, "__file__", str(tmp_path / "package" / "hub" / "exit_sources.py"))
+    monkeypatch.setattr("offramp.hub.exit_files.__file__", str(tmp_path / "package" / "hub" / "exit_files.py"))
     with pytest.raises(ModelError, match="only for no model"):
         exits_folder("bundled", "tiny")
     home = tmp_path / "package" / "data" / "exits"

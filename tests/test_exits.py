@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import offramp
 import test_brute_force
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError, cli
+from offramp.core.adapters import Lens
 from offramp.core.costs import break_even, exit_flops
-from offramp.core.exits import Lens, default_layers
+from offramp.core.exits import default_layers
 from offramp.core.plan import resolve
 from offramp.hub.exit_files import load_exits, save_exits
 from offramp.lm.probe import probe

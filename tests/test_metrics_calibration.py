@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.metrics import resampled
+from offramp.metrics import calibration
 from offramp.metrics.calibration import Reliability, augrc, aurc, auroc, grade, reliability, scores
 
 few = st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.5001, 0.9]), st.booleans()), min_size=1, max_size=6)
@@ -140,6 +140,6 @@ def test_scores_of_weighted_rows_are_those_of_repeated_rows():
     p, labels = random_rows(12, 7)
     times = torch.tensor([0, 3, 1, 1, 0, 2, 1, 1, 1, 0, 1, 1])  # as many as there are rows
     repeated = scores(grade(p.repeat_interleave(times, 0), labels.repeat_interleave(times)))
-    weighted = resampled.scores(grade(p, labels), times.float().numpy()[None].repeat(2, axis=0))
+    weighted = calibration.resampled_scores(grade(p, labels), times.float().numpy()[None].repeat(2, axis=0))
     for name, value in repeated.items():
         assert weighted[name][1] == pytest.approx(value), name

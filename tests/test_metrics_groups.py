@@ -9,11 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from offramp.metrics.group_exits import ExitsByGroup, budgets_by_group, exits_by_group
-from offramp.metrics.group_members import Groups
-from offramp.metrics.group_weights import QUANTILES, minority_rows, weight_diagnostics
-from offramp.metrics.groups import ALL, flip_rate, group_changes, group_report
-from offramp.metrics.seeds import CHANGES, SHARES, compare, holm, paired, summarise_seeds, t_interval
+from offramp.metrics.group_effects import (
+    ALL,
+    QUANTILES,
+    ExitsByGroup,
+    budgets_by_group,
+    exits_by_group,
+    group_changes,
+    minority_rows,
+    weight_diagnostics,
+)
+from offramp.metrics.groups import Groups, flip_rate, group_report
+from offramp.metrics.intervals import CHANGES, SHARES, compare, holm, paired, summarise_seeds, t_interval
 from offramp.metrics.selection import RULES, Epoch, Judged, LabelBudget, choices, judge, select
 from offramp.report.groups import (
     changes_table,
@@ -526,13 +533,13 @@ def test_pictures_are_drawn_and_not_cut_off(tmp_path, everything):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    from offramp.report import drawing, group_plots
+    from offramp.report import distillation, drawing
 
     report, exits, weights, groups = everything
     drawings = {
-        "groups": lambda: group_plots.groups_figure({"teacher": report, "student": report}),
-        "exits": lambda: group_plots.exits_figure(exits),
-        "weights": lambda: group_plots.weights_figure(weights, groups, epoch=3),
+        "groups": lambda: distillation.groups_figure({"teacher": report, "student": report}),
+        "exits": lambda: distillation.exits_figure(exits),
+        "weights": lambda: distillation.weights_figure(weights, groups, epoch=3),
     }
     paths = drawing.save_figures(drawings, tmp_path)
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in drawings for kind in ("svg", "png")]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from offramp.metrics import sets as metrics
+from offramp.metrics.intervals import binomial
 from offramp.uncertainty.sets import ClassSets, Intervals
 
 
@@ -86,12 +87,12 @@ def test_nestedness_of_what_has_no_length():
 
 @pytest.mark.parametrize(("count", "trials"), [(0, 10), (10, 10), (3, 10), (47, 50)])
 def test_ends_of_intervals(count, trials):
-    exact = metrics.binomial(count, trials)
+    exact = binomial(count, trials)
     if count:  # the end is where what was seen or more has probability 2.5 %
         assert stats.binom.sf(count - 1, trials, exact.low) == pytest.approx(0.025, abs=1e-6)
     if count < trials:
         assert stats.binom.cdf(count, trials, exact.high) == pytest.approx(0.025, abs=1e-6)
-    wilson, z, p = metrics.binomial(count, trials, level=0.9, method="wilson"), stats.norm.isf(0.05), count / trials
+    wilson, z, p = binomial(count, trials, level=0.9, method="wilson"), stats.norm.isf(0.05), count / trials
     for end in (wilson.low, wilson.high):
         assert abs(p - end) == pytest.approx(z * math.sqrt(end * (1 - end) / trials), abs=1e-6)
 

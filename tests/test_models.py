@@ -22,10 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from offramp import ExitPolicy
 from offramp.core import language_model
-from offramp.hub.catalogue import PACKAGED, Packaged
 from offramp.hub.messages import ModelError
+from offramp.hub.model_sources import packaged_folder
 from offramp.hub.models import load
-from offramp.hub.packaged import packaged_folder
+from offramp.hub.pretrained import PACKAGED, Packaged
 
 WEIGHTS = b"stands for a GGUF file"
 TOY = Packaged(
@@ -460,7 +460,7 @@ def convert(tiny, monkeypatch):
         calls.append(weights)
         shutil.copytree(tiny, out, dirs_exist_ok=True)
 
-    monkeypatch.setattr("offramp.hub.packaged._convert", copy_tiny)
+    monkeypatch.setattr("offramp.hub.model_sources._convert", copy_tiny)
     return calls
 
 
@@ -556,7 +556,7 @@ def test_a_conversion_that_fails_midway_leaves_nothing(package, convert, monkeyp
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("offramp.hub.packaged._convert", fail)
+        patch.setattr("offramp.hub.model_sources._convert", fail)
         with pytest.raises(raised, match="No space left.*OFFRAMP_CACHE" if raised is ModelError else None):
             packaged_folder("toy")
     assert kept() == []
@@ -597,7 +597,7 @@ def test_a_damaged_copy_is_made_again(package, convert, damage, capfd):
 CHILD = """
 import shutil, sys, time
 from pathlib import Path
-from offramp.hub import packaged
+from offramp.hub import model_sources
 
 tiny, log, pause = sys.argv[1:]
 
@@ -609,9 +609,9 @@ def convert(weights, out):
     time.sleep(float(pause))
     shutil.copytree(tiny, out, dirs_exist_ok=True)
 
-packaged.PACKAGED["toy"] = packaged.Packaged(*TOY)
-packaged._convert = convert
-packaged.packaged_folder("toy")
+model_sources.PACKAGED["toy"] = model_sources.Packaged(*TOY)
+model_sources._convert = convert
+model_sources.packaged_folder("toy")
 """
 
 

@@ -8,9 +8,8 @@ import sys
 import pytest
 import torch
 
-from offramp.native import build
-from offramp.native.build import NativeError
-from offramp.native.library import open_library
+from offramp.native import kernels
+from offramp.native.kernels import NativeError, open_library
 from offramp.native.model import NativeModel
 from tiny import LAYERS, inputs_for, tiny
 
@@ -20,43 +19,43 @@ def fresh(monkeypatch, tmp_path):
     """An empty cache, and nothing remembered."""
     monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # quick to compile
-    build.library.cache_clear()
-    build._version.cache_clear()
+    monkeypatch.setattr(kernels, "FLAGS", ("-O0", *kernels.FLAGS[1:]))  # quick to compile
+    kernels.library.cache_clear()
+    kernels._version.cache_clear()
     yield tmp_path
-    build.library.cache_clear()
-    build._version.cache_clear()
+    kernels.library.cache_clear()
+    kernels._version.cache_clear()
 
 
-def kernels(folder):
+def kept(folder):
     return sorted(folder.glob("native/*"))
 
 
 def test_it_is_compiled_once(fresh, monkeypatch):
-    build.library()
-    (made,) = kernels(fresh)
+    kernels.library()
+    (made,) = kept(fresh)
     before = made.stat().st_mtime_ns
-    build.library.cache_clear()
-    build.library()
-    assert [made] == kernels(fresh)
+    kernels.library.cache_clear()
+    kernels.library()
+    assert [made] == kept(fresh)
     assert made.stat().st_mtime_ns == before
 
 
 def test_a_damaged_file_is_made_again(fresh):
-    build.library()
-    (made,) = kernels(fresh)
+    kernels.library()
+    (made,) = kept(fresh)
     made.unlink()  # the open library keeps the old one
     made.write_bytes(b"\x7fELF and nothing else")
-    build.library.cache_clear()
-    assert build.library().offramp_sizes(0) > 0
+    kernels.library.cache_clear()
+    assert kernels.library().offramp_sizes(0) > 0
     assert made.stat().st_size > 1000
 
 
 def test_no_compiler(fresh, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NativeError, match=r"no C\+\+ compiler was found; install one"):
-        build.library()
+        kernels.library()
 
 
 @pytest.mark.parametrize(
@@ -73,19 +72,19 @@ def test_a_broken_compiler(fresh, monkeypatch, script, message):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(NativeError, match=message):
-        build.library()
-    assert kernels(fresh) == []  # nothing half-made
+        kernels.library()
+    assert kept(fresh) == []  # nothing half-made
 
 
 def test_a_compiler_that_is_not_there(fresh, monkeypatch):
     monkeypatch.setenv("CXX", str(fresh / "nothing"))
     with pytest.raises(NativeError, match="cannot be run"):
-        build.library()
+        kernels.library()
 
 
 def test_a_cache_that_is_a_file(fresh, capsys):
     (fresh / "native").write_text("in the way")
-    assert build.library().offramp_sizes(0) > 0
+    assert kernels.library().offramp_sizes(0) > 0
     assert "cannot be kept in" in capsys.readouterr().err
 
 
@@ -97,10 +96,10 @@ def test_a_cache_that_nothing_can_be_run_from(fresh, monkeypatch, capsys):
             raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
         return open_library(path)
 
-    monkeypatch.setattr(build, "open_library", opened)
-    assert build.library().offramp_sizes(0) > 0
+    monkeypatch.setattr(kernels, "open_library", opened)
+    assert kernels.library().offramp_sizes(0) > 0
     assert "Operation not permitted), so that each start compiles them" in capsys.readouterr().err
-    assert kernels(fresh) == []
+    assert kept(fresh) == []
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its flags are those of x86-64")
@@ -112,37 +111,37 @@ def test_a_processor_without_avx(fresh, monkeypatch):
     ids = inputs_for("llama", 3)["input_ids"]
     got = plain.readout(plain.run(plain.start(ids), 0, LAYERS).hidden)
     torch.testing.assert_close(got, tiny("llama")(ids).logits, atol=2e-5, rtol=1e-5)
-    build.library.cache_clear()
+    kernels.library.cache_clear()
     monkeypatch.delenv("OFFRAMP_CXXFLAGS")
-    build.library()
-    assert len(kernels(fresh)) == 2
+    kernels.library()
+    assert len(kept(fresh)) == 2
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may write anywhere is not stopped")
 def test_a_cache_that_cannot_be_written(fresh):
     fresh.chmod(0o500)
-    assert build.library().offramp_sizes(0) > 0
+    assert kernels.library().offramp_sizes(0) > 0
 
 
 def test_two_processes_at_once(fresh):
     code = (
-        "from offramp.native import build; build.FLAGS = ('-O0', *build.FLAGS[1:]); "
-        "print(build.library().offramp_sizes(0))"
+        "from offramp.native import kernels; kernels.FLAGS = ('-O0', *kernels.FLAGS[1:]); "
+        "print(kernels.library().offramp_sizes(0))"
     )
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=200)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert len(set(said)) == 1
-    assert len(kernels(fresh)) == 1
+    assert len(kept(fresh)) == 1
 
 
 def test_a_child_after_a_fork_computes_the_same():
     """Workers do not survive a fork: the child starts its own."""
     code = """
 import ctypes, os, torch
-from offramp.native import library as lib
+from offramp.native import kernels as lib
 from offramp.native.weights import Part, Weights
-from offramp.native.build import library
+from offramp.native.kernels import library
 torch.manual_seed(0)
 linear, weights = torch.nn.Linear(64, 4096, bias=False), Weights()
 matrix, x = weights.matrix(Part(linear)), torch.randn(1, 64)
@@ -167,8 +166,8 @@ def test_workers_sleep_between_calls():
     """A second after a call no thread of this process works."""
     code = """
 import resource, time, torch
-from offramp.native import library as lib
-from offramp.native.build import library
+from offramp.native import kernels as lib
+from offramp.native.kernels import library
 data = torch.zeros(1 << 16, dtype=torch.int64)
 library().offramp_read(lib.address(data), len(data), 4)
 time.sleep(0.2)

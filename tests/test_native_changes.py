@@ -11,7 +11,7 @@ from torch import nn
 
 from offramp import LanguageModel
 from offramp.native import weights
-from offramp.native.build import NativeError
+from offramp.native.kernels import NativeError
 from offramp.native.model import NativeModel
 from tiny import greedy, inputs_for, tiny
 

@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from eight_bits import rounded_input, rounded_weight
+from eight_bits import dequantised, rounded_input, rounded_weight
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
-from offramp.native import library as lib
-from offramp.native.build import library
+from offramp.native import kernels as lib
 from offramp.native.cache import NativeCache
-from offramp.native.quantisation import dequantised, quantised
-from offramp.native.weights import Part, Weights
+from offramp.native.kernels import library
+from offramp.native.weights import Part, Weights, quantised
 from tiny import tiny
 
 FORMATS = ("float32", "bfloat16", "int8")

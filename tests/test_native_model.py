@@ -10,8 +10,8 @@ from eight_bits import rounded_input, rounded_weight
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
-from offramp.native.build import NativeError
 from offramp.native.families import FAMILIES as DESCRIBED
+from offramp.native.kernels import NativeError
 from offramp.native.model import NativeModel
 from tiny import DECODER_ONLY, FAMILIES, LAYERS, VOCABULARY, greedy, inputs_for, tiny
 

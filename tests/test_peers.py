@@ -22,8 +22,8 @@ from offramp.lm.bench import run_bench
 from offramp.lm.bench_arms import FULL, REFERENCE
 from offramp.lm.bench_playing import endless
 from offramp.lm.scripted import random_prompts
-from offramp.peers import Answer, Peer, PeerError, answer, packages, started, starting
-from offramp.peers.packages import Package
+from offramp.peers import Answer, Peer, PeerError, answer, started, starting
+from offramp.peers.starting import Package
 from offramp.peers.weights import FORMATS, gguf_file, model_folder, write_gguf
 
 FAKE = Path(__file__).with_name("fake_peer.py")
@@ -142,38 +142,38 @@ def test_a_package_is_installed_once_and_comes_before_ours(tmp_path, cache, monk
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "/ours")
-    monkeypatch.setattr(packages, "PACKAGES", {"fake": Package(("fake==1.0",))})
+    monkeypatch.setattr(starting, "PACKAGES", {"fake": Package(("fake==1.0",))})
     said = []
-    command, environment = packages.python_of("fake", {}, said.append)
+    command, environment = starting.python_of("fake", {}, said.append)
     folder, *rest = environment["PYTHONPATH"].split(os.pathsep)
     assert command == [sys.executable]
     assert rest == ["/ours"]
     assert (Path(folder) / "fake.py").exists()
     assert Path(folder).is_relative_to(cache)
     assert len(said) == 1
-    assert packages.python_of("fake", {}, said.append)[1] == environment
+    assert starting.python_of("fake", {}, said.append)[1] == environment
     assert len(said) == 1
-    command, environment = packages.python_of("fake", {"fake": "/a/python"}, said.append)
+    command, environment = starting.python_of("fake", {"fake": "/a/python"}, said.append)
     assert command == ["/a/python"]
     assert "PYTHONPATH" not in environment
 
 
 def test_a_package_that_cannot_be_installed_leaves_a_log_only(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr(packages, "PACKAGES", {"fake": Package(("fake==1.0",))})
+    monkeypatch.setattr(starting, "PACKAGES", {"fake": Package(("fake==1.0",))})
     with pytest.raises(
         PeerError, match=r"^pip could not install fake 1.0: ERROR: .*fake==1.0.*; all it said: .*\.log$"
     ):
-        packages.python_of("fake", {}, lambda _: None)
+        starting.python_of("fake", {}, lambda _: None)
     assert [path.suffix for path in (cache / "peers").iterdir() if path.suffix != ".lock"] == [".log"]
 
 
 def test_progress_of_a_compilation_is_its_last_step(tmp_path):
     log = tmp_path / "a.log"
     log.write_text("Collecting\n  [3/78] g++ a.cpp\n  [4/78] g++ b.cpp\nwarning: x\n")
-    assert packages._step(log) == "[4/78]"
+    assert starting._step(log) == "[4/78]"
     log.write_text("  error: subprocess-exited-with-error\n CMake Error: no CMAKE_CXX_COMPILER\nlast\n")
-    assert packages._reason(log) == "CMake Error: no CMAKE_CXX_COMPILER"
+    assert starting._reason(log) == "CMake Error: no CMAKE_CXX_COMPILER"
 
 
 # Files of the same weights
@@ -402,7 +402,7 @@ def test_the_command_checks_its_peers(arguments, message):
 @pytest.fixture
 def llama_cpp_python(monkeypatch):
     monkeypatch.delenv("OFFRAMP_CACHE")
-    folder = packages.folder_of("llama.cpp")
+    folder = starting.folder_of("llama.cpp")
     if not folder.is_dir():
         pytest.skip("llama.cpp is not in the cache: offramp bench --peers llama.cpp puts it there")
 

@@ -15,6 +15,7 @@ from offramp.families.sizes import BlockShape, ModelShape
 from offramp.lm.bench import run_bench
 from offramp.lm.probe import Readings, summarise
 from offramp.report import drawing, plots
+from offramp.report import probe as probe_page
 from tiny import inputs_for, tiny
 
 mpl = pytest.importorskip("matplotlib")
@@ -34,7 +35,7 @@ def _probe(depth=6, tokens=40, vocabulary=500, min_layer=3):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
-    return folder, plots.save_probe(_probe(), folder)
+    return folder, probe_page.save_probe(_probe(), folder)
 
 
 def test_all_files_are_there(saved):
@@ -70,21 +71,21 @@ def test_svg_says_what_is_seen_and_bears_no_date(saved):
 
 def test_the_same_probe_gives_the_same_bytes(saved, tmp_path):
     with mpl.rc_context({"font.size": 20}):  # whatever the user's own style is
-        again = plots.save_probe(_probe(), tmp_path)
+        again = probe_page.save_probe(_probe(), tmp_path)
     for one, other in zip(saved[1], again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 
 
 def test_global_state_is_left_alone(tmp_path):
     before, windows = mpl.rcParams.copy(), "matplotlib.pyplot" in sys.modules
-    plots.save_probe(_probe(), tmp_path)
+    probe_page.save_probe(_probe(), tmp_path)
     assert mpl.rcParams.copy() == before
     assert ("matplotlib.pyplot" in sys.modules) == windows  # no window system was chosen
 
 
 def test_rank_boxes_are_those_of_the_probe():
     probe = _probe()
-    axes = plots.rank_figure(probe).axes[0]
+    axes = probe_page.rank_figure(probe).axes[0]
     assert axes.get_yscale() == "log"
     boxes = [(bar.get_y() - 1, bar.get_y() + bar.get_height() - 1) for bar in axes.containers[0]]
     assert boxes == [pytest.approx((report.rank["p25"], report.rank["p75"])) for report in probe.layers]
@@ -97,7 +98,7 @@ def test_rank_boxes_are_those_of_the_probe():
 
 def test_curves_and_shade_are_those_of_the_probe():
     probe = _probe()
-    axes = plots.confidence_figure(probe).axes[0]
+    axes = probe_page.confidence_figure(probe).axes[0]
     right, sure = axes.lines[:2]
     assert list(right.get_ydata()) == [report.agreement for report in probe.layers]
     assert list(sure.get_ydata()) == [report.max_probability for report in probe.layers[:-1]]
@@ -106,7 +107,7 @@ def test_curves_and_shade_are_those_of_the_probe():
 
 def test_bars_and_lines_are_those_of_the_probe():
     probe = _probe()
-    axes = plots.exit_figure(probe).axes[0]
+    axes = probe_page.exit_figure(probe).axes[0]
     heights = [[bar.get_height() * probe.tokens for bar in bars] for bars in axes.containers]
     assert heights == [pytest.approx(probe.saturation.counts), pytest.approx(probe.oracle.counts)]
     lines = [line.get_xdata()[0] for line in axes.lines]
@@ -116,13 +117,13 @@ def test_bars_and_lines_are_those_of_the_probe():
 def test_break_even_lines_that_coincide_are_drawn_once():
     probe = _probe()
     probe = dataclasses.replace(probe, break_even_default=probe.break_even)
-    assert len(plots.exit_figure(probe).axes[0].lines) == 2
+    assert len(probe_page.exit_figure(probe).axes[0].lines) == 2
 
 
 @pytest.mark.parametrize("depth", [2, 24, 48])
 def test_any_depth_can_be_drawn(depth, tmp_path):
     probe = _probe(depth=depth, tokens=3, min_layer=depth // 2)
-    for draw in plots.PICTURES.values():
+    for draw in probe_page.PICTURES.values():
         axes = draw(probe).axes[0]
         ticks = list(axes.get_xticks())
         assert ticks[0] == 1
@@ -141,13 +142,13 @@ def test_a_title_is_no_wider_than_its_figure():
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'offramp[report]'")):
-        plots.rank_figure(_probe())
+        probe_page.rank_figure(_probe())
 
 
 def test_without_matplotlib_numbers_are_saved_all_the_same(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert [path.name for path in _probe().save(tmp_path)] == ["probe.json", "probe.txt"]
-    assert plots.save_probe(_probe(), tmp_path) == []
+    assert probe_page.save_probe(_probe(), tmp_path) == []
 
 
 def test_a_bench_is_drawn_with_every_arm(tmp_path):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import offramp
-from offramp.core.prefixes import BLOCK, Prefixes
+from offramp.core.prefixes import Prefixes
 from offramp.core.running import Asked, RunningBatch
 from offramp.cuda.model import CudaModel
 from offramp.families import SplitModel
+from offramp.families.state import BLOCK
 from offramp.native.model import NativeModel
 from test_branches import two_exits
 from test_drafter import drafting

@@ -19,11 +19,9 @@ from offramp.calibration import Promise, calibrate, decoded
 from offramp.evaluation import Evaluation, Passage, evaluate_perplexity, read_records
 from offramp.lm.probe import probe
 from offramp.lm.probe_result import Probe
-from offramp.report import training_plots
+from offramp.report import evaluation, training
+from offramp.report.blocks import Picture, inline
 from offramp.report.html import report
-from offramp.report.inline import inline
-from offramp.report.pages import evaluation
-from offramp.report.pages.blocks import Picture
 from offramp.runs.files import write_json
 from offramp.runs.folder import RunFolder
 from offramp.runs.resume import read_lines, write_lines
@@ -445,9 +443,9 @@ def test_curves_are_the_metrics():
         {"tokens": t, "step": t, "positions": 9, "loss": [1.0, 2.0], "agreement": [0.3, 0.4], "full_loss": f}
         for t, f in ((0, 3.0), (10000, 2.5))
     ]
-    left, right = training_plots.curves_figure(training_plots.Curves("m", (1, 3), steps, judged)).axes
+    left, right = training.curves_figure(training.Curves("m", (1, 3), steps, judged)).axes
     line, dots = left.lines[:2]
-    assert len(line.get_xdata()) <= training_plots.POINTS
+    assert len(line.get_xdata()) <= training.POINTS
     assert line.get_xdata()[-1] == 10000
     assert sum(line.get_ydata()) / len(line.get_ydata()) == pytest.approx(500.5)  # means of equal groups keep the mean
     assert list(dots.get_ydata()) == [1.0, 1.0]

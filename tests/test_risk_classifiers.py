@@ -26,7 +26,7 @@ from offramp.classifiers.certify import (
 )
 from offramp.risk import binomial, hoeffding_bentkus, search, wsr
 from offramp.risk.budgets import leave
-from offramp.risk.classifier_losses import brier_gap, consistency, exits_under, losses_under, performance_gap
+from offramp.risk.losses import brier_gap, consistency, exits_under, losses_under, performance_gap
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from classifier_validity import validate  # noqa: E402 - no package: it is found by the line above

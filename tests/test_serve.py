@@ -9,7 +9,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 from offramp import ExitPolicy, LanguageModel  # noqa: E402
-from offramp.serve.certified import Standing  # noqa: E402
+from offramp.serve.promise import Standing  # noqa: E402
 from serving import EOS, Limits, ScriptedBatch, Serving, connected, model, posted, raw, served, spelt, until  # noqa: E402
 from tiny import tiny  # noqa: E402
 
@@ -458,16 +458,16 @@ def test_health_metrics_and_what_the_page_asks_for(running):
 
 def test_the_page_may_run_its_own_script_and_nothing_else(monkeypatch, tmp_path):
     """The digest is that of the example in the specification of content security policies."""
-    from offramp.serve import page
+    from offramp.serve import app
 
     file = tmp_path / "page.html"
     file.write_text("<html><style>b{}</style><script>alert('Hello, world.');</script></html>")
-    monkeypatch.setattr(page, "_FILE", file)
-    page._read.cache_clear()
-    rules = page.page("tiny").headers["content-security-policy"]
-    page._read.cache_clear()
+    monkeypatch.setattr(app, "_PAGE", file)
+    app._read_page.cache_clear()
+    rules = app.page("tiny").headers["content-security-policy"]
+    app._read_page.cache_clear()
     assert "script-src 'sha256-qznLcsROx4GACP2dm0UCKCzCG+HiZ1guq6ZZDob/Tng='" in rules
     assert "default-src 'none'" in rules
     assert "unsafe" not in rules
-    monkeypatch.setattr(page, "_FILE", tmp_path / "absent.html")
-    assert page.page("tiny").body.startswith(b"offramp serves tiny")
+    monkeypatch.setattr(app, "_PAGE", tmp_path / "absent.html")
+    assert app.page("tiny").body.startswith(b"offramp serves tiny")

@@ -75,7 +75,7 @@ def test_without_the_extra_the_line_to_install_it_is_told(monkeypatch, folder):
 
 
 def test_without_ray_serve_the_line_to_install_it_is_told(monkeypatch):
-    from offramp.serve.ray import deployment
+    from offramp.serve.listen import deployment
 
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 import offramp  # noqa: E402
-from offramp.serve.page import page  # noqa: E402
+from offramp.serve.app import page  # noqa: E402
 from serving import listening  # noqa: E402
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium")

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def port(folder, monkeypatch):
     """Where two replicas are listened for."""
-    from offramp.serve.ray import deployment
+    from offramp.serve.listen import deployment
 
     def build():
         import torch

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.core.running import OWN
-from offramp.serve.errors import ApiError
-from offramp.serve.requests import parse
+from offramp.serve.requests import ApiError, parse
 
 CHAT = {"messages": [{"role": "user", "content": "why ?"}]}
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from offramp.core.running import Emitted
-from offramp.serve.text import Detokenizer, Writer
+from offramp.serve.answer import Detokenizer, Writer
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import Groups
 from offramp.tasks.group_files import GroupLayout, SquareImages, load_celeba, load_grouped, load_waterbirds
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.group_texts import (

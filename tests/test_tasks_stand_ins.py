@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from group_training import cnn, tensor_of, trained
-from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import Groups
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.group_texts import has_negation
 from offramp.tasks.labelled import Labelled

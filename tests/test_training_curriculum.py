@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import training_runs
-from offramp.report.training_plots import Curves, curves_figure
+from offramp.report.training import Curves, curves_figure
 from offramp.runs import folder as run_folder
 from offramp.training.schedule import CURRICULA, weights_at
 from offramp.training.trainer import train

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy import stats
 
-from offramp.uncertainty import equaliser, nested_conformal, per_exit
+from offramp.uncertainty import nested_conformal, per_exit
 from offramp.uncertainty.bayesian_regression import RegressionPrediction
-from offramp.uncertainty.conformal_scores import class_scores, conformal_quantile, label_scores, raps, residuals
 from offramp.uncertainty.nested_conformal import NestedConformalConfig
 from offramp.uncertainty.outputs import ExitOutputs
-from offramp.uncertainty.per_exit import PerExitConfig
+from offramp.uncertainty.per_exit import PerExitConfig, class_scores, conformal_quantile, label_scores, raps, residuals
 
 RAW = NestedConformalConfig(equalise=False)
 
@@ -205,7 +204,7 @@ def test_sets_hold_what_the_largest_score_allows(equalise):
         value = 1 - probability
         if not equalise:
             return value
-        return float(equaliser.apply(state.equaliser, torch.full((4, 1), value, dtype=torch.float64))[e])
+        return float(nested_conformal.equalise(state.equaliser, torch.full((4, 1), value, dtype=torch.float64))[e])
 
     def largest(probabilities, e):
         return max(score(i, float(probabilities[i])) for i in range(e + 1))
@@ -228,7 +227,7 @@ def test_intervals_are_the_numbers_with_small_scores():
     state = nested_conformal.fit(calibrate, NestedConformalConfig(alpha=0.2), tune=tune)
     sets = nested_conformal.apply_intervals(state, one)
     for y in torch.linspace(-4, 4, 81).double():
-        scores = equaliser.apply(state.equaliser, residuals(one, y.expand(9))).cummax(0).values
+        scores = nested_conformal.equalise(state.equaliser, residuals(one, y.expand(9))).cummax(0).values
         assert torch.equal(sets.contains(y.expand(9)), scores <= state.quantiles)
 
 
@@ -266,22 +265,22 @@ def test_bayes_intervals_by_hand():
 @given(npst.arrays(float, (2, 12), elements=st.integers(0, 6).map(float)), st.floats(-3, 9), st.floats(-3, 9))
 @settings(deadline=None)
 def test_equaliser_increases_and_is_inverted(scores, first, second):
-    state = equaliser.fit(torch.from_numpy(scores))
+    state = nested_conformal.fit_equaliser(torch.from_numpy(scores))
     low, high = sorted((first, second))
-    levels = equaliser.apply(state, torch.tensor([[low, high]] * 2, dtype=torch.float64))
+    levels = nested_conformal.equalise(state, torch.tensor([[low, high]] * 2, dtype=torch.float64))
     assert bool((levels[:, 1] >= levels[:, 0]).all())
     if high - low > 1e-6:
         assert bool((levels[:, 1] > levels[:, 0]).all())
     for e in range(2):
-        back = equaliser.inverse(state, levels[e])[e]
+        back = nested_conformal.equaliser_inverse(state, levels[e])[e]
         assert back.tolist() == pytest.approx([low, high], abs=1e-6)
 
 
 def test_equaliser_is_the_share_of_rows_at_their_own_scores():
     scores = torch.tensor([[3.0, 1.0, 1.0, 7.0]])
-    state = equaliser.fit(scores)
-    assert equaliser.apply(state, scores)[0].tolist() == pytest.approx([3 / 5, 2 / 5, 2 / 5, 4 / 5])
-    assert equaliser.apply(state, torch.tensor([[math.inf, -math.inf]])).tolist() == [[math.inf, -math.inf]]
+    state = nested_conformal.fit_equaliser(scores)
+    assert nested_conformal.equalise(state, scores)[0].tolist() == pytest.approx([3 / 5, 2 / 5, 2 / 5, 4 / 5])
+    assert nested_conformal.equalise(state, torch.tensor([[math.inf, -math.inf]])).tolist() == [[math.inf, -math.inf]]
 
 
 # ---------------------------------------------------------------- MAPIE
@@ -390,4 +389,4 @@ def test_wrong_input():
         with pytest.raises(ValueError, match=str(next(iter(wrong)))):
             NestedConformalConfig(**wrong)
     with pytest.raises(ValueError, match="finite"):
-        equaliser.fit(torch.tensor([[math.nan]]))
+        nested_conformal.fit_equaliser(torch.tensor([[math.nan]]))

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from exit_rows import make_rows
-from offramp.uncertainty import overhead
+from offramp.uncertainty import predictive
+from offramp.uncertainty.one_exit import METHODS
 from offramp.uncertainty.outputs import ExitOutputs
-from offramp.uncertainty.posterior import METHODS, PosteriorConfig, load_posterior
+from offramp.uncertainty.posterior import PosteriorConfig, load_posterior
 
 FIT, TUNE, TEST = make_rows(150), make_rows(120, first=1000), make_rows(40, first=2000)
 CASES = [
@@ -227,7 +228,7 @@ def test_counted_operations_and_probabilities_are_those_of_scalars(posterior):
         torch.testing.assert_close(found, whole[e, row], rtol=1e-9, atol=1e-12)
         assert posterior.overhead(e).counted == done
         sampled = config.is_laplace and config.predictive == "mc"
-        assert posterior.overhead(e).formula == (overhead.published(8, 5, config.n_mc) if sampled else 0)
+        assert posterior.overhead(e).formula == (predictive.published_flops(8, 5, config.n_mc) if sampled else 0)
 
 
 @pytest.mark.parametrize(("p", "c", "n"), [(1, 2, 1), (4, 3, 7), (8, 5, 50)])
@@ -239,8 +240,8 @@ def test_published_formula_is_a_quadratic_form_and_a_scale_and_sum_per_draw(p, c
     for _ in range(n):
         for value in z:
             value + spread * value
-    assert overhead.published(p, c, n) == Number.done - start
-    assert overhead.published(128, 100, 50) == 43_410
+    assert predictive.published_flops(p, c, n) == Number.done - start
+    assert predictive.published_flops(128, 100, 50) == 43_410
 
 
 # ---------------------------------------------------------------- limits

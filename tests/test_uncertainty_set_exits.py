@@ -14,14 +14,13 @@ from offramp.uncertainty import (
     avcs_classification,
     avcs_regression,
     bayesian_regression,
+    exits_by_size,
     nested_conformal,
     per_exit,
-    set_exits,
 )
 from offramp.uncertainty.avcs_regression import AVCSRegressionConfig
 from offramp.uncertainty.nested_conformal import NestedConformal, NestedConformalConfig
-from offramp.uncertainty.set_exits import SetExitConfig
-from offramp.uncertainty.sets import ClassSets, Intervals
+from offramp.uncertainty.sets import ClassSets, Intervals, SetExitConfig
 from sealing import without_digests
 
 
@@ -50,7 +49,7 @@ ROWS = [
     ],
 )
 def test_what_empty_sets_mean(empty, exits, reported, answered):
-    got = set_exits.apply(sets_of(*ROWS), SetExitConfig(empty=empty))
+    got = exits_by_size(sets_of(*ROWS), SetExitConfig(empty=empty))
     assert got.exits.tolist() == exits
     assert got.reported.int().tolist() == reported
     assert got.answered.int().tolist() == answered
@@ -58,10 +57,10 @@ def test_what_empty_sets_mean(empty, exits, reported, answered):
 
 
 def test_no_row_leaves_before_the_first_exit():
-    assert set_exits.apply(sets_of(*ROWS), SetExitConfig(first_exit=1)).exits.tolist() == [2, 1, 1, 2, 2, 2]
-    assert set_exits.apply(sets_of(*ROWS), SetExitConfig(limit=2)).exits.tolist() == [1, 0, 0, 0, 2, 2]
+    assert exits_by_size(sets_of(*ROWS), SetExitConfig(first_exit=1)).exits.tolist() == [2, 1, 1, 2, 2, 2]
+    assert exits_by_size(sets_of(*ROWS), SetExitConfig(limit=2)).exits.tolist() == [1, 0, 0, 0, 2, 2]
     with pytest.raises(ValueError, match="exits 0..2"):
-        set_exits.apply(sets_of(*ROWS), SetExitConfig(first_exit=3))
+        exits_by_size(sets_of(*ROWS), SetExitConfig(first_exit=3))
     with pytest.raises(ValueError, match="'continue', 'abstain', 'stop'"):
         SetExitConfig(empty="guess")
     with pytest.raises(ValueError, match="limit is -1"):
@@ -71,7 +70,7 @@ def test_no_row_leaves_before_the_first_exit():
 def test_intervals_leave_when_they_are_short():
     low = torch.tensor([[-math.inf, 0.0, 0.0], [0.0, 1.0, 5.0], [0.0, 1.2, 0.0]]).double()
     high = torch.tensor([[1.0, 4.0, 3.0], [1.0, 1.5, 6.0], [0.5, 9.0, 1.0]]).double()
-    got = set_exits.apply(Intervals.between(low, high), SetExitConfig(limit=0.6))
+    got = exits_by_size(Intervals.between(low, high), SetExitConfig(limit=0.6))
     assert got.exits.tolist() == [2, 1, 2]
     assert got.reported.tolist() == [True, True, False]  # [0, 3] and [5, 6] share nothing, for good
 
@@ -82,11 +81,11 @@ def test_what_comes_after_the_exit_does_not_matter(seed, empty, limit):
     random = torch.Generator().manual_seed(seed)
     members = torch.rand(4, 15, 4, generator=random) < 0.7
     config = SetExitConfig(limit=limit, empty=empty)
-    got = set_exits.apply(ClassSets(members), config)
+    got = exits_by_size(ClassSets(members), config)
     other = members.clone()
     for n, e in enumerate(got.exits.tolist()):
         other[e + 1 :, n] = torch.rand(3 - e, 4, generator=random) < 0.5
-    again = set_exits.apply(ClassSets(other), config)
+    again = exits_by_size(ClassSets(other), config)
     assert torch.equal(got.exits, again.exits)
     assert torch.equal(got.reported, again.reported)
 

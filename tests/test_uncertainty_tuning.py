@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exit_rows import make_rows
-from offramp.uncertainty import ensemble, temperature, tuning
+from offramp.uncertainty import predictive, tuning
 from offramp.uncertainty.predictive import Plain
 
 # ---------------------------------------------------------------- temperature
@@ -22,7 +22,7 @@ def nlpd(rows, exit=0):
 @pytest.mark.parametrize("sharp", [0.5, 3.0, 10.0])
 def test_the_best_temperature_has_no_derivative(sharp):
     rows = make_rows(sharp=sharp)
-    found = temperature.search(nlpd(rows))
+    found = tuning.search_temperature(nlpd(rows))
     log_t = torch.tensor(math.log(found.temperature), dtype=torch.float64, requires_grad=True)
     loss = torch.nn.functional.cross_entropy(rows.logits[0].double() / log_t.exp(), rows.labels)
     (slope,) = torch.autograd.grad(loss, log_t)
@@ -30,22 +30,22 @@ def test_the_best_temperature_has_no_derivative(sharp):
     assert not found.at_edge
     assert found.loss == pytest.approx(loss.item(), abs=1e-12)
     # Logits that are s times as sharp want s times the temperature.
-    twice = temperature.search(lambda t: nlpd(rows)(t / 2))
+    twice = tuning.search_temperature(lambda t: nlpd(rows)(t / 2))
     assert twice.temperature == pytest.approx(2 * found.temperature, rel=1e-4)
 
 
 def test_an_optimum_beyond_the_bounds_is_at_an_edge():
     rows = make_rows(sharp=100.0)
-    found = temperature.search(nlpd(rows))
-    assert found.temperature == pytest.approx(temperature.HIGHEST, rel=1e-3)
+    found = tuning.search_temperature(nlpd(rows))
+    assert found.temperature == pytest.approx(tuning.HIGHEST, rel=1e-3)
     assert found.at_edge
-    assert temperature.search(nlpd(make_rows()), (1.0, 1.1)).at_edge
+    assert tuning.search_temperature(nlpd(make_rows()), (1.0, 1.1)).at_edge
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=10, max_size=10))
 def test_between_equals_the_smallest_change_wins(losses):
-    table = dict(zip(temperature.MERONEN, losses, strict=True))
-    found = temperature.search(table.__getitem__, temperature.MERONEN)
+    table = dict(zip(tuning.MERONEN_TEMPERATURES, losses, strict=True))
+    found = tuning.search_temperature(table.__getitem__, tuning.MERONEN_TEMPERATURES)
     best = [t for t in table if table[t] == min(losses)]
     assert found.temperature in best
     assert abs(math.log(found.temperature)) == min(abs(math.log(t)) for t in best)
@@ -80,18 +80,18 @@ def test_an_ensemble_is_the_weighted_mean_so_far():
     costs = torch.tensor([1.0, 2.0, 5.0, 8.0])
     carried = logs = None
     for e in range(4):
-        found, carried = ensemble.join(p[e], carried, ensemble.weights(costs), e)
+        found, carried = predictive.ensemble_join(p[e], carried, predictive.ensemble_weights(costs), e)
         expected = sum(float(costs[i]) * p[i] for i in range(e + 1)) / float(costs[: e + 1].sum())
         torch.testing.assert_close(found, expected)
-        log, logs = ensemble.join_logarithms(p[e].log(), logs, ensemble.weights(costs), e)
+        log, logs = predictive.ensemble_join_logarithms(p[e].log(), logs, predictive.ensemble_weights(costs), e)
         torch.testing.assert_close(log.exp(), expected)
     with pytest.raises(ValueError, match="must be positive"):
-        ensemble.weights(torch.tensor([0.0, 1.0]))
+        predictive.ensemble_weights(torch.tensor([0.0, 1.0]))
 
 
 def test_greedy_tuning_is_that_of_a_loop_over_the_grid():
     rows = make_rows(exits=3)
-    space, weights = tuning.Space(temperature.MERONEN), ensemble.weights(rows.costs)
+    space, weights = tuning.Space(tuning.MERONEN_TEMPERATURES), predictive.ensemble_weights(rows.costs)
 
     def predict(exit, omega):
         return lambda t: Plain(rows.logits[exit]).log_probabilities(rows.labels, t)
@@ -105,7 +105,7 @@ def test_greedy_tuning_is_that_of_a_loop_over_the_grid():
             mean = sum(w * p for w, p in zip(weights, ps, strict=False)) / weights[: e + 1].sum()
             return -float(mean[torch.arange(rows.rows), rows.labels].log().mean())
 
-        frozen.append(min(temperature.MERONEN, key=loss))
+        frozen.append(min(tuning.MERONEN_TEMPERATURES, key=loss))
         assert found[e].temperature == frozen[e]
         assert found[e].nlpd == pytest.approx(loss(frozen[e]), abs=1e-12)
     alone = tuning.tune_all(predict, 3, space, None)

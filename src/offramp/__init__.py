@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from offramp.classifiers.config import ClassifierTrainConfig as ClassifierTrainConfig
     from offramp.classifiers.evaluate_classifier import evaluate_classifier as evaluate_classifier
     from offramp.classifiers.train_classifier import train_classifier as train_classifier
+    from offramp.core.batch import Step as Step
     from offramp.core.confidence import Contrast as Contrast
     from offramp.core.costs import Costs as Costs
-    from offramp.core.decoding import Step as Step
     from offramp.core.exits import Exits as Exits
     from offramp.core.generation import Generation as Generation
     from offramp.core.language_model import LanguageModel as LanguageModel

@@ -48,7 +48,7 @@ from offramp.calibration.promise import MEASURES, NO_LESS, PER_TOKEN, Promise, R
 from offramp.calibration.result import CONFIG, Calibration
 from offramp.calibration.validate import Validation, validate
 from offramp.evaluation.record_file import Progress, digest, locked_by_first, state_of
-from offramp.report.calibration_plots import save_calibration
+from offramp.report.plots import save_calibration
 from offramp.risk import CRC, Outcome, pareto_front, search
 from offramp.runs.files import write_json
 from offramp.runs.resume import as_json

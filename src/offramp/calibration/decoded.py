@@ -27,7 +27,7 @@ from offramp.evaluation.arms import FULL, short_prompt
 from offramp.evaluation.record_file import Progress, Record, header_of, read_records, shared, state_of
 from offramp.evaluation.records import decode_arms
 from offramp.evaluation.summary import summarise
-from offramp.metrics.bootstrap import Bootstrap
+from offramp.metrics.intervals import Bootstrap
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import sealed, unsealed, warn_of_none
 from offramp.runs.files import write_json

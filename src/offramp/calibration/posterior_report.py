@@ -15,7 +15,7 @@ from torch import Tensor
 from offramp.calibration.token_rows import ExitView, TokenViews
 from offramp.hub.exit_posterior import SETS, Posterior
 from offramp.metrics.calibration import Reliability
-from offramp.metrics.sets import binomial
+from offramp.metrics.intervals import binomial
 from offramp.runs.results import Result
 from offramp.runs.tables import markdown
 from offramp.uncertainty import candidates, token_sets

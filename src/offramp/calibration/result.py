@@ -15,7 +15,7 @@ from offramp.calibration.promise import MEASURES, is_timed
 from offramp.calibration.validate import Validation
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.result import COLUMNS, ratio_cell
-from offramp.metrics.bootstrap import Interval
+from offramp.metrics.intervals import Interval
 from offramp.risk import CRC, Outcome
 from offramp.runs.files import write_json
 from offramp.runs.results import Shown

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.calibration.promise import Promise, Spent
-from offramp.metrics.sets import binomial
+from offramp.metrics.intervals import binomial
 from offramp.risk import CRC
 from offramp.risk.search import judged, recalibrated
 from offramp.runs.results import Result

@@ -28,7 +28,7 @@ from offramp.classifiers.certify import (
 from offramp.metrics.calibration import grade
 from offramp.metrics.calibration import scores as scores_of
 from offramp.metrics.sets import SetSummary, summarise
-from offramp.risk import classifier_losses
+from offramp.risk.losses import brier_gap, consistency, performance_gap
 from offramp.runs.codec import encode
 from offramp.runs.files import write_json, write_text
 from offramp.runs.results import Shown
@@ -45,10 +45,10 @@ EARLIER = "offramp/classifier-calibration/1"
 RESULT, TABLE = "result.json", "table.md"
 FIT_ON = ("train", "tune")
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
-    "consistency": (lambda p, labels, reference: classifier_losses.consistency(p, reference), "binomial"),
-    "gap": (classifier_losses.performance_gap, "wsr"),
-    "brier": (classifier_losses.brier_gap, "wsr"),
-    "brier-consistency": (lambda p, labels, reference: classifier_losses.brier_gap(p, None, reference), "wsr"),
+    "consistency": (lambda p, labels, reference: consistency(p, reference), "binomial"),
+    "gap": (performance_gap, "wsr"),
+    "brier": (brier_gap, "wsr"),
+    "brier-consistency": (lambda p, labels, reference: brier_gap(p, None, reference), "wsr"),
 }
 """Losses of probabilities [E, N, C], labels [N] and a reference [N, C] by name, with the bound that suits them: exact
 for 0 and 1, else betting."""

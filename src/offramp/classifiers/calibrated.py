@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.classifiers.evaluate import charged
-from offramp.metrics import resampled
-from offramp.metrics.bootstrap import Interval
+from offramp.metrics import calibration
 from offramp.metrics.calibration import grade
+from offramp.metrics.intervals import Interval
 from offramp.risk import budgets
 from offramp.runs import artefact
 from offramp.uncertainty.nested_conformal import NestedConformal
@@ -85,8 +85,8 @@ class Effect:
 def effect(before: NDArray[np.float64], after: NDArray[np.float64], seed: int = 0) -> Effect:
     """Of the losses -ln p_y of the same rows without and with a posterior, [E, N] each."""
     change = after - before
-    found = resampled.mean(
-        np.concatenate([change.mean(0)[None], change]), resampled.draws(change.shape[1], RESAMPLES, seed)
+    found = calibration.resampled_mean(
+        np.concatenate([change.mean(0)[None], change]), calibration.resample(change.shape[1], RESAMPLES, seed)
     )
     return Effect(Interval.of(found[0]), tuple(map(Interval.of, found[1:])), change.shape[1])
 

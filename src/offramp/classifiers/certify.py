@@ -2,7 +2,7 @@
 
 P( mean loss of new rows <= `tolerance` ) >= 1 - `failure` over the draw of the calibration rows, which must be
 independent, like the new ones, and used for nothing else. It is a promise about rows on average: not per class, per
-group or per row; `certify_groups` makes one per group. Losses come from `offramp.risk.classifier_losses`, or are any
+group or per row; `certify_groups` makes one per group. Losses come from `offramp.risk.losses`, or are any
 matrix of one per setting and row, such as "the set misses the class".
 """
 
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.risk import CRC, Promised, search
-from offramp.risk.classifier_losses import exits_under, losses_under
-from offramp.risk.losses import checked
+from offramp.risk.losses import checked, exits_under, losses_under
 from offramp.runs.results import Result
 from offramp.values import choice
 
@@ -120,7 +119,7 @@ def try_thresholds(
     Args:
         thresholds: Descending, chosen without a look at these rows (see `threshold_grid`).
         confidences: Confidence of each exit and row, [E, N].
-        losses: Loss of each exit and row, [E, N], from `offramp.risk.classifier_losses`.
+        losses: Loss of each exit and row, [E, N], from `offramp.risk.losses`.
         costs: FLOPs of a row that leaves at each exit, [E].
         full_cost: FLOPs of a row in the plain full network; None: what the last exit costs.
 

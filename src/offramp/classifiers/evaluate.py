@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.metrics import resampled
-from offramp.metrics.bootstrap import Interval
-from offramp.metrics.calibration import grade, reliability
-from offramp.metrics.resampled import Grades
+from offramp.metrics import calibration
+from offramp.metrics.calibration import Grades, grade, reliability
+from offramp.metrics.intervals import Interval
 from offramp.risk import budgets
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
 from offramp.uncertainty.posterior import Posterior
@@ -216,7 +215,7 @@ def evaluate(
     prepared = {name: _prepare(posterior, threshold) for name, posterior in posteriors.items()}
     found = []
     for name, test in tests.items():
-        weights = resampled.draws(test.rows, settings.resamples, settings.seed)
+        weights = calibration.resample(test.rows, settings.resamples, settings.seed)
         tried: list[_Tried] = []
         for method, posterior in posteriors.items():
             p = posterior.probabilities(test)
@@ -245,7 +244,7 @@ class _Rows:
 
     grades: tuple[Grades, ...]
     confidences: Tensor
-    weights: resampled.Weights
+    weights: calibration.Weights
     bins: int
 
     def leaving(self, exits: NDArray[np.int64], once: bool = False) -> dict[str, Floats]:
@@ -258,7 +257,7 @@ class _Rows:
         five = None if self.grades[0].among_five is None else pick("among_five")
         names = ("confidence", "correct", "nlpd", "brier")
         left = Grades(**{name: pick(name) for name in names}, among_five=five, clamped=0)
-        found = resampled.scores(left, self.weights[:1] if once else self.weights, self.bins)
+        found = calibration.resampled_scores(left, self.weights[:1] if once else self.weights, self.bins)
         return {metric: found[metric] for metric in METRICS if metric in found}
 
 
@@ -320,7 +319,7 @@ def _at(
         for c, e in zip(costs, everyone, strict=True)
     )
     mean = {metric: np.mean([v[metric] for v in values], axis=0) for metric in values[0]}
-    mean["cost"] = resampled.mean(np.mean([costs[e] for e in exits], axis=0)[None], rows.weights)[0]
+    mean["cost"] = calibration.resampled_mean(np.mean([costs[e] for e in exits], axis=0)[None], rows.weights)[0]
     return _Tried(name, points, alone, mean, rows)
 
 

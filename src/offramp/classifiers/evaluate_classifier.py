@@ -24,7 +24,7 @@ from offramp.classifiers.evaluate import Fitted, Method, Settings, evaluate
 from offramp.classifiers.loading import run_folder, title
 from offramp.classifiers.result import EARLIER, SCHEMA, ClassifierEvaluation
 from offramp.classifiers.splits import TaskName
-from offramp.report.classifier_plots import save_classifiers
+from offramp.report.classifiers import save_classifiers
 from offramp.runs.bounded import read_object
 from offramp.runs.files import replace_file
 from offramp.runs.machine import describe
@@ -32,8 +32,9 @@ from offramp.runs.progress import shown
 from offramp.runs.results import RESULTS
 from offramp.tasks.images import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
+from offramp.uncertainty.one_exit import METHODS
 from offramp.uncertainty.outputs import ExitOutputs
-from offramp.uncertainty.posterior import METHODS, Posterior, PosteriorConfig, load_posterior
+from offramp.uncertainty.posterior import Posterior, PosteriorConfig, load_posterior
 from offramp.values import choice
 
 CLEAN = "clean"

@@ -25,10 +25,8 @@ from offramp.classifiers.saving import (
     training_rows,
 )  # fmt: skip
 from offramp.families.backbone import Backbone, HeadConfig, SplitEncoder
-from offramp.hub.catalogue import Source
-from offramp.hub.devices import named_device, named_dtype
 from offramp.hub.messages import ModelError, first_line, quiet
-from offramp.hub.pretrained import config_of, model_shaped, tokenizer_of
+from offramp.hub.pretrained import Source, config_of, model_shaped, named_device, named_dtype, tokenizer_of
 from offramp.runs import artefact
 from offramp.runs.bounded import read_object
 from offramp.runs.codec import decode

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from offramp.classifiers.evaluate import BASELINE, SHARES, Fitted, Method, Point
-from offramp.metrics.seeds import spread, t_interval
+from offramp.metrics.intervals import spread, t_interval
 from offramp.runs.results import Result
 from offramp.runs.tables import Table
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from offramp.classifiers.convolutional import MSDNet, MSDNetConfig, SmallCNN, SmallCNNConfig
 from offramp.classifiers.projected import ProjectedHead
 from offramp.families.backbone import ENCODERS
-from offramp.hub.catalogue import Source
 from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import find
-from offramp.hub.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.hub.pretrained import Source, config_of, loading, model_of, tokenizer_of
 from offramp.runs import artefact
 from offramp.runs.bounded import read_object
 from offramp.runs.codec import encode

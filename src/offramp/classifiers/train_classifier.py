@@ -14,7 +14,7 @@ from offramp.classifiers.config import ClassifierTrainConfig
 from offramp.classifiers.splits import TEXTS, DataConfig, TaskName, divide, record
 from offramp.classifiers.trainer import ClassifierTrainResult, train_exits
 from offramp.families.backbone import HeadConfig
-from offramp.hub.devices import named_device
+from offramp.hub.pretrained import named_device
 from offramp.runs.progress import shown
 from offramp.tasks.labelled import row_hashes
 from offramp.tasks.labelled_text import Column

@@ -1,4 +1,4 @@
-"""`offramp bench`."""
+"""`offramp probe` and `offramp bench`: whether a model would gain from exits, and what it gains in seconds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,49 @@ if TYPE_CHECKING:
     from offramp.core.engine import Engines
     from offramp.lm.bench_arms import Arms
     from offramp.lm.bench_results import Bench
+
+
+def probe(
+    model: o.Model,
+    prompts: o.PromptFile = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Look at this text instead of at answers; may be given several times."),
+    ] = None,
+    limit: o.Limit = None,
+    max_new_tokens: o.MaxNewTokens = 32,
+    min_layer: o.MinLayer = None,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    exits: o.Exits = None,
+    chat: o.Chat = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where pictures go; default: runs/probe-MODEL[-exits].")
+    ] = None,
+    json: o.JsonPath = None,
+) -> None:
+    """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
+    import offramp
+    from offramp.lm.given import prompts_of, run_folder
+    from offramp.report.probe import save_probe
+    from offramp.tasks.rows import read_text
+
+    if text is not None and prompts is not None:
+        raise typer.BadParameter("give --prompts or --text, not both")
+    texts = None if text is None else [read_text(path) for path in text]
+    given = prompts_of(prompts, limit) if texts is None and (prompts or limit is not None) else None
+    lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
+    with o.progress("probing") as progress:
+        result = lm.probe(
+            given, texts=texts, max_new_tokens=max_new_tokens, min_layer=min_layer, chat=chat, progress=progress
+        )
+    o.say(result.table(), json)
+    folder = out or run_folder("probe", lm)
+    for path in [*result.save(folder), *save_probe(result, folder)]:
+        o.note(f"wrote {path}")
+    o.next_steps({"look at it with": ["report", str(folder)]})
+    o.write_result(result.to_dict(), json)
+
 
 _COMPILED = "compiled"
 """What --peers calls `transformers` with a static cache; it runs in this process."""
@@ -160,8 +203,7 @@ def bench(
 def _report(result: Bench, out: Path | None, json: Path | None) -> None:
     from offramp.report.plots import save_bench
 
-    if str(json) != "-":
-        o.say(result.table())
+    o.say(result.table(), json)
     if out is not None:
         for path in save_bench(result, out):
             o.note(f"wrote {path}")
@@ -172,21 +214,18 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
     from offramp.lm.bench_results import sizes_table
     from offramp.report.plots import save_bench
 
-    if str(json) != "-":
-        o.say(sizes_table(results))
+    o.say(sizes_table(results), json)
     if out is not None:
-        folders = [out / f"batch-{result.conditions['batch_size']}" for result in results]
-        for path in [
-            path for result, folder in zip(results, folders, strict=True) for path in save_bench(result, folder)
-        ]:
-            o.note(f"wrote {path}")
+        for result in results:
+            for path in save_bench(result, out / f"batch-{result.conditions['batch_size']}"):
+                o.note(f"wrote {path}")
     values = [result.to_dict() for result in results]
     o.write_result({"schema": "offramp/bench-sizes/1", "benches": values}, json)
 
 
 def _random(shape: str, dtype: str, engine: Engines, device: str | None, seed: int) -> LanguageModel:
     """A model with random weights."""
-    from offramp.hub.devices import named_device, named_dtype
+    from offramp.hub.pretrained import named_device, named_dtype
     from offramp.lm.scripted import random_model
 
     o.note(f"building a random {shape}")
@@ -233,7 +272,7 @@ def _variants(
     from offramp import LanguageModel
     from offramp.cuda.model import CudaError
     from offramp.hub.messages import first_line
-    from offramp.native.build import NativeError
+    from offramp.native.kernels import NativeError
     from offramp.peers import PeerError
     from offramp.values import choice
 
@@ -295,7 +334,7 @@ def _named_peers(names: str | None, pythons: list[str] | None) -> tuple[list[str
 def _probe(lm: LanguageModel) -> Callable[[], float] | None:
     """A read of as many bytes as the weights are; None: there is no compiler for it."""
     from offramp.lm.bench_playing import read_probe
-    from offramp.native.build import NativeError
+    from offramp.native.kernels import NativeError
 
     try:
         return read_probe(sum(weight.nbytes for weight in lm.model.parameters()))

@@ -210,7 +210,7 @@ def calibrate(
     import offramp
     from offramp.calibration import GAINS, Grid
     from offramp.calibration.statement import warning
-    from offramp.hub.devices import process_device
+    from offramp.hub.pretrained import process_device
     from offramp.lm.given import run_folder
 
     asked = o.task_named(task, languages)

@@ -1,13 +1,20 @@
-"""`offramp distill`."""
+"""`offramp distill`: classifiers in a grid, or with `--task language-modelling` one language model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.options import options_of
+from offramp.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from offramp.distillation.language_models import TokenDistillation
 
 
 def distill(
@@ -98,3 +105,153 @@ def distill(
     o.say(grid.table(), json)
     o.note(f"wrote {grid.folder / 'report.md'} and groups.csv; pictures: offramp report {grid.folder}")
     o.write_result(grid.to_dict(), json)
+
+
+FIELDS = (
+    "lora_rank", "steps", "tokens", "batch_size", "micro_batch", "learning_rate", "weight_decay", "warmup", "schedule",
+    "validate_every", "save_every", "seed",
+)  # fmt: skip
+
+
+@options_of(TrainConfig, FIELDS, before="precision")
+def distill_language_model(
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="What is trained: packaged name (smollm2), local folder or hub id.")
+    ],
+    teacher: Annotated[
+        str, typer.Option(metavar="TEACHER", help="A model with the same tokenizer: packaged name, folder or hub id.")
+    ],
+    text: o.TrainingText = None,
+    text_column: o.TextColumn = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Key of what stands before the text and is not learnt; default: nothing. Of --prompts: prompt."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Learn on the student's own answers to these prompts instead (on-policy): one per line, or JSON "
+            "objects.",
+        ),
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Key of the group in JSON objects; results are then told apart by group.")
+    ] = None,
+    limit: o.Limit = None,
+    max_new_tokens: o.OwnAnswerTokens = 128,
+    answer_temperature: o.AnswerTemperature = None,
+    answer_every: Annotated[int, typer.Option(help="Steps between own answers, which are then given anew.")] = 100,
+    chat: o.Chat = None,
+    window: Annotated[int | None, typer.Option(help="Longest piece of a document, in tokens; default: 256.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="kd: every token weighs the same. dedier, dedier_code, laplace, laplace_entropy, dedier_gate, "
+            "dedier_permuted, dedier_mean: tokens are weighted by what an early readout of the student says. Switches "
+            "stand behind a name: kd+temperature=1+fraction=0.5, dedier+alpha=1+normalise=mean."
+        ),
+    ] = "kd+temperature=1",
+    objective: Annotated[
+        str, typer.Option(help="forward-kl: the teacher's whole distribution; reverse-kl: its main mode.")
+    ] = "forward-kl",
+    layer: Annotated[
+        int | None, typer.Option(help="Layer of the early readout; default: a sixth of the student's depth.")
+    ] = None,
+    readout: Annotated[
+        str,
+        typer.Option(
+            help="head: the student's own head, through the lens of --exits if it has one there. lens: one that is "
+            "taught each time, and does not change the student."
+        ),
+    ] = "head",
+    fit: Annotated[str, typer.Option(help="What a lens is taught: labels, forward-kl or teacher-argmax.")] = "labels",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What a readout should say: the text's token, or the teacher's; default: text, with --prompts teacher."
+        ),
+    ] = None,
+    weigh_every: Annotated[int, typer.Option(help="Steps between two readouts.")] = 100,
+    exits: Annotated[
+        str | None, typer.Option("--exits", metavar="FOLDER", help="Exits of the student, for --readout head.")
+    ] = None,
+    trainable: Annotated[
+        str, typer.Option(help="all: every weight. lora: low-rank adapters, merged in the end.")
+    ] = "all",
+    precision: o.Precision = None,
+    held_out: o.HeldOut = 0.1,
+    report_to: o.ReportTo = None,
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the run is written; default: runs/distill-STUDENT.")
+    ] = None,
+    json: o.JsonPath = None,
+    **fields: Any,
+) -> None:
+    """Distil a language model from one with the same tokenizer: also offramp distill --task language-modelling.
+
+    Printed are divergence from the teacher, agreement with it and cross-entropy to the text on held-out tokens, for
+    each group of --group-column. Started again with the same options, an interrupted run goes on. `accelerate launch -m
+    offramp distill …` divides each step among processes.
+    """
+    import offramp
+    from offramp.hub.pretrained import process_device
+    from offramp.lm.given import run_folder
+    from offramp.training.answers import AnswerConfig
+
+    training = partial(TrainConfig, trainable=trainable, objective=objective, precision=precision, **fields)
+    target = target or ("text" if prompts is None else "teacher")
+    config = _settings(
+        method, training, own=prompts is not None,
+        readout={"layer": layer, "kind": readout, "fit": fit}, weights={"target": target, "every": weigh_every},
+    )  # fmt: skip
+    state, place = process_device(device)
+    lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
+    guide = offramp.load(teacher, dtype=dtype, device=place)
+    folder = out or run_folder("distill", lm)
+    answering = AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=fields["seed"])
+    with o.progress("distilling", answers="answering") as progress:
+        result = offramp.distill(
+            lm, guide, text or None, columns=text_column or ["text"], prompts=prompts, prompt_column=prompt_column,
+            group_column=group_column, limit=limit, config=config, window=window, held_out=held_out,
+            answering=answering, answer_every=answer_every, report_to=report_to, about={"command": o.command_line()},
+            out=folder, progress=progress if state.is_main_process else None,
+        )  # fmt: skip
+    if not state.is_main_process:
+        return
+    o.say(result.table(), json)
+    o.note(f"wrote {result.model}; train its exits with: offramp train {result.model}")
+    o.note(f"pictures: offramp report {folder}")
+    named = {"name": student, "teacher": teacher, "method": method, "dtype": o.dtype_of(lm)}
+    o.write_result({**result.to_dict(), **named}, json)
+
+
+def _settings(
+    method: str, training: Callable[..., TrainConfig], *, own: bool, readout: dict[str, Any], weights: dict[str, Any]
+) -> TokenDistillation:
+    """What a method's name means for tokens; of own answers the teacher is all there is to learn."""
+    from offramp.distillation.language_models import TokenDistillation
+    from offramp.distillation.methods import method as named
+    from offramp.distillation.readout import ReadoutConfig, TokenReadoutConfig
+    from offramp.distillation.token_weights import TokenWeights
+
+    found = named(method)
+    if found.loss != "kd" or found.errors is not None or found.balanced or found.refit:
+        raise typer.BadParameter(
+            f"--method {method} is for classifiers; language models learn by kd, dedier, laplace, …"
+        )
+    plain = found.weights is None or found.weights.readout == ReadoutConfig()
+    if not plain or (found.learning_rate, found.weight_decay) != (None, None):
+        raise typer.BadParameter(
+            f"--method {method} sets depth, a readout or an optimiser of classifiers; for language models there are "
+            "--layer, --readout, --fit, --learning-rate and --weight-decay"
+        )
+    fraction = 1.0 if own and "fraction" not in method else found.fraction
+    if found.weights is None:
+        return TokenDistillation(training(temperature=found.temperature), fraction)
+    watched = TokenWeights(found.weights, TokenReadoutConfig(**readout), **weights)
+    return TokenDistillation(training(temperature=found.temperature), fraction, watched)

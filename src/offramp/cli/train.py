@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.from_fields import options_of
+from offramp.cli.options import options_of
 from offramp.training.config import TrainConfig
 
 
@@ -124,7 +124,7 @@ def train(
     `torchrun --nproc-per-node N -m offramp train …`) divides each step among processes.
     """
     import offramp
-    from offramp.hub.devices import process_device
+    from offramp.hub.pretrained import process_device
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 
@@ -153,7 +153,7 @@ def train(
     o.note(f"wrote {result.exits}; use them with: offramp generate {trained} --exits {result.exits} {use}")
     o.next_steps({"look at it with": ["report", str(folder)]})
     if push_to_hub is not None:
-        from offramp.hub.exit_sources import push
+        from offramp.hub.exit_files import push
 
         address = push(result.exits, push_to_hub, model=result.model)
         if result.model is None:

@@ -16,8 +16,9 @@ from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, 
 from transformers.utils import ModelOutput
 
 from offramp.core.adaptive_threshold import AdaptiveThreshold
+from offramp.core.batch import Step
 from offramp.core.costs import Costs, Ledger
-from offramp.core.decoding import Step, decode
+from offramp.core.decoding import decode
 from offramp.core.generation_inputs import INDIFFERENT
 from offramp.core.policy import ExitPolicy
 from offramp.core.sampling import Sampler, ends_of

@@ -72,7 +72,7 @@ class Engine:
         return self._made
 
     def _native(self) -> SplitModel | None:
-        from offramp.native.build import NativeError
+        from offramp.native.kernels import NativeError
         from offramp.native.model import NativeModel
 
         try:

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from offramp.core.adaptive_threshold import AdaptiveThreshold
+from offramp.core.batch import Step
 from offramp.core.costs import Costs, Ledger
 from offramp.core.custom_generate import Prepared, prepare
-from offramp.core.decoding import Step
 from offramp.core.engine import Engine, Engines
 from offramp.core.exits import Exits
 from offramp.core.generation import Generation, Stream, by_row

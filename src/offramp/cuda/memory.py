@@ -2,6 +2,10 @@
 
 Inside a segment nothing may depend on a number that only the device knows: where keys go and what queries see is then
 read from buffers. Outside, a layer is a `LayerCache` like any other, so that prompts and fills write to the same place.
+
+What decoders hear of their encoders, keys and values of cross-attention, are as many as the encoder's input is long,
+which changes from batch to batch; segments read whole buffers, whose rest is masked. Where an input does not fit, the
+buffers double, and all segments are captured anew.
 """
 
 from __future__ import annotations
@@ -12,17 +16,120 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
-from offramp.cuda.ahead import Ahead
-from offramp.cuda.heard import Heard
+from offramp.cuda.segment import Ahead
 from offramp.families.state import Context, LayerCache
 
-_LEAST = 128  # slots; beyond them the capacity doubles, and all graphs are captured anew
+_LEAST = 128  # slots of a row; beyond them the capacity doubles, and all graphs are captured anew
 
 
-class SlotLayer(LayerCache):
-    """One layer of a `Memory`: buffers [B, H, capacity, D_head].
+class FixedLayer(LayerCache):
+    """A layer whose buffers [B, H, capacity, D_head] stay where they are, also when a batch is forgotten."""
+
+    def _buffers(self, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._keys is None or self._values is None:
+            shape = (self.batch, like.shape[1], capacity, like.shape[-1])
+            with torch.inference_mode(False):  # they outlive the generation, whichever mode it is in
+                options: Any = {"dtype": like.dtype, "device": like.device}
+                self._keys, self._values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        return self._keys, self._values
+
+    def clear(self) -> None:
+        """Forget what was written: a NaN would get past any mask."""
+        self.length, self.rows = 0, slice(0, self.batch)
+        if self._keys is not None and self._values is not None:
+            self._keys.zero_()
+            self._values.zero_()
+
+
+# ---------------------------------------------------------------- what is heard of an encoder
+
+
+class HeardLayer(FixedLayer):
+    """Cross-attention of one layer, of which segments get the whole buffers.
+
+    Args:
+        heard: That it belongs to.
+        batch: B.
+    """
+
+    def __init__(self, heard: Heard, batch: int) -> None:
+        super().__init__(batch)
+        self._heard = weakref.proxy(heard)
+
+    @property
+    def keys(self) -> Tensor:
+        """As `LayerCache.keys`; in a segment the whole buffer."""
+        return self._keys if self._heard.in_segment and self._keys is not None else super().keys
+
+    @property
+    def values(self) -> Tensor:
+        """As `LayerCache.values`; in a segment the whole buffer."""
+        return self._values if self._heard.in_segment and self._values is not None else super().values
+
+    def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self._buffers(self._heard.capacity, like)
+
+    def drop(self) -> None:
+        """Have no buffers: they come back in another size."""
+        self._keys = self._values = None
+
+
+class Heard:
+    """Cross-attention of one batch at a time, beside its `Memory`.
+
+    Args:
+        cache: Of self-attention, with as many layers.
+        states: Like those that enter a segment, [B, 1, D].
+
+    Attributes:
+        in_segment: Whether blocks are to get whole buffers.
+        past: What blocks receive, both caches.
+        mask: What is added to scores of cross-attention, [B, 1, 1, capacity]: 0 for tokens of the input, else the
+            least number.
+    """
+
+    def __init__(self, cache: Cache, states: Tensor) -> None:
+        self.capacity, self.in_segment = _LEAST, False
+        self.layers = [HeardLayer(self, len(states)) for _ in cache.layers]
+        self.past = EncoderDecoderCache(cache, Cache(layers=self.layers))
+        self.mask = self._new_mask(states)
+
+    def _new_mask(self, like: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return like.new_zeros(len(like), 1, 1, self.capacity)
+
+    def listen(self, length: int, tokens: Tensor | None) -> bool:
+        """Be ready for another input.
+
+        Args:
+            length: Of the input, X.
+            tokens: 1 for its tokens, 0 for padding, [B, X]; None without padding.
+
+        Returns:
+            Whether buffers have moved, so that nothing captured before is valid.
+        """
+        moves = length > self.capacity
+        while self.capacity < length:
+            self.capacity *= 2
+        for layer in self.layers:
+            if moves:
+                layer.drop()
+            layer.clear()
+        if moves:
+            self.mask = self._new_mask(self.mask)
+        least = torch.finfo(self.mask.dtype).min
+        self.mask.fill_(least)
+        self.mask[..., :length] = 0 if tokens is None else (~tokens.bool())[:, None, None] * least
+        return moves
+
+
+# ---------------------------------------------------------------- what was generated
+
+
+class SlotLayer(FixedLayer):
+    """One layer of a `Memory`.
 
     Args:
         memory: That it belongs to.
@@ -46,12 +153,7 @@ class SlotLayer(LayerCache):
 
     def _reserve(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
         self._memory.reserve(slots)
-        if self._keys is None or self._values is None:
-            shape = (self.batch, like.shape[1], self._memory.capacity, like.shape[-1])
-            with torch.inference_mode(False):  # they outlive the generation, whichever mode it is in
-                options: Any = {"dtype": like.dtype, "device": like.device}
-                self._keys, self._values = torch.zeros(shape, **options), torch.zeros(shape, **options)
-        return self._keys, self._values
+        return self._buffers(self._memory.capacity, like)
 
     @property
     def exists(self) -> bool:
@@ -68,13 +170,6 @@ class SlotLayer(LayerCache):
         keys[:, :, : self._keys.shape[2]] = self._keys
         values[:, :, : self._values.shape[2]] = self._values
         self._keys, self._values = keys, values
-
-    def clear(self) -> None:
-        """Forget what was written: a NaN would get past any mask."""
-        self.length, self.rows = 0, slice(0, self.batch)
-        if self._keys is not None and self._values is not None:
-            self._keys.zero_()
-            self._values.zero_()
 
 
 class Memory:

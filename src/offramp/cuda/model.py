@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offramp.cuda.ahead import Launch
 from offramp.cuda.exit_test import MOST, ExitTests, packed, told
 from offramp.cuda.memory import Memory
-from offramp.cuda.segment import Segment
+from offramp.cuda.segment import Launch, Segment
 from offramp.families import SplitModel, acting
 from offramp.families.network import run_block
 from offramp.families.readouts import Best, HeadIds, HeadRows

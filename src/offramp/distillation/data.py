@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.metrics.group_weights import minority_rows
+from offramp.metrics.group_effects import minority_rows
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled, split
 from offramp.values import choice

@@ -13,7 +13,7 @@ from offramp.distillation.data import STAND_IN, DataConfig
 from offramp.distillation.grid import run_grid
 from offramp.distillation.networks import Network, is_classifier
 from offramp.distillation.results import Result
-from offramp.hub.devices import named_device
+from offramp.hub.pretrained import named_device
 from offramp.metrics.selection import WITH_GROUPS
 from offramp.report.grids import FEW, summary, tables, write_groups
 from offramp.runs.bounded import read_object

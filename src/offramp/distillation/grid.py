@@ -24,7 +24,7 @@ from offramp.distillation.data import forget_sets, load_set
 from offramp.distillation.networks import begun_from
 from offramp.distillation.results import AGAIN, read_result
 from offramp.distillation.teacher import require_unseen
-from offramp.hub.devices import named_device
+from offramp.hub.pretrained import named_device
 from offramp.runs.bounded import read_object
 from offramp.runs.digests import of_file
 from offramp.runs.resume import as_json, differences, read_asked, require_same, write_asked

@@ -26,7 +26,7 @@ from offramp.classifiers.batches import Rows
 from offramp.classifiers.classifier import EarlyExitClassifier
 from offramp.classifiers.exits import gap as margin
 from offramp.distillation.readout import ReadoutConfig, ReadoutOutputs, read, states_at, teach
-from offramp.metrics.group_weights import ReadoutDiagnostics, readout_diagnostics
+from offramp.metrics.group_effects import ReadoutDiagnostics, readout_diagnostics
 from offramp.uncertainty import avcs_classification, nested_conformal, predictive
 from offramp.uncertainty.avcs_classification import AVCSClassificationConfig
 from offramp.uncertainty.laplace import Factors, damping

@@ -25,9 +25,8 @@ from offramp.distillation.networks import begun_from, rows_for
 from offramp.distillation.parts import Parts
 from offramp.distillation.results import AGAIN, History, budget_of
 from offramp.distillation.teacher import load_logits, logits_of_all
-from offramp.metrics.group_exits import budgets_by_group, exits_by_group
-from offramp.metrics.group_members import Groups
-from offramp.metrics.groups import flip_rate, group_changes, group_report
+from offramp.metrics.group_effects import budgets_by_group, exits_by_group, group_changes
+from offramp.metrics.groups import Groups, flip_rate, group_report
 from offramp.metrics.selection import SPLITS, WITH_GROUPS, LabelBudget, judge
 from offramp.risk.budgets import leave
 from offramp.runs.bounded import parsed, read_object

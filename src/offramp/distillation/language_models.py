@@ -22,8 +22,8 @@ from offramp.distillation.token_report import SCHEMA, TokenDistillResult, summar
 from offramp.distillation.token_weights import TokenWeights, new_token_weights
 from offramp.families.backbone import autocast, evaluating
 from offramp.families.finite import name_of, require_finite
-from offramp.metrics.group_members import Groups
-from offramp.metrics.group_weights import weight_diagnostics
+from offramp.metrics.group_effects import weight_diagnostics
+from offramp.metrics.groups import Groups
 from offramp.runs.digests import fingerprint
 from offramp.runs.folder import TrainState, opened
 from offramp.runs.machine import describe

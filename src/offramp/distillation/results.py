@@ -21,12 +21,16 @@ from torch import Tensor, nn
 
 from offramp.distillation.config import SCHEMA
 from offramp.distillation.methods import METHODS
-from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
-from offramp.metrics.group_weights import ReadoutDiagnostics, WeightDiagnostics
-from offramp.metrics.groups import SMALLEST, GroupChange, GroupNumbers, GroupReport
-from offramp.metrics.seeds import CHANGES, SHARES, t_interval
+from offramp.metrics.group_effects import (
+    BudgetByGroup,
+    ExitsByGroup,
+    GroupChange,
+    ReadoutDiagnostics,
+    WeightDiagnostics,
+)
+from offramp.metrics.groups import SMALLEST, GroupNumbers, GroupReport
+from offramp.metrics.intervals import CHANGES, SHARES, Share, binomial, t_interval
 from offramp.metrics.selection import Epoch, Judged, LabelBudget, choices
-from offramp.metrics.sets import Share, binomial
 from offramp.runs.bounded import read_json, read_object
 from offramp.runs.codec import decode
 from offramp.runs.digests import sealed, unsealed

@@ -39,7 +39,7 @@ from offramp.distillation.linear_probes import refitted, require_linear
 from offramp.distillation.networks import States, begun_from, build, require_same_classes, rows_for
 from offramp.distillation.parts import Parts, parts_of
 from offramp.distillation.results import History
-from offramp.metrics.group_weights import weight_diagnostics
+from offramp.metrics.group_effects import weight_diagnostics
 from offramp.runs.codec import encode
 from offramp.runs.digests import fingerprint, sealed
 from offramp.runs.files import write_json

@@ -23,7 +23,8 @@ from offramp.training.answers import AnswerConfig, answer_documents
 from offramp.training.data import Document, Progress, Windows, cut, divide, with_text
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel, Prompt
+    from offramp.core.generation_inputs import Prompt
+    from offramp.core.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

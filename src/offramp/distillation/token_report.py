@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.metrics.group_weights import TOO_FEW
+from offramp.metrics.group_effects import TOO_FEW
 from offramp.metrics.selection import LabelBudget
 from offramp.runs.folder import TrainState
 from offramp.runs.results import Result

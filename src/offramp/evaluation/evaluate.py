@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.core.plan import resolve
 from offramp.evaluation.arms import FULL, baselines, unexited
-from offramp.evaluation.perplexity import Passage, PassageArm
+from offramp.evaluation.perplexity import PERPLEXITY, Passage, PassageArm
 from offramp.evaluation.record_file import (
     Item,
     Progress,
@@ -34,8 +34,8 @@ from offramp.evaluation.record_file import (
 )
 from offramp.evaluation.records import Arm, TaskArm, answer_options, divided_by, take_turns
 from offramp.evaluation.result import Evaluation
-from offramp.evaluation.summary import PERPLEXITY, summarise
-from offramp.metrics.bootstrap import Bootstrap
+from offramp.evaluation.summary import summarise
+from offramp.metrics.intervals import Bootstrap
 from offramp.metrics.text import reads
 from offramp.report import plots
 from offramp.runs.machine import describe

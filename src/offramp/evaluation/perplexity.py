@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offramp.core.batch import Step
 from offramp.core.costs import Ledger
-from offramp.core.decoding import Step, decode
+from offramp.core.decoding import decode
 from offramp.core.generation import by_row, pieces
 from offramp.core.generation_inputs import padded
 from offramp.core.plan import resolve

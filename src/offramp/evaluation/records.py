@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offramp.core.batch import Step
 from offramp.core.costs import Costs
-from offramp.core.decoding import Step
 from offramp.core.generation import by_row, pieces
 from offramp.core.generation_inputs import greedy
 from offramp.core.plan import resolve

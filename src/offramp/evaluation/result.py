@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from offramp.evaluation.arms import FULL
-from offramp.evaluation.summary import PERPLEXITY, ArmSummary
-from offramp.metrics.bootstrap import Interval
-from offramp.risk.control import pareto_front
+from offramp.evaluation.perplexity import PERPLEXITY
+from offramp.evaluation.summary import ArmSummary
+from offramp.metrics.intervals import Interval
+from offramp.risk.search import pareto_front
 from offramp.runs.codec import encode
 from offramp.runs.results import Result
 from offramp.runs.tables import Table

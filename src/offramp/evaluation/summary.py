@@ -13,7 +13,7 @@ import numpy as np
 from offramp.evaluation.perplexity import PERPLEXITY as PERPLEXITY
 from offramp.evaluation.record_file import Record
 from offramp.evaluation.records import PREFILL
-from offramp.metrics.bootstrap import Bootstrap, Floats, Interval, quotient
+from offramp.metrics.intervals import Bootstrap, Floats, Interval, quotient
 from offramp.metrics.text import corpus_metric
 
 CORPUS = ("bleu", "chrf")
@@ -24,7 +24,7 @@ CORPUS = ("bleu", "chrf")
 class ArmSummary:
     """One arm, over all examples, beside the full model over the same ones.
 
-    Ratios are of sums over all examples. Intervals are those of the cluster bootstrap (`offramp.metrics.bootstrap`).
+    Ratios are of sums over all examples. Intervals are those of the cluster bootstrap (`offramp.metrics.intervals`).
 
     Attributes:
         name: Of the arm.

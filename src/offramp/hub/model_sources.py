@@ -1,14 +1,197 @@
-"""Where a model is: its packaged name, its local folder or its hub id."""
+"""Where a model is: in an ordinary Python package, in a local folder or on the hub.
+
+Packages carry models so that everything can be tried without a model hub. Such a package is only looked up, never
+imported: its weights are checked, converted once into the user's cache folder and loaded from there like any local
+folder.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from offramp.hub.catalogue import PACKAGED, Source, choices
-from offramp.hub.messages import ModelError, first_line
-from offramp.hub.packaged import packaged_folder
+from offramp.hub.messages import ModelError, first_line, quiet, say
+from offramp.hub.pretrained import PACKAGED, Packaged, Source, choices
+from offramp.runs.digests import of_file
+
+_MIB = 1 << 20
+
+
+def packaged_folder(name: str) -> Path:
+    """Find the converted copy of a packaged model in the cache, converting it first if needed.
+
+    The cache is `$OFFRAMP_CACHE`, else `$XDG_CACHE_HOME/offramp`, else `~/.cache/offramp`. The copy appears there
+    complete or not at all, also when the conversion is killed or runs in several processes at once: one converts, the
+    others wait. Checksums are compared at every load (0.2 s for 260 MB), and a copy that is damaged in any way is made
+    again.
+
+    Returns:
+        A folder that `AutoModelForCausalLM.from_pretrained` takes, with weights in bfloat16 and, in `SOURCE.json`, what
+        it was made from.
+
+    Raises:
+        ModelError: The package is missing, its weights are not the expected ones, or the conversion failed, for example
+            for want of room.
+    """
+    packaged = PACKAGED[name]
+    folder = cache_folder() / "models" / f"{name}-{packaged.sha256[:12]}"
+    if _is_complete(folder):
+        return folder
+    weights = _find_weights(packaged)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with sole_maker(folder):
+            if not _is_complete(folder):  # another process may have made it while this one waited for the lock
+                _build(packaged, weights, folder)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the disk, safetensors or transformers came up with
+        raise ModelError(
+            f"{packaged.title} could not be converted in {folder.parent}: {first_line(error)}; nothing was kept. "
+            f"If the disk is the reason, set OFFRAMP_CACHE to a writable folder with {packaged.converted_mib} MiB free"
+        ) from error
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where converted models and compiled kernels are kept: `$OFFRAMP_CACHE`, else the user's cache folder."""
+    if chosen := os.environ.get("OFFRAMP_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offramp"
+
+
+def _find_weights(packaged: Packaged) -> Path:
+    """The GGUF file of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(packaged.module)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (file := Path(folder, packaged.file)).is_file():
+            return file
+    raise ModelError(
+        f"{packaged.title} comes with the package {packaged.distribution} {packaged.version}, which is not installed; "
+        f"run: {packaged.install}"
+    )
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file has the checksum that `SOURCE.json` lists for it."""
+    try:
+        sums: dict[str, str] = json.loads((folder / "SOURCE.json").read_text(encoding="utf-8"))["sha256"]
+        return bool(sums) and all(of_file(folder / file) == wanted for file, wanted in sums.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def sole_maker(folder: Path) -> Iterator[None]:
+    """Let one process at a time make `folder`; the system releases the lock when a process dies."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"waiting for another process that makes {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
+    """Make `folder` from the GGUF file `weights`, under the lock: all of it or, whatever happens, nothing."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process; a living one would hold the lock
+    if folder.exists():
+        say(f"{folder} is incomplete or damaged; it is made again")
+        shutil.rmtree(folder)
+    free = shutil.disk_usage(folder.parent).free // _MIB
+    if free < packaged.converted_mib:
+        raise ModelError(
+            f"{free} MiB free at {folder.parent}, but converting {packaged.title} takes {packaged.converted_mib} MiB; "
+            "make room, or set OFFRAMP_CACHE to a folder with more"
+        )
+    if (digest := of_file(weights)) != packaged.sha256:
+        raise ModelError(
+            f"{weights} has SHA-256 {digest}, not {packaged.sha256}: a damaged file or another version; "
+            f"run: {packaged.install} --force-reinstall"
+        )
+    say(
+        f"copying {packaged.title} once into {folder}"
+        if packaged.beside
+        else f"converting {packaged.title} once into {folder} (about 30 s)"
+    )
+    try:
+        partial.mkdir()
+        if packaged.beside:
+            for name in (weights.name, *packaged.beside):
+                shutil.copyfile(weights.with_name(name), partial / name)
+        else:
+            _convert(weights, partial)
+        _write_source(packaged, partial)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        partial.rename(folder)
+    except BaseException:  # also an interrupt from the keyboard
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _convert(weights: Path, out: Path) -> None:
+    """Unpack the quantised blocks of a GGUF file and save model and tokenizer to `out`, in bfloat16.
+
+    The model is loaded in bfloat16 rather than cast to it, since a cast would round the rotary frequencies as well.
+    With `dequantize` transformers does not treat the result as quantised, which it would refuse to save.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from offramp.hub.pretrained import model_of, tokenizer_of
+
+    source = Source(str(weights.parent), True, {"gguf_file": weights.name, "local_files_only": True})
+    with quiet(), redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that cannot be turned off
+        model, _ = model_of(
+            AutoModelForCausalLM, source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(out, max_shard_size="100GB")  # one file
+        tokenizer_of(source).save_pretrained(out)
+    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # it is written for its owner's eyes only
+
+
+def _write_source(packaged: Packaged, out: Path) -> None:
+    """Record in `out` what it was made from and how large each file is."""
+    import transformers
+
+    record = {
+        "title": packaged.title,
+        "licence": packaged.licence,
+        "package": f"{packaged.distribution}=={packaged.version}",
+        "weights_sha256": packaged.sha256,
+        "transformers": transformers.__version__,
+        "sha256": {path.name: of_file(path) for path in sorted(out.iterdir())},
+    }
+    (out / "SOURCE.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Write a file or folder through to the disk, so that a power cut after the rename cannot lose what is in it."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened; the checksums find what was lost
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- by any name
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, get_args
 
 from offramp.core.engine import Engines
-from offramp.hub.catalogue import PACKAGED
-from offramp.hub.devices import DTYPES, named_device, named_dtype
 from offramp.hub.exit_files import load_exits, require_made_for
 from offramp.hub.messages import ModelError
 from offramp.hub.model_sources import find
-from offramp.hub.pretrained import config_of, loading, model_of, tokenizer_of
+from offramp.hub.pretrained import (
+    DTYPES,
+    PACKAGED,
+    config_of,
+    loading,
+    model_of,
+    named_device,
+    named_dtype,
+    tokenizer_of,
+)
 from offramp.values import choice, listed
 
 if TYPE_CHECKING:
@@ -116,7 +123,7 @@ def load(
         name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
         local_files_only=local_files_only,
     )  # fmt: skip
-    from offramp.hub.exit_sources import exits_folder
+    from offramp.hub.exit_files import exits_folder
 
     trained = (
         None if exits is None else load_exits(exits_folder(exits, str(name)))

@@ -25,7 +25,7 @@ from offramp.evaluation.records import settle
 from offramp.hub.messages import first_line
 from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, Arms
 from offramp.lm.bench_rounds import Round, Turn
-from offramp.native.build import library
+from offramp.native.kernels import library
 from offramp.peers import Peer, PeerError
 from offramp.runs.machine import forget_peak, is_shortage, peak, release
 

@@ -25,7 +25,8 @@ from offramp.training.data import Data, prepare
 from offramp.values import ArgumentError
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel, Prompt
+    from offramp.core.generation_inputs import Prompt
+    from offramp.core.language_model import LanguageModel
     from offramp.distillation.token_report import TokenDistillResult
 
 log = logging.getLogger(__name__)

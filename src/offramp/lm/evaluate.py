@@ -13,9 +13,8 @@ from offramp.calibration.certificate import certified_task, check_certificate, c
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation.evaluate import evaluate as compare
 from offramp.evaluation.evaluate import evaluate_perplexity, records_of
-from offramp.evaluation.perplexity import read_passages
+from offramp.evaluation.perplexity import PERPLEXITY, read_passages
 from offramp.evaluation.record_file import state_of
-from offramp.evaluation.summary import PERPLEXITY
 from offramp.lm.given import Data, File, TaskName, fitting, named, run_folder, task_of
 from offramp.runs.progress import shown
 from offramp.tasks import Example, Task

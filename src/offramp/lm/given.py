@@ -22,7 +22,8 @@ from offramp.training.data import Document, pair_documents, read_texts, text_doc
 from offramp.values import ArgumentError, choice
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel, Prompt
+    from offramp.core.generation_inputs import Prompt
+    from offramp.core.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

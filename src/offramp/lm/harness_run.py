@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lm_eval
 
 from offramp.lm.harness import HarnessModel, Spent
-from offramp.metrics.bootstrap import Bootstrap, Interval
+from offramp.metrics.intervals import Bootstrap, Interval
 from offramp.runs.machine import describe
 from offramp.runs.results import Result
 from offramp.runs.tables import cell, markdown

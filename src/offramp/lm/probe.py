@@ -25,7 +25,8 @@ from offramp.lm.probe_result import COVERAGE, TOLERANCE, Depths, LayerReport, Pr
 from offramp.runs.progress import shown
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel, Prompt
+    from offramp.core.generation_inputs import Prompt
+    from offramp.core.language_model import LanguageModel
 
 ROWS = 8
 """Prompts decoded together."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.hub.devices import agreed
+from offramp.hub.pretrained import agreed
 from offramp.lm.given import Data, File, Prompts, TaskName, Texts, documents_of, run_folder
 from offramp.runs.codec import encode
 from offramp.runs.progress import shown

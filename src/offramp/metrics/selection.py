@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import Groups
 from offramp.values import choice
 
 

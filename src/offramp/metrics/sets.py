@@ -8,28 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from offramp.metrics.intervals import Share, binomial
 from offramp.uncertainty.sets import Sets
-
-Method: TypeAlias = Literal["exact", "wilson"]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of rows and the ends of its binomial interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Low and high."""
-        return self.low, self.high
 
 
 @dataclass(frozen=True)
@@ -130,11 +114,3 @@ def nestedness(size: Tensor, shared: Tensor, empty: Tensor, shared_empty: Tensor
     """
     ratio = torch.where(shared == size, 1.0, (shared / size).nan_to_num(nan=1.0))
     return torch.where(shared_empty, empty.double(), ratio)
-
-
-def binomial(count: int, trials: int, *, level: float = 0.95, method: Method = "exact") -> Share:
-    """A share, count / trials, with its interval at a level in (0, 1), by the method "exact" or "wilson"."""
-    from scipy.stats import binomtest
-
-    ends = binomtest(count, trials).proportion_ci(confidence_level=level, method=method)
-    return Share(count / trials, float(ends.low), float(ends.high))

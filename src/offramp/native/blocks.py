@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.native import library as lib
-from offramp.native.build import NativeError
+from offramp.native import kernels as lib
+from offramp.native.kernels import NativeError
 from offramp.native.weights import Part, Weights
 
 STATE, QKV, MIXED, INNER, ADDEND = range(5)

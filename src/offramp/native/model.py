@@ -25,17 +25,12 @@ from offramp.families.network import rotation
 from offramp.families.readouts import Best, HeadIds, HeadRows
 from offramp.families.state import Context, Skipped, State
 from offramp.native import blocks
-from offramp.native import library as lib
+from offramp.native import kernels as lib
 from offramp.native.blocks import Turning
-from offramp.native.build import NativeError, library
-from offramp.native.cache import NativeCache
-from offramp.native.drafting import Drafted, draft, plain_embeddings
-from offramp.native.families import FAMILIES
-from offramp.native.library import address
-from offramp.native.parts import parts, require_plain
-from offramp.native.places import Memory, Places, own_slots, places_of
-from offramp.native.stretch import Stretch
-from offramp.native.threads import Threads
+from offramp.native.cache import Memory, NativeCache, Places, own_slots, places_of
+from offramp.native.families import FAMILIES, parts, require_plain
+from offramp.native.kernels import NativeError, Threads, address, library
+from offramp.native.stretch import Drafted, Stretch, draft, plain_embeddings
 from offramp.native.weights import Part, Weights
 
 
@@ -222,7 +217,7 @@ class NativeModel(SplitModel):
         return call
 
     def draft(self, *where: Any, **options: Any) -> Drafted | None:
-        """Several drafts in one call, see `offramp.native.drafting`; None where that cannot be."""
+        """Several drafts in one call, see `offramp.native.stretch`; None where that cannot be."""
         return draft(self, *where, **options)
 
     def stretch(self, *where: Any, **options: Any) -> Stretch | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offramp.hub.messages import first_line, quiet
-from offramp.hub.packaged import cache_folder
+from offramp.hub.model_sources import cache_folder
 from offramp.peers.process import PeerError
 from offramp.runs.digests import fingerprint
 from offramp.runs.files import replace_file, replace_folder

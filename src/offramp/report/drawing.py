@@ -1,4 +1,4 @@
-"""What all pictures share: colours, style, a title that says what they show, a footnote that says what of, and files.
+"""What all pictures and pages share: colours, style, titles that say what is shown, footnotes that say what of, files.
 
 Figures are made without pyplot, so no window system is needed and nothing global is left changed. The same data
 give the same bytes.
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from offramp.core.generation import DEPTH
 from offramp.runs.files import replace_file
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by the colour-blind (Okabe and Ito)
@@ -31,6 +32,11 @@ STYLE = {
     "grid.color": GRID,
     "legend.frameon": False,
 }
+
+
+def colours() -> str:
+    """The colours and the scale of depth of all pages, as CSS."""
+    return DEPTH + Path(__file__).with_name("colours.css").read_text(encoding="utf-8")
 
 
 def available() -> bool:

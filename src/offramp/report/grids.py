@@ -30,7 +30,7 @@ from offramp.distillation.results import (
     weights_of,
 )
 from offramp.metrics.groups import SMALLEST
-from offramp.metrics.seeds import CHANGES, SIGNIFICANT, Paired, compare, paired, spread, summarise_seeds, together
+from offramp.metrics.intervals import CHANGES, SIGNIFICANT, Paired, compare, paired, spread, summarise_seeds, together
 from offramp.metrics.selection import RULES
 from offramp.report.groups import (
     EXITS_NOTE,

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from offramp.metrics.group_exits import BudgetByGroup, ExitsByGroup
-from offramp.metrics.group_weights import TOO_FEW, TOO_MANY, ReadoutDiagnostics, WeightDiagnostics
-from offramp.metrics.groups import GroupChange, GroupReport
-from offramp.metrics.seeds import Paired, SeedSummary, Spread
+from offramp.metrics.group_effects import (
+    TOO_FEW,
+    TOO_MANY,
+    BudgetByGroup,
+    ExitsByGroup,
+    GroupChange,
+    ReadoutDiagnostics,
+    WeightDiagnostics,
+)
+from offramp.metrics.groups import GroupReport
+from offramp.metrics.intervals import Paired, SeedSummary, Spread
 from offramp.metrics.selection import Epoch, choices
 from offramp.runs.tables import Table, cell
 

@@ -1,9 +1,8 @@
-"""Pictures of a probe, a bench and an evaluation."""
+"""Pictures that commands draw into a run's folder: of a bench, an evaluation and a calibration."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,16 +23,11 @@ from offramp.report.drawing import (
 )
 
 if TYPE_CHECKING:
+    from offramp.calibration.result import Calibration
     from offramp.evaluation.result import Evaluation
     from offramp.evaluation.summary import ArmSummary
     from offramp.lm.bench_results import Bench
-    from offramp.lm.probe_result import Probe
-    from offramp.metrics.bootstrap import Interval
-
-
-def save_probe(probe: Probe, folder: Path) -> list[Path]:
-    """Draw all pictures of a probe (see `save_figures`)."""
-    return save_figures({f"probe-{name}": partial(draw, probe) for name, draw in PICTURES.items()}, folder)
+    from offramp.metrics.intervals import Interval
 
 
 def save_bench(bench: Bench, folder: Path) -> list[Path]:
@@ -45,101 +39,6 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     """Draw the pictures of an evaluation (see `save_figures`)."""
     drawings = {"pareto": partial(pareto_figure, evaluation), "exits": partial(histogram_figure, evaluation)}
     return save_figures({f"evaluate-{name}": draw for name, draw in drawings.items()}, folder)
-
-
-def rank_figure(probe: Probe) -> Any:
-    """Box plot of the final token's rank by layer, on a logarithmic axis, and the suggested pruned vocabulary."""
-    figure, axes = _axes(probe, _rank_title(probe))
-    x = [r.layer for r in probe.layers]
-    low, q1, median, q3, high, p99 = (
-        [r.rank[name] + 1 for r in probe.layers] for name in ("p5", "p25", "p50", "p75", "p95", "p99")
-    )
-    # Not axes.bxp: it walks through all settings and thereby chooses a window system.
-    axes.vlines(x, low, high, color=BLUE, linewidth=1)
-    for caps in (low, high):
-        axes.hlines(caps, [v - 0.15 for v in x], [v + 0.15 for v in x], color=BLUE, linewidth=1)
-    heights = [top - bottom for bottom, top in zip(q1, q3, strict=True)]
-    boxes = axes.bar(x, heights, 0.6, bottom=q1, facecolor="#bfdbec", edgecolor=BLUE, zorder=2)
-    axes.hlines(median, [v - 0.3 for v in x], [v + 0.3 for v in x], color=BLUE, linewidth=2.5, zorder=3)
-    (dots,) = axes.plot(x, p99, ".", color=GREY)
-    size = probe.suggested_vocabulary_size
-    line = axes.axhline(size, color=ORANGE, linestyle="--")
-    axes.set_yscale("log")
-    axes.set_ylim(0.8, probe.vocabulary * 1.3)
-    axes.yaxis.set_major_formatter(require_matplotlib().ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.minorticks_off()
-    axes.set_ylabel("place of the final token among the layer's choices\n(1 = its first choice)")
-    labels = [
-        "half of the positions (bar: median; whiskers: 5th to 95th percentile)",
-        "99th percentile",
-        f"the best {size:,} of {probe.vocabulary:,} hold 99.5% of the final tokens at layer {probe.min_layer}",
-    ]
-    legend(axes, [boxes, dots, line], labels)
-    return figure
-
-
-def _rank_title(probe: Probe) -> str:
-    first = probe.num_layers
-    while first > 1 and probe.layers[first - 2].rank["p50"] == 0:
-        first -= 1
-    return f"The final token is the first choice half of the time only from layer {first} of {probe.num_layers} on"
-
-
-def confidence_figure(probe: Probe) -> Any:
-    """How sure each layer is and how often it is right, with the difference shaded."""
-    off = max(probe.layers[probe.min_layer - 1 : -1], key=lambda r: r.overconfidence)
-    if off.overconfidence >= 0.1:
-        says, is_so = f"{off.max_probability:.0%} sure", f"{off.agreement:.0%} right"
-        title = f"Early layers are too sure: layer {off.layer} is {says} and {is_so}"
-    else:
-        title = f"From layer {probe.min_layer} on, layers are about as sure as they are right, or less"
-    figure, axes = _axes(probe, title)
-    early = probe.layers[:-1]
-    x = [r.layer for r in early]
-    right, sure = [r.agreement for r in early], [r.max_probability for r in early]
-    (a,) = axes.plot([*x, probe.num_layers], [*right, 1.0], "-o", color=BLUE, markersize=4)
-    (b,) = axes.plot(x, sure, "-s", color=ORANGE, markersize=4)
-    over = [s > r for s, r in zip(sure, right, strict=True)]
-    shade = axes.fill_between(x, right, sure, where=over, interpolate=True, color=ORANGE, alpha=0.15, linewidth=0)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(require_matplotlib().ticker.PercentFormatter(1.0))
-    axes.set_ylabel("mean over the positions")
-    labels = ["right: chooses the final token", "sure: mean probability of its choice", "too sure (overconfidence)"]
-    legend(axes, [a, b, shade], labels)
-    return figure
-
-
-def exit_figure(probe: Probe) -> Any:
-    """Where tokens could leave, and up to where leaving saves FLOPs."""
-    depth, mean, pays = probe.num_layers, probe.saturation.mean, probe.break_even
-    figure, axes = _axes(
-        probe, f"Tokens settle after {mean:.1f} of {depth} layers on average; leaving pays up to layer {pays:.1f}"
-    )
-    sober = [n / probe.tokens for n in probe.saturation.counts]
-    best = [n / probe.tokens for n in probe.oracle.counts]
-    x = range(1, depth + 1)
-    bars = axes.bar([v - 0.2 for v in x], sober, 0.4, color=BLUE)
-    oracle = axes.bar([v + 0.2 for v in x], best, 0.4, color=GREEN, alpha=0.55)
-    center = axes.axvline(mean, color=BLUE, linewidth=1.2)
-    full = axes.axvline(probe.break_even, color=ORANGE, linestyle="--", linewidth=1.8)
-    axes.axvspan(0, probe.break_even, color=ORANGE, alpha=0.06, linewidth=0)
-    axes.yaxis.set_major_formatter(percent())
-    axes.set_ylabel("share of positions")
-    axes.set_ylim(0, max(*sober, *best) * 1.15)
-    labels = [
-        "saturation layer: from here on every layer chooses the final token",
-        f"oracle exit: first layer from {probe.min_layer} on that chooses it",
-        f"mean saturation layer, {mean:.1f}",
-        f"break-even, {probe.break_even:.1f}: exits to the left of it (on average) save FLOPs",
-    ]
-    handles, pruned = [bars, oracle, center, full], f"with {probe.default_vocabulary_size:,} tokens kept"
-    if probe.break_even_default - probe.break_even < depth / 100:  # one line would hide the other
-        labels[-1] += f"; {pruned}, {probe.break_even_default:.1f}"
-    else:
-        handles.append(axes.axvline(probe.break_even_default, color=ORANGE, linestyle=":", linewidth=2.2))
-        labels.append(f"break-even {pruned} after the first test, {probe.break_even_default:.1f}")
-    legend(axes, handles, labels)
-    return figure
 
 
 def bench_figure(bench: Bench) -> Any:
@@ -323,25 +222,64 @@ def histogram_figure(evaluation: Evaluation) -> Any:
     return figure
 
 
-def _axes(probe: Probe, title: str) -> tuple[Any, Any]:
-    """A figure with one pair of axes: layers along x, the title above and the footnote below."""
-    figure = headed(title, 9, 5.6)
-    axes = figure.add_subplot()
-    depth = probe.num_layers
-    axes.set_xticks(layer_ticks(depth, 1))
-    axes.set_xlim(0.3, depth + 0.7)
-    axes.set_xlabel(f"layer (layer {depth} is the full model)")
+"""By the name that the file gets: probe-NAME.svg."""
+
+
+# ---------------------------------------------------------------- a calibration
+
+
+SMALLEST = 1e-6
+"""P-values below are drawn there."""
+
+
+def save_calibration(calibration: Calibration, folder: Path) -> list[Path]:
+    """Draw the picture, if settings were tested (see `save_figures`)."""
+    tested = {"calibrate": partial(calibration_figure, calibration)} if calibration.certificate.tests else {}
+    return save_figures(tested, folder)
+
+
+def calibration_figure(calibration: Calibration) -> Any:
+    """Mean loss and p-value of the settings that were looked at, with the lines that they must stay below."""
+    certificate, promise = calibration.certificate, calibration.certificate.promise
+    tests = certificate.tests
+    chosen = None if certificate.selected is None else tests[certificate.selected]["name"]
+    nothing = "Nothing certified costs less than the full model" if certificate.pays_nothing else "Nothing is certified"
+    title = nothing if chosen is None else f"Certified: {chosen}"
+    figure = headed(title, 9, 6.4)
+    losses, p_values = figure.subplots(2, 1, sharex=True)
+    numbers = calibration.settings
+    groups: dict[int, list[int]] = {}  # tests by their setting's minimum layer and vocabulary size
+    for place, test in enumerate(tests):
+        groups.setdefault(numbers[test["setting"]].chain, []).append(place)
+    for chain, places in groups.items():
+        color = COLOURS[chain % 6]
+        name = numbers[tests[places[0]]["setting"]].name if len(groups) > 1 else None
+        label = None if name is None else name.partition(", ")[2] or name
+        losses.plot(places, [tests[i]["loss"] for i in places], "-o", color=color, markersize=4, label=label)
+        p_values.plot(places, [max(tests[i]["p_value"], SMALLEST) for i in places], "-o", color=color, markersize=4)
+    crc = promise.bound == "crc"
+    for axes, key, line, what in (
+        (losses, "loss", promise.tolerance, "tolerance"),
+        (p_values, "p_value", promise.tolerance if crc else certificate.level, "tolerance" if crc else "level"),
+    ):
+        axes.axhline(line, color=GREY, linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"{what} {line:.3g}", (1, line), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right", fontsize=8,
+            textcoords="offset points", color=GREY,
+        )  # fmt: skip
+        if certificate.selected is not None:
+            value = max(tests[certificate.selected][key], SMALLEST if key == "p_value" else 0)
+            axes.plot([certificate.selected], [value], "o", markersize=11, mfc="none", color="black", label="chosen")
+    if len(groups) > 1 or chosen is not None:
+        legend(losses, ncols=6)
+    losses.set_ylabel("mean loss")
+    p_values.set_ylabel("mean for conformal risk control" if crc else "p-value")
+    if not crc:
+        p_values.set_yscale("log")
+    p_values.set_xticks(range(len(tests)), [test["name"] for test in tests], rotation=35, ha="right", fontsize=8)
     footnote(
         figure,
-        f"{probe.model} · {probe.examples} {probe.source_noun}, {probe.tokens:,} positions · exits tested after layers "
-        f"{probe.min_layer} to {depth - 1}",
+        f"{certificate.conditions['model']} · {certificate.conditions['task']['name']} · {promise.kind} losses of "
+        f"{promise.metric} · bound {promise.bound} · {certificate.n} certification {promise.unit}s · in order of tests",
     )
-    return figure, axes
-
-
-PICTURES: dict[str, Callable[[Probe], Any]] = {
-    "rank": rank_figure,
-    "confidence": confidence_figure,
-    "exits": exit_figure,
-}
-"""By the name that the file gets: probe-NAME.svg."""
+    return figure

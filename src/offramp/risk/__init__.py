@@ -21,20 +21,20 @@ from offramp.risk.bounds import samples_needed_like as samples_needed_like
 from offramp.risk.bounds import wealth as wealth
 from offramp.risk.bounds import wsr as wsr
 
-# which settings of a sequence pass
-from offramp.risk.control import Certified as Certified
-from offramp.risk.control import conformal_risk_control as conformal_risk_control
-from offramp.risk.control import fixed_sequence as fixed_sequence
-from offramp.risk.control import pareto_front as pareto_front
-
 # what is lost on a prompt
 from offramp.risk.losses import risk_consistency as risk_consistency
 from offramp.risk.losses import tail as tail
 from offramp.risk.losses import textual_consistency as textual_consistency
 
 # what is promised, and which setting of several sequences is chosen
-from offramp.risk.promise import CRC as CRC
-from offramp.risk.promise import Promised as Promised
+from offramp.risk.search import CRC as CRC
+
+# which settings of a sequence pass
+from offramp.risk.search import Certified as Certified
 from offramp.risk.search import Outcome as Outcome
+from offramp.risk.search import Promised as Promised
 from offramp.risk.search import Test as Test
+from offramp.risk.search import conformal_risk_control as conformal_risk_control
+from offramp.risk.search import fixed_sequence as fixed_sequence
+from offramp.risk.search import pareto_front as pareto_front
 from offramp.risk.search import search as search

@@ -2,7 +2,7 @@
 
 If the mean loss of new prompts is `tolerance` or more, a p-value is at most u with probability at most u; for every
 number of prompts, with no approximation. A setting whose p-value is at most `failure` is certified (how to go through
-several settings: `offramp.risk.control`). All bounds share one call signature, `Bound`:
+several settings: `offramp.risk.search`). All bounds share one call signature, `Bound`:
 
     p = hoeffding_bentkus(losses, tolerance)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.risk.losses import ROUNDING, TIE
+from offramp.risk.losses import ROUNDING, TIE, checked_confidences
 
 QS = tuple(p / 20 for p in range(1, 40))
 """The 39 budgets of the published protocol, from cheap to dear; 1 is the uniform one."""
@@ -184,13 +184,3 @@ def _checked_costs(costs: Tensor) -> Tensor:
     ):
         raise ValueError(f"costs are {costs.tolist()}; one positive number per exit is needed, in ascending order")
     return costs
-
-
-def checked_confidences(confidences: Tensor, exits: int) -> Tensor:
-    """The confidences [E, N] as they are; a ValueError if they are of another shape, of no rows, or NaN."""
-    if confidences.ndim != 2 or len(confidences) != exits or not confidences.shape[1]:
-        raise ValueError(f"confidences have shape {list(confidences.shape)}; {exits} exits x at least 1 row are needed")
-    if bool(confidences.isnan().any()):
-        exit_, row = confidences.isnan().nonzero()[0].tolist()
-        raise ValueError(f"the confidence of row {row} at exit {exit_ + 1} is nan; it must be a number")
-    return confidences

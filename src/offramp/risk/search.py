@@ -1,4 +1,6 @@
-"""Going through settings in a fixed order, asking for losses only as long as the promise holds; the cheapest is taken.
+"""What is promised, and the search for the cheapest setting that keeps it, asking for losses while the promise holds.
+
+Promised is P( mean loss of new draws <= `tolerance` ) >= 1 - `failure`. Settings are tried in a fixed order.
 
 Why the cheapest may be taken by costs that were measured on the certification draws themselves: with probability at
 least 1 - failure, *all* settings that pass keep the tolerance at once (fixed-sequence testing at level failure / k in
@@ -10,6 +12,9 @@ depend on the certification draws are the orders and the number of sequences; le
 cost on other draws (the tuning part) only shortens an order. Under conformal risk control losses are made monotone
 along the one sequence, so that whatever is chosen among the allowed settings loses at most what the last of them does,
 whose mean is bounded.
+
+Settings are counted as they come, from 0 and from safe to bold; the order must not depend on the draws that certify.
+"Never exit" is no setting of a sequence: it needs no certificate, and `index` None stands for it.
 """
 
 from __future__ import annotations
@@ -17,13 +22,197 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.risk.control import conformal_risk_control, fixed_sequence
-from offramp.risk.promise import CRC, Promised
+from offramp.risk.bounds import BOUNDS, Bound, samples_needed, samples_needed_like, wsr
+from offramp.risk.losses import TIE, Losses, checked
+from offramp.values import check_level
+
+# ---------------------------------------------------------------- one sequence
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What a fixed sequence of tests allows: with probability 1 - level, all of `passed` keep the tolerance together.
+
+    Attributes:
+        passed: All settings that passed. Any of them may be used, so also the cheapest.
+        p_values: Those that were looked at: of `passed`, and of the setting that failed if one did.
+        level: Of the tests.
+    """
+
+    passed: tuple[int, ...]
+    p_values: tuple[float, ...]
+    level: float
+
+    @property
+    def index(self) -> int | None:
+        """The last setting that passed, never one that failed; None: nothing certified, never exit."""
+        return self.passed[-1] if self.passed else None
+
+
+def fixed_sequence(p_values: Iterable[float], failure: float) -> Certified:
+    """Test one setting after the other, from safe to aggressive, and stop at the first that fails.
+
+    Angelopoulos et al. (2021), "Learn then Test", fixed-sequence testing. Every test is at the full level: a false one
+    can only follow if the first true null was rejected.
+
+    Args:
+        p_values: Of each setting in order, computed when asked for: a generator, or `map(p_value, settings)`. After the
+            first failure no further one is asked for.
+        failure: Probability with which the promise may fail, in (0, 1).
+
+    Returns:
+        The settings that passed.
+
+    Raises:
+        ValueError: A p-value is NaN or outside [0, 1], or `failure` is outside (0, 1).
+    """
+    check_level("failure", failure)
+    seen: list[float] = []
+    passed = 0
+    for p in p_values:
+        if not 0 <= p <= 1:
+            raise ValueError(f"the p-value of setting {len(seen)} is {p}; allowed are values in [0, 1]")
+        seen.append(float(p))
+        if p > failure:
+            break
+        passed += 1
+    return Certified(tuple(range(passed)), tuple(seen), failure)
+
+
+# ---------------------------------------------------------------- an order found on other prompts
+
+
+def pareto_front(losses: Losses, costs: Losses) -> tuple[int, ...]:
+    """Settings that no other one beats in loss without costing more.
+
+    Args:
+        losses: Mean loss of each setting, in any order.
+        costs: Cost of each setting.
+
+    Returns:
+        The settings on the front by increasing loss, so by decreasing cost; of equal ones the first.
+
+    Raises:
+        ValueError: There are none, their numbers differ, or a value is not finite.
+    """
+    loss = checked(losses, -math.inf, math.inf)
+    cost = checked(costs, -math.inf, math.inf, "costs")
+    if len(loss) != len(cost):
+        raise ValueError(f"there are {len(loss)} losses and {len(cost)} costs; each setting has one of both")
+    front: list[int] = []
+    for setting in np.lexsort((cost, loss)):  # by loss, then by cost; stable
+        if not front or cost[setting] < cost[front[-1]]:
+            front.append(int(setting))
+    return tuple(front)
+
+
+# ---------------------------------------------------------------- on average
+
+
+def conformal_risk_control(losses: Iterable[Losses], tolerance: float) -> Certified:
+    """The settings whose expected loss on a new prompt is at most `tolerance`, on average over draws.
+
+    Angelopoulos et al. (2024), "Conformal Risk Control", for losses in [0, 1]. Losses that do not grow from setting to
+    setting are replaced by their running maximum from the safe side, prompt by prompt, as the paper suggests. What is
+    promised if no setting is allowed is the loss of never exiting, which must not exceed the tolerance: consistency
+    losses are 0 there. No single calibration comes with a probability.
+
+    Args:
+        losses: Of each setting, from safe to aggressive, on the same prompts, S of [N], in [0, 1]; asked for up to the
+            first that is not allowed.
+        tolerance: Expected loss to stay below, in (0, 1).
+
+    Returns:
+        The settings allowed: those with (n·mean + 1) / (n + 1) <= tolerance, which stand in the place of p-values.
+
+    Raises:
+        ValueError: A loss is NaN or outside [0, 1], there are none, or the tolerance is outside (0, 1).
+    """
+    check_level("tolerance", tolerance)
+
+    def risks() -> Iterator[float]:
+        worst: NDArray[np.float64] | float = 0.0
+        for setting, values in enumerate(losses):
+            worst = np.maximum(worst, checked(values, 0, 1, f"losses of setting {setting}"))
+            yield float((worst.sum() + 1) / (len(worst) + 1))
+
+    return fixed_sequence(risks(), tolerance + TIE)
+
+
+# ---------------------------------------------------------------- what is promised
+
+CRC = "crc"
+"""Conformal risk control, in the place of a bound's name: it bounds the mean, and promises no failure probability."""
+_BISECTIONS = 40
+
+
+class Promised:
+    """The part of a promise that is the same whatever loses: a base of frozen dataclasses that say what a loss is.
+
+    Attributes:
+        tolerance: What the mean loss of new draws is to stay below, in (0, 1).
+        failure: Probability with which that may fail, over the draws that certify, in (0, 1); no part of `CRC`.
+        bound: A name of `offramp.risk.BOUNDS`, or `CRC`.
+    """
+
+    tolerance: float
+    failure: float
+    bound: str | None
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether losses are in [-1, 1]."""
+        return False
+
+    def check_levels(self) -> None:
+        """Raise a ValueError unless both numbers are in (0, 1)."""
+        check_level("tolerance", self.tolerance)
+        check_level("failure", self.failure)
+
+    def bound_at(self, level: float) -> Bound:
+        """The p-value, for a test at `level`. Conformal risk control has none; Hoeffding-Bentkus stands for it."""
+        if self.bound == "wsr":
+            return partial(wsr, failure=level)
+        if self.is_signed:
+            return BOUNDS["hoeffding-signed"]
+        return BOUNDS["hoeffding-bentkus" if self.bound == CRC else str(self.bound)]
+
+    def needed(self, level: float, mean: float = 0.0) -> int | None:
+        """How many draws certify, at a level, a mean loss of `mean` (0: the fewest that can); None: no number does."""
+        if self.bound != CRC:
+            return samples_needed(self.bound_at(level), self.tolerance, level, mean)
+        if mean >= self.tolerance:
+            return None
+        return math.ceil((1 - self.tolerance) / (self.tolerance - mean) - 1e-9)  # (n · mean + 1) / (n + 1) <= tolerance
+
+    def needed_like(self, level: float, losses: NDArray[np.float64], seed: int) -> int | None:
+        """About how many draws certify, at a level, a setting whose losses stay like the ones observed.
+
+        Betting (`wsr`) looks at all of them, see `offramp.risk.samples_needed_like`; other bounds at their mean only.
+
+        Returns:
+            The number; None if no number does.
+        """
+        if self.bound == "wsr":
+            return samples_needed_like(self.bound_at(level), losses, self.tolerance, level, seed=seed)
+        return self.needed(level, float(losses.mean()))
+
+    def upper_limit(self, losses: NDArray[np.float64]) -> float:
+        """The smallest tolerance that losses which had no part in choosing certify by the same bound; 1 if none."""
+        bound, low, high = self.bound_at(self.failure), 0.0, 1.0
+        for _ in range(_BISECTIONS):  # p-values fall as the tolerance grows
+            middle = (low + high) / 2
+            low, high = (low, middle) if bound(losses, middle) <= self.failure else (middle, high)
+        return high
+
+
+# ---------------------------------------------------------------- the search
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,37 @@
-"""The server's paths, as an ASGI application: requests in, answers or OpenAI's errors out."""
+"""The server's HTTP, as an ASGI application: a guard, the paths behind it, and the page to try them with."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp import __version__
-from offramp.serve.errors import ApiError
+from offramp.report.drawing import colours
 from offramp.serve.exchange import LEFT, Exchange
-from offramp.serve.guard import Guard
 from offramp.serve.metrics import CONTENT_TYPE
-from offramp.serve.page import page
-from offramp.serve.requests import parse
+from offramp.serve.requests import ApiError, parse
 
 if TYPE_CHECKING:
+    from offramp.serve.metrics import Metrics
     from offramp.serve.serving import Serving
 
 _LARGE = 2**16
@@ -215,3 +221,95 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
 async def _refuse_unknown(request: Request, _: Exception) -> Response:
     """What should not have happened; it is logged, and nobody else's business."""
     return await _refuse(request, ApiError(500, "the server failed; see its log", kind="server_error"))
+
+
+# ---------------------------------------------------------------- before any path
+
+_OPEN = ("/", "/health")
+"""Paths that need no key: a page without data, and whether the server lives."""
+_COUNTED = ("/", "/health", "/metrics", "/v1/models", "/v1/offramp", "/v1/completions", "/v1/chat/completions")
+_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    Args:
+        app: The other one.
+        metrics: Counts requests.
+        key: What `Authorization: Bearer …` must be; None: nothing.
+        local: Refuse requests for other names than this machine's own, unless there is a key: a page of another site
+            may have its name point here.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, key: str | None, local: bool) -> None:
+        self._app, self._metrics, self._key, self._local = app, metrics, key, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let the other one."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in _COUNTED else "other"
+                self._metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        headers = Headers(scope=scope)
+        error = self._stranger(headers) or self._locked(scope["path"], headers)
+        if error is None:
+            await self._app(scope, receive, counted)
+            return
+        await JSONResponse(error.body(), error.status, headers=error.headers)(scope, receive, counted)
+
+    def _stranger(self, headers: Mapping[str, str]) -> ApiError | None:
+        host = headers.get("host", "localhost")
+        name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
+        if not self._local or self._key is not None or name.lower() in _LOCAL:
+            return None
+        return ApiError(
+            403, f"the request is for the host {name!r:.80}, but this server listens for its own machine only; start "
+            "it with --api-key to be called otherwise", code="unknown_host",
+        )  # fmt: skip
+
+    def _locked(self, path: str, headers: Mapping[str, str]) -> ApiError | None:
+        if self._key is None or path in _OPEN:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key.encode()):
+            return None
+        return ApiError(
+            401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the page
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+def page(model: str) -> Response:
+    """The page, which may load nothing and talk to this server alone; a line of text where it was not installed."""
+    if not _PAGE.exists():
+        return PlainTextResponse(f"offramp serves {model}: POST /v1/chat/completions or /v1/completions\n")
+    html, rules = _read_page()
+    return HTMLResponse(html, headers={"Content-Security-Policy": rules, "X-Content-Type-Options": "nosniff"})
+
+
+@cache
+def _read_page() -> tuple[str, str]:
+    """The file in the colours of all pages, and the policy that allows its own scripts and styles by their digests."""
+    html = _PAGE.read_text(encoding="utf-8").replace("/* colours.css */", colours())
+    scripts, styles = (" ".join(_digests(html, tag)) or "'none'" for tag in ("script", "style"))
+    return html, (
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _digests(html: str, tag: str) -> list[str]:
+    contents = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, flags=re.DOTALL | re.IGNORECASE)
+    return [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in contents]

@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offramp.serve.answer import Answer, Finished
-from offramp.serve.errors import ApiError, failed, late, stopping
+from offramp.serve.requests import ApiError, failed, late, stopping
 
 if TYPE_CHECKING:
     from offramp.core.running import Emitted, RunningBatch
-    from offramp.serve.drift import Watch
-    from offramp.serve.full_depth import FullDepth
+    from offramp.serve.answer import FullDepth
     from offramp.serve.metrics import Metrics
+    from offramp.serve.promise import Watch
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Engine:
         batch: Makes the batch, and a new one where a step of it failed.
         full: What the full model would have spent.
         metrics: Is told of everything.
-        watch: Compares some answers with full depth, and says when to go there; None: nobody does.
+        watch: Compares some answers with full depth, and says when to go there.
         most_waiting: Answers that may wait for a row; more are refused.
         timeout: Of an answer, for the message.
     """
@@ -42,10 +42,10 @@ class Engine:
         batch: Callable[[], RunningBatch],
         full: FullDepth,
         metrics: Metrics,
-        watch: Watch | None = None,
+        watch: Watch,
         *,
-        most_waiting: int = 64,
-        timeout: float = 600.0,
+        most_waiting: int,
+        timeout: float,
     ) -> None:
         self._make, self._batch, self._full = batch, batch(), full
         self._metrics, self._watch = metrics, watch
@@ -207,17 +207,17 @@ class Engine:
             if answer is None:
                 break
             self._seat(answer)
-        if self._batch.free and self._due and self._watch is not None:
+        if self._batch.free and self._due:
             self._seat(self._watch.next())
 
     @property
     def _due(self) -> bool:
         """Whether an answer is to be compared with full depth."""
-        return self._watch is not None and self._watch.due and not self._draining
+        return self._watch.due and not self._draining
 
     def _seat(self, answer: Answer) -> None:
         """Give an answer a row; one that the batch refuses hears why."""
-        if self._watch is not None and self._watch.full:
+        if self._watch.full:
             answer.asked = replace(answer.asked, threshold=None)
         try:
             self._rows[self._batch.admit(answer.asked)] = answer
@@ -257,16 +257,13 @@ class Engine:
         del self._rows[token.row]
         if not token.ended:
             self._batch.release(token.row)
-        end = Finished(
-            reason, answer.flops, self._full_flops(answer), time.monotonic() - answer.began
-        )  # fmt: skip
+        end = Finished(reason, answer.flops, self._full_flops(answer), time.monotonic() - answer.began)
         if answer.check:
             self._metrics.checked(answer.flops)
         else:
             self._metrics.answered(answer, end)
         answer.send(end)
-        if self._watch is not None:
-            self._watch.ended(answer)
+        self._watch.ended(answer)
 
     def _full_flops(self, answer: Answer) -> int:
         """What the full model spends on an answer, given what was known of its prompt."""

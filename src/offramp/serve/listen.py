@@ -1,4 +1,18 @@
-"""Listening: connections that dawdle are closed, and a signal lets the answers at work finish."""
+"""Where the application listens: on this machine, by uvicorn, or in replicas on a cluster, by Ray Serve.
+
+Here connections that dawdle are closed, and a signal lets the answers at work finish. On a cluster each replica has a
+model of its own, tests the promise on its own answers, and counts for itself:
+
+    from ray import serve
+    from offramp.serve.listen import deployment
+
+    def build():
+        return Serving(offramp.load("smollm2"), policy, certificate, limits=Limits(local=False))
+
+    serve.run(deployment(build, replicas=4))
+
+The header `offramp-replica` of every response says which one it is of.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +20,8 @@ import asyncio
 import signal
 import socket
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -14,6 +29,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from offramp.serve.app import application
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
     from offramp.serve.serving import Serving
 
 _HEADERS = 10.0
@@ -85,3 +102,48 @@ def listen(serving: Serving, sock: socket.socket, *, grace: float) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
     Server(config, serving, grace).run(sockets=[sock])
+
+
+# ---------------------------------------------------------------- on a cluster
+
+
+def deployment(build: Callable[[], Serving], *, replicas: int = 1) -> Any:
+    """An application for `ray.serve.run`.
+
+    Args:
+        build: Makes what is served, in each replica anew; so it loads the model itself.
+        replicas: How many there are.
+
+    Returns:
+        The application.
+
+    Raises:
+        ModuleNotFoundError: Ray Serve is not installed.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"serving on a cluster needs Ray Serve ({error}); install it with: pip install 'offramp[serve-ray]'"
+        ) from error
+
+    def served() -> ASGIApp:
+        return _signed(application(build()), serve.get_replica_context().replica_tag)
+
+    asgi = serve.ingress(served)()
+    made: Any = serve.deployment(asgi, name="offramp", num_replicas=replicas)
+    return made.bind()
+
+
+def _signed(inner: ASGIApp, name: str) -> ASGIApp:
+    """An application whose responses say which replica they are of."""
+
+    async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"offramp-replica", name.encode())]}
+            await send(message)
+
+        await inner(scope, receive, signed)
+
+    return asgi

@@ -1,4 +1,4 @@
-"""Bodies of requests: checked field by field, since they come from anywhere, and made into what is wanted."""
+"""Requests by OpenAI's interface: bodies checked field by field, since they come from anywhere, and its errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,74 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from offramp.core.running import OWN
-from offramp.serve.errors import ApiError
 from offramp.values import nearest, plain
+
+# ---------------------------------------------------------------- what goes wrong with them
+
+
+class ApiError(Exception):
+    """A request that gets an error for an answer.
+
+    Args:
+        status: Of HTTP.
+        message: One line: what was given, what is allowed, what to do.
+        kind: "invalid_request_error", "rate_limit_error", "server_error", …: OpenAI's `type`.
+        param: The field of the request that is meant.
+        code: A word for programs.
+        headers: Of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The answer's body, as JSON values that can be written as UTF-8, whatever a request had in it."""
+        param = None if self.param is None else _writable(self.param)
+        return {"error": {"message": _writable(self.message), "type": self.kind, "param": param, "code": self.code}}
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def stopping() -> ApiError:
+    """For requests that come, or have not ended, while the server stops."""
+    return ApiError(
+        503,
+        "the server is stopping; ask again later",
+        kind="server_error",
+        code="stopping",
+        headers={"Retry-After": "5"},
+    )
+
+
+def failed() -> ApiError:
+    """For requests whose step of the batch failed; what exactly is in the server's log, and nobody else's business."""
+    return ApiError(500, "the model failed on this batch; ask again", kind="server_error", code="internal_error")
+
+
+def late(seconds: float) -> ApiError:
+    """For answers that were not finished in time."""
+    return ApiError(
+        504,
+        f"the answer was not finished within {seconds:g} s; ask for fewer tokens, or later",
+        kind="server_error",
+        code="timeout",
+    )
+
+
+# ---------------------------------------------------------------- bodies
 
 MOST_STOPS, LONGEST_STOP = 4, 200
 MOST_TOP = 5

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.metrics.group_members import UNKNOWN, Groups
+from offramp.metrics.groups import UNKNOWN, Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.image_files import look_at, read_image, tell
 from offramp.tasks.labelled import Inputs, Labelled

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from offramp.metrics.group_members import UNKNOWN, Groups
+from offramp.metrics.groups import UNKNOWN, Groups
 from offramp.tasks.labelled import Labelled, require_apart
 
 SPLITS = ("train", "val", "test")

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled, split
 from offramp.tasks.labelled_text import SNLI, SNLI_PUBLISHED, read_labelled_text

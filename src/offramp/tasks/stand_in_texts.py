@@ -27,7 +27,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import Groups
 from offramp.tasks.group_sets import Grouped, GroupedSet
 from offramp.tasks.group_texts import CLASSES, IDENTITIES, TOXICITY, VALUES, has_negation
 from offramp.tasks.labelled import Labelled

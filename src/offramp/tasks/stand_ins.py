@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.metrics.group_members import Groups
+from offramp.metrics.groups import Groups
 from offramp.tasks.group_sets import SPLITS, Grouped, GroupedSet
 from offramp.tasks.labelled import Labelled
 from offramp.values import choice

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel, Prompt
+    from offramp.core.generation_inputs import Prompt
+    from offramp.core.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

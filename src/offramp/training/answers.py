@@ -16,7 +16,8 @@ from offramp.runs.resume import append_lines, open_lines
 from offramp.training.data import Document, Progress
 
 if TYPE_CHECKING:
-    from offramp.core.language_model import LanguageModel, Prompt
+    from offramp.core.generation_inputs import Prompt
+    from offramp.core.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

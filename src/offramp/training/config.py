@@ -19,7 +19,7 @@ class TrainConfig:
     Where only the exits are trained, they have separate parameters and Adam divides by the size of a gradient, so
     `weights` between them only matter in the norm that `clip` bounds.
 
-    `offramp train` has an option for each field, and its help from here (`offramp.cli.from_fields`).
+    `offramp train` has an option for each field, and its help from here (`offramp.cli.options`).
 
     Attributes:
         layers: Exits; None: a default for the depth.

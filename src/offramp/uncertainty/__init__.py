@@ -13,7 +13,6 @@ from offramp.uncertainty import avcs_regression as avcs_regression
 from offramp.uncertainty import bayesian_regression as bayesian_regression
 from offramp.uncertainty import nested_conformal as nested_conformal
 from offramp.uncertainty import per_exit as per_exit
-from offramp.uncertainty import set_exits as set_exits
 
 # their settings
 from offramp.uncertainty.avcs_classification import AVCSClassificationConfig as AVCSClassificationConfig
@@ -36,8 +35,9 @@ from offramp.uncertainty.per_exit import PerExitConfig as PerExitConfig
 from offramp.uncertainty.posterior import Posterior as Posterior
 from offramp.uncertainty.posterior import PosteriorConfig as PosteriorConfig
 from offramp.uncertainty.posterior import load_posterior as load_posterior
-from offramp.uncertainty.set_exits import SetExitConfig as SetExitConfig
 
-# what they give
+# what they give, and leaving by it
 from offramp.uncertainty.sets import ClassSets as ClassSets
 from offramp.uncertainty.sets import Intervals as Intervals
+from offramp.uncertainty.sets import SetExitConfig as SetExitConfig
+from offramp.uncertainty.sets import exits_by_size as exits_by_size

@@ -1,6 +1,6 @@
 """Nested sets with a finite-sample guarantee: split conformal prediction with the largest score over the exits.
 
-With scores s_e(x, y) (`conformal_scores`, low if plausible) and M_e = max_{l<=e} s_l, the sets {y : M_e(x, y) <= q} are
+With scores s_e(x, y) (`per_exit`, low if plausible) and M_e = max_{l<=e} s_l, the sets {y : M_e(x, y) <= q} are
 nested by construction. With q the ⌈(n + 1)(1 - α)⌉-th smallest M_E of n calibration rows, exchangeable with new ones,
 
     P( y in the sets of all exits ) >= 1 - α
@@ -18,13 +18,65 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offramp.uncertainty import equaliser
 from offramp.uncertainty.bayesian_regression import RegressionPrediction
-from offramp.uncertainty.conformal_scores import ClassScore, class_scores, conformal_quantile, label_scores
-from offramp.uncertainty.equaliser import Equaliser
 from offramp.uncertainty.outputs import ExitOutputs, require_disjoint
+from offramp.uncertainty.per_exit import ClassScore, class_scores, conformal_quantile, label_scores
 from offramp.uncertainty.sets import ClassSets, Intervals
 from offramp.values import check_level, choice
+
+
+@dataclass(frozen=True)
+class Equaliser:
+    """Scores of all exits on one scale: the share of true labels that score lower there.
+
+    Of raw scores the weakest exit dominates the maximum over exits, and the sets of the others gain nothing. The map of
+    each exit is its empirical distribution function on the *tune* split, so it is fixed before calibration and leaves
+    the guarantee as it is. Deviates in joining the steps by lines and continuing them beyond the ends at the mean
+    slope: the map then increases strictly, has an inverse, and tells apart scores larger than any that was seen.
+
+    Attributes:
+        scores: Distinct scores, ascending, E tensors [k_e], float64.
+        levels: Share of the tune rows up to each, r/(n + 1), E tensors [k_e], float64.
+    """
+
+    scores: tuple[Tensor, ...]
+    levels: tuple[Tensor, ...]
+
+
+def fit_equaliser(scores: Tensor) -> Equaliser:
+    """Learn the maps from scores of true labels of a tune split, [E, n]; a ValueError unless there are finite ones."""
+    if scores.ndim != 2 or not scores.shape[1] or not bool(scores.isfinite().all()):
+        raise ValueError(f"finite scores of true labels are needed, exits x rows; shape {list(scores.shape)} was given")
+    knots, levels = [], []
+    for row in scores.double():
+        values, counts = torch.unique(row, return_counts=True)
+        knots.append(values)
+        levels.append(counts.cumsum(0).double() / (len(row) + 1))
+    return Equaliser(tuple(knots), tuple(levels))
+
+
+def equalise(state: Equaliser, scores: Tensor) -> Tensor:
+    """Levels of scores, [E, ...] -> [E, ...]."""
+    maps = zip(state.scores, state.levels, scores.double(), strict=True)
+    return torch.stack([_joined(knots, levels, some) for knots, levels, some in maps])
+
+
+def equaliser_inverse(state: Equaliser, levels: Tensor) -> Tensor:
+    """The score of each exit that has a level, [...] -> [E, ...]."""
+    maps = zip(state.scores, state.levels, strict=True)
+    return torch.stack([_joined(ends, knots, levels.double()) for knots, ends in maps])
+
+
+def _joined(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """The line through the points (x, y), both ascending, and beyond them on at the mean slope."""
+    slope = (y[-1] - y[0]) / (x[-1] - x[0]) if len(x) > 1 else y.new_ones(())
+    beyond = torch.where(at < x[0], y[0] + slope * (at - x[0]), y[-1] + slope * (at - x[-1]))
+    if len(x) == 1:
+        return beyond
+    right = torch.searchsorted(x, at.contiguous(), right=True).clamp(1, len(x) - 1)
+    share = (at - x[right - 1]) / (x[right] - x[right - 1])
+    inner = y[right - 1] + share * (y[right] - y[right - 1])
+    return torch.where((at < x[0]) | (at > x[-1]), beyond, inner)
 
 
 @dataclass(frozen=True)
@@ -34,7 +86,7 @@ class NestedConformalConfig:
     Attributes:
         alpha: Probability that the sets of some exit miss the truth, in (0, 1).
         score: Of classes, "complement" or "raps"; numbers have one only.
-        equalise: Put the scores of all exits on one scale first, with a tune split (`equaliser`).
+        equalise: Put the scores of all exits on one scale first, with a tune split (`Equaliser`).
         cells: "all": one guarantee for all rows. "group": one for each group of rows. "class": one for each true class.
             Every cell needs 1/α rows of its own.
         first_exit: Exits before it, counted from 0, are not looked at: their sets hold everything. A poor first exit
@@ -111,7 +163,7 @@ def fit(
         )
     if (config.cells == "all") != (cells is None) or (cells is not None and cells.shape != scores.shape[1:]):
         raise ValueError(f"cells is {config.cells!r}: 'all' needs no cells=, the others a number per calibration row")
-    maps = None if tune is None else equaliser.fit(tune)
+    maps = None if tune is None else fit_equaliser(tune)
     largest = _largest(scores, maps, config)[-1]
     cells = torch.zeros(len(largest), dtype=torch.int64) if cells is None else cells
     names, counts = torch.unique(cells, return_counts=True)
@@ -177,7 +229,7 @@ def apply_classes(state: NestedConformal, given: ExitOutputs | Tensor, *, groups
 def apply_intervals(
     state: NestedConformal, prediction: RegressionPrediction, *, groups: Tensor | None = None
 ) -> Intervals:
-    """Nested intervals, ∩_{l<=e} [m_l ± r_l·√q_l], of a state fitted on `conformal_scores.residuals`.
+    """Nested intervals, ∩_{l<=e} [m_l ± r_l·√q_l], of a state fitted on `per_exit.residuals`.
 
     Returns:
         The intervals, nested; unbounded where there were too few calibration rows.
@@ -191,7 +243,7 @@ def apply_intervals(
     if state.equaliser is None:
         radius = quantile.expand(prediction.mean.shape).clone()
     else:
-        radius = equaliser.inverse(state.equaliser, quantile)
+        radius = equaliser_inverse(state.equaliser, quantile)
     radius[: state.config.first_exit] = torch.inf
     half = radius * prediction.total.sqrt()
     return Intervals.between(prediction.mean - half, prediction.mean + half).running()
@@ -199,7 +251,7 @@ def apply_intervals(
 
 def _largest(scores: Tensor, maps: Equaliser | None, config: NestedConformalConfig) -> Tensor:
     """M_e of scores [E, ...]."""
-    scores = scores.double() if maps is None else equaliser.apply(maps, scores)
+    scores = scores.double() if maps is None else equalise(maps, scores)
     scores = torch.cat([torch.full_like(scores[: config.first_exit], -torch.inf), scores[config.first_exit :]])
     return scores.cummax(dim=0).values
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.uncertainty import ensemble, predictive, tuning
+from offramp.uncertainty import predictive, tuning
 from offramp.uncertainty.laplace import Damped, Exact, Factored, Factors, damping
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.values import choice
@@ -196,7 +196,7 @@ def fit_exits(
     config: Settings, fit: ExitOutputs, tune: ExitOutputs, draws: Tensor | None
 ) -> list[ExitPosterior]:  # fmt: skip
     """All E exits: factors from `fit`, temperatures and prior variances from `tune`; draws [n_mc, C] or None."""
-    weights = ensemble.weights(tune.costs) if config.is_ensemble else None
+    weights = predictive.ensemble_weights(tune.costs) if config.is_ensemble else None
     tuned = partial(tuning.tune_all, exits=tune.exits, weights=weights)
 
     def plain(exit: int, omega: float | None) -> tuning.Rows:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offramp.runs import artefact, digests
 from offramp.runs.tables import markdown
-from offramp.uncertainty import ensemble, overhead, predictive
+from offramp.uncertainty import predictive
 from offramp.uncertainty.one_exit import METHODS as METHODS
 from offramp.uncertainty.one_exit import ExitPosterior, Settings, fit_exits
 from offramp.uncertainty.outputs import ExitOutputs, missing_classes, require_disjoint, require_fit
@@ -135,7 +135,7 @@ class Posterior:
             need = "nothing" if exit == 0 else f"what exit {exit - 1} returned, shape {list(logits.shape)}"
             raise ValueError(f"carried to exit {exit} of an ensemble is {have}; it takes {need}")
         before = None if carried is None else carried.cpu()
-        p, carried = ensemble.join(p, before, ensemble.weights(self.costs), exit)
+        p, carried = predictive.ensemble_join(p, before, predictive.ensemble_weights(self.costs), exit)
         return p.to(logits.device), carried.to(logits.device)
 
     def batches(self, outputs: ExitOutputs) -> Iterator[tuple[slice, Tensor]]:
@@ -164,22 +164,22 @@ class Posterior:
 
     # ------------------------------------------------------------ cost
 
-    def overhead(self, exit: int) -> overhead.Overhead:
+    def overhead(self, exit: int) -> predictive.Overhead:
         """FLOPs of one row from logits to probabilities at an exit, counted from 0."""
         config, classes, width = self.config, self.classes, self.widths[exit]
         formula = 0
         if not config.is_laplace:
-            counted = overhead.softmax(classes) + (classes if "temperature" in config.method else 0)
+            counted = predictive.softmax_flops(classes) + (classes if "temperature" in config.method else 0)
         else:
-            counted = overhead.spread(width + config.bias, classes, config.damping)
+            counted = predictive.spread_flops(width + config.bias, classes, config.damping)
             if config.predictive == "mc":
-                formula = overhead.published(width, classes, config.n_mc)
-                counted += overhead.sampled(classes, config.n_mc, config.damping)
+                formula = predictive.published_flops(width, classes, config.n_mc)
+                counted += predictive.sampled_flops(classes, config.n_mc, config.damping)
             else:
-                counted += overhead.probit(classes, config.damping)
+                counted += predictive.probit_flops(classes, config.damping)
         if config.is_ensemble:
-            counted += overhead.ensemble(classes, exit)
-        return overhead.Overhead(formula, counted)
+            counted += predictive.ensemble_flops(classes, exit)
+        return predictive.Overhead(formula, counted)
 
     # ------------------------------------------------------------ in words, and on disk
 

@@ -1,7 +1,16 @@
-"""From the logits of an exit to its probabilities: softmax, means over noisy logits, and the probit without draws.
+"""From the logits of an exit to its probabilities, and what that costs: softmax, noisy means, probit, ensembles.
 
 Draws are made once per posterior and used for every row, exit and setting (common random numbers), so thresholds that
 were found with them hold for them. The temperature divides the noisy logits, so the noise too.
+
+The model-internal ensemble averages what an exit says with what all exits before it said: Meronen et al. (2023),
+"Fixing Overconfidence in Dynamic Neural Networks", section 3.2. The weight of an exit is its cumulative cost, so
+deeper exits count more. Probabilities are averaged, not logits.
+
+FLOPs are given as published, and counted: every addition, subtraction, multiplication, division, root and exponential
+from the logits to the probabilities, one FLOP each (so two per multiply-add); comparisons are free. What is worked out
+once per exit for all rows (Cholesky factors, directions of draws) is not in it. The softmax that any exit needs is:
+"vanilla" has that alone.
 """
 
 from __future__ import annotations
@@ -9,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -169,3 +178,91 @@ class Shrunk:
         z = self.logits.double()
         z = z - z.amax(-1, keepdim=True)
         return z / (1 + math.pi / 8 / temperature**2 * self.variance).sqrt() / temperature
+
+
+# ---------------------------------------------------------------- the model-internal ensemble
+
+
+def ensemble_weights(costs: Tensor) -> Tensor:
+    """w_e = c_e / c_E of cumulative costs [E], float64; a ValueError if one is not positive."""
+    if not bool((costs > 0).all()):
+        raise ValueError(f"costs are {costs.tolist()}; an ensemble weighs exits by them, so they must be positive")
+    return costs.double() / costs[-1].double()
+
+
+def ensemble_join(probabilities: Tensor, carried: Tensor | None, weight: Tensor, exit: int) -> tuple[Tensor, Tensor]:
+    """p_e of the ensemble = Σ_{l≤e} w_l p_l / Σ_{l≤e} w_l, at exit e counted from 0, with weights [E] of all exits.
+
+    Returns:
+        The ensemble's probabilities [..., C], and the sum Σ_{l≤e} w_l p_l to carry on; it begins as None.
+    """
+    total = probabilities * weight[exit] if carried is None else carried + probabilities * weight[exit]
+    return total / weight[: exit + 1].sum(), total
+
+
+def ensemble_join_logarithms(
+    log_probability: Tensor, carried: Tensor | None, weight: Tensor, exit: int
+) -> tuple[Tensor, Tensor]:
+    """`ensemble_join` for logarithms of probabilities, which may be as small as they like."""
+    total = log_probability + math.log(float(weight[exit]))
+    if carried is not None:
+        total = torch.logaddexp(carried, total)
+    return total - math.log(float(weight[: exit + 1].sum())), total
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+class Overhead(NamedTuple):
+    """FLOPs per row at an exit.
+
+    Attributes:
+        formula: Of Meronen et al. (2023); 0 where there is no Laplace approximation by sampling.
+        counted: Of what is done here.
+    """
+
+    formula: int
+    counted: int
+
+
+def published_flops(features: int, classes: int, n_mc: int) -> int:
+    """2 c n + 2 p² + 5 p + 2: a quadratic form of p + 1 numbers, one scale and one addition per class and draw.
+
+    It leaves out the root, the division by T, the n softmaxes and their mean. p is without the bias's one.
+
+    Returns:
+        FLOPs per row.
+    """
+    return 2 * classes * n_mc + 2 * features**2 + 5 * features + 2
+
+
+def softmax_flops(classes: int) -> int:
+    """Less the maximum, exponentials, their sum, quotients."""
+    return 4 * classes - 1
+
+
+def spread_flops(inputs: int, classes: int, damping: str) -> int:
+    """Of `Damped.spread`, for m inputs of the head."""
+    if damping == "factored":
+        return inputs**2 + 2 * inputs - 1  # a triangular solve and a squared norm
+    # a turn, squares, and their products with the variances
+    return inputs * (2 * inputs - 1) + inputs + classes * (2 * inputs - 1)
+
+
+def sampled_flops(classes: int, n_mc: int, damping: str) -> int:
+    """Of the mean over draws, once the spread is known."""
+    roots = 1 if damping == "factored" else classes
+    turn = 0 if damping == "factored" else classes * (2 * classes - 1)
+    draw = classes + turn + classes + softmax_flops(classes)  # scale, turn, add, softmax
+    return roots + classes + n_mc * draw + (n_mc - 1) * classes + classes  # roots, z / T, draws, their sum, / n
+
+
+def probit_flops(classes: int, damping: str) -> int:
+    """Of the probit, once the spread is known."""
+    variance = classes if damping == "factored" else classes * (2 * classes - 1)
+    return variance + 5 * classes + softmax_flops(classes)  # + 1, root, less the maximum, / root, / T
+
+
+def ensemble_flops(classes: int, exit: int) -> int:
+    """Of one exit's part in the ensemble, exits counted from 0: a weight, a sum but at the first, a quotient."""
+    return (2 if exit == 0 else 3) * classes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offramp.uncertainty.avcs_classification import log_steps
-from offramp.uncertainty.conformal_scores import conformal_rank
+from offramp.uncertainty.per_exit import conformal_rank
 from offramp.values import check_level
 
 KNOTS = 257
@@ -105,7 +105,7 @@ class ConformalSets:
 def equaliser(scores: Tensor) -> Tensor:
     """A strictly rising function near the distribution function of scores [N], infinite ones included.
 
-    Not `uncertainty.equaliser`, which keeps all scores in float64 and is inverted for intervals: this one has few
+    Not `nested_conformal.Equaliser`, which keeps all scores in float64 and is inverted for intervals: this one has few
     points, for it is evaluated at every token generated, and true tokens outside the candidates count as infinite.
 
     Args:

@@ -12,12 +12,13 @@ from typing import Any
 from offramp.core.generation import places
 from offramp.evaluation.arms import FULL
 from offramp.evaluation.evaluate import EXAMPLES
+from offramp.evaluation.perplexity import PERPLEXITY
 from offramp.evaluation.record_file import Record, read_records
 from offramp.evaluation.records import PREFILL
 from offramp.evaluation.result import GOOD, NOTHING, REASONS, Evaluation, heading, quality_cell, ratio_cell
-from offramp.evaluation.summary import PERPLEXITY, ArmSummary
+from offramp.evaluation.summary import ArmSummary
 from offramp.report import plots
-from offramp.report.pages.blocks import (
+from offramp.report.blocks import (
     Answer,
     Answers,
     Asked,

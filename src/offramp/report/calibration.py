@@ -16,7 +16,7 @@ from offramp.calibration.promise import MEASURES
 from offramp.calibration.result import tests_table
 from offramp.calibration.validate import READING
 from offramp.evaluation.result import COLUMNS
-from offramp.report.pages.blocks import Block, Page, Section, Text, facts, repeat, svg
+from offramp.report.blocks import Block, Page, Section, Text, facts, repeat, svg
 from offramp.risk import CRC
 from offramp.runs.tables import Table
 

@@ -1,13 +1,122 @@
-"""Statistics over seeds: the two kinds of worst group, paired comparisons, and correction for many of them."""
+"""Intervals and comparisons: of examples by the bootstrap, of shares, and of runs that differ in their seed.
+
+Examples of one group (questions on one article) are not independent of each other, so whole groups are drawn in the
+cluster bootstrap (Davison and Hinkley, 1997, section 3.8). All arms are summarised over the same draws, which makes
+differences and ratios between them paired.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
+
+from offramp.values import check_level
+
+Floats = NDArray[np.float64]
+Statistic = Callable[[Floats], Floats]
+"""Sums of columns, [R, K] -> one value per row, [R]."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the ends of its interval; None where there is nothing to resample, or nothing was."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: Floats, ends: tuple[float, float] = (0.025, 0.975)) -> Interval:
+        """From the estimate and its resamples, [1 + R]."""
+        if len(values) == 1:
+            return cls(float(values[0]))
+        low, high = np.quantile(values[1:], ends)
+        return cls(float(values[0]), float(low), float(high))
+
+
+class Bootstrap:
+    """Draws of groups, the same for everything that is estimated.
+
+    Args:
+        groups: The group of each of the N examples.
+        resamples: Number of draws R.
+        seed: Of the draws; numpy's PCG64, the same everywhere.
+        level: Share of the draws that an interval holds, in (0, 1).
+
+    Raises:
+        ValueError: No examples, no resamples, or a level outside (0, 1).
+    """
+
+    def __init__(
+        self, groups: Sequence[str], *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    ) -> None:  # fmt: skip
+        if not groups:
+            raise ValueError("there are no examples to summarise; give at least one")
+        if resamples < 1:
+            raise ValueError(f"resamples is {resamples}; it must be at least 1 (1000 or more are customary)")
+        check_level("level", level)
+        names, self.index = np.unique(list(groups), return_inverse=True)
+        self.groups, self.resamples, self.seed, self.level = len(names), resamples, seed, level
+        draw = np.random.default_rng(seed)
+        self.weights = draw.multinomial(self.groups, [1 / self.groups] * self.groups, size=resamples)  # [R, G]
+
+    def estimate(self, columns: Any, statistic: Statistic) -> Interval:
+        """A statistic of sums over the examples' columns, [N, K], and the percentiles of its values over the draws."""
+        table = np.asarray(columns, dtype=np.float64)
+        by_group = np.zeros((self.groups, table.shape[1]))
+        np.add.at(by_group, self.index, table)  # [N, K] -> [G, K]
+        value = float(statistic(table.sum(axis=0, keepdims=True))[0])
+        if self.groups == 1:
+            return Interval(value)
+        tail = (1 - self.level) / 2
+        return Interval.of(np.r_[value, statistic(self.weights @ by_group)], (tail, 1 - tail))  # [R, G] @ [G, K]
+
+    def mean(self, values: Sequence[float]) -> Interval:
+        """Mean over the examples."""
+        return self.ratio(values, [1.0] * len(values))
+
+    def ratio(self, above: Sequence[float], below: Sequence[float]) -> Interval:
+        """Sum over sum, the mean of a quantity per unit of another; 0 / 0 counts as 1, nothing spent of nothing."""
+        return self.estimate(np.column_stack([above, below]), lambda sums: quotient(sums[:, 0], sums[:, 1]))
+
+
+def quotient(above: Floats, below: Floats) -> Floats:
+    """Of each pair; 0 / 0 counts as 1, nothing spent of nothing."""
+    return np.divide(above, below, out=np.ones_like(above), where=below != 0)
+
+
+# ---------------------------------------------------------------- of a share
+
+Method: TypeAlias = Literal["exact", "wilson"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of rows and the ends of its binomial interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high."""
+        return self.low, self.high
+
+
+def binomial(count: int, trials: int, *, level: float = 0.95, method: Method = "exact") -> Share:
+    """A share, count / trials, with its interval at a level in (0, 1), by the method "exact" or "wilson"."""
+    from scipy.stats import binomtest
+
+    ends = binomtest(count, trials).proportion_ci(confidence_level=level, method=method)
+    return Share(count / trials, float(ends.low), float(ends.high))
+
+
+# ---------------------------------------------------------------- over seeds
 
 
 @dataclass(frozen=True)
@@ -84,6 +193,8 @@ def t_interval(
     Returns:
         Its lower and its upper end.
     """
+    from scipy import stats
+
     found, n = spread(values), np.size(values)
     half = float(stats.t.isf((1 - level) / 2, n - 1)) * found.sd / n**0.5 if n > 1 else float("nan")
     low, high = np.clip([found.mean - half, found.mean + half], *(bounds or (-np.inf, np.inf)))
@@ -153,6 +264,8 @@ def paired(
     differences = first - second
     if not np.isfinite(differences).all():
         raise ValueError("a figure is not finite; leave out the seed in both")
+    from scipy import stats
+
     n, found = len(differences), spread(differences)
     low, high = t_interval(differences, level, bounds)
     alike = found.sd <= 1e-12 * max(1.0, abs(found.mean))
