@@ -15,7 +15,7 @@ def test_there_is_no_import_circle():
 
 
 def test_a_classifier_is_imported_with_little():
-    assert len(house.closure(house.imports(FILES, late=False), "offramp.classifiers.classifier")) <= 20
+    assert len(house.closure(house.imports(FILES, late=False), "offramp.classifiers.classifier")) <= 15
 
 
 def test_a_circle_would_be_found():
