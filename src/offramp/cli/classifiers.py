@@ -385,12 +385,11 @@ def classify(
     if cut := [str(place) for place, answer in enumerate(found, 1) if answer.tokens_cut]:
         shown = ", ".join(cut[:CUT_SHOWN]) + (", …" if len(cut) > CUT_SHOWN else "")
         o.note(f"{len(cut)} of {len(found)} texts were too long and were classified without their end: input {shown}")
-    values = {
+    o.write_result({
         "schema": SCHEMA, "model": title(model), "posterior": None if posterior is None else str(posterior),
         "rule": rule.to_dict(), "mean_share": mean, "texts_cut": len(cut),
         "answers": [asdict(answer) for answer in found],
-    }  # fmt: skip
-    o.write_result(values, json)
+    }, json)  # fmt: skip
 
 
 def _line(answer: Answer, width: int, exits: int) -> str:
