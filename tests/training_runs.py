@@ -24,7 +24,7 @@ JOBS = {
     "exits": {"micro_batch": 1, "batch_size": 3, "steps": 8, "validate_every": 4},
     "all": {"trainable": "all", "weights": "layerskip", "steps": 6, "save_every": 2, "positions": 6},
     "classifiers": {"objective": "consistency", "micro_batch": 2, "batch_size": 5, "steps": 4},
-    "mixed": {"dtype": torch.bfloat16, "trainable": "all", "rank": 2, "steps": 4, "learning_rate": 1e-3},
+    "mixed": {"dtype": torch.bfloat16, "trainable": "all", "rank": 2, "steps": 4, "learning_rate": 1e-4},
 }  # fmt: skip
 """What several processes do."""
 JOBS["again"] = JOBS["all"]
