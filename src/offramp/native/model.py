@@ -30,7 +30,7 @@ from offramp.native import library as lib
 from offramp.native.blocks import Turning
 from offramp.native.build import NativeError, library
 from offramp.native.cache import NativeCache
-from offramp.native.drafting import Drafted, draft, plain_embeddings
+from offramp.native.drafting import Checked, cycles, plain_embeddings
 from offramp.native.families import FAMILIES
 from offramp.native.library import address
 from offramp.native.parts import parts, require_plain
@@ -222,9 +222,9 @@ class NativeModel(SplitModel):
         call.logits = address(made)
         return call
 
-    def draft(self, *where: Any, **options: Any) -> Drafted | None:
-        """Several drafts in one call, see `offramp.native.drafting`; None where that cannot be."""
-        return draft(self, *where, **options)
+    def cycles(self, *where: Any, **options: Any) -> Checked | None:
+        """Drafts and their check in one call, see `offramp.native.drafting`; None where that cannot be."""
+        return cycles(self, *where, **options)
 
     def stretch(self, *where: Any, **options: Any) -> Stretch | None:
         """Several tokens of one row in one call, see `offramp.native.stretch`; None where that cannot be."""
