@@ -63,7 +63,7 @@ def test_tokens_drafts_and_costs_are_those_of_single_calls(monkeypatch, policy, 
     assert got.exit_layers == want.exit_layers
     assert bills(got) == bills(want)
     for one, other in zip(got.confidences[0], want.confidences[0], strict=True):
-        assert math.isclose(one, other, abs_tol=1e-6) or math.isnan(one) and math.isnan(other)
+        assert math.isclose(one, other, abs_tol=1e-4) or math.isnan(one) and math.isnan(other)
     if policy == "three":
         assert 0 < got.exit_layers[0].count(DRAFTER) < NEW - 1
 

@@ -85,7 +85,7 @@ class DraftingBatch(VerifyingBatch):
             rows = self.drafting if rows is None else rows
             self.unvisited |= {row for row in rows if not self.most[row] and not self.drafts[row]}
             return super().read(rows)
-        self.prefill = False
+        self.prefill = self.way.prompt = False
         return self.unread()
 
     def check(self, read: Read) -> None:
@@ -104,7 +104,7 @@ class DraftingBatch(VerifyingBatch):
     def verified(self, read: Read) -> Iterator[Step]:
         """As in `VerifyingBatch`; a row that is alone gets more and more of its tokens in a call."""
         yield from super().verified(read)
-        if self.samplers[0].stopping is None:  # else what is made ahead may be in vain
+        if not self.prefill and self.samplers[0].stopping is None:  # else what is made ahead may be in vain
             self.cycles = min(2 * self.cycles, _MOST)
 
     @property
