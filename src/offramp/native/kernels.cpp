@@ -144,7 +144,7 @@ struct Cycles {              // tokens of one row: drafted by blocks before the 
     const void* embeddings;  // [tokens, D]
     int64_t format;          // F32 or BF16
     int64_t count;           // tokens that are there and that the drafter has not gone over, n
-    int64_t* tokens;         // [n + cycles * (most + 1)]: those, and behind them what comes
+    int64_t* tokens;         // [n + cycles * (most + 1) or n + room]: those, and behind them what comes
     float* before;           // [n or most + 1, D]: what was read one position before each that the drafter has yet to see
     float* both;             // [n or most + 1, 2 D], what `mix` reads
     int64_t most;            // drafts in a row
