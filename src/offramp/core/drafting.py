@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.core.batch import Read
+from offramp.core.batch import Read, Step
 from offramp.core.policy import DRAFTER
 from offramp.core.readout import Exit
 from offramp.core.verifying import Draft, VerifyingBatch
@@ -23,6 +25,8 @@ _OF_BEST = {
 }  # fmt: skip
 """Confidences that are read off the two best tokens."""
 
+_MOST = 4  # cycles of a call: what is generated is shown, and Ctrl-C is heard, behind them
+
 
 class DraftingBatch(VerifyingBatch):
     """A batch whose tokens are drafted by a drafter; arguments as for `Batch`.
@@ -31,7 +35,8 @@ class DraftingBatch(VerifyingBatch):
     so its own keys and values of drafts, made with what its own readout read, are replaced.
 
     A row that is alone drafts in a loop of its own, without what tests of several rows and layers need, where the
-    engine gives the best tokens in one call and these are all that is wanted.
+    engine gives the best tokens in one call and these are all that is wanted: draft by draft, or, where the engine can,
+    together with the checks in a call.
 
     Attributes:
         before: By row, the readout inputs one position before each of the row's last n tokens, which the drafter goes
@@ -45,6 +50,8 @@ class DraftingBatch(VerifyingBatch):
                 "min_layer is 0, but there are no drafters for encoder-decoders; draft after one of their layers"
             )
         self.before: dict[int, Tensor] = {}
+        self.cycles = 1
+        self._ahead: deque[Any] = deque()  # cycles of the row that is alone, made but not yet taken
         self.unvisited: set[int] = set()  # rows whose tokens now go deep without the drafter
 
     def first(self, **inputs: Any) -> Read:
@@ -73,23 +80,32 @@ class DraftingBatch(VerifyingBatch):
         self.unvisited.discard(row)
 
     def read(self, rows: list[int] | None = None) -> Read:
-        """As in `Batch`; alone, a row makes all its drafts, and what is left is to check them."""
+        """As in `Batch`; what a row makes that is alone, `check` sees to."""
         if not self._alone:
             rows = self.drafting if rows is None else rows
             self.unvisited |= {row for row in rows if not self.most[row] and not self.drafts[row]}
             return super().read(rows)
-        self.prefill, (row,) = False, self.rows
-        begin = self.lengths[row] - 1
-        self._draft_alone(row)
-        self.way.begin([self.start([row], begin, begin + len(self.drafts[row]))], [row])
+        self.prefill = self.way.prompt = False
         return self.unread()
 
     def check(self, read: Read) -> None:
-        """As in `VerifyingBatch`."""
-        if self._alone:
-            self._deep()
-        else:
+        """As in `VerifyingBatch`; alone, a row drafts here."""
+        if not self._alone:
             super().check(read)
+            return
+        (row,) = self.rows
+        if self._in_one_call(row):
+            return
+        begin = self.lengths[row] - 1
+        self._draft_alone(row)
+        self.way.begin([self.start([row], begin, begin + len(self.drafts[row]))], [row])
+        self._deep()
+
+    def verified(self, read: Read) -> Iterator[Step]:
+        """As in `VerifyingBatch`; a row that is alone gets more and more of its tokens in a call."""
+        yield from super().verified(read)
+        if not self.prefill and self.samplers[0].stopping is None:  # else what is made ahead may be in vain
+            self.cycles = min(2 * self.cycles, _MOST)
 
     @property
     def _alone(self) -> bool:
@@ -100,8 +116,6 @@ class DraftingBatch(VerifyingBatch):
     def _draft_alone(self, row: int) -> None:
         """Append drafts to a row, and the token that goes deep behind them unless the last one would end it."""
         plan, drafts = self.plan, self.drafts[row]
-        if self.paces[row] is None and plan.policy.decay is None and self._in_one_call(row):
-            return
         left: list[tuple[int, float, int]] = []
         confidence = math.nan
         while len(drafts) < self.most[row]:
@@ -139,28 +153,46 @@ class DraftingBatch(VerifyingBatch):
         self.lengths[row] += 1
 
     def _in_one_call(self, row: int) -> bool:
-        """Make all drafts of a row in one call of the engine, where it can."""
+        """Draft and check in a call of the engine, where it can; of what a call made, each step takes one cycle."""
+        if not self._ahead:
+            self._ahead.extend(self._made_ahead(row))
+        if not self._ahead:
+            return False
+        cycle, length, last = self._ahead.popleft(), self.lengths[row], self.plan.num_layers
+        for index in range(cycle.made):
+            self._bill_draft(cycle.known if index == 0 else 1, length + index)
+        if cycle.rows:
+            self.ledger.blocks(0, last, rows=1, queries=cycle.rows, start=length - 1)
+            self.ledger.readout(cycle.rows)
+        for place, (token, logprob) in enumerate(zip(cycle.tokens, cycle.logprobs, strict=True)):
+            confidence = cycle.confidences[place] if place < cycle.made else math.nan
+            stands = Draft(token, DRAFTER if place < cycle.stand else last, confidence, logprob=logprob)
+            if self._is_certain(row, stands, stands, True):
+                break
+        if not cycle.sound:
+            raise self.not_sound()
+        return True
+
+    def _made_ahead(self, row: int) -> list[Any]:
+        """Cycles of a row; none where they have to be made draft by draft."""
         model: Any = self.model
         policy, frequent, length, count = self.plan.policy, self.frequent, self.lengths[row], len(self.before[row])
-        known = self.buffer[row, length - count : length].tolist()
-        most = min(self.most[row], self.limits[row] - self.made(row))
+        if self.paces[row] is not None or policy.decay is not None:
+            return []
         with self.ledger.time("blocks"):
-            made = model.draft(
-                self.context, row, known, length - count, self.before[row], most=most, confidence=policy.confidence,
-                threshold=self.threshold(DRAFTER, row), rows=None if frequent is None else frequent.rows,
-                ends=self.samplers[row].eos,
+            made = model.cycles(
+                self.context, row, self.buffer[row, length - count : length].tolist(), length - count, self.before[row],
+                most=self.most[row], room=self.limits[row] - self.made(row), count=self.cycles,
+                confidence=policy.confidence, threshold=self.threshold(DRAFTER, row), accept=policy.accept,
+                rows=None if frequent is None else frequent.rows, ends=self.samplers[row].eos,
             )  # fmt: skip
         if made is None:
-            return False
-        for index in range(len(made.tokens)):
-            self._bill_draft(count if index == 0 else 1, length + index)
-        for token, confidence, normaliser in zip(*made[:3], strict=True):
-            if len(self.drafts[row]) < made.left:
-                self._append(row, token, confidence, normaliser, [])
+            return []
         self.before[row] = made.before
-        if not (self.drafts[row] and self._ends(row)):
-            self._go_deep(row, made.confidences[-1] if made.left < len(made.tokens) else math.nan, [])
-        return True
+        parts = self.ledger.costs.parts
+        parts["blocks"].seconds -= made.seconds[1]
+        parts["readout"].seconds += made.seconds[1]
+        return made.cycles  # type: ignore[no-any-return]
 
     def _bill_draft(self, count: int, length: int) -> None:
         """Write down a draft for which the drafter went over `count` tokens, `length` being known."""

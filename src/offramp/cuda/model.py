@@ -288,5 +288,5 @@ class CudaModel(SplitModel):
     def stretch(self, *_: Any, **__: Any) -> None:
         """There is no call of several tokens."""
 
-    def draft(self, *_: Any, **__: Any) -> None:
-        """Nor one of several drafts."""
+    def cycles(self, *_: Any, **__: Any) -> None:
+        """Nor one of drafts and their check."""

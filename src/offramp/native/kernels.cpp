@@ -135,25 +135,32 @@ struct Call {
     void* const* memory_values;
 };
 
-struct Drafting {            // tokens drafted in a row behind a row's last one, by blocks before the model's first one
+struct Cycles {              // tokens of one row: drafted by blocks before the model's first one, then checked by the model
     Readout mix;             // of [embedding; what was read one position before], both normed: the drafter's states
     Call call;               // its programs on them; places of all tokens that may come, one after another
     Readout test;            // of its last state
+    Call deep;               // the model's programs, at the same places
+    Readout check;           // of its states; what its head reads goes to `before`
     const void* embeddings;  // [tokens, D]
     int64_t format;          // F32 or BF16
-    int64_t count;           // tokens that are there, n
-    const int64_t* known;    // [n]
-    float* before;           // [n, D]; afterwards, in front: what the readout of the last draft read
-    float* both;             // [n, 2 D], what `mix` reads
-    int64_t most;            // drafts
+    int64_t count;           // tokens that are there and that the drafter has not gone over, n
+    int64_t* tokens;         // [n + cycles * (most + 1) or n + room]: those, and behind them what comes
+    float* before;           // [n or most + 1, D]: what was read one position before each that the drafter has yet to see
+    float* both;             // [n or most + 1, 2 D], what `mix` reads
+    int64_t most;            // drafts in a row
     int64_t confidence;      // 0: 1 always; 1: the largest probability; 2: its lead
     double threshold;        // above it drafts go on
+    double accept;           // below 1: second choices stand that are at least so likely, relative to the first
+    int64_t room;            // tokens that may still come
+    int64_t cycles;          // at most
     const int64_t* ends;     // tokens behind which nothing comes
     int64_t ends_count;
-    int64_t* drafts;         // [most]
-    float* confidences;      // [most]
-    float* normalisers;      // [most]
-    int64_t made, left;      // how many were made, and how many of them were above the threshold
+    float* confidences;      // [cycles, most]: of drafts
+    float* logprobs;         // [cycles, most + 1]: of tokens that stand
+    int64_t* notes;          // [cycles, 6]: tokens the drafter went over first, drafts made, drafts above the threshold,
+                             // tokens checked, drafts that stand, whether numbers chose all that stands
+    double* seconds;         // [2]: blocks and all that drafts take, readouts of the check
+    int64_t made;            // cycles
 };
 
 struct Exit {                // where a token may leave, or, behind all of them, where it has to
@@ -1377,7 +1384,7 @@ extern "C" {
 
 int64_t offramp_sizes(int64_t which) {  // so that a mirror that has gone astray is noticed
     const int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Op), sizeof(Model), sizeof(Call),
-                             sizeof(Readout), sizeof(Drafting), sizeof(Exit), sizeof(Stretch)};
+                             sizeof(Readout), sizeof(Cycles), sizeof(Exit), sizeof(Stretch)};
     return which >= 0 && which < 9 ? sizes[which] : -1;
 }
 
@@ -1432,40 +1439,101 @@ static float confidence_of(int64_t kind, const Readout& read) {
     return kind == 1 ? best : best - std::exp(read.best[1] - *read.normaliser);
 }
 
-// Draft token after token until one is not sure enough, ends the text, or is the last that is allowed.
-void offramp_draft(const Model* model, Drafting* drafting) {
-    Drafting& d = *drafting;
-    const int64_t width = model->width;
-    auto norm = [&](float* to, auto&& at) {
+static bool among(const int64_t* tokens, int64_t count, int64_t token) {
+    return std::find(tokens, tokens + count, token) != tokens + count;
+}
+
+// A token before the first block.
+static void embed(const void* embeddings, int64_t format, int64_t token, int64_t width, float* to) {
+    if (format == F32) std::memcpy(to, static_cast<const float*>(embeddings) + token * width, width * sizeof(float));
+    else for (int64_t c = 0; c < width; ++c) to[c] = widened_one(static_cast<const uint16_t*>(embeddings)[token * width + c]);
+}
+
+// What the drafter's mix reads of a token and of what was read one position before.
+static void side_by_side(const Cycles& s, int64_t token, const float* before, int64_t width, float* both) {
+    embed(s.embeddings, s.format, token, width, both);
+    std::memcpy(both + width, before, width * sizeof(float));
+    for (float* x = both; x < both + 2 * width; x += width) {
         double squares = 0;
-        for (int64_t c = 0; c < width; ++c) to[c] = at(c), squares += static_cast<double>(to[c]) * to[c];
+        for (int64_t c = 0; c < width; ++c) squares += static_cast<double>(x[c]) * x[c];
         const float scale = static_cast<float>(1 / std::sqrt(squares / width + 1e-6));
-        for (int64_t c = 0; c < width; ++c) to[c] *= scale;
+        for (int64_t c = 0; c < width; ++c) x[c] *= scale;
+    }
+}
+
+// The same call for the tokens at places `at` and behind.
+static Call placed(Call call, int64_t at, int64_t rows) {
+    call.batch += at, call.slot += at, call.position += at, call.rows = rows;
+    return call;
+}
+
+// Draft behind tokens [first, first + count) until a draft is not sure enough, ends the text, or is the last of `most`:
+// how many were made, and how many were sure enough. False for one that was chosen by no number.
+static bool draft(const Model* model, Cycles& s, int64_t first, int64_t count, int64_t most, float* confidences,
+                  int64_t& made, int64_t& left) {
+    const int64_t width = model->width;
+    for (made = left = 0; made < most; first += count, count = 1) {
+        for (int64_t m = 0; m < count; ++m)
+            side_by_side(s, s.tokens[first + m], s.before + m * width, width, s.both + m * 2 * width);
+        s.mix.rows = count;
+        offramp_readout(&s.mix);
+        const Call call = placed(s.call, first, count);
+        offramp_run(model, &call);
+        s.test.hidden = call.hidden + (count - 1) * width;
+        offramp_readout(&s.test);
+        const int64_t token = s.tokens[first + count] = s.test.tokens[0];
+        const float confidence = confidences[made++] = confidence_of(s.confidence, s.test);
+        if (!(confidence > s.threshold)) break;
+        ++left;
+        if (!std::isfinite(*s.test.normaliser)) return false;
+        if (among(s.ends, s.ends_count, token)) break;
+        std::memcpy(s.before, s.test.inputs, width * sizeof(float));
+    }
+    return true;
+}
+
+// Draft and check, until a token ends the text, was chosen by no number, or is the last that is allowed.
+void offramp_cycles(const Model* model, Cycles* cycles) {
+    Cycles& s = *cycles;
+    const int64_t width = model->width;
+    auto since = std::chrono::steady_clock::now();
+    auto book = [&](int part) {
+        const auto now = std::chrono::steady_clock::now();
+        s.seconds[part] += std::chrono::duration<double>(now - since).count();
+        since = now;
     };
-    const int64_t* known = d.known;
-    int64_t count = d.count;
-    for (d.made = d.left = 0; d.made < d.most; count = 1) {
-        for (int64_t m = 0; m < count; ++m) {
-            float* both = d.both + m * 2 * width;
-            const int64_t first = known[m] * width;
-            if (d.format == F32) norm(both, [&](int64_t c) { return static_cast<const float*>(d.embeddings)[first + c]; });
-            else norm(both, [&](int64_t c) { return widened_one(static_cast<const uint16_t*>(d.embeddings)[first + c]); });
-            norm(both + width, [&](int64_t c) { return d.before[m * width + c]; });
+    int64_t first = 0, count = s.count, room = s.room;
+    for (s.made = 0; s.made < s.cycles && room > 0;) {
+        float *confidences = s.confidences + s.made * s.most, *logprobs = s.logprobs + s.made * (s.most + 1);
+        int64_t *note = s.notes + 6 * s.made++, behind = first + count;
+        int64_t &left = note[2], &rows = note[3], &stand = note[4], &sound = note[5];
+        note[0] = count, rows = stand = sound = 0;
+        if (!draft(model, s, first, count, std::min(s.most, room), confidences, note[1], left)) return;
+        const bool over = left && (left == room || among(s.ends, s.ends_count, s.tokens[behind + left - 1]));
+        rows = left + !over;
+        for (int64_t m = 0; m < rows; ++m)
+            embed(s.embeddings, s.format, s.tokens[behind - 1 + m], width, s.deep.hidden + m * width);
+        const Call deep = placed(s.deep, behind - 1, rows);
+        offramp_run(model, &deep);
+        book(0);
+        s.check.rows = rows;
+        offramp_readout(&s.check);
+        book(1);
+        bool agreed = true;
+        for (count = 0; count < rows && agreed; ++count) {
+            if (!std::isfinite(s.check.normaliser[count])) return;
+            int64_t& token = s.tokens[behind + count];
+            const int64_t* choices = s.check.tokens + 2 * count;
+            const float* values = s.check.best + 2 * count;
+            const bool drafted = count < left;
+            const bool second = drafted && s.accept < 1 && token == choices[1] && std::exp(values[1] - values[0]) >= s.accept;
+            agreed = drafted && (second || token == choices[0]);
+            stand += agreed;
+            token = choices[second];
+            logprobs[count] = values[second] - s.check.normaliser[count];
         }
-        d.mix.rows = d.call.rows = count;
-        offramp_readout(&d.mix);
-        offramp_run(model, &d.call);
-        d.test.hidden = d.call.hidden + (count - 1) * width;
-        offramp_readout(&d.test);
-        const float c = confidence_of(d.confidence, d.test);
-        const int64_t at = d.made++, token = d.drafts[at] = d.test.tokens[0];
-        d.confidences[at] = c, d.normalisers[at] = *d.test.normaliser;
-        if (!(c > d.threshold)) return;
-        ++d.left;
-        std::memcpy(d.before, d.test.inputs, width * sizeof(float));
-        if (!std::isfinite(*d.test.normaliser) || std::find(d.ends, d.ends + d.ends_count, token) != d.ends + d.ends_count) return;
-        known = d.drafts + at;
-        d.call.batch += count, d.call.slot += count, d.call.position += count;
+        sound = 1, first = behind, room -= count;
+        if (among(s.ends, s.ends_count, s.tokens[first + count - 1])) return;
     }
 }
 
@@ -1543,8 +1611,7 @@ void offramp_stretch(const Model* model, Stretch* stretch) {
     int64_t token = s.token;
     s.fills_count = 0;
     for (s.made = 0; s.made < s.most; ++s.call.slot, ++s.call.position) {
-        if (s.format == F32) std::memcpy(s.call.hidden, static_cast<const float*>(s.embeddings) + token * width, width * sizeof(float));
-        else for (int64_t c = 0; c < width; ++c) s.call.hidden[c] = widened_one(static_cast<const uint16_t*>(s.embeddings)[token * width + c]);
+        embed(s.embeddings, s.format, token, width, s.call.hidden);
         const int64_t at = s.made, seen = s.frozen_count;
         int64_t depth = 0, tests = 0;
         float confidence = NAN;
@@ -1576,7 +1643,7 @@ void offramp_stretch(const Model* model, Stretch* stretch) {
         token = s.tokens[at] = read->tokens[0];
         s.layers[at] = depth, s.tests[at] = tests, s.confidences[at] = confidence, s.normalisers[at] = *read->normaliser;
         ++s.made;
-        if (!std::isfinite(*read->normaliser) || std::find(s.ends, s.ends + s.ends_count, token) != s.ends + s.ends_count) return;
+        if (!std::isfinite(*read->normaliser) || among(s.ends, s.ends_count, token)) return;
     }
 }
 

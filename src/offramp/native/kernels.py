@@ -228,15 +228,15 @@ class Call(Structure):
     ]  # fmt: skip
 
 
-class Drafting(Structure):
-    """Tokens drafted in a row behind a row's last one."""
+class Cycles(Structure):
+    """Tokens of one row that are drafted and checked, in turns."""
 
     _fields_ = [
-        ("mix", Readout), ("call", Call), ("test", Readout), ("embeddings", c_void_p), ("format", c_int64),
-        ("count", c_int64), ("known", c_void_p), ("before", c_void_p), ("both", c_void_p), ("most", c_int64),
-        ("confidence", c_int64), ("threshold", c_double), ("ends", c_void_p), ("ends_count", c_int64),
-        ("drafts", c_void_p), ("confidences", c_void_p), ("normalisers", c_void_p), ("made", c_int64),
-        ("left", c_int64),
+        ("mix", Readout), ("call", Call), ("test", Readout), ("deep", Call), ("check", Readout),
+        ("embeddings", c_void_p), ("format", c_int64), ("count", c_int64), ("tokens", c_void_p), ("before", c_void_p),
+        ("both", c_void_p), ("most", c_int64), ("confidence", c_int64), ("threshold", c_double), ("accept", c_double),
+        ("room", c_int64), ("cycles", c_int64), ("ends", c_void_p), ("ends_count", c_int64), ("confidences", c_void_p),
+        ("logprobs", c_void_p), ("notes", c_void_p), ("seconds", c_void_p), ("made", c_int64),
     ]  # fmt: skip
 
 
@@ -261,7 +261,7 @@ class Stretch(Structure):
     ]  # fmt: skip
 
 
-STRUCTS = (Matrix, Norm, Op, Model, Call, Readout, Drafting, Exit, Stretch)
+STRUCTS = (Matrix, Norm, Op, Model, Call, Readout, Cycles, Exit, Stretch)
 """In the order in which the kernels give their sizes."""
 
 
@@ -289,8 +289,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         library.offramp_run.restype = None
         library.offramp_readout.argtypes = [POINTER(Readout)]
         library.offramp_readout.restype = None
-        library.offramp_draft.argtypes = [POINTER(Model), POINTER(Drafting)]
-        library.offramp_draft.restype = None
+        library.offramp_cycles.argtypes = [POINTER(Model), POINTER(Cycles)]
+        library.offramp_cycles.restype = None
         library.offramp_stretch.argtypes = [POINTER(Model), POINTER(Stretch)]
         library.offramp_stretch.restype = None
         library.offramp_rank.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]

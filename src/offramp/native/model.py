@@ -30,7 +30,7 @@ from offramp.native.blocks import Turning
 from offramp.native.cache import Memory, NativeCache, Places, own_slots, places_of
 from offramp.native.families import FAMILIES, parts, require_plain
 from offramp.native.kernels import NativeError, Threads, address, library
-from offramp.native.stretch import Drafted, Stretch, draft, plain_embeddings
+from offramp.native.stretch import Checked, Stretch, cycles, plain_embeddings
 from offramp.native.weights import Part, Weights
 
 
@@ -216,9 +216,9 @@ class NativeModel(SplitModel):
         call.logits = address(made)
         return call
 
-    def draft(self, *where: Any, **options: Any) -> Drafted | None:
-        """Several drafts in one call, see `offramp.native.stretch`; None where that cannot be."""
-        return draft(self, *where, **options)
+    def cycles(self, *where: Any, **options: Any) -> Checked | None:
+        """Drafts and their check in one call, see `offramp.native.stretch`; None where that cannot be."""
+        return cycles(self, *where, **options)
 
     def stretch(self, *where: Any, **options: Any) -> Stretch | None:
         """Several tokens of one row in one call, see `offramp.native.stretch`; None where that cannot be."""
