@@ -16,7 +16,7 @@ from offramp.classifiers.splits import TaskName
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
 from offramp.uncertainty.posterior import PosteriorConfig
-from offramp.values import ArgumentError
+from offramp.values import ArgumentError, idle
 
 File = str | os.PathLike[str]
 
@@ -62,8 +62,8 @@ def calibrate_classifier(
         task: What it is thought to be for; another one is refused. None: what it is for.
         test_data: The published test split it was given, if any.
         posterior: What makes probabilities: "vanilla" (softmax), "temperature", "mie" (model-internal ensemble of the
-            exits), "laplace" (last layer, with temperature), or both; "auto": of the first four the one that held-out
-            rows of the tune split say helps, which may be none.
+            exits), "mie+temperature", "laplace" (last layer, with temperature), or "mie+laplace"; "auto": of the first
+            four the one that held-out rows of the tune split say helps, which may be none.
         draws: Draws of the logits, with Laplace.
         grid: "meronen": the published grid of temperatures and prior variances; None: a wider one.
         predictive: With Laplace: "mc", means over draws, or "probit", without any.
@@ -103,6 +103,12 @@ def calibrate_classifier(
     progress = shown(progress, "calibrating")
     if loss not in LOSSES:
         raise ArgumentError(f"`loss` {loss}: choose one of {', '.join(LOSSES)}")
+    if tolerance is None:
+        promised = {"failure": (failure, 0.05), "loss": (loss, "consistency"), "reference": (reference, "last-exit")}
+        idle({**promised, "bound": (bound, None)}, "of a threshold that is certified; give `tolerance` too")
+    if "laplace" not in posterior:
+        drawn = {"draws": (draws, 50), "predictive": (predictive, "mc"), "damping": (damping, "factored")}
+        idle({**drawn, "fit_on": (fit_on, "train")}, "of Laplace; give `posterior` laplace or mie+laplace")
     promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
     method, candidates = (NONE, CANDIDATES) if posterior == "auto" else (posterior, ())
     config = CalibrationConfig(

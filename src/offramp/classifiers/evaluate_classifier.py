@@ -17,6 +17,7 @@ from offramp.classifiers.splits import TaskName
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
 from offramp.uncertainty.posterior import METHODS, PosteriorConfig
+from offramp.values import idle
 
 File = str | os.PathLike[str]
 
@@ -88,6 +89,10 @@ def evaluate_classifier(
         ModelError: There is no such classifier, or it is damaged.
     """
     progress = shown(progress, "evaluating")
+    if not corruptions:
+        idle({"severity": (severity, 3)}, "of corrupted images; give `corruptions`")
+    if methods is not None and not any("laplace" in method for method in methods):
+        idle({"draws": (draws, 50), "fit_on": (fit_on, "train")}, "of Laplace; name it among the `methods`")
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     if not given:
         raise ValueError("there is no network to evaluate; name at least one")

@@ -22,6 +22,7 @@ _COMPILED = "compiled"
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Packaged name (smollm2), local folder or hub id.")
     ] = None,
@@ -115,6 +116,10 @@ def bench(
     from offramp.peers import started
 
     _check_one(model, random, exits)
+    if random is None:
+        o.refuse(context, ["prompt_length"], "only for a --random model, whose prompts are drawn; leave it out")
+    else:
+        o.refuse(context, ["prompts"], "a --random model has no words; give --prompt-length")
     names, pythons = _named_peers(peers, peer_python)
     others = {COMPILED: None} if _COMPILED in names else {}
     names = [name for name in names if name != _COMPILED]

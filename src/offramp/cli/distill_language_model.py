@@ -25,6 +25,7 @@ FIELDS = (
 
 @options_of(TrainConfig, FIELDS, before="precision")
 def distill_language_model(
+    context: typer.Context,
     student: Annotated[
         str, typer.Argument(metavar="STUDENT", help="What is trained: packaged name (smollm2), local folder or hub id.")
     ],
@@ -113,12 +114,20 @@ def distill_language_model(
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 
+    if text_column and not text:
+        raise typer.BadParameter("--text-column is of --text; give that too, or leave it out")
+    if prompts is None:
+        answered = ("max_new_tokens", "answer_temperature", "answer_every", "chat")
+        o.refuse(context, answered, "only for the student's own answers; give --prompts, or leave it out")
     training = partial(TrainConfig, trainable=trainable, objective=objective, precision=precision, **fields)
     target = target or ("text" if prompts is None else "teacher")
     config = _settings(
         method, training, own=prompts is not None,
         readout={"layer": layer, "kind": readout, "fit": fit}, weights={"target": target, "every": weigh_every},
     )  # fmt: skip
+    if config.weights is None:
+        weighing = ("layer", "readout", "fit", "target", "weigh_every", "exits")
+        o.refuse(context, weighing, f"only for methods that weigh tokens, as dedier, not for {method}; leave it out")
     state, place = process_device(device)
     lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
     guide = offramp.load(teacher, dtype=dtype, device=place)

@@ -31,13 +31,13 @@ def probe(
 ) -> None:
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
-    from offramp.lm.given import prompts_of, run_folder
+    from offramp.lm.given import first, prompts_of, run_folder
     from offramp.report import plots
     from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
-    texts = None if text is None else [read_text(path) for path in text]
+    texts = None if text is None else first([read_text(path) for path in text], limit)
     given = prompts_of(prompts, limit) if texts is None and (prompts or limit is not None) else None
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:

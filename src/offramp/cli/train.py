@@ -129,6 +129,10 @@ def train(
     from offramp.training.answers import AnswerConfig
 
     _check(exits, fields, epochs, fields["steps"], fields["tokens"])
+    if text_column and not text:
+        raise typer.BadParameter("--text-column is of --text; give that too, or leave it out")
+    if languages is not None and task is None:
+        raise typer.BadParameter("--languages are of --task translation; give that too, or leave them out")
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), precision=None if precision == "auto" else precision, **fields
     )
