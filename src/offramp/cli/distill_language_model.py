@@ -114,8 +114,7 @@ def distill_language_model(
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 
-    if text_column and not text:
-        raise typer.BadParameter("--text-column is of --text; give that too, or leave it out")
+    columns = o.columns_of(text_column, text)
     if prompts is None:
         answered = ("max_new_tokens", "answer_temperature", "answer_every", "chat")
         o.refuse(context, answered, "only for the student's own answers; give --prompts, or leave it out")
@@ -135,7 +134,7 @@ def distill_language_model(
     answering = AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=fields["seed"])
     with o.progress("distilling", answers="answering") as progress:
         result = offramp.distill(
-            lm, guide, text or None, columns=text_column or ["text"], prompts=prompts, prompt_column=prompt_column,
+            lm, guide, text or None, columns=columns, prompts=prompts, prompt_column=prompt_column,
             group_column=group_column, limit=limit, config=config, window=window, held_out=held_out,
             answering=answering, answer_every=answer_every, report_to=report_to, about={"command": o.command_line()},
             out=folder, progress=progress if state.is_main_process else None,

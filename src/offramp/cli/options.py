@@ -214,6 +214,13 @@ def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None
         raise typer.BadParameter(f"{option} {text}: give numbers with commas between them, such as 15,20,25") from None
 
 
+def columns_of(columns: list[str] | None, text: Sequence[Path] | None) -> list[str]:
+    """The columns of texts, which there must be."""
+    if columns and not text:
+        raise typer.BadParameter("--text-column is of --text; give that too, or leave it out")
+    return columns or ["text"]
+
+
 def refuse(context: typer.Context, names: Collection[str], why: str) -> None:
     """Raise a usage error if any of these options was given, rather than leave it aside."""
     given = [f"--{name.replace('_', '-')}" for name in names if _is_given(context, name)]

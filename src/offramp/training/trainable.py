@@ -45,6 +45,8 @@ def check_trainable(lm: LanguageModel, config: TrainConfig) -> None:
         ValueError: It cannot be trained so.
     """
     split, exits = lm.split, lm.exits
+    if split.family.listens:
+        raise ValueError(f"{lm.name} listens and does not read; exits are trained on texts, by a model that reads them")
     if config.drafter and split.is_encoder_decoder:
         raise ValueError("there are no drafters for encoder-decoders; give trainable='exits' and blocks")
     if config.blocks and lm.model.dtype not in (torch.float32, torch.bfloat16):
