@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from offramp import LanguageModel, cli
 from offramp.core.exits import Exits
+from offramp.core.policy import DRAFTS
 from offramp.hub.messages import ModelError
 from tiny import tiny, tokenizer
 
@@ -23,9 +24,10 @@ def place(tmp_path_factory):
     lm = LanguageModel(tiny("llama"))
     lm.attach_exits(Exits.fresh(lm.split, (1, 3), rank=0))
     lm.save_exits(place / "exits")
+    DRAFTS.save(place / "drafts.json")
     (place / "prompts.txt").write_text("the sky is\nwhy is the sky\nblue ?\nis it blue\n")
     (place / "texts.jsonl").write_text("".join(json.dumps({"text": f"{WORDS} w{i}"}) + "\n" for i in range(20, 32)))
-    asked = [{"question": f"why w{i} ?", "answer": f"the sky w{i} ."} for i in range(20, 32)]
+    asked = [{"prompt": f"why w{i} ?"} for i in range(20, 60)]
     (place / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     return place
 
@@ -71,6 +73,14 @@ REFUSED = {
     "calibrate x --task image-classification --data x --loss gap": "--loss: only of a threshold that is certified",
     "calibrate x --task image-classification --data x --posterior mie --draws 5": "--draws: only of Laplace",
     "evaluate x --task image-classification --data x --severity 5": "--severity: only of corrupted images",
+    # what a model or its exits cannot do, said before the full model answers
+    "evaluate llama --task prompts --data asked.jsonl --confidence avcs --exits exits": "needs a posterior",
+    "evaluate llama --task prompts --data asked.jsonl --policy drafts.json --exits exits": "exits have no drafter",
+    "evaluate llama --task prompts --data asked.jsonl --confidence classifier": "needs trained classifiers",
+    "evaluate t5 --task prompts --data asked.jsonl --prompt-layer 2": "an encoder-decoder has no prompt to shorten",
+    "evaluate llama --task perplexity --data texts.jsonl --skipped verify": "the full model scores",
+    "calibrate llama --task prompts --data asked.jsonl --tolerance 0.9 --confidence laplace": "a posterior",
+    "bench llama --policy drafts.json --prompts prompts.txt": "exits have no drafter",
     # what cannot be trained, said before prompts are answered
     "train llama --dtype float16 --blocks 1": "are trained on float32 or bfloat16, not torch.float16",
     "train t5 --trainable drafter --prompts prompts.txt": "no drafters for encoder-decoders",

@@ -22,10 +22,9 @@ from torch import Tensor
 from offramp.core.costs import Ledger
 from offramp.core.decoding import Step, decode
 from offramp.core.generation import by_row
-from offramp.core.plan import resolve
 from offramp.core.prompt_inputs import padded
+from offramp.core.readout import require_fit
 from offramp.core.sampling import Sampler, ends_of
-from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.records import prefill_parts, settle, shares, sure
 
 if TYPE_CHECKING:
@@ -59,8 +58,7 @@ def require_scores(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     """Raise a ValueError unless a policy fits the model, and its tokens are those of its exits' logits."""
     if policy is None:
         return
-    resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-    require_frequent(lm.exits, policy.vocabulary)
+    require_fit(lm.split, policy)
     if policy.skipped == "verify":
         raise ValueError("under skipped='verify' the full model scores; evaluate 'propagate' or 'defer'")
     if (source := policy.decode_from) != "logits":

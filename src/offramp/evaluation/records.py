@@ -15,9 +15,8 @@ from offramp.core.costs import Costs
 from offramp.core.decoding import Step
 from offramp.core.generation import by_row
 from offramp.core.generation_options import greedy
-from offramp.core.plan import resolve
+from offramp.core.readout import require_fit
 from offramp.core.token_text import pieces
-from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Progress, Record, header_of
 from offramp.evaluation.rounds import Arm, take_turns
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
@@ -67,9 +66,7 @@ class TaskArm(Arm):
 
     def check(self) -> None:
         """Raise a ValueError if the policy does not fit the model."""
-        if self.policy is not None:
-            resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
-            require_frequent(self.lm.exits, self.policy.vocabulary)
+        require_fit(self.lm.split, self.policy)
 
     def header(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
         """How records come about."""

@@ -58,10 +58,10 @@ def check_trainable(lm: LanguageModel, config: TrainConfig) -> None:
             f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
             "each of these, leave layers out"
         )
-    layers = config.layers or default_layers(split.num_layers)
-    blocks = {"drafter" if config.drafter else "blocks": config.blocks}
+    layers = () if config.drafter else config.layers or default_layers(split.num_layers)
+    of_exits, of_drafter = (0, config.blocks) if config.drafter else (config.blocks, 0)
     Exits(
-        split.num_layers, split.shape.width, () if config.drafter else layers, config.rank, **blocks,
+        split.num_layers, split.shape.width, layers, config.rank, blocks=of_exits, drafter=of_drafter,
         device=torch.device("meta"),
     )  # fmt: skip
     if config.hidden_loss and len(layers) != 1:
