@@ -72,6 +72,7 @@ REFUSED = {
     "train x --task text-classification --data x --optimiser adamw --nesterov": "momentum and nesterov are of SGD",
     "calibrate x --task image-classification --data x --loss gap": "--loss: only of a threshold that is certified",
     "calibrate x --task image-classification --data x --posterior mie --draws 5": "--draws: only of Laplace",
+    "calibrate x --task image-classification --data x --tolerance 0.1 --loss brier --bound binomial": "of 0 or 1",
     "evaluate x --task image-classification --data x --severity 5": "--severity: only of corrupted images",
     # what a model or its exits cannot do, said before the full model answers
     "evaluate llama --task prompts --data asked.jsonl --confidence avcs --exits exits": "needs a posterior",

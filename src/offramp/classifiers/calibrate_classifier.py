@@ -94,7 +94,7 @@ def calibrate_classifier(
         What was fitted, also written to the folder.
 
     Raises:
-        ArgumentError: There is no such loss, a ValueError.
+        ArgumentError: There is no such loss, or arguments do not go together; a ValueError.
         ValueError: The data are not what the model was trained with, a value is not allowed, or numbers are not finite.
         FileNotFoundError: A file is missing.
         FileExistsError: The folder holds something else.
@@ -103,6 +103,11 @@ def calibrate_classifier(
     progress = shown(progress, "calibrating")
     if loss not in LOSSES:
         raise ArgumentError(f"`loss` {loss}: choose one of {', '.join(LOSSES)}")
+    if bound == "binomial" and loss.startswith("brier"):
+        raise ArgumentError(
+            f"`bound` binomial is for losses of 0 or 1, and those of `loss` {loss} lie between; give wsr, "
+            "hoeffding-bentkus or crc"
+        )
     if tolerance is None:
         promised = {"failure": (failure, 0.05), "loss": (loss, "consistency"), "reference": (reference, "last-exit")}
         idle({**promised, "bound": (bound, None)}, "of a threshold that is certified; give `tolerance` too")

@@ -83,6 +83,7 @@ def evaluate_classifier(
         Quality and cost of each method, also written to the folder with pictures and a record per row.
 
     Raises:
+        ArgumentError: Arguments that do not go together, a ValueError.
         ValueError: The data are not what the models were trained with, a value is not allowed, the models differ in
             more than the seed, or the folder holds results of another kind.
         FileNotFoundError: A file is missing.

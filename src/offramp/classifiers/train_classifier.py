@@ -99,7 +99,7 @@ def train_classifier(
         What was reached, and where the classifier is.
 
     Raises:
-        ArgumentError: There is no such augmentation, a ValueError.
+        ArgumentError: There is no such augmentation, or arguments do not go together; a ValueError.
         ValueError: A file is damaged or of another layout, there are too few rows or classes, the network is not for
             such data, or the folder holds a run with other options or data.
         FileNotFoundError: A file is missing.
