@@ -62,8 +62,8 @@ def require_fit(model: SplitModel, policy: ExitPolicy | None) -> None:
         return
     plan = resolve(policy, model.num_layers, model.shape.vocabulary, model.exit_layers)
     check_prompt(model, policy)
-    require_frequent(model.exits, policy.vocabulary)
     measure_of(model, plan)
+    require_frequent(model.exits, policy.vocabulary)
 
 
 class Reader:
