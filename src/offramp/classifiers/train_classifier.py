@@ -112,9 +112,9 @@ def train_classifier(
     if task == TEXTS:
         idle({"image_size": (image_size, None), "augment": (augment, "crop-flip")}, "of images; give such data")
     else:
-        columns = {"text_column": (text_column, "text"), "label_column": (label_column, "label")}
-        columns |= {"pair_column": (pair_column, None), "cluster_column": (cluster_column, None)}
-        idle({**columns, "longest": (longest, None)}, "of texts; give such data")
+        named = {"text_column": (text_column, "text"), "label_column": (label_column, "label")}
+        others = {"pair_column": (pair_column, None), "cluster_column": (cluster_column, None)}
+        idle({**named, **others, "longest": (longest, None)}, "of texts; give such data")
     config = config or ClassifierTrainConfig(**usual(architecture))
     reading = DataConfig(
         task, layout, text_column, label_column, pair_column, cluster_column, tuple(classes), limit, config.seed,
