@@ -63,7 +63,7 @@ def untimed(result):
     return without(values)
 
 
-LEFT_OUT = ("exits", "model", "name", "about", "seconds", "rates", "parts", "limit", "shortened", "created")
+LEFT_OUT = ("exits", "model", "name", "about", "seconds", "memory", "rates", "parts", "limit", "shortened", "created")
 
 
 def test_importing_the_package_imports_no_room():

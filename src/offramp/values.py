@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 _LARGEST = 2**31 - 1  # of a count of layers or tokens: above it something is broken, and products leave 64 bits
 
 
 class ArgumentError(ValueError):
     """Arguments that do not go together. Their names stand in backticks, for the command line to call them options."""
+
+
+def idle(given: Mapping[str, tuple[object, object]], why: str) -> None:
+    """Raise an `ArgumentError` for arguments, as (value, default) by name, that were given and would have no effect."""
+    if names := [f"`{name}`" for name, (value, default) in given.items() if value != default]:
+        raise ArgumentError(f"{', '.join(names)}: only {why}, or leave {'them' if len(names) > 1 else 'it'} out")
 
 
 def choice(name: str, value: object, allowed: Collection[str | None]) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import require_frequent, rule_of
+from offramp.core.readout import require_fit
+from offramp.core.vocabulary import rule_of
 from offramp.evaluation.arms import short_prompt, tested_from
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def settings_of(
     plain = grid.tests_nothing(base)
     never = plain.pop(FULL_DEPTH, None)
     for policy in plain.values():
-        resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+        require_fit(lm.split, policy)
     places = grid.places(base)
     policies = [_at(lm, base, grid, place) for place in places]
     families = list(grid.families(base).items())
@@ -313,8 +313,7 @@ def _at(lm: LanguageModel, base: ExitPolicy, grid: Grid, place: Place) -> ExitPo
     if base.confidence != "static":
         changes["threshold"] = 1.0  # for now
     policy = replace(base, **changes)
-    resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-    require_frequent(lm.exits, policy.vocabulary)
+    require_fit(lm.split, policy)
     return policy
 
 

@@ -16,7 +16,7 @@ from offramp.classifiers.splits import TaskName
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
 from offramp.uncertainty.posterior import PosteriorConfig
-from offramp.values import ArgumentError
+from offramp.values import ArgumentError, idle
 
 File = str | os.PathLike[str]
 
@@ -62,8 +62,8 @@ def calibrate_classifier(
         task: What it is thought to be for; another one is refused. None: what it is for.
         test_data: The published test split it was given, if any.
         posterior: What makes probabilities: "vanilla" (softmax), "temperature", "mie" (model-internal ensemble of the
-            exits), "laplace" (last layer, with temperature), or both; "auto": of the first four the one that held-out
-            rows of the tune split say helps, which may be none.
+            exits), "mie+temperature", "laplace" (last layer, with temperature), or "mie+laplace"; "auto": of the first
+            four the one that held-out rows of the tune split say helps, which may be none.
         draws: Draws of the logits, with Laplace.
         grid: "meronen": the published grid of temperatures and prior variances; None: a wider one.
         predictive: With Laplace: "mc", means over draws, or "probit", without any.
@@ -94,7 +94,7 @@ def calibrate_classifier(
         What was fitted, also written to the folder.
 
     Raises:
-        ArgumentError: There is no such loss, a ValueError.
+        ArgumentError: There is no such loss, or arguments do not go together; a ValueError.
         ValueError: The data are not what the model was trained with, a value is not allowed, or numbers are not finite.
         FileNotFoundError: A file is missing.
         FileExistsError: The folder holds something else.
@@ -103,6 +103,17 @@ def calibrate_classifier(
     progress = shown(progress, "calibrating")
     if loss not in LOSSES:
         raise ArgumentError(f"`loss` {loss}: choose one of {', '.join(LOSSES)}")
+    if bound == "binomial" and loss.startswith("brier"):
+        raise ArgumentError(
+            f"`bound` binomial is for losses of 0 or 1, and those of `loss` {loss} lie between; give wsr, "
+            "hoeffding-bentkus or crc"
+        )
+    if tolerance is None:
+        promised = {"failure": (failure, 0.05), "loss": (loss, "consistency"), "reference": (reference, "last-exit")}
+        idle({**promised, "bound": (bound, None)}, "of a threshold that is certified; give `tolerance` too")
+    if "laplace" not in posterior:
+        drawn = {"draws": (draws, 50), "predictive": (predictive, "mc"), "damping": (damping, "factored")}
+        idle({**drawn, "fit_on": (fit_on, "train")}, "of Laplace; give `posterior` laplace or mie+laplace")
     promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
     method, candidates = (NONE, CANDIDATES) if posterior == "auto" else (posterior, ())
     config = CalibrationConfig(

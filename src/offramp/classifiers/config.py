@@ -88,6 +88,8 @@ class ClassifierTrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is a kind of momentum, but momentum is 0; raise it, or leave nesterov out")
+        if self.optimiser == "adamw" and (self.nesterov or self.momentum != ClassifierTrainConfig.momentum):
+            raise ValueError("momentum and nesterov are of SGD; give optimiser 'sgd', or leave them out")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("warmup and weight_decay must not be negative")
 

@@ -35,7 +35,7 @@ from offramp.tasks.labelled import Labelled
 from offramp.uncertainty.one_exit import METHODS
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import Posterior, PosteriorConfig, load_posterior
-from offramp.values import choice
+from offramp.values import choice, idle
 
 CLEAN = "clean"
 """Name of the test split as it is."""
@@ -247,12 +247,17 @@ def evaluate_classifier(
         Quality and cost of each method, also written to the folder with pictures and a record per row.
 
     Raises:
+        ArgumentError: Arguments that do not go together, a ValueError.
         ValueError: The data are not what the models were trained with, a value is not allowed, the models differ in
             more than the seed, or the folder holds results of another kind.
         FileNotFoundError: A file is missing.
         ModelError: There is no such classifier, or it is damaged.
     """
     progress = shown(progress, "evaluating")
+    if not corruptions:
+        idle({"severity": (severity, 3)}, "of corrupted images; give `corruptions`")
+    if methods is not None and not any("laplace" in method for method in methods):
+        idle({"draws": (draws, 50), "fit_on": (fit_on, "train")}, "of Laplace; name it among the `methods`")
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     if not given:
         raise ValueError("there is no network to evaluate; name at least one")

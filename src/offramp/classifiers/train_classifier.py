@@ -18,7 +18,7 @@ from offramp.hub.pretrained import named_device
 from offramp.runs.progress import shown
 from offramp.tasks.labelled import row_hashes
 from offramp.tasks.labelled_text import Column
-from offramp.values import ArgumentError
+from offramp.values import ArgumentError, idle
 
 log = logging.getLogger(__name__)
 File = str | os.PathLike[str]
@@ -99,7 +99,7 @@ def train_classifier(
         What was reached, and where the classifier is.
 
     Raises:
-        ArgumentError: There is no such augmentation, a ValueError.
+        ArgumentError: There is no such augmentation, or arguments do not go together; a ValueError.
         ValueError: A file is damaged or of another layout, there are too few rows or classes, the network is not for
             such data, or the folder holds a run with other options or data.
         FileNotFoundError: A file is missing.
@@ -109,6 +109,12 @@ def train_classifier(
     progress = shown(progress, "training")
     if augment not in AUGMENTATIONS:
         raise ArgumentError(f"`augment` {augment}: choose one of {', '.join(AUGMENTATIONS)}")
+    if task == TEXTS:
+        idle({"image_size": (image_size, None), "augment": (augment, "crop-flip")}, "of images; give such data")
+    else:
+        named = {"text_column": (text_column, "text"), "label_column": (label_column, "label")}
+        others = {"pair_column": (pair_column, None), "cluster_column": (cluster_column, None)}
+        idle({**named, **others, "longest": (longest, None)}, "of texts; give such data")
     config = config or ClassifierTrainConfig(**usual(architecture))
     reading = DataConfig(
         task, layout, text_column, label_column, pair_column, cluster_column, tuple(classes), limit, config.seed,

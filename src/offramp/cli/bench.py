@@ -39,13 +39,13 @@ def probe(
 ) -> None:
     """Would this model gain from early exits? Ranks, agreement and confidence by layer, and where leaving pays."""
     import offramp
-    from offramp.lm.given import prompts_of, run_folder
+    from offramp.lm.given import first, prompts_of, run_folder
     from offramp.report.probe import save_probe
     from offramp.tasks.rows import read_text
 
     if text is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --text, not both")
-    texts = None if text is None else [read_text(path) for path in text]
+    texts = None if text is None else first([read_text(path) for path in text], limit)
     given = prompts_of(prompts, limit) if texts is None and (prompts or limit is not None) else None
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     with o.progress("probing") as progress:
@@ -65,6 +65,7 @@ _COMPILED = "compiled"
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Packaged name (smollm2), local folder or hub id.")
     ] = None,
@@ -158,6 +159,10 @@ def bench(
     from offramp.peers import started
 
     _check_one(model, random, exits)
+    if random is None:
+        o.refuse(context, ["prompt_length"], "only for a --random model, whose prompts are drawn; leave it out")
+    else:
+        o.refuse(context, ["prompts"], "a --random model has no words; give --prompt-length")
     names, pythons = _named_peers(peers, peer_python)
     others = {COMPILED: None} if _COMPILED in names else {}
     names = [name for name in names if name != _COMPILED]

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from offramp.calibration import Certificate
 
 
+_FITTED = ("alpha", "candidates", "draws", "evidence", "to_text", "own_answers", "layers")
+"""Options of --posterior alone."""
+_PROMISED = (
+    "tolerance", "failure", "kind", "metric", "margin", "bound", "unit", "minimise", "even_if_it_does_not_pay",
+    "confidence", "static", "skipped", "accept", "prompt_layer", "policy", "threshold", "min_layer", "per_layer",
+    "gains", "order", "tuning_share", "test_share", "validate", "batch_size", "reference_dtype", "engine",
+)  # fmt: skip
+"""Options of a policy with a promise, which --posterior does not look for."""
+
+
 def calibrate(
+    context: typer.Context,
     model: o.Model,
     task: Annotated[
         str,
@@ -199,7 +210,10 @@ def calibrate(
     With --posterior, fit what the confidences laplace, conformal and avcs need, on the tokens of texts, instead: exits
     with a posterior are written, with how well calibrated they are on held-out texts.
     """
-    if posterior is not None:
+    if posterior is None:
+        o.refuse(context, _FITTED, "only for --posterior, which fits probabilities; a promise has --tolerance instead")
+    else:
+        o.refuse(context, _PROMISED, "only for a policy with a promise; leave out either these or --posterior")
         _fit_posterior(
             model, posterior, task=task, data=data, target=target, languages=languages, own_answers=own_answers,
             limit=limit, max_new_tokens=max_new_tokens, longest=longest, exits=exits, layers=layers, dtype=dtype,
@@ -279,13 +293,15 @@ def _fit_posterior(
         methods, candidates, alpha, LaplaceConfig(draws, seed, evidence), vocabulary, vocabulary_size, to_text,
         o.numbers(layers, "--layers", int), seed,
     )  # fmt: skip
+    if task == "text" and own_answers:
+        raise typer.BadParameter("--own-answers: a text asks nothing; name a --task with questions, or leave it out")
     what = None if task == "text" else o.task_named(task, languages)
     given: dict[str, Any] = {"texts": Path(data)} if what is None else {"task": what, "data": data, "target": target}
     lm = offramp.load(model, dtype=dtype, device=device, exits=exits)
     folder = out or run_folder("posterior", lm, task)
     with o.progress("fitting", answers="answering") as progress:
         report = offramp.fit_posterior(
-            lm, **given, own_answers=own_answers and what is not None, limit=limit, config=config, window=longest,
+            lm, **given, own_answers=own_answers, limit=limit, config=config, window=longest,
             answering=None if max_new_tokens is None else AnswerConfig(max_new_tokens, seed=seed),
             about={"command": o.command_line()}, out=folder, progress=progress,
         )  # fmt: skip

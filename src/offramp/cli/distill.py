@@ -115,6 +115,7 @@ FIELDS = (
 
 @options_of(TrainConfig, FIELDS, before="precision")
 def distill_language_model(
+    context: typer.Context,
     student: Annotated[
         str, typer.Argument(metavar="STUDENT", help="What is trained: packaged name (smollm2), local folder or hub id.")
     ],
@@ -203,12 +204,19 @@ def distill_language_model(
     from offramp.lm.given import run_folder
     from offramp.training.answers import AnswerConfig
 
+    columns = o.columns_of(text_column, text)
+    if prompts is None:
+        answered = ("max_new_tokens", "answer_temperature", "answer_every", "chat")
+        o.refuse(context, answered, "only for the student's own answers; give --prompts, or leave it out")
     training = partial(TrainConfig, trainable=trainable, objective=objective, precision=precision, **fields)
     target = target or ("text" if prompts is None else "teacher")
     config = _settings(
         method, training, own=prompts is not None,
         readout={"layer": layer, "kind": readout, "fit": fit}, weights={"target": target, "every": weigh_every},
     )  # fmt: skip
+    if config.weights is None:
+        weighing = ("layer", "readout", "fit", "target", "weigh_every", "exits")
+        o.refuse(context, weighing, f"only for methods that weigh tokens, as dedier, not for {method}; leave it out")
     state, place = process_device(device)
     lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
     guide = offramp.load(teacher, dtype=dtype, device=place)
@@ -216,7 +224,7 @@ def distill_language_model(
     answering = AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=fields["seed"])
     with o.progress("distilling", answers="answering") as progress:
         result = offramp.distill(
-            lm, guide, text or None, columns=text_column or ["text"], prompts=prompts, prompt_column=prompt_column,
+            lm, guide, text or None, columns=columns, prompts=prompts, prompt_column=prompt_column,
             group_column=group_column, limit=limit, config=config, window=window, held_out=held_out,
             answering=answering, answer_every=answer_every, report_to=report_to, about={"command": o.command_line()},
             out=folder, progress=progress if state.is_main_process else None,

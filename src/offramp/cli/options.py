@@ -200,6 +200,8 @@ def task_named(name: str, languages: str | None = None) -> Task:
         raise typer.BadParameter(f"--task {name}: choose one of {listed(name, TASKS)}")
     if languages is None:
         return TASKS[name]
+    if name != "translation":
+        raise typer.BadParameter(f"--languages {languages}: --task {name} has one language, its data's; leave it out")
     source, _, target = languages.partition(",")
     if not source or not target:
         raise typer.BadParameter(f"--languages {languages}: give two, such as English,German")
@@ -216,6 +218,25 @@ def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None
         raise typer.BadParameter(f"{option} {text}: give numbers with commas between them, such as 15,20,25") from None
 
 
+def columns_of(columns: list[str] | None, text: Sequence[Path] | None) -> list[str]:
+    """The columns of texts, which there must be."""
+    if columns and not text:
+        raise typer.BadParameter("--text-column is of --text; give that too, or leave it out")
+    return columns or ["text"]
+
+
+def refuse(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Raise a usage error if any of these options was given, rather than leave it aside."""
+    given = [f"--{name.replace('_', '-')}" for name in names if _is_given(context, name)]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)}: {why}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
     """The policy of a file and of options that are not None; None if there is neither."""
     from offramp.core.policy import ExitPolicy
@@ -224,7 +245,18 @@ def policy_from(file: Path | None, **options: Any) -> ExitPolicy | None:
     if file is None and not given:
         return None
     base = ExitPolicy.load(file).to_dict() if file is not None else {}
-    return ExitPolicy.from_dict({**base, **given})
+    policy = ExitPolicy.from_dict({**base, **given})
+    if policy.confidence == "static" and "threshold" in given:
+        raise ValueError(
+            f"threshold is {policy.threshold}, but a static policy tests nothing: it leaves after layer "
+            f"{policy.min_layer}; leave --threshold out, or give another --confidence"
+        )
+    if policy.skipped != "verify" and "draft_length" in given:
+        raise ValueError(
+            f"draft_length is {policy.draft_length}, but nothing is drafted with skipped {policy.skipped!r}; add "
+            "--skipped verify, or leave --draft-length out"
+        )
+    return policy
 
 
 def names(text: str) -> list[str]:

@@ -132,14 +132,14 @@ def train(
     config = TrainConfig(
         layers=o.numbers(layers, "--layers", int), precision=None if precision == "auto" else precision, **fields
     )
+    columns, what = o.columns_of(text_column, text), None if task is None else o.task_named(task, languages)
     answering = AnswerConfig(max_new_tokens, answer_temperature, answers, with_prompts, chat, config.seed)
     state, chosen = process_device(device)
     lm = offramp.load(model, dtype=dtype, device=chosen, exits=exits)
     folder = out or run_folder("train", lm)
     with o.progress("training", answers="answering") as progress:
         result = offramp.train(
-            lm, text or None, columns=text_column or ["text"], prompts=prompts,
-            task=None if task is None else o.task_named(task, languages), data=data or None, target=target,
+            lm, text or None, columns=columns, prompts=prompts, task=what, data=data or None, target=target,
             own_answers=own_answers, limit=limit, config=config, answering=answering, window=window, held_out=held_out,
             epochs=epochs, fastest=precision == "auto", place=place, place_tokens=place_tokens, coverage=coverage,
             report_to=report_to, about={"command": o.command_line()}, out=folder,

@@ -13,7 +13,7 @@ from offramp.core.adaptive_threshold import AdaptiveThreshold
 from offramp.core.confidence import begun
 from offramp.core.costs import Ledger
 from offramp.core.plan import Plan
-from offramp.core.readout import Exit, Reader, measure_of
+from offramp.core.readout import Exit, Reader, check_prompt, measure_of
 from offramp.core.sampling import Sampler
 from offramp.core.skipped_kv import Defer, Propagate, Way, freeze_prompt
 from offramp.core.vocabulary import Frequent
@@ -89,11 +89,7 @@ class Batch:
         self.model, self.plan, self.ledger, self.adaptive = model, plan, ledger, adaptive
         self.samplers, self.pad, self.together = [sampler] * len(ids), sampler.pad, True  # one sampler sees all rows
         self.measure = measure_of(model, plan)
-        if plan.policy.prompt_layer is not None and model.is_encoder_decoder:
-            raise ValueError(
-                f"prompt_layer is {plan.policy.prompt_layer}, but the decoder of an encoder-decoder has no prompt to "
-                "shorten; leave prompt_layer away"
-            )
+        check_prompt(model, plan.policy)
         restricts = self.measure is not None and begun(self.measure).restricts
         plain = plan.policy.decode_from == "logits" and not restricts
         self.best_only = plain and sampler.processors is None and not sampler.sample

@@ -306,6 +306,8 @@ class LanguageModel:
             raise ValueError("the prompt is empty; give at least one token")
         if not {"input_ids", "input_features"} & set(inputs):
             raise ValueError(f"the inputs hold {', '.join(inputs)}; give input_ids, or a speech model's input_features")
+        if self.split.family.listens and "input_features" not in inputs:
+            raise ValueError(f"{self.name} listens and does not read; give the input_features that its processor makes")
         return inputs
 
     @property

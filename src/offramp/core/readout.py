@@ -10,9 +10,9 @@ from torch import Tensor
 
 from offramp.core.confidence import Confidence, TokenConfidence, begun, require_learned
 from offramp.core.costs import Ledger
-from offramp.core.plan import Plan
-from offramp.core.policy import DRAFTER
-from offramp.core.vocabulary import Frequent, Kept
+from offramp.core.plan import Plan, resolve
+from offramp.core.policy import DRAFTER, ExitPolicy
+from offramp.core.vocabulary import Frequent, Kept, require_frequent
 from offramp.families import SplitModel
 from offramp.families.readouts import Best, best_of
 
@@ -40,6 +40,30 @@ def measure_of(model: SplitModel, plan: Plan) -> Confidence | None:
     if plan.measure is None and plan.thresholds:
         return require_learned(model.exits, str(plan.policy.confidence), plan)
     return plan.measure
+
+
+def check_prompt(model: SplitModel, policy: ExitPolicy) -> None:
+    """Raise a ValueError if a policy would shorten the prompt of a decoder that has none."""
+    if policy.prompt_layer is not None and model.is_encoder_decoder:
+        raise ValueError(
+            f"prompt_layer is {policy.prompt_layer}, but the decoder of an encoder-decoder has no prompt to shorten; "
+            "leave prompt_layer away"
+        )
+
+
+def require_fit(model: SplitModel, policy: ExitPolicy | None) -> None:
+    """Refuse a policy that a model, or the exits it has, cannot follow, before anything is decoded.
+
+    Raises:
+        ValueError: What `measure_of` refuses; or layers, sizes or a prompt that the model has not, or a list of
+            frequent tokens that its exits have not.
+    """
+    if policy is None:
+        return
+    plan = resolve(policy, model.num_layers, model.shape.vocabulary, model.exit_layers)
+    check_prompt(model, policy)
+    measure_of(model, plan)
+    require_frequent(model.exits, policy.vocabulary)
 
 
 class Reader:

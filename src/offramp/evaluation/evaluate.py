@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.core.plan import resolve
 from offramp.evaluation.arms import FULL, baselines, unexited
 from offramp.evaluation.perplexity import PERPLEXITY, Passage, PassageArm
 from offramp.evaluation.record_file import (
@@ -114,10 +113,12 @@ def _evaluate(
     resamples: int, seed: int, progress: Progress | None, references: Sequence[Sequence[str]] | None = None,
 ) -> Evaluation:  # fmt: skip
     policies = {FULL: None, **baselines(lm, arms, static_layers), **arms}
-    _check(lm, policies)
+    _check_names(policies)
     bootstrap = Bootstrap([example.group for example in examples], resamples=resamples, seed=seed)
     state = state_of(lm.split.device.type)
     made = [make(name=arm, policy=policy) for arm, policy in policies.items()]
+    for each in made:  # before hours of work, and before there is a folder
+        each.check()
     stems = {arm: folder / RECORDS / _file_name(arm) for arm in policies}
 
     def run(some: Sequence[Any], paths: Mapping[str, Path]) -> dict[str, list[Record]]:
@@ -148,12 +149,10 @@ def _evaluate(
     return result
 
 
-def _check(lm: LanguageModel, policies: Mapping[str, ExitPolicy | None]) -> None:
-    """Before hours of work: every policy fits the model, and every arm has a file of its own."""
+def _check_names(arms: Iterable[str]) -> None:
+    """Every arm has a file of its own."""
     names: dict[str, str] = {}
-    for arm, policy in policies.items():
-        if policy is not None:
-            resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
+    for arm in arms:
         if (name := _file_name(arm)) in names:
             raise ValueError(f"arms {names[name]!r} and {arm!r} would share the file {name}.jsonl; rename one")
         names[name] = arm

@@ -29,9 +29,8 @@ from offramp.core.costs import Ledger
 from offramp.core.decoding import decode
 from offramp.core.generation import by_row, pieces
 from offramp.core.generation_inputs import padded
-from offramp.core.plan import resolve
+from offramp.core.readout import require_fit
 from offramp.core.sampling import Sampler, ends_of
-from offramp.core.vocabulary import require_frequent
 from offramp.evaluation.record_file import Record, header_of
 from offramp.evaluation.records import Arm, compared, prefill_parts, settle, shares, sure
 from offramp.families.finite import broken_at, not_finite
@@ -70,8 +69,7 @@ def require_scores(lm: LanguageModel, policy: ExitPolicy | None) -> None:
     """Raise a ValueError unless a policy fits the model, and its tokens are those of its exits' logits."""
     if policy is None:
         return
-    resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-    require_frequent(lm.exits, policy.vocabulary)
+    require_fit(lm.split, policy)
     if policy.skipped == "verify":
         raise ValueError("under skipped='verify' the full model scores; evaluate 'propagate' or 'defer'")
     if (source := policy.decode_from) != "logits":

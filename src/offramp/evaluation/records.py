@@ -21,8 +21,7 @@ from offramp.core.batch import Step
 from offramp.core.costs import Costs
 from offramp.core.generation import by_row, pieces
 from offramp.core.generation_inputs import greedy
-from offramp.core.plan import resolve
-from offramp.core.vocabulary import require_frequent
+from offramp.core.readout import require_fit
 from offramp.evaluation.record_file import Item, Progress, Record, RecordFile, header_of
 from offramp.metrics.text import METRICS, PLAIN, tokenisers
 
@@ -165,9 +164,7 @@ class TaskArm(Arm):
 
     def check(self) -> None:
         """Raise a ValueError if the policy does not fit the model."""
-        if self.policy is not None:
-            resolve(self.policy, self.lm.num_layers, self.lm.vocabulary, self.lm.split.exit_layers)
-            require_frequent(self.lm.exits, self.policy.vocabulary)
+        require_fit(self.lm.split, self.policy)
 
     def header(self, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
         """How records come about."""

@@ -174,6 +174,8 @@ def require_made_for(exits: Exits, split: SplitModel, name: str, folder: str | o
             f"but {name} has {split.num_layers} of width {split.shape.width}; {advice}"
         )
     if (found := fingerprint(split.model)) != exits.fingerprint:
+        if split.model.dtype == torch.float16:
+            advice += "; if they were: float16 changes small weights, load it in float32 or bfloat16"
         raise ModelError(
             f"the exits in {folder} were made for {exits.model} with weights {exits.fingerprint[:12]}, but those of "
             f"{name} are {found[:12]} (fingerprints); {advice}"

@@ -23,9 +23,9 @@ import transformers
 
 from offramp import __version__
 from offramp.core.language_model import LanguageModel
-from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
-from offramp.core.vocabulary import FREQUENT, KINDS, require_frequent
+from offramp.core.readout import require_fit
+from offramp.core.vocabulary import FREQUENT, KINDS
 from offramp.evaluation.arms import drafting_arms
 from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, THEIRS, Arms
 from offramp.lm.bench_playing import Batches, Compiled, MemoryShortage, Players, exact_tokens
@@ -279,9 +279,7 @@ def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     for policy in arms.values():
-        if policy is not None:
-            resolve(policy, lm.num_layers, lm.vocabulary, lm.split.exit_layers)
-            require_frequent(lm.exits, policy.vocabulary)
+        require_fit(lm.split, policy)
 
 
 def _conditions(

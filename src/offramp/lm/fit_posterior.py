@@ -53,7 +53,7 @@ def fit_posterior(
         data: Files of examples, or examples.
         target: Second file of a parallel text.
         own_answers: Fit on the model's own answers to the task's questions, not on the references.
-        limit: Use only the first of the prompts and examples.
+        limit: Use only the first of the texts, prompts and examples.
         config: What is fitted; None: `PosteriorConfig()`, all three.
         answering: How prompts are answered; None: greedily, in as many tokens as the task has, with the config's seed.
         window: Longest piece of a text, in tokens; None: 512, or the model's context if that is shorter.

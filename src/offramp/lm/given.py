@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from offramp.distillation.texts import read_prompts
 from offramp.tasks import TASKS, Example, Task, fit, read_examples, take
 from offramp.training.answers import AnswerConfig, answer_documents
-from offramp.training.data import Document, pair_documents, read_texts, text_documents
+from offramp.training.data import Document, pair_documents, read_texts, require_sources, text_documents
 from offramp.values import ArgumentError, choice
 
 if TYPE_CHECKING:
@@ -140,10 +140,13 @@ def documents_of(
     progress: Callable[..., None] | None,
 ) -> list[Document]:
     """Texts, examples of a task and answers to prompts, else to the bundled ones, as `offramp.train` is given them."""
+    prompted = prompts is not None or (texts is None and task is None)
+    _check_answering(lm, answering, prompted=prompted, answers=prompted or own_answers)
     documents: list[Document] = []
     if texts is not None:
-        found = texts_of(texts, columns)
+        found = first(texts_of(texts, columns), limit)
         documents += text_documents(lm, found)
+        require_sources(lm, documents)
         if dropped := len(found) - len(documents):
             log.info("left out %d of %d texts, which are shorter than two tokens", dropped, len(found))
     if task is not None:
@@ -157,10 +160,25 @@ def documents_of(
             documents += pairs
     elif data or target or own_answers:
         raise ArgumentError("`data`, `target` and `own_answers` need `task`, which says what the examples are")
-    if prompts is not None or (texts is None and task is None):
+    if prompted:
         cache = folder / ("answers-to-prompts.jsonl" if own_answers else "answers.jsonl")
         documents += answer_documents(lm, prompts_of(prompts, limit), answering, cache, progress)
     return documents
+
+
+def _check_answering(lm: LanguageModel, config: AnswerConfig, *, prompted: bool, answers: bool) -> None:
+    """Refuse, before hours of answering, what would have no effect on the answers or cannot be had."""
+    if not answers and (config.prompts_too or config.temperature is not None):
+        raise ArgumentError(
+            "the words of prompts, several answers to one and a temperature of answers are for the model's own "
+            "answers, and none are asked for; give `prompts`, or `own_answers` with `task`, or leave them out"
+        )
+    if config.prompts_too and lm.split.is_encoder_decoder:
+        raise ValueError("an encoder-decoder reads prompts and never predicts their words; train on answers only")
+    if config.chat and not prompted:
+        raise ArgumentError("`chat` puts `prompts` into a template, and none are given; leave it out")
+    if config.chat and not lm.has_chat_template:
+        raise ArgumentError("`chat`: the tokenizer has no chat template; leave it out, and give plain texts")
 
 
 def _answers(

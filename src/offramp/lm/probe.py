@@ -177,6 +177,8 @@ def probe(
     if texts is not None:
         if prompts is not None:
             raise ValueError("both prompts and texts are given; give one of them")
+        if chat:
+            raise ValueError("chat puts prompts into a template, and texts are read as they stand; leave it out")
         batches, source = windows_of(lm, texts), "texts"
     else:
         source = "bundled prompts" if prompts is None else "prompts"

@@ -14,9 +14,11 @@ from offramp.runs.codec import encode
 from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig
 from offramp.training.config import TrainConfig
-from offramp.training.data import prepare, steps_per_epoch
-from offramp.training.placement import placed
+from offramp.training.data import check_share, check_window, prepare, steps_per_epoch
+from offramp.training.frequent import checked
+from offramp.training.placement import check_most, placed
 from offramp.training.precision import fast_precision
+from offramp.training.trainable import check_trainable
 from offramp.training.trainer import TrainResult
 from offramp.training.trainer import train as train_exits
 from offramp.values import ArgumentError
@@ -73,7 +75,7 @@ def train(
         data: Files of examples in the layouts of `offramp.tasks.read_examples`, or examples.
         target: Second file of a parallel text.
         own_answers: Learn the model's own answers to the task's questions, not the references.
-        limit: Use only the first of the prompts and examples.
+        limit: Use only the first of the texts, prompts and examples.
         config: What is trained, and how; None: `TrainConfig()`, a lens for each of a few layers in 500 steps.
         answering: How prompts are answered; None: greedily, in a chat template if there is one, by the config's seed.
         window: Longest piece of a text, in tokens; None: 256, with a task 512, or the model's context if that is
@@ -110,6 +112,7 @@ def train(
     folder = run_folder("train", lm) if out is None else Path(out)
     if window is None:
         window = min(256 if task is None else 512, lm.split.max_positions or 512)
+    _check_before(lm, config, window, held_out, place, coverage)
     documents = documents_of(
         lm, texts=texts, columns=columns, prompts=prompts, task=task, data=data, target=target,
         own_answers=own_answers, limit=limit, answering=answering, window=window, folder=folder, progress=progress,
@@ -128,6 +131,20 @@ def train(
         config, about["placement"] = replace(config, layers=best.layers), encode(best)
         log.info(best.table())
     return train_exits(lm, parts, config, folder, progress, report_to, about, coverage)
+
+
+def _check_before(
+    lm: LanguageModel, config: TrainConfig, window: int, held_out: float, place: int | None, coverage: float | None
+) -> None:
+    """Say what cannot be trained before prompts are answered, which may take hours."""
+    if place is not None:
+        check_most(place, lm.num_layers)
+        config = replace(config, layers=(1,))  # some that there are
+    check_trainable(lm, config)
+    check_window(lm, window)
+    check_share(held_out)
+    if coverage is not None:
+        checked(coverage)
 
 
 def _tell(parts: Windows, documents: int, window: int) -> None:

@@ -110,6 +110,7 @@ class TrainConfig:
         if self.steps is None and self.tokens is None:
             object.__setattr__(self, "steps", 500)
         self._check_numbers()
+        self._check_idle()
         self._check_blocks()
         self._check_backbone()
 
@@ -130,6 +131,19 @@ class TrainConfig:
             raise ValueError(f"objective {self.objective!r} has no temperature; {' and '.join(SOFTENED)} have one")
         if min(self.warmup, self.weight_decay, self.prompt_weight) < 0:
             raise ValueError("warmup, weight_decay and prompt_weight must not be negative")
+
+    def _check_idle(self) -> None:
+        """Refuse what has no effect on what is trained."""
+        needs = {"unroll": self.drafter, "prompt_weight": self.drafter, "lora_rank": self.trainable == "lora"}
+        for name, used in needs.items():
+            if not used and getattr(self, name) != getattr(TrainConfig, name):
+                kind = "lora" if name == "lora_rank" else "drafter"
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which trainable {self.trainable!r} does not use; leave it out, "
+                    f"or give trainable {kind!r}"
+                )
+        if self.classifiers and self.rank:
+            raise ValueError(f"rank is {self.rank}, but objective {self.objective!r} trains no lenses; leave it out")
 
     def _check_blocks(self) -> None:
         if self.drafter:

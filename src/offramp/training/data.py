@@ -215,11 +215,8 @@ def prepare(lm: LanguageModel, documents: Sequence[Document], *, window: int, sh
     Raises:
         ValueError: Nothing to learn from or to judge by, a window out of range, or plain texts for an encoder-decoder.
     """
-    if lm.split.is_encoder_decoder and not all(document.source for document in documents):
-        raise ValueError("an encoder-decoder learns to answer or to translate, not plain text; give a task or prompts")
-    longest = lm.split.max_positions
-    if window < 2 or (longest is not None and window > longest):
-        raise ValueError(f"a window of {window} tokens is outside 2..{longest or 'any'}, the model's context")
+    require_sources(lm, documents)
+    check_window(lm, window)
     bos = None if lm.tokenizer is None else lm.tokenizer.bos_token_id
     train, held_out = divide(documents, share, seed)
     settings = {"documents": len(documents), "window": window, "held_out_share": share, "split_seed": seed}
@@ -235,10 +232,28 @@ def prepare(lm: LanguageModel, documents: Sequence[Document], *, window: int, sh
     return data
 
 
-def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """Documents to train on and documents held out, whole groups each."""
+def require_sources(lm: LanguageModel, documents: Sequence[Document]) -> None:
+    """Raise a ValueError if an encoder-decoder would be given plain texts."""
+    if lm.split.is_encoder_decoder and not all(document.source for document in documents):
+        raise ValueError("an encoder-decoder learns to answer or to translate, not plain text; give a task or prompts")
+
+
+def check_window(lm: LanguageModel, window: int) -> None:
+    """Raise a ValueError unless a window has at least two tokens and fits the model's context."""
+    longest = lm.split.max_positions
+    if window < 2 or (longest is not None and window > longest):
+        raise ValueError(f"a window of {window} tokens is outside 2..{longest or 'any'}, the model's context")
+
+
+def check_share(share: float) -> None:
+    """Raise a ValueError unless the held-out share leaves something on both sides."""
     if not 0 < share < 1:
         raise ValueError(f"the held-out share is {share}; give one between 0 and 1")
+
+
+def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Documents to train on and documents held out, whole groups each."""
+    check_share(share)
     groups = list(dict.fromkeys(document.group for document in documents))
     if len(documents) == 1 and not documents[0].start:  # an answer is not divided: its end needs the prompt
         ids = documents[0].ids

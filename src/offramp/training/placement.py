@@ -208,9 +208,7 @@ def place(shape: ModelShape, agrees: Tensor, lenses: int, most: int, kept: int |
     Raises:
         ValueError: `most` is out of range, or no exit saves anything.
     """
-    depth = len(shape.blocks)
-    if not 1 <= most < depth:
-        raise ValueError(f"{most} exits are to be placed; a model of {depth} layers can have 1..{depth - 1}")
+    check_most(most, len(shape.blocks))
     gains, price = gains_of(shape), 2 * lenses + shape.readout_flops(kept)
     full = sum(2 * block.weights for block in shape.blocks) + shape.readout_flops()
     counts = agrees.sum(0, dtype=torch.float64)
@@ -231,6 +229,12 @@ def place(shape: ModelShape, agrees: Tensor, lenses: int, most: int, kept: int |
         most=most,
         kept=kept,
     )
+
+
+def check_most(most: int, depth: int) -> None:
+    """Raise a ValueError unless a model of so many layers can have so many exits."""
+    if not 1 <= most < depth:
+        raise ValueError(f"{most} exits are to be placed; a model of {depth} layers can have 1..{depth - 1}")
 
 
 def gains_of(shape: ModelShape) -> Tensor:

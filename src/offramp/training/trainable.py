@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from offramp.core.exits import Exits
+from offramp.core.exits import Exits, default_layers
 from offramp.families.sizes import LINEAR
 from offramp.hub.exit_files import save_exits
 from offramp.hub.messages import quiet
 from offramp.runs.digests import fingerprint
 from offramp.runs.files import replace_folder
 from offramp.training.config import TrainConfig
+from offramp.training.passes import check_prompt_layer
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -31,6 +32,45 @@ class Trainable:
 
     exits: Exits
     parameters: dict[str, nn.Parameter]
+
+
+def check_trainable(lm: LanguageModel, config: TrainConfig) -> None:
+    """Refuse what a model, or the exits it has, cannot be trained for; it takes no time.
+
+    Args:
+        lm: The model.
+        config: What is asked for.
+
+    Raises:
+        ValueError: It cannot be trained so.
+    """
+    split, exits = lm.split, lm.exits
+    if split.family.listens:
+        raise ValueError(f"{lm.name} listens and does not read; exits are trained on texts, by a model that reads them")
+    if config.drafter and split.is_encoder_decoder:
+        raise ValueError("there are no drafters for encoder-decoders; give trainable='exits' and blocks")
+    if config.blocks and lm.model.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"blocks of the exits' own are trained on float32 or bfloat16, not {lm.model.dtype}; load it so"
+        )
+    if config.classifiers and exits is not None and config.layers not in (None, exits.layers):
+        raise ValueError(
+            f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
+            "each of these, leave layers out"
+        )
+    layers = () if config.drafter else config.layers or default_layers(split.num_layers)
+    of_exits, of_drafter = (0, config.blocks) if config.drafter else (config.blocks, 0)
+    Exits(
+        split.num_layers, split.shape.width, layers, config.rank, blocks=of_exits, drafter=of_drafter,
+        device=torch.device("meta"),
+    )  # fmt: skip
+    if config.hidden_loss and len(layers) != 1:
+        raise ValueError(
+            f"hidden_loss is for one exit (FREE's shallow-deep model), not for those after {layers}; give one layer"
+        )
+    check_prompt_layer(split, config.prompt_layer)
+    if config.trainable == "lora":
+        _peft()
 
 
 @contextlib.contextmanager
@@ -81,8 +121,6 @@ def _fresh(lm: LanguageModel, config: TrainConfig) -> Exits:
 
 def _with_drafter(lm: LanguageModel, config: TrainConfig) -> Exits:
     """The attached exits, or none, with a drafter, which is all there is to train."""
-    if lm.split.is_encoder_decoder:
-        raise ValueError("there are no drafters for encoder-decoders; give trainable='exits' and blocks")
     exits = lm.exits
     if exits is None:
         exits = Exits(lm.num_layers, lm.split.shape.width, (), 0, drafter=config.blocks, device=lm.split.device)
@@ -95,32 +133,30 @@ def _with_drafter(lm: LanguageModel, config: TrainConfig) -> Exits:
 
 def _with_classifiers(lm: LanguageModel, config: TrainConfig) -> Exits:
     """The attached exits, or such without lenses, with classifiers that are all there is to train."""
-    exits = lm.exits or _fresh(lm, config)
-    if config.layers not in (None, exits.layers):
-        raise ValueError(
-            f"layers are {config.layers}, but the attached exits are after {exits.layers}; a classifier is trained for "
-            "each of these, leave layers out"
-        )
-    exits = exits.with_classifiers(lm.split.device)
+    exits = (lm.exits or _fresh(lm, config)).with_classifiers(lm.split.device)
     for name, parameter in exits.named_parameters():
         parameter.requires_grad_(name.startswith("classifiers."))
     return exits
 
 
-def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
-    """Adapters on every linear layer of the decoder's and the encoder's blocks; head, routers and experts stay."""
+def _peft() -> Any:
+    """The library of LoRA, which an extra brings."""
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "trainable 'lora' needs peft, which is not installed; install it with: pip install 'offramp[lora]'"
         ) from error
+    return peft
 
-    split = lm.split
+
+def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
+    """Adapters on every linear layer of the decoder's and the encoder's blocks; head, routers and experts stay."""
+    peft, split = _peft(), lm.split
     parts = [*split.blocks[: split.num_layers], *([lm.model.get_encoder()] if split.is_encoder_decoder else [])]
     inside = {id(module): module for part in parts for module in part.modules() if isinstance(module, LINEAR)}
     names = [name for name, module in lm.model.named_modules() if id(module) in inside]
-    settings = LoraConfig(
+    settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
         target_modules=names,
@@ -128,7 +164,7 @@ def _lora(lm: LanguageModel, config: TrainConfig) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks by a name that transformers 5.23 deprecates
-        return get_peft_model(lm.model, settings)
+        return peft.get_peft_model(lm.model, settings)
 
 
 def save(lm: LanguageModel, exits: Exits, folder: Path, record: dict[str, Any], *, model: Path | None) -> None:

@@ -38,9 +38,9 @@ from offramp.training.kept_states import KeptStates, forget
 from offramp.training.loop import Loop, StepResult, TrainTask, adamw
 from offramp.training.loss_sums import LossSums, chunk_rows, loss_sums
 from offramp.training.objectives import OBJECTIVES, layerwise_loss
-from offramp.training.passes import check_prompt_layer, dropping, states_behind_prompts, states_of
+from offramp.training.passes import dropping, states_behind_prompts, states_of
 from offramp.training.schedule import WEIGHTS, weights_at
-from offramp.training.trainable import Trainable, save, trainable
+from offramp.training.trainable import Trainable, check_trainable, save, trainable
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -171,6 +171,7 @@ def train(
     """
     from accelerate import Accelerator
 
+    check_trainable(lm, config)
     coverage, config = None if coverage is None else checked(coverage), _computing(lm, config)
     workers = Accelerator(cpu=lm.split.device.type == "cpu", log_with=report_to, project_dir=folder)
     with opened(folder, writes=workers.is_main_process) as run:
@@ -226,13 +227,7 @@ def train(
 
 def _computing(lm: LanguageModel, config: TrainConfig) -> TrainConfig:
     """The config, in a format that blocks of the exits' own, whose weights are float32, can be computed in."""
-    if not config.blocks or lm.model.dtype == torch.float32:
-        return config
-    if lm.model.dtype != torch.bfloat16:
-        raise ValueError(
-            f"blocks of the exits' own are trained on float32 or bfloat16, not {lm.model.dtype}; load it so"
-        )
-    return replace(config, precision="bf16")
+    return replace(config, precision="bf16") if config.blocks and lm.model.dtype == torch.bfloat16 else config
 
 
 def _record(lm: LanguageModel, exits: Exits, data: Data, config: TrainConfig) -> dict[str, Any]:
@@ -257,12 +252,11 @@ class _Exits:
         self.split, self.exits, self.data, self.config, self.loop = split, learns.exits, data, config, loop
         layers = (*self.exits.layers, split.num_layers) if config.backbone else self.exits.layers
         self.weights = WEIGHTS[config.weights](layers)
-        if config.hidden_loss and len(self.exits.layers) != 1:
+        if config.prompt_layer is not None and int(data.train.first.max()) < 2:
             raise ValueError(
-                f"hidden_loss is for one exit (FREE's shallow-deep model), not for those after {self.exits.layers}; "
-                "give one layer"
+                f"prompt_layer is {config.prompt_layer}, but nothing that is trained on has a prompt before the first "
+                "word to learn, as answers have; give prompts or a task, or leave it out"
             )
-        check_prompt_layer(split, config.prompt_layer)
         self.share = 0.0
         self.kept: KeptStates | None = None
 
