@@ -29,6 +29,7 @@ import levers  # noqa: E402
 import native_kernels  # noqa: E402
 import new_t5  # noqa: E402
 import results  # noqa: E402
+import seeds  # noqa: E402
 import t5_policies  # noqa: E402
 
 mpl = pytest.importorskip("matplotlib")
@@ -142,6 +143,21 @@ def test_levers_are_paired_differences_between_any_two_arms(found):
     for wrong in ("static 2", "static 2|static 9"):
         with pytest.raises(SystemExit, match="there are .*static 2"):
             levers.levers(found[0], [wrong])
+
+
+def test_seeds_are_paired_by_arm(found):
+    runs = found[1]  # two evaluations with arms in common stand for two trainings
+    head, rows = seeds.seeds(runs)
+    assert [row[0] for row in rows] == [arm.name for arm in runs[0].arms if arm.name in {a.name for a in runs[1].arms}]
+    name, first, second, mean, flops, _ = rows[1]
+    each = [100 * run.arm(name).difference["f1"].value for run in runs]
+    assert [shown.split()[0] for shown in (first, second)] == [f"{value:+.1f}" for value in each]
+    middle, spread = statistics.mean(each), statistics.stdev(each) / 2**0.5 * 12.706  # Student's t of one degree
+    assert mean == f"{middle:+.1f} ({middle - spread:+.1f} to {middle + spread:+.1f})"
+    assert float(flops.split()[0]) == pytest.approx(
+        statistics.mean(run.arm(name).flops_per_token_ratio.value for run in runs), abs=0.006
+    )
+    assert head[1:3] == ["run 1", "run 2"]
 
 
 def test_policies_of_the_translation_study_fit_its_model(tmp_path, monkeypatch):
