@@ -74,16 +74,31 @@ PAIRS = (
 
 
 def _seed(seed: int) -> tuple[Step, ...]:
-    """The study's main arms on another new model, trained in the same way."""
+    """The study's main arms on a model of another seed, trained in the same way."""
     arms = " ".join(f"--policy {{run}}/policies/{name}.json" for name in ("frequent-fixed", "threshold-0.2", "verify"))
-    return (
+    folder = f"train-{seed}" if seed else "train"
+    made = (
         Step(f"Seed {seed}: a new model", f"new_t5 {{run}}/base-{seed} {{data}}/multi30k/train.en.gz "
              f"{{data}}/multi30k/train.de.gz --seed {seed}", f"base-{seed}", shows=False),
         Step(f"Seed {seed}: training", f"train {{run}}/base-{seed} {_T5_TRAINING} --weights layer --layers 2,3,4 "
-             f"--seed {seed}", f"train-{seed}", shows=False),
-        Step(f"Seed {seed}: the main arms, in turns", f"evaluate {{run}}/train-{seed}/model --exits "
-             f"{{run}}/train-{seed}/exits {_TRANSLATION} --limit 120 --static 3 {arms}", f"evaluate-{seed}",
-             shows=False),
+             f"--seed {seed}", folder, shows=False),
+    )  # fmt: skip
+    judged = Step(
+        f"Seed {seed}: the main arms, in turns", f"evaluate {{run}}/{folder}/model --exits {{run}}/{folder}/exits "
+        f"{_TRANSLATION} --limit 300 --static 3 {arms}", f"evaluate-{seed}", shows=False,
+    )  # fmt: skip
+    return (*(made if seed else ()), judged)
+
+
+def _other(name: str, what: str, decoder: str, layers: str) -> tuple[Step, ...]:
+    """The same training of a model without exits, to compare with; `layers` are some to look at all the same."""
+    return (
+        Step(f"{what}: a new model", f"new_t5 {{run}}/base-{name} {{data}}/multi30k/train.en.gz "
+             f"{{data}}/multi30k/train.de.gz{decoder}", f"base-{name}", shows=False),
+        Step(f"{what}: training", f"train {{run}}/base-{name} {_T5_TRAINING} --weights last --layers {layers}",
+             f"train-{name}", shows=False),
+        Step(f"{what}: judged", f"evaluate {{run}}/train-{name}/model --exits {{run}}/train-{name}/exits "
+             f"{_TRANSLATION} --limit 300 --static {layers.split(',')[-1]}", f"evaluate-{name}", shows=False),
     )  # fmt: skip
 
 
@@ -119,8 +134,12 @@ STUDIES = {
             Step("Every policy, in turns", f"evaluate {_T5} --limit 300 --static 2,3,4 {_LEVERS}", "evaluate"),
             Step("Which lever moved what: paired differences between arms",
                  f"levers {{run}}/evaluate {shlex.join(PAIRS)}", "levers"),
-            *(step for seed in (1, 2) for step in _seed(seed)),
-            Step("Three seeds", "seeds {run}/evaluate {run}/evaluate-1 {run}/evaluate-2", "seeds"),
+            *(step for seed in (0, 1, 2) for step in _seed(seed)),
+            Step("Three seeds", "seeds {run}/evaluate-0 {run}/evaluate-1 {run}/evaluate-2", "seeds"),
+            *_other("plain", "Without exits", "", "2,3"),
+            *_other("short", "Three layers alone", " --decoder 3", "1,2"),
+            Step("Beside the same training without exits, and of three layers alone",
+                 "baseline {run}/evaluate-0 {run}/evaluate-plain {run}/evaluate-short", "baseline"),
             Step("A certificate: at most 0.05 of chrF, the fewest seconds per generated token",
                  f"calibrate {_T5} --limit 500 --vocabulary frequent-fixed --metric chrf --bound wsr "
                  "--threshold 0.9,0.6,0.4,0.2,0.1,0 --minimise seconds-per-token --tolerance 0.05 --validate 200",

@@ -178,11 +178,12 @@ def test_policies_are_compared_with_the_other_models_full_one(found, tmp_path):
         evaluation_runs.model("qwen2"), evaluation_runs.TASK, evaluation_runs.examples(4), {}, theirs,
         static_layers=(1,), max_new_tokens=4, resamples=50,
     )  # fmt: skip
-    head, rows = baseline.comparison(found[0], theirs)
+    head, rows = baseline.comparison(found[0], theirs, [found[0]])
     assert head[1] == found[1][0].metric == "f1"
     table = {row[0]: row for row in rows}
     assert {"baseline", "full model", "static 2", "baseline's static 1", "softmax > 0.1, from 1"} <= set(table)
     assert "baseline's full model" not in table
+    assert table[f"{found[0].name}'s full model"][1:] == table["full model"][1:]
     means = {}
     for name, path in (("mine", found[0] / "records/static-2.jsonl"), ("theirs", theirs / "records/full-model.jsonl")):
         records = read_records(path)[1]
