@@ -12,10 +12,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from baseline import records_of
 from figures import Rule, by_layer, named, together
 
-from offramp.evaluation import Evaluation, Record, summarise
+from offramp.evaluation import Evaluation, Record, read_records, summarise
 from offramp.metrics.intervals import Bootstrap, Interval
 from offramp.runs.tables import markdown
 
@@ -70,6 +69,12 @@ def differences(mine: Sequence[Record], theirs: Sequence[Record], metric: str, n
         shown(earlier(mine, theirs, bootstrap), 2, sign="+"), shown(found.difference[metric], 1, 100, "+"),
         shown(found.flops_per_token_ratio, 3), shown(found.seconds_per_token_ratio, 2),
     ]  # fmt: skip
+
+
+def records_of(folder: Path) -> dict[str, list[Record]]:
+    """By arm."""
+    found = [read_records(path)[1] for path in sorted((folder / "records").glob("*.jsonl"))]
+    return {records[0].arm: records for records in found if records}
 
 
 def shown(interval: Interval | None, digits: int, scale: float = 1, sign: str = "") -> str:

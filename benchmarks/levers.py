@@ -10,8 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from baseline import records_of
-from claims import READ_AS, compared, differences
+from claims import READ_AS, compared, differences, records_of
 
 from offramp.evaluation import Evaluation
 from offramp.runs.results import RESULTS

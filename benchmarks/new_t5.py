@@ -1,6 +1,6 @@
 """Make an untrained T5 and its tokenizer for parallel text, so that `offramp train` has something to begin with.
 
-    python benchmarks/new_t5.py FOLDER FILE FILE [--vocabulary 5000] [--width 256] [--layers 6] [--seed 0]
+    python benchmarks/new_t5.py FOLDER FILE FILE [--vocabulary 5000] [--width 256] [--layers 6] [--decoder 6] [--seed 0]
 
 The two files hold the same sentences, line by line. The tokenizer is a byte-pair encoding of both languages with T5's
 special tokens; the model is T5 1.0 of the given size, without dropout and without the readout's scale. Its first values
@@ -124,13 +124,14 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=5000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--decoder", type=int, help="layers of the decoder; default: as many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tokenizer = new_tokenizer(options.files, options.vocabulary)
     torch.manual_seed(options.seed)
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=len(tokenizer), d_model=options.width, d_kv=32, d_ff=4 * options.width, num_layers=options.layers,
-        num_decoder_layers=options.layers, num_heads=options.width // 32, decoder_start_token_id=0,
+        num_decoder_layers=options.decoder or options.layers, num_heads=options.width // 32, decoder_start_token_id=0,
         tie_word_embeddings=False,  # means in transformers 5: readouts are not scaled by width^-0.5
         dropout_rate=0.0,  # a few epochs leave nothing to regularise
     ))  # fmt: skip

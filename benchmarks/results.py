@@ -53,9 +53,14 @@ class Study:
     steps: tuple[Step, ...]
 
 
-SCRIPTS = ("new_t5", "t5_policies", "figures", "claims", "levers", "baseline")
+SCRIPTS = ("new_t5", "t5_policies", "figures", "claims", "levers", "seeds", "baseline")
 """Commands that are a file in benchmarks/ of that name."""
 _TRANSLATION = "--task translation --data {data}/multi30k/val.en.gz --target {data}/multi30k/val.de.gz"
+_T5_TRAINING = (
+    "--task translation --data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --trainable all "
+    "--objective labels --epochs 4 --batch-size 32 --window 128 --learning-rate 3e-4 --schedule linear --warmup 100 "
+    "--weight-decay 0.01 --precision bfloat16 --held-out 0.02 --validate-every 444 --save-every 222"
+)
 _T5 = "{run}/train/model --exits {run}/classifier/exits " + _TRANSLATION
 _LEVERS = " ".join(f"--policy {{run}}/policies/{name}.json" for name in LEVERS)
 _CLAIMED = " ".join(f"--policy {{run}}/policies/{name}.json" for name in CLAIMS)
@@ -66,6 +71,37 @@ PAIRS = (
     "only-after-2|frequent-fixed", "only-after-3|frequent-fixed", "after-2-and-4|frequent-fixed",
     "threshold-0.2|frequent-fixed", "threshold-0.9|frequent-fixed", "verify|full model", "verify-after-2|full model",
 )  # fmt: skip
+
+
+def _seed(seed: int) -> tuple[Step, ...]:
+    """The study's main arms on a model of another seed, trained in the same way."""
+    arms = " ".join(f"--policy {{run}}/policies/{name}.json" for name in ("frequent-fixed", "threshold-0.2", "verify"))
+    folder = f"train-{seed}" if seed else "train"
+    made = (
+        Step(f"Seed {seed}: a new model", f"new_t5 {{run}}/base-{seed} {{data}}/multi30k/train.en.gz "
+             f"{{data}}/multi30k/train.de.gz --seed {seed}", f"base-{seed}", shows=False),
+        Step(f"Seed {seed}: training", f"train {{run}}/base-{seed} {_T5_TRAINING} --weights layer --layers 2,3,4 "
+             f"--seed {seed}", folder, shows=False),
+    )  # fmt: skip
+    judged = Step(
+        f"Seed {seed}: the main arms, in turns", f"evaluate {{run}}/{folder}/model --exits {{run}}/{folder}/exits "
+        f"{_TRANSLATION} --limit 300 --static 3 {arms}", f"evaluate-{seed}", shows=False,
+    )  # fmt: skip
+    return (*(made if seed else ()), judged)
+
+
+def _other(name: str, what: str, decoder: str, layers: str) -> tuple[Step, ...]:
+    """The same training of a model without exits, to compare with; `layers` are some to look at all the same."""
+    return (
+        Step(f"{what}: a new model", f"new_t5 {{run}}/base-{name} {{data}}/multi30k/train.en.gz "
+             f"{{data}}/multi30k/train.de.gz{decoder}", f"base-{name}", shows=False),
+        Step(f"{what}: training", f"train {{run}}/base-{name} {_T5_TRAINING} --weights last --layers {layers}",
+             f"train-{name}", shows=False),
+        Step(f"{what}: judged", f"evaluate {{run}}/train-{name}/model --exits {{run}}/train-{name}/exits "
+             f"{_TRANSLATION} --limit 300 --static {layers.split(',')[-1]}", f"evaluate-{name}", shows=False),
+    )  # fmt: skip
+
+
 _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 512"
 _LATER = "--task summarisation --data {run}/later.jsonl --longest 512 --batch-size 8"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
@@ -85,11 +121,7 @@ STUDIES = {
         (
             Step("A new model and tokenizer", "new_t5 {run}/base {data}/multi30k/train.en.gz "
                  "{data}/multi30k/train.de.gz", "base", shows=False),
-            Step("Training", "train {run}/base --task translation --data {data}/multi30k/train.en.gz "
-                 "--target {data}/multi30k/train.de.gz --trainable all --objective labels --weights layer "
-                 "--layers 2,3,4 --epochs 4 --batch-size 32 --window 128 --learning-rate 3e-4 --schedule linear "
-                 "--warmup 100 --weight-decay 0.01 --precision bfloat16 --held-out 0.02 --validate-every 444 "
-                 "--save-every 222", "train"),
+            Step("Training", f"train {{run}}/base {_T5_TRAINING} --weights layer --layers 2,3,4", "train"),
             Step("Consistency classifiers", "train {run}/train/model --exits {run}/train/exits --task translation "
                  "--data {data}/multi30k/train.en.gz --target {data}/multi30k/train.de.gz --limit 4000 "
                  "--objective consistency --epochs 1 --batch-size 32 --window 128 --learning-rate 1e-2", "classifier"),
@@ -102,6 +134,12 @@ STUDIES = {
             Step("Every policy, in turns", f"evaluate {_T5} --limit 300 --static 2,3,4 {_LEVERS}", "evaluate"),
             Step("Which lever moved what: paired differences between arms",
                  f"levers {{run}}/evaluate {shlex.join(PAIRS)}", "levers"),
+            *(step for seed in (0, 1, 2) for step in _seed(seed)),
+            Step("Three seeds", "seeds {run}/evaluate-0 {run}/evaluate-1 {run}/evaluate-2", "seeds"),
+            *_other("plain", "Without exits", "", "2,3"),
+            *_other("short", "Three layers alone", " --decoder 3", "1,2"),
+            Step("Beside the same training without exits, and of three layers alone",
+                 "baseline {run}/evaluate-0 {run}/evaluate-plain {run}/evaluate-short", "baseline"),
             Step("A certificate: at most 0.05 of chrF, the fewest seconds per generated token",
                  f"calibrate {_T5} --limit 500 --vocabulary frequent-fixed --metric chrf --bound wsr "
                  "--threshold 0.9,0.6,0.4,0.2,0.1,0 --minimise seconds-per-token --tolerance 0.05 --validate 200",

@@ -29,6 +29,7 @@ import levers  # noqa: E402
 import native_kernels  # noqa: E402
 import new_t5  # noqa: E402
 import results  # noqa: E402
+import seeds  # noqa: E402
 import t5_policies  # noqa: E402
 
 mpl = pytest.importorskip("matplotlib")
@@ -144,6 +145,21 @@ def test_levers_are_paired_differences_between_any_two_arms(found):
             levers.levers(found[0], [wrong])
 
 
+def test_seeds_are_paired_by_arm(found):
+    runs = found[1]  # two evaluations with arms in common stand for two trainings
+    head, rows = seeds.seeds(runs)
+    assert [row[0] for row in rows] == [arm.name for arm in runs[0].arms if arm.name in {a.name for a in runs[1].arms}]
+    name, first, second, mean, flops, _ = rows[1]
+    each = [100 * run.arm(name).difference["f1"].value for run in runs]
+    assert [shown.split()[0] for shown in (first, second)] == [f"{value:+.1f}" for value in each]
+    middle, spread = statistics.mean(each), statistics.stdev(each) / 2**0.5 * 12.706  # Student's t of one degree
+    assert mean == f"{middle:+.1f} ({middle - spread:+.1f} to {middle + spread:+.1f})"
+    assert float(flops.split()[0]) == pytest.approx(
+        statistics.mean(run.arm(name).flops_per_token_ratio.value for run in runs), abs=0.006
+    )
+    assert head[1:3] == ["run 1", "run 2"]
+
+
 def test_policies_of_the_translation_study_fit_its_model(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["t5_policies", str(tmp_path)])
     t5_policies.main()
@@ -162,11 +178,12 @@ def test_policies_are_compared_with_the_other_models_full_one(found, tmp_path):
         evaluation_runs.model("qwen2"), evaluation_runs.TASK, evaluation_runs.examples(4), {}, theirs,
         static_layers=(1,), max_new_tokens=4, resamples=50,
     )  # fmt: skip
-    head, rows = baseline.comparison(found[0], theirs)
+    head, rows = baseline.comparison(found[0], theirs, [found[0]])
     assert head[1] == found[1][0].metric == "f1"
     table = {row[0]: row for row in rows}
     assert {"baseline", "full model", "static 2", "baseline's static 1", "softmax > 0.1, from 1"} <= set(table)
     assert "baseline's full model" not in table
+    assert table[f"{found[0].name}'s full model"][1:] == table["full model"][1:]
     means = {}
     for name, path in (("mine", found[0] / "records/static-2.jsonl"), ("theirs", theirs / "records/full-model.jsonl")):
         records = read_records(path)[1]
