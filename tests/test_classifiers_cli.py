@@ -356,15 +356,8 @@ def test_bad_input_is_one_line(images, texts, calibrated, tmp_path):
     fails("calibrate", model, *task, data, "--posterior", "platt", words="method is 'platt'; allowed are 'vanilla'")
     fails("calibrate", model, *task, data, "--tolerance", 0.1, "--loss", "f1", words="--loss f1: choose one of")
     fails("calibrate", model, *task, data, "--alpha", 2, words="alpha is 2")
-    fails(
-        "calibrate",
-        model,
-        *task,
-        data,
-        "--reference",
-        "x",
-        words="reference is 'x'; allowed are 'last-exit', 'posterior'",
-    )
+    wrong = ("--tolerance", 0.1, "--reference", "x")
+    fails("calibrate", model, *task, data, *wrong, words="reference is 'x'; allowed are 'last-exit', 'posterior'")
     fails("classify", model, "x.png", "--budget", 0.5, words="--budget needs --posterior")
     both = ("--posterior", calibrated[0], "--budget", 0.7)
     fails("classify", model, "x.png", *both, "--threshold", 1, words="give one of --budget and --threshold")

@@ -125,7 +125,7 @@ def test_commands_on_classifiers(place):
             for name, out in folders.items()}  # fmt: skip
     run("train", model, *made["train"], "--classes", "lying,standing,spot", "--epochs", 1, "--augment", "none")
     trained = folders["train"] / "model"
-    run("calibrate", trained, *made["calibrate"], "--posterior", "temperature", "--draws", 5)
+    run("calibrate", trained, *made["calibrate"], "--posterior", "temperature")
     run("evaluate", trained, *made["evaluate"], "--resamples", 10)
     for name, out in folders.items():
         written = json.loads((place / f"{name}-classifier.json").read_text())
