@@ -1492,16 +1492,21 @@ static bool draft(const Model* model, Cycles& s, int64_t first, int64_t count, i
     return true;
 }
 
+struct Stopwatch {           // books the time since it was last asked
+    double* seconds;         // by part
+    std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
+    void operator()(int part) {
+        const auto now = std::chrono::steady_clock::now();
+        seconds[part] += std::chrono::duration<double>(now - since).count();
+        since = now;
+    }
+};
+
 // Draft and check, until a token ends the text, was chosen by no number, or is the last that is allowed.
 void offramp_cycles(const Model* model, Cycles* cycles) {
     Cycles& s = *cycles;
     const int64_t width = model->width;
-    auto since = std::chrono::steady_clock::now();
-    auto book = [&](int part) {
-        const auto now = std::chrono::steady_clock::now();
-        s.seconds[part] += std::chrono::duration<double>(now - since).count();
-        since = now;
-    };
+    Stopwatch book{s.seconds};
     int64_t first = 0, count = s.count, room = s.room;
     for (s.made = 0; s.made < s.cycles && room > 0;) {
         float *confidences = s.confidences + s.made * s.most, *logprobs = s.logprobs + s.made * (s.most + 1);
@@ -1602,12 +1607,7 @@ static void catch_up(const Model* model, Stretch& s, int64_t lo, int64_t hi, int
 void offramp_stretch(const Model* model, Stretch* stretch) {
     Stretch& s = *stretch;
     const int64_t width = model->width;
-    auto since = std::chrono::steady_clock::now();
-    auto book = [&](int part) {
-        const auto now = std::chrono::steady_clock::now();
-        s.seconds[part] += std::chrono::duration<double>(now - since).count();
-        since = now;
-    };
+    Stopwatch book{s.seconds};
     int64_t token = s.token;
     s.fills_count = 0;
     for (s.made = 0; s.made < s.most; ++s.call.slot, ++s.call.position) {
