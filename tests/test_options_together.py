@@ -45,7 +45,7 @@ def said(run):
 
 REFUSED = {
     # what would have no effect
-    "train llama --text texts.jsonl --with-prompts": "for the model's own answers, and none are asked for; give",
+    "train llama --text texts.jsonl --with-prompts": "the words of prompts are asked for as well, and texts have none",
     "train llama --text texts.jsonl --answers 2 --answer-temperature 1": "for the model's own answers",
     "train llama --text texts.jsonl --chat": "--chat puts --prompts into a template, and none are given",
     "train llama --text texts.jsonl --prompt-layer 2": "nothing that is trained on has a prompt",

@@ -23,7 +23,7 @@ from offramp.evaluation import evaluate_perplexity, read_passages
 from offramp.hub.exit_files import load_exits
 from offramp.tasks import TASKS, fit, read_examples, take
 from offramp.training.answers import AnswerConfig
-from offramp.training.data import prepare, read_texts, text_documents
+from offramp.training.data import pair_documents, prepare, read_texts, text_documents
 from offramp.training.trainer import train as train_exits
 from offramp.values import ArgumentError
 from tiny import tiny, tokenizer
@@ -142,6 +142,19 @@ def test_train_on_a_task_and_on_several_files(lm, questions, tmp_path):
         (tmp_path / name).write_text(text)
     lm.train([tmp_path / "a.txt", tmp_path / "b.txt", "w21 w22 w23"], config=config, out=tmp_path / "texts")
     assert json.loads((tmp_path / "texts" / "config.json").read_text())["data"]["documents"] == 3
+
+
+def test_train_on_the_words_of_a_tasks_prompts_too(lm, questions, tmp_path, caplog):
+    caplog.set_level("INFO", "offramp")
+    task, config = TASKS["question-answering"], TrainConfig(layers=(2,), steps=1)
+    documents, _ = pair_documents(lm, task, read_examples(task, questions)[:4], longest=512)
+    predicted = {too: sum(len(d.ids) - (1 if too else d.start) for d in documents) for too in (False, True)}
+    assert predicted[True] > predicted[False] > 0
+    for too, positions in predicted.items():
+        answering = AnswerConfig(prompts_too=too)
+        lm.train(task=task, data=questions, limit=4, config=config, answering=answering, out=tmp_path / str(too))
+        size = next(message for message in reversed(caplog.messages) if "positions to train on" in message)
+        assert sum(int(word) for word in size.split() if word.isdecimal()) == 4 + positions
 
 
 def test_evaluate(lm, questions, tmp_path):

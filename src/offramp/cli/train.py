@@ -52,7 +52,11 @@ def train(
     answers: Annotated[int, typer.Option(help="Answers to each prompt; several need --answer-temperature.")] = 1,
     answer_temperature: o.AnswerTemperature = None,
     with_prompts: Annotated[
-        bool, typer.Option("--with-prompts", help="Train on the words of the prompts too, not only of the answers.")
+        bool,
+        typer.Option(
+            "--with-prompts",
+            help="Train on the words of the prompts too (of --prompts or --task), not only of the answers.",
+        ),
     ] = False,
     chat: o.Chat = None,
     window: Annotated[

@@ -141,7 +141,7 @@ def documents_of(
 ) -> list[Document]:
     """Texts, examples of a task and answers to prompts, else to the bundled ones, as `offramp.train` is given them."""
     prompted = prompts is not None or (texts is None and task is None)
-    _check_answering(lm, answering, prompted=prompted, answers=prompted or own_answers)
+    _check_answering(lm, answering, prompted=prompted, answers=prompted or own_answers, asked=task is not None)
     documents: list[Document] = []
     if texts is not None:
         found = first(texts_of(texts, columns), limit)
@@ -157,7 +157,7 @@ def documents_of(
         else:
             pairs, shortened = pair_documents(lm, what, examples, longest=window)
             _tell(shortened, len(examples), window)
-            documents += pairs
+            documents += [replace(pair, start=0) for pair in pairs] if answering.prompts_too else pairs
     elif data or target or own_answers:
         raise ArgumentError("`data`, `target` and `own_answers` need `task`, which says what the examples are")
     if prompted:
@@ -166,12 +166,16 @@ def documents_of(
     return documents
 
 
-def _check_answering(lm: LanguageModel, config: AnswerConfig, *, prompted: bool, answers: bool) -> None:
+def _check_answering(lm: LanguageModel, config: AnswerConfig, *, prompted: bool, answers: bool, asked: bool) -> None:
     """Refuse, before hours of answering, what would have no effect on the answers or cannot be had."""
-    if not answers and (config.prompts_too or config.temperature is not None):
+    if not answers and config.temperature is not None:
         raise ArgumentError(
-            "the words of prompts, several answers to one and a temperature of answers are for the model's own "
-            "answers, and none are asked for; give `prompts`, or `own_answers` with `task`, or leave them out"
+            "several answers to a prompt and a temperature of answers are for the model's own answers, and none are "
+            "asked for; give `prompts`, or `own_answers` with `task`, or leave them out"
+        )
+    if config.prompts_too and not (answers or asked):
+        raise ArgumentError(
+            "the words of prompts are asked for as well, and texts have none; give `prompts` or `task`, or leave it out"
         )
     if config.prompts_too and lm.split.is_encoder_decoder:
         raise ValueError("an encoder-decoder reads prompts and never predicts their words; train on answers only")
