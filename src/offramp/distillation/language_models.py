@@ -129,7 +129,9 @@ def distil(
         record = _record(student, teacher, data, config, groups)
         run.check(record, about={**(about or {}), **describe(student.split.device)})
         source = _Texts(student, data, run.path, f"{record['student']['fingerprint']} in this run", progress)
+        exits = student.split.exits
         with trainable(student, config.training) as learns, evaluating(teacher.model):
+            student.split.attach(exits)  # by which an early readout looks; for training there were others
             parameters = {name: p for name, p in learns.parameters.items() if name.startswith("model.")}
             weights = torch.empty(0)
             kept = {} if config.weights is None else {"token_weights": weights}
