@@ -292,7 +292,9 @@ def test_texts_from_training_to_answers(texts):
         place / "evaluated",
     )  # fmt: skip
     assert "| mie" not in run.stdout
-    fails("evaluate", model, *arguments, "--corruption", "blur", words="holds texts; corruptions are for images")
+    fails(
+        "evaluate", model, *arguments, "--corruption", "blur", words="--corruption: only of images, and these are texts"
+    )
 
 
 # ---------------------------------------------------------------- two forms of a command

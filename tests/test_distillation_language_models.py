@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from offramp import LanguageModel
+from offramp.core.exits import Exits
 from offramp.distillation.language_models import distil, require_same_vocabulary
 from offramp.distillation.texts import OwnAnswers
+from offramp.distillation.token_weights import new_token_weights
 from offramp.training.answers import AnswerConfig
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, Document, cut
 from offramp.training.trainer import train
 from tiny import VOCABULARY, tiny, tokenizer
-from token_distillation import GROUPS, config, data, rows, same, teacher, texts, token_weights
+from token_distillation import GROUPS, ONE, config, data, rows, same, teacher, texts, token_weights
 from training_runs import model
 
 # ---------------------------------------------------------------- resuming, own answers
@@ -111,6 +113,23 @@ def test_other_prompts_or_groups_are_another_run(tmp_path, part):
     with pytest.raises(ValueError, match="content"):
         distil(model(), teacher(), other, settings, tmp_path, groups=GROUPS)
     distil(model(), teacher(), own(), settings, tmp_path, groups=GROUPS)
+
+
+def test_an_early_readout_looks_through_the_exits_that_the_student_has(tmp_path):
+    rule, found = token_weights(rule={"gate": "all"}, start=0, every=8), {}
+    for name in ("none", "lens"):
+        lm, guide = model(), teacher()
+        if name == "lens":
+            lm.attach_exits(Exits.fresh(lm.split, (2,), rank=2))
+            for parameter in lm.exits.lens(2).parameters():
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        expected = new_token_weights(
+            lm.split, guide.split, data().train, rule, step=0, seed=0, size=4, loop=ONE
+        )  # before the student changes, by what is attached
+        distil(lm, guide, data(), config(rule, steps=1), tmp_path / name, groups=GROUPS)
+        found[name] = load_file(tmp_path / name / "checkpoint.safetensors")["weights.token_weights"]
+        torch.testing.assert_close(found[name], expected)
+    assert not torch.allclose(found["none"], found["lens"])
 
 
 # ---------------------------------------------------------------- groups

@@ -90,6 +90,7 @@ def test_the_command_on_own_answers(folders, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("".join(f"w{i} the sky\n" for i in range(20, 30)))
     options = ["--prompts", prompts, "--max-new-tokens", 4, "--answer-every", 2, "--steps", 3, "--method", "laplace"]
+    options += ["--weigh-every", 1]
     made = run(folders, *options, "--out", tmp_path / "run")
     assert made.exit_code == 0, made.output
     record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]

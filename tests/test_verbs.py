@@ -293,6 +293,15 @@ def test_a_grid_of_students(tmp_path):
         offramp.distill_grid(data="stand-in:digits-on-colour", settings={})
 
 
+def test_the_device_of_a_cluster_is_for_the_cluster_to_have(tmp_path, monkeypatch):
+    def run_grid(runs, folder, **options):
+        raise RuntimeError(options["device"])
+
+    monkeypatch.setattr("offramp.distillation.distill_grid.run_grid", run_grid)
+    with pytest.raises(RuntimeError, match="^xpu:3$"):
+        offramp.distill_grid("small-cnn:4", "stand-in:digits-on-colour", backend="ray", device="xpu:3", out=tmp_path)
+
+
 def test_errors_say_what_is_allowed(lm, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'summarisation'"):
         lm.evaluate("summarization", tmp_path / "x.json")

@@ -59,6 +59,11 @@ def build(
         )
     if reads_text and tokenizer is None:
         raise ValueError(f"{architecture} has no tokenizer, which texts need; save one in its folder")
+    if head is not None and head.pooling is not None and getattr(backbone, "name", RESNET) == RESNET:
+        raise ValueError(
+            f"pooling is {head.pooling!r}, which is of states of tokens or patches; {architecture} has maps of images, "
+            "so leave it out"
+        )
     if layers is None:
         layers = _spread(backbone.num_layers)
     if not reads_text:
@@ -120,6 +125,11 @@ def _preprocessing(backbone: Any, data: Labelled, given: dict[str, Any]) -> dict
         raise ValueError(
             f"{data.source} has images of {colours} colours, and the network takes {channels}; choose another "
             "network, or make the images grey"
+        )
+    if getattr(backbone, "name", "") == "vit" and np.broadcast_to(config.image_size, 2).tolist() != [height, width]:
+        raise ValueError(
+            f"{data.source} has images of {height} x {width} pixels, and the network takes {config.image_size}; bring "
+            "them to that (image_size, of a folder of images), or choose another network"
         )
     if "image_mean" in given:
         return {**given, **size}

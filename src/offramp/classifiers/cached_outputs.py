@@ -83,6 +83,8 @@ class CachedOutputs:
         config, splits = read_again(classifier.trained_on, task, Path(data), None if test is None else Path(test))
         beside = Path(model).parent / f"{Path(model).name}-outputs"
         place = beside if folder is None else Path(folder)
+        if place.is_file():
+            raise ValueError(f"{place} is a file; name a folder for what exits say")
         return cls(classifier, splits, place, config.longest, batch_size, progress)
 
     @cached_property

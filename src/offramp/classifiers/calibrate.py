@@ -92,8 +92,8 @@ class CalibrationConfig:
             choice(name, getattr(self, name), allowed)
         if self.promise is not None:
             choice("the loss", self.promise.loss, LOSSES)
-        if self.bins < 1:
-            raise ValueError(f"bins is {self.bins}; it must be at least 1")
+        if self.bins < 1 or self.seed < 0:
+            raise ValueError(f"bins is {self.bins} and seed {self.seed}; they count from 1 and 0")
         if self.alpha is not None:
             NestedConformalConfig(alpha=self.alpha)
 

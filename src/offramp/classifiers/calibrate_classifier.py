@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offramp.classifiers.cached_outputs import CachedOutputs
-from offramp.classifiers.calibrate import LOSSES, CalibrationConfig, ClassifierCalibration, calibrate
+from offramp.classifiers.calibrate import LOSSES, RESULT, CalibrationConfig, ClassifierCalibration, calibrate
 from offramp.classifiers.calibrated import CANDIDATES, NONE
 from offramp.classifiers.certify import RowPromise
 from offramp.classifiers.loading import run_folder, title
 from offramp.classifiers.splits import TaskName
+from offramp.risk import CRC
+from offramp.runs.files import require_writable
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
+from offramp.uncertainty.one_exit import UNTUNED
 from offramp.uncertainty.posterior import PosteriorConfig
 from offramp.values import ArgumentError, idle
 
@@ -111,9 +114,15 @@ def calibrate_classifier(
     if tolerance is None:
         promised = {"failure": (failure, 0.05), "loss": (loss, "consistency"), "reference": (reference, "last-exit")}
         idle({**promised, "bound": (bound, None)}, "of a threshold that is certified; give `tolerance` too")
+    if bound == CRC:
+        idle({"failure": (failure, 0.05)}, "of bounds that may fail, and crc is on the mean; give another `bound`")
     if "laplace" not in posterior:
         drawn = {"draws": (draws, 50), "predictive": (predictive, "mc"), "damping": (damping, "factored")}
         idle({**drawn, "fit_on": (fit_on, "train")}, "of Laplace; give `posterior` laplace or mie+laplace")
+    if predictive == "probit":
+        idle({"draws": (draws, 50)}, "of `predictive` mc; give that")
+    if posterior in UNTUNED:
+        idle({"grid": (grid, None)}, f"of temperatures, which {posterior} has not; give another `posterior`")
     promise = None if tolerance is None else RowPromise(loss, tolerance, failure, bound or LOSSES[loss][1])
     method, candidates = (NONE, CANDIDATES) if posterior == "auto" else (posterior, ())
     config = CalibrationConfig(
@@ -127,4 +136,5 @@ def calibrate_classifier(
         "model": title(model), "data": os.fspath(data), **(about or {}), **describe(passes.classifier.device)
     }  # fmt: skip
     folder = run_folder("calibrate", model, posterior) if out is None else Path(out)
+    require_writable(folder / RESULT)
     return calibrate(passes.outputs, config, folder, network=passes.network, conditions=conditions)

@@ -166,6 +166,12 @@ class Settings:
     resamples: int = 1000
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.bins < 1 or self.resamples < 0 or self.seed < 0:
+            raise ValueError(
+                f"bins is {self.bins}, resamples {self.resamples} and seed {self.seed}; they count from 1, 0 and 0"
+            )
+
 
 def charged(costs: Tensor, posterior: Posterior) -> Tensor:
     """FLOPs of a row up to and including each exit, float64 [E], with what the method adds at all exits so far."""

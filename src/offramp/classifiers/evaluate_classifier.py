@@ -26,13 +26,13 @@ from offramp.classifiers.result import EARLIER, SCHEMA, ClassifierEvaluation
 from offramp.classifiers.splits import TaskName
 from offramp.report.classifiers import save_classifiers
 from offramp.runs.bounded import read_object
-from offramp.runs.files import replace_file
+from offramp.runs.files import replace_file, require_writable
 from offramp.runs.machine import describe
 from offramp.runs.progress import shown
 from offramp.runs.results import RESULTS
 from offramp.tasks.images import CORRUPTIONS, SEVERITIES, corrupted
 from offramp.tasks.labelled import Labelled
-from offramp.uncertainty.one_exit import METHODS
+from offramp.uncertainty.one_exit import METHODS, UNTUNED
 from offramp.uncertainty.outputs import ExitOutputs
 from offramp.uncertainty.posterior import Posterior, PosteriorConfig, load_posterior
 from offramp.values import choice, idle
@@ -256,15 +256,17 @@ def evaluate_classifier(
     progress = shown(progress, "evaluating")
     if not corruptions:
         idle({"severity": (severity, 3)}, "of corrupted images; give `corruptions`")
-    if methods is not None and not any("laplace" in method for method in methods):
+    chosen = METHODS if methods is None else tuple(dict.fromkeys(methods))
+    if not any("laplace" in method for method in chosen):
         idle({"draws": (draws, 50), "fit_on": (fit_on, "train")}, "of Laplace; name it among the `methods`")
+    if set(chosen) <= set(UNTUNED):
+        idle({"grid": (grid, None)}, f"of temperatures, which are not in {', '.join(chosen)}; name other `methods`")
     given = [models] if isinstance(models, str | os.PathLike) else list(models)
     if not given:
         raise ValueError("there is no network to evaluate; name at least one")
     config = ComparisonConfig(
-        METHODS if methods is None else tuple(dict.fromkeys(methods)),
-        PosteriorConfig(n_mc=draws, grid=grid, seed=seed), fit_on, tuple(dict.fromkeys(corruptions)), severity, limit,
-        Settings(bins, resamples, seed),
+        chosen, PosteriorConfig(n_mc=draws, grid=grid, seed=seed), fit_on, tuple(dict.fromkeys(corruptions)), severity,
+        limit, Settings(bins, resamples, seed),
     )  # fmt: skip
     networks = [
         CachedOutputs.of(
@@ -273,6 +275,8 @@ def evaluate_classifier(
         )
         for model in given
     ]  # fmt: skip
+    if networks[0].classifier.tokenizer is not None:
+        idle({"corruptions": (tuple(corruptions), ())}, "of images, and these are texts; give images")
     conditions = {
         "model": title(given[0]), "data": os.fspath(data),
         "rows": ", ".join(f"{name} {len(rows)}" for name, rows in networks[0].splits.items()), "draws": draws,
@@ -280,6 +284,7 @@ def evaluate_classifier(
         **describe(networks[0].classifier.device),
     }  # fmt: skip
     folder = run_folder("evaluate", given[0]) if out is None else Path(out)
+    require_writable(folder / RESULTS)
     return compare(networks, config, folder, conditions=conditions, progress=progress)
 
 

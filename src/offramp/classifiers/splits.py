@@ -72,6 +72,8 @@ class DataConfig:
         for name in ("count", "image_size", "longest"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it counts from 0")
         if self.classes and len(self.classes) < 2:
             raise ValueError(f"the only class named is {self.classes[0]!r}; name two or more")
 
@@ -152,7 +154,7 @@ def _read(config: DataConfig, data: Path) -> dict[str, Labelled]:
     """Training rows, and a published test split where the layout has one."""
     if config.task == TEXTS:
         return {"train": read_labelled_text(data, _text_layout(config))}
-    layout = config.layout or _looks_like(data)
+    layout = layout_of(config.task, config.layout, data)
     if layout == "folder":
         return {"train": read_image_folder(data, size=config.image_size, classes=config.classes or None)}
     if layout == "idx":
@@ -166,12 +168,13 @@ def _text_layout(config: DataConfig) -> TextLayout:
     return TextLayout(config.text, config.label, config.pair, config.classes or None, cluster=config.cluster)
 
 
-def _looks_like(folder: Path) -> str:
-    """Which layout the images in a folder have."""
-    for layout, sign in (("idx", "*idx3-ubyte*"), ("cifar10", "data_batch_1.bin"), ("cifar100", "train.bin")):
-        if any(folder.glob(sign)):
-            return layout
-    return "folder"
+def layout_of(task: str, layout: str | None, data: Path) -> str:
+    """The layout that is named, else that which data has: "columns" of texts, of images by the names of the files."""
+    if layout is not None or task == TEXTS:
+        return layout or COLUMNS
+    signs = {"idx": "*idx3-ubyte*", "cifar10": "data_batch_1.bin", "cifar100": "train.bin"}
+    folder = located(data)
+    return next((name for name, sign in signs.items() if any(folder.glob(sign))), "folder")
 
 
 # ---------------------------------------------------------------- the record

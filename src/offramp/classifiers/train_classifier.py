@@ -11,7 +11,7 @@ from typing import Any, Literal
 from offramp.classifiers.architectures import build, rows_of, usual
 from offramp.classifiers.batches import AUGMENTATIONS
 from offramp.classifiers.config import ClassifierTrainConfig
-from offramp.classifiers.splits import TEXTS, DataConfig, TaskName, divide, record
+from offramp.classifiers.splits import COLUMNS, TEXTS, DataConfig, TaskName, divide, layout_of, record
 from offramp.classifiers.trainer import ClassifierTrainResult, train_exits
 from offramp.families.backbone import HeadConfig
 from offramp.hub.pretrained import named_device
@@ -109,22 +109,18 @@ def train_classifier(
     progress = shown(progress, "training")
     if augment not in AUGMENTATIONS:
         raise ArgumentError(f"`augment` {augment}: choose one of {', '.join(AUGMENTATIONS)}")
-    if task == TEXTS:
-        idle({"image_size": (image_size, None), "augment": (augment, "crop-flip")}, "of images; give such data")
-    else:
-        named = {"text_column": (text_column, "text"), "label_column": (label_column, "label")}
-        others = {"pair_column": (pair_column, None), "cluster_column": (cluster_column, None)}
-        idle({**named, **others, "longest": (longest, None)}, "of texts; give such data")
     config = config or ClassifierTrainConfig(**usual(architecture))
     reading = DataConfig(
         task, layout, text_column, label_column, pair_column, cluster_column, tuple(classes), limit, config.seed,
         image_size, longest,
     )  # fmt: skip
+    _check_idle(reading, layout_of(task, layout, Path(data)), augment)
     splits = divide(reading, Path(data), None if test_data is None else Path(test_data))
     log.info("rows: %s", ", ".join(f"{name} {len(rows)}" for name, rows in splits.items()))
     model = build(
         architecture, splits["train"], layers=layers, head=HeadConfig(pooling, hidden, dropout), seed=config.seed
     ).to(named_device(device))
+    config.exit_weights(len(model.layers))  # one for each, or no run begins
     model.trained_on = record(reading, splits)
     if task == TEXTS:  # images of another layout have other ids
         model.training_rows = row_hashes(splits["train"], "")
@@ -135,3 +131,23 @@ def train_classifier(
         settings={"division": model.trained_on},
         about={**(about or {}), "architecture": architecture, "data": os.fspath(data)},
     )  # fmt: skip
+
+
+def _check_idle(given: DataConfig, layout: str, augment: str) -> None:
+    """Refuse what data of this task and layout has no use for."""
+    named = {"classes": (given.classes, ())}
+    columns = {
+        "text_column": (given.text, "text"), "label_column": (given.label, "label"), "pair_column": (given.pair, None),
+        "cluster_column": (given.cluster, None),
+    }  # fmt: skip
+    sized = {"image_size": (given.image_size, None)}
+    if given.task == TEXTS:
+        idle({**sized, "augment": (augment, "crop-flip")}, "of images; give such data")
+        if layout != COLUMNS:
+            idle({**columns, **named}, f"of `layout` {COLUMNS}, since {layout} has its own; give that")
+        return
+    idle({**columns, "longest": (given.longest, None)}, "of texts; give such data")
+    if layout != "folder":
+        idle(sized, f"of `layout` folder, since images of {layout} have a size; give that")
+    if layout.startswith("cifar"):
+        idle(named, f"of other layouts, since {layout} has its own; give one")

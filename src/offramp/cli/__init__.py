@@ -45,8 +45,8 @@ EARLIER = {
 """Options by what they were called, which still works where the name is not taken; no help speaks of it."""
 
 OPTIONS = {
-    "texts": "--text", "thresholds": "--threshold", "teachers": "--teacher", "settings": "--config",
-    "student": "STUDENT",
+    "texts": "--text", "thresholds": "--threshold", "corruptions": "--corruption", "teachers": "--teacher",
+    "teacher_methods": "--teacher-method", "settings": "--config", "student": "STUDENT",
 }  # fmt: skip
 """What arguments of verbs are called here, where it is not the same."""
 

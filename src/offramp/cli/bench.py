@@ -152,8 +152,8 @@ def bench(
     worth in seconds, whatever the confidences say.
     """
     import offramp
-    from offramp.lm.bench import run_batch_sizes, run_bench
-    from offramp.lm.bench_arms import COMPILED
+    from offramp.lm.bench import require_runnable, run_batch_sizes, run_bench
+    from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE
     from offramp.lm.given import prompts_of
     from offramp.lm.scripted import random_prompts
     from offramp.peers import started
@@ -167,22 +167,27 @@ def bench(
     others = {COMPILED: None} if _COMPILED in names else {}
     names = [name for name in names if name != _COMPILED]
     sizes = _sizes(batch_sizes, batch_size)
+    _check_batches(context, limit, batch_size, sizes, names)
+    _check_script(mean_layer, min_layer)
     lm = _random(random, dtype, engine, device, seed) if random is not None else offramp.load(
         model or "", dtype=dtype, device=device, exits=exits, engine=engine
     )  # fmt: skip
-    count = max(limit, *(sizes or [limit]))
+    count = max(limit, batch_size, *sizes)
     texts: Any = (
         prompts_of(prompts, count) if random is None else random_prompts(lm, count, length=prompt_length, seed=seed)
     )
     chat = random is None and lm.has_chat_template
     mean = lm.num_layers * 0.75 if mean_layer is None and random is not None else mean_layer
 
-    saved = o.policies_of(policy)
+    ours = _arms(lm, arms, 1, max_new_tokens, mean, threshold, min_layer, seed)
+    saved = o.policies_of(policy, taken=(REFERENCE, FULL, COMPILED, *ours))
+    if "economize" not in names:  # which tests by them whatever our rows do
+        _require_tested(context, ours, scripted=mean is not None)
 
     def chosen(rows: int) -> Arms:
         return {**others, **_arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed), **saved}
 
-    chosen(1)  # what is wrong with them is said before anything is started
+    require_runnable(lm, chosen(1), max_new_tokens=max_new_tokens, repeats=repeats, batch_size=batch_size)
     variants, refused = _variants(lm, with_int8, with_engines)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "chat": chat,
@@ -262,6 +267,14 @@ def _arms(
     return {name: arms[name] for name in asked}
 
 
+def _require_tested(context: typer.Context, rows: Arms, *, scripted: bool) -> None:
+    """Refuse what is of tests where there are none, or such that a script answers."""
+    if scripted:
+        o.refuse(context, ["threshold"], "exits by script, as those of a --random model, have none; leave it out")
+    if all(policy is None or policy.confidence == "static" for policy in rows.values()):
+        o.refuse(context, ["threshold", "min_layer"], "no row of --arms tests any confidence; leave it out")
+
+
 def _static(name: str) -> ExitPolicy | None:
     """The policy "static 20", which any layer can have."""
     from offramp import ExitPolicy
@@ -308,6 +321,19 @@ def _sizes(several: str | None, one: int) -> list[int]:
     if one != 1 or not all(part.strip().isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(f"--batch-sizes is {several!r}; give counts such as 1,4,8, and no --batch-size")
     return list(dict.fromkeys(map(int, parts)))
+
+
+def _check_batches(context: typer.Context, limit: int, one: int, several: list[int], peers: list[str]) -> None:
+    """Refuse another number of prompts than batches have, and peers, which take one at a time, without such batches."""
+    if several or 1 <= limit < one:
+        o.refuse(context, ["limit"], "a batch takes as many prompts as its size says; give as many, or leave it out")
+    if peers and 1 not in (several or [one]):
+        raise typer.BadParameter(f"--peers {', '.join(peers)} take one prompt at a time; bench them with a batch of 1")
+
+
+def _check_script(mean: float | None, first: int | None) -> None:
+    if mean is not None and first is not None and mean < first:
+        raise typer.BadParameter(f"--mean-layer {mean:g} lies before --min-layer {first}; leave one out")
 
 
 def _check_one(model: str | None, random: str | None, exits: str | None) -> None:

@@ -14,6 +14,7 @@ from offramp.cli.options import options_of
 from offramp.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from offramp.core.exits import Exits
     from offramp.distillation.language_models import TokenDistillation
 
 
@@ -68,7 +69,7 @@ def distill(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
-    first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of students and teachers that are trained.")] = None,
     select: Annotated[
         str | None,
@@ -217,8 +218,14 @@ def distill_language_model(
     if config.weights is None:
         weighing = ("layer", "readout", "fit", "target", "weigh_every", "exits")
         o.refuse(context, weighing, f"only for methods that weigh tokens, as dedier, not for {method}; leave it out")
+    if readout == "head":
+        o.refuse(context, ("fit",), "only for --readout lens, which is taught; give that, or leave it out")
+    else:
+        o.refuse(context, ("exits",), "only for --readout head, which looks through them; give that, or leave it out")
     state, place = process_device(device)
     lm = offramp.load(student, dtype=dtype, device=place, exits=exits)
+    if config.weights is not None and lm.exits is not None:
+        _require_lens(lm.exits, config.weights.readout.at(lm.split))
     guide = offramp.load(teacher, dtype=dtype, device=place)
     folder = out or run_folder("distill", lm)
     answering = AnswerConfig(max_new_tokens, answer_temperature, chat=chat, seed=fields["seed"])
@@ -236,6 +243,16 @@ def distill_language_model(
     o.note(f"pictures: offramp report {folder}")
     named = {"name": student, "teacher": teacher, "method": method, "dtype": o.dtype_of(lm)}
     o.write_result({**result.to_dict(), **named}, json)
+
+
+def _require_lens(exits: Exits, layer: int) -> None:
+    """Refuse exits that a readout after that layer does not look through."""
+    if exits.lens(layer) is None:
+        have = ", ".join(str(other) for other in exits.layers if exits.lens(other) is not None) or "none"
+        raise typer.BadParameter(
+            f"--exits: no lens is after layer {layer}, which is read (they are after {have}); give --layer, or leave "
+            "--exits out"
+        )
 
 
 def _settings(

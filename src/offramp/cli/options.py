@@ -220,8 +220,10 @@ def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None
 
 def columns_of(columns: list[str] | None, text: Sequence[Path] | None) -> list[str]:
     """The columns of texts, which there must be."""
-    if columns and not text:
-        raise typer.BadParameter("--text-column is of --text; give that too, or leave it out")
+    from offramp.tasks.rows import kind
+
+    if columns and not any(kind(path) in (".json", ".jsonl") for path in text or ()):
+        raise typer.BadParameter("--text-column is of --text in .json or .jsonl; give such, or leave it out")
     return columns or ["text"]
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli import options as o
+
+if TYPE_CHECKING:
+    from offramp import ExitPolicy
+    from offramp.calibration.certificate import Certificate
 
 
 def serve(
@@ -70,6 +74,7 @@ def serve(
     rule = None if policy is None else offramp.ExitPolicy.load(policy)
     certificate = None if policy is None else load_certificate(policy)
     share = (0.0 if certificate is None else 0.05) if check is None else check
+    _require_used(rule, certificate, exits, share, to_full=on_drift == "full")
     with bound(host, port) as sock:  # before the model is read: a port that is taken is better known at once
         lm = offramp.load(model, dtype=dtype, device=device, exits=exits, engine=engine)
         most = lm.split.max_positions
@@ -91,6 +96,20 @@ def serve(
 def _require_one_of(on_drift: str) -> None:
     if on_drift not in ("say", "full"):
         raise typer.BadParameter(f"--on-drift {on_drift}: choose say or full")
+
+
+def _require_used(
+    rule: ExitPolicy | None, certificate: Certificate | None, exits: str | None, share: float, *, to_full: bool
+) -> None:
+    """Refuse what would have no effect on answers at full depth, or where there is no promise that could be broken."""
+    if rule is None and (exits is not None or share):
+        name = "--check" if exits is None else "--exits"
+        raise typer.BadParameter(f"{name}: only of a --policy; without one all answers are at full depth")
+    if to_full and (certificate is None or not share):
+        raise typer.BadParameter(
+            "--on-drift full: only of a --policy with a certificate, whose promise --check may find broken; give both, "
+            "or leave it out"
+        )
 
 
 def _require_extra() -> None:

@@ -20,13 +20,15 @@ from offramp.runs.bounded import read_object
 from offramp.runs.files import write_text
 from offramp.runs.progress import shown
 from offramp.runs.results import Shown
-from offramp.values import ArgumentError
+from offramp.values import ArgumentError, idle
 
 File = str | os.PathLike[str]
 Layout = Literal["waterbirds", "celeba", "multinli", "snli", "civilcomments", "groups"]
 Rule = Literal[
     "last", "val_average", "val_worst_class", "val_loss", "val_group_mean", "val_worst_group",
 ]  # fmt: skip
+TEACHER_METHODS = ("erm", "group_dro")
+"""How teachers that are trained here learn unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def distill_grid(
     data: str | None = None,
     *,
     teachers: Sequence[str] = (),
-    teacher_methods: Sequence[str] = ("erm", "group_dro"),
+    teacher_methods: Sequence[str] = TEACHER_METHODS,
     task: Layout | None = None,
     methods: Sequence[str] = ("erm", "kd", "dedier"),
     settings: File | Mapping[str, Any] | None = None,
@@ -126,14 +128,21 @@ def distill_grid(
         RuntimeError: Runs failed; the others are finished.
     """
     progress = shown(progress, "distilling")
+    if backend == "ray":
+        idle({"processes": (processes, 1)}, "of `backend` processes, since a cluster has its own; give that")
     values = settings_of(settings, data)
     study, given = study_of(values, student, teachers, data, task, epochs, select)
     asked = runs(study, list(methods), given or list(teacher_methods), list(seeds), values.get("methods"))
+    learnt = {"teacher_methods": (tuple(teacher_methods), TEACHER_METHODS)}
+    if given:
+        idle(learnt, "of teachers that are trained here, and those given are ready; give a network as `teachers`")
+    if all(run.teacher is None for run in asked):
+        idle({"teachers": (tuple(given), ()), **learnt}, "of methods that have a teacher, as kd; name one")
     folder = Path("runs") / f"distill-{study.data.name}" if out is None else Path(out)
+    place = device if device is not None and backend == "ray" else str(named_device(device))  # of the cluster, or here
     results = run_grid(
-        asked, folder, processes=processes, engine=backend, threads=threads, device=str(named_device(device)),
-        progress=progress,
-    )  # fmt: skip
+        asked, folder, processes=processes, engine=backend, threads=threads, device=place, progress=progress
+    )
     write_text(folder / "report.md", tables(results, study.select))
     write_groups(results, folder / "groups.csv")
     return StudentGrid(results, study.select, folder)
@@ -175,6 +184,8 @@ def study_of(
     if source is None:
         raise ArgumentError("`student` is missing; give a network such as small-cnn:8")
     of_teacher = networks[0] if networks else own["teacher"].get("source")
+    if path.startswith(STAND_IN):
+        idle({"task": (task, None)}, "of files, and a stand-in has a layout of its own; give `data` that are files")
     kind = task if task is not None or path.startswith(STAND_IN) else own["data"].get("task")
     base = Study(DataConfig(path, kind), Network(source), Network(of_teacher or source))
     for key, name in (("data", "path"), ("data", "task"), ("student", "source"), ("teacher", "source")):

@@ -33,7 +33,7 @@ from offramp.training.loop import Loop, StepResult, adamw
 from offramp.training.loss_sums import chunk_rows
 from offramp.training.objectives import OBJECTIVES, SOFTENED
 from offramp.training.passes import dropping, states_of
-from offramp.training.trainable import save_model, trainable
+from offramp.training.trainable import check_trainable, save_model, trainable
 
 if TYPE_CHECKING:
     from offramp.core.language_model import LanguageModel
@@ -70,12 +70,18 @@ class TokenDistillation:
                 f"objective is {training.objective!r}; choose {' or '.join(SOFTENED)} to learn from a teacher"
             )
         if not training.backbone:
-            raise ValueError("trainable is 'exits', but a student is trained; give 'all' or 'lora'")
+            raise ValueError(f"trainable is {training.trainable!r}, but a student is trained; give 'all' or 'lora'")
         of_exits = (training.layers, training.hidden_loss, training.prompt_layer, training.curriculum, training.rank)
         if any(of_exits) or training.weights != "uniform":
             raise ValueError(
                 "layers, rank, weights, hidden_loss, curriculum and prompt_layer are for exits; leave them out, and "
                 "train exits of the finished student with offramp train"
+            )
+        steps, weights = training.steps, self.weights
+        if weights is not None and steps is not None and not weights.started(steps - 1):
+            raise ValueError(
+                f"tokens are first weighted after {weights.first} steps, and training ends after {steps}, so none ever "
+                "is; weigh earlier (weigh_every, or start), or take more steps"
             )
 
     @property
@@ -124,12 +130,15 @@ def distil(
     require_same_vocabulary(student, teacher)
     own = isinstance(data, OwnAnswers)
     _check(student, teacher, config, own=own)
+    _require_groups(data, groups)
     workers = Accelerator(cpu=student.split.device.type == "cpu", log_with=report_to, project_dir=folder)
     with opened(folder, writes=workers.is_main_process) as run:
         record = _record(student, teacher, data, config, groups)
         run.check(record, about={**(about or {}), **describe(student.split.device)})
         source = _Texts(student, data, run.path, f"{record['student']['fingerprint']} in this run", progress)
+        exits = student.split.exits
         with trainable(student, config.training) as learns, evaluating(teacher.model):
+            student.split.attach(exits)  # by which an early readout looks; for training there were others
             parameters = {name: p for name, p in learns.parameters.items() if name.startswith("model.")}
             weights = torch.empty(0)
             kept = {} if config.weights is None else {"token_weights": weights}
@@ -178,12 +187,25 @@ def _check(student: LanguageModel, teacher: LanguageModel, config: TokenDistilla
         raise ValueError("distillation of language models is for decoder-only models; an encoder-decoder is given")
     if student.num_layers < 2:
         raise ValueError("the student has one layer; a model with early exits has two at least")
+    check_trainable(student, config.training)
     if config.weights is not None:
         config.weights.readout.at(student.split)
     if own and config.fraction != 1:
         raise ValueError(f"fraction is {config.fraction}, but own answers are no labels to learn; give fraction 1")
     if own and config.weights is not None and config.weights.target == "text":
         raise ValueError("own answers are no labels for a readout; give target 'teacher' to the token weights")
+
+
+def _require_groups(data: Data | OwnAnswers, groups: Sequence[str]) -> None:
+    """Refuse, before prompts are answered, groups that one of the parts has none of."""
+    if isinstance(data, OwnAnswers):
+        known = None if data.attributes is None else torch.tensor(data.attributes)
+        numbers = [None if known is None else known[part] for part in data.parts()]
+    else:
+        numbers = [data.train.attributes, data.held_out.attributes]
+    for name, part in zip(("training", "held-out"), numbers, strict=True):
+        if groups and part is not None:
+            Groups.by_number(part, groups).require_rows(name)
 
 
 def _record(

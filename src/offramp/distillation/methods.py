@@ -16,6 +16,8 @@ from offramp.distillation.instance_weights import InstanceWeights
 from offramp.values import choice
 
 LOSSES = ("labels", "kd", "features", "group_dro", "lff")
+OF_LOSSES = {"temperature": "kd", "fraction": "kd", "step": "group_dro", "adjustment": "group_dro", "power": "lff"}
+"""What only one of them looks at."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,9 @@ def method(text: str, settings: Mapping[str, Any] | None = None) -> Method:
                 raise ValueError(f"{text} sets {part} and something of it; set the latter alone")
         place[last] = _value(value)
     made: Method = updated(found, asked, text)  # at once: some switches go together
+    for key, loss in OF_LOSSES.items():
+        if made.loss != loss and getattr(made, key) != getattr(found, key):
+            raise ValueError(f"{text}: {key} is of the loss {loss}, and {name} learns by {made.loss}; leave it out")
     return made
 
 

@@ -74,10 +74,24 @@ def read_entries(
     return with_text(found, [entry.text for entry in found], path, fields)
 
 
-def read_prompts(path: Path, key: str = "prompt", *, group: str | None = None) -> list[Entry]:
-    """Prompts without answers: lines of a text file, or as `read_entries` reads JSON; each is an `Entry.text`."""
+def read_prompts(path: Path, key: str | None = None, *, group: str | None = None) -> list[Entry]:
+    """Prompts without answers: lines of a text file, or as `read_entries` reads JSON; each is an `Entry.text`.
+
+    Args:
+        path: The file.
+        key: Of the prompt in JSON objects; None: "prompt".
+        group: As for `read_entries`.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ValueError: Not of that layout, or plain text that is to have keys.
+    """
     if kind(path) in (".json", ".jsonl") or group is not None:
-        return read_entries(path, (key,), group=group)
+        return read_entries(path, (key or "prompt",), group=group)
+    if key is not None:
+        raise ValueError(f"{path} is plain text, a prompt per line, and has no key {key!r}; give .jsonl, or no key")
     return [Entry(row.value.strip()) for row in prompt_rows(path) if row.value.strip()]
 
 

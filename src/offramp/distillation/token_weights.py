@@ -90,14 +90,18 @@ class TokenWeights:
             )
         LaplaceConfig(self.rule.n_mc, evidence=self.evidence)
 
+    @property
+    def first(self) -> int:
+        """Steps before the first readout."""
+        return self.every if self.start is None else self.start
+
     def due(self, step: int) -> bool:
         """Whether there is a new readout when so many steps are done."""
-        start = self.every if self.start is None else self.start
-        return self.started(step) and (step - start) % self.every == 0
+        return self.started(step) and (step - self.first) % self.every == 0
 
     def started(self, step: int) -> bool:
         """Whether tokens are weighted when so many steps are done."""
-        return step >= (self.every if self.start is None else self.start)
+        return step >= self.first
 
     @property
     def laplace(self) -> bool:

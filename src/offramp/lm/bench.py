@@ -230,14 +230,11 @@ def _steps(
     for variant, other in (variants or {}).items():
         own = {f"{variant} {arm}": policy for arm, policy in arms.items() if models[arm] is lm and arm not in THEIRS}
         arms, models = {**arms, **own}, {**models, **dict.fromkeys(own, other)}
-    _check(lm, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size)
+    require_runnable(lm, arms, max_new_tokens=max_new_tokens, repeats=repeats, warmup=warmup, batch_size=batch_size)
     runs = any(isinstance(peer, Peer) for peer in (peers or {}).values())
     if runs and batch_size > 1:
         raise ValueError(f"batch_size is {batch_size}, but peers are given one prompt at a time: use batch_size=1")
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    batches = [lm.encode(prompts[i : i + batch_size], chat=chat) for i in range(0, len(prompts), batch_size)]
-    if not batches:
-        raise ValueError("there are no prompts; give at least one")
+    batches = _batches(lm, [prompts] if isinstance(prompts, str) else prompts, batch_size, chat)
     conditions = _conditions(lm, arms, batches, max_new_tokens, repeats, warmup, batch_size, seed)
     players = Players(arms, models, dict(peers or {}), probe, max_new_tokens)
     if COMPILED in arms:
@@ -268,12 +265,22 @@ def _steps(
     yield summary(conditions, arms, versions, lost, rounds, exact)
 
 
+def _batches(lm: LanguageModel, prompts: Any, size: int, chat: bool) -> Batches:
+    """Prompts as token ids, so many together; a ValueError if there are fewer."""
+    if not len(prompts):
+        raise ValueError("there are no prompts; give at least one")
+    if len(prompts) < size:
+        raise ValueError(f"a batch of {size} is asked for, but there are {len(prompts)} prompts; give more")
+    return [lm.encode(prompts[i : i + size], chat=chat) for i in range(0, len(prompts), size)]
+
+
 def _count(progress: Progress | None, before: int, total: int, what: str, done: int, arm: str) -> None:
     if progress is not None:
         progress(before + done, total, f"{what}: {arm}")
 
 
-def _check(lm: LanguageModel, arms: Arms, **counts: int) -> None:
+def require_runnable(lm: LanguageModel, arms: Arms, **counts: int) -> None:
+    """Raise a ValueError, before anything is started, for a count that is too small or a policy that does not fit."""
     for name, value in counts.items():
         least = 0 if name == "warmup" else 1
         if value < least:

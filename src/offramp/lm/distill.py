@@ -21,7 +21,7 @@ from offramp.distillation.texts import (
 from offramp.lm.given import BUNDLED, File, Prompts, Texts, first, prompts_of, run_folder
 from offramp.runs.progress import shown
 from offramp.training.answers import AnswerConfig
-from offramp.training.data import Data, prepare
+from offramp.training.data import Data, check_share, check_window, prepare
 from offramp.values import ArgumentError
 
 if TYPE_CHECKING:
@@ -107,10 +107,12 @@ def distill(
         data = _fixed(student, entries, groups, window, held_out, config.training.seed)
     else:
         config = config or TokenDistillation(fraction=1.0)
-        asked, attributes, groups = _prompts(prompts, prompt_column or "prompt", group_column, limit)
+        asked, attributes, groups = _prompts(prompts, prompt_column, group_column, limit)
         seed = config.training.seed
         answering = (answering or AnswerConfig(chat=None, seed=seed)).of(student)
-        longest = window or student.split.max_positions or 1024
+        longest = (student.split.max_positions or 1024) if window is None else window
+        check_window(student, longest)
+        check_share(held_out)
         data = OwnAnswers(asked, attributes, answering, answer_every, longest, held_out, seed)
     folder = run_folder("distill", student) if out is None else Path(out)
     return distil(
@@ -132,7 +134,7 @@ def _fixed(
     documents = entry_documents(lm, entries, groups)
     if dropped := len(entries) - len(documents):
         log.info("left out %d of %d texts, which are shorter than two tokens", dropped, len(entries))
-    window = window or min(256, lm.split.max_positions or 256)
+    window = min(256, lm.split.max_positions or 256) if window is None else window
     parts = prepare(lm, documents, window=window, share=share, seed=seed)
     size = f"{parts.train.positions} tokens to learn, {parts.held_out.positions} held out"
     log.info("%d documents: %s", len(documents), size)
@@ -140,7 +142,7 @@ def _fixed(
 
 
 def _prompts(
-    given: Prompts | None, key: str, group: str | None, limit: int | None
+    given: Prompts | None, key: str | None, group: str | None, limit: int | None
 ) -> tuple[list[Prompt], list[int] | None, tuple[str, ...]]:
     """Prompts, the numbers of their groups if they are of a file, and the groups' names."""
     if not isinstance(given, str | os.PathLike) or given == BUNDLED:

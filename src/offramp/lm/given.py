@@ -181,8 +181,7 @@ def _check_answering(lm: LanguageModel, config: AnswerConfig, *, prompted: bool,
         raise ValueError("an encoder-decoder reads prompts and never predicts their words; train on answers only")
     if config.chat and not prompted:
         raise ArgumentError("`chat` puts `prompts` into a template, and none are given; leave it out")
-    if config.chat and not lm.has_chat_template:
-        raise ArgumentError("`chat`: the tokenizer has no chat template; leave it out, and give plain texts")
+    config.of(lm)
 
 
 def _answers(

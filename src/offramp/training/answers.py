@@ -14,6 +14,7 @@ from filelock import FileLock
 from offramp.runs.digests import fingerprint
 from offramp.runs.resume import append_lines, open_lines
 from offramp.training.data import Document, Progress
+from offramp.values import ArgumentError
 
 if TYPE_CHECKING:
     from offramp.core.generation_inputs import Prompt
@@ -54,7 +55,9 @@ class AnswerConfig:
             raise ValueError(f"{self.per_prompt} greedy answers to a prompt would be the same; give a temperature")
 
     def of(self, lm: LanguageModel) -> AnswerConfig:
-        """The same with `chat` settled for a model."""
+        """The same with `chat` settled for a model; an `ArgumentError` if it has no template."""
+        if self.chat and not lm.has_chat_template:
+            raise ArgumentError("`chat`: the tokenizer has no chat template; leave it out, and give plain texts")
         return replace(self, chat=lm.has_chat_template) if self.chat is None else self
 
 

@@ -19,6 +19,8 @@ from offramp.values import choice
 
 METHODS = ("vanilla", "temperature", "mie", "mie+temperature", "laplace", "mie+laplace")
 """From the network's own softmax to the published method; "mie" is the model-internal ensemble."""
+UNTUNED = ("vanilla", "mie")
+"""Those without a temperature, of which nothing is fitted."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def fit_exits(
         return partial(predictive.Plain(tune.logits[exit]).log_probabilities, tune.labels)
 
     vanilla = tuned(plain, space=tuning.Space())
-    if config.method in ("vanilla", "mie"):
+    if config.method in UNTUNED:
         return [ExitPosterior(t) for t in vanilla]
     tempered = tuned(plain, space=tuning.temperatures(config.grid))
     if not config.is_laplace:
