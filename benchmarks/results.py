@@ -72,6 +72,14 @@ PAIRS = (
     "threshold-0.2|frequent-fixed", "threshold-0.9|frequent-fixed", "verify|full model", "verify-after-2|full model",
 )  # fmt: skip
 
+_LEFT = "frequent-fixed, prompt to 14"
+SHORT_PAIRS = (
+    "prompt to 14|full model",
+    *(f"softmax > {threshold}, {_LEFT}|prompt to 14" for threshold in (0.9, 0.6, 0.4, 0.2)),
+    "static 24, prompt to 14|prompt to 14",
+    *(f"softmax > {threshold}, {_LEFT}|static 24, prompt to 14" for threshold in (0.4, 0.2)),
+)
+
 
 def _seed(seed: int) -> tuple[Step, ...]:
     """The study's main arms on a model of another seed, trained in the same way."""
@@ -227,6 +235,11 @@ STUDIES = {
                  "certify", shows=False),
             Step("Every policy, in turns", f"evaluate {_SHORT} --data {{run}}/later.jsonl --prompt-layer 14 "
                  "--confidence softmax --vocabulary frequent-fixed --threshold 0.9,0.6,0.4,0.2", "evaluate"),
+            Step("What leaving early moved: paired differences between arms",
+                 f"levers {{run}}/evaluate {shlex.join(SHORT_PAIRS)}", "levers"),
+            Step("Exits that draft for the full model to check", f"evaluate {_SHORT} --data {{run}}/later.jsonl "
+                 "--limit 30 --confidence static --min-layer 18,24 --skipped verify --vocabulary frequent "
+                 "--static none", "verify"),
             Step("A certificate in eight bits: at most 0.02 of ROUGE-L, the fewest seconds",
                  f"calibrate {_SHORT.replace('bfloat16', 'int8')} --reference-dtype bfloat16 "
                  "--data {run}/certify.jsonl --prompt-layer 14 --confidence softmax --vocabulary frequent-fixed "
