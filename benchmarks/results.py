@@ -239,7 +239,7 @@ STUDIES = {
                  f"levers {{run}}/evaluate {shlex.join(SHORT_PAIRS)}", "levers"),
             Step("Exits that draft for the full model to check", f"evaluate {_SHORT} --data {{run}}/later.jsonl "
                  "--limit 30 --confidence static --min-layer 18,24 --skipped verify --vocabulary frequent "
-                 "--static none", "verify"),
+                 "--static 24", "verify"),
             Step("A certificate in eight bits: at most 0.02 of ROUGE-L, the fewest seconds",
                  f"calibrate {_SHORT.replace('bfloat16', 'int8')} --reference-dtype bfloat16 "
                  "--data {run}/certify.jsonl --prompt-layer 14 --confidence softmax --vocabulary frequent-fixed "

@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from offramp import ExitPolicy, LanguageModel, cli
 from offramp.calibration import Certificate, Promise, calibrate, decoded, load
-from offramp.calibration.statement import COSTS_MORE, UNSURE
+from offramp.calibration.statement import COSTS_MORE, UNSURE, limit_words
 from offramp.core.exits import Exits
 from offramp.report import calibration as page
 from offramp.report import drawing
@@ -274,6 +275,13 @@ def test_costs_are_relative_to_the_full_model_and_more_is_said(monkeypatch, tmp_
     assert result.certificate.saves is not more
     shown = page.page(tmp_path, json.loads((tmp_path / "result.json").read_text()))
     assert shown.sections[0].blocks[0].mark == ("" if more else "good")
+
+
+def test_a_limit_of_gains_is_said_as_nearly_nothing():
+    promise = Promise("f1", 0.1, 0.1, kind="signed")
+    losses = [promise.upper_limit(np.full(60, loss)) for loss in (-0.06, 0.02)]
+    assert losses[0] < 1e-11
+    assert [limit_words(upper) for upper in losses] == ["0.0001", f"{losses[1]:.3g}"]
 
 
 def test_a_page_of_a_changed_certificate_is_refused(monkeypatch, tmp_path):

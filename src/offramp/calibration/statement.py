@@ -107,12 +107,18 @@ def _search(c: Account) -> str:
     return text
 
 
+def limit_words(upper: float) -> str:
+    """An upper limit of a mean loss; of gains it is 0 and the last step of its search, which says nothing."""
+    return f"{max(upper, 1e-4):.3g}"
+
+
 def _found(c: Account) -> str:
     part = "test" if "test" in c.estimates else "certification"
     seen = c.estimates[part]
     loss, flops = seen["loss"], seen["flops_ratio"]
     where = "held-out" if part == "test" else "certification (which it was chosen by)"
-    limit = f", at most {seen['upper']:.3g} with confidence {1 - c.promise.failure:g}" if "upper" in seen else ""
+    sure = f" with confidence {1 - c.promise.failure:g}"
+    limit = f", at most {limit_words(seen['upper'])}{sure}" if "upper" in seen else ""
     mean = "mean loss" if c.promise.unit == "prompt" else "mean of their groups' mean losses"
     text = f"On the {seen['examples']} {where} prompts the {mean} was {loss['value']:.3g}{limit}, at "
     text += f"{flops['value']:.3f} of the full model's FLOPs, prompts included"

@@ -14,6 +14,7 @@ from offramp.calibration.certificate import BEFORE, SCHEMA, Certificate
 from offramp.calibration.decoded import TEST
 from offramp.calibration.promise import MEASURES
 from offramp.calibration.result import tests_table
+from offramp.calibration.statement import limit_words
 from offramp.calibration.validate import READING
 from offramp.evaluation.result import COLUMNS
 from offramp.report.blocks import Block, Page, Section, Text, facts, repeat, svg
@@ -97,7 +98,7 @@ def _estimates(estimates: Mapping[str, Any], seconds: Mapping[str, Any] | None) 
     head = ["part", "examples", "mean loss", "at most", *columns.values(), "exit layer", "quality"]
     rows = [
         [
-            part, f"{seen['examples']}", _interval(seen["loss"]), f"{seen['upper']:.3g}" if "upper" in seen else "",
+            part, f"{seen['examples']}", _interval(seen["loss"]), limit_words(seen["upper"]) if "upper" in seen else "",
             *(_interval({**((seconds or {}) if part == TEST else {}), **seen}.get(name)) for name in columns),
             f"{seen['exit_layer']['value']:.1f}",
             ", ".join(f"{name} {value['value']:.3f}" for name, value in seen["quality"].items()),
