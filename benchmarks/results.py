@@ -26,7 +26,7 @@ import transformers
 from t5_policies import CLAIMS, LEVERS
 
 import offramp
-from offramp.tasks import TASKS
+from offramp.tasks import TASKS, read_examples
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGES = ROOT / "runs" / "results", ROOT / "docs" / "results"
@@ -245,6 +245,11 @@ STUDIES = {
                  "--data {run}/certify.jsonl --prompt-layer 14 --confidence softmax --vocabulary frequent-fixed "
                  "--threshold 0.9,0.6,0.4 --order path --kind signed --metric rougeL --tolerance 0.02 --failure 0.1 "
                  "--minimise seconds --tuning-share 0.15 --test-share 0.2 --static none", "calibrate"),
+            Step("Dialogues to ask about", "asked {run}/later.jsonl {run}/asked.jsonl 5", "asked", shows=False),
+            Step("Beside transformers and llama.cpp on the same weights, in turns", "bench {run}/train/model "
+                 "--exits {run}/train/exits --dtype bfloat16 --with-int8 --prompts {run}/asked.jsonl --limit 5 "
+                 "--max-new-tokens 40 --repeats 4 --arms 'static 24' --policy {run}/calibrate/policy.json "
+                 "--peers llama.cpp", "bench"),
         ),
     ),
     "questions": Study(
@@ -305,7 +310,14 @@ def prompts(source: Path, target: Path, count: int = 100) -> None:
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-PREPARATIONS: dict[str, Callable[..., None]] = {"split": split, "prompts": prompts, "rows": rows}
+def asked(source: Path, target: Path, count: int) -> None:
+    """Write what a model is asked about the first dialogues, one JSON object per line."""
+    task = TASKS["summarisation"]
+    texts = [task.prompt(example, instruct=True) for example in read_examples(task, source)[:count]]
+    target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+PREPARATIONS: dict[str, Callable[..., None]] = {"split": split, "prompts": prompts, "rows": rows, "asked": asked}
 """Commands that are a function of this script, and not shown."""
 
 
