@@ -4,7 +4,7 @@
 
 DATA is a folder with multi30k/, dialogsum/, samsum/ and xquad_en/ in their published layouts. Runs are kept in
 runs/results; each command goes on where it was interrupted and is not repeated once it is done. All of them take some
-seven hours on two cores.
+nine hours on two cores.
 """
 
 import argparse
