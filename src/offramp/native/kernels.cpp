@@ -6,8 +6,9 @@
 // depends on the weights' width alone: neither the number of rows in a call nor the number of threads changes a bit of
 // any row, so that a drafted token and its check agree exactly.
 //
-// A plain C interface, no torch and no Python: `native/library.py` mirrors the structs below, all of whose fields are
-// eight bytes wide. Vectors are the compiler's own, sixteen floats, which it splits where the machine's are shorter.
+// A plain C interface, no torch and no Python: `native/kernels.py` mirrors the structs below, all of whose fields are
+// eight bytes wide. Vectors are the compiler's own, as long as the machine's. Sums have sixteen lanes everywhere, which
+// shorter vectors make in parts, one after the other: all at once would not fit the registers.
 
 #include <pthread.h>
 #if defined(__AVX2__)
@@ -25,12 +26,21 @@
 #include <thread>
 #include <vector>
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef float f32x4 __attribute__((vector_size(16)));
+// Lanes of one register, and how many sums of them stay in registers beside what they are made of.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SUMS = 24;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, SUMS = 12;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, SUMS = 24;
+#else
+constexpr int LANES = 4, SUMS = 12;
+#endif
+constexpr int PARTS = 16 / LANES;
+typedef float f32s __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32s __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32s __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16s __attribute__((vector_size(2 * LANES)));
 
 // ------------------------------------------------------------------------------------------------ the interface
 
@@ -344,101 +354,123 @@ Pool& pool() {
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 
-inline f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline f32s splat(float x) { return x - f32s{}; }
 
-inline f32x16 load(const float* p) {
-    f32x16 v;
+template <class V = f32s>
+inline V load(const void* p) {
+    V v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(void* p, f32s v) { std::memcpy(p, &v, sizeof v); }
+
+struct Sum {  // in sixteen lanes
+    f32s part[PARTS];
+};
 
 // Always in this order: eight and eight, four and four, two and two, one and one.
-inline float sum(f32x16 v) {
-    f32x8 a, b;
-    std::memcpy(&a, &v, 32);
-    std::memcpy(&b, reinterpret_cast<char*>(&v) + 32, 32);
-    a += b;
-    f32x4 c, d;
-    std::memcpy(&c, &a, 16);
-    std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
-    c += d;
-    return (c[0] + c[2]) + (c[1] + c[3]);
+inline float sum(const Sum& lanes) {
+    float v[16];
+    std::memcpy(v, &lanes, sizeof v);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
 }
 
 #if defined(__clang__)
-#define LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLED(I, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define LANES(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
+#define SHUFFLED(I, a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
 #endif
 
-inline f32x16 fold8(f32x16 a, f32x16 b) {
-    return LANES(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           LANES(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+// The sums of eight, each in that order.
+#if defined(__AVX512F__)
+inline f32s fold8(f32s a, f32s b) {
+    return SHUFFLED(i32s, a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLED(i32s, a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-inline f32x16 fold4(f32x16 a, f32x16 b) {
-    return LANES(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           LANES(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+inline f32s fold4(f32s a, f32s b) {
+    return SHUFFLED(i32s, a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLED(i32s, a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
-// The sums of eight vectors, each in the order of `sum`.
-inline void sums8(const f32x16* v, float* out) {
-    const f32x16 a = fold4(fold8(v[0], v[1]), fold8(v[2], v[3])), b = fold4(fold8(v[4], v[5]), fold8(v[6], v[7]));
-    const f32x16 c = LANES(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-                     LANES(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    const f32x16 d = LANES(c, c, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14) +
-                     LANES(c, c, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
+inline void sums8(const Sum* of, float* out) {
+    f32s v[8];
+    std::memcpy(v, of, sizeof v);
+    const f32s a = fold4(fold8(v[0], v[1]), fold8(v[2], v[3])), b = fold4(fold8(v[4], v[5]), fold8(v[6], v[7]));
+    const f32s c = SHUFFLED(i32s, a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                   SHUFFLED(i32s, a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    const f32s d = SHUFFLED(i32s, c, c, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14) +
+                   SHUFFLED(i32s, c, c, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
     std::memcpy(out, &d, 32);
 }
-
-inline f32x16 choose(i32x16 mask, f32x16 yes, f32x16 no) {
-    return (f32x16)(((i32x16)yes & mask) | ((i32x16)no & ~mask));
+#elif defined(__AVX2__)
+inline void sums8(const Sum* of, float* out) {
+    f32s eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i) eight[i] = of[i].part[0] + of[i].part[1];
+    for (int i = 0; i < 4; ++i) {
+        const f32s a = eight[2 * i], b = eight[2 * i + 1];
+        four[i] = SHUFFLED(i32s, a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLED(i32s, a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const f32s a = four[2 * i], b = four[2 * i + 1];
+        two[i] = SHUFFLED(i32s, a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLED(i32s, a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    const f32s a = two[0], b = two[1];
+    const f32s one = SHUFFLED(i32s, a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLED(i32s, a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+    store(out, SHUFFLED(i32s, one, one, 0, 4, 1, 5, 2, 6, 3, 7));
 }
+#else
+inline void sums8(const Sum* of, float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(of[i]);
+}
+#endif
+
+inline f32s choose(i32s mask, f32s yes, f32s no) { return (f32s)(((i32s)yes & mask) | ((i32s)no & ~mask)); }
 
 // e^x to about two units in the last place; 0 below -87, clamped above 88.
-inline f32x16 exp16(f32x16 x) {
-    const i32x16 gone = x < splat(-87.0f);
+inline f32s exponential(f32s x) {
+    const i32s gone = x < splat(-87.0f);
     x = choose(x > splat(88.0f), splat(88.0f), x);
     x = choose(gone, splat(0.0f), x);
-    const f32x16 magic = splat(12582912.0f);
-    const f32x16 shifted = x * splat(1.44269504088896341f) + magic;  // rounds to a whole number in the low bits
-    const f32x16 n = shifted - magic;
-    f32x16 r = x - n * splat(0.693359375f);
+    const f32s magic = splat(12582912.0f);
+    const f32s shifted = x * splat(1.44269504088896341f) + magic;  // rounds to a whole number in the low bits
+    const f32s n = shifted - magic;
+    f32s r = x - n * splat(0.693359375f);
     r = r - n * splat(-2.12194440e-4f);
-    f32x16 p = splat(1.9875691500e-4f);
+    f32s p = splat(1.9875691500e-4f);
     p = p * r + splat(1.3981999507e-3f);
     p = p * r + splat(8.3334519073e-3f);
     p = p * r + splat(4.1665795894e-2f);
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * r * r + r + splat(1.0f);
-    const i32x16 power = ((i32x16)shifted - (i32x16)magic) << 23;
-    return choose(gone, splat(0.0f), (f32x16)((i32x16)p + power));
+    const i32s power = ((i32s)shifted - (i32s)magic) << 23;
+    return choose(gone, splat(0.0f), (f32s)((i32s)p + power));
 }
 
-inline f32x16 tanh16(f32x16 x) {
-    const i32x16 sign = (i32x16)x & (i32x16)splat(-0.0f);
-    const f32x16 t = exp16(splat(-2.0f) * (f32x16)((i32x16)x & ~(i32x16)splat(-0.0f)));
-    return (f32x16)((i32x16)((splat(1.0f) - t) / (splat(1.0f) + t)) | sign);
+inline f32s capped(f32s x, float cap) {  // cap * tanh(x / cap)
+    x /= splat(cap);
+    const i32s minus = (i32s)splat(-0.0f), sign = (i32s)x & minus;
+    const f32s t = exponential(splat(-2.0f) * (f32s)((i32s)x & ~minus));
+    return splat(cap) * (f32s)((i32s)((splat(1.0f) - t) / (splat(1.0f) + t)) | sign);
 }
 
-inline f32x16 capped(f32x16 x, float cap) { return splat(cap) * tanh16(x / splat(cap)); }
-
-inline f32x16 activated(int64_t kind, f32x16 x) {
-    const f32x16 one = splat(1.0f), zero = splat(0.0f);
+inline f32s activated(int64_t kind, f32s x) {
+    const f32s one = splat(1.0f), zero = splat(0.0f);
     switch (kind) {
-        case SILU: return x / (one + exp16(-x));
-        case GELU_TANH: return x / (one + exp16(x * (splat(-1.5957691216f) - splat(0.0713548163f) * x * x)));
+        case SILU: return x / (one + exponential(-x));
+        case GELU_TANH: return x / (one + exponential(x * (splat(-1.5957691216f) - splat(0.0713548163f) * x * x)));
         case GELU: {
-            f32x16 y;
-            for (int i = 0; i < 16; ++i) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+            f32s y;
+            for (int i = 0; i < LANES; ++i) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
             return y;
         }
         case RELU: return choose(x > zero, x, zero);
         case RELU_SQUARED: {
-            const f32x16 y = choose(x > zero, x, zero);
+            const f32s y = choose(x > zero, x, zero);
             return y * y;
         }
         default: return x;
@@ -452,12 +484,11 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
     return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-inline f32x16 widened(const float* p) { return load(p); }
+inline f32s widened(const float* p) { return load(p); }
 
-inline f32x16 widened(const uint16_t* p) {
-    u16x16 half;
-    std::memcpy(&half, p, sizeof half);
-    return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
+inline f32s widened(const uint16_t* p) {
+    const u16s half = load<u16s>(p);
+    return (f32s)(__builtin_convertvector(half, u32s) << 16);
 }
 
 inline float widened_one(float x) { return x; }
@@ -471,16 +502,16 @@ inline float widened_one(uint16_t x) {
 
 // ------------------------------------------------------------------------------------------------ formats of weights
 
-// Weights come in steps of 32 columns, as two vectors of 16. Inputs lie so that both match: in natural order, but for
-// bf16, whose vectors are the even and the odd columns of a step: the high halves of its 32-bit words, and the low ones.
+// Weights come in steps of 32 columns, as two times 16 lanes. Inputs lie so that both match: in natural order, but for
+// bf16, whose lanes are the even and the odd columns of a step: the high halves of its 32-bit words, and the low ones.
 
 struct WeightsF32 {
     typedef float Element;
     const float* row;
     WeightsF32() = default;
     explicit WeightsF32(const void* row) : row(static_cast<const float*>(row)) {}
-    f32x16 low(int64_t c) const { return load(row + c); }
-    f32x16 high(int64_t c) const { return load(row + c + 16); }
+    f32s low(int64_t c, int part) const { return load(row + c + part * LANES); }
+    f32s high(int64_t c, int part) const { return load(row + c + 16 + part * LANES); }
 };
 
 struct WeightsBF16 {
@@ -488,13 +519,9 @@ struct WeightsBF16 {
     const uint16_t* row;
     WeightsBF16() = default;
     explicit WeightsBF16(const void* row) : row(static_cast<const uint16_t*>(row)) {}
-    u32x16 words(int64_t c) const {
-        u32x16 u;
-        std::memcpy(&u, row + c, sizeof u);
-        return u;
-    }
-    f32x16 low(int64_t c) const { return (f32x16)(words(c) << 16); }
-    f32x16 high(int64_t c) const { return (f32x16)(words(c) & 0xffff0000u); }
+    u32s words(int64_t c, int part) const { return load<u32s>(row + c + part * 2 * LANES); }
+    f32s low(int64_t c, int part) const { return (f32s)(words(c, part) << 16); }
+    f32s high(int64_t c, int part) const { return (f32s)(words(c, part) & 0xffff0000u); }
 };
 
 inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
@@ -510,26 +537,33 @@ struct Blocks {
     int64_t inputs() const { return steps * 64 + 2 * 64; }
 };
 
-// Adds to each lane the products of its four bytes, w of which have no sign.
-inline i32x16 dot4(i32x16 acc, u32x16 w, i32x16 x) {
-#if defined(__AVX512VNNI__)
-    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-    __m256i a[2], u[2], v[2];
-    std::memcpy(a, &acc, 64), std::memcpy(u, &w, 64), std::memcpy(v, &x, 64);
-    for (int i = 0; i < 2; ++i) {
-        const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u[i], _mm256_set1_epi16(255)),
-                                               _mm256_srai_epi16(_mm256_slli_epi16(v[i], 8), 8));
-        const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u[i], 8), _mm256_srai_epi16(v[i], 8));
-        a[i] = _mm256_add_epi32(a[i], _mm256_add_epi32(even, odd));
-    }
-    std::memcpy(&acc, a, 64);
-    return acc;
-#else
-    for (int j = 0; j < 4; ++j) acc += (i32x16)((w >> (8 * j)) & 255) * ((i32x16)((u32x16)x << (24 - 8 * j)) >> 24);
-    return acc;
-#endif
+// Adds to each lane the products of its four bytes; 128 too many in each of w are left to the inputs' offsets, or not,
+// where signs are as cheap to have.
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+constexpr int TOO_MANY = 128;
+inline i32s dot4(i32s acc, u32s w, i32s x) {
+    return (i32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 }
+#elif defined(__AVX2__)
+constexpr int TOO_MANY = 0;
+inline i32s dot4(i32s acc, u32s w, i32s x) {
+    __m256i a[LANES / 8], b[LANES / 8], c[LANES / 8];
+    std::memcpy(a, &acc, sizeof a), std::memcpy(b, &w, sizeof b), std::memcpy(c, &x, sizeof c);
+    for (int i = 0; i < LANES / 8; ++i) {  // all bytes from -127 to 127: two products fit sixteen bits
+        const __m256i sound = _mm256_xor_si256(b[i], _mm256_set1_epi8(-128));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c[i]), _mm256_sign_epi8(sound, c[i]));
+        a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    std::memcpy(&acc, a, sizeof a);
+    return acc;
+}
+#else
+constexpr int TOO_MANY = 128;
+inline i32s dot4(i32s acc, u32s w, i32s x) {
+    for (int j = 0; j < 4; ++j) acc += (i32s)((w >> (8 * j)) & 255) * ((i32s)((u32s)x << (24 - 8 * j)) >> 24);
+    return acc;
+}
+#endif
 
 // Rows [M, cols] of input as the kernels want them: in blocks of up to eight, zeros behind their ends, and within a
 // block sixteen columns of all its rows side by side. In eight bits each row is for itself.
@@ -548,37 +582,38 @@ inline int64_t packed_size(const Matrix& a) {
 // Rounds a row of inputs to eight bits, each lane's largest to 127. A lane with a number that is not finite is NaN.
 void pack_bytes(const float* x, int64_t cols, char* into) {
     const Blocks blocks(cols);
-    f32x16 columns[12][4];
-    for (int64_t c = 0; c < cols; c += blocks.steps * 64, into += blocks.inputs()) {
-        f32x16 most = {}, wrong = {};
-        for (int64_t s = 0; s < blocks.steps; ++s)
-            for (int64_t j = 0; j < 4; ++j) {
-                const int64_t at = c + s * 64 + j * 16;
-                float ends[16] = {};
-                if (at + 16 > cols && at < cols) std::copy(x + at, x + cols, ends);
-                const f32x16 v = columns[s][j] = at + 16 > cols ? load(ends) : load(x + at);
-                const f32x16 size = (f32x16)((i32x16)v & 0x7fffffff);
-                most = choose(size > most, size, most);
-                wrong += v * splat(0.0f);
+    f32s columns[12][4];
+    for (int64_t c = 0; c < cols; c += blocks.steps * 64, into += blocks.inputs())
+        for (int part = 0; part < PARTS; ++part) {
+            char* to = into + part * LANES * 4;
+            f32s most = {}, wrong = {};
+            for (int64_t s = 0; s < blocks.steps; ++s)
+                for (int64_t j = 0; j < 4; ++j) {
+                    const int64_t at = c + s * 64 + j * 16 + part * LANES;
+                    float ends[LANES] = {};
+                    if (at + LANES > cols && at < cols) std::copy(x + at, x + cols, ends);
+                    const f32s v = columns[s][j] = load(at + LANES > cols ? ends : x + at);
+                    const f32s size = (f32s)((i32s)v & 0x7fffffff);
+                    most = choose(size > most, size, most);
+                    wrong += v * splat(0.0f);
+                }
+            const f32s scale = most * splat(1.0f / 127), magic = splat(12582912.0f);
+            const f32s inverse = choose(most > splat(1e-30f), splat(127.0f) / most, splat(0.0f));
+            const i32s sound = wrong == wrong;
+            i32s total = {};
+            for (int64_t s = 0; s < blocks.steps; ++s) {
+                i32s bytes = {};
+                for (int j = 0; j < 4; ++j) {
+                    const i32s q = ((i32s)(columns[s][j] * inverse + magic) - (i32s)magic) & sound;
+                    total += q;
+                    bytes |= (q & 255) << (8 * j);
+                }
+                std::memcpy(to + s * 64, &bytes, sizeof bytes);
             }
-        const f32x16 scale = most * splat(1.0f / 127), magic = splat(12582912.0f);
-        const f32x16 inverse = choose(most > splat(1e-30f), splat(127.0f) / most, splat(0.0f));
-        const i32x16 sound = wrong == wrong;
-        i32x16 total = {};
-        for (int64_t s = 0; s < blocks.steps; ++s) {
-            i32x16 bytes = {};
-            for (int j = 0; j < 4; ++j) {
-                const i32x16 q = ((i32x16)(columns[s][j] * inverse + magic) - (i32x16)magic) & sound;
-                total += q;
-                bytes |= (q & 255) << (8 * j);
-            }
-            std::memcpy(into + s * 64, &bytes, 64);
+            const i32s offset = total * -TOO_MANY;
+            store(to + blocks.steps * 64, scale + wrong);
+            std::memcpy(to + blocks.steps * 64 + 64, &offset, sizeof offset);
         }
-        const i32x16 offset = total * -128;
-        const f32x16 told = scale + wrong;
-        std::memcpy(into + blocks.steps * 64, &told, 64);
-        std::memcpy(into + blocks.steps * 64 + 64, &offset, 64);
-    }
 }
 
 // Puts row m of the inputs in its place.
@@ -593,14 +628,10 @@ void pack(const Inputs& in, int64_t m, const float* x, int64_t cols, int64_t for
             if (c < cols) std::copy(x + c, x + cols, ends);
             from = ends;
         }
-        const f32x16 a = load(from), b = load(from + 16);
-        if (format == BF16) {
-            store(into, LANES(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-            store(into + apart, LANES(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
-        } else {
-            store(into, a);
-            store(into + apart, b);
-        }
+        if (format == BF16)
+            for (int i = 0; i < 16; ++i) into[i] = from[2 * i], into[apart + i] = from[2 * i + 1];
+        else
+            std::copy(from, from + 16, into), std::copy(from + 16, from + 32, into + apart);
     }
 }
 
@@ -624,46 +655,62 @@ struct Ends {
 };
 
 // R rows of weights times M rows of inputs; of the results, `rows` times M to out[m * stride + r]. Each sum runs over the
-// columns in one chain of sixteen lanes. On the way, the rows `next` are fetched: the memory that this thread comes to in
-// a moment.
+// columns in one chain of sixteen lanes, which are taken in parts where the machine's registers are shorter, some columns
+// at a time, so that the next part finds them in the first cache. On the way, the rows `next` are fetched: the memory that
+// this thread comes to in a moment.
 template <class W, int R, int M>
 __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first,
                                     int64_t whole, float* out, int64_t stride, int64_t rows) {
-    constexpr int SUMS = (R * M + 7) / 8 * 8;
-    f32x16 acc[SUMS] = {};
-    auto step = [&](const W* v, int64_t at, const float* x) __attribute__((always_inline)) {
-        f32x16 inputs[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) inputs[m] = load(x + m * 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const f32x16 weights = v[r].low(at);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[m * R + r] += weights * inputs[m];
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) inputs[m] = load(x + (M + m) * 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const f32x16 weights = v[r].high(at);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[m * R + r] += weights * inputs[m];
-        }
-    };
+    constexpr int64_t COLUMNS = 512;
+    Sum sums[(R * M + 7) / 8 * 8] = {};
     W v[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) v[r] = w[r];
-    for (int64_t c = 0; c < whole; c += 32) {
-        if (next) {
+    int64_t from = 0, to = whole;
+    do {
+        if (PARTS > 1) to = std::min(whole, from + COLUMNS);
+        for (int part = 0; part < PARTS; ++part) {
+            f32s acc[R * M];
+#pragma GCC unroll 24
+            for (int i = 0; i < R * M; ++i) acc[i] = sums[i].part[part];
+            auto half = [&](auto weights, const float* x) __attribute__((always_inline)) {
+                f32s row[R], inputs[M];
+                x += part * LANES;
+                if constexpr (R < M) {  // the fewer ones stay in registers
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
+                    for (int r = 0; r < R; ++r) row[r] = weights(r);
+                } else {
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; ++m) inputs[m] = load(x + m * 16);
+                }
+#pragma GCC unroll 24
+                for (int i = 0; i < R * M; ++i) {
+                    const int r = R < M ? i % R : i / M, m = R < M ? i / R : i % M;
+                    if (R < M && r == 0) inputs[m] = load(x + m * 16);
+                    if (R >= M && m == 0) row[r] = weights(r);
+                    acc[m * R + r] += row[r] * inputs[m];
+                }
+            };
+            auto step = [&](const W* v, int64_t at, const float* x) __attribute__((always_inline)) {
+                half([&](int r) __attribute__((always_inline)) { return v[r].low(at, part); }, x);
+                half([&](int r) __attribute__((always_inline)) { return v[r].high(at, part); }, x + M * 16);
+            };
+            for (int64_t c = from; c < to; c += 32) {
+                if (next && part == 0) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
+                }
+                step(v, c, first + c * M);
+            }
+            if (ends && to == whole) step(ends, 0, first + whole * M);
+#pragma GCC unroll 24
+            for (int i = 0; i < R * M; ++i) sums[i].part[part] = acc[i];
         }
-        step(v, c, first + c * M);
-    }
-    if (ends) step(ends, 0, first + whole * M);
-    float got[SUMS];
+        from = to;
+    } while (PARTS > 1 && from < whole);
+    float got[(R * M + 7) / 8 * 8];
 #pragma GCC unroll 8
-    for (int i = 0; i < SUMS; i += 8) sums8(acc + i, got + i);
+    for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
 }
@@ -672,56 +719,57 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
 template <int R, int M>
 __attribute__((noinline)) void tile(const char* const* w, const char* const* next, const char* x, int64_t apart,
                                     const Blocks& blocks, float* out, int64_t stride, int64_t rows) {
-    constexpr int SUMS = (R * M + 7) / 8 * 8;
-    f32x16 totals[SUMS] = {};
-    int64_t at = 0;
-    for (int64_t b = 0; b < blocks.count; ++b, x += blocks.inputs()) {
-        i32x16 acc[R * M];
+    Sum sums[(R * M + 7) / 8 * 8] = {};
+    int64_t begin = 0;
+    for (int64_t b = 0; b < blocks.count; ++b, x += blocks.inputs(), begin += blocks.weights()) {
         const char* behind = x + blocks.steps * 64;
+        const int64_t scales = begin + blocks.steps * 64;
+        for (int part = 0; part < PARTS; ++part) {
+            const int64_t bytes = part * LANES * 4;
+            i32s acc[R * M];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
+            for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) std::memcpy(&acc[m * R + r], behind + m * apart + 64, 64);
-        for (int64_t s = 0; s < blocks.steps; ++s, at += 64) {
-            u32x16 weights[R];
+                for (int r = 0; r < R; ++r) acc[m * R + r] = load<i32s>(behind + m * apart + 64 + bytes);
+            for (int64_t s = 0, at = begin; s < blocks.steps; ++s, at += 64) {
+                u32s weights[R];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) std::memcpy(&weights[r], w[r] + at, 64);
-            if (next) {
+                for (int r = 0; r < R; ++r) weights[r] = load<u32s>(w[r] + at + bytes);
+                if (next && part == 0) {
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+                    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+                }
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    const i32s inputs = load<i32s>(x + m * apart + s * 64 + bytes);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) acc[m * R + r] = dot4(acc[m * R + r], weights[r], inputs);
+                }
             }
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                i32x16 inputs;
-                std::memcpy(&inputs, x + m * apart + s * 64, 64);
+            for (int r = 0; r < R; ++r) {
+                const f32s scale = widened(reinterpret_cast<const uint16_t*>(w[r] + scales) + part * LANES);
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) acc[m * R + r] = dot4(acc[m * R + r], weights[r], inputs);
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const f32x16 scales = widened(reinterpret_cast<const uint16_t*>(w[r] + at));
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                const f32x16 both = scales * load(reinterpret_cast<const float*>(behind + m * apart));
-                totals[m * R + r] += __builtin_convertvector(acc[m * R + r], f32x16) * both;
+                for (int m = 0; m < M; ++m) {
+                    const f32s both = scale * load(behind + m * apart + bytes);
+                    sums[m * R + r].part[part] += __builtin_convertvector(acc[m * R + r], f32s) * both;
+                }
             }
         }
         if (next)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
-        at += 32;
+            for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + scales, 0, 2);
     }
-    float got[SUMS];
+    float got[(R * M + 7) / 8 * 8];
 #pragma GCC unroll 8
-    for (int i = 0; i < SUMS; i += 8) sums8(totals + i, got + i);
+    for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
 }
 
 // As many rows of weights at once as leave room for sums of M inputs in registers.
 template <int M>
-constexpr int ROWS = M <= 2 ? 8 : M <= 6 ? 4 : 2;
+constexpr int ROWS = M * 8 < SUMS ? 8 : M * 4 <= SUMS ? 4 : M * 2 <= SUMS ? 2 : 1;
 
 // There are `count` rows of weights, and behind the last one the same again up to a whole eight.
 template <class W, int M>
@@ -808,6 +856,9 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
     const int64_t room = many ? std::max<int64_t>(8, WIDE / wide / 8 * 8) : 8;
     float* widened = many ? Scratch::at_least(scratch.wide, room * wide) : nullptr;
     std::vector<WeightsF32> views;
+    auto widen = [](const W& w, int64_t c, float* to) {
+        for (int part = 0; part < PARTS; ++part, to += LANES) store(to, w.low(c, part)), store(to + 16, w.high(c, part));
+    };
     eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
         W w[8];
         for (int i = 0; i < 8; ++i) w[i] = W(rows[i]);
@@ -821,10 +872,9 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
             float* line = widened + views.size() * wide;
             for (int64_t c = 0; c < whole; c += 32) {
                 __builtin_prefetch(next[i] + c * sizeof(typename W::Element), 0, 2);
-                store(line + c, w[i].low(c));
-                store(line + c + 16, w[i].high(c));
+                widen(w[i], c, line + c);
             }
-            if (ends) store(line + whole, ends[i].low(0)), store(line + whole + 16, ends[i].high(0));
+            if (ends) widen(ends[i], 0, line + whole);
             views.emplace_back(line);
         }
         if (static_cast<int64_t>(views.size()) < room && r + 8 < to) return;
@@ -864,15 +914,21 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
 void normalise(const Norm& n, const float* x, float* y) {
     const int64_t cols = n.cols;
     auto total = [&](float centre, bool squared) {
-        f32x16 acc = {};
+        Sum acc = {};
+        auto add = [&](const float* x) {
+            for (int part = 0; part < PARTS; ++part) {
+                const f32s d = load(x + part * LANES) - splat(centre);
+                acc.part[part] += squared ? d * d : d;
+            }
+        };
         int64_t c = 0;
-        for (; c + 16 <= cols; c += 16) {
-            const f32x16 d = load(x + c) - splat(centre);
-            acc += squared ? d * d : d;
+        for (; c + 16 <= cols; c += 16) add(x + c);
+        if (c < cols) {
+            float ends[16];
+            std::fill(std::copy(x + c, x + cols, ends), ends + 16, centre);
+            add(ends);
         }
-        float last[16] = {};
-        for (int64_t i = c; i < cols; ++i) last[i - c] = squared ? (x[i] - centre) * (x[i] - centre) : x[i] - centre;
-        return sum(acc + load(last));
+        return sum(acc);
     };
     const float mean = n.kind == LAYER ? total(0.0f, false) / cols : 0.0f;
     const float inverse = 1.0f / std::sqrt(total(mean, true) / cols + static_cast<float>(n.eps));
@@ -945,7 +1001,8 @@ Inputs prepared(Team& team, size_t stage, const Norm& norm, const Matrix& a, con
     return in;
 }
 
-inline int64_t block_of(int64_t rows) { return rows < MANY ? 8 : 6; }
+// How many inputs are multiplied at once.
+inline int64_t block_of(int64_t rows) { return rows >= MANY ? 6 : SUMS >= 24 ? 8 : 3; }
 
 // The rows of an op's matrices, counted through: side by side, or those of the first where two are gated.
 struct Rows {
@@ -1000,12 +1057,12 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
         }
         if (op.into == STORE) return;
         for (int64_t m = 0; m < rows; ++m)
-            for (int64_t c = from; c < to; c += 16) {
-                const int64_t n = std::min<int64_t>(16, to - c);
-                float x[16] = {}, up[16] = {};
+            for (int64_t c = from; c < to; c += LANES) {
+                const int64_t n = std::min<int64_t>(LANES, to - c);
+                float x[LANES] = {}, up[LANES] = {};
                 float* y = out + m * width + c;
                 std::copy(y, y + n, x);
-                f32x16 v = activated(op.activation, load(x));
+                f32s v = activated(op.activation, load(x));
                 if (op.into == GATE) {
                     std::copy(y + all.total, y + all.total + n, up);
                     v = v * load(up);
@@ -1109,16 +1166,17 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
     const int64_t apart = (end - begin + 31) / 16 * 16;
     float* p = Scratch::at_least(scratch.line, G * apart);
     const E* keys = static_cast<const E*>(cache.keys) + cache.key_at(b, kv, 0, 0);
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f32x16 best[G];
+    i32s lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = i;
+    f32s best[G];
     for (int g = 0; g < G; ++g) best[g] = splat(-INFINITY);
-    for (int64_t t = begin; t < end; t += 16) {
-        const E* block = keys + t * dim;
-        f32x16 even[G] = {}, odd[G] = {};
+    for (int64_t t = begin; t < end; t += LANES) {
+        const E* block = keys + t / 16 * 16 * dim + t % 16;
+        f32s even[G] = {}, odd[G] = {};
         int64_t d = 0;
         for (; d + 2 <= dim; d += 2) {
-            const f32x16 one = widened(block + d * 16), two = widened(block + d * 16 + 16);
-            __builtin_prefetch(block + (2 * dim + d) * 16);
+            const f32s one = widened(block + d * 16), two = widened(block + d * 16 + 16);
+            if (t % 16 == 0) __builtin_prefetch(block + (2 * dim + d) * 16);
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g) {
                 even[g] += splat(q[g * dim + d]) * one;
@@ -1127,14 +1185,14 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
         }
         for (int g = 0; g < G; ++g) {
             if (d < dim) even[g] += splat(q[g * dim + d]) * widened(block + d * 16);
-            f32x16 score = (even[g] + odd[g]) * splat(static_cast<float>(op.scale));
+            f32s score = (even[g] + odd[g]) * splat(static_cast<float>(op.scale));
             if (op.cap != 0) score = capped(score, static_cast<float>(op.cap));
             if (op.biased) {
                 const float* bias = call.distances + (head + g) * call.reach;
-                for (int64_t i = 0; i < 16 && t + i <= slot; ++i) score[i] += bias[slot - t - i];
+                for (int64_t i = 0; i < LANES && t + i <= slot; ++i) score[i] += bias[slot - t - i];
             }
-            const i32x16 at = lanes + static_cast<int32_t>(t);
-            const i32x16 seen = (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(end));
+            const i32s at = lanes + static_cast<int32_t>(t);
+            const i32s seen = (at >= static_cast<int32_t>(first)) & (at < static_cast<int32_t>(end));
             score = choose(seen, score, splat(-INFINITY));
             store(p + g * apart + (t - begin), score);
             best[g] = choose(score > best[g], score, best[g]);
@@ -1143,13 +1201,13 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
     float inverse[G];
     for (int g = 0; g < G; ++g) {
         float most = best[g][0];
-        for (int i = 1; i < 16; ++i) most = std::max(most, best[g][i]);
+        for (int i = 1; i < LANES; ++i) most = std::max(most, best[g][i]);
         if (op.sinks) most = std::max(most, op.sinks[head + g]);
-        f32x16 totals = {};
-        for (float* at = p + g * apart; at < p + g * apart + (end - begin); at += 16) {
-            const f32x16 e = exp16(load(at) - splat(most));
-            store(at, e);
-            totals += e;
+        Sum totals = {};
+        for (int64_t t = 0; t < end - begin; t += LANES) {
+            const f32s e = exponential(load(p + g * apart + t) - splat(most));
+            store(p + g * apart + t, e);
+            totals.part[t / LANES % PARTS] += e;
         }
         float total = sum(totals);
         if (op.sinks) total += std::exp(op.sinks[head + g] - most);
@@ -1159,24 +1217,25 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
     const E* values = static_cast<const E*>(cache.values) + cache.value_at(b, kv, 0);
     auto mix = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
         constexpr int V = decltype(vectors)::value;
-        f32x16 acc[G][V] = {};
+        f32s acc[G][V] = {};
         for (int64_t t = first; t < end; ++t) {
             const E* from = values + t * dim + d;
             __builtin_prefetch(from + 16 * dim);
-            f32x16 v[V];
+            f32s v[V];
 #pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) v[i] = widened(from + 16 * i);
+            for (int i = 0; i < V; ++i) v[i] = widened(from + LANES * i);
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g)
 #pragma GCC unroll 4
                 for (int i = 0; i < V; ++i) acc[g][i] += splat(p[g * apart + t - begin]) * v[i];
         }
         for (int g = 0; g < G; ++g)
-            for (int i = 0; i < V; ++i) store(y + g * dim + d + 16 * i, acc[g][i] * splat(inverse[g]));
+            for (int i = 0; i < V; ++i) store(y + g * dim + d + LANES * i, acc[g][i] * splat(inverse[g]));
     };
     int64_t d = 0;
-    for (; d + 64 <= dim; d += 64) mix(d, std::integral_constant<int, 4>());
-    for (; d + 16 <= dim; d += 16) mix(d, std::integral_constant<int, 1>());
+    constexpr int WIDTH = G * 4 <= SUMS ? 4 : 2;
+    for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) mix(d, std::integral_constant<int, WIDTH>());
+    for (; d + LANES <= dim; d += LANES) mix(d, std::integral_constant<int, 1>());
     for (; d < dim; ++d)
         for (int g = 0; g < G; ++g) {
             float acc = 0;
@@ -1256,32 +1315,31 @@ struct Found {
 
 // Scales and bends n logits in place, and looks for the best of them; those of no row of the head become -inf.
 Found look(const Readout& r, const int64_t* ids, float* z, int64_t n) {
-    f32x16 best = splat(-INFINITY), second = best, totals = {};
+    f32s best = splat(-INFINITY), second = best;
     auto piece = [&](int64_t i) {
-        if (!ids && i + 16 <= n) return load(z + i);
-        float line[16];
-        for (int64_t k = 0; k < 16; ++k) line[k] = i + k < n && !(ids && ids[i + k] < 0) ? z[i + k] : -INFINITY;
+        if (!ids && i + LANES <= n) return load(z + i);
+        float line[LANES];
+        for (int64_t k = 0; k < LANES; ++k) line[k] = i + k < n && !(ids && ids[i + k] < 0) ? z[i + k] : -INFINITY;
         return load(line);
     };
-    for (int64_t i = 0; i < n; i += 16) {
-        f32x16 v = piece(i);
+    for (int64_t i = 0; i < n; i += LANES) {
+        f32s v = piece(i);
         if (r.factor != 1) v = v * splat(static_cast<float>(r.factor));
         if (r.cap != 0) v = choose(v > splat(-INFINITY), capped(v, static_cast<float>(r.cap)), v);
         second = choose(v > best, best, choose(v > second, v, second));
         best = choose(v > best, v, best);
-        float line[16];
-        store(line, v);
-        std::memcpy(z + i, line, std::min<int64_t>(16, n - i) * sizeof(float));
+        std::memcpy(z + i, &v, std::min<int64_t>(LANES, n - i) * sizeof(float));
     }
     Found found{best[0], second[0], 0};
-    for (int k = 1; k < 16; ++k) {
+    for (int k = 1; k < LANES; ++k) {
         found.second = std::max({found.second, second[k], std::min(found.best, best[k])});
         found.best = std::max(found.best, best[k]);
     }
     const float base = found.best == -INFINITY ? 0.0f : found.best;
-    for (int64_t i = 0; i < n; i += 16) {
-        const f32x16 v = piece(i);
-        totals += choose(v == v, exp16(v - splat(base)), v);
+    Sum totals = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+        const f32s v = piece(i);
+        totals.part[i / LANES % PARTS] += choose(v == v, exponential(v - splat(base)), v);
     }
     found.total = sum(totals);
     return found;
