@@ -363,6 +363,14 @@ inline V load(const void* p) {
     return v;
 }
 
+// Has a vector loaded once, into a register, where the compiler would rather load it for each of its uses.
+inline f32s held(f32s v) {
+#if defined(__AVX2__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 inline void store(void* p, f32s v) { std::memcpy(p, &v, sizeof v); }
 
 struct Sum {  // in sixteen lanes
@@ -654,61 +662,72 @@ struct Ends {
     }
 };
 
-// R rows of weights times M rows of inputs; of the results, `rows` times M to out[m * stride + r]. Each sum runs over the
-// columns in one chain of sixteen lanes, which are taken in parts where the machine's registers are shorter, some columns
-// at a time, so that the next part finds them in the first cache. On the way, the rows `next` are fetched: the memory that
-// this thread comes to in a moment.
+// Memory of one thread, kept from call to call.
+struct Scratch {
+    std::vector<float> packed, wide, line, sums, lanes;
+    static float* at_least(std::vector<float>& v, int64_t size) {  // on a whole cache line: vectors cross none
+        if (static_cast<int64_t>(v.size()) < size + 16) v.resize(size + 16);
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 63) / 64 * 64);
+    }
+};
+thread_local Scratch scratch;
+
+// As many rows of weights at once as leave room for sums of M inputs in registers.
+template <int M>
+constexpr int ROWS = M * 8 < SUMS ? 8 : M * 4 <= SUMS ? 4 : M * 2 <= SUMS ? 2 : 1;
+
+// Their sums, up to a whole eight.
+template <int R, int M>
+constexpr int SIZE = (R * M + 7) / 8 * 8;
+
+// R rows of weights times M rows of inputs, columns [from, to): added to `sums`, in one chain of sixteen lanes for each
+// sum, which are taken in parts where the machine's registers are shorter. Behind the last of `whole` columns come those of
+// `ends`; then of the results `rows` times M go to out[m * stride + r]. On the way, the rows `next` are fetched: the memory
+// that this thread comes to in a moment.
 template <class W, int R, int M>
-__attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first,
-                                    int64_t whole, float* out, int64_t stride, int64_t rows) {
-    constexpr int64_t COLUMNS = 512;
-    Sum sums[(R * M + 7) / 8 * 8] = {};
+__attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first, int64_t from,
+                                    int64_t to, int64_t whole, Sum* sums, float* out, int64_t stride, int64_t rows) {
+    Sum own[SIZE<R, M>] = {};
+    if (PARTS == 1) sums = own;
     W v[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) v[r] = w[r];
-    int64_t from = 0, to = whole;
-    do {
-        if (PARTS > 1) to = std::min(whole, from + COLUMNS);
-        for (int part = 0; part < PARTS; ++part) {
-            f32s acc[R * M];
+    for (int part = 0; part < PARTS; ++part) {
+        f32s acc[R * M];
 #pragma GCC unroll 24
-            for (int i = 0; i < R * M; ++i) acc[i] = sums[i].part[part];
-            auto half = [&](auto weights, const float* x) __attribute__((always_inline)) {
-                f32s row[R], inputs[M];
-                x += part * LANES;
-                if constexpr (R < M) {  // the fewer ones stay in registers
+        for (int i = 0; i < R * M; ++i) acc[i] = PARTS == 1 || from == 0 ? f32s{} : sums[i].part[part];
+        auto half = [&](auto weights, const float* x) __attribute__((always_inline)) {
+            f32s row[R], inputs[M];
+            x += part * LANES;
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) row[r] = weights(r);
-                } else {
+            for (int r = 0; r < R && R < M; ++r) row[r] = held(weights(r));
 #pragma GCC unroll 8
-                    for (int m = 0; m < M; ++m) inputs[m] = load(x + m * 16);
-                }
+            for (int m = 0; m < M && R >= M; ++m) inputs[m] = held(load(x + m * 16));
 #pragma GCC unroll 24
-                for (int i = 0; i < R * M; ++i) {
-                    const int r = R < M ? i % R : i / M, m = R < M ? i / R : i % M;
-                    if (R < M && r == 0) inputs[m] = load(x + m * 16);
-                    if (R >= M && m == 0) row[r] = weights(r);
-                    acc[m * R + r] += row[r] * inputs[m];
-                }
-            };
-            auto step = [&](const W* v, int64_t at, const float* x) __attribute__((always_inline)) {
-                half([&](int r) __attribute__((always_inline)) { return v[r].low(at, part); }, x);
-                half([&](int r) __attribute__((always_inline)) { return v[r].high(at, part); }, x + M * 16);
-            };
-            for (int64_t c = from; c < to; c += 32) {
-                if (next && part == 0) {
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
-                }
-                step(v, c, first + c * M);
+            for (int i = 0; i < R * M; ++i) {
+                const int r = R < M ? i % R : i / M, m = R < M ? i / R : i % M;
+                if (R < M && r == 0) inputs[m] = R > 1 ? held(load(x + m * 16)) : load(x + m * 16);
+                if (R >= M && m == 0) row[r] = M > 1 ? held(weights(r)) : weights(r);
+                acc[m * R + r] += row[r] * inputs[m];
             }
-            if (ends && to == whole) step(ends, 0, first + whole * M);
-#pragma GCC unroll 24
-            for (int i = 0; i < R * M; ++i) sums[i].part[part] = acc[i];
+        };
+        auto step = [&](const W* v, int64_t at, const float* x) __attribute__((always_inline)) {
+            half([&](int r) __attribute__((always_inline)) { return v[r].low(at, part); }, x);
+            half([&](int r) __attribute__((always_inline)) { return v[r].high(at, part); }, x + M * 16);
+        };
+        for (int64_t c = from; c < to; c += 32) {
+            if (next && part == 0) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
+            }
+            step(v, c, first + c * M);
         }
-        from = to;
-    } while (PARTS > 1 && from < whole);
-    float got[(R * M + 7) / 8 * 8];
+        if (ends && to == whole) step(ends, 0, first + whole * M);
+#pragma GCC unroll 24
+        for (int i = 0; i < R * M; ++i) sums[i].part[part] = acc[i];
+    }
+    if (PARTS > 1 && to < whole) return;
+    float got[SIZE<R, M>];
 #pragma GCC unroll 8
     for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
     for (int m = 0; m < M; ++m)
@@ -719,7 +738,7 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
 template <int R, int M>
 __attribute__((noinline)) void tile(const char* const* w, const char* const* next, const char* x, int64_t apart,
                                     const Blocks& blocks, float* out, int64_t stride, int64_t rows) {
-    Sum sums[(R * M + 7) / 8 * 8] = {};
+    Sum sums[SIZE<R, M>] = {};
     int64_t begin = 0;
     for (int64_t b = 0; b < blocks.count; ++b, x += blocks.inputs(), begin += blocks.weights()) {
         const char* behind = x + blocks.steps * 64;
@@ -760,24 +779,29 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + scales, 0, 2);
     }
-    float got[(R * M + 7) / 8 * 8];
+    float got[SIZE<R, M>];
 #pragma GCC unroll 8
     for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
 }
 
-// As many rows of weights at once as leave room for sums of M inputs in registers.
-template <int M>
-constexpr int ROWS = M * 8 < SUMS ? 8 : M * 4 <= SUMS ? 4 : M * 2 <= SUMS ? 2 : 1;
-
-// There are `count` rows of weights, and behind the last one the same again up to a whole eight.
+// There are `count` rows of weights, and behind the last one the same again up to a whole eight. Sums that are taken in parts
+// see some columns at a time: the next part, and the next rows, then find the inputs in the first cache.
 template <class W, int M>
 void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const float* x, int64_t whole,
            float* out, int64_t stride) {
     constexpr int R = ROWS<M>;
-    for (int64_t r = 0; r < count; r += R)
-        tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, whole, out + r, stride, count - r);
+    const int64_t columns = PARTS == 1 ? whole : 512;
+    Sum* sums = PARTS == 1 ? nullptr : reinterpret_cast<Sum*>(Scratch::at_least(scratch.lanes, (count + R) / R * SIZE<R, M> * 16));
+    int64_t from = 0;
+    do {
+        const int64_t to = std::min(whole, from + columns);
+        for (int64_t r = 0; r < count; r += R)
+            tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, from, to, whole,
+                          sums + r / R * SIZE<R, M>, out + r, stride, count - r);
+        from = to;
+    } while (from < whole);
 }
 
 // Calls `work` with each block of inputs, its number of rows as a type, and where its results go.
@@ -805,16 +829,6 @@ void tiles(const W* w, const W* ends, const char* const* next, int64_t count, co
         tiles<W, decltype(rows)::value>(w, ends, m ? nullptr : next, count, x, whole, to, stride);
     });
 }
-
-// Memory of one thread, kept from call to call.
-struct Scratch {
-    std::vector<float> packed, wide, line, sums;
-    static float* at_least(std::vector<float>& v, int64_t size) {  // on a whole cache line: vectors cross none
-        if (static_cast<int64_t>(v.size()) < size + 16) v.resize(size + 16);
-        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 63) / 64 * 64);
-    }
-};
-thread_local Scratch scratch;
 
 constexpr int64_t MANY = 32;       // inputs from which weights are widened once for all of them
 constexpr int64_t WIDE = 1 << 16;  // floats widened at a time: half of a small second cache
@@ -1002,7 +1016,12 @@ Inputs prepared(Team& team, size_t stage, const Norm& norm, const Matrix& a, con
 }
 
 // How many inputs are multiplied at once.
-inline int64_t block_of(int64_t rows) { return rows >= MANY ? 6 : SUMS >= 24 ? 8 : 3; }
+inline int64_t block_of(int64_t rows) {
+    if (rows >= MANY) return 6;
+    if (SUMS >= 24) return 8;
+    const int64_t blocks = (rows + 5) / 6;
+    return (rows + blocks - 1) / blocks;
+}
 
 // The rows of an op's matrices, counted through: side by side, or those of the first where two are gated.
 struct Rows {
