@@ -672,48 +672,56 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// As many rows of weights at once as leave room for sums of M inputs in registers.
+// How many parts of M sums are made at once. Weights that come from memory are read line by line, so that all parts are;
+// `again`, they are in a near cache, and each part alone leaves room for more rows.
 template <int M>
-constexpr int ROWS = M * 8 < SUMS ? 8 : M * 4 <= SUMS ? 4 : M * 2 <= SUMS ? 2 : 1;
+constexpr int parts_of(bool again) { return !again && M * PARTS <= SUMS ? PARTS : 1; }
+
+// As many rows of weights at once as leave room for T parts of their sums with M inputs in registers.
+template <int M, int T>
+constexpr int ROWS = 8 * M * T < SUMS ? 8 : 4 * M * T <= SUMS ? 4 : 2 * M * T <= SUMS ? 2 : 1;
 
 // Their sums, up to a whole eight.
 template <int R, int M>
 constexpr int SIZE = (R * M + 7) / 8 * 8;
 
-// R rows of weights times M rows of inputs, columns [from, to): added to `sums`, in one chain of sixteen lanes for each
-// sum, which are taken in parts where the machine's registers are shorter. Behind the last of `whole` columns come those of
-// `ends`; then of the results `rows` times M go to out[m * stride + r]. On the way, the rows `next` are fetched: the memory
-// that this thread comes to in a moment.
-template <class W, int R, int M>
+// R rows of weights times M rows of inputs, in one chain of sixteen lanes for each sum, of which T parts are made at once;
+// of the results, `rows` times M go to out[m * stride + r]. Behind the last of `whole` columns come those of `ends`. If not
+// all parts are made at once, only columns [from, to) are gone over, and the lanes up to there are in `sums`. On the way, the
+// rows `next` are fetched: the memory that this thread comes to in a moment.
+template <class W, int R, int M, int T>
 __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first, int64_t from,
                                     int64_t to, int64_t whole, Sum* sums, float* out, int64_t stride, int64_t rows) {
     Sum own[SIZE<R, M>] = {};
-    if (PARTS == 1) sums = own;
+    if (T == PARTS) sums = own;
     W v[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) v[r] = w[r];
-    for (int part = 0; part < PARTS; ++part) {
-        f32s acc[R * M];
+    for (int part = 0; part < PARTS; part += T) {
+        f32s acc[R * M * T];
 #pragma GCC unroll 24
-        for (int i = 0; i < R * M; ++i) acc[i] = PARTS == 1 || from == 0 ? f32s{} : sums[i].part[part];
+        for (int i = 0; i < R * M * T; ++i) acc[i] = T == PARTS || from == 0 ? f32s{} : sums[i / T].part[part + i % T];
         auto half = [&](auto weights, const float* x) __attribute__((always_inline)) {
-            f32s row[R], inputs[M];
-            x += part * LANES;
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                f32s row[R], inputs[M];
+                const float* at = x + (part + t) * LANES;
 #pragma GCC unroll 8
-            for (int r = 0; r < R && R < M; ++r) row[r] = held(weights(r));
+                for (int r = 0; r < R && R < M; ++r) row[r] = held(weights(r, part + t));
 #pragma GCC unroll 8
-            for (int m = 0; m < M && R >= M; ++m) inputs[m] = held(load(x + m * 16));
+                for (int m = 0; m < M && R >= M; ++m) inputs[m] = held(load(at + m * 16));
 #pragma GCC unroll 24
-            for (int i = 0; i < R * M; ++i) {
-                const int r = R < M ? i % R : i / M, m = R < M ? i / R : i % M;
-                if (R < M && r == 0) inputs[m] = R > 1 ? held(load(x + m * 16)) : load(x + m * 16);
-                if (R >= M && m == 0) row[r] = M > 1 ? held(weights(r)) : weights(r);
-                acc[m * R + r] += row[r] * inputs[m];
+                for (int i = 0; i < R * M; ++i) {
+                    const int r = R < M ? i % R : i / M, m = R < M ? i / R : i % M;
+                    if (R < M && r == 0) inputs[m] = R > 1 ? held(load(at + m * 16)) : load(at + m * 16);
+                    if (R >= M && m == 0) row[r] = M > 1 ? held(weights(r, part + t)) : weights(r, part + t);
+                    acc[(m * R + r) * T + t] += row[r] * inputs[m];
+                }
             }
         };
         auto step = [&](const W* v, int64_t at, const float* x) __attribute__((always_inline)) {
-            half([&](int r) __attribute__((always_inline)) { return v[r].low(at, part); }, x);
-            half([&](int r) __attribute__((always_inline)) { return v[r].high(at, part); }, x + M * 16);
+            half([&](int r, int part) __attribute__((always_inline)) { return v[r].low(at, part); }, x);
+            half([&](int r, int part) __attribute__((always_inline)) { return v[r].high(at, part); }, x + M * 16);
         };
         for (int64_t c = from; c < to; c += 32) {
             if (next && part == 0) {
@@ -724,9 +732,9 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
         }
         if (ends && to == whole) step(ends, 0, first + whole * M);
 #pragma GCC unroll 24
-        for (int i = 0; i < R * M; ++i) sums[i].part[part] = acc[i];
+        for (int i = 0; i < R * M * T; ++i) sums[i / T].part[part + i % T] = acc[i];
     }
-    if (PARTS > 1 && to < whole) return;
+    if (T < PARTS && to < whole) return;
     float got[SIZE<R, M>];
 #pragma GCC unroll 8
     for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
@@ -735,7 +743,7 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
 }
 
 // The same of rows in eight bits.
-template <int R, int M>
+template <int R, int M, int T>
 __attribute__((noinline)) void tile(const char* const* w, const char* const* next, const char* x, int64_t apart,
                                     const Blocks& blocks, float* out, int64_t stride, int64_t rows) {
     Sum sums[SIZE<R, M>] = {};
@@ -743,37 +751,44 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
     for (int64_t b = 0; b < blocks.count; ++b, x += blocks.inputs(), begin += blocks.weights()) {
         const char* behind = x + blocks.steps * 64;
         const int64_t scales = begin + blocks.steps * 64;
-        for (int part = 0; part < PARTS; ++part) {
+        for (int part = 0; part < PARTS; part += T) {
             const int64_t bytes = part * LANES * 4;
-            i32s acc[R * M];
+            i32s acc[R * M * T];
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) acc[m * R + r] = load<i32s>(behind + m * apart + 64 + bytes);
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; ++t) acc[(m * R + r) * T + t] = load<i32s>(behind + m * apart + 64 + bytes + t * LANES * 4);
             for (int64_t s = 0, at = begin; s < blocks.steps; ++s, at += 64) {
-                u32s weights[R];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) weights[r] = load<u32s>(w[r] + at + bytes);
                 if (next && part == 0) {
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
                 }
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) {
+                    u32s weights[R];
 #pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) {
-                    const i32s inputs = load<i32s>(x + m * apart + s * 64 + bytes);
+                    for (int r = 0; r < R; ++r) weights[r] = load<u32s>(w[r] + at + bytes + t * LANES * 4);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) acc[m * R + r] = dot4(acc[m * R + r], weights[r], inputs);
+                    for (int m = 0; m < M; ++m) {
+                        const i32s inputs = load<i32s>(x + m * apart + s * 64 + bytes + t * LANES * 4);
+#pragma GCC unroll 8
+                        for (int r = 0; r < R; ++r) acc[(m * R + r) * T + t] = dot4(acc[(m * R + r) * T + t], weights[r], inputs);
+                    }
                 }
             }
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const f32s scale = widened(reinterpret_cast<const uint16_t*>(w[r] + scales) + part * LANES);
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) {
+                    const f32s scale = widened(reinterpret_cast<const uint16_t*>(w[r] + scales) + (part + t) * LANES);
 #pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) {
-                    const f32s both = scale * load(behind + m * apart + bytes);
-                    sums[m * R + r].part[part] += __builtin_convertvector(acc[m * R + r], f32s) * both;
+                    for (int m = 0; m < M; ++m) {
+                        const f32s both = scale * load(behind + m * apart + bytes + t * LANES * 4);
+                        sums[m * R + r].part[part + t] += __builtin_convertvector(acc[(m * R + r) * T + t], f32s) * both;
+                    }
                 }
-            }
         }
         if (next)
 #pragma GCC unroll 8
@@ -786,22 +801,19 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
         for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
 }
 
-// There are `count` rows of weights, and behind the last one the same again up to a whole eight. Sums that are taken in parts
-// see some columns at a time: the next part, and the next rows, then find the inputs in the first cache.
-template <class W, int M>
+// There are `count` rows of weights, and behind the last one the same again up to a whole eight. Where parts come one after
+// the other, some columns are gone over at a time, so that the next part and the next rows find the inputs in the first cache.
+template <class W, int M, int T>
 void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const float* x, int64_t whole,
            float* out, int64_t stride) {
-    constexpr int R = ROWS<M>;
-    const int64_t columns = PARTS == 1 ? whole : 512;
-    Sum* sums = PARTS == 1 ? nullptr : reinterpret_cast<Sum*>(Scratch::at_least(scratch.lanes, (count + R) / R * SIZE<R, M> * 16));
-    int64_t from = 0;
-    do {
-        const int64_t to = std::min(whole, from + columns);
+    constexpr int R = ROWS<M, T>;
+    const int64_t columns = T == PARTS ? std::max<int64_t>(whole, 1) : 768;
+    Sum* sums = nullptr;
+    if (T < PARTS) sums = reinterpret_cast<Sum*>(Scratch::at_least(scratch.lanes, (count + R) / R * SIZE<R, M> * 16));
+    for (int64_t from = 0; from == 0 || from < whole; from += columns)
         for (int64_t r = 0; r < count; r += R)
-            tile<W, R, M>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, from, to, whole,
-                          sums + r / R * SIZE<R, M>, out + r, stride, count - r);
-        from = to;
-    } while (from < whole);
+            tile<W, R, M, T>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, from, std::min(whole, from + columns),
+                             whole, T < PARTS ? sums + r / R * SIZE<R, M> : nullptr, out + r, stride, count - r);
 }
 
 // Calls `work` with each block of inputs, its number of rows as a type, and where its results go.
@@ -822,11 +834,12 @@ void each_block(const Inputs& in, float* out, int64_t stride, F work) {
     }
 }
 
-template <class W>
+template <bool again, class W>
 void tiles(const W* w, const W* ends, const char* const* next, int64_t count, const Inputs& in, int64_t whole,
            float* out, int64_t stride) {
     each_block(in, out, stride, [&](auto rows, int64_t m, const float* x, float* to) {
-        tiles<W, decltype(rows)::value>(w, ends, m ? nullptr : next, count, x, whole, to, stride);
+        constexpr int M = decltype(rows)::value;
+        tiles<W, M, parts_of<M>(again)>(w, ends, m ? nullptr : next, count, x, whole, to, stride);
     });
 }
 
@@ -879,7 +892,7 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
         Ends<W> memory;
         const W* ends = memory.of(a, w, whole);
         if (!many) {
-            tiles<W>(w, ends, next, count, in, whole, out + (r - from), stride);
+            tiles<false>(w, ends, next, count, in, whole, out + (r - from), stride);
             return;
         }
         for (int i = 0; i < 8; ++i) {
@@ -893,7 +906,7 @@ void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, con
         }
         if (static_cast<int64_t>(views.size()) < room && r + 8 < to) return;
         const int64_t start = r + 8 - static_cast<int64_t>(views.size());
-        tiles<WeightsF32>(views.data(), nullptr, nullptr, r + count - start, in, (a.cols + 31) / 32 * 32,
+        tiles<true, WeightsF32>(views.data(), nullptr, nullptr, r + count - start, in, (a.cols + 31) / 32 * 32,
                           out + (start - from), stride);
         views.clear();
     });
@@ -905,9 +918,9 @@ void multiply_bytes(const Matrix& a, int64_t from, int64_t to, const int64_t* id
     const int64_t apart = in.stride * sizeof(float);
     eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
         each_block(in, out + (r - from), stride, [&](auto size, int64_t m, const float* x, float* to) {
-            constexpr int M = decltype(size)::value, R = ROWS<M>;
+            constexpr int M = decltype(size)::value, T = parts_of<M>(false), R = ROWS<M, T>;
             for (int64_t i = 0; i < count; i += R)
-                tile<R, M>(rows + i, m ? nullptr : next + i, reinterpret_cast<const char*>(x), apart, blocks, to + i, stride, count - i);
+                tile<R, M, T>(rows + i, m ? nullptr : next + i, reinterpret_cast<const char*>(x), apart, blocks, to + i, stride, count - i);
         });
     });
 }
