@@ -495,8 +495,13 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
 inline f32s widened(const float* p) { return load(p); }
 
 inline f32s widened(const uint16_t* p) {
-    const u16s half = load<u16s>(p);
-    return (f32s)(__builtin_convertvector(half, u32s) << 16);
+#if defined(__AVX512F__)
+    return (f32s)((u32s)_mm512_cvtepu16_epi32(load<__m256i>(p)) << 16);
+#elif defined(__AVX2__)
+    return (f32s)((u32s)_mm256_cvtepu16_epi32(load<__m128i>(p)) << 16);
+#else
+    return (f32s)(__builtin_convertvector(load<u16s>(p), u32s) << 16);
+#endif
 }
 
 inline float widened_one(float x) { return x; }
@@ -629,17 +634,19 @@ void pack(const Inputs& in, int64_t m, const float* x, int64_t cols, int64_t for
     if (format == INT8) return pack_bytes(x, cols, reinterpret_cast<char*>(const_cast<float*>(in.packed) + m * in.stride));
     const int64_t first = m / in.block * in.block, apart = in.size(first) * 16;
     float* into = const_cast<float*>(in.packed) + first * in.stride + (m - first) * 16;
-    for (int64_t c = 0; c < in.stride; c += 32, into += 2 * apart) {
-        float ends[32] = {};
-        const float* from = x + c;
-        if (c + 32 > cols) {
-            if (c < cols) std::copy(x + c, x + cols, ends);
-            from = ends;
-        }
+    auto step = [&](const float* from) {
         if (format == BF16)
             for (int i = 0; i < 16; ++i) into[i] = from[2 * i], into[apart + i] = from[2 * i + 1];
         else
             std::copy(from, from + 16, into), std::copy(from + 16, from + 32, into + apart);
+        into += 2 * apart;
+    };
+    int64_t c = 0;
+    for (; c + 32 <= cols; c += 32) step(x + c);
+    for (; c < in.stride; c += 32) {
+        float ends[32] = {};
+        if (c < cols) std::copy(x + c, x + cols, ends);
+        step(ends);
     }
 }
 
@@ -1088,20 +1095,21 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
             }
         }
         if (op.into == STORE) return;
-        for (int64_t m = 0; m < rows; ++m)
-            for (int64_t c = from; c < to; c += LANES) {
-                const int64_t n = std::min<int64_t>(LANES, to - c);
-                float x[LANES] = {}, up[LANES] = {};
-                float* y = out + m * width + c;
-                std::copy(y, y + n, x);
-                f32s v = activated(op.activation, load(x));
-                if (op.into == GATE) {
-                    std::copy(y + all.total, y + all.total + n, up);
-                    v = v * load(up);
-                }
-                store(x, v);
-                std::copy(x, x + n, y);
-            }
+        auto lanes = [&](const float* x, const float* up) {
+            const f32s v = activated(op.activation, load(x));
+            return op.into == GATE ? v * load(up) : v;
+        };
+        for (int64_t m = 0; m < rows; ++m) {
+            float* y = out + m * width + from;
+            int64_t n = to - from;
+            for (; n >= LANES; n -= LANES, y += LANES) store(y, lanes(y, y + all.total));
+            if (n == 0) continue;
+            float x[LANES] = {}, up[LANES] = {};
+            std::copy(y, y + n, x);
+            if (op.into == GATE) std::copy(y + all.total, y + all.total + n, up);
+            store(x, lanes(x, up));
+            std::copy(x, x + n, y);
+        }
     };
     shared_out(run.team, stage, all.total, grain_of(rows), work, &first);
 }
@@ -1204,7 +1212,9 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
     for (int g = 0; g < G; ++g) best[g] = splat(-INFINITY);
     for (int64_t t = begin; t < end; t += LANES) {
         const E* block = keys + t / 16 * 16 * dim + t % 16;
-        f32s even[G] = {}, odd[G] = {};
+        f32s even[G], odd[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) even[g] = odd[g] = splat(0.0f);
         int64_t d = 0;
         for (; d + 2 <= dim; d += 2) {
             const f32s one = widened(block + d * 16), two = widened(block + d * 16 + 16);
@@ -1249,7 +1259,11 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
     const E* values = static_cast<const E*>(cache.values) + cache.value_at(b, kv, 0);
     auto mix = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
         constexpr int V = decltype(vectors)::value;
-        f32s acc[G][V] = {};
+        f32s acc[G][V];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) acc[g][i] = splat(0.0f);
         for (int64_t t = first; t < end; ++t) {
             const E* from = values + t * dim + d;
             __builtin_prefetch(from + 16 * dim);
@@ -1265,7 +1279,7 @@ void attend_heads(Run& run, const Op& op, const Slots& cache, int64_t m, int64_t
             for (int i = 0; i < V; ++i) store(y + g * dim + d + LANES * i, acc[g][i] * splat(inverse[g]));
     };
     int64_t d = 0;
-    constexpr int WIDTH = G * 4 <= SUMS ? 4 : 2;
+    constexpr int WIDTH = G * 4 < SUMS ? 4 : 2;
     for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES) mix(d, std::integral_constant<int, WIDTH>());
     for (; d + LANES <= dim; d += LANES) mix(d, std::integral_constant<int, 1>());
     for (; d < dim; ++d)
@@ -1360,7 +1374,8 @@ Found look(const Readout& r, const int64_t* ids, float* z, int64_t n) {
         if (r.cap != 0) v = choose(v > splat(-INFINITY), capped(v, static_cast<float>(r.cap)), v);
         second = choose(v > best, best, choose(v > second, v, second));
         best = choose(v > best, v, best);
-        std::memcpy(z + i, &v, std::min<int64_t>(LANES, n - i) * sizeof(float));
+        if (i + LANES <= n) store(z + i, v);
+        else std::memcpy(z + i, &v, (n - i) * sizeof(float));
     }
     Found found{best[0], second[0], 0};
     for (int k = 1; k < LANES; ++k) {
