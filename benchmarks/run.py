@@ -27,6 +27,16 @@ BENCHES = {
         ["smollm2", *NATIVE, "--prompts", "benchmarks/prompt_300_tokens.txt", "--limit", "1", "--max-new-tokens", "8",
          "--arms", "static 20", "--repeats", "7", "--peers", "llama.cpp"],
     ),
+    "peers-avx2": (
+        "Beside llama.cpp on a processor without AVX-512: SmolLM2-135M-Instruct, bfloat16 and int8",
+        ["smollm2", *NATIVE, "--with-int8", "--limit", "2", "--max-new-tokens", "64", "--mean-layer", "20",
+         "--min-layer", "15", "--arms", "static 20,softmax + fixed", "--repeats", "7", "--peers", "llama.cpp"],
+    ),
+    "long-prompt-avx2": (
+        "A prompt of 300 tokens on a processor without AVX-512",
+        ["smollm2", *NATIVE, "--with-int8", "--prompts", "benchmarks/prompt_300_tokens.txt", "--limit", "1",
+         "--max-new-tokens", "8", "--arms", "static 20", "--repeats", "7", "--peers", "llama.cpp"],
+    ),
     "batches": (
         "Several prompts together: SmolLM2-135M-Instruct, exits scripted at layer 20",
         ["smollm2", *NATIVE, "--batch-sizes", "1,4,8,16", "--max-new-tokens", "32", "--mean-layer", "20",

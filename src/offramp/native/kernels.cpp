@@ -692,13 +692,28 @@ constexpr int ROWS = 8 * M * T < SUMS ? 8 : 4 * M * T <= SUMS ? 4 : 2 * M * T <=
 template <int R, int M>
 constexpr int SIZE = (R * M + 7) / 8 * 8;
 
+// Memory that this thread comes to in a moment: the lines of some rows, fetched in the order in which they lie, in which
+// memory is quickest.
+struct Next {
+    const char *const *row, *at;
+    int64_t lines, left;
+    Next(const char* const* rows, int64_t lines) : row(rows), at(rows ? *rows : nullptr), lines(lines), left(lines) {}
+    void fetch() {
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (--left == 0) left = lines, at = *++row;
+    }
+};
+
 // R rows of weights times M rows of inputs, in one chain of sixteen lanes for each sum, of which T parts are made at once;
 // of the results, `rows` times M go to out[m * stride + r]. Behind the last of `whole` columns come those of `ends`. If not
-// all parts are made at once, only columns [from, to) are gone over, and the lanes up to there are in `sums`. On the way, the
-// rows `next` are fetched: the memory that this thread comes to in a moment.
+// all parts are made at once, only columns [from, to) are gone over, and the lanes up to there are in `sums`. On the way,
+// the rows `next` are fetched.
 template <class W, int R, int M, int T>
 __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first, int64_t from,
                                     int64_t to, int64_t whole, Sum* sums, float* out, int64_t stride, int64_t rows) {
+    constexpr int LINES = sizeof(typename W::Element) / 2;  // of a row, in a step
+    Next fetched(next, whole / 32 * LINES);
     Sum own[SIZE<R, M>] = {};
     if (T == PARTS) sums = own;
     W v[R];
@@ -732,8 +747,8 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
         };
         for (int64_t c = from; c < to; c += 32) {
             if (next && part == 0) {
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c * sizeof(typename W::Element), 0, 2);
+#pragma GCC unroll 16
+                for (int i = 0; i < R * LINES; ++i) fetched.fetch();
             }
             step(v, c, first + c * M);
         }
@@ -753,6 +768,7 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
 template <int R, int M, int T>
 __attribute__((noinline)) void tile(const char* const* w, const char* const* next, const char* x, int64_t apart,
                                     const Blocks& blocks, float* out, int64_t stride, int64_t rows) {
+    Next fetched(next, (blocks.count * blocks.weights() + 63) / 64);
     Sum sums[SIZE<R, M>] = {};
     int64_t begin = 0;
     for (int64_t b = 0; b < blocks.count; ++b, x += blocks.inputs(), begin += blocks.weights()) {
@@ -770,7 +786,7 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
             for (int64_t s = 0, at = begin; s < blocks.steps; ++s, at += 64) {
                 if (next && part == 0) {
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + at, 0, 2);
+                    for (int r = 0; r < R; ++r) fetched.fetch();
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) {
@@ -797,9 +813,7 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
                     }
                 }
         }
-        if (next)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + scales, 0, 2);
+        for (int r = 0; r < R && next; ++r) fetched.fetch();
     }
     float got[SIZE<R, M>];
 #pragma GCC unroll 8
@@ -872,11 +886,12 @@ void eights(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const
     auto row = [&](int64_t r) { return row_of(a, ids ? std::max<int64_t>(0, ids[r]) : r); };
     for (int64_t r = from; r < to; r += 8) {
         const int64_t count = std::min<int64_t>(8, to - r);
-        const char *rows[8], *next[8], *behind = r + 16 > to ? then() : nullptr;
+        const char *rows[8], *next[9], *behind = r + 16 > to ? then() : nullptr;
         for (int64_t i = 0; i < 8; ++i) {
             rows[i] = row(r + std::min(i, count - 1));
             next[i] = r + i + 8 < to ? row(r + i + 8) : behind ? behind + i * a.stride : rows[i];
         }
+        next[8] = next[7];
         work(r, count, rows, next);
     }
 }
