@@ -7,8 +7,8 @@
 // any row, so that a drafted token and its check agree exactly.
 //
 // A plain C interface, no torch and no Python: `native/kernels.py` mirrors the structs below, all of whose fields are
-// eight bytes wide. Vectors are the compiler's own, as long as the machine's. Sums have sixteen lanes everywhere, which
-// shorter vectors make in parts, one after the other: all at once would not fit the registers.
+// eight bytes wide. Vectors are the compiler's own, as long as the machine's. Sums have sixteen lanes on every machine;
+// shorter vectors make them in parts.
 
 #include <pthread.h>
 #if defined(__AVX2__)
@@ -550,28 +550,28 @@ struct Blocks {
     int64_t inputs() const { return steps * 64 + 2 * 64; }
 };
 
-// Adds to each lane the products of its four bytes; 128 too many in each of w are left to the inputs' offsets, or not,
-// where signs are as cheap to have.
+// Adds to each lane the products of its four bytes. What the 128s in w add is left to the inputs' offsets, unless they are
+// taken off here.
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
-constexpr int TOO_MANY = 128;
+constexpr int LEFT = 128;
 inline i32s dot4(i32s acc, u32s w, i32s x) {
     return (i32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 }
 #elif defined(__AVX2__)
-constexpr int TOO_MANY = 0;
+constexpr int LEFT = 0;
 inline i32s dot4(i32s acc, u32s w, i32s x) {
     __m256i a[LANES / 8], b[LANES / 8], c[LANES / 8];
     std::memcpy(a, &acc, sizeof a), std::memcpy(b, &w, sizeof b), std::memcpy(c, &x, sizeof c);
     for (int i = 0; i < LANES / 8; ++i) {  // all bytes from -127 to 127: two products fit sixteen bits
-        const __m256i sound = _mm256_xor_si256(b[i], _mm256_set1_epi8(-128));
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c[i]), _mm256_sign_epi8(sound, c[i]));
+        const __m256i weights = _mm256_xor_si256(b[i], _mm256_set1_epi8(-128));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c[i]), _mm256_sign_epi8(weights, c[i]));
         a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     std::memcpy(&acc, a, sizeof a);
     return acc;
 }
 #else
-constexpr int TOO_MANY = 128;
+constexpr int LEFT = 128;
 inline i32s dot4(i32s acc, u32s w, i32s x) {
     for (int j = 0; j < 4; ++j) acc += (i32s)((w >> (8 * j)) & 255) * ((i32s)((u32s)x << (24 - 8 * j)) >> 24);
     return acc;
@@ -623,7 +623,7 @@ void pack_bytes(const float* x, int64_t cols, char* into) {
                 }
                 std::memcpy(to + s * 64, &bytes, sizeof bytes);
             }
-            const i32s offset = total * -TOO_MANY;
+            const i32s offset = total * -LEFT;
             store(to + blocks.steps * 64, scale + wrong);
             std::memcpy(to + blocks.steps * 64 + 64, &offset, sizeof offset);
         }
@@ -775,14 +775,16 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
         const char* behind = x + blocks.steps * 64;
         const int64_t scales = begin + blocks.steps * 64;
         for (int part = 0; part < PARTS; part += T) {
-            const int64_t bytes = part * LANES * 4;
+            constexpr int64_t BYTES = LANES * 4;
+            const int64_t bytes = part * BYTES;
             i32s acc[R * M * T];
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                    for (int t = 0; t < T; ++t) acc[(m * R + r) * T + t] = load<i32s>(behind + m * apart + 64 + bytes + t * LANES * 4);
+                    for (int t = 0; t < T; ++t)
+                        acc[(m * R + r) * T + t] = load<i32s>(behind + m * apart + 64 + bytes + t * BYTES);
             for (int64_t s = 0, at = begin; s < blocks.steps; ++s, at += 64) {
                 if (next && part == 0) {
 #pragma GCC unroll 8
@@ -792,12 +794,15 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
                 for (int t = 0; t < T; ++t) {
                     u32s weights[R];
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) weights[r] = load<u32s>(w[r] + at + bytes + t * LANES * 4);
+                    for (int r = 0; r < R; ++r) weights[r] = load<u32s>(w[r] + at + bytes + t * BYTES);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) {
-                        const i32s inputs = load<i32s>(x + m * apart + s * 64 + bytes + t * LANES * 4);
+                        const i32s inputs = load<i32s>(x + m * apart + s * 64 + bytes + t * BYTES);
 #pragma GCC unroll 8
-                        for (int r = 0; r < R; ++r) acc[(m * R + r) * T + t] = dot4(acc[(m * R + r) * T + t], weights[r], inputs);
+                        for (int r = 0; r < R; ++r) {
+                            i32s& sum = acc[(m * R + r) * T + t];
+                            sum = dot4(sum, weights[r], inputs);
+                        }
                     }
                 }
             }
@@ -808,7 +813,7 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
                     const f32s scale = widened(reinterpret_cast<const uint16_t*>(w[r] + scales) + (part + t) * LANES);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) {
-                        const f32s both = scale * load(behind + m * apart + bytes + t * LANES * 4);
+                        const f32s both = scale * load(behind + m * apart + bytes + t * BYTES);
                         sums[m * R + r].part[part + t] += __builtin_convertvector(acc[(m * R + r) * T + t], f32s) * both;
                     }
                 }
@@ -833,8 +838,9 @@ void tiles(const W* w, const W* ends, const char* const* next, int64_t count, co
     if (T < PARTS) sums = reinterpret_cast<Sum*>(Scratch::at_least(scratch.lanes, (count + R) / R * SIZE<R, M> * 16));
     for (int64_t from = 0; from == 0 || from < whole; from += columns)
         for (int64_t r = 0; r < count; r += R)
-            tile<W, R, M, T>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, from, std::min(whole, from + columns),
-                             whole, T < PARTS ? sums + r / R * SIZE<R, M> : nullptr, out + r, stride, count - r);
+            tile<W, R, M, T>(w + r, ends ? ends + r : nullptr, next ? next + r : nullptr, x, from,
+                             std::min(whole, from + columns), whole, T < PARTS ? sums + r / R * SIZE<R, M> : nullptr,
+                             out + r, stride, count - r);
 }
 
 // Calls `work` with each block of inputs, its number of rows as a type, and where its results go.
