@@ -77,7 +77,8 @@ def place(tmp_path_factory):
 def exits(place):
     run(
         "train", place / "llama", "--text", place / "text.txt", "--prompts", place / "prompts.txt", "--layers", "1,3",
-        "--max-new-tokens", 4, "--steps", 2, "--window", 16, "--out", place / "train", "--json", place / "train.json",
+        "--max-new-tokens", 4, "--steps", 2, "--window", 16, "--precision", "bfloat16", "--out", place / "train",
+        "--json", place / "train.json",
     )  # fmt: skip
     return place / "train" / "exits"
 

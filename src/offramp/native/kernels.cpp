@@ -13,6 +13,8 @@
 #include <pthread.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include <algorithm>
@@ -569,6 +571,11 @@ inline i32s dot4(i32s acc, u32s w, i32s x) {
     }
     std::memcpy(&acc, a, sizeof a);
     return acc;
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int LEFT = 0;
+inline i32s dot4(i32s acc, u32s w, i32s x) {
+    return (i32s)vdotq_s32((int32x4_t)acc, (int8x16_t)(w ^ 0x80808080u), (int8x16_t)x);
 }
 #else
 constexpr int LEFT = 128;
