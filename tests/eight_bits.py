@@ -2,32 +2,59 @@
 
 import math
 
+import scipy.linalg
 import torch
 
 from offramp.native.weights import quantised
 
 
-def dequantised(values, scales, cols):
-    """The weights, float32 [R, `cols`], that `quantised` ones stand for."""
-    return (values * scales[:, :, None, None].float()).flatten(1)[:, :cols]
+def turning(count):
+    """What `count` columns that share a scale are multiplied by, float64."""
+    sizes = [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+    parts = [scipy.linalg.hadamard(size) / math.sqrt(size) for size in sizes]
+    return torch.from_numpy(scipy.linalg.block_diag(*parts))
+
+
+def dequantised(values, scales):
+    """The weights, float32 [R, C'], that `quantised` ones stand for, with the columns behind the last one.
+
+    These were zeros, of which turning, rounding and turning back may make something; so it does of inputs.
+    """
+    there = (values * scales[:, :, None, None].float()).flatten(2, 3)
+    return (turning(there.shape[2]) @ there.double()).flatten(1).float()
 
 
 def rounded_weight(weight):
-    """A weight as the kernels keep it, in float32."""
-    return dequantised(*quantised(weight), weight.shape[1])
+    """A weight as the kernels keep it, in float32 [R, C']."""
+    return dequantised(*quantised(weight))
 
 
 def rounded_input(x):
-    """An input as the kernels round it: columns 16 apart share a scale, in equal parts of up to 768 columns."""
-    columns, rounded = x.shape[-1], x.clone()
-    steps = math.ceil(columns / 64)
-    width = math.ceil(steps / math.ceil(steps / 12)) * 64
-    for start in range(0, columns, width):
-        for first in range(start, min(start + 16, columns)):
-            own = slice(first, min(start + width, columns), 16)
-            most = x[..., own].abs().amax(-1, keepdim=True).float()
-            inverse = torch.where(most > 1e-30, 127 / most, 0)
-            # Multiplied and rounded at once, as fused instructions do
-            whole = (x[..., own].double() * inverse.double()).round()
-            rounded[..., own] = (whole * (most * (1 / 127)).double()).to(x.dtype)
-    return rounded
+    """An input [..., C] as the kernels round it, [..., C']: columns 16 apart share a scale, in parts of up to 768."""
+    steps = math.ceil(x.shape[-1] / 64)
+    parts = math.ceil(steps / 12)
+    count = math.ceil(steps / parts) * 4
+    padded = torch.nn.functional.pad(x.float(), (0, parts * count * 16 - x.shape[-1]))
+    columns = butterflies(padded.view(*x.shape[:-1], parts, count, 16).clone())
+    most = columns.abs().amax(-2, keepdim=True)
+    inverse = torch.where(most > 1e-30, 127 / most, 0)
+    # Multiplied and rounded at once, as fused instructions do
+    whole = (columns.double() * inverse.double()).round() * (most * (1 / 127)).double()
+    return (turning(count) @ whole).flatten(-3).to(x.dtype)
+
+
+def butterflies(columns):
+    """The same as `turning` in the kernels' own order of sums, since what is then rounded may be half a step off."""
+    first, count = 0, columns.shape[-2]
+    while first < count:
+        size = 1 << ((count - first).bit_length() - 1)
+        part, half = columns[..., first : first + size, :], 1
+        while half < size:
+            pairs = part.unflatten(-2, (size // (2 * half), 2, half))
+            pairs = torch.stack([pairs[..., 0, :, :] + pairs[..., 1, :, :], pairs[..., 0, :, :] - pairs[..., 1, :, :]], -3)
+            part, half = pairs.flatten(-4, -2), 2 * half
+            if half == 4:
+                part = part * torch.tensor(1 / math.sqrt(size), dtype=torch.float32)
+        columns[..., first : first + size, :] = part
+        first += size
+    return columns

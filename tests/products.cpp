@@ -29,7 +29,7 @@ struct Case {
                     char* at = row + block * blocks.weights();
                     at[step % blocks.steps * 64 + lane * 4 + c % 64 / 16] = static_cast<char>(whole + 128);
                     std::memcpy(at + blocks.steps * 64 + 2 * lane, &scale, 2);
-                    values[r * cols + c] = whole * static_cast<double>(widened_one(scale));
+                    turned_back(r, c, cols, whole * static_cast<double>(widened_one(scale)));
                 } else {
                     const uint16_t half = to_bf16(normal(generator));
                     const float value = widened_one(half);
@@ -37,6 +37,20 @@ struct Case {
                     values[r * cols + c] = value;
                 }
             }
+    }
+
+    // Adds what a number in eight bits stands for to all columns of its lane and its Hadamard matrix.
+    void turned_back(int64_t row, int64_t c, int64_t cols, double value) {
+        const Blocks blocks(cols);
+        const int64_t width = blocks.steps * 64, first = c / width * width, own = (c - first) / 16;
+        int64_t begin = 0, size = 0;
+        for (int64_t left = width / 16; begin + size <= own; left -= size)
+            for (begin += size, size = 1; 2 * size <= left;) size *= 2;
+        for (int64_t i = 0; i < size; ++i) {
+            const int64_t to = first + (begin + i) * 16 + c % 16;
+            const double sign = __builtin_popcountll(i & (own - begin)) % 2 ? -1 : 1;
+            if (to < cols) values[row * cols + to] += sign * value / std::sqrt(static_cast<double>(size));
+        }
     }
 
     std::vector<float> times(const float* x, int64_t count) const {

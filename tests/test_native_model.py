@@ -40,6 +40,17 @@ def in_bfloat16(name):
     return copy.deepcopy(tiny(name)).to(torch.bfloat16)
 
 
+def texts_for(name, split, rows):
+    """Tokens of a decoder, which of them are there, or None: all, and what else it starts from."""
+    inputs = inputs_for(name, rows, padded=True)
+    if not split.is_encoder_decoder:
+        return inputs["input_ids"], inputs["attention_mask"], {}
+    source, mask = inputs.get("input_features", inputs.get("input_ids")), inputs.get("attention_mask")
+    memory = split.encode(source.to(split.model.dtype) if name == "whisper" else source, mask)
+    ids = torch.randint(3, VOCABULARY, (rows, 9), generator=torch.Generator().manual_seed(0))
+    return ids, None, {"memory": memory, "memory_mask": mask}
+
+
 def test_full_depth_is_that_of_transformers(name):
     inputs = inputs_for(name, 4, padded=True)
     got = native(tiny(name)).generate(inputs, max_new_tokens=NEW).sequences
@@ -77,15 +88,8 @@ def test_states_are_the_same_bits_in_any_company(name, form):
     """One token at a time, all at once, and in a padded batch: every state and logit is the same."""
     model = in_bfloat16(name) if form == "bfloat16" else tiny(name)
     split = NativeModel(model, int8=form == "int8")
-    inputs = inputs_for(name, 3, padded=True)
-    if split.is_encoder_decoder:
-        source = inputs.get("input_features", inputs.get("input_ids"))
-        memory = split.encode(source.to(model.dtype) if name == "whisper" else source, inputs.get("attention_mask"))
-        ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
-        given = {"memory": memory, "memory_mask": inputs.get("attention_mask")}
-        mask, rows = None, [{key: v[i : i + 1] for key, v in given.items() if v is not None} for i in range(3)]
-    else:
-        ids, mask, given, rows = inputs["input_ids"], inputs["attention_mask"], {}, [{}] * 3
+    ids, mask, given = texts_for(name, split, 3)
+    rows = [{key: v[i : i + 1] for key, v in given.items() if v is not None} for i in range(3)]
     together = split.run(split.start(ids, mask, **given), 0, LAYERS)
     logits = split.readout(together.hidden)
     for row in range(3):
@@ -112,7 +116,7 @@ def test_a_row_of_a_batch_is_as_alone(name):
 
 @torch.no_grad()
 def test_int8_is_the_model_with_weights_and_inputs_rounded(name):
-    inputs = inputs_for(name, 2, padded=True)
+    """Within float32's rounding, but behind inputs that lie all but half-way between two whole numbers."""
     rounded = copy.deepcopy(tiny(name))
     split = SplitModel(rounded)
     for module in [split.head, *(m for block in split.blocks for m in block.modules())]:
@@ -123,8 +127,15 @@ def test_int8_is_the_model_with_weights_and_inputs_rounded(name):
             module.weight = torch.nn.Parameter(back.T if isinstance(module, Conv1D) else back)
             module.rounded = True
             module.register_forward_pre_hook(lambda _, inputs: (rounded_input(inputs[0]),))
-    got = native(tiny(name), int8=True).generate(inputs, max_new_tokens=NEW)
-    assert got.tokens == LanguageModel(rounded, engine="torch").generate(inputs, max_new_tokens=NEW).tokens
+    splits = NativeModel(tiny(name), int8=True), split, SplitModel(tiny(name))
+    ids, mask, given = texts_for(name, splits[0], 8)
+    got, want, exact = (
+        each.readout(each.run(each.start(ids, mask, **given), 0, LAYERS).hidden)[:, -1].double() for each in splits
+    )
+    away, rounding = (got - want).abs().amax(-1), (want - exact).abs().amax(-1)
+    assert float((away < 1e-4).double().mean()) > 0.4
+    assert float(away.mean()) < 0.5 * float(rounding.mean())
+    assert float(rounding.min()) > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in NATIVE if name in DECODER_ONLY])

@@ -544,7 +544,7 @@ inline int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
 // Weights in eight bits lie in equal blocks of up to twelve steps of 64 columns. In a step, byte j of lane i is column
 // 16 j + i, kept with 128 added; behind the steps of a block come sixteen scales in bf16, one per lane: four columns of
 // each step share one. Inputs are rounded to eight bits in the same way, with a scale per lane of their own, behind which
-// lies what the added 128s come to.
+// lies what the added 128s come to. Before they are rounded, both are turned (see `turn`), which their products undo.
 struct Blocks {
     int64_t count, steps;  // steps of one block
     explicit Blocks(int64_t cols) : count((padded(cols) / 64 + 11) / 12), steps((padded(cols) / 64 + count - 1) / count) {}
@@ -599,24 +599,50 @@ inline int64_t packed_size(const Matrix& a) {
     return a.format == INT8 ? blocks.count * blocks.inputs() / 4 : padded(a.cols);
 }
 
-// Rounds a row of inputs to eight bits, each lane's largest to 127. A lane with a number that is not finite is NaN.
+// Multiplies the columns of each lane, `count` of them, a multiple of four, by symmetric orthogonal matrices, Hadamard's:
+// of the largest power of two that fits, then of the largest that fits the rest. What one column has too much of, all of
+// them share then, so that it does not cost the others of its lane their accuracy.
+inline void turn(f32s* columns, int64_t count) {
+    for (int64_t size; count; columns += size, count -= size) {
+        for (size = 1; 2 * size <= count;) size *= 2;
+        const f32s scale = splat(1 / std::sqrt(static_cast<float>(size)));
+        for (int64_t i = 0; i < size; i += 4) {
+            f32s* const of = columns + i;
+            const f32s a = of[0] + of[1], b = of[0] - of[1], c = of[2] + of[3], d = of[2] - of[3];
+            of[0] = (a + c) * scale, of[1] = (b + d) * scale, of[2] = (a - c) * scale, of[3] = (b - d) * scale;
+        }
+        for (int64_t half = 4; half < size; half *= 2)
+            for (int64_t first = 0; first < size; first += 2 * half)
+#pragma GCC unroll 4
+                for (int64_t i = first; i < first + half; ++i) {
+                    const f32s a = columns[i], b = columns[i + half];
+                    columns[i] = a + b, columns[i + half] = a - b;
+                }
+    }
+}
+
+// Turns a row of inputs and rounds it to eight bits, each lane's largest to 127. A lane with a number that is not finite
+// is NaN.
 void pack_bytes(const float* x, int64_t cols, char* into) {
     const Blocks blocks(cols);
-    f32s columns[12][4];
-    for (int64_t c = 0; c < cols; c += blocks.steps * 64, into += blocks.inputs())
+    const int64_t count = blocks.steps * 4;
+    f32s columns[48];
+    for (int64_t c = 0; c < cols; c += count * 16, into += blocks.inputs())
         for (int part = 0; part < PARTS; ++part) {
             char* to = into + part * LANES * 4;
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t at = c + i * 16 + part * LANES;
+                float ends[LANES] = {};
+                if (at + LANES > cols && at < cols) std::copy(x + at, x + cols, ends);
+                columns[i] = load(at + LANES > cols ? ends : x + at);
+            }
+            turn(columns, count);
             f32s most = {}, wrong = {};
-            for (int64_t s = 0; s < blocks.steps; ++s)
-                for (int64_t j = 0; j < 4; ++j) {
-                    const int64_t at = c + s * 64 + j * 16 + part * LANES;
-                    float ends[LANES] = {};
-                    if (at + LANES > cols && at < cols) std::copy(x + at, x + cols, ends);
-                    const f32s v = columns[s][j] = load(at + LANES > cols ? ends : x + at);
-                    const f32s size = (f32s)((i32s)v & 0x7fffffff);
-                    most = choose(size > most, size, most);
-                    wrong += v * splat(0.0f);
-                }
+            for (int64_t i = 0; i < count; ++i) {
+                const f32s size = (f32s)((i32s)columns[i] & 0x7fffffff);
+                most = choose(size > most, size, most);
+                wrong += columns[i] * splat(0.0f);
+            }
             const f32s scale = most * splat(1.0f / 127), magic = splat(12582912.0f);
             const f32s inverse = choose(most > splat(1e-30f), splat(127.0f) / most, splat(0.0f));
             const i32s sound = wrong == wrong;
@@ -624,7 +650,7 @@ void pack_bytes(const float* x, int64_t cols, char* into) {
             for (int64_t s = 0; s < blocks.steps; ++s) {
                 i32s bytes = {};
                 for (int j = 0; j < 4; ++j) {
-                    const i32s q = ((i32s)(columns[s][j] * inverse + magic) - (i32s)magic) & sound;
+                    const i32s q = ((i32s)(columns[4 * s + j] * inverse + magic) - (i32s)magic) & sound;
                     total += q;
                     bytes |= (q & 255) << (8 * j);
                 }

@@ -20,23 +20,49 @@ LANES, STEP, MOST_STEPS = 16, 64, 12
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight bits per weight, and one scale for up to 48 of them, which lie 16 columns apart.
+    """Eight bits per weight, and one scale for up to 48 of them, which lie 16 columns apart and were turned first.
 
     Args:
         weight: [R, C].
 
     Returns:
         Values, int8 [R, blocks, steps, 4, 16], in the columns' order with zeros behind the last one, and scales,
-        bfloat16 [R, blocks, 16]: weight ≈ values * scales to half a scale, which is a largest size / 127 rounded up.
+        bfloat16 [R, blocks, 16]: `turned` weights ≈ values * scales to half a scale, which is a largest size / 127
+        rounded up.
     """
     rows, cols = weight.shape
     blocks = -(-cols // (STEP * MOST_STEPS))
     steps = -(-cols // (STEP * blocks))
-    padded = nn.functional.pad(weight.float(), (0, blocks * steps * STEP - cols)).view(rows, blocks, steps, 4, LANES)
+    padded = nn.functional.pad(weight.float(), (0, blocks * steps * STEP - cols)).view(rows, blocks, steps * 4, LANES)
+    padded = turned(padded).view(rows, blocks, steps, 4, LANES)
     scales = (padded.abs().amax((2, 3)) * (1 + 2**-8) / 127).to(torch.bfloat16)
     sizes = scales.float().clamp(min=torch.finfo(torch.float32).tiny)
     values = (padded / sizes[:, :, None, None]).round_().clamp_(-127, 127)
     return values.to(torch.int8), scales
+
+
+def turned(columns: Tensor) -> Tensor:
+    """Columns that share scales, multiplied by symmetric orthogonal matrices, whose inverse is themselves.
+
+    Hadamard's, of the largest power of two that fits and so on with the rest. The kernels multiply inputs by the same, so
+    that products stay what they are, while what one column has too much of is shared by all: as in QuaRot (Ashkboos et
+    al. 2024, arXiv 2404.00456), but within the columns of a scale and not over a whole state, so that no state changes.
+
+    Args:
+        columns: [..., n, 16].
+
+    Returns:
+        The same shape, in float32.
+    """
+    left, parts = columns.shape[-2], []
+    while left:
+        size = 1 << (left.bit_length() - 1)
+        part = torch.ones(1, 1)
+        while len(part) < size:
+            part = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), part)
+        parts.append(part / size**0.5)
+        left -= size
+    return torch.block_diag(*parts) @ columns.float()
 
 
 def side_by_side(values: Tensor, scales: Tensor) -> Tensor:
