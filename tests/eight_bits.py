@@ -50,9 +50,8 @@ def butterflies(columns):
         size = 1 << ((count - first).bit_length() - 1)
         part, half = columns[..., first : first + size, :], 1
         while half < size:
-            pairs = part.unflatten(-2, (size // (2 * half), 2, half))
-            pairs = torch.stack([pairs[..., 0, :, :] + pairs[..., 1, :, :], pairs[..., 0, :, :] - pairs[..., 1, :, :]], -3)
-            part, half = pairs.flatten(-4, -2), 2 * half
+            one, other = part.unflatten(-2, (size // (2 * half), 2, half)).unbind(-3)
+            part, half = torch.stack([one + other, one - other], -3).flatten(-4, -2), 2 * half
             if half == 4:
                 part = part * torch.tensor(1 / math.sqrt(size), dtype=torch.float32)
         columns[..., first : first + size, :] = part

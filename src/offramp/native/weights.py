@@ -44,9 +44,9 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def turned(columns: Tensor) -> Tensor:
     """Columns that share scales, multiplied by symmetric orthogonal matrices, whose inverse is themselves.
 
-    Hadamard's, of the largest power of two that fits and so on with the rest. The kernels multiply inputs by the same, so
-    that products stay what they are, while what one column has too much of is shared by all: as in QuaRot (Ashkboos et
-    al. 2024, arXiv 2404.00456), but within the columns of a scale and not over a whole state, so that no state changes.
+    Hadamard's, of the largest power of two that fits and so on with the rest. The kernels multiply inputs by the same,
+    so that products stay what they are, while what one column has too much of is shared by all: as in QuaRot (Ashkboos
+    et al. 2024, arXiv 2404.00456), but within the columns of a scale and not over a state, so that no state changes.
 
     Args:
         columns: [..., n, 16].
