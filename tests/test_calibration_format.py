@@ -67,9 +67,41 @@ def test_full_depth_is_certified_like_anything_else(monkeypatch, tmp_path, loss,
     assert result.policy.threshold == threshold
     assert certificate.tests[0]["name"] == FULL_DEPTH  # the safest comes first, and costs no share of the failure
     assert certificate.level == PROMISE.failure
-    assert "by leaving early and by working in int8, native" in certificate.words()
+    means = "by working in int8, native" if name == FULL_DEPTH else "by leaving early and by working in int8, native"
+    assert f"on average {means}, where" in certificate.words()
     assert load(tmp_path / "policy.json").to_dict() == json.loads(json.dumps(certificate.to_dict()))
     assert not certificate.mismatches(int8(), policy=result.policy)
+
+
+@pytest.mark.parametrize("order", ["path", "chains", "pareto"])
+@pytest.mark.parametrize("lost", [0.0, 0.5])
+def test_a_number_format_is_certified_alone(monkeypatch, tmp_path, order, lost):
+    options = {"grid": Grid((), static_layers=()), "order": order, "tuning": 0.2}
+    result = scripted(monkeypatch, tmp_path, {None: lost}, **options)
+    assert [setting.name for setting in result.settings] == [FULL_DEPTH]
+    assert result.policy.threshold is None
+    assert result.certificate.certified is (lost == 0)
+    assert result.certificate.level == PROMISE.failure
+    if order == "path" and not lost:
+        words = result.certificate.words()
+        assert "on average by working in int8, native, where" in words
+        assert "One setting was tested, full depth, bound hoeffding-bentkus; it passed." in words
+
+
+def test_static_exits_are_certified_alone_behind_full_depth(monkeypatch, tmp_path):
+    grid = Grid((), static_layers=(2, 3))
+    result = scripted(monkeypatch, tmp_path, {None: 0.0, 0.9: 0.0}, grid=grid)
+    assert [setting.name for setting in result.settings] == [FULL_DEPTH, "static 3", "static 2"]
+    assert result.certificate.tests[0]["name"] == FULL_DEPTH
+    assert result.certificate.level == PROMISE.failure  # one sequence
+
+
+def test_where_nothing_is_left_to_try_it_says_so(tmp_path):
+    with pytest.raises(ValueError, match="nothing is tried: no threshold, static exit or shorter prompt"):
+        calibrate(model(), TASK, questions(16), BASE, REAL, tmp_path, grid=Grid((), static_layers=()), **SHORT)
+    with pytest.raises(ValueError, match="shares per layer and accepts are of nothing"):
+        grid = Grid((), static_layers=(), per_layer=True)
+        calibrate(int8(), TASK, questions(16), BASE, REAL, tmp_path, grid=grid, tuning=0.3, reference=model(), **SHORT)
 
 
 def test_where_full_depth_loses_too_much_it_is_not_called_the_full_model(monkeypatch, tmp_path):

@@ -39,7 +39,8 @@ class Grid:
     """What is tried, all combinations of it, beside settings that test nothing.
 
     Attributes:
-        thresholds: Of the confidence, in any order; None: `THRESHOLDS`. With `per_layer` shares, None: `SHARES`.
+        thresholds: Of the confidence, in any order; None: `THRESHOLDS`. With `per_layer` shares, None: `SHARES`. Empty:
+            none, so that only settings that test nothing are tried, such as full depth in another number format.
         min_layers: First layers tested; None: that of the policy.
         vocabulary_sizes: Tokens kept by a policy that prunes; None: those of the policy.
         per_layer: A threshold for each exit layer: a family with one parameter, the share of wrong tokens kept in.
@@ -67,7 +68,7 @@ class Grid:
     full_depth: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "min_layers", "vocabulary_sizes", "vocabularies", "skipped", "gains", "accepts"):
+        for name in ("min_layers", "vocabulary_sizes", "vocabularies", "skipped", "gains", "accepts"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; give at least one value, or None for the default")
         if self.per_layer and not all(0 <= share <= 1 for share in self.knobs):
@@ -78,14 +79,15 @@ class Grid:
     @property
     def knobs(self) -> tuple[float, ...]:
         """Thresholds or shares, from safe to bold."""
-        return tuple(sorted(set(self.thresholds or (SHARES if self.per_layer else THRESHOLDS)), reverse=True))
+        default = SHARES if self.per_layer else THRESHOLDS
+        return tuple(sorted(set(default if self.thresholds is None else self.thresholds), reverse=True))
 
     def families(self, base: ExitPolicy) -> dict[str, tuple[float, ...]]:
         """Values from safe to bold of what is varied within a combination, by what it is; of static exits, nothing."""
         if base.confidence == "static":
             return {"static": ()}
         gains = {"gain": tuple(sorted(set(self.gains)))} if self.gains else {}
-        return {"share" if self.per_layer else "threshold": self.knobs, **gains}
+        return ({"share" if self.per_layer else "threshold": self.knobs} if self.knobs else {}) | gains
 
     def places(self, base: ExitPolicy) -> list[Place]:
         """Combinations of all but thresholds, from safe to bold in each of them."""
@@ -112,7 +114,8 @@ class Grid:
     def sequences(self, base: ExitPolicy, order: str) -> int:
         """In how many sequences the settings are tested; all share the failure probability."""
         beside = bool(self.tests_nothing(base).keys() - {FULL_DEPTH})
-        return {"path": len(self.families(base)) + beside, "chains": self.chains(base) + beside}.get(order, 1)
+        of_policies = {"path": len(self.families(base)), "chains": self.chains(base)}
+        return max(1, of_policies[order] + beside) if order in of_policies else 1
 
     def size(self, base: ExitPolicy) -> int:
         """Number of settings."""
@@ -219,8 +222,13 @@ def settings_of(
         for setting in _chain(policy, place, grid, chain, family, knobs, layer_thresholds)
     ]
     if never is not None:  # the safest of all: it heads the first sequence
-        settings.insert(0, Setting(FULL_DEPTH, never, None, 0, 0.0, settings[0].family))
-    last = 1 + max(setting.chain for setting in settings)
+        settings.insert(0, Setting(FULL_DEPTH, never, None, 0, 0.0, settings[0].family if settings else PLAIN))
+    if not settings and not plain:
+        raise ValueError(
+            "nothing is tried: no threshold, static exit or shorter prompt, and full depth needs no certificate where it "
+            "is its own reference; give thresholds, or the reference's number format"
+        )
+    last = 1 + max((setting.chain for setting in settings if setting.family != PLAIN), default=-1)
     beside = [(name, plain[name], spot or 0.0) for name, spot in _spots(list(plain))]
     return settings + [Setting(name, policy, None, last, spot, PLAIN) for name, policy, spot in beside]
 
@@ -285,6 +293,8 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
         raise ValueError(
             f"accepts are {grid.accepts}, but nothing is verified; give skipped 'verify', or leave them out"
         )
+    if grid.thresholds == () and (grid.per_layer or grid.accepts):
+        raise ValueError("no thresholds are tried, so that shares per layer and accepts are of nothing; leave them out")
     varied = grid.thresholds, grid.vocabulary_sizes, grid.vocabularies, grid.skipped, grid.gains, grid.accepts
     if base.confidence == "static" and (any(varied) or grid.per_layer or grid.static_layers):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from offramp.calibration.grid import FULL_DEPTH
 from offramp.calibration.promise import MEASURES, Room, is_timed
 from offramp.risk import CRC
 
@@ -65,7 +66,9 @@ def _refused(c: Account) -> str:
 
 def _statement(c: Account) -> str:
     p = c.promise
-    early = f"by leaving early and by working in {c.conditions['dtype']}" if c.other_format else "by leaving early"
+    alone = c.selected is not None and c.tests[c.selected]["name"] == FULL_DEPTH
+    means = [] if alone else ["by leaving early"]
+    early = " and ".join([*means, f"by working in {c.conditions['dtype']}"] if c.other_format else means)
     mean = {
         "risk": f"lose at most {p.tolerance:g} of {p.metric} on average {early}, where a prompt that "
         "gains counts as one that loses nothing",
@@ -98,6 +101,8 @@ def _search(c: Account) -> str:
     passed = sum(test["passed"] for test in c.tests)
     if not c.tests:
         return "On other prompts, the tuning part, none of the settings cost less than the full model."
+    if len(c.tests) == 1:
+        return f"One setting was tested, {c.tests[0]['name']}, bound {c.promise.bound}; {'it' if passed else 'none'} passed."
     text = f"{len(c.tests)} settings were tested in {how}, bound {c.promise.bound}; {passed} passed."
     if c.minimise is not None:
         text += f" The cheapest in {MEASURES[c.minimise]} was taken, never exiting among them."
