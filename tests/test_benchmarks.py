@@ -1,6 +1,7 @@
 """The studies behind docs/results: their commands exist, and their figures say what the evaluations found."""
 
 import json
+import math
 import random
 import shlex
 import statistics
@@ -20,6 +21,7 @@ from offramp.core.plan import resolve
 from offramp.core.policy import ExitPolicy
 from offramp.evaluation import evaluate, grid, read_records
 from offramp.metrics.text import METRICS
+from tiny import tiny, tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baseline  # noqa: E402 - no package: it is found by the line above
@@ -29,6 +31,7 @@ import levers  # noqa: E402
 import native_kernels  # noqa: E402
 import new_t5  # noqa: E402
 import results  # noqa: E402
+import rounding  # noqa: E402
 import seeds  # noqa: E402
 import t5_policies  # noqa: E402
 
@@ -261,3 +264,24 @@ def test_passes_of_the_kernels_are_timed(monkeypatch, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [line[1:4:2] for line in lines if line[1] == "int8"] == [["int8", "probe"], ["int8", "1"], ["int8", "33"]]
     assert len(lines) == 10
+
+
+def test_rounding_is_told_from_float32(tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    words = random.Random(0).choices([f"w{i}" for i in range(20, 60)], k=60)
+    (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    options = ["--model", str(tmp_path / "model"), "--windows", "3", "--length", "16", "--without-peers"]
+    rounding.main([str(tmp_path / "text.txt"), *options])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [line[1].strip() for line in lines] == ["offramp bfloat16", "offramp int8", "transformers bfloat16"]
+    assert all(0 < float(line[2].split()[0]) < 50 and float(line[3].split()[0]) > 80 for line in lines)
+    with pytest.raises(SystemExit):
+        rounding.main([str(tmp_path / "text.txt"), *options[:4], "--length", "30"])
+
+
+def test_divergences_and_their_intervals_are_those_of_the_formula():
+    halves, tenths = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.1, 0.9]]).log()
+    assert rounding.compared(halves, tenths + 3) == pytest.approx([math.log(0.5 / 0.3), 0.0])
+    assert rounding.compared(tenths, tenths) == pytest.approx([0.0, 1.0], abs=1e-7)
+    assert rounding.interval(torch.tensor([1.0, 2.0, 3.0]), 2, 10) == "20.00 (-4.84–44.84)"  # 2 ± 4.303 / √3

@@ -99,9 +99,9 @@ def test_static_exits_are_certified_alone_behind_full_depth(monkeypatch, tmp_pat
 def test_where_nothing_is_left_to_try_it_says_so(tmp_path):
     with pytest.raises(ValueError, match="nothing is tried: no threshold, static exit or shorter prompt"):
         calibrate(model(), TASK, questions(16), BASE, REAL, tmp_path, grid=Grid((), static_layers=()), **SHORT)
+    options = {"grid": Grid((), static_layers=(), per_layer=True), "tuning": 0.3, "reference": model(), **SHORT}
     with pytest.raises(ValueError, match="shares per layer and accepts are of nothing"):
-        grid = Grid((), static_layers=(), per_layer=True)
-        calibrate(int8(), TASK, questions(16), BASE, REAL, tmp_path, grid=grid, tuning=0.3, reference=model(), **SHORT)
+        calibrate(int8(), TASK, questions(16), BASE, REAL, tmp_path, **options)
 
 
 def test_where_full_depth_loses_too_much_it_is_not_called_the_full_model(monkeypatch, tmp_path):

@@ -225,8 +225,8 @@ def settings_of(
         settings.insert(0, Setting(FULL_DEPTH, never, None, 0, 0.0, settings[0].family if settings else PLAIN))
     if not settings and not plain:
         raise ValueError(
-            "nothing is tried: no threshold, static exit or shorter prompt, and full depth needs no certificate where it "
-            "is its own reference; give thresholds, or the reference's number format"
+            "nothing is tried: no threshold, static exit or shorter prompt, and full depth needs no certificate where "
+            "it is its own reference; give thresholds, or the reference's number format"
         )
     last = 1 + max((setting.chain for setting in settings if setting.family != PLAIN), default=-1)
     beside = [(name, plain[name], spot or 0.0) for name, spot in _spots(list(plain))]

@@ -102,7 +102,8 @@ def _search(c: Account) -> str:
     if not c.tests:
         return "On other prompts, the tuning part, none of the settings cost less than the full model."
     if len(c.tests) == 1:
-        return f"One setting was tested, {c.tests[0]['name']}, bound {c.promise.bound}; {'it' if passed else 'none'} passed."
+        verdict = "passed" if passed else "did not pass"
+        return f"One setting was tested, {c.tests[0]['name']}, bound {c.promise.bound}; it {verdict}."
     text = f"{len(c.tests)} settings were tested in {how}, bound {c.promise.bound}; {passed} passed."
     if c.minimise is not None:
         text += f" The cheapest in {MEASURES[c.minimise]} was taken, never exiting among them."

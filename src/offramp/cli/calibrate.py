@@ -111,8 +111,8 @@ def calibrate(
     threshold: Annotated[
         str | None,
         typer.Option(
-            help="To try, with commas; default: 16 from 0.999 to 0, finer near 1. none: no exit of the policy is tried, "
-            "so that with --reference-dtype and --static none the number format alone is certified."
+            help="To try, with commas; default: 16 from 0.999 to 0, finer near 1. none: no exit of the policy is "
+            "tried, so that with --reference-dtype and --static none the number format alone is certified."
         ),
     ] = None,
     min_layer: Annotated[str | None, typer.Option(help="First layers tested, to try, such as 10,15,20.")] = None,
@@ -240,7 +240,8 @@ def calibrate(
         skipped=ways[0] if len(ways) == 1 else None, min_layer=first, prompt_layer=prompt_layer,
     )  # fmt: skip
     grid = Grid(
-        () if threshold == "none" else o.numbers(threshold, "--threshold", float), starts, o.numbers(vocabulary_size, "--vocabulary-size", int),
+        () if threshold == "none" else o.numbers(threshold, "--threshold", float), starts,
+        o.numbers(vocabulary_size, "--vocabulary-size", int),
         per_layer, () if static == "none" else o.numbers(static, "--static", int),
         kinds if len(kinds) > 1 else None, tuple(filter(None, ways)) if len(ways) > 1 else None,
         GAINS if gains == "default" else o.numbers(gains, "--gains", float),

@@ -1,0 +1,116 @@
+"""How far the answers of number formats are from float32's: ours, torch's and llama.cpp's, on the same text.
+
+    python benchmarks/rounding.py TEXT [--model smollm2] [--windows 16] [--length 256] [--without-peers]
+
+TEXT is a plain-text file (or .gz). Of every next token of its first windows: the divergence KL(float32 || format) in
+nats, and how often the most likely token is float32's; float32 is torch's own pass. Brackets are 95 % intervals over
+windows (Student's t). llama.cpp is installed where `offramp bench --peers llama.cpp` keeps it.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor
+
+import offramp
+from offramp.native.model import NativeModel
+from offramp.peers.starting import LLAMA_CPP, python_of
+from offramp.peers.weights import FORMATS, gguf_file
+from offramp.runs.tables import markdown
+from offramp.tasks.rows import read_text
+
+AT_ONCE = 128  # positions whose logits are held
+
+Pass = Callable[[Tensor], Tensor]
+"""Token ids [T] -> logits [T, V]."""
+
+
+def native(model: NativeModel) -> Pass:
+    """The native engine's pass over a text."""
+
+    def logits(ids: Tensor) -> Tensor:
+        hidden = model.run(model.start(ids[None]), 0, model.num_layers).hidden
+        return torch.cat([model.readout(part)[0].float() for part in hidden.split(AT_ONCE, 1)])
+
+    return logits
+
+
+def llama_cpp(file: Path, length: int) -> Pass:
+    """llama.cpp's, in this process."""
+    _, environment = python_of(LLAMA_CPP, {}, lambda line: print(line, file=sys.stderr, flush=True))
+    sys.path.append(environment["PYTHONPATH"].split(":")[0])
+    from llama_cpp import Llama  # type: ignore[import-not-found]
+
+    threads = torch.get_num_threads()
+    made = Llama(
+        str(file), n_ctx=length, n_batch=length, n_threads=threads, n_threads_batch=threads, logits_all=True,
+        verbose=False,
+    )  # fmt: skip
+
+    def logits(ids: Tensor) -> Tensor:
+        made.reset()
+        made.eval(ids.tolist())
+        return torch.from_numpy(np.array(made.scores[: len(ids)])).float()
+
+    return logits
+
+
+def compared(want: Tensor, got: Tensor) -> list[float]:
+    """The mean divergence of logits [T, V] from those that are exact, and the share of equal choices."""
+    exact, other = want.log_softmax(-1), got.log_softmax(-1)
+    divergence = (exact.exp() * (exact - other)).sum(-1).mean()
+    return [float(divergence), float((want.argmax(-1) == got.argmax(-1)).double().mean())]
+
+
+def interval(values: Tensor, digits: int, times: float = 1.0) -> str:
+    """The mean, and its interval over windows."""
+    mean, away = float(values.mean()), float(values.std()) / len(values) ** 0.5
+    away *= float(scipy.stats.t.ppf(0.975, len(values) - 1))
+    low, high = ((mean + sign * away) * times for sign in (-1, 1))
+    return f"{mean * times:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--without-peers", action="store_true")
+    options = parser.parse_args(arguments)
+    exact, coarse = (offramp.load(options.model, dtype=kind, device="cpu") for kind in ("float32", "bfloat16"))
+    assert exact.tokenizer is not None
+    count = options.windows * options.length
+    ids = torch.tensor(exact.tokenizer(read_text(options.text), verbose=False)["input_ids"][:count])
+    if options.windows < 2 or len(ids) < count:
+        parser.error(f"{options.text} has {len(ids)} tokens; {count} are wanted, in two windows or more")
+    passes: dict[str, Pass] = {
+        "offramp bfloat16": native(NativeModel(coarse.model)),
+        "offramp int8": native(NativeModel(coarse.model, int8=True)),
+        "transformers bfloat16": lambda ids: coarse.model(ids[None]).logits[0].float(),
+    }
+    if not options.without_peers:
+        passes |= {f"{LLAMA_CPP} {kind}": llama_cpp(gguf_file(coarse.model, kind), options.length) for kind in FORMATS}
+    found: dict[str, list[list[float]]] = {name: [] for name in passes}
+    for number, window in enumerate(ids.view(options.windows, -1), 1):
+        want = exact.model(window[None]).logits[0]
+        for name, each in passes.items():
+            found[name].append(compared(want, each(window)))
+        print(f"window {number} of {options.windows}", file=sys.stderr, flush=True)
+    rows = []
+    for name, values in found.items():
+        divergence, same = torch.tensor(values, dtype=torch.float64).T
+        rows.append([name, interval(divergence, 2, 1e3), interval(same, 1, 100)])
+    print(markdown(["format", "nats from float32, × 1000", "same most likely token, %"], rows))
+    print(f"\n{options.windows} windows of {options.length} tokens of {options.text.name}, {options.model}.")
+
+
+if __name__ == "__main__":
+    main()
