@@ -188,6 +188,19 @@ def calibrated(folder, data, out, *more):
     )  # fmt: skip
 
 
+def test_the_command_certifies_a_number_format_alone(folder, data, tmp_path):
+    path, formats = tmp_path / "out.json", ("--dtype", "int8", "--reference-dtype", "float32")
+    nothing = ("--threshold", "none", "--static", "none", "--even-if-it-does-not-pay")
+    run = calibrated(folder, data, tmp_path / "run", *formats, *nothing, "--json", path)
+    assert run.exit_code == 0, run.output
+    certificate = json.loads(path.read_text())["certificate"]
+    assert [test["name"] for test in certificate["tests"]] == ["full depth"]
+    assert certificate["conditions"]["dtype"] == "int8, native"
+    refused = calibrated(folder, data, tmp_path / "other", *nothing)
+    assert refused.exit_code == 1
+    assert "nothing is tried" in str(refused.exception)
+
+
 def test_calibrate_and_generate_with_the_policy(folder, data, tmp_path):
     out, path = tmp_path / "run", tmp_path / "out.json"
     run = calibrated(

@@ -54,15 +54,16 @@ def turned(columns: Tensor) -> Tensor:
     Returns:
         The same shape, in float32.
     """
-    left, parts = columns.shape[-2], []
-    while left:
-        size = 1 << (left.bit_length() - 1)
+    first, count = 0, columns.shape[-2]
+    turning = torch.zeros(count, count)
+    while first < count:
+        size = 1 << ((count - first).bit_length() - 1)
         part = torch.ones(1, 1)
         while len(part) < size:
             part = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), part)
-        parts.append(part / size**0.5)
-        left -= size
-    return torch.block_diag(*parts) @ columns.float()
+        turning[first : first + size, first : first + size] = part / size**0.5
+        first += size
+    return turning @ columns.float()
 
 
 def side_by_side(values: Tensor, scales: Tensor) -> Tensor:
