@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
+from claims import shown
+from seeds import over
 from torch import Tensor
 
 import offramp
 from offramp.native.model import NativeModel
-from offramp.peers.starting import LLAMA_CPP, python_of
+from offramp.peers.starting import LLAMA_CPP, folder_of, python_of
 from offramp.peers.weights import FORMATS, gguf_file
 from offramp.runs.tables import markdown
 from offramp.tasks.rows import read_text
@@ -41,9 +42,7 @@ def native(model: NativeModel) -> Pass:
 
 
 def llama_cpp(file: Path, length: int) -> Pass:
-    """llama.cpp's, in this process."""
-    _, environment = python_of(LLAMA_CPP, {}, lambda line: print(line, file=sys.stderr, flush=True))
-    sys.path.append(environment["PYTHONPATH"].split(":")[0])
+    """llama.cpp's, in this process, which has its package."""
     from llama_cpp import Llama  # type: ignore[import-not-found]
 
     threads = torch.get_num_threads()
@@ -65,14 +64,6 @@ def compared(want: Tensor, got: Tensor) -> list[float]:
     exact, other = want.log_softmax(-1), got.log_softmax(-1)
     divergence = (exact.exp() * (exact - other)).sum(-1).mean()
     return [float(divergence), float((want.argmax(-1) == got.argmax(-1)).double().mean())]
-
-
-def interval(values: Tensor, digits: int, times: float = 1.0) -> str:
-    """The mean, and its interval over windows."""
-    mean, away = float(values.mean()), float(values.std()) / len(values) ** 0.5
-    away *= float(scipy.stats.t.ppf(0.975, len(values) - 1))
-    low, high = ((mean + sign * away) * times for sign in (-1, 1))
-    return f"{mean * times:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 @torch.no_grad()
@@ -97,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         "transformers bfloat16": lambda ids: coarse.model(ids[None]).logits[0].float(),
     }
     if not options.without_peers:
+        python_of(LLAMA_CPP, {}, lambda line: print(line, file=sys.stderr, flush=True))  # installs it
+        sys.path.append(str(folder_of(LLAMA_CPP)))
         passes |= {f"{LLAMA_CPP} {kind}": llama_cpp(gguf_file(coarse.model, kind), options.length) for kind in FORMATS}
     found: dict[str, list[list[float]]] = {name: [] for name in passes}
     for number, window in enumerate(ids.view(options.windows, -1), 1):
@@ -106,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"window {number} of {options.windows}", file=sys.stderr, flush=True)
     rows = []
     for name, values in found.items():
-        divergence, same = torch.tensor(values, dtype=torch.float64).T
-        rows.append([name, interval(divergence, 2, 1e3), interval(same, 1, 100)])
+        divergence, same = zip(*values, strict=True)
+        rows.append([name, shown(over(divergence), 2, 1e3), shown(over(same), 1, 100)])
     print(markdown(["format", "nats from float32, × 1000", "same most likely token, %"], rows))
     print(f"\n{options.windows} windows of {options.length} tokens of {options.text.name}, {options.model}.")
 

@@ -284,4 +284,4 @@ def test_divergences_and_their_intervals_are_those_of_the_formula():
     halves, tenths = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.1, 0.9]]).log()
     assert rounding.compared(halves, tenths + 3) == pytest.approx([math.log(0.5 / 0.3), 0.0])
     assert rounding.compared(tenths, tenths) == pytest.approx([0.0, 1.0], abs=1e-7)
-    assert rounding.interval(torch.tensor([1.0, 2.0, 3.0]), 2, 10) == "20.00 (-4.84–44.84)"  # 2 ± 4.303 / √3
+    assert claims.shown(seeds.over([1.0, 2.0, 3.0]), 2, 10) == "20.00 (-4.84 to 44.84)"  # 2 ± 4.303 / √3

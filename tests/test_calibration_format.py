@@ -26,13 +26,13 @@ def int8():
     return in_format(engine="native", int8=True)
 
 
-def scripted(monkeypatch, tmp_path, loss, **options):
+def scripted(monkeypatch, tmp_path, loss, per_group=1, **options):
     """A calibration whose mean losses are those that `loss` says of a policy's threshold; None: full depth."""
     monkeypatch.setattr(drawing, "available", lambda: False)
     script = Script(lambda policy: loss[policy.threshold], cost=lambda policy: policy.threshold or 0.95)
     monkeypatch.setattr(decoded, "decode_arms", script.together)
     options = {"grid": GRID, "resamples": 20, "reference": model(), **options}
-    return calibrate(int8(), TASK, examples(600), BASE, PROMISE, tmp_path, **options)
+    return calibrate(int8(), TASK, examples(600, per_group), BASE, PROMISE, tmp_path, **options)
 
 
 def test_answers_of_the_full_model_are_those_of_the_reference(tmp_path):
@@ -102,6 +102,16 @@ def test_where_nothing_is_left_to_try_it_says_so(tmp_path):
     options = {"grid": Grid((), static_layers=(), per_layer=True), "tuning": 0.3, "reference": model(), **SHORT}
     with pytest.raises(ValueError, match="shares per layer and accepts are of nothing"):
         calibrate(int8(), TASK, questions(16), BASE, REAL, tmp_path, **options)
+    options |= {"grid": Grid((), (1, 2), static_layers=())}
+    with pytest.raises(ValueError, match="are of nothing, as are minimum layers"):
+        calibrate(int8(), TASK, questions(16), BASE, REAL, tmp_path, **options)
+
+
+def test_of_one_setting_it_is_said_too_that_groups_were_taken_to_be_independent(monkeypatch, tmp_path):
+    grid = Grid((), static_layers=())
+    words = scripted(monkeypatch, tmp_path, {None: 0.0}, per_group=2, grid=grid).certificate.words()
+    assert "One setting was tested, full depth" in words
+    assert "groups and were taken to be independent" in words
 
 
 def test_where_full_depth_loses_too_much_it_is_not_called_the_full_model(monkeypatch, tmp_path):

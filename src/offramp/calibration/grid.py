@@ -293,9 +293,13 @@ def _check(base: ExitPolicy, grid: Grid) -> None:
         raise ValueError(
             f"accepts are {grid.accepts}, but nothing is verified; give skipped 'verify', or leave them out"
         )
-    if grid.thresholds == () and (grid.per_layer or grid.accepts):
-        raise ValueError("no thresholds are tried, so that shares per layer and accepts are of nothing; leave them out")
-    varied = grid.thresholds, grid.vocabulary_sizes, grid.vocabularies, grid.skipped, grid.gains, grid.accepts
+    beside = grid.vocabulary_sizes, grid.vocabularies, grid.skipped, grid.accepts
+    if not grid.families(base) and (grid.per_layer or grid.min_layers or any(beside)):
+        raise ValueError(
+            "no thresholds are tried, so that shares per layer and accepts are of nothing, as are minimum layers, "
+            "vocabularies and what is skipped; leave them out"
+        )
+    varied = grid.thresholds, grid.gains, *beside
     if base.confidence == "static" and (any(varied) or grid.per_layer or grid.static_layers):
         raise ValueError("a static exit has no threshold and does not prune; give minimum layers only")
 

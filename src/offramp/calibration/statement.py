@@ -103,10 +103,11 @@ def _search(c: Account) -> str:
         return "On other prompts, the tuning part, none of the settings cost less than the full model."
     if len(c.tests) == 1:
         verdict = "passed" if passed else "did not pass"
-        return f"One setting was tested, {c.tests[0]['name']}, bound {c.promise.bound}; it {verdict}."
-    text = f"{len(c.tests)} settings were tested in {how}, bound {c.promise.bound}; {passed} passed."
-    if c.minimise is not None:
-        text += f" The cheapest in {MEASURES[c.minimise]} was taken, never exiting among them."
+        text = f"One setting was tested, {c.tests[0]['name']}, bound {c.promise.bound}; it {verdict}."
+    else:
+        text = f"{len(c.tests)} settings were tested in {how}, bound {c.promise.bound}; {passed} passed."
+        if c.minimise is not None:
+            text += f" The cheapest in {MEASURES[c.minimise]} was taken, never exiting among them."
     examples, groups = c.splits["certification"]
     if c.promise.unit == "prompt" and groups < examples:
         text += f" The {examples} prompts come from {groups} groups and were taken to be independent."
