@@ -189,9 +189,12 @@ def test_what_a_kill_between_two_renames_leaves_is_ended_by_the_next_reader(tmp_
         (work / name / "sub").mkdir(parents=True)
         for file in ("a.json", "sub/b.json"):
             (work / name / file).write_text(text)
+    earlier = [tmp_path / f".exits-{token}" for token in ("000000000000", "ffffffffffff")]
+    for other in earlier:  # killed while they removed what they had replaced
+        (other / "old" / "sub").mkdir(parents=True)
     recover_folder(tmp_path / "exits")
     assert version(tmp_path / "exits") == 2
-    assert everything_in(tmp_path)[0] == "exits"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name for other in earlier] + ["exits"])
     recover_folder(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 

@@ -154,17 +154,21 @@ def recover_folder(path: Path) -> None:
     """Finish what a process began that was killed while it replaced this folder; a living one is waited for."""
     deadline = time.monotonic() + 2
     while not path.exists() and time.monotonic() < deadline:
-        begun = [work for work in path.parent.glob(f".{glob.escape(path.name)}-*") if (work / "old").is_dir()]
+        begun = [work for work in path.parent.glob(f".{glob.escape(path.name)}-*") if _between(work)]
         if not begun:
             return
         for work in begun:
             if (handle := _opened(work)) is not None:
                 with contextlib.suppress(OSError):  # another reader was first
-                    new = work / "new"  # it was whole before the old one went
-                    (new if new.exists() else work / "old").rename(path)
+                    (work / "new").rename(path)  # it was whole before the old one went
                     shutil.rmtree(work)
                 os.close(handle)
         time.sleep(0.01)
+
+
+def _between(work: Path) -> bool:
+    """Whether its writer is between its two renames. Without `new` it is at its end: what `old` has left may be part."""
+    return (work / "old").is_dir() and (work / "new").is_dir()
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -235,7 +239,7 @@ def _remove_leftovers(target: Path) -> None:
     names = {f".{glob.escape(stem)}-*{glob.escape(suffix)}", f".{glob.escape(target.name)}-*"}
     for left in {left for name in names for left in target.parent.glob(name)}:
         token = left.name.removesuffix(suffix).rpartition("-")[2]
-        unfinished = (left / "old").exists() and not target.exists()
+        unfinished = _between(left) and not target.exists()
         if len(token) != 12 or set(token) - set("0123456789abcdef") or unfinished:
             continue
         with contextlib.suppress(OSError):
