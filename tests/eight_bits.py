@@ -30,16 +30,20 @@ def rounded_weight(weight):
 
 
 def rounded_input(x):
-    """An input [..., C] as the kernels round it, [..., C']: columns 16 apart share a scale, in parts of up to 768."""
+    """An input [..., C] as the kernels round it, [..., C']: columns 16 apart share a scale, in parts of up to 768.
+
+    The largest size of one of them, or of the sum of the first and second, third and fourth, and so on, becomes 126.
+    """
     steps = math.ceil(x.shape[-1] / 64)
     parts = math.ceil(steps / 12)
     count = math.ceil(steps / parts) * 4
     padded = torch.nn.functional.pad(x.float(), (0, parts * count * 16 - x.shape[-1]))
     columns = butterflies(padded.view(*x.shape[:-1], parts, count, 16).clone())
-    most = columns.abs().amax(-2, keepdim=True)
-    inverse = torch.where(most > 1e-30, 127 / most, 0)
+    pairs = columns.unflatten(-2, (-1, 2)).sum(-2)
+    most = torch.cat([columns, pairs], -2).abs().amax(-2, keepdim=True)
+    inverse = torch.where(most > 1e-30, 126 / most, 0)
     # Multiplied and rounded at once, as fused instructions do
-    whole = (columns.double() * inverse.double()).round() * (most * (1 / 127)).double()
+    whole = (columns.double() * inverse.double()).round() * (most * (1 / 126)).double()
     return (turning(count) @ whole).flatten(-3).to(x.dtype)
 
 

@@ -181,6 +181,20 @@ def test_inputs_in_eight_bits_may_be_zero_or_tiny_or_huge():
     assert bool((got[2].isfinite() | got[2].isinf()).all())
 
 
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_the_largest_products_in_eight_bits_fit(count):
+    """Turned, all columns of a lane are equal: neighbours that are as large as any may be."""
+    first = torch.zeros(1, 200)
+    first[:, :16] = 1
+    linear = torch.nn.Linear(200, 5, bias=False)
+    linear.weight.data = first.repeat(5, 1)
+    weights = Weights(int8=True)
+    matrix = weights.matrix(Part(linear))
+    for sign in (1, -1):
+        got = times(matrix, sign * first.repeat(count, 1))
+        torch.testing.assert_close(got, torch.full((count, 5), 16.0 * sign), rtol=5e-3, atol=0)
+
+
 def test_quantisation_is_within_half_a_scale_and_uses_the_whole_range():
     torch.manual_seed(0)
     weight = torch.randn(5, 900)

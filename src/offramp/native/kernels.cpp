@@ -560,13 +560,12 @@ inline i32s dot4(i32s acc, u32s w, i32s x) {
     return (i32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 }
 #elif defined(__AVX2__)
-constexpr int LEFT = 0;
+constexpr int LEFT = 128;
 inline i32s dot4(i32s acc, u32s w, i32s x) {
     __m256i a[LANES / 8], b[LANES / 8], c[LANES / 8];
     std::memcpy(a, &acc, sizeof a), std::memcpy(b, &w, sizeof b), std::memcpy(c, &x, sizeof c);
-    for (int i = 0; i < LANES / 8; ++i) {  // all bytes from -127 to 127: two products fit sixteen bits
-        const __m256i weights = _mm256_xor_si256(b[i], _mm256_set1_epi8(-128));
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c[i]), _mm256_sign_epi8(weights, c[i]));
+    for (int i = 0; i < LANES / 8; ++i) {  // neighbours add up to no more than 128: two products fit sixteen bits
+        const __m256i pairs = _mm256_maddubs_epi16(b[i], c[i]);
         a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     std::memcpy(&acc, a, sizeof a);
@@ -621,8 +620,9 @@ inline void turn(f32s* columns, int64_t count) {
     }
 }
 
-// Turns a row of inputs and rounds it to eight bits, each lane's largest to 127. A lane with a number that is not finite
-// is NaN.
+// Turns a row of inputs and rounds it to eight bits, the largest number and sum of two neighbours of each lane to 126, of
+// which half is a whole number, too. So two products with weights, which AVX2 adds in sixteen bits, fit these; and numbers
+// are the same on all machines. A lane with a number that is not finite is NaN.
 void pack_bytes(const float* x, int64_t cols, char* into) {
     const Blocks blocks(cols);
     const int64_t count = blocks.steps * 4;
@@ -638,13 +638,17 @@ void pack_bytes(const float* x, int64_t cols, char* into) {
             }
             turn(columns, count);
             f32s most = {}, wrong = {};
-            for (int64_t i = 0; i < count; ++i) {
-                const f32s size = (f32s)((i32s)columns[i] & 0x7fffffff);
+            auto at_least = [&](f32s x) {
+                const f32s size = (f32s)((i32s)x & 0x7fffffff);
                 most = choose(size > most, size, most);
-                wrong += columns[i] * splat(0.0f);
+            };
+            for (int64_t i = 0; i < count; i += 2) {
+                const f32s one = columns[i], two = columns[i + 1];
+                at_least(one), at_least(two), at_least(one + two);
+                wrong += (one + two) * splat(0.0f);
             }
-            const f32s scale = most * splat(1.0f / 127), magic = splat(12582912.0f);
-            const f32s inverse = choose(most > splat(1e-30f), splat(127.0f) / most, splat(0.0f));
+            const f32s scale = most * splat(1.0f / 126), magic = splat(12582912.0f);
+            const f32s inverse = choose(most > splat(1e-30f), splat(126.0f) / most, splat(0.0f));
             const i32s sound = wrong == wrong;
             i32s total = {};
             for (int64_t s = 0; s < blocks.steps; ++s) {
@@ -979,7 +983,7 @@ void multiply_bytes(const Matrix& a, int64_t from, int64_t to, const int64_t* id
     const int64_t apart = in.stride * sizeof(float);
     eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
         each_block(in, out + (r - from), stride, [&](auto size, int64_t m, const float* x, float* to) {
-            constexpr int M = decltype(size)::value, T = parts_of<M>(false), R = ROWS<M, T>;
+            constexpr int M = decltype(size)::value, T = 2 * M * PARTS <= SUMS ? PARTS : 1, R = ROWS<M, T>;
             for (int64_t i = 0; i < count; i += R)
                 tile<R, M, T>(rows + i, m ? nullptr : next + i, reinterpret_cast<const char*>(x), apart, blocks, to + i, stride, count - i);
         });
