@@ -122,7 +122,7 @@ def served(serving, grace=5.0):
 def connected(address, data):
     """A connection over which bytes were sent as they are."""
     host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(data)
         yield connection
 
@@ -150,7 +150,7 @@ def posted(path, body, **headers):
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-def until(true, seconds=10.0):
+def until(true, seconds=60.0):
     """Wait until something is true."""
     end = time.monotonic() + seconds
     while not true():

@@ -28,7 +28,7 @@ def server(batch=None, policy=POLICY, **options):
 
 
 def client(address, key="none"):
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=20)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_a_server_begins_answers_and_ends_with_status_0(folder):
         assert len(json.loads(body)["offramp"]["exit_layers"][0]) <= 3
     finally:
         process.send_signal(signal.SIGTERM)
-        rest = process.communicate(timeout=30)[1]
+        rest = process.communicate(timeout=120)[1]
     assert (process.returncode, rest) == (0, "")
     assert "No certificate is on file" in said
 

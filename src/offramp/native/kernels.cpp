@@ -742,10 +742,19 @@ struct Next {
     }
 };
 
-// R rows of weights times M rows of inputs, in one chain of sixteen lanes for each sum, of which T parts are made at once;
-// of the results, `rows` times M go to out[m * stride + r]. Behind the last of `whole` columns come those of `ends`. If not
-// all parts are made at once, only columns [from, to) are gone over, and the lanes up to there are in `sums`. On the way,
-// the rows `next` are fetched.
+// The sums of all lanes of R rows of weights times M of inputs, of which `rows` times M go to out[m * stride + r].
+template <int R, int M>
+inline void put(const Sum* sums, float* out, int64_t stride, int64_t rows) {
+    float got[SIZE<R, M>];
+#pragma GCC unroll 8
+    for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
+}
+
+// R rows of weights times M rows of inputs, in one chain of sixteen lanes for each sum, of which T parts are made at once.
+// Behind the last of `whole` columns come those of `ends`. If not all parts are made at once, only columns [from, to) are
+// gone over, and the lanes up to there are in `sums`. On the way, the rows `next` are fetched.
 template <class W, int R, int M, int T>
 __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const* next, const float* first, int64_t from,
                                     int64_t to, int64_t whole, Sum* sums, float* out, int64_t stride, int64_t rows) {
@@ -794,11 +803,7 @@ __attribute__((noinline)) void tile(const W* w, const W* ends, const char* const
         for (int i = 0; i < R * M * T; ++i) sums[i / T].part[part + i % T] = acc[i];
     }
     if (T < PARTS && to < whole) return;
-    float got[SIZE<R, M>];
-#pragma GCC unroll 8
-    for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
-    for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
+    put<R, M>(sums, out, stride, rows);
 }
 
 // The same of rows in eight bits.
@@ -857,11 +862,7 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
         }
         for (int r = 0; r < R && next; ++r) fetched.fetch();
     }
-    float got[SIZE<R, M>];
-#pragma GCC unroll 8
-    for (int i = 0; i < R * M; i += 8) sums8(sums + i, got + i);
-    for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R && r < rows; ++r) out[m * stride + r] = got[m * R + r];
+    put<R, M>(sums, out, stride, rows);
 }
 
 // There are `count` rows of weights, and behind the last one the same again up to a whole eight. Where parts come one after
