@@ -53,8 +53,8 @@ PAIRS = CAPITALS.replace("\n", " ").strip().split(", ")
 CAPITAL = "What is the capital of {}?"
 SHOWN = CAPITAL.format("Peru")
 """Not among those that anything is chosen or certified by."""
-PROMISE = Promise("exact_match", tolerance=0.15, failure=0.1)
-"""Chosen after a trial on these questions; fix your own before you look, or certify on others than you looked at."""
+PROMISE = Promise("exact_match", tolerance=0.15, failure=0.1, bound="binomial")  # exact: an answer is lost or it is not
+"""Chosen after trials on these questions; fix your own before you look, or certify on others than you looked at."""
 TOKENS, ROUNDS = 48, 3
 TRANSFORMERS, FULL, DRAFTED, EIGHT = "transformers", "full depth", "drafts, checked", "eight bits"
 Way = Callable[[str], str]
@@ -186,8 +186,8 @@ def kept(certified: Calibration) -> str:
         f"part in the choice. Promised: of such questions, at most {PROMISE.tolerance:.0%} are answered rightly in "
         f"sixteen bits ({right:.0%} are, to the letter) but wrongly in eight. That holds with probability "
         f"{1 - PROMISE.failure:g} over the draw of the {certificate.n} capitals it was certified with, had the "
-        f"tolerance been chosen before any look at them: for this demonstration it was chosen after a trial. On your "
-        "questions choose it first. Of other questions it says nothing."
+        f"tolerance and bound been chosen before any look at them: for this demonstration they were chosen after trials. "
+        "On your questions choose them first. Of other questions it says nothing."
     )
 
 
