@@ -186,8 +186,8 @@ def kept(certified: Calibration) -> str:
         f"part in the choice. Promised: of such questions, at most {PROMISE.tolerance:.0%} are answered rightly in "
         f"sixteen bits ({right:.0%} are, to the letter) but wrongly in eight. That holds with probability "
         f"{1 - PROMISE.failure:g} over the draw of the {certificate.n} capitals it was certified with, had the "
-        f"tolerance and bound been chosen before any look at them: for this demonstration they were chosen after trials. "
-        "On your questions choose them first. Of other questions it says nothing."
+        "tolerance and bound been chosen before any look at them: for this demonstration they were chosen after "
+        "trials. On your questions choose them first. Of other questions it says nothing."
     )
 
 

@@ -167,7 +167,7 @@ def recover_folder(path: Path) -> None:
 
 
 def _between(work: Path) -> bool:
-    """Whether its writer is between its two renames. Without `new` it is at its end: what `old` has left may be part."""
+    """Whether its writer is between its two renames; without `new` it is behind them, and `old` may be half removed."""
     return (work / "old").is_dir() and (work / "new").is_dir()
 
 
