@@ -64,7 +64,7 @@ struct Case {
 };
 
 int main() {
-    const double allowed[] = {1e-6, 1e-6, 1e-2};  // of the sum of all sizes; inputs in eight bits are rounded by up to 1/254
+    const double allowed[] = {1e-6, 1e-6, 1e-2};  // of the sum of all sizes; inputs in eight bits are rounded
     double worst[3] = {};
     bool alike = true;
     for (int64_t format : {F32, BF16, INT8})
