@@ -984,6 +984,7 @@ void multiply_bytes(const Matrix& a, int64_t from, int64_t to, const int64_t* id
     const int64_t apart = in.stride * sizeof(float);
     eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
         each_block(in, out + (r - from), stride, [&](auto size, int64_t m, const float* x, float* to) {
+            // Line by line if the sums of two rows fit into registers; else one part of all lines after the other
             constexpr int M = decltype(size)::value, T = 2 * M * PARTS <= SUMS ? PARTS : 1, R = ROWS<M, T>;
             for (int64_t i = 0; i < count; i += R)
                 tile<R, M, T>(rows + i, m ? nullptr : next + i, reinterpret_cast<const char*>(x), apart, blocks, to + i, stride, count - i);
