@@ -564,7 +564,7 @@ constexpr int LEFT = 128;
 inline i32s dot4(i32s acc, u32s w, i32s x) {
     __m256i a[LANES / 8], b[LANES / 8], c[LANES / 8];
     std::memcpy(a, &acc, sizeof a), std::memcpy(b, &w, sizeof b), std::memcpy(c, &x, sizeof c);
-    for (int i = 0; i < LANES / 8; ++i) {  // neighbours add up to no more than 128: two products fit sixteen bits
+    for (int i = 0; i < LANES / 8; ++i) {  // neighbours add up to no more than 127: two products fit sixteen bits
         const __m256i pairs = _mm256_maddubs_epi16(b[i], c[i]);
         a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
@@ -621,8 +621,8 @@ inline void turn(f32s* columns, int64_t count) {
 }
 
 // Turns a row of inputs and rounds it to eight bits, the largest number and sum of two neighbours of each lane to 126, of
-// which half is a whole number, too. So two products with weights, which AVX2 adds in sixteen bits, fit these; and numbers
-// are the same on all machines. A lane with a number that is not finite is NaN.
+// which half is a whole number, too. So two products with weights, which AVX2 adds in sixteen bits, fit these. Other
+// processors round alike. A lane with a number that is not finite is NaN.
 void pack_bytes(const float* x, int64_t cols, char* into) {
     const Blocks blocks(cols);
     const int64_t count = blocks.steps * 4;
@@ -984,8 +984,7 @@ void multiply_bytes(const Matrix& a, int64_t from, int64_t to, const int64_t* id
     const int64_t apart = in.stride * sizeof(float);
     eights(a, from, to, ids, then, [&](int64_t r, int64_t count, const char* const* rows, const char* const* next) {
         each_block(in, out + (r - from), stride, [&](auto size, int64_t m, const float* x, float* to) {
-            // Line by line if the sums of two rows fit into registers; else one part of all lines after the other
-            constexpr int M = decltype(size)::value, T = 2 * M * PARTS <= SUMS ? PARTS : 1, R = ROWS<M, T>;
+            constexpr int M = decltype(size)::value, T = parts_of<2 * M>(false), R = ROWS<M, T>;  // with room for two rows
             for (int64_t i = 0; i < count; i += R)
                 tile<R, M, T>(rows + i, m ? nullptr : next + i, reinterpret_cast<const char*>(x), apart, blocks, to + i, stride, count - i);
         });
