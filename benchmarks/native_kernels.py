@@ -1,11 +1,12 @@
 """What one pass of the native engine costs, by number of tokens, beside a plain read of the same bytes.
 
-    python benchmarks/native_kernels.py [--formats bfloat16,int8] [--tokens 1,2,4,8,300] [--context 100] [--rounds 20]
+    python benchmarks/native_kernels.py [--formats bfloat16,int8,int4] [--tokens 1,2,4,8,300] [--context 100]
+                                        [--rounds 20]
 
-Random weights of SmolLM2-135M's shape; all blocks and the readout of the last eight tokens. Everything takes turns in
-every round, after three that are not counted; medians and quartiles are over the rounds. "of the probe" is the time of
-the read divided by that of the pass: what it reaches of the machine's bandwidth. For prompts it says nothing: they are
-bound by arithmetic, see their tokens per second.
+Random weights of SmolLM2-135M's shape (with int4 of sixteen values in each 32 columns, but for the head); all blocks
+and the readout of the last eight tokens. Everything takes turns in every round, after three that are not counted;
+medians and quartiles are over the rounds. "of the probe" is the time of the read divided by that of the pass: what it
+reaches of the machine's bandwidth. For prompts it says nothing: they are bound by arithmetic, see their tokens/s.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from offramp.native.kernels import address, library
@@ -25,7 +27,9 @@ SHAPE = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
 )  # fmt: skip
+HEAD = 49152 * 576 / 134515008  # the share of weights that keeps eight bits
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 * 16 / 576}
+BYTES["int4"] = HEAD * BYTES["int8"] + (1 - HEAD) * 20 / 32
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -35,11 +39,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def spaced(weight: Tensor) -> Tensor:
+    """Each 32 columns of a row to the nearest of sixteen equally spaced values, as in a checkpoint of four bits."""
+    groups = weight.float().unflatten(1, (-1, 32))
+    low = groups.amin(-1, keepdim=True)
+    step = (groups.amax(-1, keepdim=True) - low) / 15
+    return (((groups - low) / step).round() * step + low).flatten(1).to(weight.dtype)
+
+
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default="bfloat16,int8")
+    parser.add_argument("--formats", default="bfloat16,int8,int4")
     parser.add_argument("--tokens", default="1,2,4,8,300")
     parser.add_argument("--context", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=20)
@@ -50,8 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
     weights = sum(parameter.numel() for parameter in made.parameters())
     models = {}
     for name in formats:
-        dtype = torch.float32 if name == "float32" else torch.bfloat16
-        models[name] = NativeModel(copy.deepcopy(made).to(dtype), int8=name == "int8")
+        one = copy.deepcopy(made).to(torch.float32 if name == "float32" else torch.bfloat16)
+        if name == "int4":
+            for parameter in one.model.layers.parameters():
+                parameter.data = spaced(parameter.data) if parameter.ndim == 2 else parameter.data
+        models[name] = NativeModel(one, rounded=name if name.startswith("int") else None)
     contexts = {
         name: model.run(
             model.start(torch.randint(SHAPE.vocab_size, (1, options.context))), 0, SHAPE.num_hidden_layers

@@ -19,6 +19,7 @@ from seeds import over
 from torch import Tensor
 
 import offramp
+from offramp.native.kernels import NativeError
 from offramp.native.model import NativeModel
 from offramp.peers.starting import LLAMA_CPP, folder_of, python_of
 from offramp.peers.weights import FORMATS, gguf_file
@@ -84,9 +85,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{options.text} has {len(ids)} tokens; {count} are wanted, in two windows or more")
     passes: dict[str, Pass] = {
         "offramp bfloat16": native(NativeModel(coarse.model)),
-        "offramp int8": native(NativeModel(coarse.model, int8=True)),
+        "offramp int8": native(NativeModel(coarse.model, rounded="int8")),
         "transformers bfloat16": lambda ids: coarse.model(ids[None]).logits[0].float(),
     }
+    try:
+        passes["offramp int4"] = native(NativeModel(coarse.model, rounded="int4"))
+    except NativeError as error:
+        print(f"left out: offramp int4, {error}", file=sys.stderr, flush=True)
     if not options.without_peers:
         python_of(LLAMA_CPP, {}, lambda line: print(line, file=sys.stderr, flush=True))  # installs it
         sys.path.append(str(folder_of(LLAMA_CPP)))

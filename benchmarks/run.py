@@ -28,14 +28,15 @@ BENCHES = {
          "--arms", "static 20", "--repeats", "7", "--peers", "llama.cpp"],
     ),
     "peers-avx2": (
-        "Beside llama.cpp on a processor without AVX-512: SmolLM2-135M-Instruct, bfloat16 and int8",
-        ["smollm2", *NATIVE, "--with-int8", "--limit", "2", "--max-new-tokens", "64", "--mean-layer", "20",
-         "--min-layer", "15", "--arms", "static 20,softmax + fixed", "--repeats", "7", "--peers", "llama.cpp"],
+        "Beside llama.cpp on a processor without AVX-512: SmolLM2-135M-Instruct, in bfloat16 and fewer bits",
+        ["smollm2", *NATIVE, "--with-int8", "--with-int4", "--limit", "2", "--max-new-tokens", "64",
+         "--mean-layer", "20", "--min-layer", "15", "--arms", "static 20,softmax + fixed", "--repeats", "7",
+         "--peers", "llama.cpp"],
     ),
     "long-prompt-avx2": (
         "A prompt of 300 tokens on a processor without AVX-512",
-        ["smollm2", *NATIVE, "--with-int8", "--prompts", "benchmarks/prompt_300_tokens.txt", "--limit", "1",
-         "--max-new-tokens", "8", "--arms", "static 20", "--repeats", "7", "--peers", "llama.cpp"],
+        ["smollm2", *NATIVE, "--with-int8", "--with-int4", "--prompts", "benchmarks/prompt_300_tokens.txt",
+         "--limit", "1", "--max-new-tokens", "8", "--arms", "static 20", "--repeats", "7", "--peers", "llama.cpp"],
     ),
     "batches": (
         "Several prompts together: SmolLM2-135M-Instruct, exits scripted at layer 20",

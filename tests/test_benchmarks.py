@@ -257,13 +257,15 @@ def test_a_new_t5_refuses_files_of_different_length(tmp_path):
 
 
 def test_passes_of_the_kernels_are_timed(monkeypatch, capsys):
-    tiny = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    tiny = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     monkeypatch.setattr(native_kernels, "SHAPE", LlamaConfig(**tiny, **heads))
-    native_kernels.main(["--formats", "float32,bfloat16,int8", "--tokens", "1,33", "--context", "3", "--rounds", "2"])
+    native_kernels.main(
+        ["--formats", "float32,bfloat16,int8,int4", "--tokens", "1,33", "--context", "3", "--rounds", "2"]
+    )
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [line[1:4:2] for line in lines if line[1] == "int8"] == [["int8", "probe"], ["int8", "1"], ["int8", "33"]]
-    assert len(lines) == 10
+    assert [line[1:4:2] for line in lines if line[1] == "int4"] == [["int4", "probe"], ["int4", "1"], ["int4", "33"]]
+    assert len(lines) == 13
 
 
 def test_rounding_is_told_from_float32(tmp_path, capsys):

@@ -23,7 +23,7 @@ def in_format(**options):
 
 
 def int8():
-    return in_format(engine="native", int8=True)
+    return in_format(engine="native", rounded="int8")
 
 
 def scripted(monkeypatch, tmp_path, loss, per_group=1, **options):

@@ -269,7 +269,7 @@ def test_asked_for_without_a_gpu():
     with pytest.raises(CudaError, match=r"engine is 'cuda', but the model is on cpu; load it with device='cuda' on a"):
         LanguageModel(tiny("llama"), engine="cuda")
     with pytest.raises(ValueError, match="int8 is not available with engine='cuda'"):
-        LanguageModel(tiny("llama"), engine="cuda", int8=True)
+        LanguageModel(tiny("llama"), engine="cuda", rounded="int8")
 
 
 # ---------------------------------------------------------------- segments that run ahead of an answer

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from few_bits import model_in, rounded
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.policy import DRAFTER
 from offramp.families.finite import NotFiniteError
@@ -29,8 +30,8 @@ CYCLES = NativeModel.cycles
 
 def language_model(form="float32"):
     """With a drafter that is right now and then."""
-    lm = LanguageModel(copy.deepcopy(tiny("llama")).to(getattr(torch, form.replace("int8", "bfloat16"))),
-                       engine="native", int8=form == "int8")  # fmt: skip
+    model = tiny("llama") if form == "float32" else model_in("bfloat16", tiny("llama"))
+    lm = LanguageModel(model_in(form, model), engine="native", rounded=rounded(form))
     lm.attach_exits(drafting(lm.split, 2, frequent=likely("llama", inputs_for("llama", 1), 3)))
     return lm
 
@@ -55,7 +56,7 @@ def counted(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tokens_drafts_and_costs_are_those_of_single_calls(monkeypatch, policy, form):
     got, want = both(monkeypatch, language_model(form), policy=POLICIES[policy], eos_token_id=None)

@@ -132,4 +132,4 @@ def test_the_engine_is_chosen_by_name(tmp_path):
 
 def test_eight_bits_are_the_kernels_alone():
     with pytest.raises(NativeError, match="'mixtral' have no native description"):
-        LanguageModel(tiny("mixtral"), int8=True)
+        LanguageModel(tiny("mixtral"), rounded="int8")

@@ -1,6 +1,5 @@
 """Tests on the exits' frequent tokens alone: against brute force, the full model, simulation, and what is saved."""
 
-import copy
 import json
 import math
 from collections import Counter
@@ -8,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from few_bits import model_in, rounded
 from offramp import Contrast, ExitPolicy, Exits, LanguageModel, ModelError
 from offramp.calibration.grid import Grid, settings_of
 from offramp.core.costs import break_even
@@ -211,10 +211,9 @@ def test_verify_is_greedy(options, kind, engine):
     assert all(token in SOME for token, layer in left[1:] if layer < 7)
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 def test_verify_is_its_own_full_depth_in_other_formats(form):
-    model = copy.deepcopy(deep()).to(torch.bfloat16) if form == "bfloat16" else deep()
-    lm, inputs = listed(model, "native", int8=form == "int8"), batch_of("llama", 3)
+    lm, inputs = listed(model_in(form, deep()), "native", rounded=rounded(form)), batch_of("llama", 3)
     policy = ExitPolicy("static", min_layer=6, vocabulary="frequent", skipped="verify")
     out, full = (lm.generate(inputs, policy=p, max_new_tokens=16) for p in (policy, None))
     assert out.tokens == full.tokens

@@ -47,7 +47,7 @@ class Loaded(NamedTuple):
     tokenizer: object
     name: str = ""
     engine: str = "auto"
-    int8: bool = False
+    rounded: str | None = None
 
 
 @pytest.fixture

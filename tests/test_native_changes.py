@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from few_bits import model_in
 from offramp import LanguageModel
 from offramp.native import weights
 from offramp.native.kernels import NativeError
@@ -74,17 +75,17 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changed_generates_anew(change, int8):
-    model = copy.deepcopy(tiny("llama"))
-    lm = native(model, int8=int8)
+def test_what_changed_generates_anew(change, form):
+    model = model_in(form, copy.deepcopy(tiny("llama")))
+    lm = native(model, rounded=form)
     before = tokens(lm)
     assert lm.decoder is lm.decoder
     torch.manual_seed(0)
     change(model)
-    assert tokens(lm) == tokens(native(copy.deepcopy(model), int8=int8)) != before
-    if not int8 and model.dtype == torch.float32:
+    assert tokens(lm) == tokens(native(copy.deepcopy(model), rounded=form)) != before
+    if form is None and model.dtype == torch.float32:
         assert lm.generate(INPUTS, max_new_tokens=NEW).sequences.tolist() == greedy(model, INPUTS, NEW).tolist()
 
 
@@ -106,7 +107,7 @@ def test_what_was_copied_and_changed_is_copied_anew(name, path):
 def test_adapters_are_refused_until_they_are_merged():
     peft = pytest.importorskip("peft")
     model = copy.deepcopy(tiny("llama"))
-    lm = native(model, int8=True)  # which copies, so that nothing is right by itself
+    lm = native(model, rounded="int8")  # which copies, so that nothing is right by itself
     before = tokens(lm)
     config = peft.LoraConfig(target_modules=["v_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(0)
@@ -114,7 +115,7 @@ def test_adapters_are_refused_until_they_are_merged():
     with pytest.raises(NativeError, match="a Linear of peft is more than its weight; merge adapters"):
         tokens(lm)
     adapted.merge_and_unload()
-    assert tokens(lm) == tokens(native(copy.deepcopy(model), int8=True)) != before
+    assert tokens(lm) == tokens(native(copy.deepcopy(model), rounded="int8")) != before
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -122,11 +123,11 @@ def test_adapters_merged_between_two_generations():
     """Merging writes through `.data` and leaves the modules there were: only values tell."""
     peft = pytest.importorskip("peft")
     model = copy.deepcopy(tiny("llama"))
-    lm = native(model, int8=True)
+    lm = native(model, rounded="int8")
     before = tokens(lm)
     config = peft.LoraConfig(target_modules=["v_proj", "down_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).merge_and_unload()
-    assert tokens(lm) == tokens(native(copy.deepcopy(model), int8=True)) != before
+    assert tokens(lm) == tokens(native(copy.deepcopy(model), rounded="int8")) != before
 
 
 def hook(model):
@@ -179,7 +180,7 @@ def test_norms_that_are_not_known():
 def test_a_model_too_large_to_be_copied(monkeypatch):
     monkeypatch.setattr(weights, "quantised", lambda weight: torch.empty(1 << 60))  # what torch says of it
     with pytest.raises(MemoryError, match="eight-bit copies of its matrices.* memory beside the model"):
-        native(tiny("llama"), int8=True)
+        native(tiny("llama"), rounded="int8")
 
 
 def test_an_interrupted_generation_can_be_repeated():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from eight_bits import dequantised, rounded_input, rounded_weight, turning
+from few_bits import dequantised, input_in, rounded, sixteen_values, turning, weight_in
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
 from offramp.native import kernels as lib
@@ -23,7 +23,7 @@ from offramp.native.kernels import library
 from offramp.native.weights import Part, Weights, quantised
 from tiny import tiny
 
-FORMATS = ("float32", "bfloat16", "int8")
+FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 
 def matrix_of(kind, rows, cols, *, bias=False, seed=0):
@@ -31,11 +31,11 @@ def matrix_of(kind, rows, cols, *, bias=False, seed=0):
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     linear = torch.nn.Linear(cols, rows, bias=bias, dtype=dtype)
-    weights = Weights(int8=kind == "int8")
-    matrix = weights.matrix(Part(linear))
-    values = linear.weight.detach()
-    if kind == "int8":
-        values = rounded_weight(values)
+    if kind == "int4":
+        linear.weight.data = sixteen_values(linear.weight, seed=seed)
+    weights = Weights(rounded=rounded(kind))
+    matrix = weights.matrices([Part(linear)])[0]
+    values = weight_in(kind, linear.weight.detach())
     return matrix, values.double(), linear.bias.detach().double() if bias else 0.0, (linear, weights)
 
 
@@ -64,7 +64,7 @@ def times(matrix, x, ids=None, threads=2):
 def test_products_are_those_of_torch(kind, rows, cols, count, bias):
     matrix, values, shift, _alive = matrix_of(kind, rows, cols, bias=bias)
     x = torch.randn(count, cols)
-    read = (rounded_input(x) if kind == "int8" else x).double()
+    read = input_in(kind, x).double()
     torch.testing.assert_close(times(matrix, x).double(), read @ values.T + shift, atol=2e-5, rtol=2e-5)
 
 
@@ -84,7 +84,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_threads(kind, rows, cols
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS[:3])  # in four bits rows lie sixteen together, so that none is named
 def test_named_rows_are_those_of_the_whole_product(kind):
     matrix, *_alive = matrix_of(kind, 50, 70, bias=True)
     x = torch.randn(3, 70)
@@ -104,7 +104,7 @@ def test_norms_are_those_of_torch(cols):
         torch.testing.assert_close(inputs, module(x).detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS[:3])
 @pytest.mark.parametrize("rows", ["all", "shared", "own"])
 def test_the_best_are_those_of_torch(kind, rows):
     """The two best of hundreds of logits, bent to lie below a cap, with tokens that are none; in any company."""
@@ -161,7 +161,7 @@ def test_of_equal_logits_the_lowest_token_is_best():
     assert read(x, matrix)[3].tolist() == [[300, 0], [300, 0]]
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_told_by_the_normaliser(wrong, kind):
     matrix, *_alive = matrix_of(kind, 400, 8)
@@ -171,13 +171,14 @@ def test_logits_that_are_not_finite_are_told_by_the_normaliser(wrong, kind):
     assert normaliser.isfinite().tolist() == [True, False]
 
 
-def test_inputs_in_eight_bits_may_be_zero_or_tiny_or_huge():
-    matrix, values, *_alive = matrix_of("int8", 9, 200)
+@pytest.mark.parametrize(("kind", "huge"), [("int8", 3e37), ("int4", 1e30)])
+def test_inputs_in_eight_bits_may_be_zero_or_tiny_or_huge(kind, huge):
+    matrix, values, *_alive = matrix_of(kind, 9, 200)
     torch.manual_seed(0)
-    x = torch.stack([torch.zeros(200), torch.full((200,), 1e-38), torch.full((200,), -3e37), torch.randn(200) * 1e6])
+    x = torch.stack([torch.zeros(200), torch.full((200,), 1e-38), torch.full((200,), -huge), torch.randn(200) * 1e6])
     got = times(matrix, x)
     assert bool((got[:2] == 0).all())
-    torch.testing.assert_close(got[3].double(), rounded_input(x[3:])[0].double() @ values.T, rtol=1e-5, atol=1.0)
+    torch.testing.assert_close(got[3].double(), input_in(kind, x[3:])[0].double() @ values.T, rtol=1e-5, atol=1.0)
     assert bool((got[2].isfinite() | got[2].isinf()).all())
 
 
@@ -188,7 +189,7 @@ def test_the_largest_products_in_eight_bits_fit(count):
     first[:, :16] = 1
     linear = torch.nn.Linear(200, 5, bias=False)
     linear.weight.data = first.repeat(5, 1)
-    weights = Weights(int8=True)
+    weights = Weights(rounded="int8")
     matrix = weights.matrix(Part(linear))
     for sign in (1, -1):
         got = times(matrix, sign * first.repeat(count, 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from eight_bits import rounded_input, rounded_weight
+from few_bits import input_in, model_in, rounded, weight_in
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.exits import Exits
 from offramp.families import SplitModel
@@ -69,10 +69,9 @@ def test_policies_do_as_on_torch(name, policy):
     assert got.costs.flops == want.costs.flops
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
 def test_verify_is_its_own_full_depth(name, form):
-    model = in_bfloat16(name) if form == "bfloat16" else tiny(name)
-    lm, inputs = native(model, int8=form == "int8"), inputs_for(name, 3, padded=True)
+    lm, inputs = native(model_in(form, tiny(name)), rounded=rounded(form)), inputs_for(name, 3, padded=True)
     if form == "bfloat16" and name == "whisper":
         inputs = {key: value.bfloat16() for key, value in inputs.items()}
     full = lm.generate(inputs, max_new_tokens=NEW)
@@ -82,12 +81,11 @@ def test_verify_is_its_own_full_depth(name, form):
         assert out.tokens == full.tokens
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
 @torch.no_grad()
 def test_states_are_the_same_bits_in_any_company(name, form):
     """One token at a time, all at once, and in a padded batch: every state and logit is the same."""
-    model = in_bfloat16(name) if form == "bfloat16" else tiny(name)
-    split = NativeModel(model, int8=form == "int8")
+    split = NativeModel(model_in(form, tiny(name)), rounded=rounded(form))
     ids, mask, given = texts_for(name, split, 3)
     rows = [{key: v[i : i + 1] for key, v in given.items() if v is not None} for i in range(3)]
     together = split.run(split.start(ids, mask, **given), 0, LAYERS)
@@ -114,20 +112,21 @@ def test_a_row_of_a_batch_is_as_alone(name):
         assert out.exit_layers[0] == together.exit_layers[row]
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
 @torch.no_grad()
-def test_int8_is_the_model_with_weights_and_inputs_rounded(name):
+def test_fewer_bits_are_the_model_with_weights_and_inputs_rounded(name, form):
     """Within float32's rounding, but behind inputs that lie all but half-way between two whole numbers."""
-    rounded = copy.deepcopy(tiny(name))
-    split = SplitModel(rounded)
+    model = model_in(form, tiny(name))
+    split = SplitModel(copy.deepcopy(model))
     for module in [split.head, *(m for block in split.blocks for m in block.modules())]:
-        if isinstance(module, torch.nn.Linear | Conv1D) and not hasattr(module, "rounded"):
+        if isinstance(module, torch.nn.Linear | Conv1D) and not hasattr(module, "form"):
+            module.form = "int8" if module is split.head else form  # a head's rows are read one by one
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            back = rounded_weight(weight)
+            back = weight_in(module.form, weight)
             # Another tensor, where the head is the embedding too, which stays as it is
             module.weight = torch.nn.Parameter(back.T if isinstance(module, Conv1D) else back)
-            module.rounded = True
-            module.register_forward_pre_hook(lambda _, inputs: (rounded_input(inputs[0]),))
-    splits = NativeModel(tiny(name), int8=True), split, SplitModel(tiny(name))
+            module.register_forward_pre_hook(lambda module, inputs: (input_in(module.form, inputs[0]),))
+    splits = NativeModel(model, rounded=form), split, SplitModel(model)
     ids, mask, given = texts_for(name, splits[0], 8)
     got, want, exact = (
         each.readout(each.run(each.start(ids, mask, **given), 0, LAYERS).hidden)[:, -1].double() for each in splits

@@ -1,6 +1,5 @@
 """What prompts begin with is computed once: no row's tokens change for it, and no more is kept than has room."""
 
-import copy
 import dataclasses
 import random
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import offramp
+from few_bits import model_in, rounded
 from offramp.core.prefixes import Prefixes
 from offramp.core.running import Asked, RunningBatch
 from offramp.cuda.model import CudaModel
@@ -81,10 +81,9 @@ def test_rows_that_are_drawn_get_what_they_get_alone(policy):
     assert check_waves(split_of("llama", "native"), POLICIES[policy], 4096, seeded=True) > 0
 
 
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, True), (torch.bfloat16, False)], ids=["int8", "bfloat16"])
-def test_so_they_do_in_fewer_bits(dtype, int8):
-    model = copy.deepcopy(tiny("llama")).to(dtype)
-    assert check_waves(NativeModel(model, int8=int8), POLICIES["max"], 4096) > 0
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_so_they_do_in_fewer_bits(form):
+    assert check_waves(NativeModel(model_in(form, tiny("llama")), rounded=rounded(form)), POLICIES["max"], 4096) > 0
 
 
 @pytest.mark.parametrize("policy", ["max", "verify"])

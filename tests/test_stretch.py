@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import offramp.core.decoding as decoding
+from few_bits import model_in, rounded
 from offramp import ExitPolicy, LanguageModel
 from offramp.core.decoding import Stretch, stretch_of
 from offramp.core.exits import Exits
@@ -52,8 +53,7 @@ def name(request):
 
 
 def language_model(name, form="float32", *, exits=False):
-    model = copy.deepcopy(tiny(name)).to(torch.bfloat16) if form == "bfloat16" else tiny(name)
-    lm = LanguageModel(model, engine="native", int8=form == "int8")
+    lm = LanguageModel(model_in(form, tiny(name)), engine="native", rounded=rounded(form))
     if exits:
         own = Exits.fresh(lm.split, (1, 2, 3), rank=4)
         torch.manual_seed(0)
@@ -96,7 +96,7 @@ def bills(generation):
     )
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tokens_exits_and_costs_are_those_of_single_steps(monkeypatch, name, policy, form):
     lm = language_model(name, form, exits="frequent" in policy)

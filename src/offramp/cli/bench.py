@@ -14,6 +14,7 @@ from offramp.cli import options as o
 if TYPE_CHECKING:
     from offramp import ExitPolicy, LanguageModel
     from offramp.core.engine import Engines
+    from offramp.hub.pretrained import Rounded
     from offramp.lm.bench_arms import Arms
     from offramp.lm.bench_results import Bench
 
@@ -114,6 +115,10 @@ def bench(
         bool,
         typer.Option("--with-int8", help="Run our rows on eight-bit weights as well, by --engine native."),
     ] = False,
+    with_int4: Annotated[
+        bool,
+        typer.Option("--with-int4", help="Run our rows on four-bit weights as well, by --engine native."),
+    ] = False,
     with_engines: Annotated[
         str | None, typer.Option(help="Run our rows on these engines as well, with commas: torch, cuda, native.")
     ] = None,
@@ -188,7 +193,7 @@ def bench(
         return {**others, **_arms(lm, arms, rows, max_new_tokens, mean, threshold, min_layer, seed), **saved}
 
     require_runnable(lm, chosen(1), max_new_tokens=max_new_tokens, repeats=repeats, batch_size=batch_size)
-    variants, refused = _variants(lm, with_int8, with_engines)
+    variants, refused = _variants(lm, {"int8": with_int8, "int4": with_int4}, with_engines)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "chat": chat,
         "folder": out, "variants": variants, "peers": refused, "warmup": 3 if others else 1,
@@ -235,14 +240,14 @@ def _report_sizes(results: list[Bench], out: Path | None, json: Path | None) -> 
 
 def _random(shape: str, dtype: str, engine: Engines, device: str | None, seed: int) -> LanguageModel:
     """A model with random weights."""
-    from offramp.hub.pretrained import named_device, named_dtype
+    from offramp.hub.pretrained import named_device, named_dtype, rounded_dtype
     from offramp.lm.scripted import random_model
 
     o.note(f"building a random {shape}")
-    int8 = dtype == "int8" and engine != "torch"
-    numbers = named_dtype("bfloat16" if int8 else dtype)
-    place = named_device("cpu" if device is None and (engine == "native" or int8) else device)
-    return random_model(shape, dtype=numbers, device=place, engine=engine, int8=int8, seed=seed)
+    loaded, rounded = (dtype, None) if engine == "torch" else rounded_dtype(dtype)
+    numbers = named_dtype(loaded)
+    place = named_device("cpu" if device is None and (engine == "native" or rounded) else device)
+    return random_model(shape, dtype=numbers, device=place, engine=engine, rounded=rounded, seed=seed)
 
 
 def _arms(
@@ -284,9 +289,9 @@ def _static(name: str) -> ExitPolicy | None:
 
 
 def _variants(
-    lm: LanguageModel, with_int8: bool, with_engines: str | None
+    lm: LanguageModel, with_rounded: dict[Rounded, bool], with_engines: str | None
 ) -> tuple[dict[str, LanguageModel], dict[str, Any]]:
-    """The same weights on other engines and in eight bits, where they are asked for, and why some cannot be had."""
+    """The same weights on other engines and in fewer bits, where they are asked for, and why some cannot be had."""
     from offramp import LanguageModel
     from offramp.cuda.model import CudaError
     from offramp.hub.messages import first_line
@@ -304,10 +309,12 @@ def _variants(
             made[name] = LanguageModel(lm.model, lm.tokenizer, lm.name, engine=cast("Engines", name))
         except (CudaError, NativeError) as error:
             refused[name] = PeerError(first_line(error))
-    if with_int8:
-        if lm.engine != "native" or lm.int8:
-            raise typer.BadParameter("--with-int8 needs what --engine native can run, and a --dtype other than int8")
-        made["int8"] = LanguageModel(lm.model, lm.tokenizer, lm.name, engine="native", int8=True)
+    for form in (form for form, asked in with_rounded.items() if asked):
+        if lm.engine != "native" or lm.rounded == form:
+            raise typer.BadParameter(
+                f"--with-{form} needs what --engine native can run, and a --dtype other than {form}"
+            )
+        made[form] = LanguageModel(lm.model, lm.tokenizer, lm.name, engine="native", rounded=form)
     for other in made.values():
         other.attach_exits(lm.exits)
     return made, refused

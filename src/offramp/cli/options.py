@@ -29,7 +29,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="Number format of the weights: float32, bfloat16, float16, float64, auto (as they were saved); "
-        "where --engine native can run, also int8."
+        "where --engine native can run, also int8 and int4."
     ),
 ]
 Engine = Annotated[

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from offramp.core.exits import Exits
     from offramp.families import SplitModel
+    from offramp.hub.pretrained import Rounded
 
 Engines = Literal["auto", "native", "cuda", "torch"]
 """auto: native on a CPU where it can run the model, else torch, with the reason in the log; cuda is taken by name."""
@@ -28,23 +29,27 @@ class Engine:
         model: The model.
         name: What the log calls it.
         asked: One of `Engines`.
-        int8: Matrices in eight bits per weight, which only the kernels read.
+        rounded: "int8" or "int4": matrices in so many bits per weight, which only the kernels read.
 
     Raises:
-        ValueError: There is no such engine, or no int8 with it.
-        NativeError: The kernels are asked for, by name or by `int8`, and cannot run the model, or cannot be had here.
+        ValueError: There is no such engine, or nothing rounded with it.
+        NativeError: The kernels are asked for, by name or by `rounded`, and cannot run the model, or cannot be had.
         CudaError: The CUDA engine is asked for, and cannot run the model, or the model is not on a CUDA device.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, asked: str = "auto", *, int8: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, name: str, asked: str = "auto", *, rounded: Rounded | None = None
+    ) -> None:
         choice("engine", asked, get_args(Engines))
-        if int8 and asked == "cuda":
-            raise ValueError("int8 is not available with engine='cuda'; give dtype='bfloat16', or engine='native'")
-        self.int8 = int8
+        if rounded and asked == "cuda":
+            raise ValueError(
+                f"{rounded} is not available with engine='cuda'; give dtype='bfloat16', or engine='native'"
+            )
+        self.rounded = rounded
         self._model, self._name = model, name
         self._made: SplitModel | None = None
         self._exits: Exits | None = None
-        self._asked = "native" if int8 else asked
+        self._asked = "native" if rounded else asked
         self._refused = False
         if self._asked in ("native", "cuda"):
             self.own()  # what they cannot run is said here
@@ -76,7 +81,13 @@ class Engine:
         from offramp.native.model import NativeModel
 
         try:
-            return NativeModel(self._model, int8=self.int8)
+            made = NativeModel(self._model, rounded=self.rounded)
+            if self.rounded == "int4":
+                share = f"{made.share_in_four_bits:.0%}"
+                _explain(
+                    f"of the weights in matrices of {self._name}, {share} are read in four bits, the rest in eight"
+                )
+            return made
         except NativeError as reason:
             if self._asked == "native":
                 raise

@@ -35,7 +35,7 @@ from offramp.core.policy import ExitPolicy
 from offramp.core.sampling import Sampler
 from offramp.families import SplitModel
 from offramp.hub.messages import quiet
-from offramp.hub.pretrained import inside_peft
+from offramp.hub.pretrained import Rounded, inside_peft
 from offramp.runs.digests import fingerprint
 from offramp.values import flag
 
@@ -68,11 +68,11 @@ class LanguageModel:
         engine: What generates: "torch"; "native", our own kernels on the CPU (see `offramp.native`); "cuda", captured
             segments on a CUDA device (see `offramp.cuda`); or "auto": native on a CPU where it can be, else
             torch, decided when something is first generated.
-        int8: Matrices in eight bits per weight, with the native engine.
+        rounded: "int8" or "int4": matrices in so many bits per weight, with the native engine (see `offramp.load`).
 
     Raises:
         UnsupportedModelError: The architecture is not supported.
-        NativeError: "native" or `int8` is asked for, and the kernels cannot run the model, or cannot be had here.
+        NativeError: "native" or `rounded` is asked for, and the kernels cannot run the model, or cannot be had here.
         CudaError: "cuda" is asked for, and cannot run the model, or the model is not on a CUDA device.
     """
 
@@ -88,17 +88,17 @@ class LanguageModel:
         name: str | None = None,
         *,
         engine: Engines = "auto",
-        int8: bool = False,
+        rounded: Rounded | None = None,
     ) -> None:
         model = inside_peft(model)
         self.model, self.tokenizer, self.name = model, tokenizer, name or type(model).__name__
         self._split = SplitModel(model)
-        self._engine = Engine(model, self.name, engine, int8=int8)
+        self._engine = Engine(model, self.name, engine, rounded=rounded)
         self._exits: Exits | None = None
         self._adaptive: dict[ExitPolicy, AdaptiveThreshold] = {}
 
     def __repr__(self) -> str:
-        dtype = "int8" if self.int8 else str(self.model.dtype).removeprefix("torch.")
+        dtype = self.rounded or str(self.model.dtype).removeprefix("torch.")
         layers = self._split.exit_layers if self._exits is not None else ()
         exits = f"exits after {', '.join(map(str, layers))}" if layers else "no trained exits"
         if self._exits is not None and self._exits.drafter is not None:
@@ -117,15 +117,15 @@ class LanguageModel:
         return self.decoder.engine
 
     @property
-    def int8(self) -> bool:
-        """Whether matrices are read in eight bits per weight."""
-        return self._engine.int8
+    def rounded(self) -> Rounded | None:
+        """What matrices are rounded to: "int8", "int4" or nothing."""
+        return self._engine.rounded
 
     @property
     def number_format(self) -> str:
         """Of the weights, and the engine if it is not torch, whose results differ by rounding: for records."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return dtype if self.engine == "torch" else f"{'int8' if self.int8 else dtype}, {self.engine}"
+        return dtype if self.engine == "torch" else f"{self.rounded or dtype}, {self.engine}"
 
     @property
     def split(self) -> SplitModel:

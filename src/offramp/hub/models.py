@@ -19,6 +19,7 @@ from offramp.hub.pretrained import (
     model_of,
     named_device,
     named_dtype,
+    rounded_dtype,
     tokenizer_of,
 )
 from offramp.values import choice, listed
@@ -77,8 +78,9 @@ def load(
     Args:
         name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
         dtype: Number format of the weights: one of `DTYPES`, the torch dtype of that name, or "auto": as they were
-            saved. Confidences are computed in float32 whatever it is. Also "int8": matrices, and what they
-            multiply, in eight bits per number, made from bfloat16, which only the native engine reads.
+            saved. Confidences are computed in float32 whatever it is. Also "int8" and "int4", made from bfloat16, which
+            only the native engine reads: matrices in so many bits per weight, and what they multiply in eight. With
+            "int4" readouts, trained exits and drafters keep eight bits.
         device: Where to put the model. None: the first CUDA GPU if there is one, else the CPU.
         exits: Exits trained for this model: a folder that `LanguageModel.save_exits` wrote, a hub id, or "bundled" for
             those that come with offramp.
@@ -101,24 +103,25 @@ def load(
 
     Raises:
         ValueError: The dtype, the device or another option is not one of those available.
-        NativeError: The native engine, or int8, is asked for and cannot run the model, or cannot be compiled here.
+        NativeError: The native engine, int8 or int4 is asked for and cannot run the model, or cannot be compiled here.
         CudaError: The CUDA engine is asked for and cannot run the model, or the model is not on a CUDA device.
         ModelError: There is no such model, or it is damaged, incomplete or not a language model; or the exits are
             damaged or were made for another model.
     """
     _refuse(others)
     choice("engine", engine, get_args(Engines))
-    if (int8 := dtype == "int8") and engine == "torch":
+    loaded, rounded = rounded_dtype(dtype)
+    if rounded and engine == "torch":
         raise ValueError(
-            f"dtype 'int8' is not available on torch; choose one of {', '.join(DTYPES)}, or give engine='native'"
+            f"dtype {rounded!r} is not available on torch; choose one of {', '.join(DTYPES)}, or give engine='native'"
         )
-    torch_dtype = "auto" if dtype == "auto" else named_dtype("bfloat16" if int8 else dtype)
+    torch_dtype = "auto" if dtype == "auto" else named_dtype(loaded)
     if attn_implementation not in (None, *ATTENTION):
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; tested with early exits are {' and '.join(ATTENTION)}"
         )
     asked = _one_device(device, device_map)
-    place = named_device("cpu" if asked is None and (engine == "native" or int8) else asked)
+    place = named_device("cpu" if asked is None and (engine == "native" or rounded) else asked)
     source = find(
         name, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
         local_files_only=local_files_only,
@@ -144,7 +147,7 @@ def load(
     from offramp.core.language_model import LanguageModel
 
     title = str(name) if name in PACKAGED or not source.local else Path(source.place).resolve().name
-    lm = LanguageModel(model, tokenizer, name=title, engine=engine, int8=int8)
+    lm = LanguageModel(model, tokenizer, name=title, engine=engine, rounded=rounded)
     if trained is not None and exits is not None:
         require_made_for(trained, lm.split, title, exits)
         lm.attach_exits(trained)

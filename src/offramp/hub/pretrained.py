@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from offramp.hub.messages import ModelError, first_line, quiet
 from offramp.values import choice, nearest
@@ -196,6 +196,9 @@ T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Number formats a model can be loaded in."""
 
+Rounded = Literal["int8", "int4"]
+"""Number formats that the native engine rounds matrices to."""
+
 
 def named_device(device: str | int | torch.device | None = None) -> torch.device:
     """The device of that name or number; None: the first CUDA GPU (ROCm's count as such), else the CPU."""
@@ -223,6 +226,11 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     choice("dtype", name, DTYPES)
     chosen: torch.dtype = getattr(torch, name)
     return chosen
+
+
+def rounded_dtype(dtype: str | torch.dtype) -> tuple[str | torch.dtype, Rounded | None]:
+    """The dtype to load a model in, and what its matrices are rounded to then, if anything."""
+    return ("bfloat16", cast("Rounded", dtype)) if dtype in get_args(Rounded) else (dtype, None)
 
 
 def process_device(device: str | None) -> tuple[Any, torch.device]:

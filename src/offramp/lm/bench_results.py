@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from offramp.core.costs import PARTS
 from offramp.core.policy import ExitPolicy
+from offramp.hub.pretrained import Rounded
 from offramp.lm.bench_arms import COMPILED, FULL, REFERENCE, ArmResult, PeerResult, Saving, Spread, Timing
 from offramp.runs.codec import encode
 from offramp.runs.results import Shown
@@ -69,10 +70,10 @@ class Bench(Shown):
         """Bytes per second that an arm read, as the ledger counts them, over those of the probe in the same round.
 
         Returns:
-            The share; None without a probe, and in eight bits, which the ledger counts as what they were made from.
+            The share; None without a probe, and in fewer bits, which the ledger counts as what they were made from.
         """
-        in_eight_bits = "int8" in self.conditions["dtype"] or arm.name.startswith("int8 ")
-        if not self.bandwidth or in_eight_bits:
+        rounded = any(form in self.conditions["dtype"] or arm.name.startswith(f"{form} ") for form in get_args(Rounded))
+        if not self.bandwidth or rounded:
             return None
         tokens = sum(map(len, arm.exit_layers))
         return Spread.of(

@@ -21,7 +21,7 @@ from offramp.core.engine import Engines
 from offramp.core.language_model import LanguageModel
 from offramp.core.policy import ExitPolicy
 from offramp.core.vocabulary import KINDS
-from offramp.hub.pretrained import model_shaped
+from offramp.hub.pretrained import Rounded, model_shaped
 from offramp.lm.bench_arms import FULL, REFERENCE
 from offramp.values import choice, number
 
@@ -158,7 +158,7 @@ def scripted_arms(
 
 def random_model(
     shape: str = "t5-large", *, dtype: torch.dtype = torch.float32, device: torch.device | None = None,
-    engine: Engines = "auto", int8: bool = False, seed: int = 0,
+    engine: Engines = "auto", rounded: Rounded | None = None, seed: int = 0,
 ) -> LanguageModel:  # fmt: skip
     """A model of one of `SHAPES` with random weights, drawn on their device, in their number format, by the seed.
 
@@ -171,7 +171,7 @@ def random_model(
     """
     choice("shape", shape, tuple(SHAPES))
     model = filled(SHAPES[shape], dtype, torch.device("cpu") if device is None else device, seed)
-    return LanguageModel(model, name=shape, engine=engine, int8=int8)
+    return LanguageModel(model, name=shape, engine=engine, rounded=rounded)
 
 
 def filled(

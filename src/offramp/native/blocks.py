@@ -216,7 +216,7 @@ def _linear(
     """Linear layers side by side."""
     return lib.Op(
         kind=lib.LINEAR, src=src, dst=dst, into=into, count=len(parts), multiplier=multiplier, norm=weights.norm(norm),
-        activation=lib.ACTIVATIONS.get(activation, 0), matrix=(lib.Matrix * 3)(*map(weights.matrix, parts)),
+        activation=lib.ACTIVATIONS.get(activation, 0), matrix=(lib.Matrix * 3)(*weights.matrices(parts)),
     )  # fmt: skip
 
 

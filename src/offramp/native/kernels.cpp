@@ -2,7 +2,7 @@
 //
 // A token costs what its weights cost to read; everything here follows from that. Weights are read where they lie (bf16
 // and float32: the model's own memory), widened in registers and multiplied with float32 activations; weights in eight
-// bits are multiplied with activations in eight bits, whose sums are whole numbers. All sums are taken in an order that
+// or four bits are multiplied with activations in eight bits, whose sums are whole numbers. All sums are taken in an order that
 // depends on the weights' width alone: neither the number of rows in a call nor the number of threads changes a bit of
 // any row, so that a drafted token and its check agree exactly.
 //
@@ -43,12 +43,14 @@ typedef float f32s __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32s __attribute__((vector_size(4 * LANES)));
 typedef uint32_t u32s __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16s __attribute__((vector_size(2 * LANES)));
+typedef int16_t i16s __attribute__((vector_size(2 * LANES)));
+typedef int8_t i8s __attribute__((vector_size(LANES)));
 
 // ------------------------------------------------------------------------------------------------ the interface
 
 extern "C" {
 
-enum Format : int64_t { F32 = 0, BF16 = 1, INT8 = 2 };
+enum Format : int64_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum NormKind : int64_t { NO_NORM = 0, RMS = 1, LAYER = 2 };
 enum Activation : int64_t { IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, RELU_SQUARED = 5 };
 enum Kind : int64_t { LINEAR = 0, NORM = 1, ROTATE = 2, ATTEND = 3 };
@@ -56,8 +58,8 @@ enum Into : int64_t { STORE = 0, ADD = 1, ACTIVATE = 2, GATE = 3 };
 
 struct Matrix {              // [rows, cols], y = W x + bias
     int64_t format, rows, cols;
-    int64_t stride;          // bytes from one row to the next
-    const void* data;        // INT8: as `Blocks` says
+    int64_t stride;          // bytes from one row to the next; INT4: a sixteenth of those of sixteen rows
+    const void* data;        // INT8: as `Blocks` says; INT4: as `Groups` says
     const float* bias;       // or null
 };
 
@@ -506,6 +508,16 @@ inline f32s widened(const uint16_t* p) {
 #endif
 }
 
+inline f32s widened(const int16_t* p) {  // whole numbers
+#if defined(__AVX512F__)
+    return __builtin_convertvector((i32s)_mm512_cvtepi16_epi32(load<__m256i>(p)), f32s);
+#elif defined(__AVX2__)
+    return __builtin_convertvector((i32s)_mm256_cvtepi16_epi32(load<__m128i>(p)), f32s);
+#else
+    return __builtin_convertvector(load<i16s>(p), f32s);
+#endif
+}
+
 inline float widened_one(float x) { return x; }
 
 inline float widened_one(uint16_t x) {
@@ -584,6 +596,46 @@ inline i32s dot4(i32s acc, u32s w, i32s x) {
 }
 #endif
 
+// Weights in four bits lie in tiles of sixteen rows, one to a lane, which hold groups of 32 columns one after another: four
+// steps of eight columns, where byte j of a lane has column j in its lower half and column 4 + j in its upper one, then a
+// scale and a shift per row, as whole numbers of sixteen bits. The units of these, two per row, stand at a tile's end. A
+// weight is scale * number + shift, so that a model whose weights have sixteen values in each group is read as it is. Inputs
+// are rounded to eight bits, with a scale per group; their sum, for the shifts, comes with it. A row of inputs of 1e30 and
+// more may be infinite, or NaN, where it should not be yet.
+struct Groups {
+    int64_t count;
+    explicit Groups(int64_t cols) : count((cols + 31) / 32) {}
+    static constexpr int64_t WEIGHTS = 320;                              // bytes of one
+    int64_t weights() const { return count * WEIGHTS + 128; }            // of sixteen rows
+    int64_t inputs() const { return (count * 40 + 63) / 64 * 64; }       // of one row
+};
+
+// Products of numbers of four bits, without sign, and of bytes: eight times four for each lane.
+struct Products {
+#if defined(__AVX2__) && !(defined(__AVX512VNNI__) && defined(__AVX512F__))
+    __m256i pairs[LANES / 8] = {};  // two products are at most 15 * 127 * 2, so that eight of them fit sixteen bits
+    void add(u32s w, i32s x) {
+        __m256i b[LANES / 8], c[LANES / 8];
+        std::memcpy(b, &w, sizeof b), std::memcpy(c, &x, sizeof c);
+        for (int i = 0; i < LANES / 8; ++i) {
+            pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(b[i], c[i]));
+            asm("" : "+v"(pairs[i]));  // now, or the compiler keeps all products and adds them in the end
+        }
+    }
+    i32s total() const {
+        i32s sum;
+        __m256i a[LANES / 8];
+        for (int i = 0; i < LANES / 8; ++i) a[i] = _mm256_madd_epi16(pairs[i], _mm256_set1_epi16(1));
+        std::memcpy(&sum, a, sizeof sum);
+        return sum;
+    }
+#else
+    i32s sum = {};
+    void add(u32s w, i32s x) { sum = dot4(sum, LEFT ? w : w ^ 0x80808080u, x); }
+    i32s total() const { return sum; }
+#endif
+};
+
 // Rows [M, cols] of input as the kernels want them: in blocks of up to eight, zeros behind their ends, and within a
 // block sixteen columns of all its rows side by side. In eight bits each row is for itself.
 struct Inputs {
@@ -595,6 +647,7 @@ struct Inputs {
 // Floats of memory that a row of a matrix's inputs takes.
 inline int64_t packed_size(const Matrix& a) {
     const Blocks blocks(a.cols);
+    if (a.format == INT4) return Groups(a.cols).inputs() / 4;
     return a.format == INT8 ? blocks.count * blocks.inputs() / 4 : padded(a.cols);
 }
 
@@ -666,9 +719,44 @@ void pack_bytes(const float* x, int64_t cols, char* into) {
         }
 }
 
+// Rounds a row of inputs to eight bits, the largest number of each group of 32 columns to 127. Behind them come the scale
+// and the sum of each group. A group with a number that is not finite is NaN.
+void pack_groups(const float* x, int64_t cols, char* into) {
+    const Groups groups(cols);
+    float* behind = reinterpret_cast<float*>(into + groups.count * 32);
+    for (int64_t c = 0; c < cols; c += 32, into += 32, behind += 2) {
+        float ends[32] = {};
+        if (c + 32 > cols) std::copy(x + c, x + cols, ends);
+        const float* from = c + 32 > cols ? ends : x + c;
+        f32s most = {}, wrong = {};
+        for (int i = 0; i < 32; i += LANES) {
+            const f32s v = load(from + i), size = (f32s)((i32s)v & 0x7fffffff);
+            most = choose(size > most, size, most);
+            wrong += v * splat(0.0f);
+        }
+        float largest = 0, not_finite = 0;
+        for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]), not_finite += wrong[i];
+        const f32s inverse = splat(largest > 1e-30f && not_finite == 0 ? 127.0f / largest : 0.0f), magic = splat(12582912.0f);
+        const i32s sound = splat(not_finite) == splat(not_finite);
+        i32s total = {};
+        for (int i = 0; i < 32; i += LANES) {
+            const i32s q = ((i32s)(load(from + i) * inverse + magic) - (i32s)magic) & sound;
+            total += q;
+            const i8s bytes = __builtin_convertvector(q, i8s);
+            std::memcpy(into + i, &bytes, sizeof bytes);
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < LANES; ++i) sum += total[i];
+        behind[0] = largest * (1.0f / 127) + not_finite;
+        behind[1] = behind[0] * static_cast<float>(sum);
+    }
+}
+
 // Puts row m of the inputs in its place.
 void pack(const Inputs& in, int64_t m, const float* x, int64_t cols, int64_t format) {
-    if (format == INT8) return pack_bytes(x, cols, reinterpret_cast<char*>(const_cast<float*>(in.packed) + m * in.stride));
+    char* const row = reinterpret_cast<char*>(const_cast<float*>(in.packed) + m * in.stride);
+    if (format == INT8) return pack_bytes(x, cols, row);
+    if (format == INT4) return pack_groups(x, cols, row);
     const int64_t first = m / in.block * in.block, apart = in.size(first) * 16;
     float* into = const_cast<float*>(in.packed) + first * in.stride + (m - first) * 16;
     auto step = [&](const float* from) {
@@ -865,6 +953,58 @@ __attribute__((noinline)) void tile(const char* const* w, const char* const* nex
     put<R, M>(sums, out, stride, rows);
 }
 
+// Sixteen rows of weights in four bits times M of inputs, of which T parts of the rows are made at once, to out[m * 16 + row].
+// On the way, the tile `next` is fetched.
+template <int M, int T>
+__attribute__((noinline)) void tile(const char* w, const char* next, const char* x, int64_t apart, const Groups& groups,
+                                    float* out) {
+    constexpr int64_t BYTES = LANES * 4;
+    const float* behind = reinterpret_cast<const float*>(x + groups.count * 32);
+    auto four = [](const char* p) __attribute__((always_inline)) { return load<int32_t>(p) - i32s{}; };
+    for (int part = 0; part < PARTS; part += T) {
+        f32s sums[M * T] = {}, shifts[M * T] = {};
+        const char* at = w + part * BYTES;
+        for (int64_t g = 0; g < groups.count; ++g, at += Groups::WEIGHTS) {
+            const int16_t* numbers = reinterpret_cast<const int16_t*>(w + g * Groups::WEIGHTS + 256) + part * LANES;
+            if (next && part == 0)
+                for (int i = 0; i < 5; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+            Products products[M * T];
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; ++s) {
+                u32s low[T], high[T];
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) {
+                    const u32s both = load<u32s>(at + s * 64 + t * BYTES);
+                    low[t] = both & 0x0f0f0f0fu, high[t] = both >> 4 & 0x0f0f0f0fu;
+                }
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    const char* from = x + m * apart + g * 32 + s * 8;
+                    const i32s one = four(from), two = four(from + 4);
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; ++t) products[m * T + t].add(low[t], one), products[m * T + t].add(high[t], two);
+                }
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                const f32s scale = widened(numbers + t * LANES), shift = widened(numbers + 16 + t * LANES);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    const float* of = reinterpret_cast<const float*>(reinterpret_cast<const char*>(behind) + m * apart) + 2 * g;
+                    sums[m * T + t] += __builtin_convertvector(products[m * T + t].total(), f32s) * (scale * splat(of[0]));
+                    shifts[m * T + t] += shift * splat(of[1]);
+                }
+            }
+        }
+        const float* units = reinterpret_cast<const float*>(w + groups.count * Groups::WEIGHTS) + part * LANES;
+        for (int t = 0; t < T; ++t)
+            for (int m = 0; m < M; ++m)
+                store(out + m * 16 + (part + t) * LANES, sums[m * T + t] * load(units + t * LANES) +
+                                                             shifts[m * T + t] * load(units + 16 + t * LANES));
+    }
+    for (int i = 0; next && i < 2; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+}
+
 // There are `count` rows of weights, and behind the last one the same again up to a whole eight. Where parts come one after
 // the other, some columns are gone over at a time, so that the next part and the next rows find the inputs in the first cache.
 template <class W, int M, int T>
@@ -991,11 +1131,29 @@ void multiply_bytes(const Matrix& a, int64_t from, int64_t to, const int64_t* id
     });
 }
 
+// Tiles that only reach into [from, to) are made as a whole. No row of these matrices is asked for by its number.
+void multiply_groups(const Matrix& a, int64_t from, int64_t to, const Inputs& in, float* out, int64_t stride,
+                     const Then& then) {
+    const Groups groups(a.cols);
+    const int64_t apart = in.stride * sizeof(float);
+    for (int64_t r = from / 16 * 16; r < to; r += 16) {
+        const char* next = r + 16 < to ? row_of(a, r + 16) : then();
+        const int64_t first = std::max(from, r), last = std::min(to, r + 16);
+        each_block(in, out + (first - from), stride, [&](auto size, int64_t m, const float* x, float* into) {
+            constexpr int M = decltype(size)::value;
+            float got[M * 16];
+            tile<M, parts_of<2 * M>(false)>(row_of(a, r), m ? nullptr : next, reinterpret_cast<const char*>(x), apart, groups, got);
+            for (int i = 0; i < M; ++i) std::copy(got + i * 16 + (first - r), got + i * 16 + (last - r), into + i * stride);
+        });
+    }
+}
+
 void multiply(const Matrix& a, int64_t from, int64_t to, const int64_t* ids, const Inputs& in, float* out,
               int64_t stride, const Then& then) {
     if (a.format == F32) multiply<WeightsF32>(a, from, to, ids, in, out, stride, then);
     else if (a.format == BF16) multiply<WeightsBF16>(a, from, to, ids, in, out, stride, then);
-    else multiply_bytes(a, from, to, ids, in, out, stride, then);
+    else if (a.format == INT8) multiply_bytes(a, from, to, ids, in, out, stride, then);
+    else multiply_groups(a, from, to, in, out, stride, then);
     if (a.bias)
         for (int64_t m = 0; m < in.rows; ++m)
             for (int64_t r = from; r < to; ++r) out[m * stride + r - from] += a.bias[ids ? std::max<int64_t>(0, ids[r]) : r];
@@ -1095,7 +1253,8 @@ Inputs prepared(Team& team, size_t stage, const Norm& norm, const Matrix& a, con
 }
 
 // How many inputs are multiplied at once.
-inline int64_t block_of(int64_t rows) {
+inline int64_t block_of(const Matrix& a, int64_t rows) {
+    if (a.format == INT4) return 8;
     if (rows >= MANY) return 6;
     if (SUMS >= 24) return 8;
     const int64_t blocks = (rows + 5) / 6;
@@ -1117,14 +1276,14 @@ struct Rows {
     }
 };
 
-// Rows of a matrix that are worth a piece of work.
-inline int64_t grain_of(int64_t rows) { return rows < MANY ? 8 : 32; }
+// Rows of a matrix that are worth a piece of work with so many rows of inputs.
+inline int64_t grain_of(const Matrix& a, int64_t rows) { return rows >= MANY ? 32 : a.format == INT4 ? 16 : 8; }
 constexpr int64_t AHEAD = 1 << 16;  // bytes that are fetched for the stage after the next barrier
 
 void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
     const int64_t rows = run.call.rows, width = run.model.widths[op.dst];
     const Inputs in = prepared(run.team, stage, op.norm, op.matrix[0], run.registers[op.src], run.model.widths[op.src],
-                               rows, block_of(rows), run.packed);
+                               rows, block_of(op.matrix[0], rows), run.packed);
     const Rows all(op);
     float* out = run.registers[op.dst];
     auto work = [&](int64_t from, int64_t to, auto& next) {
@@ -1170,7 +1329,7 @@ void linear(Run& run, const Op& op, size_t stage, const Piece& first) {
             std::copy(x, x + n, y);
         }
     };
-    shared_out(run.team, stage, all.total, grain_of(rows), work, &first);
+    shared_out(run.team, stage, all.total, grain_of(op.matrix[0], rows), work, &first);
 }
 
 void norm(Run& run, const Op& op, size_t stage) {
@@ -1381,7 +1540,7 @@ void programs(void* argument, int64_t) {
         return at;
     };
     auto first_piece = [&](int64_t at) {
-        return at < end ? take(run.team, at - begin, Rows(model.ops[at]).total, grain_of(run.call.rows)) : Piece{};
+        return at < end ? take(run.team, at - begin, Rows(model.ops[at]).total, grain_of(model.ops[at].matrix[0], run.call.rows)) : Piece{};
     };
     int64_t program = run.call.first, linear_at = next_linear(begin);
     Piece piece = first_piece(linear_at);
@@ -1499,8 +1658,8 @@ void read(void* argument, int64_t) {
     size_t stage = 0;
     for (int64_t i = 0; i < r.lenses; ++i, ++stage) {
         const Matrix& a = r.lens[i];
-        const Inputs in = prepared(team, stage, Norm{}, a, x, a.cols, r.rows, block_of(r.rows), reading.packed);
-        shared_out(team, stage, a.rows, grain_of(r.rows), [&](int64_t from, int64_t to, auto&&) {
+        const Inputs in = prepared(team, stage, Norm{}, a, x, a.cols, r.rows, block_of(a, r.rows), reading.packed);
+        shared_out(team, stage, a.rows, grain_of(a, r.rows), [&](int64_t from, int64_t to, auto&&) {
             multiply(a, from, to, nullptr, in, between + from, a.rows, Then());
         });
         team.barrier.wait(team.threads);
@@ -1519,7 +1678,7 @@ void read(void* argument, int64_t) {
     if (!r.head) return;
     team.barrier.wait(team.threads);
     const Matrix& a = *r.head;
-    const Inputs in = prepared(team, stage, Norm{}, a, reading.inputs, a.cols, r.rows, r.ids_step ? 1 : block_of(r.rows), reading.packed);
+    const Inputs in = prepared(team, stage, Norm{}, a, reading.inputs, a.cols, r.rows, r.ids_step ? 1 : block_of(a, r.rows), reading.packed);
     const int64_t chunks = reading.chunks(), groups = r.ids_step ? r.rows : 1;  // states that are read together
     auto first_row = [&](int64_t unit) -> const char* {
         if (unit >= groups * chunks) return nullptr;

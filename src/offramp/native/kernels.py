@@ -146,7 +146,7 @@ def processor() -> str:
 
 # ---------------------------------------------------------------- as structs and functions
 
-F32, BF16, INT8 = 0, 1, 2
+F32, BF16, INT8, INT4 = 0, 1, 2, 3
 """Formats of weights, and the first two of cached keys and values."""
 
 RMS, LAYER = 1, 2

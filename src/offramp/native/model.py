@@ -24,6 +24,7 @@ from offramp.families import SplitModel, acting
 from offramp.families.network import rotation
 from offramp.families.readouts import Best, HeadIds, HeadRows
 from offramp.families.state import Context, Skipped, State
+from offramp.hub.pretrained import Rounded
 from offramp.native import blocks
 from offramp.native import kernels as lib
 from offramp.native.blocks import Turning
@@ -39,8 +40,9 @@ class NativeModel(SplitModel):
 
     Args:
         model: Of a family in `native.families`, on the CPU, in float32 or bfloat16, with ordinary linear layers.
-        int8: Read all matrices in eight bits per weight, and round what they multiply to as many (a copy is made;
-            norms, biases, embeddings and an encoder stay as they are).
+        rounded: "int8": read all matrices in eight bits per weight (a copy is made; norms, biases, embeddings and an
+            encoder stay as they are). "int4": those of the blocks in four that are thereby left as they are, see
+            `FourBits`. What both multiply is rounded to eight.
 
     Raises:
         UnsupportedModelError: No engine supports it.
@@ -50,9 +52,9 @@ class NativeModel(SplitModel):
     engine = "native"
     fused = exact = True
 
-    def __init__(self, model: PreTrainedModel, *, int8: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, rounded: Rounded | None = None) -> None:
         super().__init__(model)
-        self.int8 = int8
+        self.rounded: Rounded | None = rounded
         self.threads = Threads()
         if self.name not in FAMILIES:
             raise NativeError(f"models of type {self.name!r} have no native description (those with experts have none)")
@@ -70,7 +72,7 @@ class NativeModel(SplitModel):
         self._kinds = sorted(set(self.types)) if self.rotary_by_type else [self.types[0]]
         self._reach = 0
         self._tabulate(64)
-        self._weights, self._own = Weights(self.int8), Weights(self.int8)
+        self._weights, self._own = Weights(rounded), Weights("int8" if rounded else None)
         self._compose()
         self._embeddings: tuple[object, object, Tensor | None] = (None, None, None)
 
@@ -108,6 +110,12 @@ class NativeModel(SplitModel):
         )
         self.final = weights.norm(self.norm)
         self._head = weights.matrix(Part(self.head), self._logits_bias)
+        self.share_in_four_bits = weights.share_in_four_bits
+        if self.rounded == "int4" and not self.share_in_four_bits:
+            raise NativeError(
+                "no matrix of its blocks has sixteen equally spaced values in each 32 columns of a row, as those of a "
+                "checkpoint that went through four bits have; give dtype='int8'"
+            )
         cap = getattr(self.config, "final_logit_softcapping", None) or 0.0
         self._bend = (1.0 if cap else float(self.family.logits(self.config, torch.ones(()))), cap)
 
@@ -295,7 +303,7 @@ class NativeModel(SplitModel):
 
     @exits.setter
     def exits(self, exits: Exits | None) -> None:
-        self._own = Weights(self.int8)
+        self._own = Weights("int8" if self.rounded else None)
         SplitModel.exits.fset(self, exits)  # type: ignore[attr-defined]
         self._compose()
         self._lenses, self._mix = {}, None
