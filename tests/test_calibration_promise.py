@@ -86,6 +86,25 @@ def test_promises_that_nothing_can_keep_are_refused(options, message):
         Promise(**{"metric": "f1", **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({}, "hoeffding-bentkus"),
+        ({"kind": "textual"}, "hoeffding-bentkus"),
+        ({"kind": "signed"}, "wsr"),
+        ({"kind": "tail", "margin": 0.1}, "binomial"),
+        ({"kind": "tail", "margin": 0.1, "unit": "group"}, "hoeffding-bentkus"),
+        ({"metric": "exact_match"}, "binomial"),
+        ({"metric": "exact_match", "kind": "textual"}, "binomial"),
+        ({"metric": "exact_match", "kind": "signed"}, "wsr"),
+        ({"metric": "exact_match", "unit": "group"}, "hoeffding-bentkus"),
+        ({"metric": "exact_match", "bound": "wsr"}, "wsr"),
+    ],
+)
+def test_the_bound_is_chosen_by_what_losses_can_be(options, bound):
+    assert Promise(**{"metric": "f1", **options}).bound == bound
+
+
 # ---------------------------------------------------------------- numbers of prompts, limits
 
 

@@ -28,8 +28,8 @@ from offramp.values import choice
 if TYPE_CHECKING:
     from offramp.tasks import Example
 
-KINDS = {"risk": "hoeffding-bentkus", "textual": "hoeffding-bentkus", "signed": "wsr", "tail": "binomial"}
-"""Kinds of losses, and the bound that suits each."""
+KINDS = ("risk", "textual", "signed", "tail")
+"""Kinds of losses."""
 NAMES = ("hoeffding", "hoeffding-bentkus", "binomial", "wsr", CRC)
 """Bounds by name; "crc" is conformal risk control, which bounds the mean and promises no failure probability."""
 UNITS = ("prompt", "group")
@@ -57,7 +57,8 @@ class Promise(Promised):
             prompt), "signed" (the same without clipping), "tail" (whether it is worse by more than `margin`), or
             "textual" (how far the answer is from the full model's; no references needed).
         margin: Of "tail", in [0, 1).
-        bound: One of `NAMES`; None: the one that suits the kind.
+        bound: One of `NAMES`; None: "binomial" where losses are 0 or 1 (kind "tail" or metric exact_match, prompt by
+            prompt), for which it is exact, "wsr" for "signed", else "hoeffding-bentkus".
         unit: What is drawn independently: each "prompt", or "group"s of prompts (questions on one article), whose mean
             losses then count as one loss each.
     """
@@ -77,7 +78,8 @@ class Promise(Promised):
         ):  # fmt: skip
             choice(name, value, allowed)
         if self.bound is None:
-            object.__setattr__(self, "bound", KINDS[self.kind])
+            suited = "wsr" if self.is_signed else "binomial" if self._tosses else "hoeffding-bentkus"
+            object.__setattr__(self, "bound", suited)
         if (self.kind == "tail") != (self.margin is not None):
             raise ValueError(
                 f"margin is {self.margin} and kind is {self.kind!r}; 'tail', and only that, needs a margin"
@@ -90,12 +92,16 @@ class Promise(Promised):
         allowed = ("wsr", "hoeffding") if self.kind == "signed" else NAMES
         if self.bound not in allowed:
             raise ValueError(f"bound is {self.bound!r}; allowed for {self.kind!r} losses are {', '.join(allowed)}")
-        coins = (self.kind == "tail" or self.metric == "exact_match") and self.unit == "prompt"
-        if self.bound == "binomial" and not coins:
+        if self.bound == "binomial" and not self._tosses:
             raise ValueError(
                 "the binomial bound is for losses that are 0 or 1: kind 'tail' or metric exact_match, prompt by prompt;"
                 " use hoeffding-bentkus or wsr"
             )
+
+    @property
+    def _tosses(self) -> bool:
+        """Whether losses are 0 or 1."""
+        return (self.kind == "tail" or self.metric == "exact_match") and self.unit == "prompt" and not self.is_signed
 
     @property
     def is_signed(self) -> bool:

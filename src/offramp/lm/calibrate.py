@@ -69,7 +69,7 @@ def calibrate(
         kind: Kind of losses, as is `margin`: see `offramp.calibration.Promise`.
         metric: That losses are made of; None: the task's first.
         margin: Margin of the kind "tail".
-        bound: By which it is certified; None: the one that suits the kind.
+        bound: By which it is certified; None: the one that suits the losses.
         unit: What is drawn independently: each prompt, or only each group of them.
         grid: What is tried; None: thresholds from 0.999 to 0, and static exits.
         minimise: The cost to have the least of, over the full model's.
