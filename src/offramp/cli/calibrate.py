@@ -55,8 +55,8 @@ def calibrate(
         str | None,
         typer.Option(
             help="hoeffding, hoeffding-bentkus, binomial (losses of 0 or 1), wsr (betting), or crc (a guarantee on the "
-            "mean, without failure probability); default: binomial where losses are 0 or 1 (tail, exact_match), wsr for "
-            "signed, else hoeffding-bentkus."
+            "mean, without failure probability); default: binomial where losses are 0 or 1 (tail, exact_match), wsr "
+            "for signed, else hoeffding-bentkus."
         ),
     ] = None,
     unit: Annotated[
