@@ -111,6 +111,8 @@ def test_bench_of_chosen_rows_at_several_batch_sizes(folder, tmp_path):
     for wrong, message in (
         (["--arms", "softmx"], "row is 'softmx'"), (["--batch-sizes", "1,0"], "give counts such as 1,4,8"),
         (["--engine", "torch", "--with-int8"], "needs what --engine native can run"),
+        (["--engine", "native", "--with-int4"], "no matrix of its blocks has sixteen equally spaced values"),
+        (["--dtype", "int8", "--with-int8"], "a --dtype other than int8"),
     ):  # fmt: skip
         done = offramp("bench", folder, *wrong)
         assert done.exit_code != 0

@@ -1142,7 +1142,7 @@ void multiply_groups(const Matrix& a, int64_t from, int64_t to, const Inputs& in
         each_block(in, out + (first - from), stride, [&](auto size, int64_t m, const float* x, float* into) {
             constexpr int M = decltype(size)::value;
             float got[M * 16];
-            constexpr int T = 3 * M * PARTS <= 2 * SUMS ? PARTS : 1;  // sums of products are shorter than others
+            constexpr int T = 3 * M * PARTS <= 2 * SUMS ? PARTS : 1;  // with AVX2 both halves for up to four rows
             tile<M, T>(row_of(a, r), m ? nullptr : next, reinterpret_cast<const char*>(x), apart, groups, got);
             for (int i = 0; i < M; ++i) std::copy(got + i * 16 + (first - r), got + i * 16 + (last - r), into + i * stride);
         });

@@ -111,11 +111,6 @@ class NativeModel(SplitModel):
         self.final = weights.norm(self.norm)
         self._head = weights.matrix(Part(self.head), self._logits_bias)
         self.share_in_four_bits = weights.share_in_four_bits
-        if self.rounded == "int4" and not self.share_in_four_bits:
-            raise NativeError(
-                "no matrix of its blocks has sixteen equally spaced values in each 32 columns of a row, as those of a "
-                "checkpoint that went through four bits have; give dtype='int8'"
-            )
         cap = getattr(self.config, "final_logit_softcapping", None) or 0.0
         self._bend = (1.0 if cap else float(self.family.logits(self.config, torch.ones(()))), cap)
 

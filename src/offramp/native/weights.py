@@ -273,9 +273,14 @@ class Weights:
 
     @property
     def share_in_four_bits(self) -> float:
-        """Of the weights of all matrices."""
+        """Of the weights of all matrices; a NativeError with "int4" if there are none."""
         found = [made for made in self.made.values() if isinstance(made, lib.Matrix)]
         four = sum(made.rows * made.cols for made in found if made.format == lib.INT4)
+        if self.rounded == "int4" and not four:
+            raise NativeError(
+                "no matrix of its blocks has sixteen equally spaced values in each 32 columns of a row, as those of a "
+                "checkpoint that went through four bits have; give dtype='int8'"
+            )
         return float(four / sum(made.rows * made.cols for made in found))
 
     def _matrix(self, part: Part, bias: Tensor | None, four: FourBits | None) -> lib.Matrix:
