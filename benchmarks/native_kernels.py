@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from offramp.hub.pretrained import named_dtype, rounded_dtype
 from offramp.native.kernels import address, library
 from offramp.native.model import NativeModel
 from offramp.runs.tables import markdown
@@ -62,11 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     weights = sum(parameter.numel() for parameter in made.parameters())
     models = {}
     for name in formats:
-        one = copy.deepcopy(made).to(torch.float32 if name == "float32" else torch.bfloat16)
-        if name == "int4":
+        loaded, rounded = rounded_dtype(name)
+        one = copy.deepcopy(made).to(named_dtype(loaded))
+        if rounded == "int4":
             for parameter in one.model.layers.parameters():
                 parameter.data = spaced(parameter.data) if parameter.ndim == 2 else parameter.data
-        models[name] = NativeModel(one, rounded=name if name.startswith("int") else None)
+        models[name] = NativeModel(one, rounded=rounded)
     contexts = {
         name: model.run(
             model.start(torch.randint(SHAPE.vocab_size, (1, options.context))), 0, SHAPE.num_hidden_layers

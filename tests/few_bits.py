@@ -9,12 +9,13 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from offramp.families import SplitModel
+from offramp.hub.pretrained import rounded_dtype
 from offramp.native.weights import FourBits, quantised
 
 
 def rounded(form):
     """What a number format rounds matrices to; None: nothing."""
-    return form if form.startswith("int") else None
+    return rounded_dtype(form)[1]
 
 
 def weight_in(form, weight):

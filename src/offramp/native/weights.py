@@ -116,8 +116,6 @@ class FourBits:
             The weight in four bits; None: it has other values.
         """
         rows, cols = weight.shape
-        if rows > LANES and cls.of(weight[:LANES]) is None:
-            return None  # soon, as most are
         whole = torch.cat([weight, weight[:, -1:].expand(-1, -cols % GROUP)], 1).float()
         groups = whole.view(-1, GROUP)
         low, span = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
@@ -145,12 +143,6 @@ class FourBits:
         parts = both / units[..., None].clamp(min=torch.finfo(torch.float32).tiny)
         scales, shifts = parts.round_().to(torch.int16)
         return cls(numbers.to(torch.uint8), scales, shifts, units)
-
-    @property
-    def weights(self) -> Tensor:
-        """What the kernels multiply with, [R, 32 G]."""
-        scale, shift = self.units[0, :, None] * self.scales, self.units[1, :, None] * self.shifts
-        return (scale[..., None] * self.numbers + shift[..., None]).flatten(1)
 
     def in_tiles(self) -> Tensor:
         """Sixteen rows at a time as one stream of memory, as `Groups` in kernels.cpp says.
@@ -249,9 +241,11 @@ class Weights:
         if self.rounded != "int4":
             return [self.matrix(part) for part in parts]
         if not all((part, lib.INT4) in self.made for part in parts):
-            four = [FourBits.of(_weight(part)) for part in parts]
-            if None in four:
-                return [self.matrix(part) for part in parts]
+            weights = [_weight(part) for part in parts]
+            for some in ([weight[:LANES] for weight in weights], weights):  # most are known by their first rows
+                four = [FourBits.of(weight) for weight in some]
+                if None in four:
+                    return [self.matrix(part) for part in parts]
             for part, bits in zip(parts, four, strict=True):
                 self.made[part, lib.INT4] = self._matrix(part, None, bits)
         return [self.made[part, lib.INT4] for part in parts]
