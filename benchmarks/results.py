@@ -1,10 +1,11 @@
 """Write docs/results: every figure in it comes from the commands this script runs.
 
-    .venv/bin/python benchmarks/results.py DATA [translation] [summarisation] [short-prompts] [questions] [posteriors]
+    .venv/bin/python benchmarks/results.py DATA [translation] [summarisation] [short-prompts] [same-training]
+        [questions] [posteriors]
 
 DATA is a folder with multi30k/, dialogsum/, samsum/ and xquad_en/ in their published layouts. Runs are kept in
 runs/results; each command goes on where it was interrupted and is not repeated once it is done. All of them take some
-nine hours on two cores.
+twelve hours on two cores.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from t5_policies import CLAIMS, LEVERS
 
 import offramp
 from offramp.tasks import TASKS, read_examples
+from offramp.training.trainable import save_model
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGES = ROOT / "runs" / "results", ROOT / "docs" / "results"
@@ -114,6 +116,13 @@ _SUMMARIES = "--task summarisation --data {data}/dialogsum/dev.jsonl --longest 5
 _LATER = "--task summarisation --data {run}/later.jsonl --longest 512 --batch-size 8"
 _SMOLLM2 = "{run}/train/model --exits {run}/classifier/exits --dtype bfloat16"
 _SHORT = "{run}/train/model --exits {run}/train/exits --dtype bfloat16 --task summarisation --longest 512"
+_SAME_TRAINING = (
+    "--dtype float32 --task summarisation --data {data}/dialogsum/train.jsonl.gz --limit 840 --trainable all "
+    "--objective labels --epochs 1 --batch-size 16 --window 512 --learning-rate 3e-4 --warmup 5 --schedule cosine "
+    "--held-out 0.05 --save-every 5"
+)
+_JUDGED = "--dtype int8 --task summarisation --longest 512 --data {run}/later.jsonl"
+_SHORTENED = " --prompt-layer 14 --confidence softmax --threshold 0.9"
 _QUESTIONS = "smollm2 --dtype bfloat16 --task question-answering"
 _LAYERS = "{run}/measures.json {run}/pruning.json"
 _FIGURES = f"figures {_LAYERS} --out {{run}}/figures"
@@ -252,6 +261,42 @@ STUDIES = {
                  "--peers llama.cpp", "bench"),
         ),
     ),
+    "same-training": Study(
+        "Summarisation: the same training without exits, with whole prompts, and of 24 layers alone",
+        "What training for exits and for prompts that stop halfway costs SmolLM2-135M-Instruct, and whether 24 of its "
+        "30 layers trained alone do as well: four trainings of all weights on the same 798 dialogues of DialogSum's "
+        "training set in the same order, one epoch, float32, that differ in one thing each. All but one are for "
+        "prompts of which all but the last token stop after layer 14. Judged in eight bits on 200 dialogues of dev. "
+        "A seventh of the data of [short-prompts.md](short-prompts.md).",
+        (
+            Step("Training with exits", f"train smollm2 {_SAME_TRAINING} --weights uniform --layers 18,24 "
+                 "--prompt-layer 14", "train-exits"),
+            Step("Training without exits", f"train smollm2 {_SAME_TRAINING} --weights last --layers 24 "
+                 "--prompt-layer 14", "train-plain"),
+            Step("24 layers", "cut smollm2 {run}/base24 24", "base24", shows=False),
+            Step("Training of the first 24 layers alone", f"train {{run}}/base24 {_SAME_TRAINING} --weights last "
+                 "--layers 18 --prompt-layer 14", "train-alone"),
+            Step("Training without exits, for whole prompts", f"train smollm2 {_SAME_TRAINING} --weights last "
+                 "--layers 24", "train-whole"),
+            Step("Dialogues to judge on", "rows {data}/dialogsum/dev.jsonl {run}/later.jsonl 200 200", "later",
+                 shows=False),
+            Step("With exits: every policy, in turns", f"evaluate {{run}}/train-exits/model --exits "
+                 f"{{run}}/train-exits/exits {_JUDGED} --prompt-layer 14 --confidence softmax --vocabulary "
+                 "frequent-fixed --threshold 0.6,0.4,0.2", "with-exits"),
+            *(Step(f"{what}: judged", f"evaluate {{run}}/train-{name}/model --exits {{run}}/train-{name}/exits "
+                   f"{_JUDGED} --static none{more}", into, shows=False)
+              for what, name, into, more in (
+                  ("Without exits", "plain", "without-exits", _SHORTENED),
+                  ("24 layers alone", "alone", "24-layers-alone", _SHORTENED),
+                  ("For whole prompts", "whole", "for-whole-prompts", ""))),
+            Step("Beside the same training without exits", "baseline {run}/with-exits {run}/without-exits "
+                 "{run}/24-layers-alone {run}/for-whole-prompts --arm 'prompt to 14'", "beside-plain"),
+            Step("Beside 24 layers trained alone", "baseline {run}/with-exits {run}/24-layers-alone "
+                 "{run}/without-exits {run}/for-whole-prompts --arm 'prompt to 14'", "beside-alone"),
+            Step("Beside the same training for whole prompts", "baseline {run}/with-exits {run}/for-whole-prompts "
+                 "{run}/without-exits {run}/24-layers-alone", "beside-whole"),
+        ),
+    ),
     "questions": Study(
         "Question answering: SmolLM2 that teaches its own exits",
         "SmolLM2-135M-Instruct as it is; lenses learn from its last layer on its own answers to the questions on the "
@@ -317,7 +362,17 @@ def asked(source: Path, target: Path, count: int) -> None:
     target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-PREPARATIONS: dict[str, Callable[..., None]] = {"split": split, "prompts": prompts, "rows": rows, "asked": asked}
+def cut(source: Path, target: Path, layers: int) -> None:
+    """Write a Llama's first layers as a model of their own, with its final norm and head."""
+    lm = offramp.load(str(source))
+    lm.model.model.layers = lm.model.model.layers[:layers]
+    lm.model.config.num_hidden_layers = layers
+    save_model(lm, target)
+
+
+PREPARATIONS: dict[str, Callable[..., None]] = {
+    "split": split, "prompts": prompts, "rows": rows, "asked": asked, "cut": cut,
+}  # fmt: skip
 """Commands that are a function of this script, and not shown."""
 
 

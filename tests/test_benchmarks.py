@@ -196,6 +196,12 @@ def test_policies_are_compared_with_the_other_models_full_one(found, tmp_path):
     assert table["static 2"][1] == f"{means['mine'][0]:.1f}"
     assert table["static 2"][2].split()[0] == f"{means['mine'][0] - means['theirs'][0]:+.1f}"
     assert table["static 2"][3] == f"{means['mine'][1] / means['theirs'][1]:.3f}"
+    against = {row[0]: row for row in baseline.comparison(found[0], theirs, [found[0]], "static 1")[1]}
+    assert against["baseline"][1] == table["baseline's static 1"][1]
+    assert against["baseline's full model"][1] == table["baseline"][1]
+    assert against[f"{found[0].name}'s full model"][1] == table["full model"][1]  # which has no such arm
+    both = baseline.comparison(theirs, theirs, [theirs], "static 1")[1]
+    assert {row[1] for row in both if "static 1" in row[0]} == {against["baseline"][1]}
 
 
 def test_prompts_are_what_a_t5_is_asked(tmp_path):

@@ -34,8 +34,21 @@ def test_small_steps_of_weights_that_all_learn_are_not_rounded_off(monkeypatch):
     assert fast_precision(CPU, torch.float32, trainable="all").value is None
 
 
-def test_other_weights_are_computed_with_as_they_are():
-    assert fast_precision(CPU, torch.bfloat16).why == "the weights are in bfloat16"
+@pytest.mark.parametrize(("times", "said"), [(0.5, ""), (1.2, ""), (25.0, "25.0 times as long as float32's here")])
+def test_other_weights_are_computed_with_as_they_are_and_slow_formats_named(monkeypatch, times, said):
+    monkeypatch.setattr(precision, "product_seconds", lambda dtype: times if dtype == torch.bfloat16 else 1.0)
+    choice = fast_precision(CPU, torch.bfloat16)
+    assert choice.value is None
+    assert choice.why.startswith("the weights are in bfloat16")
+    assert (said in choice.why) if said else choice.why == "the weights are in bfloat16"
+    assert fast_precision(torch.device("cuda"), torch.bfloat16).why == "the weights are in bfloat16"
+
+
+def test_slow_products_are_not_timed_for_long(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: float(next(clock)))  # each product takes a second
+    assert precision.product_seconds(torch.float32) == 1.0
+    assert next(clock) == 2
 
 
 @pytest.mark.parametrize("value", [None, "bf16"])

@@ -241,9 +241,9 @@ def calibrate(
         skipped=ways[0] if len(ways) == 1 else None, min_layer=first, prompt_layer=prompt_layer,
     )  # fmt: skip
     grid = Grid(
-        () if threshold == "none" else o.numbers(threshold, "--threshold", float), starts,
+        o.numbers(threshold, "--threshold", float, none=True), starts,
         o.numbers(vocabulary_size, "--vocabulary-size", int),
-        per_layer, () if static == "none" else o.numbers(static, "--static", int),
+        per_layer, o.numbers(static, "--static", int, none=True),
         kinds if len(kinds) > 1 else None, tuple(filter(None, ways)) if len(ways) > 1 else None,
         GAINS if gains == "default" else o.numbers(gains, "--gains", float),
         o.numbers(accept, "--accept", float),

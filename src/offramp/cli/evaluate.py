@@ -49,8 +49,8 @@ def evaluate(
     static: Annotated[
         str | None,
         typer.Option(
-            help="Static exits, such as 15,20,25; default: the trained exits; without any, three layers, with --sweep "
-            "every layer from the first one tested."
+            help="Static exits, such as 15,20,25, or none; default: the trained exits; without any, three layers, with "
+            "--sweep every layer from the first one tested."
         ),
     ] = None,
     sweep: Annotated[
@@ -119,7 +119,9 @@ def evaluate(
         min_layer=min_layer, vocabulary=vocabulary, vocabulary_size=vocabulary_size, skipped=skipped,
         prompt_layer=prompt_layer,
     )  # fmt: skip
-    layers = o.numbers(static, "--static", int) or (static_sweep(lm, chosen) if sweep else None)
+    layers = o.numbers(static, "--static", int, none=True)
+    if layers is None and sweep:
+        layers = static_sweep(lm, chosen)
     folder = out or run_folder("evaluate", lm, task)
     with o.progress("evaluating") as progress:
         result = offramp.evaluate(

@@ -208,10 +208,12 @@ def task_named(name: str, languages: str | None = None) -> Task:
     return replace(TASKS[name], languages=(source.strip(), target.strip()))
 
 
-def numbers(text: str | None, option: str, kind: type) -> tuple[Any, ...] | None:
-    """Numbers with commas between them; None of None."""
+def numbers(text: str | None, option: str, kind: type, *, none: bool = False) -> tuple[Any, ...] | None:
+    """Numbers with commas between them; None of None, and with `none` no numbers of that word."""
     if text is None:
         return None
+    if none and text == "none":
+        return ()
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.runs.folder import RunFolder, TrainingError, TrainState
-from offramp.runs.machine import forget_peak, peak
+from offramp.runs.machine import forget_peak, memory_kept, peak
 from offramp.training.schedule import Schedule
 
 
@@ -105,6 +105,10 @@ class Loop:
 
     def go(self, work: TrainTask, progress: Callable[..., None] | None) -> TrainState:
         """Train to the end."""
+        with memory_kept(self.device):
+            return self._go(work, progress)
+
+    def _go(self, work: TrainTask, progress: Callable[..., None] | None) -> TrainState:
         schedule = self.schedule
         forget_peak(self.device)
         state = self.run.restore(self.kept, self.optimizer)

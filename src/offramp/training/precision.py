@@ -13,6 +13,7 @@ from offramp.runs.folder import RunFolder
 FASTER = 1.3
 """How many times as fast matrix products in bfloat16 must be: autocast's conversions take some of what they save."""
 _SIZE, _REPEATS = 512, 20  # some products of a few milliseconds are not interrupted, however busy the machine is
+_LONGEST = 0.2  # seconds of all of them: formats without instructions are slow
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def fast_precision(
     if begun is not None:
         return Precision(begun["config"]["precision"], "as the run in this folder began")
     if dtype != torch.float32:
-        return Precision(None, f"the weights are in {str(dtype).removeprefix('torch.')}")
+        return Precision(None, f"the weights are in {str(dtype).removeprefix('torch.')}{_slow(device, dtype)}")
     if trainable == "all":
         return Precision(None, "the first small steps of weights would be rounded off in bfloat16")
     if device.type == "cuda":
@@ -60,11 +61,18 @@ def fast_precision(
     return Precision("bf16" if times >= FASTER else None, why)
 
 
+def _slow(device: torch.device, dtype: torch.dtype) -> str:
+    """What is to be said of a format that this CPU is slow in, as the end of a sentence; empty: it is not."""
+    if device.type != "cpu" or (times := product_seconds(dtype) / product_seconds(torch.float32)) < FASTER:
+        return ""
+    return f", whose matrix products take {times:.1f} times as long as float32's here; in float32 it may be faster"
+
+
 def product_seconds(dtype: torch.dtype) -> float:
     """Shortest time of a product of two matrices on this CPU, in seconds."""
     one = torch.ones(_SIZE, _SIZE, dtype=dtype)
-    found = []
-    for _ in range(_REPEATS):
+    found: list[float] = []
+    while len(found) < _REPEATS and sum(found) < _LONGEST:
         began = time.perf_counter()
         one @ one
         found.append(time.perf_counter() - began)
