@@ -177,7 +177,7 @@ def test_a_device_map_of_one_device_is_that_device(tiny, where):
         ({"torch_dtype": "auto"}, "torch_dtype is no option of offramp.load; it is called dtype here"),
         ({"load_in_4bit": True}, "load_in_4bit .* give quantization_config="),
         ({"low_cpu_mem_usage": True}, "low_cpu_mem_usage .* leave it out"),
-        ({"gguf_file": "x.gguf"}, "gguf_file .* convert it once"),
+        ({"gguf_file": "x.gguf"}, "gguf_file .* the path of the file itself"),
         (
             {"devise": "cpu"},
             r"devise is no option of offramp.load; known are dtype, .*; did you mean 'device'\?",

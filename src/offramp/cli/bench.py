@@ -68,7 +68,8 @@ _COMPILED = "compiled"
 def bench(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Packaged name (smollm2), local folder or hub id.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Packaged name (smollm2), local folder, .gguf file or hub id."),
     ] = None,
     random: Annotated[
         str | None,

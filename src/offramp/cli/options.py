@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from offramp.core.policy import ExitPolicy
     from offramp.tasks import Task
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder or hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Packaged name (smollm2), local folder, .gguf file or hub id.")
+]
 Dtype = Annotated[
     str,
     typer.Option(

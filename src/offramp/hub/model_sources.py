@@ -1,8 +1,8 @@
-"""Where a model is: in an ordinary Python package, in a local folder or on the hub.
+"""Where a model is: in an ordinary Python package, in a local folder or GGUF file, or on the hub.
 
 Packages carry models so that everything can be tried without a model hub. Such a package is only looked up, never
 imported: its weights are checked, converted once into the user's cache folder and loaded from there like any local
-folder.
+folder. So are GGUF files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -42,22 +42,74 @@ def packaged_folder(name: str) -> Path:
     """
     packaged = PACKAGED[name]
     folder = cache_folder() / "models" / f"{name}-{packaged.sha256[:12]}"
-    if _is_complete(folder):
-        return folder
-    weights = _find_weights(packaged)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with sole_maker(folder):
-            if not _is_complete(folder):  # another process may have made it while this one waited for the lock
-                _build(packaged, weights, folder)
-    except ModelError:
-        raise
-    except Exception as error:  # whatever the disk, safetensors or transformers came up with
-        raise ModelError(
-            f"{packaged.title} could not be converted in {folder.parent}: {first_line(error)}; nothing was kept. "
-            f"If the disk is the reason, set OFFRAMP_CACHE to a writable folder with {packaged.converted_mib} MiB free"
-        ) from error
+
+    def make(partial: Path) -> None:
+        if (digest := of_file(weights)) != packaged.sha256:
+            raise ModelError(
+                f"{weights} has SHA-256 {digest}, not {packaged.sha256}: a damaged file or another version; "
+                f"run: {packaged.install} --force-reinstall"
+            )
+        if packaged.beside:
+            say(f"copying {packaged.title} once into {folder}")
+            for file in (weights.name, *packaged.beside):
+                shutil.copyfile(weights.with_name(file), partial / file)
+        else:
+            say(f"converting {packaged.title} once into {folder} (about 30 s)")
+            _convert(weights, partial)
+        _write_source(
+            partial, packaged.title, packaged.sha256, licence=packaged.licence,
+            package=f"{packaged.distribution}=={packaged.version}",
+        )  # fmt: skip
+
+    if not _is_complete(folder):
+        weights = _find_weights(packaged)
+        _made(folder, packaged.title, packaged.converted_mib, make)
     return folder
+
+
+def gguf_folder(file: Path) -> Path:
+    """Find the converted copy of a GGUF file in the cache, converting it first if needed, as `packaged_folder` does.
+
+    Numbers of four bits lie on the same grids in the copy, in bfloat16, so that `load(..., dtype="int4")` reads them as
+    they are. The copy belongs to the file's name and content, wherever it lies.
+
+    Returns:
+        As `packaged_folder`; without a tokenizer if the file has none.
+
+    Raises:
+        ModelError: The file is no GGUF, or one of several parts, or transformers cannot read its architecture, or there
+            is no room.
+    """
+    digest = of_file(file)
+    folder = cache_folder() / "models" / f"{file.stem}-{digest[:12]}"
+
+    def make(partial: Path) -> None:
+        say(f"converting {file.name} once into {folder}")
+        _convert(file, partial)
+        _write_source(partial, file.name, digest)
+
+    if not _is_complete(folder):
+        _made(folder, file.name, _converted_mib(file), make)
+    return folder
+
+
+def _converted_mib(file: Path) -> int:
+    """Room that the weights of a GGUF file take in bfloat16 with their tokenizer, in MiB."""
+    fields, numbers = _contents(file)
+    if (parts := int(fields["split.count"].contents()) if "split.count" in fields else 1) > 1:
+        raise ModelError(f"{file} is one of {parts} parts; make one file of them with llama-gguf-split --merge")
+    return 2 * numbers // _MIB + 20
+
+
+def _contents(file: Path) -> tuple[dict[str, Any], int]:
+    """What a GGUF file says of itself, and how many weights it has; a ModelError if it is none."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except Exception as error:  # each damaged file has an exception type of its own
+        raise ModelError(f"{file} cannot be read as GGUF: {first_line(error)}; was it downloaded whole?") from error
+    return dict(reader.fields), sum(int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def cache_folder() -> Path:
@@ -105,37 +157,38 @@ def sole_maker(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _build(packaged: Packaged, weights: Path, folder: Path) -> None:
-    """Make `folder` from the GGUF file `weights`, under the lock: all of it or, whatever happens, nothing."""
+def _made(folder: Path, title: str, room: int, make: Callable[[Path], None]) -> None:
+    """Make `folder`, for which there must be so many MiB, unless another process just did; errors are ModelErrors."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with sole_maker(folder):
+            if not _is_complete(folder):  # another process may have made it while this one waited for the lock
+                _build(folder, title, room, make)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the disk, safetensors or transformers came up with
+        raise ModelError(
+            f"{title} could not be converted in {folder.parent}: {first_line(error)}; nothing was kept. "
+            f"If the disk is the reason, set OFFRAMP_CACHE to a writable folder with {room} MiB free"
+        ) from error
+
+
+def _build(folder: Path, title: str, room: int, make: Callable[[Path], None]) -> None:
+    """Make `folder` under the lock: all of it or, whatever happens, nothing."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process; a living one would hold the lock
     if folder.exists():
         say(f"{folder} is incomplete or damaged; it is made again")
         shutil.rmtree(folder)
     free = shutil.disk_usage(folder.parent).free // _MIB
-    if free < packaged.converted_mib:
+    if free < room:
         raise ModelError(
-            f"{free} MiB free at {folder.parent}, but converting {packaged.title} takes {packaged.converted_mib} MiB; "
-            "make room, or set OFFRAMP_CACHE to a folder with more"
+            f"{free} MiB free at {folder.parent}, but converting {title} takes {room} MiB; make room, or set "
+            "OFFRAMP_CACHE to a folder with more"
         )
-    if (digest := of_file(weights)) != packaged.sha256:
-        raise ModelError(
-            f"{weights} has SHA-256 {digest}, not {packaged.sha256}: a damaged file or another version; "
-            f"run: {packaged.install} --force-reinstall"
-        )
-    say(
-        f"copying {packaged.title} once into {folder}"
-        if packaged.beside
-        else f"converting {packaged.title} once into {folder} (about 30 s)"
-    )
     try:
         partial.mkdir()
-        if packaged.beside:
-            for name in (weights.name, *packaged.beside):
-                shutil.copyfile(weights.with_name(name), partial / name)
-        else:
-            _convert(weights, partial)
-        _write_source(packaged, partial)
+        make(partial)
         for path in (*partial.iterdir(), partial):
             _flush(path)
         partial.rename(folder)
@@ -161,19 +214,20 @@ def _convert(weights: Path, out: Path) -> None:
             AutoModelForCausalLM, source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(out, max_shard_size="100GB")  # one file
-        tokenizer_of(source).save_pretrained(out)
+        kind = _contents(weights)[0].get("tokenizer.ggml.model")
+        if kind is not None and kind.contents() != "no_vocab":
+            tokenizer_of(source).save_pretrained(out)
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # it is written for its owner's eyes only
 
 
-def _write_source(packaged: Packaged, out: Path) -> None:
+def _write_source(out: Path, title: str, digest: str, **more: str) -> None:
     """Record in `out` what it was made from and how large each file is."""
     import transformers
 
     record = {
-        "title": packaged.title,
-        "licence": packaged.licence,
-        "package": f"{packaged.distribution}=={packaged.version}",
-        "weights_sha256": packaged.sha256,
+        "title": title,
+        **more,
+        "weights_sha256": digest,
         "transformers": transformers.__version__,
         "sha256": {path.name: of_file(path) for path in sorted(out.iterdir())},
     }
@@ -227,6 +281,8 @@ def resolve(name: str | os.PathLike[str], subfolder: str = "") -> tuple[str, boo
     text = os.fspath(name)
     packaged = isinstance(name, str) and name in PACKAGED
     folder = packaged_folder(text) if packaged else Path(text).expanduser()
+    if text and folder.suffix == ".gguf" and folder.is_file() and not subfolder:
+        return str(gguf_folder(folder)), True
     if text and folder.exists():
         _check_folder(folder / subfolder)
         return str(folder / subfolder), True
@@ -242,7 +298,7 @@ def resolve(name: str | os.PathLike[str], subfolder: str = "") -> tuple[str, boo
 def _check_folder(folder: Path) -> None:
     """Raise a ModelError unless `folder` looks like what `save_pretrained` writes."""
     if folder.is_file():
-        raise ModelError(f"{folder} is a file; name the folder that holds config.json and the weights")
+        raise ModelError(f"{folder} is a file; name the folder that holds config.json and the weights, or a .gguf file")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is an adapter without its model: load that with transformers, put the adapter on it with peft's "

@@ -43,7 +43,7 @@ _ELSEWHERE = {
     "max_memory": "the model must lie on one device: name it by device",
     "offload_folder": "the model must lie on one device: name it by device",
     "tp_plan": "the model must lie on one device: name it by device",
-    "gguf_file": "convert it once with transformers (from_pretrained, then save_pretrained) and load that folder",
+    "gguf_file": "give the path of the file itself as the name",
     "config": "change the model's config.json, or wrap a model of your own in offramp.LanguageModel",
 }
 """Options of `from_pretrained` that have another name here, or no sense, and what to do instead."""
@@ -68,15 +68,15 @@ def load(
 ) -> LanguageModel:
     """Load a language model and its tokenizer, ready for evaluation.
 
-    A string is first looked up among the packaged names, then as a local folder, then as a hub id. A packaged name
-    therefore wins over a folder of the same name in the working directory; write `./smollm2` for that folder. A `Path`
-    is always a folder. No code from a folder or from the hub is run.
+    A string is first looked up among the packaged names, then as a local folder or file, then as a hub id. A packaged
+    name therefore wins over a folder of the same name in the working directory; write `./smollm2` for that folder. A
+    `Path` is always a folder or a file. No code from a folder or from the hub is run.
 
-    Packaged models are converted on first use (see `packaged_folder`). They are stored in bfloat16, so that loading in
-    float32 and in bfloat16 gives the same weights.
+    Packaged models and GGUF files are converted on first use (see `packaged_folder`, `gguf_folder`). They are stored in
+    bfloat16, so that loading in float32 and in bfloat16 gives the same weights.
 
     Args:
-        name: Packaged name, local folder (config and weights as `save_pretrained` writes them) or hub id.
+        name: Packaged name, local folder (config and weights as `save_pretrained` writes them), GGUF file or hub id.
         dtype: Number format of the weights: one of `DTYPES`, the torch dtype of that name, or "auto": as they were
             saved. Confidences are computed in float32 whatever it is. Also "int8" and "int4", made from bfloat16, which
             only the native engine reads: matrices in so many bits per weight, and what they multiply in eight. With

@@ -98,7 +98,8 @@ class Source:
 
 def choices(name: str = "") -> str:
     """What a model may be named by, and the packaged one that a name that leads nowhere is nearest to."""
-    allowed = f"give a packaged name ({', '.join(PACKAGED)}), a local model folder or a hub id such as owner/model"
+    packaged = ", ".join(PACKAGED)
+    allowed = f"give a packaged name ({packaged}), a local model folder, a .gguf file or a hub id such as owner/model"
     return allowed + nearest(name, PACKAGED)
 
 

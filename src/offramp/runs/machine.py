@@ -89,7 +89,7 @@ def memory_kept(device: torch.device) -> Iterator[None]:
     glibc does not tell what was set before: afterwards it has the values to which it moves by itself in such a process.
     """
     library = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
-    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):  # musl has neither
+    if library is None or not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):  # musl has neither
         yield
         return
     for name, value in _KEEP.items():
