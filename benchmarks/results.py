@@ -82,6 +82,8 @@ SHORT_PAIRS = (
     *(f"softmax > {threshold}, {_LEFT}|static 24, prompt to 14" for threshold in (0.4, 0.2)),
 )
 
+SAME_PAIRS = tuple(pair for pair in SHORT_PAIRS if "0.9" not in pair)
+
 
 def _seed(seed: int) -> tuple[Step, ...]:
     """The study's main arms on a model of another seed, trained in the same way."""
@@ -283,6 +285,8 @@ STUDIES = {
             Step("With exits: every policy, in turns", f"evaluate {{run}}/train-exits/model --exits "
                  f"{{run}}/train-exits/exits {_JUDGED} --prompt-layer 14 --confidence softmax --vocabulary "
                  "frequent-fixed --threshold 0.6,0.4,0.2", "with-exits"),
+            Step("What leaving early moved: paired differences between arms",
+                 f"levers {{run}}/with-exits {shlex.join(SAME_PAIRS)}", "levers"),
             *(Step(f"{what}: judged", f"evaluate {{run}}/train-{name}/model --exits {{run}}/train-{name}/exits "
                    f"{_JUDGED} --static none{more}", into, shows=False)
               for what, name, into, more in (
