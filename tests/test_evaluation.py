@@ -359,11 +359,12 @@ def test_perplexity_of_a_text(folder, tmp_path):
     text, path = tmp_path / "a.txt", tmp_path / "all.json"
     text.write_text(" ".join(f"w{i}" for i in range(20, 80)))
     run = offramp(
-        folder, "--task", "perplexity", "--data", text, "--window", 8, "--limit", 3, "--threshold", "0.2", "--out",
-        tmp_path / "run", "--json", path,
+        folder, "--task", "perplexity", "--data", text, "--window", 8, "--limit", 3, "--threshold", "0.2", "--static",
+        "none", "--out", tmp_path / "run", "--json", path,
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     result = json.loads(path.read_text())
+    assert [arm["name"] for arm in result["arms"]] == ["full model", "softmax > 0.2"]  # no static exits were asked for
     assert result["metric"] == "perplexity"
     assert result["conditions"]["examples"] == 3
     assert all(arm["quality"]["perplexity"]["value"] > 1 for arm in result["arms"])
