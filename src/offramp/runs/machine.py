@@ -85,8 +85,9 @@ def memory_kept(device: torch.device) -> Iterator[None]:
     """Within, a CPU's freed tensors leave their memory to the next ones; afterwards the system gets it back.
 
     glibc takes each tensor of 32 MiB or more from the system anew, which fills it with zeros a page at a time: a fifth
-    and more of a training step of long windows. Elsewhere, in other threads than the first and on other devices little changes.
-    glibc does not tell what was set before: afterwards it has the values to which it moves by itself in such a process.
+    and more of a training step of long windows. Elsewhere, in other threads than the first and on other devices little
+    changes. glibc does not tell what was set before: afterwards it has the values to which it moves by itself in such a
+    process.
     """
     library = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if library is None or not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):  # musl has neither
