@@ -5,31 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GgufConfig, LlamaForCausalLM
 
 from offramp import ExitPolicy, ModelError, load
 from offramp.hub import model_sources
 from offramp.peers.weights import write_gguf
+from tiny import llama_of_blocks
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.arange(3, 12)[None]
-
-
-def llama(seed):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.3, tie_word_embeddings=True, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """A tiny Llama in q4_1, without a vocabulary, and an empty cache."""
     monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "cache"))
-    write_gguf(llama(0), "q4_1", tmp_path / "tiny.Q4_1.gguf")
+    write_gguf(llama_of_blocks(0), "q4_1", tmp_path / "tiny.Q4_1.gguf")
     return tmp_path / "tiny.Q4_1.gguf"
 
 
@@ -56,7 +47,7 @@ def test_it_is_converted_once_and_again_when_it_changes(file, monkeypatch, capfd
     with monkeypatch.context() as patched:
         patched.setattr(model_sources, "_convert", None)
         load(file)
-    write_gguf(llama(1), "q4_1", file)
+    write_gguf(llama_of_blocks(1), "q4_1", file)
     load(file)
     assert len(kept()) == 2
     assert first in kept()
@@ -71,13 +62,17 @@ def test_four_bits_are_read_as_they_are(file):
     assert torch.equal(*answers)
 
 
-def test_a_part_is_refused(file):
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_uint16("split.count", 3)
+def without_weights(file, kind, say):
+    writer = gguf.GGUFWriter(file, kind)
+    say(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_part_is_refused(file):
+    without_weights(file, "llama", lambda writer: writer.add_uint16("split.count", 3))
     with pytest.raises(ModelError, match="is one of 3 parts; make one file of them"):
         load(file)
     assert kept() == []
@@ -94,12 +89,7 @@ def test_a_damaged_file_is_refused_and_nothing_kept(file):
 
 
 def test_a_kind_of_model_that_transformers_does_not_read_is_named(file):
-    writer = gguf.GGUFWriter(file, "megalith")
-    writer.add_block_count(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    without_weights(file, "megalith", lambda writer: writer.add_block_count(1))
     with pytest.raises(ModelError, match="could not be converted .*megalith.*nothing was kept"):
         load(file)
     assert kept() == []

@@ -33,14 +33,7 @@ gguf = pytest.importorskip("gguf")
 
 @pytest.fixture(scope="module")
 def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.3, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )  # fmt: skip
-    return LanguageModel(LlamaForCausalLM(config).eval())
+    return LanguageModel(tiny.llama_of_blocks(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}))
 
 
 @pytest.fixture(autouse=True)

@@ -205,6 +205,17 @@ def tiny(name: str):
     return model
 
 
+def llama_of_blocks(seed: int = 0, **options):
+    """A new Llama whose rows are whole blocks of 32 numbers, as llama.cpp's formats have them."""
+    torch.manual_seed(seed)
+    config = hf.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.3, tie_word_embeddings=True, rms_norm_eps=1e-5, **options,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval()
+
+
 def truncated(model, layers: int):
     """A copy of a model whose decoder has only its first blocks: the reference for a static exit."""
     model = copy.deepcopy(model)

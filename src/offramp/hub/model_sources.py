@@ -42,6 +42,9 @@ def packaged_folder(name: str) -> Path:
     """
     packaged = PACKAGED[name]
     folder = cache_folder() / "models" / f"{name}-{packaged.sha256[:12]}"
+    if _is_complete(folder):
+        return folder
+    weights = _find_weights(packaged)
 
     def make(partial: Path) -> None:
         if (digest := of_file(weights)) != packaged.sha256:
@@ -61,9 +64,7 @@ def packaged_folder(name: str) -> Path:
             package=f"{packaged.distribution}=={packaged.version}",
         )  # fmt: skip
 
-    if not _is_complete(folder):
-        weights = _find_weights(packaged)
-        _made(folder, packaged.title, packaged.converted_mib, make)
+    _made(folder, packaged.title, packaged.converted_mib, make)
     return folder
 
 
@@ -82,34 +83,31 @@ def gguf_folder(file: Path) -> Path:
     """
     digest = of_file(file)
     folder = cache_folder() / "models" / f"{file.stem}-{digest[:12]}"
+    if _is_complete(folder):
+        return folder
+    said, numbers = _contents(file, "split.count", "tokenizer.ggml.model")
+    if (parts := said["split.count"] or 1) > 1:
+        raise ModelError(f"{file} is one of {parts} parts; make one file of them with llama-gguf-split --merge")
 
     def make(partial: Path) -> None:
         say(f"converting {file.name} once into {folder}")
-        _convert(file, partial)
+        _convert(file, partial, tokenizer=said["tokenizer.ggml.model"] not in (None, "no_vocab"))
         _write_source(partial, file.name, digest)
 
-    if not _is_complete(folder):
-        _made(folder, file.name, _converted_mib(file), make)
+    _made(folder, file.name, 2 * numbers // _MIB + 20, make)  # two bytes a number, and a tokenizer
     return folder
 
 
-def _converted_mib(file: Path) -> int:
-    """Room that the weights of a GGUF file take in bfloat16 with their tokenizer, in MiB."""
-    fields, numbers = _contents(file)
-    if (parts := int(fields["split.count"].contents()) if "split.count" in fields else 1) > 1:
-        raise ModelError(f"{file} is one of {parts} parts; make one file of them with llama-gguf-split --merge")
-    return 2 * numbers // _MIB + 20
-
-
-def _contents(file: Path) -> tuple[dict[str, Any], int]:
-    """What a GGUF file says of itself, and how many weights it has; a ModelError if it is none."""
+def _contents(file: Path, *fields: str) -> tuple[dict[str, Any], int]:
+    """What a GGUF file says under these names, or None, and how many weights it has; a ModelError if it is none."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
     except Exception as error:  # each damaged file has an exception type of its own
         raise ModelError(f"{file} cannot be read as GGUF: {first_line(error)}; was it downloaded whole?") from error
-    return dict(reader.fields), sum(int(tensor.n_elements) for tensor in reader.tensors)
+    said = {name: field.contents() if (field := reader.get_field(name)) else None for name in fields}
+    return said, sum(int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def cache_folder() -> Path:
@@ -197,8 +195,8 @@ def _build(folder: Path, title: str, room: int, make: Callable[[Path], None]) ->
         raise
 
 
-def _convert(weights: Path, out: Path) -> None:
-    """Unpack the quantised blocks of a GGUF file and save model and tokenizer to `out`, in bfloat16.
+def _convert(weights: Path, out: Path, *, tokenizer: bool = True) -> None:
+    """Unpack the quantised blocks of a GGUF file and save model and, if it has one, tokenizer to `out`, in bfloat16.
 
     The model is loaded in bfloat16 rather than cast to it, since a cast would round the rotary frequencies as well.
     With `dequantize` transformers does not treat the result as quantised, which it would refuse to save.
@@ -214,8 +212,7 @@ def _convert(weights: Path, out: Path) -> None:
             AutoModelForCausalLM, source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(out, max_shard_size="100GB")  # one file
-        kind = _contents(weights)[0].get("tokenizer.ggml.model")
-        if kind is not None and kind.contents() != "no_vocab":
+        if tokenizer:
             tokenizer_of(source).save_pretrained(out)
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # it is written for its owner's eyes only
 
@@ -281,7 +278,7 @@ def resolve(name: str | os.PathLike[str], subfolder: str = "") -> tuple[str, boo
     text = os.fspath(name)
     packaged = isinstance(name, str) and name in PACKAGED
     folder = packaged_folder(text) if packaged else Path(text).expanduser()
-    if text and folder.suffix == ".gguf" and folder.is_file() and not subfolder:
+    if folder.suffix == ".gguf" and folder.is_file() and not subfolder:
         return str(gguf_folder(folder)), True
     if text and folder.exists():
         _check_folder(folder / subfolder)
